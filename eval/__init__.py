@@ -1,0 +1,1 @@
+"""Job 3: show what a trained model is worth."""

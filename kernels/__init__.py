@@ -1,0 +1,1 @@
+"""The large-batch similarity matrix and the contrastive losses made of it."""

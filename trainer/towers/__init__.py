@@ -1,0 +1,1 @@
+"""The main towers and the small heads between them and the third."""
