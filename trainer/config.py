@@ -1,0 +1,301 @@
+"""One training run as data: YAML -> frozen dataclasses, checked strictly.
+
+A run is a set of named towers, of heads on them, and of pair terms between heads. CLIP, LiT and 3T differ in this
+data alone. Unknown keys, wrong types and references to nothing are refused with the path of the offending key.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message names the key, what it holds and what it may hold."""
+
+
+@checked(frozen=True, config=STRICT)
+class ImageTower:
+    """Any timm model, trained from scratch; its features before the classifier."""
+
+    kind: Literal["timm"]
+    model: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@checked(frozen=True, config=STRICT)
+class TextTower:
+    """A transformer of timm blocks over SentencePiece tokens."""
+
+    kind: Literal["text"]
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    mlp_ratio: float = 4.0
+    dropout: Fraction = 0.0
+    pool: Literal["eos", "mean"] = "eos"
+
+
+@checked(frozen=True, config=STRICT)
+class CacheTower:
+    """A frozen pretrained classifier, present as the rows of an embedding cache: no parameters, no forward pass."""
+
+    kind: Literal["cache"]
+    path: str
+    # Centre and scale each feature by its moments over the cache. A linear head with bias can express the same map;
+    # starting from there, it need not first learn away a large common offset.
+    standardize: bool = True
+
+
+Tower = Annotated[ImageTower | TextTower | CacheTower, Field(discriminator="kind")]
+
+
+@checked(frozen=True, config=STRICT)
+class Head:
+    """A map from a tower (or from another head, before that one's normalisation) to the shared space."""
+
+    on: str
+    kind: Literal["linear", "none"] = "linear"
+
+
+@checked(frozen=True, config=STRICT)
+class Term:
+    """One contrastive loss between two heads. Terms that name the same scale share one learned temperature."""
+
+    x: str
+    y: str
+    weight: float = 1.0
+    scale: str = "scale"
+
+
+@checked(frozen=True, config=STRICT)
+class Loss:
+    family: Literal["softmax", "sigmoid"] = "softmax"
+    scale_init: Annotated[float, Field(gt=0)] = 14.3  # CLIP's 1 / 0.07
+    scale_max: Annotated[float, Field(gt=0)] = 100.0
+    bias_init: float = -10.0  # sigmoid only; SigLIP's start
+    # mask: samples of one concept are no negatives of each other. keep: they are, as in the papers' single-caption sets.
+    same_concept: Literal["mask", "keep"] = "mask"
+
+
+@checked(frozen=True, config=STRICT)
+class Data:
+    tars: list[str]
+    tokenizer: str
+    image_size: PositiveInt
+    context: PositiveInt = 32  # tokens per caption, end token included
+    crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no augmentation
+    concept_field: str | None = None  # JSON field naming what a sample shows; None: every sample is its own concept
+    on_bad: Literal["error", "skip"] = "error"
+    workers: Annotated[int, Field(ge=0)] = 1
+    max_pixels: PositiveInt = 50_000_000
+
+
+@checked(frozen=True, config=STRICT)
+class Optim:
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    warmup: Fraction = 0.05  # share of all steps
+    clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 = off
+
+
+@checked(frozen=True, config=STRICT)
+class Duration:
+    """How long to train; exactly one unit."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    examples: PositiveInt | None = None
+    steps: PositiveInt | None = None
+
+    def in_steps(self, samples: int, batch: int) -> int:
+        """Optimizer steps for a set of `samples` with a global batch of `batch`; an epoch is its whole batches."""
+        if self.steps is not None:
+            return self.steps
+        if self.examples is not None:
+            return max(1, self.examples // batch)
+        assert self.epochs is not None
+        return max(1, round(self.epochs * (samples // batch)))
+
+
+@checked(frozen=True, config=STRICT)
+class Engine:
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    deepspeed_extra: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
+
+
+@checked(frozen=True, config=STRICT)
+class Log:
+    every_steps: PositiveInt = 10
+    tensorboard: bool = True
+
+
+@checked(frozen=True, config=STRICT)
+class Checkpoint:
+    every_steps: PositiveInt | None = None  # None: at the end only
+    keep: PositiveInt = 2
+
+
+@checked(frozen=True, config=STRICT)
+class Deploy:
+    """The two heads that make the model which is kept for inference."""
+
+    image: str
+    text: str
+
+
+@checked(frozen=True, config=STRICT)
+class Run:
+    out: str
+    batch: PositiveInt  # global: over all ranks
+    duration: Duration
+    dim: PositiveInt
+    data: Data
+    towers: dict[str, Tower]
+    heads: dict[str, Head]
+    terms: dict[str, Term]
+    deploy: Deploy
+    seed: int = 0
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    engine: Engine = field(default_factory=Engine)
+    log: Log = field(default_factory=Log)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def towers_of(self, kind: str) -> list[str]:
+        """Names of the towers of one kind, in the config's order."""
+        return [name for name, tower in self.towers.items() if tower.kind == kind]
+
+    def root_of(self, head: str) -> str:
+        """The tower at the bottom of a chain of heads."""
+        name = head
+        while name in self.heads:
+            name = self.heads[name].on
+        return name
+
+
+@dataclass(frozen=True)
+class Difference:
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+_adapter = TypeAdapter(Run)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Return the run described by a YAML file, with `key.path=value` overrides applied (values are YAML).
+
+    Raises ConfigError for a file that cannot be read, an unknown or mistyped key, or a reference to nothing.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return parse(tree, source=str(path))
+
+
+def parse(tree: Mapping[str, Any], source: str = "config") -> Run:
+    """Return the checked run of a plain tree of dicts; see `load`."""
+    try:
+        run = _adapter.validate_python(tree)
+    except ValidationError as error:
+        lines = (f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors())
+        raise ConfigError(f"{source} is not a valid run config:\n" + "\n".join(lines)) from None
+    _check_references(run, source)
+    return run
+
+
+def dump(run: Run) -> dict[str, Any]:
+    """Return the plain tree that `parse` turns into an equal run."""
+    tree: dict[str, Any] = _adapter.dump_python(run, mode="json")
+    return tree
+
+
+def differences(old: Run, new: Run) -> list[Difference]:
+    """Return the leaves in which two runs differ, by dotted key."""
+    a, b = _leaves(dump(old)), _leaves(dump(new))
+    return [Difference(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, sign, value = override.partition("=")
+    keys = path.split(".")
+    if not sign or not all(keys):
+        raise ConfigError(f"override {override!r}: expected key.path=value, as in optim.lr=3e-4")
+    node: Any = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {key} holds a value, not further keys")
+    try:
+        node[keys[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in _leaves(sub, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _check_references(run: Run, source: str) -> None:
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{source}: {message}")
+
+    units = [f.name for f in dataclasses.fields(run.duration) if getattr(run.duration, f.name) is not None]
+    if len(units) != 1:
+        refuse(f"duration: give exactly one of epochs, examples, steps; found {units or 'none'}")
+    if not run.data.tars:
+        refuse("data.tars: expected at least one tar or pattern, found an empty list")
+    if not run.terms:
+        refuse("terms: expected at least one pair term, found none")
+    known = set(run.towers)
+    for name, head in run.heads.items():
+        if name in run.towers:
+            refuse(f"heads.{name}: a tower has that name; give the head another")
+        if head.on not in known:
+            refuse(f"heads.{name}.on: {head.on!r} is no tower and no earlier head; known here: {sorted(known)}")
+        known.add(name)
+    references = {f"terms.{n}.{s}": getattr(t, s) for n, t in run.terms.items() for s in ("x", "y")}
+    references |= {"deploy.image": run.deploy.image, "deploy.text": run.deploy.text}
+    for key, name in references.items():
+        if name not in run.heads:
+            refuse(f"{key}: {name!r} is no head; heads are {sorted(run.heads)}")
+    for name, term in run.terms.items():
+        if term.x == term.y:
+            refuse(f"terms.{name}: x and y are both {term.x!r}; a pair needs two heads")
+    if run.towers[run.root_of(run.deploy.text)].kind != "text":
+        refuse(f"deploy.text: {run.deploy.text!r} does not stand on a text tower")
+    if run.towers[run.root_of(run.deploy.image)].kind == "text":
+        refuse(f"deploy.image: {run.deploy.image!r} stands on a text tower")
+    used = {run.root_of(name) for name in references.values()}
+    if unused := sorted(set(run.towers) - used):
+        refuse(f"towers: {unused} are used by no term; remove them or add a term")
+    for kind in ("timm", "text"):
+        if len(run.towers_of(kind)) > 1:
+            refuse(f"towers: expected at most one of kind {kind!r}, found {run.towers_of(kind)}")
+    if run.data.crop_scale < 1 and (cached := run.towers_of("cache")):
+        refuse(
+            f"data.crop_scale: {run.data.crop_scale} asks for random crops, but {cached} hold the embedding of the "
+            "uncropped view only; set crop_scale: 1.0"
+        )
