@@ -19,6 +19,7 @@ constexpr float kLog2E = 1.44269504088896340736f;
 #else
 
 #define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")  // before every loop that indexes registers: a loop left standing puts them in memory
 #define KERNEL(threads, blocks_per_sm) extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
 
 DEVICE int thread() { return threadIdx.x; }
@@ -39,7 +40,7 @@ DEVICE float exp2_fast(float x) {
 template <class T>
 struct In {
   const T* at;
-  DEVICE T operator[](i64 i) const { return __ldg(at + i); }
+  DEVICE T operator[](i64 i) const { return at[i]; }
   DEVICE bool given() const { return at != nullptr; }
 };
 
@@ -69,4 +70,14 @@ DEVICE Shared<T> shared_memory(int byte_offset) {
 
 DEVICE int lane() { return thread() % kWarp; }
 DEVICE int warp() { return thread() / kWarp; }
-DEVICE float larger(float a, float b) { return a > b ? a : b; }
+
+// Maximum and sum over the lanes that differ in the bits first, 2 first, ... below `end`: the same value in all of them.
+DEVICE float max_of_lanes(float own, int first, int end) {
+  UNROLL for (int bit = first; bit < end; bit *= 2) own = fmaxf(own, shuffle_xor(own, bit));
+  return own;
+}
+
+DEVICE float sum_of_lanes(float own, int first, int end) {
+  UNROLL for (int bit = first; bit < end; bit *= 2) own += shuffle_xor(own, bit);
+  return own;
+}

@@ -1,0 +1,213 @@
+"""Tiles of the similarity matrix: what the chunk loop asks of a back end, and the plain torch back end.
+
+A tile is the block of logits between r rows of x and c columns of y. Every back end computes ``dot = x_rD @ y_cD.T`` with
+at least float32 accumulation and works on ``t = (scale * dot + bias) * log2(e)``: logits in base 2. Two kinds of entries
+are *excluded* from a tile, as if they were not there: the samples' own pairs (the positives, which the chunk loop treats
+apart in O(B)), found at ``(i, i + tile.diagonal)``, and, where labels are given, all entries of equal labels.
+
+The chunk loop gives tiles in a fixed order from one thread (one stream), with r, c >= 1 and never larger than
+``backend.rows`` x ``backend.cols``. Statistics are merged into the slices given, in place; a back end must give the same
+bits for the same sequence of calls. Gradient tiles may live in the back end's scratch: they are consumed before the next
+tile is asked for. A new back end implements `TileBackend` and is chosen in `backend_for`, nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Where a tile lies and how dots become logits."""
+
+    scale: float  # natural units: logit = scale * dot + bias; finite, > 0
+    bias: float  # 0 in the softmax family
+    diagonal: int  # entry (i, i + diagonal) is the sample's own pair; any integer, often outside the tile
+    row_labels_r: Tensor | None = None  # int32, contiguous; both or none
+    col_labels_c: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Log-sum-exp2 in two parts: 2^max * sum. Empty is (-inf, 0). Contiguous slices, updated in place."""
+
+    max_n: Tensor
+    sum_n: Tensor
+
+    @staticmethod
+    def empty(n: int, like: Tensor, dtype: torch.dtype) -> Running:
+        """n empty accumulators on the device of ``like``."""
+        return Running(torch.full((n,), -torch.inf, dtype=dtype, device=like.device), like.new_zeros(n, dtype=dtype))
+
+    def part(self, start: int, stop: int) -> Running:
+        """A view of the accumulators of these positions."""
+        return Running(self.max_n[start:stop], self.sum_n[start:stop])
+
+    def merge(self, max_n: Tensor, sum_n: Tensor) -> None:
+        """Add other partial results, in place."""
+        new_n = torch.maximum(self.max_n, max_n)
+        base_n = torch.where(new_n == -torch.inf, 0, new_n)  # empty with empty: 2^(-inf - 0) = 0, not NaN
+        self.sum_n.mul_(torch.exp2(self.max_n - base_n)).add_(sum_n * torch.exp2(max_n - base_n))
+        self.max_n.copy_(new_n)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Softmax along one side: the probability of an entry, times its loss weight, is ``factor * 2^(t - shift)``.
+
+    ``shift`` is at least every t of its row (column), so nothing overflows.
+    """
+
+    shift_n: Tensor
+    factor_n: Tensor
+
+    def part(self, start: int, stop: int) -> Weights:
+        """A view of the weights of these positions."""
+        return Weights(self.shift_n[start:stop], self.factor_n[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class SigmoidSums:
+    """Running results of the sigmoid family over admissible entries, z the natural logit. Updated in place."""
+
+    loss_r: Tensor  # += Σ_j softplus(z_ij)
+    prob_r: Tensor  # += Σ_j σ(z_ij)
+    row_max_r: Tensor  # running max of t
+    col_max_c: Tensor
+
+
+class TileBackend(Protocol):
+    """See the module's docstring for the contract."""
+
+    rows: int
+    cols: int
+    dtype: torch.dtype  # of statistics, weights and gradients: float32, or float64 for float64 features
+    kept_dtype: torch.dtype  # of kept tiles
+
+    def features(self, z_nD: Tensor) -> Tensor:
+        """Rows in the form that the methods below take them (dtype, contiguity). Called once per chunk and tile."""
+        ...
+
+    def stats(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
+    ) -> None:
+        """Merge the tile's row and column (max, sum) into rows and cols; if keep_rc is given, store the dots in it."""
+        ...
+
+    def softmax_grad(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
+    ) -> Tensor:
+        """``rows.factor_i 2^(t - rows.shift_i) + cols.factor_j 2^(t - cols.shift_j)``, excluded entries 0.
+
+        kept_rc holds the dots that `stats` stored (read only): then no dot needs computing.
+        """
+        ...
+
+    def sigmoid(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
+    ) -> Tensor | None:
+        """Merge into sums where given; where weights_r is given return ``weights_i σ(z_ij)``, excluded entries 0."""
+        ...
+
+    def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
+        """``dx += grad @ y``, accumulated in ``dtype``."""
+        ...
+
+    def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
+        """``dy += grad.T @ x``, accumulated in ``dtype``."""
+        ...
+
+
+def backend_for(x_bD: Tensor) -> TileBackend:
+    """The fastest back end that serves this tensor's device and dtype. The one point of dispatch."""
+    if x_bD.device.type == "cuda" and importlib.util.find_spec("threetowers.kernels.cuda") is not None:
+        from threetowers.kernels.cuda import cuda_backend  # optional packages: only where there is a GPU
+
+        backend: TileBackend | None = cuda_backend(x_bD)  # None: no kernel serves this dtype or architecture
+        if backend is not None:
+            return backend
+    return TorchTiles(torch.float64 if x_bD.dtype == torch.float64 else torch.float32)
+
+
+class LibraryTiles:
+    """What library GEMMs do for a back end: dots into a scratch buffer, gradient products accumulated."""
+
+    def __init__(self, dtype: torch.dtype, rows: int = 2048, cols: int = 4096) -> None:
+        self.rows, self.cols = rows, cols
+        self.dtype = self.kept_dtype = dtype
+        self._scratch_n = torch.empty(0, dtype=dtype)
+
+    def features(self, z_nD: Tensor) -> Tensor:
+        return z_nD.to(self.dtype)
+
+    def scratch(self, x_rD: Tensor, y_cD: Tensor) -> Tensor:
+        """An (r, c) buffer, the same memory at every call."""
+        size = len(x_rD) * len(y_cD)
+        if self._scratch_n.numel() < size:
+            self._scratch_n = x_rD.new_empty(size)
+        return self._scratch_n[:size].view(len(x_rD), len(y_cD))
+
+    def dots(self, x_rD: Tensor, y_cD: Tensor, keep_rc: Tensor | None = None) -> Tensor:
+        """``x @ y.T`` in keep_rc, or else in the scratch buffer."""
+        return torch.mm(x_rD, y_cD.T, out=self.scratch(x_rD, y_cD) if keep_rc is None else keep_rc)
+
+    def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
+        dx_rD.addmm_(grad_rc, y_cD)
+
+    def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
+        dy_cD.addmm_(grad_rc.T, x_rD)
+
+
+class TorchTiles(LibraryTiles):
+    """Any device, float32 or float64, in plain torch ops: the reference for other back ends, and their stand-in."""
+
+    def __init__(self, dtype: torch.dtype, rows: int = 1024, cols: int = 2048) -> None:
+        super().__init__(dtype, rows, cols)
+
+    def _logits(self, dot_rc: Tensor, tile: Tile) -> Tensor:
+        """t with -inf in excluded places; a new tensor."""
+        t_rc = dot_rc * (tile.scale * LOG2E)
+        if tile.bias:
+            t_rc += tile.bias * LOG2E
+        if tile.row_labels_r is not None and tile.col_labels_c is not None:
+            t_rc.masked_fill_(tile.row_labels_r[:, None] == tile.col_labels_c, -torch.inf)
+        if -len(t_rc) < tile.diagonal < t_rc.shape[1]:
+            t_rc.diagonal(tile.diagonal).fill_(-torch.inf)
+        return t_rc
+
+    def stats(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
+    ) -> None:
+        t_rc = self._logits(self.dots(x_rD, y_cD, keep_rc), tile)
+        for running, dim in ((rows, 1), (cols, 0)):
+            max_n = t_rc.amax(dim)
+            base_n = torch.where(max_n == -torch.inf, 0, max_n)
+            running.merge(max_n, torch.exp2(t_rc - base_n.unsqueeze(dim)).sum(dim))
+
+    def softmax_grad(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
+    ) -> Tensor:
+        t_rc = self._logits(self.dots(x_rD, y_cD) if kept_rc is None else kept_rc, tile)
+        grad_rc = torch.exp2(t_rc - rows.shift_n[:, None]).mul_(rows.factor_n[:, None])
+        return grad_rc.add_(torch.exp2(t_rc - cols.shift_n).mul_(cols.factor_n))
+
+    def sigmoid(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
+    ) -> Tensor | None:
+        t_rc = self._logits(self.dots(x_rD, y_cD), tile)
+        z_rc = t_rc / LOG2E
+        prob_rc = torch.sigmoid(z_rc)
+        if sums is not None:
+            sums.loss_r.add_((z_rc.clamp(min=0) + torch.log1p(torch.exp(-z_rc.abs()))).sum(1))
+            sums.prob_r.add_(prob_rc.sum(1))
+            torch.maximum(sums.row_max_r, t_rc.amax(1), out=sums.row_max_r)
+            torch.maximum(sums.col_max_c, t_rc.amax(0), out=sums.col_max_c)
+        return None if weights_r is None else prob_rc.mul_(weights_r[:, None])
