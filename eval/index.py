@@ -1,6 +1,7 @@
 """Nearest-neighbour search over embeddings with FAISS: exact by default, approximate by factory string."""
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ class VectorIndex:
 
 
 def build_index(
-    vectors_MD: ArrayLike, spec: str = "Flat", *, parameters: str = "", device: Device = "auto", seed: int = 0
+    vectors_MD: ArrayLike, spec: str = "Flat", *, parameters: str = "", device: Device = "auto"
 ) -> VectorIndex:
     """Index vectors by inner product, which is the cosine if they are unit-norm.
 
@@ -75,12 +76,12 @@ def build_index(
     try:
         # The factory's own default metric is L2, under which the largest cosine is not the nearest for other norms.
         index = faiss.index_factory(width, spec, faiss.METRIC_INNER_PRODUCT)
-        _seed_clustering(index, seed)
         if not index.is_trained:
             index.train(vectors_MD)
         index.add(vectors_MD)
         if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
+            space: Any = faiss.ParameterSpace()
+            space.set_index_parameters(index, parameters)
     except RuntimeError as error:
         raise ValueError(
             f"FAISS cannot build {spec!r} with parameters {parameters!r} from {size} vectors of width {width}: "
@@ -121,14 +122,6 @@ def _checked(vectors: ArrayLike, name: str) -> NDArray[np.float32]:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _seed_clustering(index: Any, seed: int) -> None:
-    import faiss
-
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        ivf.cp.seed = seed
-
-
 def _place(index: Any, spec: str, device: Device) -> tuple[Any, int]:
     """Shard the index over the GPUs, or leave it on the CPU and say why."""
     import faiss
@@ -150,5 +143,5 @@ def _place(index: Any, spec: str, device: Device) -> tuple[Any, int]:
 
 
 def _reason(error: RuntimeError) -> str:
-    """FAISS's message without the C++ function and file it opens with."""
-    return str(error).rsplit("Error: ", 1)[-1].splitlines()[0]
+    """FAISS's message without the C++ function, file and line it opens with."""
+    return re.split(r"\.(?:cpp|cu|h):\d+: (?:Error: )?", str(error))[-1].splitlines()[0]
