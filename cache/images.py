@@ -1,0 +1,48 @@
+"""Untrusted image bytes to an RGB picture, or one named error."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MAX_ASPECT = 100  # a 1 x 50,000 strip is small, but resizing its short side to 224 px needs gigabytes
+WHITE = (255, 255, 255, 255)
+
+
+class BadImage(ValueError):
+    """Bytes that are not an image this package is willing to decode. The message says why."""
+
+
+def decode_rgb(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
+    """Decode one image (first frame) into an upright, opaque RGB picture.
+
+    Size and aspect are checked from the header, before any pixel is decoded. The EXIF orientation is applied,
+    transparency is laid on white, 16-bit greyscale is scaled (Pillow alone would clip it).
+
+    Raises:
+        BadImage: not one of FORMATS, truncated or corrupt, more than `max_pixels`, sides more than 1:100 apart.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadImage(f"{width} x {height} pixels, more than max_pixels={max_pixels}")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise BadImage(f"{width} x {height} pixels, sides more than 1:{MAX_ASPECT} apart")
+            image.load()
+            return _opaque(ImageOps.exif_transpose(image))
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds: OSError, SyntaxError, struct.error, bombs, ...
+        raise BadImage(f"cannot be decoded ({len(data)} bytes): {error or type(error).__name__}") from error
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = image.point(lambda value: value * (255 / 65535) + 0.5).convert("L")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    return image.convert("RGB")

@@ -1,0 +1,117 @@
+"""The done record of a tar: written last, so that its presence means that the rows of the tar are whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
+
+from threetowers.cache.contract import Contract, ContractError, TarEntry, from_json
+from threetowers.cache.layout import slot_files
+
+DONE = "done"
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Size in bytes and crc32c of a whole file."""
+
+    size: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample without an embedding, and why."""
+
+    ordinal: int
+    key: str
+    status: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Norms:
+    """L2 norms over the OK rows as stored; None where there is no such row."""
+
+    min: float | None
+    mean: float | None
+    max: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was written for one tar.
+
+    `contract` is the digest of the cache's contract, `chunk_crc32c` has one entry per stored chunk of embeddings,
+    `bad` the first few of the samples that `counts` counts by status, `sum` and `max_abs` run over the OK rows as
+    stored, `tar_xxh3_128` over the bytes of the tar as they were streamed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    tar_id: int
+    fingerprint: str
+    contract: str
+    n_samples: int
+    n_ok: int
+    counts: dict[str, int]
+    bad: tuple[BadSample, ...]
+    ignored_members: int
+    files: dict[str, FileSum]
+    chunk_crc32c: tuple[int, ...]
+    norms: Norms
+    sum: float
+    max_abs: float
+    tar_xxh3_128: str
+    batch_size: int
+    device: str
+    seconds: float
+    finished: str
+    host: str
+
+    def undated(self) -> Record:
+        """The record without what differs between two builds of the same bytes."""
+        return dataclasses.replace(self, seconds=0.0, finished="", host="")
+
+
+def record_path(folder: Path, tar_id: int) -> Path:
+    return folder / DONE / f"{tar_id}.json"
+
+
+def read_record(folder: Path, contract: Contract, entry: TarEntry) -> Record:
+    """The done record of a tar, checked against contract, tar table and the sizes of its files.
+
+    Raises:
+        ContractError: there is none, it is of another tar or cache, or a file is missing or has another size.
+    """
+    path = record_path(folder, entry.id)
+    again = "run `threetowers cache build` again"
+    try:
+        record = from_json(Record, path)
+    except FileNotFoundError:
+        raise ContractError(f"tar {entry.path} ({entry.id}): half built, no {path}: {again}") from None
+    for field, expected in (
+        ("tar_id", entry.id),
+        ("fingerprint", entry.fingerprint),
+        ("n_samples", entry.n_samples),
+        ("contract", contract.digest),
+    ):
+        if getattr(record, field) != expected:
+            raise ContractError(
+                f"tar {entry.path} ({entry.id}): {path} is of another tar or cache: {field}: expected {expected}, "
+                f"found {getattr(record, field)}. Delete it and {again}"
+            )
+    for name, relative in slot_files(entry.id).items():
+        file = folder / relative
+        size = file.stat().st_size if file.is_file() else None
+        expected_size = record.files[name].size if name in record.files else None
+        if size is None or size != expected_size:
+            raise ContractError(
+                f"tar {entry.path} ({entry.id}): {file}: expected {expected_size} bytes, found "
+                f"{'no file' if size is None else size}. Delete {path} and {again}"
+            )
+    return record
