@@ -63,7 +63,7 @@ Tower = Annotated[ImageTower | TextTower | CacheTower, Field(discriminator="kind
 class Head:
     """A map from a tower (or from another head, before that one's normalisation) to the shared space."""
 
-    on: str
+    of: str
     kind: Literal["linear", "none"] = "linear"
 
 
@@ -180,7 +180,7 @@ class Run:
         """The tower at the bottom of a chain of heads."""
         name = head
         while name in self.heads:
-            name = self.heads[name].on
+            name = self.heads[name].of
         return name
 
 
@@ -273,8 +273,8 @@ def _check_references(run: Run, source: str) -> None:
     for name, head in run.heads.items():
         if name in run.towers:
             refuse(f"heads.{name}: a tower has that name; give the head another")
-        if head.on not in known:
-            refuse(f"heads.{name}.on: {head.on!r} is no tower and no earlier head; known here: {sorted(known)}")
+        if head.of not in known:
+            refuse(f"heads.{name}.of: {head.of!r} is no tower and no earlier head; known here: {sorted(known)}")
         known.add(name)
     references = {f"terms.{n}.{s}": getattr(t, s) for n, t in run.terms.items() for s in ("x", "y")}
     references |= {"deploy.image": run.deploy.image, "deploy.text": run.deploy.text}

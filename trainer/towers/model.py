@@ -40,8 +40,8 @@ class TowerModel(nn.Module):
         self.heads = nn.ModuleDict()
         for name, head in run.heads.items():
             linear = head.kind == "linear"
-            self.heads[name] = nn.Linear(widths[head.on], run.dim) if linear else nn.Identity()
-            widths[name] = run.dim if linear else widths[head.on]
+            self.heads[name] = nn.Linear(widths[head.of], run.dim) if linear else nn.Identity()
+            widths[name] = run.dim if linear else widths[head.of]
         for name, term in run.terms.items():
             if widths[term.x] != widths[term.y]:
                 raise ValueError(
@@ -73,7 +73,7 @@ class TowerModel(nn.Module):
             if name not in values:
                 on_tower = name in self.towers
                 module = self.towers[name] if on_tower else self.heads[name]
-                values[name] = module(inputs[name] if on_tower else value(self.run.heads[name].on))
+                values[name] = module(inputs[name] if on_tower else value(self.run.heads[name].of))
             return values[name]
 
         return {name: F.normalize(value(name), dim=-1) for name in heads}

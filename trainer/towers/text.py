@@ -43,6 +43,8 @@ class TextTransformer(nn.Module):
         x_bLw = self.norm(x_bLw)
         if self.pool == "mean":
             weight_bL1 = real_bL[..., None].to(x_bLw.dtype)
-            return (x_bLw * weight_bL1).sum(1) / weight_bL1.sum(1)
+            mean_bw: Tensor = (x_bLw * weight_bL1).sum(1) / weight_bL1.sum(1)
+            return mean_bw
         end_b = (tokens_bL == END).int().argmax(1)
-        return x_bLw[torch.arange(len(x_bLw), device=x_bLw.device), end_b]
+        end_bw: Tensor = x_bLw[torch.arange(len(x_bLw), device=x_bLw.device), end_b]
+        return end_bw

@@ -1,0 +1,48 @@
+# Everything runs in .venv, which the first target that needs it makes: only Python 3.11 and a C++ compiler are assumed.
+PYTHON ?= python3.11
+BIN := .venv/bin
+RUN := $(BIN)/threetowers
+# Two ranks on the machine at hand, as `deepspeed` would start them on the GPUs of a node.
+LAUNCH := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 2 --module threetowers
+DEMO := runs/emoji
+
+.PHONY: help demo demo-clean test lint types bench
+.DEFAULT_GOAL := help
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision setuptools wheel ninja
+	# DeepSpeed's own setup imports torch, so it is installed after it and outside build isolation.
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed  ## cache a classifier, train CLIP, LiT and 3T on it, compare them on concepts none of them saw
+	$(RUN) cache build --tars 'data/emoji/*.tar' --out $(DEMO)/cache \
+	    --backbone tf_efficientnet_lite0 --weights package:efficientnet-lite0 --image-size 160
+	$(RUN) cache verify $(DEMO)/cache --tars 'data/emoji/*.tar'
+	$(RUN) tokenizer train --tars 'data/emoji/train-*.tar' --vocab-size 4096 --out $(DEMO)/tokenizer.model
+	$(LAUNCH) train configs/emoji/clip.yaml
+	$(LAUNCH) train configs/emoji/lit.yaml
+	$(LAUNCH) train configs/emoji/3t.yaml
+	$(RUN) eval retrieval $(DEMO)/clip $(DEMO)/lit $(DEMO)/3t --tars 'data/emoji/test-*.tar' \
+	    --group-field concept --part-field style --out $(DEMO)/report
+
+demo-clean:  ## forget what the demo made, so that it starts over
+	rm -rf $(DEMO)
+
+test: .venv/installed  ## all tests, the distributed ones with real processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+
+lint: .venv/installed  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed  ## strict static types
+	$(BIN)/mypy
+
+bench: .venv/installed  ## measure against the floor and against peers; prints ratios
+	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

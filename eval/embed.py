@@ -1,0 +1,103 @@
+"""From tars and a trained run to embedded images and captions."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from threetowers.cache.tars import TarIndex
+from threetowers.trainer.data.join import CacheJoin
+from threetowers.trainer.data.samples import BadSample, annotation, concept, image
+from threetowers.trainer.data.view import center
+from threetowers.trainer.trained import TrainedModel
+
+Floats = npt.NDArray[np.float32]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of an evaluation set, by address."""
+
+    tar: int
+    ordinal: int
+    key: str
+    group: str  # what it shows; captions of the same group match it
+    part: str  # the gallery it belongs to
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The usable images of some tars. `skipped`: what could not be read, each with its reason."""
+
+    tars: list[TarIndex]
+    pictures: list[Picture]
+    skipped: list[str]
+
+    def parts(self) -> list[str]:
+        """Names of the galleries, sorted."""
+        return sorted({picture.part for picture in self.pictures})
+
+
+def evaluation_set(
+    tars: Sequence[TarIndex],
+    *,
+    group_field: str | None,
+    part_field: str | None,
+    max_captions: int,
+    max_pixels: int = 50_000_000,
+) -> EvaluationSet:
+    """Return what the tars hold, read once for every model that is to be compared.
+
+    `group_field`: JSON field naming what an image shows (None: each image is its own group, as in COCO). `part_field`:
+    JSON field that splits the set into galleries (None: one). Samples that cannot be read are listed, not dropped silently.
+    """
+    pictures, skipped = [], []
+    for number, tar in enumerate(tars):
+        for ordinal in range(len(tar.samples)):
+            try:
+                text = annotation(tar, ordinal)
+                image(tar, ordinal, max_pixels)
+                part = "all" if part_field is None else concept(tar, ordinal, text, part_field)
+                group = concept(tar, ordinal, text, group_field)
+            except BadSample as error:
+                skipped.append(str(error))
+                continue
+            key = tar.samples[ordinal].key
+            pictures.append(Picture(number, ordinal, key, group, part, text.captions[:max_captions]))
+    if not pictures:
+        reason = f"; the first of {len(skipped)} problems: {skipped[0]}" if skipped else ""
+        raise ValueError(f"no usable image with a caption in {[str(tar.path) for tar in tars]}{reason}")
+    return EvaluationSet(list(tars), pictures, skipped)
+
+
+def embed_images(model: TrainedModel, data: EvaluationSet, rows: CacheJoin | None, batch_size: int = 256) -> Floats:
+    """Return unit-norm embeddings (images, dim) float32. `rows`: the cached rows a LiT run stands on, None otherwise."""
+    parts = []
+    for pictures in _batches(data.pictures, batch_size, "images"):
+        if rows is not None:
+            inputs = torch.from_numpy(np.stack([rows.row(p.tar, p.ordinal) for p in pictures]))
+        else:
+            config = model.run.data
+            views = (center(image(data.tars[p.tar], p.ordinal, config.max_pixels), config.image_size) for p in pictures)
+            inputs = torch.stack(list(views))
+        parts.append(model.encode_images(inputs).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def embed_texts(model: TrainedModel, captions: Sequence[str], batch_size: int = 256) -> Floats:
+    """Return unit-norm embeddings (captions, dim) float32."""
+    parts = [model.encode_texts(batch).float().cpu().numpy() for batch in _batches(captions, batch_size, "captions")]
+    return np.concatenate(parts)
+
+
+def _batches(items: Sequence[T], size: int, unit: str) -> Iterator[Sequence[T]]:
+    with tqdm(total=len(items), unit=unit, leave=False, disable=None) as bar:
+        for start in range(0, len(items), size):
+            yield items[start : start + size]
+            bar.update(min(size, len(items) - start))

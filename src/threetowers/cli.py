@@ -1,0 +1,91 @@
+"""The command line: `threetowers cache | tokenizer | train | eval`.
+
+Commands are typed functions; their flags and help come from the signatures. What is heavy is imported where it runs,
+so that `threetowers --help` is quick.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.extras import SubcommandApp
+
+app = SubcommandApp()
+tokenizer = SubcommandApp()
+app.command(tokenizer, name="tokenizer")
+
+
+@app.command
+def train(
+    config: tyro.conf.Positional[Path],
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+) -> None:
+    """Train a run, or resume it: its folder holds all that is needed.
+
+    Start one process a GPU with `deepspeed --module threetowers train CONFIG` or `torchrun --nproc-per-node N -m
+    threetowers train CONFIG`; alone, it runs as a single process.
+
+    Args:
+        config: The run, as in configs/.
+        overrides: Changes to the config, as key.path=value: optim.lr=3e-4 engine.zero_stage=2
+    """
+    from threetowers.trainer.config import load
+    from threetowers.trainer.loop import train as run
+
+    summary = run(load(config, overrides))
+    if is_first_rank():
+        print(
+            f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
+            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.data_wait:.1%} waiting for data"
+        )
+
+
+@tokenizer.command(name="train")
+def tokenizer_train(
+    tars: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAR...")],
+    out: Path,
+    vocab_size: int = 4096,
+) -> None:
+    """Make a SentencePiece tokenizer from the captions in tars.
+
+    Args:
+        tars: Tars, globs or brace ranges; use the training tars only.
+        out: The .model file to write.
+        vocab_size: Pieces at most; a small corpus yields fewer.
+    """
+    from threetowers.cache.tars import expand, index_tar
+    from threetowers.trainer.data.samples import annotation
+    from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
+
+    indexes = [index_tar(path) for path in expand(tars)]
+    captions = [c for tar in indexes for ordinal in range(len(tar.samples)) for c in annotation(tar, ordinal).captions]
+    # A caption counts once, however many pictures carry it.
+    distinct = list(dict.fromkeys(captions))
+    model = train_tokenizer(distinct, vocab_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(model)
+    pieces = Tokenizer(model).vocab_size
+    print(f"{out}: {pieces:,} pieces from {len(distinct):,} distinct of {len(captions):,} captions in {len(indexes)} tars")
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for its launch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main() -> None:
+    """Run the command line. Bad input ends in one message and exit code 2, not in a traceback."""
+    # The deepspeed launcher puts --local_rank first; LOCAL_RANK in the environment says the same.
+    arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank=", "--local-rank="))]
+    level = logging.INFO if is_first_rank() else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("threetowers").setLevel(level)
+    try:
+        app.cli(prog="threetowers", args=arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"threetowers: {rank}{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,129 @@
+"""The model of a run: heads, scales, what the deployed part depends on."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.test_config import THREE, changed
+from threetowers.trainer.config import TextTower, parse
+from threetowers.trainer.objective import objective
+from threetowers.trainer.tokenizer import END, PAD
+from threetowers.trainer.towers.model import TowerModel, clamp_log_scale
+from threetowers.trainer.towers.text import TextTransformer
+
+WIDTHS = {"third": 20}
+
+
+def model_of(tree: dict[str, Any]) -> TowerModel:
+    torch.manual_seed(0)
+    return TowerModel(parse(tree), vocab_size=30, cache_widths=WIDTHS)
+
+
+def inputs_of(samples: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 30, (samples, 7), generator=generator)
+    tokens[:, -1] = END
+    return {
+        "image": torch.randint(0, 256, (samples, 3, 32, 32), generator=generator, dtype=torch.uint8),
+        "text": tokens,
+        "third": torch.randn(samples, 20, generator=generator),
+    }
+
+
+
+def test_embeddings_are_unit_and_scales_have_a_dimension() -> None:
+    model = model_of(THREE)
+    outputs = model(inputs_of(5))
+    assert set(outputs.embeddings) == {"f", "g", "f_h", "h_f"}
+    for embedding in outputs.embeddings.values():
+        assert embedding.shape == (5, 16)
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(5))
+    assert outputs.log_scales["scale"].item() == pytest.approx(math.log(14.3))
+    assert all(p.ndim >= 1 for p in model.parameters())
+
+
+def test_the_deployed_part_does_without_the_third_tower() -> None:
+    model = model_of(THREE).eval()
+    inputs = inputs_of(5)
+    before = model.encode_image(inputs), model.encode_text(inputs)
+    del model.towers["third"], model.heads["f_h"], model.heads["h_f"]
+    main = {name: inputs[name] for name in ("image", "text")}
+    assert model.encode_image(main).equal(before[0])
+    assert model.encode_text(main).equal(before[1])
+
+
+def test_the_frozen_tower_gets_no_gradient_and_everything_else_does() -> None:
+    model = model_of(THREE)
+    loss, _ = objective(model.run, model(inputs_of(6)), None)
+    loss.backward()
+    assert not list(model.towers["third"].parameters())
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_terms_of_weight_zero_leave_the_baseline() -> None:
+    """With the third-tower term's weight zero, f and g get exactly the gradient of the two-tower loss."""
+    inputs, grads = inputs_of(6), []
+    two = changed("terms.image-third", None)
+    for key in ("f_h", "h_f"):
+        del two["heads"][key]
+    del two["towers"]["third"]
+    for tree in (changed("terms.image-third.weight", 0.0), two):
+        model = model_of(tree)
+        loss, _ = objective(model.run, model(inputs), None)
+        loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if n.startswith(("towers.image", "towers.text"))})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], msg=name)
+
+
+def test_headless_terms_must_agree_in_width() -> None:
+    tree = changed("heads.h_f", {"of": "third", "kind": "none"})
+    with pytest.raises(ValueError, match=r"terms\.image-third: 'f_h' has width 16, 'h_f' has 20"):
+        model_of(tree)
+    tree["dim"] = 20
+    assert model_of(tree)(inputs_of(3)).embeddings["h_f"].shape == (3, 20)
+
+
+def test_separate_scales_and_sigmoid_biases() -> None:
+    tree = changed("terms.image-third.scale", "own")
+    tree["loss"] = {"family": "sigmoid"}
+    model = model_of(tree)
+    outputs = model(inputs_of(4))
+    assert set(outputs.log_scales) == set(outputs.biases) == {"scale", "own"}
+    loss, terms = objective(model.run, outputs, None)
+    assert float(loss.detach()) == pytest.approx(sum(float(t.loss) for t in terms.values()))
+
+
+def test_scale_is_clamped_and_can_come_back() -> None:
+    log_scale = torch.tensor([math.log(500.0)], requires_grad=True)
+    clamped = clamp_log_scale(log_scale, 100.0)
+    assert clamped.exp().item() == pytest.approx(100.0)
+    (grad,) = torch.autograd.grad(clamped, log_scale)
+    assert grad.item() == 1.0
+
+
+@pytest.mark.parametrize("pool", ["eos", "mean"])
+def test_padding_does_not_change_a_text(pool: Any) -> None:
+    torch.manual_seed(0)
+    tower = TextTransformer(TextTower("text", 16, 2, 2, pool=pool), 30, 12).eval()
+    short = torch.tensor([[5, 9, END]])
+    padded = torch.tensor([[5, 9, END, PAD, PAD]])
+    torch.testing.assert_close(tower(padded), tower(short))
+    assert not torch.allclose(tower(torch.tensor([[9, 5, END]])), tower(short))  # order matters
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        ({"kind": "timm", "model": "no_such_model"}, "timm cannot make 'no_such_model'"),
+        ({"kind": "timm", "model": "test_vit", "args": {"widht": 3}}, "timm cannot make 'test_vit' with {'widht': 3}"),
+        ({"kind": "timm", "model": "vit_tiny_patch16_224"}, "does not take 32-pixel images"),
+    ],
+)
+def test_image_towers_that_cannot_be(tower: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_of(changed("towers.image", tower))
+

@@ -1,0 +1,77 @@
+"""Checkpoints: DeepSpeed's own state to resume from, and safetensors to use the model by.
+
+A checkpoint exists once `latest` names it; `latest` is replaced atomically, after every rank has written its part.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, distributed
+
+from threetowers.trainer.engine import Ranks
+
+LATEST = "latest"  # DeepSpeed's name for it, so that its conversion tools find the checkpoint too
+
+
+def latest(folder: Path) -> int | None:
+    """Return the step of the newest whole checkpoint, None where there is none."""
+    pointer = folder / LATEST
+    return int(pointer.read_text().removeprefix("step-")) if pointer.exists() else None
+
+
+def save(engine: Any, folder: Path, step: int, keep: int, ranks: Ranks) -> None:
+    """Write a checkpoint of all ranks, point `latest` at it and remove all but the newest `keep`."""
+    tag = f"step-{step:08d}"
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+    distributed.barrier()
+    if ranks.first:
+        replace_text(folder / LATEST, tag)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    distributed.barrier()
+
+
+def resume(engine: Any, folder: Path) -> int:
+    """Load the newest checkpoint into the engine and return the number of steps it had made; 0 where there is none.
+
+    Raises ValueError when the checkpoint cannot be read in this layout of ranks and ZeRO stage.
+    """
+    step = latest(folder)
+    if step is None:
+        return 0
+    path, state = engine.load_checkpoint(str(folder), tag=f"step-{step:08d}")
+    if path is None or state["step"] != step:
+        raise ValueError(f"{folder}: checkpoint step-{step:08d} cannot be loaded; was it made by another launch layout?")
+    return step
+
+
+def save_weights(engine: Any, path: Path, ranks: Ranks) -> None:
+    """Write the model's parameters and buffers as one safetensors file, whole also under ZeRO 3. Call on all ranks."""
+    import deepspeed
+
+    module = engine.module
+    sharded = engine.zero_optimization_stage() == 3
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
+        if ranks.first:
+            state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
+            temporary = path.with_name(path.name + ".partial")
+            save_file(state, temporary)
+            _settle(temporary, path)
+    distributed.barrier()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file as a whole: readers see the old text or the new one, also after a power cut."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    _settle(temporary, path)
+
+
+def _settle(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+

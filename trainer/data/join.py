@@ -1,0 +1,29 @@
+"""The join of a cache to tars: by address (tar, ordinal), verified by the hash of the key. No teacher runs here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.layout import Status
+from threetowers.cache.tars import TarIndex
+
+
+class CacheJoin:
+    """The rows of one cache for a list of tars."""
+
+    def __init__(self, path: str | Path, tars: Sequence[TarIndex]) -> None:
+        """Raises ContractError if the cache is missing, half built, or was built of other tars."""
+        self.cache = EmbeddingCache.open(path)
+        self.tars = list(tars)
+        self.tar_ids = [self.cache.tar_id(tar) for tar in self.tars]
+
+    def good_rows(self, number: int) -> npt.NDArray[np.bool_]:
+        """Return which samples of the tar at place `number` of the list have an embedding."""
+        return self.cache.status(self.tar_ids[number]) == Status.OK
+
+    def row(self, number: int, ordinal: int) -> npt.NDArray[np.float32]:
+        """Return one embedding (D,). Raises ContractError when the cached row belongs to another key."""
+        return self.cache.row(self.tar_ids[number], ordinal, self.tars[number].samples[ordinal].key)

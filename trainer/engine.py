@@ -1,0 +1,101 @@
+"""DeepSpeed: the process group, the engine config generated from ours, the engine."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from threetowers.trainer.config import Run
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks() -> Ranks:
+    """Join the launcher's process group (`deepspeed`, `torchrun`; alone without either) and return this process's place.
+
+    NCCL and one GPU a process where there are GPUs, else gloo and an even share of the cores.
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed guesses, with warnings
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def deepspeed_config(run: Run, world: int) -> dict[str, Any]:
+    """Return the DeepSpeed config of a run; it is written beside the run, and never by hand."""
+    if run.batch % world:
+        raise ValueError(f"batch {run.batch} is not divisible by {world} ranks; change `batch` or the launch")
+    config: dict[str, Any] = {
+        "train_batch_size": run.batch,
+        "train_micro_batch_size_per_gpu": run.batch // world,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": run.optim.clip,  # always written: DeepSpeed's own default is 1.0, not off
+        "zero_optimization": {"stage": run.engine.zero_stage},
+        "bf16": {"enabled": run.engine.precision == "bfloat16"},
+        "optimizer": {
+            "type": "AdamW",
+            # torch_adam: the fused variants are compiled at first use and round differently on each device.
+            "params": {"torch_adam": True, "lr": run.optim.lr, "betas": list(run.optim.betas), "weight_decay": 0.0},
+        },
+        "steps_per_print": 10**9,  # the trainer logs
+    }
+    return _merge(config, run.engine.deepspeed_extra)
+
+
+def start_engine(model: nn.Module, run: Run, world: int) -> Any:
+    """Return a DeepSpeed engine around the model, with weight decay on matrices only."""
+    import deepspeed
+
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]  # norms, biases, scales
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[
+            {"params": decay, "weight_decay": run.optim.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ],
+        config=deepspeed_config(run, world),
+    )
+    return engine
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

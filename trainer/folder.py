@@ -1,0 +1,75 @@
+"""The folder of a run: everything that resuming, evaluating and reading about it needs, in one place.
+
+    config.yaml       the resolved config          deepspeed.json   generated from it
+    tokenizer.model   a copy                       contracts.json   what the caches promised, by tower
+    metrics.jsonl     one line per logged step     tensorboard/
+    checkpoints/      to resume from               model.safetensors, summary.json   written at the end
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from threetowers.trainer.checkpoint import replace_text
+from threetowers.trainer.config import ConfigError, Run, differences, dump, load
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside the folder of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.model"
+
+    @property
+    def contracts(self) -> Path:
+        return self.path / "contracts.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def check(self, run: Run) -> None:
+        """Raise ConfigError, with the differences, if the folder belongs to a run with another config."""
+        if not self.config.exists():
+            return
+        changed = differences(load(self.config), run)
+        if changed:
+            lines = "\n".join(f"  {d}" for d in changed)
+            raise ConfigError(
+                f"{self.path} holds a run with another config:\n{lines}\n"
+                "choose another `out`, go back to that config to resume it, or remove the folder"
+            )
+
+    def create(self, run: Run, deepspeed: Mapping[str, Any], contracts: Mapping[str, Any]) -> None:
+        """Write what is known before the first step. Does nothing that a resumed run would change."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if Path(run.data.tokenizer).resolve() != self.tokenizer.resolve():
+            shutil.copyfile(run.data.tokenizer, self.tokenizer)
+        replace_text(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
+        replace_text(self.contracts, json.dumps(contracts, indent=2))
+        replace_text(self.config, yaml.safe_dump(dump(run), sort_keys=False))  # last: it marks the folder as a run's

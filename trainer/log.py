@@ -1,0 +1,68 @@
+"""What a run says of itself: a readable line, a JSON line and tensorboard scalars per logged step."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float | int | None]
+
+
+class MetricsLog:
+    """Writes `metrics.jsonl` and, if asked, tensorboard events. For the first rank only."""
+
+    def __init__(self, folder: Path, resumed_at: int, tensorboard: bool) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._drop_after(resumed_at)
+        self._file = self._path.open("a")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+
+    def write(self, metrics: Metrics) -> None:
+        """Append one step's metrics; `metrics["step"]` is its number, from 1."""
+        self._file.write(json.dumps({k: _json(v) for k, v in metrics.items()}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _drop_after(self, step: int) -> None:
+        """Forget steps that a run made after its last checkpoint: they are about to be made again."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self._path.write_text("".join(whole))
+
+
+def step_line(metrics: Metrics, total: int) -> str:
+    """Return one step's metrics as one readable line."""
+    terms = {name.split("/")[1] for name in metrics if name.startswith("terms/")}
+    parts = [f"step {metrics['step']}/{total}", f"epoch {metrics['epoch']:.2f}", f"loss {metrics['loss']:.4f}"]
+    for term in sorted(terms):
+        loss, accuracy = metrics[f"terms/{term}/loss"], metrics[f"terms/{term}/accuracy"]
+        parts.append(f"{term} {loss:.3f} acc {accuracy:.1%} scale {metrics[f'terms/{term}/scale']:.1f}")
+    if (norm := metrics["grad_norm"]) is not None:
+        parts.append(f"grad {norm:.2f}")
+    parts.append(f"lr {metrics['lr']:.2e}")
+    parts.append(f"{metrics['images_per_s']:.0f} img/s")
+    parts.append(f"data {metrics['data_wait']:.0%}")
+    if metrics["skipped"]:
+        parts.append(f"skipped {metrics['skipped']}")
+    return " | ".join(parts)
+
+
+def _json(value: float | int | None) -> float | int | None:
+    return value if value is None or math.isfinite(value) else None

@@ -1,0 +1,72 @@
+"""A finished run, loaded for use: its model, its tokenizer, and what its caches promised."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from threetowers.trainer.config import CacheTower, Run, load
+from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.tokenizer import Tokenizer
+from threetowers.trainer.towers.model import TowerModel
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Embeds images and texts with the deployed heads of a run."""
+
+    run: Run
+    model: TowerModel
+    tokenizer: Tokenizer
+    contracts: dict[str, dict[str, Any]]  # of the cached towers the run was trained with, by tower
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TrainedModel":
+        """Return the model of a run's folder, in float32 and evaluation mode.
+
+        Raises ValueError when the folder holds no finished run.
+        """
+        folder = RunFolder(Path(path))
+        for needed in (folder.config, folder.weights, folder.tokenizer, folder.contracts):
+            if not needed.exists():
+                raise ValueError(
+                    f"{folder.path} holds no finished run: {needed.name} is missing; finish it with `threetowers train`"
+                )
+        run = load(folder.config)
+        tokenizer = Tokenizer.load(folder.tokenizer)
+        contracts = json.loads(folder.contracts.read_text())
+        widths = {name: contract["dim"] for name, contract in contracts.items()}
+        model = TowerModel(run, tokenizer.vocab_size, widths)
+        model.load_state_dict(load_file(folder.weights))
+        return cls(run, model.to(device, torch.float32).eval(), tokenizer, contracts)
+
+    @property
+    def image_tower(self) -> str:
+        """The tower that the deployed image head stands on; a cached one in a LiT run."""
+        return self.run.root_of(self.run.deploy.image)
+
+    @property
+    def sees_cached_rows(self) -> bool:
+        """Whether images reach the model as rows of a cache (LiT) and not as pictures."""
+        return isinstance(self.run.towers[self.image_tower], CacheTower)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return unit-norm embeddings (b, dim) of pictures (b, 3, S, S) uint8, or of cached rows (b, D) in a LiT run."""
+        return self.model.encode_image({self.image_tower: images.to(self._device)})
+
+    @torch.inference_mode()
+    def encode_texts(self, captions: Sequence[str]) -> Tensor:
+        """Return unit-norm embeddings (len(captions), dim)."""
+        tower = self.run.root_of(self.run.deploy.text)
+        tokens_bL = self.tokenizer.encode(captions, self.run.data.context)
+        return self.model.encode_text({tower: tokens_bL.to(self._device)})
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
