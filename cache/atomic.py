@@ -61,9 +61,6 @@ def sync_folder(path: Path) -> None:
 
 
 def clear_staged(folder: Path, owner: str) -> None:
-    """Remove the staged files of an owner whose work is finished, and the staging folder once it is empty."""
-    staging = folder / STAGING
-    for path in staging.glob(f"{owner}.*"):
+    """Remove what killed runs left staged for an owner that is about to be finished."""
+    for path in (folder / STAGING).glob(f"{owner}.*"):
         path.unlink(missing_ok=True)
-    if staging.is_dir() and not any(staging.iterdir()):
-        staging.rmdir()

@@ -106,6 +106,26 @@ class TarTable:
     def by_fingerprint(self) -> dict[str, TarEntry]:
         return {entry.fingerprint: entry for entry in self.entries}
 
+    def find(self, index: TarIndex) -> TarEntry:
+        """The entry of a tar, by fingerprint, wherever the tar lies now.
+
+        Raises:
+            ContractError: there is none; says whether a tar of that name is there, packed differently.
+        """
+        entry = self.by_fingerprint.get(index.fingerprint)
+        if entry is not None:
+            return entry
+        named = [e.fingerprint for e in self.entries if os.path.basename(e.path) == index.path.name]
+        if named:
+            raise ContractError(
+                f"{index.path}: packed or downloaded again since the cache was begun: expected fingerprint "
+                f"{' or '.join(named)}, found {index.fingerprint}. Build a new cache, or bring the old tar back"
+            )
+        raise ContractError(
+            f"{index.path}: not among the {len(self.entries)} tars of this cache, by fingerprint ({index.fingerprint}) "
+            "or by name. A cache is of a fixed list of tars: build a new one"
+        )
+
     @classmethod
     def of(cls, indexes: Sequence[TarIndex]) -> TarTable:
         """The table of these tars, in this order.

@@ -22,8 +22,8 @@ class Status(enum.IntEnum):
 
 
 def slot_and_chunk(dim: int, dtype: str, largest_tar: int) -> tuple[int, int]:
-    """(slot, chunk_rows) in rows: chunks of about CHUNK_BYTES, a power of two, and no more than an eighth of the largest
-    tar, because a tar's last chunk is padded to its full size."""
+    """(slot, chunk_rows) in rows: chunks of about CHUNK_BYTES, a power of two, and no more than an eighth of the
+    largest tar, because a tar's last chunk is padded to its full size."""
     wanted = CHUNK_BYTES / (dim * np.dtype(dtype).itemsize)
     chunk_rows = 2 ** max(0, min(round(math.log2(wanted)), math.floor(math.log2(largest_tar / 8))))
     return math.ceil(largest_tar / chunk_rows) * chunk_rows, chunk_rows

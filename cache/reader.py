@@ -6,20 +6,18 @@ one of its rows is touched; a row is handed out only when the hash of its key is
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from threetowers.cache import shard
 from threetowers.cache.contract import Contract, ContractError, TarEntry, TarTable, read_contract
 from threetowers.cache.layout import Status, slot_files
-from threetowers.cache.record import Record, read_record, record_path
+from threetowers.cache.record import FileSum, Record, read_record, record_path
 from threetowers.cache.tars import TarIndex, key_hash
 
 Float32 = npt.NDArray[np.float32]
@@ -80,18 +78,7 @@ class EmbeddingCache:
         Raises:
             ContractError: the cache is of no such tar, or of a tar of that name that was packed again, or half built.
         """
-        entry = self.table.by_fingerprint.get(index.fingerprint)
-        if entry is None:
-            named = [e for e in self.tars if os.path.basename(e.path) == index.path.name]
-            if named:
-                raise ContractError(
-                    f"{index.path}: packed or downloaded again since {self.path} was built: expected fingerprint "
-                    f"{' or '.join(e.fingerprint for e in named)}, found {index.fingerprint}. Build a new cache"
-                )
-            raise ContractError(
-                f"{index.path}: not among the {len(self.tars)} tars of {self.path} (neither its fingerprint "
-                f"{index.fingerprint} nor its name). Build a cache of it"
-            )
+        entry = self.table.find(index)
         self.record(entry.id)
         return entry.id
 
@@ -189,8 +176,8 @@ class EmbeddingCache:
         try:
             offsets = shard.chunk_offsets(emb, n_chunks, stored, self._chunk_bytes)
             for name in ("key_hash", "status"):
-                if google_crc32c.value(files[name].read_bytes()) != record.files[name].crc32c:
-                    raise shard.BadShard(f"crc32c of {name} does not match")
+                if FileSum.of(files[name].read_bytes()) != record.files[name]:
+                    raise shard.BadShard(f"{files[name]} is not the file that was written")
         except shard.BadShard as error:
             raise self._damaged(tar_id, error) from error
         hashes = np.fromfile(files["key_hash"], dtype="<u8", count=entry.n_samples)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import xxhash
 from pydantic import ConfigDict
 
 from threetowers.cache.contract import Contract, ContractError, TarEntry, from_json
@@ -17,10 +18,20 @@ DONE = "done"
 
 @dataclass(frozen=True)
 class FileSum:
-    """Size in bytes and crc32c of a whole file."""
+    """Size in bytes and xxh3_128 of a whole file.
+
+    Not crc32c: each part of a shard is followed by its own crc32c, and over such a file crc32c is a constant, the same for
+    every sound shard, so that it could not tell swapped files apart.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     size: int
-    crc32c: int
+    xxh3_128: str
+
+    @classmethod
+    def of(cls, data: bytes) -> FileSum:
+        return cls(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 @dataclass(frozen=True)

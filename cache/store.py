@@ -9,7 +9,6 @@ import json
 import math
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -68,7 +67,7 @@ def write_slot(
     key_hash_n: npt.NDArray[np.uint64],
     status_n: npt.NDArray[np.uint8],
 ) -> tuple[dict[str, FileSum], list[int]]:
-    """Write the rows of one tar: size and crc32c of each file, and the crc32c of each chunk of embeddings.
+    """Write the rows of one tar: size and digest of each file, and the crc32c of each chunk of embeddings.
 
     Raises:
         WriteError: the folder does not take it.
@@ -87,5 +86,5 @@ def write_slot(
     for name, path in slot_files(tar_id).items():
         data, _ = encoded[name]
         write_atomic(folder / path, data, folder=folder, owner=f"{tar_id}.{name}")
-        sums[name] = FileSum(len(data), google_crc32c.value(data))
+        sums[name] = FileSum.of(data)
     return sums, encoded["emb"][1]
