@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from threetowers.kernels.dense import dense_accuracies, dense_losses_per_sample
+from threetowers.kernels.checks import settle, shape_fault
+from threetowers.kernels.distributed import Ranks, group_name
+from threetowers.kernels.operator import PER_PAIR, contrastive_forward
 
 Family = Literal["softmax", "sigmoid"]
 Reduction = Literal["mean", "sum", "none"]
@@ -26,7 +28,7 @@ class Pair(NamedTuple):
 
 class PairResult(NamedTuple):
     """Loss of one pair term, and the share of the global batch's rows (x→y) and columns (y→x) whose positive is
-    strictly above every admissible negative (detached scalars)."""
+    above every admissible negative by more than rounding (detached scalars, the same on all ranks)."""
 
     loss: Tensor
     accuracy_xy: Tensor
@@ -42,8 +44,33 @@ def contrastive_losses(
     workspace_bytes: int = 0,
     reduction: Reduction = "mean",
 ) -> list[PairResult]:
-    """Losses of several pair terms over one global batch. See `contrastive_loss`."""
-    return [_dense(pair, family, sample_ids, process_group, reduction) for pair in pairs]
+    """Losses of several pair terms over one global batch, with one set of collectives for all of them.
+
+    Arguments, conventions and errors are those of `contrastive_loss`. Local batches may differ from pair to pair (a
+    term that some samples lack) as long as no sample_ids are given. At most 32 pairs. workspace_bytes is the budget of
+    all pairs together.
+    """
+    x, y = [pair.x for pair in pairs], [pair.y for pair in pairs]
+    log_scale, bias = [pair.log_scale for pair in pairs], [pair.bias for pair in pairs]
+    group = group_name(process_group)
+    fault = shape_fault(x, y, log_scale, bias, sample_ids, family, reduction, workspace_bytes)
+    if fault:
+        settle(Ranks(group), fault, "", [])
+    needs = [_wants(part) for pair in pairs for part in (pair.x, pair.y, pair.log_scale)]
+    swapped = [_column_side_is_better_x(pair, family, reduction) for pair in pairs]
+    for k, swap in enumerate(swapped):
+        if swap:
+            x[k], y[k] = y[k], x[k]
+            needs[3 * k], needs[3 * k + 1] = needs[3 * k + 1], needs[3 * k]
+    biases = []
+    if family == "sigmoid":
+        biases = [pair.log_scale.new_zeros(1) if pair.bias is None else pair.bias for pair in pairs]
+    flat = contrastive_forward(x, y, log_scale, biases, sample_ids, family, reduction, group, workspace_bytes, needs)
+    results = []
+    for k, swap in enumerate(swapped):
+        loss, accuracy_2 = flat[PER_PAIR * k], flat[PER_PAIR * k + 1].detach()
+        results.append(PairResult(loss, accuracy_2[int(swap)], accuracy_2[1 - int(swap)]))
+    return results
 
 
 def contrastive_loss(
@@ -58,11 +85,39 @@ def contrastive_loss(
     workspace_bytes: int = 0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Contrastive loss of matched rows x_bD and y_bD over the batch joined from all ranks.
+    """Contrastive loss of matched rows of x and y over the batch joined from all ranks, in memory linear in the batch.
 
-    The value is the global batch's mean loss, the same on all ranks. Gradients are scaled for mean-averaging (DDP,
-    DeepSpeed): after averaging parameter gradients over ranks, features, scale and bias get exactly the gradient of the
-    one-process loss on the joined batch.
+    Logits are ``s_ij = exp(log_scale) <x_i, y_j> + bias`` of the features as given (normalise them before).
+    softmax: InfoNCE in both directions, the mean of ``½ (-log P(y_i | x_i) - log P(x_i | y_i))`` (van den Oord et al.
+    2018; CLIP, Radford et al. 2021). sigmoid: the mean over i of ``softplus(-s_ii) + Σ_j≠i softplus(s_ij)`` (SigLIP,
+    Zhai et al. 2023).
+
+    Args:
+        x, y: local features (b, D), float32, bfloat16, float16 or float64, the same for both. Ranks may hold different
+            b, also none. A side that needs no gradient costs no gradient product.
+        log_scale: shape [1]; the scale is its exponential.
+        bias: shape [1], sigmoid only; 0 if not given.
+        sample_ids: int64 (b,). Pairs of equal ids, other than a sample with itself, are no negatives of each other:
+            they leave the softmax's denominators or the sigmoid's sum.
+        process_group: ranks that share the batch. None: the default group where torch.distributed is initialised, else
+            this process alone.
+        workspace_bytes: memory in which similarity tiles may be kept from forward to backward. At 0 the softmax costs
+            4 products of 2 B B D operations (forward 1, backward 3); with room for all tiles 3. The sigmoid always
+            costs 3, with reduction "none" 4.
+        reduction: "mean" or "sum" over the global batch, or "none" for the losses (b,) of the local samples.
+
+    Returns:
+        The loss, float32 (float64 for float64 features). "mean" and "sum" give the global batch's value, the same on all
+        ranks. Gradients are scaled for the averaging of DDP and DeepSpeed: once parameter gradients are averaged over
+        ranks, those of features, scale and bias are exactly the gradients of one process with the joined batch. The
+        gradient that arrives at a "mean" or "sum" must be the same on all ranks, while "none" takes any weights per
+        sample and leads to the gradient of the mean over ranks of each one's weighted sum. Deterministic to the bit on
+        one device.
+
+    Raises:
+        ValueError: shapes, types, devices, values (NaN, infinite, beyond floating point) or ranks that do not fit;
+            before any work, and on all ranks, whichever of them was at fault.
+        RuntimeError: when differentiated twice.
     """
     return contrastive_losses(
         [Pair(x, y, log_scale, bias)],
@@ -74,45 +129,11 @@ def contrastive_loss(
     )[0].loss
 
 
-def _dense(
-    pair: Pair, family: Family, ids: Tensor | None, group: dist.ProcessGroup | None, reduction: Reduction
-) -> PairResult:
-    x_BD, y_BD, start = pair.x, pair.y, 0
-    if dist.is_available() and dist.is_initialized():
-        sizes: list[int] = [0] * dist.get_world_size(group)
-        dist.all_gather_object(sizes, len(pair.x), group)
-        start = sum(sizes[: dist.get_rank(group)])
-        x_BD, y_BD = (_join(part, sizes, group) for part in (pair.x, pair.y))
-        ids = None if ids is None else _join(ids, sizes, group)
-    losses_B = dense_losses_per_sample(
-        x_BD, y_BD, pair.log_scale, bias=pair.bias, family=family, sample_ids=ids, dtype=torch.float32
-    )
-    if reduction == "none":
-        losses = losses_B[start : start + len(pair.x)]
-    else:
-        losses = losses_B.mean() if reduction == "mean" else losses_B.sum()
-    with torch.no_grad():
-        return PairResult(losses, *dense_accuracies(x_BD, y_BD, sample_ids=ids, dtype=torch.float32))
+def _wants(part: Tensor) -> bool:
+    return torch.is_grad_enabled() and part.requires_grad
 
 
-def _join(part_bD: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows in rank order; the own rows stay in the graph, with their gradient times the number of ranks."""
-    padded = part_bD.new_zeros(max(sizes), *part_bD.shape[1:])
-    padded[: len(part_bD)] = part_bD.detach()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group)
-    parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
-    if part_bD.is_floating_point():
-        parts[dist.get_rank(group)] = cast(Tensor, _TimesRanks.apply(part_bD, len(sizes)))
-    return torch.cat(parts)
-
-
-class _TimesRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part_bD: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return part_bD.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * ctx.ranks, None
+def _column_side_is_better_x(pair: Pair, family: str, reduction: str) -> bool:
+    """Whether swapping the sides saves the reduction of dy over ranks: only the column side's gradient travels."""
+    symmetric = family == "softmax" or reduction != "none"
+    return symmetric and _wants(pair.y) and not _wants(pair.x)

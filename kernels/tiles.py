@@ -1,14 +1,15 @@
 """Tiles of the similarity matrix: what the chunk loop asks of a back end, and the plain torch back end.
 
-A tile is the block of logits between r rows of x and c columns of y. Every back end computes ``dot = x_rD @ y_cD.T`` with
-at least float32 accumulation and works on ``t = (scale * dot + bias) * log2(e)``: logits in base 2. Two kinds of entries
-are *excluded* from a tile, as if they were not there: the samples' own pairs (the positives, which the chunk loop treats
-apart in O(B)), found at ``(i, i + tile.diagonal)``, and, where labels are given, all entries of equal labels.
+A tile is the block of logits between r rows of x and c columns of y. Every back end computes
+``dot = x_rD @ y_cD.T`` with at least float32 accumulation and works on ``t = (scale * dot + bias) * log2(e)``: logits
+in base 2. Two kinds of entries are *excluded* from a tile, as if they were not there: the samples' own pairs (the
+positives, which the chunk loop treats apart in O(B)), found at ``(i, i + tile.diagonal)``, and, where labels are given,
+all entries of equal labels.
 
 The chunk loop gives tiles in a fixed order from one thread (one stream), with r, c >= 1 and never larger than
-``backend.rows`` x ``backend.cols``. Statistics are merged into the slices given, in place; a back end must give the same
-bits for the same sequence of calls. Gradient tiles may live in the back end's scratch: they are consumed before the next
-tile is asked for. A new back end implements `TileBackend` and is chosen in `backend_for`, nowhere else.
+``backend.rows`` x ``backend.cols``. Statistics are merged into the slices given, in place; a back end must give the
+same bits for the same sequence of calls. Gradient tiles may live in the back end's scratch: they are consumed before
+the next tile is asked for. A new back end implements `TileBackend` and is chosen in `backend_for`, nowhere else.
 """
 
 from __future__ import annotations

@@ -1,0 +1,139 @@
+"""The bidirectional softmax loss (InfoNCE) over tiles: one unit forward, three backward, less the kept tiles.
+
+``loss_i = ½ (softplus(r_i - s_ii) + softplus(c_i - s_ii))`` with r and c the log-sum-exp of a row's and a column's
+*negatives*. The positive enters no tile, so a loss of 1e-20 and its gradient keep their relative accuracy, where
+``lse - s_ii`` would be zero. Log-sum-exps stay in two parts (maximum, sum): large common offsets then cancel exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from threetowers.kernels.chunked import KeptTiles, softmax_grads, softmax_stats
+from threetowers.kernels.distributed import Columns, Ranks
+from threetowers.kernels.term import (
+    Term,
+    finish,
+    reduce_totals,
+    reduced_loss,
+    sample_weights,
+    softplus,
+    totals_of,
+    uniform_gain,
+)
+from threetowers.kernels.tiles import LOG2E, Running, Weights
+
+
+class SoftmaxState(NamedTuple):
+    """Forward's results of one term; from row_shift_b on, what backward reads."""
+
+    loss: Tensor
+    accuracy_2: Tensor
+    row_shift_b: Tensor
+    row_half_b: Tensor  # ½ / Σ_j 2^(t_ij - shift_i), positive included
+    col_shift_B: Tensor
+    col_half_B: Tensor
+    pull_b: Tensor  # ½ (1 - P_ii of the row) + ½ (1 - P_ii of the column)
+    kept_n: Tensor
+
+
+def softmax_forward(
+    terms: Sequence[Term], columns: Columns, ranks: Ranks, reduction: str, workspace_bytes: int
+) -> list[SoftmaxState]:
+    """Losses of all terms: collectives are the columns' gather, two of column statistics, one of totals."""
+    rows = [Running.empty(term.batch, term.x_bD, term.backend.dtype) for term in terms]
+    cols = [Running.empty(term.shards.total, term.x_bD, term.backend.dtype) for term in terms]
+    rooms = _rooms(terms, workspace_bytes)
+    kept = [KeptTiles(room_n) for room_n in rooms]
+    for step in range(ranks.size):
+        for k, term in enumerate(terms):
+            block = term.block(columns, term.shards.order[step])
+            softmax_stats(term.backend, block, rows[k], cols[k], kept[k])
+    positives = [term.positives() for term in terms]
+    positives_B = _reduce_columns(terms, cols, [t_b for t_b, _ in positives], ranks)
+
+    finished, totals = [], []
+    for term, (t_b, margin_b), row, col in zip(terms, positives, rows, cols, strict=True):
+        own = col.part(term.shards.own.start, term.shards.own.stop)
+        z_rows_b, z_cols_b = (((side.max_n - t_b) + torch.log2(side.sum_n)) / LOG2E for side in (row, own))
+        loss_b = (softplus(z_rows_b) + softplus(z_cols_b)) / 2
+        finished.append((loss_b, (torch.sigmoid(z_rows_b) + torch.sigmoid(z_cols_b)) / 2))
+        totals.append(totals_of(loss_b, t_b - row.max_n > margin_b, t_b - own.max_n > margin_b))
+    states = []
+    for k, total_3 in enumerate(reduce_totals(terms, totals, ranks)):
+        loss, accuracy_2 = reduced_loss(terms[k], finished[k][0], total_3, reduction)
+        sides = (*_half_weights(rows[k], positives[k][0]), *_half_weights(cols[k], positives_B[k]))
+        states.append(SoftmaxState(loss, accuracy_2, *sides, finished[k][1], rooms[k]))
+    return states
+
+
+def _rooms(terms: Sequence[Term], workspace_bytes: int) -> list[Tensor]:
+    """Memory for kept tiles: terms take from the budget in turn."""
+    rooms = []
+    for term in terms:
+        sizes = [term.shards.sizes[rank] for rank in term.shards.order]
+        budget = workspace_bytes if term.needs_gradient else 0
+        room = KeptTiles.room(term.backend, term.batch, sizes, budget)
+        workspace_bytes -= room * term.backend.kept_dtype.itemsize
+        rooms.append(torch.empty(room, dtype=term.backend.kept_dtype, device=term.x_bD.device))
+    return rooms
+
+
+def _reduce_columns(
+    terms: Sequence[Term], cols: Sequence[Running], positives: Sequence[Tensor], ranks: Ranks
+) -> list[Tensor]:
+    """Merge column statistics over ranks in place; returns every column's positive logit, (B,) each."""
+    if ranks.size == 1:
+        return list(positives)
+    max_N = torch.cat([col.max_n for col in cols])
+    ranks.max_(max_N)
+    sums, lengths = [], [len(col.max_n) for col in cols]
+    for term, col, new_B, t_b in zip(terms, cols, torch.split(max_N, lengths), positives, strict=True):
+        base_B = torch.where(new_B == -torch.inf, 0, new_B)
+        t_B = torch.zeros_like(col.sum_n)
+        t_B[term.shards.own] = t_b
+        sums += [col.sum_n * torch.exp2(col.max_n - base_B), t_B]
+        col.max_n.copy_(new_B)
+    sums_N = torch.cat(sums)
+    ranks.sum_(sums_N)
+    parts = torch.split(sums_N, [length for length in lengths for _ in range(2)])
+    for col, sum_B in zip(cols, parts[::2], strict=True):
+        col.sum_n.copy_(sum_B)
+    return [t_B.to(col.sum_n.dtype) for col, t_B in zip(cols, parts[1::2], strict=True)]
+
+
+def _half_weights(running: Running, t_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and ½ / sum of the softmax over negatives and the positive t."""
+    shift_n = torch.maximum(running.max_n, t_n)
+    total_n = running.sum_n * torch.exp2(running.max_n - shift_n) + torch.exp2(t_n - shift_n)
+    return shift_n, 0.5 / total_n
+
+
+def softmax_backward(
+    terms: Sequence[Term], states: Sequence[SoftmaxState], grads: Sequence[Tensor], columns: Columns, ranks: Ranks,
+    reduction: str,
+) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """(dx, dy, d log_scale) of every term. The reduction of one term's dy travels while the next is computed."""
+    pending = []
+    for term, state, grad in zip(terms, states, grads, strict=True):
+        rows, cols = Weights(state.row_shift_b, state.row_half_b), Weights(state.col_shift_B, state.col_half_B)
+        pull_b, gain = state.pull_b, uniform_gain(term, grad, reduction)
+        if reduction == "none":
+            weights_B, gain = sample_weights(term, grad, ranks)
+            weights_b = weights_B[term.shards.own]
+            rows = Weights(rows.shift_n, rows.factor_n * weights_b)
+            cols = Weights(cols.shift_n, cols.factor_n * weights_B)
+            pull_b = pull_b * weights_b
+        dx_bD, dy_WmD = term.gradient_buffers()
+        if dx_bD is not None or dy_WmD is not None:
+            kept = KeptTiles(state.kept_n)
+            for rank in term.shards.order:
+                block = term.block(columns, rank)
+                dy_sD = None if dy_WmD is None else dy_WmD[rank, : len(block.y_sD)]
+                softmax_grads(term.backend, block, rows, cols, kept, dx_bD, dy_sD)
+        pending.append((term, dx_bD, None if dy_WmD is None else ranks.scatter_sum_async(dy_WmD), pull_b, gain))
+    return [finish(*parts) for parts in pending]
