@@ -20,8 +20,8 @@ DONE = "done"
 class FileSum:
     """Size in bytes and xxh3_128 of a whole file.
 
-    Not crc32c: each part of a shard is followed by its own crc32c, and over such a file crc32c is a constant, the same for
-    every sound shard, so that it could not tell swapped files apart.
+    Not crc32c: each part of a shard is followed by its own crc32c, and over such a file crc32c is a constant, the same
+    for every sound shard, so that it could not tell swapped files apart.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

@@ -25,12 +25,9 @@ from threetowers.cache.record import FileSum
 CONTRACT_OWNER = "contract"
 
 
-def metadata(contract: Contract, n_tars: int) -> dict[str, bytes]:
-    """The `zarr.json` files of the store, as zarr-python writes them, by path inside the store."""
-    written: dict[str, Buffer] = {}
-    group = zarr.create_group(
-        MemoryStore(written), attributes={"row": "tar_id * slot + ordinal", "slot": contract.slot}
-    )
+def empty_group(contract: Contract, n_tars: int, store: MemoryStore) -> zarr.Group:
+    """The group of the three arrays, without rows."""
+    group = zarr.create_group(store, attributes={"row": "tar_id * slot + ordinal", "slot": contract.slot})
     rows = n_tars * contract.slot
     for name, dtype, shape, chunks, fill in (
         ("emb", contract.dtype, (rows, contract.dim), (contract.chunk_rows, contract.dim), float("nan")),
@@ -46,7 +43,7 @@ def metadata(contract: Contract, n_tars: int) -> dict[str, bytes]:
             compressors=[Crc32cCodec()],
             fill_value=fill,
         )
-    return {path: json.dumps(json.loads(text.to_bytes()), indent=1).encode() + b"\n" for path, text in written.items()}
+    return group
 
 
 def create(folder: Path, contract: Contract, n_tars: int) -> None:
@@ -55,7 +52,10 @@ def create(folder: Path, contract: Contract, n_tars: int) -> None:
     Raises:
         WriteError: the folder does not take it.
     """
-    for path, data in metadata(contract, n_tars).items():
+    files: dict[str, Buffer] = {}
+    empty_group(contract, n_tars, MemoryStore(files))
+    for path, text in files.items():
+        data = json.dumps(json.loads(text.to_bytes()), indent=1).encode() + b"\n"
         write_atomic(folder / STORE / path, data, folder=folder, owner=CONTRACT_OWNER)
 
 
