@@ -1,18 +1,16 @@
 """From tars and a trained run to embedded images and captions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from threetowers.cache.tars import TarIndex
-from threetowers.trainer.data.join import CacheJoin
 from threetowers.trainer.data.samples import BadSample, annotation, concept, image
-from threetowers.trainer.data.view import center
 from threetowers.trainer.trained import TrainedModel
 
 Floats = npt.NDArray[np.float32]
@@ -76,18 +74,12 @@ def evaluation_set(
     return EvaluationSet(list(tars), pictures, skipped)
 
 
-def embed_images(model: TrainedModel, data: EvaluationSet, rows: CacheJoin | None, batch_size: int = 256) -> Floats:
-    """Return unit-norm embeddings (images, dim) float32. `rows`: the cached rows a LiT run stands on, None otherwise."""
-    parts = []
-    for pictures in _batches(data.pictures, batch_size, "images"):
-        if rows is not None:
-            inputs = torch.from_numpy(np.stack([rows.row(p.tar, p.ordinal) for p in pictures]))
-        else:
-            config = model.run.data
-            views = (center(image(data.tars[p.tar], p.ordinal, config.max_pixels), config.image_size) for p in pictures)
-            inputs = torch.stack(list(views))
-        parts.append(model.encode_images(inputs).float().cpu().numpy())
-    return np.concatenate(parts)
+def embed_images(
+    model: TrainedModel, pictures: Sequence[Picture], source: Callable[[Sequence[Picture]], Tensor], batch_size: int = 256
+) -> Floats:
+    """Return unit-norm embeddings (pictures, dim) float32; `source` turns pictures into the image tower's input."""
+    batches = _batches(pictures, batch_size, "images")
+    return np.concatenate([model.encode_images(source(batch)).float().cpu().numpy() for batch in batches])
 
 
 def embed_texts(model: TrainedModel, captions: Sequence[str], batch_size: int = 256) -> Floats:

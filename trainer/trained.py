@@ -1,15 +1,15 @@
 """A finished run, loaded for use: its model, its tokenizer, and what its caches promised."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
 
+from threetowers.cache.contract import Contract
 from threetowers.trainer.config import CacheTower, Run, load
 from threetowers.trainer.folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ class TrainedModel:
     run: Run
     model: TowerModel
     tokenizer: Tokenizer
-    contracts: dict[str, dict[str, Any]]  # of the cached towers the run was trained with, by tower
+    contracts: dict[str, Contract]  # of the cached towers the run was trained with, by tower
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TrainedModel":
@@ -39,8 +39,8 @@ class TrainedModel:
                 )
         run = load(folder.config)
         tokenizer = Tokenizer.load(folder.tokenizer)
-        contracts = json.loads(folder.contracts.read_text())
-        widths = {name: contract["dim"] for name, contract in contracts.items()}
+        contracts = TypeAdapter(dict[str, Contract]).validate_json(folder.contracts.read_bytes())
+        widths = {name: contract.dim for name, contract in contracts.items()}
         model = TowerModel(run, tokenizer.vocab_size, widths)
         model.load_state_dict(load_file(folder.weights))
         return cls(run, model.to(device, torch.float32).eval(), tokenizer, contracts)

@@ -34,7 +34,7 @@ def annotation(tar: TarIndex, ordinal: int) -> Annotation:
     """
     members = tar.samples[ordinal].members
     fields: dict[str, Any] = {}
-    captions: Any = ()
+    captions: Any = []
     try:
         if "txt" in members:
             captions = [read_member(tar, ordinal, "txt").decode()]

@@ -1,0 +1,307 @@
+"""The retrieval evaluation of runs: embed, index, rank, record, report."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from threetowers.cache.tars import expand, index_tar, read_member
+from threetowers.eval.embed import EvaluationSet, Floats, Picture, embed_images, embed_texts, evaluation_set
+from threetowers.eval.index import VectorIndex, build_index
+from threetowers.eval.record import Question, Record, TarRef, digest, write_record
+from threetowers.eval.report import (
+    ImageExample,
+    ReportPaths,
+    RetrievedCaption,
+    RetrievedImage,
+    RunResult,
+    TextExample,
+    render,
+)
+from threetowers.eval.retrieval import KS, evaluate_retrieval, hit_rate
+from threetowers.eval.sources import image_source, view_of
+from threetowers.eval.tables import by_gallery, comparison_table, stage_table
+from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.trained import TrainedModel
+
+Ids = npt.NDArray[np.int64]
+NEIGHBOURS = max(KS)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an evaluation set is read and searched."""
+
+    group_field: str | None = None
+    part_field: str | None = None
+    max_captions: int = 5
+    index: str = "Flat"
+    examples: int = 6
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The images of one part of a set, and each distinct caption of each of its groups once."""
+
+    name: str
+    pictures: list[Picture]
+    captions: list[str]
+    image_group_N: Ids
+    text_group_M: Ids
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out: one result per run, the records' folder and the report."""
+
+    results: list[RunResult]
+    galleries: list[Gallery]
+    skipped: list[str]
+    records: Path
+    report: ReportPaths
+
+    def text(self) -> str:
+        """What a terminal shows: the comparison, what was compared, and where the rest is."""
+        runs = [by_gallery(result.name, result.method, result.records) for result in self.results]
+        names = [gallery.name for gallery in self.galleries]
+        stages = stage_table([run.name for run in runs], [result.stage_seconds for result in self.results])
+        tables = [table.text() for table in (comparison_table(runs, names), stages) if table is not None]
+        counts = [
+            f"{record.question.gallery}: {record.counts['images']:,} images, {record.counts['captions']:,} captions, "
+            f"{record.counts['groups']:,} groups; duplicates: {record.counts['image_duplicates']} images, "
+            f"{record.counts['caption_duplicates']} captions; ids {record.sample_ids[:12]}"
+            for record in self.results[0].records
+        ]
+        hit = (
+            "A hit at k: a match among the k best; recalls are means over the galleries, in percent. "
+            "Ties count against the model."
+        )
+        skipped = [f"{len(self.skipped)} samples left out; the first: {self.skipped[0]}"] if self.skipped else []
+        return "\n\n".join([*tables, "\n".join([hit, *counts, *skipped]), f"report: {self.report.html}"])
+
+
+def compare(
+    runs: Sequence[Path],
+    tars: Sequence[str],
+    out: Path,
+    settings: Settings,
+    *,
+    caches: Mapping[str, Path] | None = None,
+    live_teacher: bool = False,
+) -> Comparison:
+    """Evaluate image-text retrieval of trained runs on held-out tars; write a JSON record per run and gallery and a report.
+
+    Raises ValueError for runs that are not finished or share a name, for tars or samples that cannot be read, and for a
+    LiT run whose teacher's rows for these tars are nowhere to be had.
+    """
+    names = [run.name for run in runs]
+    if not runs or len(set(names)) != len(names):
+        raise ValueError(f"expected at least one run, each folder with a name of its own; got {names}")
+    data = evaluation_set(
+        [index_tar(path) for path in expand(tars)],
+        group_field=settings.group_field,
+        part_field=settings.part_field,
+        max_captions=settings.max_captions,
+    )
+    galleries = [_gallery(data, part) for part in data.parts()]
+    results = [
+        _evaluate(path, TrainedModel.load(path), data, galleries, out / "records", settings, caches or {}, live_teacher)
+        for path in runs
+    ]
+    title = f"Retrieval on held-out data: {', '.join(names)}"
+    report = render(results, out, title=title, description=_description(data, settings))
+    return Comparison(results, galleries, data.skipped, out / "records", report)
+
+
+def _gallery(data: EvaluationSet, part: str) -> Gallery:
+    pictures = [picture for picture in data.pictures if picture.part == part]
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(p.group for p in pictures))}
+    # Several images of one group bring the same captions: each is searched for once.
+    pairs = list(dict.fromkeys((p.group, caption) for p in pictures for caption in p.captions))
+    return Gallery(
+        part,
+        pictures,
+        [caption for _, caption in pairs],
+        np.array([numbers[p.group] for p in pictures]),
+        np.array([numbers[group] for group, _ in pairs]),
+    )
+
+
+def _evaluate(
+    path: Path,
+    model: TrainedModel,
+    data: EvaluationSet,
+    galleries: Sequence[Gallery],
+    records_folder: Path,
+    settings: Settings,
+    caches: Mapping[str, Path],
+    live_teacher: bool,
+) -> RunResult:
+    started = time.perf_counter()
+    source = image_source(model, data, caches, live_teacher)
+    weights = hashlib.sha256(RunFolder(path).weights.read_bytes()).hexdigest()
+    records: list[Record] = []
+    texts: list[TextExample] = []
+    images: list[ImageExample] = []
+    for number, gallery in enumerate(galleries):
+        began = time.perf_counter()
+        image_ND = embed_images(model, gallery.pictures, source)
+        text_MD = embed_texts(model, gallery.captions)
+        search = _Search(gallery, image_ND, text_MD, settings.index)
+        question = _question(path, model, weights, data, gallery, settings, live_teacher)
+        record = _record(question, data, gallery, search, time.perf_counter() - began)
+        write_record(record, records_folder)
+        records.append(record)
+        share = settings.examples // len(galleries) + (number < settings.examples % len(galleries))
+        texts += search.text_examples(data, share, settings.seed)
+        images += search.image_examples(data, share, settings.seed)
+    return RunResult(
+        name=path.name,
+        method=" + ".join(model.run.terms) + (" on cached rows" if model.sees_cached_rows else ""),
+        records=records,
+        metrics_file=RunFolder(path).metrics,
+        stage_seconds=_stages(path, time.perf_counter() - started),
+        text_examples=texts,
+        image_examples=images,
+    )
+
+
+class _Search:
+    """One model's embeddings of a gallery, indexed both ways."""
+
+    def __init__(self, gallery: Gallery, image_ND: Floats, text_MD: Floats, spec: str) -> None:
+        self.gallery = gallery
+        self.image_ND, self.text_MD = image_ND, text_MD
+        self.images, self.texts = build_index(image_ND, spec), build_index(text_MD, spec)
+
+    def metrics(self, image_hashes: Sequence[int], text_hashes: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
+        """Recalls from exact ranks, and beside them what the index finds."""
+        groups = self.gallery.image_group_N, self.gallery.text_group_M
+        exact = evaluate_retrieval(
+            self.image_ND, self.text_MD, *groups, image_hashes=image_hashes, text_hashes=text_hashes
+        )
+        metrics = exact.metrics()
+        sides: list[tuple[str, VectorIndex, Floats, Ids, Ids]] = [
+            ("image_to_text", self.texts, self.image_ND, groups[0], groups[1]),
+            ("text_to_image", self.images, self.text_MD, groups[1], groups[0]),
+        ]
+        for name, index, queries, query_groups, gallery_groups in sides:
+            k = min(NEIGHBOURS, index.size)
+            found = index.search(queries, k).ids_NK
+            ks = [k_ for k_ in KS if k_ <= k]
+            for k_, value in hit_rate(found, query_groups, gallery_groups, ks).items():
+                metrics[f"{name}/recall@{k_}_index"] = value
+        return metrics, exact.counts()
+
+    def text_examples(self, data: EvaluationSet, count: int, seed: int) -> list[TextExample]:
+        """Some captions, the same for every model, with the images they retrieve."""
+        gallery, examples = self.gallery, []
+        for row in _choose(len(gallery.captions), count, seed):
+            found = self.images.search(self.text_MD[row : row + 1], min(5, self.images.size))
+            hits = gallery.image_group_N == gallery.text_group_M[row]
+            retrieved = [
+                RetrievedImage(_encoded(data, gallery.pictures[i]), float(score), bool(hits[i]), gallery.pictures[i].key)
+                for i, score in zip(found.ids_NK[0], found.scores_NK[0], strict=True)
+                if i >= 0
+            ]
+            rank = _rank(self.image_ND @ self.text_MD[row], hits)
+            examples.append(TextExample(gallery.captions[row], gallery.name, retrieved, rank))
+        return examples
+
+    def image_examples(self, data: EvaluationSet, count: int, seed: int) -> list[ImageExample]:
+        """Some images, the same for every model, with the captions they retrieve."""
+        gallery, examples = self.gallery, []
+        for row in _choose(len(gallery.pictures), count, seed + 1):
+            found = self.texts.search(self.image_ND[row : row + 1], min(5, self.texts.size))
+            hits = gallery.text_group_M == gallery.image_group_N[row]
+            retrieved = [
+                RetrievedCaption(gallery.captions[i], float(score), bool(hits[i]))
+                for i, score in zip(found.ids_NK[0], found.scores_NK[0], strict=True)
+                if i >= 0
+            ]
+            picture = gallery.pictures[row]
+            rank = _rank(self.text_MD @ self.image_ND[row], hits)
+            examples.append(ImageExample(_encoded(data, picture), gallery.name, retrieved, picture.key, rank))
+        return examples
+
+
+def _question(
+    path: Path,
+    model: TrainedModel,
+    weights: str,
+    data: EvaluationSet,
+    gallery: Gallery,
+    settings: Settings,
+    live_teacher: bool,
+) -> Question:
+    contract = model.contracts[model.image_tower].digest if model.sees_cached_rows else None
+    return Question(
+        task="retrieval",
+        gallery=gallery.name,
+        run=path.name,
+        model=weights,
+        step=int(json.loads(RunFolder(path).summary.read_text())["steps"]),
+        tars=tuple(TarRef(tar.path.name, tar.fingerprint, len(tar.samples)) for tar in data.tars),
+        preprocessing=view_of(model),
+        precision="float32",
+        cache_contract=contract,
+        settings={
+            "group_field": settings.group_field,
+            "part_field": settings.part_field,
+            "max_captions": settings.max_captions,
+            "index": settings.index,
+            "live_teacher": live_teacher,
+        },
+    )
+
+
+def _record(question: Question, data: EvaluationSet, gallery: Gallery, search: _Search, seconds: float) -> Record:
+    image_hashes = [xxhash.xxh3_64_intdigest(_encoded(data, picture)) for picture in gallery.pictures]
+    metrics, counts = search.metrics(image_hashes, gallery.captions)
+    return Record(
+        question=question,
+        metrics=metrics,
+        counts=counts | {"skipped samples": len(data.skipped)},
+        sample_ids=digest(picture.key for picture in gallery.pictures),
+        captions=digest(gallery.captions),
+        seconds=seconds,
+    )
+
+
+def _stages(path: Path, evaluating: float) -> dict[str, float]:
+    summary = json.loads(RunFolder(path).summary.read_text())
+    return {"training": float(summary["seconds"]), "evaluation": evaluating}
+
+
+def _rank(scores: Floats, hits: npt.NDArray[np.bool_]) -> int | None:
+    """The place of the best match, from 1; ties are lost."""
+    if not hits.any():
+        return None
+    return 1 + int((scores[~hits] >= scores[hits].max()).sum())
+
+
+def _choose(count: int, wanted: int, seed: int) -> list[int]:
+    chosen: list[int] = np.random.default_rng(seed).permutation(count)[:wanted].tolist()
+    return chosen
+
+
+def _encoded(data: EvaluationSet, picture: Picture) -> bytes:
+    tar = data.tars[picture.tar]
+    return read_member(tar, picture.ordinal, tar.samples[picture.ordinal].image)
+
+
+def _description(data: EvaluationSet, settings: Settings) -> str:
+    match = f"of one {settings.group_field!r}" if settings.group_field else "of one sample"
+    split = f", one gallery per {settings.part_field!r}" if settings.part_field else ""
+    skipped = f" {len(data.skipped)} samples could not be read and are left out." if data.skipped else ""
+    return (
+        f"{len(data.pictures):,} images in {len(data.tars)} tars{split}. An image and a caption match if they are {match}; "
+        f"at most {settings.max_captions} captions a sample.{skipped}"
+    )

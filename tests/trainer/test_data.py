@@ -1,0 +1,148 @@
+"""Samples and batches: what is read, what is refused and how it is said, what is counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.trainer.conftest import picture, samples_of, write_tar
+from threetowers.cache.tars import index_tar
+from threetowers.trainer.config import parse
+from threetowers.trainer.data.loader import Batch, training_loader
+from threetowers.trainer.data.samples import BadSample, SampleSet, annotation, concept, image
+from threetowers.trainer.data.view import center, random_crop
+from threetowers.trainer.tokenizer import Tokenizer
+
+
+def batches(tree: dict[str, Any], rank: int = 0, ranks: int = 1, start: int = 0, stop: int = 4) -> list[Batch]:
+    run = parse(tree)
+    samples = SampleSet([index_tar(tar) for tar in run.data.tars], {}, run.data.on_bad)
+    tokenizer = Tokenizer.load(run.data.tokenizer)
+    loader: Any = training_loader(run, samples, tokenizer, rank, ranks, start, stop)
+    return list(loader)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = all(a.inputs[name].equal(b.inputs[name]) for name in a.inputs)
+    return tensors and a.inputs.keys() == b.inputs.keys() and a.concepts_b.equal(b.concepts_b)
+
+
+def test_batches_hold_what_the_towers_take(clip: dict[str, Any]) -> None:
+    batch = batches(clip)[0]
+    assert batch.inputs["image"].shape == (12, 3, 32, 32)
+    assert batch.inputs["image"].dtype == torch.uint8
+    assert batch.inputs["text"].shape == (12, 8)
+    assert batch.concepts_b.dtype == torch.int64
+    assert len(set(batch.concepts_b.tolist())) < 12  # 20 concepts, 12 of 45 samples: this batch has repeats
+    assert batch.bad == ()
+
+
+def test_ranks_workers_and_resume_do_not_change_the_samples(clip: dict[str, Any]) -> None:
+    clip["data"]["crop_scale"] = 0.5
+    whole = batches(clip)
+    assert not whole[0].inputs["image"].equal(whole[3].inputs["image"])
+    assert all(same(a, b) for a, b in zip(batches(clip, start=2), whole[2:], strict=True))
+    halves = [batches(clip, rank, 2) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        for name, tensor in batch.inputs.items():
+            assert torch.cat([half[step].inputs[name] for half in halves]).equal(tensor)
+    clip["data"]["workers"] = 2
+    assert all(same(a, b) for a, b in zip(batches(clip), whole, strict=True))
+
+
+def test_a_run_without_an_image_tower_decodes_no_picture(clip: dict[str, Any], tmp_path: Path) -> None:
+    blind = [(key, members | {"png": b"not a picture"}) for key, members in samples_of(0, 12)]
+    clip["data"]["tars"] = [str(write_tar(tmp_path / "blind.tar", blind))]
+    clip["towers"]["image"] = {"kind": "text", "width": 16, "depth": 1, "heads": 2}
+    run = parse(clip | {"towers": clip["towers"] | {"image": {"kind": "cache", "path": "none"}}})
+    samples = SampleSet([index_tar(tar) for tar in run.data.tars], {}, "error")
+    from threetowers.trainer.data.loader import TrainingItems
+
+    item = TrainingItems(run, samples)[(0, 3)]
+    assert not isinstance(item, BadSample)
+    assert item.image is None
+
+
+def test_bad_samples_are_named_and_counted(clip: dict[str, Any], tmp_path: Path) -> None:
+    samples = samples_of(0, 12)
+    samples[4][1]["png"] = samples[4][1]["png"][:60]
+    samples[7][1]["json"] = b'{"captions": []}'
+    clip["data"]["tars"] = [str(write_tar(tmp_path / "bad.tar", samples))]
+    (batch,) = batches(clip, stop=1)
+    assert len(batch) == len(batch.inputs["image"]) == 10
+    assert len(batch.bad) == 2
+    broken, silent = sorted(batch.bad, key=lambda reason: "s0007" in reason)
+    assert "bad.tar: sample 's0004': " in broken
+    assert "bad.tar: sample 's0007': no caption; expected a .txt member" in silent
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"png": b""}, r"sample 'k': no caption; .* found members \['png'\]"),
+        ({"png": b"", "txt": b"  \n"}, "no caption"),
+        ({"png": b"", "txt": b"\xff\xfe"}, "utf-8"),
+        ({"png": b"", "json": b"{"}, "sample 'k': Expecting property name"),
+        ({"png": b"", "json": b"[1]"}, "holds a list, expected an object"),
+        ({"png": b"", "json": b'{"captions": [1]}'}, r"captions are \[1\], expected a list of strings"),
+    ],
+)
+def test_texts_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    tar = index_tar(write_tar(tmp_path / "t.tar", [("k", members)]))
+    with pytest.raises(BadSample, match=message):
+        annotation(tar, 0)
+
+
+def test_texts_that_can_be_used(tmp_path: Path) -> None:
+    both = {"png": b"", "txt": b"from txt", "json": b'{"caption": "from json", "n": 3}'}
+    tar = index_tar(
+        write_tar(
+            tmp_path / "t.tar",
+            [("a", {"png": b"", "txt": "café \n".encode()}), ("b", both), ("c", {"png": b"", "txt": b"x", "json": b"{}"})],
+        )
+    )
+    assert annotation(tar, 0).captions == ("café",)
+    assert annotation(tar, 1).captions == ("from json",)
+    assert annotation(tar, 1).fields["n"] == 3
+    assert annotation(tar, 2).captions == ("x",)
+    assert concept(tar, 1, annotation(tar, 1), "n") == "3"
+    assert concept(tar, 0, annotation(tar, 0), None) != concept(tar, 1, annotation(tar, 1), None)
+    with pytest.raises(BadSample, match=r"no field 'kind' in its json member \(found \['caption', 'n'\]\)"):
+        concept(tar, 1, annotation(tar, 1), "kind")
+
+
+def test_an_image_too_large_to_decode_is_refused(tmp_path: Path) -> None:
+    tar = index_tar(write_tar(tmp_path / "t.tar", [("k", {"png": picture("red", "disc", 0), "txt": b"x"})]))
+    assert image(tar, 0, 32 * 32).size == (32, 32)
+    with pytest.raises(BadSample, match=r"t\.tar: sample 'k': .*1023"):
+        image(tar, 0, 32 * 32 - 1)
+
+
+def test_too_few_samples_for_a_batch(clip: dict[str, Any]) -> None:
+    clip["batch"] = 46
+    with pytest.raises(ValueError, match="a batch of 46 needs at least 46 samples, the tars hold 45; lower `batch`"):
+        batches(clip)
+
+
+def test_center_view_is_the_central_square() -> None:
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30] = 255
+    assert center(Image.fromarray(pixels), 20).eq(255).all()
+    assert center(Image.fromarray(pixels), 7).shape == (3, 7, 7)
+
+
+def test_random_crops_stay_inside_and_vary() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 17, 3), dtype=np.uint8))
+    crops = [random_crop(image, 16, 0.3, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(crop.shape == (3, 16, 16) for crop in crops)
+    assert len({crop.numpy().tobytes() for crop in crops}) == 20
+    assert random_crop(image, 16, 0.3, np.random.default_rng(3)).equal(crops[3])
+
+
+def test_fields_survive_json(tars: list[Path]) -> None:
+    fields = annotation(index_tar(tars[0]), 0).fields
+    assert json.loads(json.dumps(dict(fields))) == fields
