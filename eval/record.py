@@ -88,7 +88,8 @@ class Record:
 def digest(strings: Iterable[str]) -> str:
     """SHA-256 (64 hex digits) of a collection of strings, whatever their order; repeated strings count."""
     sha = hashlib.sha256()
-    for encoded in sorted(string.encode() for string in strings):
+    # Captions read from JSON may hold lone surrogates, which plain UTF-8 refuses.
+    for encoded in sorted(string.encode("utf-8", "surrogatepass") for string in strings):
         sha.update(len(encoded).to_bytes(8, "little") + encoded)
     return sha.hexdigest()
 
@@ -116,7 +117,7 @@ def write_record(record: Record, folder: Path) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.file_name
-    content = json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    content = json.dumps(asdict(record), indent=2, allow_nan=False) + "\n"
     with NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".part", encoding="utf-8", delete=False) as file:
         try:
             file.write(content)
@@ -156,4 +157,4 @@ def find_record(question: Question, folder: Path) -> Record | None:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

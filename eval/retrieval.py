@@ -84,8 +84,9 @@ def evaluate_retrieval(
     """Retrieval both ways with unit-norm embeddings; an image and a caption match iff their group ids are equal.
 
     Image→text counts a hit if any caption of the image's group is among the k best captions; text→image averages over
-    captions. `image_hashes` and `text_hashes` (of the bytes, of the strings) add counts of exact duplicates: every copy
-    beyond the first, and the items whose copy stands in another group, which even a perfect model ranks by luck.
+    captions. `image_hashes` and `text_hashes` (of the bytes, of the strings) add counts of exact duplicates, and of
+    those with a copy in another group, which even a perfect model cannot tell from a match.
+
     Raises ValueError for what `ranks` refuses and for hash lists of the wrong length.
     """
     image_ranks, text_ranks = two_way_ranks(image_ND, text_MD, image_group_N, text_group_M, chunk=chunk, device=device)
@@ -156,15 +157,15 @@ def hit_rate(
 
 
 def count_duplicates(hashes: Sequence[Hashable], groups: Sequence[int]) -> dict[str, int]:
-    """Exact duplicates among items: copies beyond the first of each hash, and items with a copy in another group.
+    """Items that equal another item: `duplicates` in any group, `duplicates_across_groups` with a copy in another one.
 
-    Returns them as `duplicates` and `duplicates_across_groups`. Raises ValueError if the lengths differ.
+    Raises ValueError if there is not one hash per item.
     """
     if len(hashes) != len(groups):
         raise ValueError(f"got {len(hashes)} hashes for {len(groups)} items: pass one hash per item, in the same order")
-    hash_counts = Counter(hashes)
-    groups_of_hash = Counter(hash_ for hash_, _ in set(zip(hashes, groups, strict=True)))
+    copies = Counter(hashes)
+    groups_holding = Counter(hash_ for hash_, _ in set(zip(hashes, groups, strict=True)))
     return {
-        "duplicates": len(hashes) - len(hash_counts),
-        "duplicates_across_groups": sum(hash_counts[hash_] for hash_, n in groups_of_hash.items() if n > 1),
+        "duplicates": sum(count for count in copies.values() if count > 1),
+        "duplicates_across_groups": sum(copies[hash_] for hash_, held in groups_holding.items() if held > 1),
     }

@@ -1,0 +1,78 @@
+"""The FAISS wrapper: exact search, approximate search with its cost, and refusals."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from threetowers.eval.index import build_index, recall_against_exact
+
+
+@pytest.fixture(scope="module")
+def vectors() -> NDArray[np.float32]:
+    rows = np.random.default_rng(0).standard_normal((601, 16)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_flat_search_is_by_inner_product(vectors: NDArray[np.float32]) -> None:
+    scaled = vectors * np.linspace(0.5, 2, len(vectors), dtype=np.float32)[:, None]  # by L2 the order would differ
+    index = build_index(scaled, device="cpu")
+    found = index.search(vectors[:37].astype(np.float64), 5)
+    scores = vectors[:37] @ scaled.T
+    assert np.array_equal(found.ids_NK, np.argsort(-scores, axis=1)[:, :5])
+    assert found.scores_NK == pytest.approx(-np.sort(-scores, axis=1)[:, :5], abs=1e-6)
+    assert index.exact
+    assert recall_against_exact(index, scaled, vectors, 5, sample=50) == 1.0
+
+
+def test_approximate_search_reports_what_it_misses(vectors: NDArray[np.float32]) -> None:
+    narrow = build_index(vectors, "IVF16,Flat", parameters="nprobe=1", device="cpu")
+    wide = build_index(vectors, "IVF16,Flat", parameters="nprobe=16", device="cpu")
+    missed = recall_against_exact(narrow, vectors, vectors, 10, sample=100)
+    assert 0.1 < missed < 0.9
+    assert recall_against_exact(wide, vectors, vectors, 10, sample=100) == 1.0
+    assert not narrow.exact
+    padded = narrow.search(vectors[:5], 600)
+    assert (padded.ids_NK[:, -1] == -1).all()
+    assert np.isneginf(padded.scores_NK[padded.ids_NK == -1]).all()
+
+
+def test_bad_input_is_refused(vectors: NDArray[np.float32]) -> None:
+    index = build_index(vectors, device="cpu")
+    for k in (0, 602):
+        with pytest.raises(ValueError, match=f"k must be between 1 and 601 .* got {k}"):
+            index.search(vectors[:2], k)
+    with pytest.raises(ValueError, match="width 3, the index holds vectors of width 16"):
+        index.search(vectors[:2, :3], 1)
+    bad = vectors.copy()
+    bad[[4, 9], 0] = np.nan, np.inf
+    with pytest.raises(ValueError, match="2 of 601 vectors hold NaN or infinity, the first in row 4"):
+        build_index(bad)
+    with pytest.raises(ValueError, match="2 of 601 queries"):
+        index.search(bad, 1)
+    with pytest.raises(ValueError, match=r"non-empty matrix of floats .* got \(0, 16\)"):
+        build_index(vectors[:0])
+    with pytest.raises(ValueError, match="holds 601 vectors but 600"):
+        recall_against_exact(index, vectors[1:], vectors, 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "parameters", "reason"),
+    [
+        ("Falt", "", "could not parse index string Falt"),
+        ("IVF700,Flat", "", r"training points \(601\) should be at least as large as number of clusters \(700\)"),
+        ("Flat", "nprobe=4", "could not set parameter nprobe"),
+    ],
+)
+def test_faiss_refusals_name_the_spec(vectors: NDArray[np.float32], spec: str, parameters: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot build '{spec}' with parameters '{parameters}' .*{reason}"):
+        build_index(vectors, spec, parameters=parameters, device="cpu")
+
+
+def test_gpu_must_exist_to_be_asked_for(vectors: NDArray[np.float32]) -> None:
+    faiss = pytest.importorskip("faiss")
+    if faiss.get_num_gpus():
+        assert build_index(vectors, device="gpu").gpus == faiss.get_num_gpus()
+    else:
+        with pytest.raises(ValueError, match="FAISS sees no GPU"):
+            build_index(vectors, device="gpu")
+        assert build_index(vectors).gpus == 0

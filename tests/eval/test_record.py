@@ -1,0 +1,127 @@
+"""Records: round trip, identity, refusal of what is damaged."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from threetowers.eval.record import BadRecord, Question, Record, TarRef, digest, find_record, read_record, write_record
+
+
+def question(**changes: Any) -> Question:
+    base = Question(
+        task="retrieval",
+        gallery="noto v1/ß",
+        run="3t",
+        model="ab12",
+        step=1200,
+        tars=(TarRef("test-00000.tar", "9f86", 77), TarRef("test-00001.tar", "d081", 5)),
+        preprocessing="centre crop 64",
+        precision="float32",
+        cache_contract="c0ffee",
+        settings={"group": "concept", "captions": 5, "third": True, "margin": 0.5, "part": None},
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def record(**changes: Any) -> Record:
+    base = Record(
+        question=question(),
+        metrics={"image_to_text/recall@1": 1 / 3, "image_to_text/median_rank": 2.5},
+        counts={"images": 77},
+        sample_ids=digest(["a", "b"]),
+        captions=digest(["x"]),
+        seconds=0.25,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = record()
+    path = write_record(written, tmp_path / "results")
+    assert read_record(path) == written
+    assert find_record(question(), tmp_path / "results") == written
+    assert [p.name for p in path.parent.iterdir()] == [written.file_name]
+    assert path.name.isascii()
+    assert "torch" in written.versions
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gallery": "noto"},
+        {"step": 1201},
+        {"model": "ab13"},
+        {"precision": "bfloat16"},
+        {"cache_contract": None},
+        {"settings": {"group": "concept", "captions": 4}},
+        {"tars": (TarRef("test-00000.tar", "9f86", 77),)},
+    ],
+)
+def test_any_change_of_the_question_is_another_question(change: dict[str, Any], tmp_path: Path) -> None:
+    write_record(record(), tmp_path)
+    assert question(**change).fingerprint() != question().fingerprint()
+    assert find_record(question(**change), tmp_path) is None
+
+
+def test_fingerprint_is_the_same_in_another_process_and_for_another_order_of_settings() -> None:
+    settings = dict(reversed(question().settings.items()))
+    assert question(settings=settings).fingerprint() == question().fingerprint()
+    code = (
+        "from threetowers.eval.record import Question; "
+        "print(Question('t', 'g', 'r', 'm', 1, (), 'p', 'f', None, {'b': 1, 'a': None}).fingerprint())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert other == Question("t", "g", "r", "m", 1, (), "p", "f", None, {"a": None, "b": 1}).fingerprint()
+
+
+def test_digest_ignores_order_but_nothing_else() -> None:
+    assert digest(["b", "a"]) == digest(iter(["a", "b"]))
+    assert len({digest(s) for s in (["ab"], ["a", "b"], ["a", "b", "b"], [], [""], ["\ud800"])}) == 6
+
+
+def test_a_metric_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(BadRecord, match=r"retrieval on 'noto v1/ß' gave \{'loss': nan\}"):
+        write_record(record(metrics={"loss": math.nan}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_record_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = record()
+    path = write_record(old, tmp_path)
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_record(record(seconds=99.0), tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert read_record(path) == old
+
+
+def test_damaged_records_are_refused_by_file_and_field(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    content = json.loads(path.read_text())
+
+    def refused(text: str, match: str) -> None:
+        path.write_text(text)
+        with pytest.raises(BadRecord, match=match) as failure:
+            read_record(path)
+        assert str(path) in str(failure.value)
+
+    refused(json.dumps(content)[:-20], "cannot be read as JSON")
+    refused("[1]", "record format None")
+    refused(json.dumps(content | {"format": 99}), "record format 99, this version reads 1")
+    refused(json.dumps(content | {"question": content["question"] | {"step": "many"}}), "field 'question.step'")
+    del content["counts"]
+    refused(json.dumps(content), "field 'counts'")
+    with pytest.raises(BadRecord, match=r"missing\.json"):
+        read_record(tmp_path / "missing.json")

@@ -1,0 +1,251 @@
+"""The report: whole with everything, with any part missing, safe with hostile text, and free of outside requests."""
+
+import dataclasses
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from threetowers.eval.curves import MAX_POINTS, read_metrics, training_panels
+from threetowers.eval.record import Question, Record, TarRef, digest
+from threetowers.eval.report import (
+    ImageExample,
+    RetrievedCaption,
+    RetrievedImage,
+    RunResult,
+    TextExample,
+    render,
+)
+from threetowers.eval.retrieval import evaluate_retrieval
+
+HOSTILE = """</span><script>alert(1)</script><img src="x" onerror='y'> | `$x^2$` & *b* \ud800 font: 3px"""
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+def png(colour: int, size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (colour, 40, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def retrieval_record(run: str, gallery: str, noise: float) -> Record:
+    rng = np.random.default_rng(len(gallery))
+    image = rng.standard_normal((41, 12))
+    text = np.repeat(image, 3, axis=0) + noise * rng.standard_normal((123, 12))
+    image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
+    result = evaluate_retrieval(image, text, np.arange(41), np.repeat(np.arange(41), 3), image_hashes=range(41))
+    question = Question("retrieval", gallery, run, f"model-{run}", 90, (TarRef("t.tar", "ff", 41),), "crop", "float32")
+    return Record(question, result.metrics(), result.counts(), digest([gallery]), digest(["c"]), 1.0)
+
+
+def write_metrics(path: Path, steps: int, terms: tuple[str, ...]) -> Path:
+    lines = []
+    for step in range(1, steps + 1):
+        entry: dict[str, Any] = {"step": step, "loss": 5 / step, "lr": 0.1, "images_per_s": 99.0, "grad_norm": None}
+        entry |= {"data_wait": 0.1, "surprise": 3, "note": "text", "flag": True, "nested": {"a": 1}}
+        for term in terms:
+            entry |= {f"terms/{term}/{kind}": 1.0 + step for kind in ("loss", "accuracy", "scale", "unheard_of")}
+        lines.append(json.dumps(entry))
+    path.write_text("\n".join([*lines, '{"step": 9'] if steps else []))
+    return path
+
+
+def full_run(name: str, noise: float, folder: Path, galleries: tuple[str, ...] = ("noto", "twemoji")) -> RunResult:
+    return RunResult(
+        name=name,
+        method="3T",
+        records=[retrieval_record(name, gallery, noise) for gallery in galleries],
+        metrics_file=write_metrics(folder / f"{name}.jsonl", 40, ("image-text", "text-third")),
+        stage_seconds={"cache": 61.0, "train": 3723.0},
+        text_examples=[
+            TextExample(HOSTILE, "noto", [RetrievedImage(png(i), 0.5, i == 1, HOSTILE) for i in range(5)], 2)
+        ],
+        image_examples=[ImageExample(png(9), "noto", [RetrievedCaption(HOSTILE, 0.25, True)], HOSTILE, 1)],
+        note=HOSTILE,
+    )
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that every element is closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def rendered(results: list[RunResult], folder: Path, **options: str) -> tuple[Page, str, str]:
+    paths = render(results, folder / "report", **options)
+    html, markdown = paths.html.read_text("utf-8"), paths.markdown.read_text("utf-8")
+    return Page(html), html, markdown
+
+
+def test_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
+    page, html, _ = rendered([full_run("clip", 1.5, tmp_path), full_run("3t", 0.7, tmp_path)], tmp_path)
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "@import" not in html
+    targets = [(tag, value) for tag, name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert {tag for tag, _ in targets} == {"img", "use"}
+    assert all(value.startswith(("data:image/", "#")) for _, value in targets)
+    assert not {"script", "link", "iframe", "object", "form"} & set(page.tags)
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
+    run = dataclasses.replace(full_run("a", 1.0, tmp_path, (HOSTILE, "noto")), name=HOSTILE, method=HOSTILE)
+    page, html, markdown = rendered([run], tmp_path, title=HOSTILE, description=HOSTILE)
+    assert "<script" not in html
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+    visible = HOSTILE.replace("\ud800", "?")
+    assert page.text.count(visible) >= 5  # title, heading, description, run, query, captions
+    assert "<script" not in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("| ") and "script" in line]
+    assert rows[0].replace("\\|", "").count("|") == 1 + 2 + 8  # the comparison: two heads and eight values
+
+
+def test_best_is_marked_and_chance_is_beside_it(tmp_path: Path) -> None:
+    good, bad = full_run("good", 0.5, tmp_path), full_run("bad", 2.5, tmp_path)
+    _, html, markdown = rendered([bad, good], tmp_path)
+    table = [line for line in markdown.splitlines() if line.startswith(("| good | 3T", "| bad | 3T", "| chance"))]
+    assert "**" not in table[0]
+    assert table[1].count("**") == 2 * 8
+    mean = np.mean([record.metrics["text_to_image/recall@1"] for record in good.records])
+    assert f"| good | 3T | **{100 * mean:.1f}** |" in table[1]
+    assert table[2].startswith(f"| chance |  | {100 / 41:.1f} |")
+    assert "(best)" in html
+    assert "1 h 02 min" in html
+
+
+def test_different_data_and_missing_galleries_are_said(tmp_path: Path) -> None:
+    first = full_run("first", 1.0, tmp_path, ("noto", "twemoji", "fluent"))
+    second = full_run("second", 1.0, tmp_path, ("noto", "twemoji"))
+    other_set = dataclasses.replace(second.records[0], sample_ids=digest(["other"]))
+    second = dataclasses.replace(second, records=[other_set, *second.records[1:]])
+    page, _, markdown = rendered([first, second, RunResult("empty", "CLIP", [])], tmp_path)
+    for text in (" ".join(page.text), markdown):
+        assert "second was not evaluated on fluent; the means leave these out." in text
+        assert "The runs saw different samples of noto: their numbers are not comparable." in text
+        assert "empty has no retrieval result." in text
+        assert "different samples of twemoji" not in text
+    assert "mean of 2 galleries" in markdown
+
+
+def test_ties_are_said(tmp_path: Path) -> None:
+    collapsed = np.ones((9, 1))
+    result = evaluate_retrieval(collapsed, collapsed, np.arange(9), np.arange(9))
+    record = dataclasses.replace(retrieval_record("x", "noto", 1.0), metrics=result.metrics(), counts=result.counts())
+    _, _, markdown = rendered([RunResult("x", "CLIP", [record])], tmp_path)
+    assert "x ties 9 of 9 queries of noto, text → image." in markdown
+    assert "| x | CLIP | 0.0 |" in markdown
+
+
+@pytest.mark.parametrize("missing", ["records", "metrics_file", "stage_seconds", "text_examples", "image_examples"])
+def test_any_part_may_be_missing(missing: str, tmp_path: Path) -> None:
+    empty: dict[str, Any] = {"metrics_file": None, "stage_seconds": {}}
+    runs = [full_run("one", 1.0, tmp_path), full_run("two", 1.0, tmp_path)]
+    lacking = dataclasses.replace(runs[0], **{missing: empty.get(missing, ())})
+    sections = []
+    for results in ([lacking], [lacking, runs[1]]):
+        page, _, _ = rendered(results, tmp_path)
+        sections.append({value for tag, name, value in page.attributes if (tag, name) == ("section", "id")})
+    everything = {"retrieval", "galleries", "examples", "training", "time", "definitions"}
+    gone = {"records": {"galleries"}, "metrics_file": {"training"}, "stage_seconds": {"time"}}
+    assert sections == [everything - gone.get(missing, set()), everything]
+
+
+def test_a_run_with_nothing_and_metrics_without_lines(tmp_path: Path) -> None:
+    nothing = RunResult("n", "CLIP", [], metrics_file=write_metrics(tmp_path / "empty.jsonl", 0, ()))
+    page, _, markdown = rendered([nothing], tmp_path)
+    assert "No retrieval results to compare." in page.text
+    assert "n has no retrieval result." in markdown
+
+
+def test_other_tasks_have_their_table(tmp_path: Path) -> None:
+    record = retrieval_record("a", "noto", 1.0)
+    zero_shot = dataclasses.replace(
+        record, question=dataclasses.replace(record.question, task="zeroshot"), metrics={"accuracy": 0.51234}
+    )
+    _, _, markdown = rendered([RunResult("a", "CLIP", [record, zero_shot])], tmp_path)
+    assert "| zeroshot | noto | accuracy | 0.5123 |" in markdown
+
+
+def test_large_images_become_thumbnails(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG")
+    run = RunResult(
+        "a", "CLIP", [], text_examples=[TextExample("q", "g", [RetrievedImage(buffer.getvalue(), 1, True)])]
+    )
+    page, html, _ = rendered([run], tmp_path)
+    assert len(html) < 100_000 < len(buffer.getvalue())
+    assert any(value.startswith("data:image/webp;base64,") for tag, name, value in page.attributes if name == "src")
+
+
+def test_bad_input_is_refused(tmp_path: Path) -> None:
+    run = full_run("a", 1.0, tmp_path)
+    with pytest.raises(ValueError, match="a different name for each, got \\['a', 'a'\\]"):
+        render([run, run], tmp_path)
+    with pytest.raises(ValueError, match="at least one run"):
+        render([], tmp_path)
+    twice = dataclasses.replace(run, records=[run.records[0], run.records[0]])
+    with pytest.raises(ValueError, match="run 'a' has two retrieval records for gallery 'noto'"):
+        render([twice], tmp_path)
+    svg = dataclasses.replace(run, image_examples=[ImageExample(b"<svg onload='x'/>", "g", [])])
+    with pytest.raises(ValueError, match="PNG, JPEG or WebP"):
+        render([svg], tmp_path)
+
+
+def test_metrics_are_read_with_gaps_and_unknown_names(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "loss": 2.0, "x/y": 1}\n{"step": 2, "loss": null}\n\nnot json\n{"loss": 1}\n[1]\n'
+        '{"step": 3, "loss": NaN, "flag": true}\n{"step": 4, "loss": 1.5}\n{"step": 5, "lo'
+    )
+    metrics = read_metrics(path)
+    assert metrics.unreadable == 4
+    assert set(metrics.curves) == {"loss", "x/y"}
+    steps, values = metrics.curves["loss"]
+    assert steps.tolist() == [1, 4]
+    assert values.tolist() == [2.0, 1.5]
+
+
+def test_every_run_is_in_every_panel_and_long_runs_stay_small(tmp_path: Path) -> None:
+    short = read_metrics(write_metrics(tmp_path / "a", 3, ("image-text",)))
+    long = read_metrics(write_metrics(tmp_path / "b", 9000, ("image-text", "text-third")))
+    sections = training_panels([short, None, long])
+    panels = {(heading, panel.title): panel.svg for heading, group in sections.items() for panel in group}
+    shared = panels["Loss of each pair term", "image-text"]
+    assert "var(--run-0)" in shared
+    assert "var(--run-2)" in shared
+    assert "var(--run-1)" not in shared
+    assert "var(--run-0)" not in panels["Scale", "text-third"]
+    assert not any("surprise" in title or "unheard" in title for _, title in panels)
+    assert all(svg.count(" L ") < 3 * MAX_POINTS for svg in panels.values())
