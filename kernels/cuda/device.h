@@ -12,7 +12,7 @@ struct alignas(16) Chunk {  // 8 elements: the unit of asynchronous copies, matr
 };
 
 constexpr int kWarp = 32;
-constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
 #ifndef __CUDACC__
 #include "emulator.h"
@@ -36,6 +36,12 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
+DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Global memory that the kernel only reads, and that nobody writes while it runs.
 template <class T>
 struct In {
@@ -49,6 +55,7 @@ template <class T>
 struct Out {
   T* at;
   DEVICE T operator[](i64 i) const { return at[i]; }
+  DEVICE bool given() const { return at != nullptr; }
   DEVICE void put(i64 i, T value) const { at[i] = value; }
 };
 

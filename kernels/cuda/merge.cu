@@ -1,10 +1,14 @@
-// Fold the parts of a chunk's tiles into the running log-sum-exps, one thread a row (or column), in the tiles' order.
+// Fold the parts of a tile into the running log-sum-exps of its rows (or columns), one thread each, in the parts' order.
 #include "log_sum.h"
 
-KERNEL(256, 1) merge(In<LogSum> parts, int count, int length, Out<LogSum> running) {
-  const int i = block_x() * 256 + thread();
+constexpr int kThreads = 256;
+
+// parts (count, length); max and sum (length) are updated in place.
+KERNEL(kThreads, 1) merge(In<LogSum> parts, int count, int length, Out<float> max, Out<float> sum) {
+  const int i = block_x() * kThreads + thread();
   if (i >= length) return;
-  LogSum whole = running[i];
+  LogSum whole = {max[i], sum[i]};
   for (int p = 0; p < count; ++p) whole = merged(whole, parts[static_cast<i64>(p) * length + i]);
-  running.put(i, whole);
+  max.put(i, whole.max);
+  sum.put(i, whole.sum);
 }

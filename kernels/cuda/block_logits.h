@@ -1,0 +1,119 @@
+// One thread block computes a 128 x 128 piece of a tile's logits: 8 warps as 2 x 4, each 64 x 32 in its registers.
+//
+// The inner dimension is cut in slices of 32. A ring of kStages slices in shared memory lets the copies of later slices
+// run under the multiplication of the current one. One barrier a slice says both "everybody's copies of this slice have
+// landed" and "everybody has left the slice before", whose stage is filled next.
+#pragma once
+#include "tensor_core.h"
+#include "tile.h"
+
+#ifndef STAGES
+#define STAGES 3
+#endif
+
+constexpr int kBlock = 128, kThreads = 256, kStages = STAGES;
+constexpr int kChunk = 8;                                // elements in a Chunk
+constexpr int kSliceChunks = 4;                          // chunks in a row of a slice
+constexpr int kSlice = kSliceChunks * kChunk;            // elements of the inner dimension
+constexpr int kStageChunks = 2 * kBlock * kSliceChunks;  // 128 rows of x, then 128 rows of y
+
+constexpr int kWarpsDown = 2, kWarpsAcross = 4;
+constexpr int kWarpRows = kBlock / kWarpsDown, kWarpColumns = kBlock / kWarpsAcross;
+constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;  // 16 x 8 fragments of a warp's piece
+
+struct Operands {
+  In<u16> x, y;  // (rows, depth) and (columns, depth), both starting at a multiple of 16 bytes
+  int depth;     // a multiple of 8
+};
+
+DEVICE int warp_row() { return warp() / kWarpsAcross; }
+DEVICE int warp_column() { return warp() % kWarpsAcross; }
+DEVICE int first_row() { return block_y() * kBlock; }
+DEVICE int first_column() { return block_x() * kBlock; }
+
+// What one thread holds: element e of fragment (d, a) is at (row(d, e), column(a, e)) of the block's piece.
+struct BlockLogits {
+  float value[kDown][kAcross][4];
+
+  static DEVICE int row(int d, int e) { return warp_row() * kWarpRows + d * 16 + e / 2 * 8 + lane() / 4; }
+  static DEVICE int column(int a, int e) { return warp_column() * kWarpColumns + a * 8 + lane() % 4 * 2 + e % 2; }
+
+  template <class Visit>
+  DEVICE void each(Visit visit) {
+    UNROLL for (int d = 0; d < kDown; ++d)
+      UNROLL for (int a = 0; a < kAcross; ++a)
+        UNROLL for (int e = 0; e < 4; ++e) visit(value[d][a][e], first_row() + row(d, e), first_column() + column(a, e));
+  }
+};
+
+// Where chunk c of a slice's row lies. The exclusive or spreads 8 neighbouring rows over all 32 banks.
+DEVICE int swizzled(int row, int c) { return row * kSliceChunks + (c ^ (row / 2 % kSliceChunks)); }
+
+DEVICE Shared<Chunk> stage_of(int slice) {
+  return shared_memory<Chunk>(slice % kStages * kStageChunks * static_cast<int>(sizeof(Chunk)));
+}
+
+// Start copying 128 rows of a slice. Rows past the end and elements past the depth become zeros.
+DEVICE void fetch_rows(Shared<Chunk> stage, int stage_row, In<u16> from, int first, int count, int slice, int depth) {
+  for (int t = thread(); t < kBlock * kSliceChunks; t += kThreads) {
+    const int r = t / kSliceChunks, c = t % kSliceChunks, k = slice * kSlice + c * kChunk;
+    const i64 offset = static_cast<i64>(first + r) * depth + k;
+    copy_async(stage, swizzled(stage_row + r, c), from, offset, first + r < count && k < depth);
+  }
+}
+
+DEVICE void fetch(const Operands& in, const Tile& tile, int slice) {
+  const Shared<Chunk> stage = stage_of(slice);
+  fetch_rows(stage, 0, in.x, first_row(), tile.rows, slice, in.depth);
+  fetch_rows(stage, kBlock, in.y, first_column(), tile.columns, slice, in.depth);
+}
+
+// Add one slice's products.
+DEVICE void accumulate(BlockLogits& dots, Shared<Chunk> stage) {
+  const int x_row = warp_row() * kWarpRows, y_row = kBlock + warp_column() * kWarpColumns;
+  UNROLL for (int k = 0; k < kSliceChunks; k += 2) {  // 16 elements of the inner dimension
+    u32 x[kDown][4], y[kAcross / 2][4];
+    UNROLL for (int d = 0; d < kDown; ++d)
+      load_matrices(x[d], stage, swizzled(x_row + d * 16 + lane() % 16, k + lane() / 16));
+    UNROLL for (int a = 0; a < kAcross / 2; ++a)
+      load_matrices(y[a], stage, swizzled(y_row + a * 16 + lane() / 16 * 8 + lane() % 8, k + lane() / 8 % 2));
+    UNROLL for (int d = 0; d < kDown; ++d)
+      UNROLL for (int a = 0; a < kAcross; ++a)
+        multiply_add(dots.value[d][a], x[d], y[a / 2][a % 2 * 2], y[a / 2][a % 2 * 2 + 1]);
+  }
+}
+
+// This block's piece of x y^T. On return the shared memory is free for other use.
+DEVICE BlockLogits block_dots(const Operands& in, const Tile& tile) {
+  BlockLogits dots = {};
+  const int slices = (in.depth + kSlice - 1) / kSlice;
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < slices) fetch(in, tile, s);
+    commit_copies();
+  }
+  for (int s = 0; s < slices; ++s) {
+    wait_copies<kStages - 2>();
+    barrier();
+    if (s + kStages - 1 < slices) fetch(in, tile, s + kStages - 1);
+    commit_copies();
+    accumulate(dots, stage_of(s));
+  }
+  barrier();
+  return dots;
+}
+
+DEVICE void exclude_equal_labels(BlockLogits& logits, const Tile& tile) {
+  UNROLL for (int a = 0; a < kAcross; ++a)
+    UNROLL for (int e = 0; e < 2; ++e) {
+      const int label = tile.column_label(first_column() + logits.column(a, e));
+      UNROLL for (int d = 0; d < kDown; ++d)
+        UNROLL for (int half = 0; half < 4; half += 2)
+          if (tile.row_label(first_row() + logits.row(d, half)) == label) logits.value[d][a][half + e] = -infinity();
+    }
+}
+
+// Dots to logits in base 2, -infinity where the pair is excluded or outside the tile.
+DEVICE void to_logits(BlockLogits& dots, const Tile& tile) {
+  dots.each([&](float& value, int i, int j) { value = tile.holds(i, j) ? tile.logit(value) : -infinity(); });
+  if (tile.row_labels.given()) exclude_equal_labels(dots, tile);
+}

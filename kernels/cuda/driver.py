@@ -1,0 +1,73 @@
+"""Runs kernels on a GPU through the CUDA driver, on torch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from threetowers.kernels.cuda.arguments import Argument, Packed
+from threetowers.kernels.cuda.compiler import Program, cached_cubin
+from threetowers.kernels.cuda.launch import THREADS, Launch, Limits
+
+SHARED_WITHOUT_ASKING = 48 * 1024
+
+
+class DriverError(RuntimeError):
+    """The CUDA driver refused a call."""
+
+
+class DriverLauncher:
+    """One device's kernels, loaded when they are first asked for. Needs torch to have initialised the device."""
+
+    def __init__(self, device_index: int) -> None:
+        self._driver: Any = importlib.import_module("cuda.bindings.driver")  # untyped, and optional
+        self._index = device_index
+        self._device = _checked(self._driver.cuDeviceGet(device_index))
+        self._kernels: dict[tuple[str, tuple[str, ...]], Any] = {}
+        attributes = self._driver.CUdevice_attribute
+        self.limits = Limits(
+            capability=torch.cuda.get_device_capability(device_index),
+            shared_per_block=self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+            shared_per_processor=self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR),
+        )
+
+    def prepare(self, launches: Sequence[Launch]) -> None:
+        with torch.cuda.device(self._index):
+            for launch in launches:
+                self._kernel(launch)
+
+    def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
+        packed = Packed(arguments)
+        with torch.cuda.device(self._index):
+            stream = torch.cuda.current_stream().cuda_stream
+            kernel = self._driver.CUfunction(int(self._kernel(launch)))
+            table = ctypes.addressof(packed.table)
+            shape = (*launch.grid, 1, THREADS, 1, 1)
+            _checked(self._driver.cuLaunchKernel(kernel, *shape, launch.shared_bytes, stream, table, 0))
+
+    def _kernel(self, launch: Launch) -> Any:
+        key = launch.kernel, launch.defines
+        if key not in self._kernels:
+            arch = "sm_{}{}".format(*self.limits.capability)
+            cubin = cached_cubin(Program(launch.kernel, arch, launch.defines))
+            library = _checked(self._driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
+            kernel = _checked(self._driver.cuLibraryGetKernel(library, launch.kernel.encode()))
+            if launch.shared_bytes > SHARED_WITHOUT_ASKING:
+                ask = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _checked(self._driver.cuKernelSetAttribute(ask, launch.shared_bytes, kernel, self._device))
+            self._kernels[key] = kernel
+        return self._kernels[key]
+
+    def _attribute(self, attribute: Any) -> int:
+        return int(_checked(self._driver.cuDeviceGetAttribute(attribute, self._device)))
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    result, *values = answer
+    if result.value != 0:
+        raise DriverError(f"the CUDA driver answered {result.name}")
+    return values[0] if values else None

@@ -1,0 +1,51 @@
+// A tile of pairs (row i of x, column j of y), as kernels/tiles.py describes it, and what the losses make of one logit.
+// An excluded pair has logit -infinity everywhere: it adds nothing to a sum, a loss or a gradient.
+#pragma once
+#include "log_sum.h"
+
+struct Tile {
+  In<int> row_labels, column_labels;  // or both absent: pairs of equal labels are excluded
+  int rows, columns;
+  int diagonal;       // pairs (i, i + diagonal) are excluded: the samples' own
+  float scale, bias;  // logit = scale * dot + bias, in base 2
+
+  DEVICE bool holds(int i, int j) const { return i < rows && j < columns && j - i != diagonal; }
+  DEVICE bool same_label(int i, int j) const { return row_labels.given() && row_labels[i] == column_labels[j]; }
+  DEVICE int row_label(int i) const { return i < rows ? row_labels[i] : 0; }
+  DEVICE int column_label(int j) const { return j < columns ? column_labels[j] : 0; }
+  DEVICE float logit(float dot) const { return dot * scale + bias; }
+  DEVICE float logit(float dot, int i, int j) const {
+    return holds(i, j) && !same_label(i, j) ? logit(dot) : -infinity();
+  }
+};
+
+// One row (or column) of the softmax: how much a logit of it adds to the gradient.
+struct Weight {
+  float shift, factor;
+  DEVICE float gradient(float logit) const { return factor * exp2_fast(logit - shift); }
+};
+
+struct Weights {
+  In<float> shift, factor;
+  int count;
+  DEVICE Weight operator[](int i) const { return i < count ? Weight{shift[i], factor[i]} : Weight{0.0f, 0.0f}; }
+};
+
+// softplus and its derivative, summed over pairs. Both keep their relative accuracy where they are tiny.
+struct Sigmoid {
+  float loss, probability;
+  DEVICE Sigmoid operator+(Sigmoid other) const { return {loss + other.loss, probability + other.probability}; }
+};
+
+// log(1 + u) for u in [0, 1] as 2 artanh(u / (2 + u)): no branch, and exact for tiny u, where log(1 + u) would round u away.
+DEVICE float log1p_unit(float u) {
+  const float s = u * reciprocal_fast(2.0f + u), s2 = s * s;
+  float series = 1.0f / 15;
+  UNROLL for (int n = 13; n > 0; n -= 2) series = series * s2 + 1.0f / n;
+  return 2.0f * s * series;
+}
+
+DEVICE Sigmoid sigmoid_of(float logit) {
+  const float tail = exp2_fast(-fabsf(logit)), rest = reciprocal_fast(1.0f + tail);
+  return {fmaxf(logit, 0.0f) * kLn2 + log1p_unit(tail), logit > 0.0f ? rest : tail * rest};
+}

@@ -1,0 +1,137 @@
+"""Runs the CUDA kernels on the CPU: builds the .cu files with g++ against emulator.h and calls them through ctypes.
+
+Every tensor that a kernel gets is registered with its size, so that an access outside of all of them is found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from threetowers.kernels.cuda.arguments import Argument, Out, Packed, tensors
+from threetowers.kernels.cuda.compiler import SOURCES
+from threetowers.kernels.cuda.launch import THREADS, Launch, Limits
+
+ENGINE = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+SMALL = Limits((8, 6), 99 * 1024, 100 * 1024)  # sm_86: three slices in flight
+LARGE = Limits((8, 0), 163 * 1024, 164 * 1024)  # sm_80: four
+
+
+class EmulationError(AssertionError):
+    """A kernel did what no kernel may do; the message says which thread did what."""
+
+
+class Schedule(ctypes.Structure):
+    """How threads interleave; see block.h."""
+
+    _fields_ = (
+        ("greedy", ctypes.c_bool),
+        ("early", ctypes.c_bool),
+        ("races", ctypes.c_bool),
+        ("seed", ctypes.c_uint),
+    )
+
+    def __repr__(self) -> str:
+        turns, copies = "greedy" if self.greedy else "turns", "early" if self.early else "late"
+        return f"{turns}-{copies}-{'races' if self.races else 'values'}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A bug to plant: the one place in a source file where `old` stands gets `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass
+class Emulator:
+    """A `Launcher` without a GPU."""
+
+    folder: Path
+    limits: Limits = SMALL
+    schedule: Schedule = field(default_factory=lambda: Schedule(False, False, True, 0))
+    mutation: Mutation | None = None
+
+    def prepare(self, launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            self._library(launch)
+
+    def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
+        library, packed = self._library(launch), Packed(arguments)
+        library.emulator_forget_buffers()
+        for argument in tensors(arguments):
+            if argument.tensor is not None:
+                assert argument.tensor.is_contiguous()
+                at, size = argument.tensor.data_ptr(), argument.tensor.nbytes
+                library.emulator_buffer(ctypes.c_void_p(at), ctypes.c_size_t(size), isinstance(argument, Out))
+        error = library.emulator_launch(*launch.grid, THREADS, launch.shared_bytes, self.schedule, packed.table)
+        if error is not None:
+            raise EmulationError(f"{launch.kernel} under {self.schedule!r}: {error.decode()}")
+
+    def _library(self, launch: Launch) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(self._built(launch)))
+        library.emulator_launch.restype = ctypes.c_char_p
+        library.emulator_launch.argtypes = [ctypes.c_int] * 4 + [Schedule, ctypes.c_void_p]
+        return library
+
+    def _built(self, launch: Launch) -> Path:
+        sources = {path.name: path.read_text() for path in (*SOURCES.glob("*.h"), SOURCES / f"{launch.kernel}.cu")}
+        if self.mutation is not None and self.mutation.file in sources:
+            sources[self.mutation.file] = _mutated(sources[self.mutation.file], self.mutation)
+        macros = [f'-DKERNEL_FILE="{launch.kernel}.cu"', f"-DKERNEL_NAME={launch.kernel}"]
+        macros += [f"-D{define}" for define in launch.defines]
+        objects = [self._object(path) for path in sorted(ENGINE.glob("*.cpp")) if path.name != "kernel_entry.cpp"]
+        inputs = [(ENGINE / name).read_text() for name in ("emulator.h", "kernel_entry.cpp")]
+        folder = self.folder / f"{launch.kernel}-{_digest(macros, sources, inputs, [path.name for path in objects])}"
+        library = folder / "kernel.so"
+        if not library.exists():
+            folder.mkdir(exist_ok=True)
+            for name, text in sources.items():
+                (folder / name).write_text(text)
+            compile_cpp(
+                ["-shared", *macros, f"-I{folder}", f"-I{ENGINE}", ENGINE / "kernel_entry.cpp", *objects], library
+            )
+        return library
+
+    def _object(self, source: Path) -> Path:
+        headers = [
+            path.read_text() for path in (*sorted(ENGINE.glob("*.h")), SOURCES / "device.h", SOURCES / "tensor_core.h")
+        ]
+        target = self.folder / f"{source.stem}-{_digest(source.read_text(), headers)}.o"
+        if not target.exists():
+            compile_cpp(["-c", f"-I{SOURCES}", f"-I{ENGINE}", source], target)
+        return target
+
+
+def compile_cpp(arguments: Sequence[str | Path], target: Path) -> None:
+    """Run the C++ compiler, and move its output into place whole."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"the emulator's tests need a C++17 compiler, {compiler!r} is not on the PATH: install g++ or set CXX"
+        )
+    partial = target.with_suffix(f".{os.getpid()}")
+    command = [compiler, *FLAGS, *map(str, arguments), "-o", str(partial)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or done.stderr:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    partial.replace(target)
+
+
+def _mutated(text: str, mutation: Mutation) -> str:
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.file} holds {mutation.old!r} {text.count(mutation.old)} times, expected once")
+    return text.replace(mutation.old, mutation.new)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr((FLAGS, os.environ.get("CXX"), *parts)).encode()).hexdigest()[:24]

@@ -1,0 +1,26 @@
+// A call stack of its own for each emulated thread, switched by hand: a few nanoseconds on x86-64, and the C library's
+// slower contexts elsewhere.
+#pragma once
+#include <cstddef>
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+
+constexpr std::size_t kStackBytes = 64 * 1024;
+
+class Fiber {
+ public:
+  void prepare(char* stack, void (*entry)());  // entry never returns
+  void switch_to(Fiber& next);
+
+ private:
+#ifdef __x86_64__
+  void* stack_pointer_ = nullptr;
+#else
+  ucontext_t context_;
+#endif
+};
+
+}  // namespace emulator

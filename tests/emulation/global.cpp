@@ -1,0 +1,55 @@
+// Global memory: every access must lie inside a buffer that the host handed over, be aligned, and respect who owns what.
+// A word has one writer in a launch, and what is read as input is written by nobody: so no order of blocks matters.
+#include <cstdint>
+
+#include "block.h"
+#include "device.h"
+
+namespace emulator {
+namespace {
+
+struct Buffer {
+  const char* begin;
+  std::size_t bytes;
+  bool writable;
+  std::vector<int> owners;  // of each 2-byte word: 1 + block and thread that wrote it; 0: nobody
+};
+
+std::vector<Buffer> buffers;
+
+Buffer& find(const char* action, const void* at, std::size_t bytes, std::size_t alignment) {
+  const char* address = static_cast<const char*>(at);
+  if (reinterpret_cast<std::uintptr_t>(at) % alignment) fail("%s global memory at a misaligned address", action);
+  for (Buffer& buffer : buffers)
+    if (address >= buffer.begin && address + bytes <= buffer.begin + buffer.bytes) return buffer;
+  fail("%s %zu bytes of global memory outside every buffer", action, bytes);
+}
+
+}  // namespace
+
+void reset_global() {
+  for (Buffer& buffer : buffers) buffer.owners.assign(buffer.writable ? buffer.bytes / 2 : 0, 0);
+}
+
+void check_read(const void* at, std::size_t bytes, std::size_t alignment) {
+  if (find("reads", at, bytes, alignment).writable) fail("reads as input what the kernel may write");
+}
+
+void check_write(const void* at, std::size_t bytes, std::size_t alignment) {
+  Buffer& buffer = find("writes", at, bytes, alignment);
+  if (!buffer.writable) fail("writes to an input");
+  const int self = 1 + block.index * static_cast<int>(block.threads.size()) + current;
+  const std::size_t first = (static_cast<const char*>(at) - buffer.begin) / 2;
+  for (std::size_t i = first; i < first + bytes / 2; ++i) {
+    if (buffer.owners[i] != 0 && buffer.owners[i] != self) fail("writes global memory that another thread wrote too");
+    buffer.owners[i] = self;
+  }
+}
+
+}  // namespace emulator
+
+extern "C" __attribute__((visibility("default"))) void emulator_buffer(const void* at, std::size_t bytes, int writable) {
+  emulator::buffers.push_back({static_cast<const char*>(at), bytes, writable != 0, {}});
+}
+
+extern "C" __attribute__((visibility("default"))) void emulator_forget_buffers() { emulator::buffers.clear(); }
