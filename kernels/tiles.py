@@ -135,6 +135,12 @@ def backend_for(x_bD: Tensor) -> TileBackend:
         backend: TileBackend | None = cuda_backend(x_bD)  # None: no kernel serves this dtype or architecture
         if backend is not None:
             return backend
+    if x_bD.device.type == "cpu" and x_bD.dtype != torch.float64:
+        from threetowers.kernels.cpu import CpuTiles, sweep_library  # here: it builds on this module
+
+        library = sweep_library()
+        if library is not None:
+            return CpuTiles(library)
     return TorchTiles(torch.float64 if x_bD.dtype == torch.float64 else torch.float32)
 
 

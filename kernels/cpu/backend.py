@@ -1,0 +1,75 @@
+"""Tiles on the CPU: a library product into a reused buffer, then one pass of the C++ sweep over it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from threetowers.kernels.tiles import LOG2E, LibraryTiles, Running, SigmoidSums, Tile, Weights
+
+
+class CpuTiles(LibraryTiles):
+    """float32, bfloat16 and float16 features on the CPU, computed in float32."""
+
+    def __init__(self, library: ctypes.CDLL, isa: int | None = None) -> None:
+        """isa: 0 baseline, 1 AVX2, 2 AVX-512; the processor's best if not given."""
+        super().__init__(torch.float32)
+        self._library = library
+        self._isa = library.threetowers_sweep_isa() if isa is None else isa
+        self._partial_n = torch.empty(0)
+
+    def stats(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
+    ) -> None:
+        dot_rc = self.dots(x_rD, y_cD, keep_rc)
+        outputs = (rows.max_n, rows.sum_n, cols.max_n, cols.sum_n, self._partial(dot_rc))
+        self._library.threetowers_sweep_stats(*self._head(dot_rc, tile), *_excluded(tile), *map(_address, outputs))
+
+    def softmax_grad(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
+    ) -> Tensor:
+        dot_rc = self.dots(x_rD, y_cD) if kept_rc is None else kept_rc
+        grad_rc = dot_rc if kept_rc is None else self.scratch(x_rD, y_cD)
+        vectors = (rows.shift_n, rows.factor_n, cols.shift_n, cols.factor_n, grad_rc)
+        self._library.threetowers_sweep_softmax_grad(
+            *self._head(dot_rc, tile), *_excluded(tile), *map(_address, vectors)
+        )
+        return grad_rc
+
+    def sigmoid(
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
+    ) -> Tensor | None:
+        dot_rc = self.dots(x_rD, y_cD)
+        results = [None] * 4 if sums is None else [sums.loss_r, sums.prob_r, sums.row_max_r, sums.col_max_c]
+        grad_rc = None if weights_r is None else dot_rc
+        vectors = (*results, weights_r, grad_rc, self._partial(dot_rc))
+        self._library.threetowers_sweep_sigmoid(
+            *self._head(dot_rc, tile), tile.bias * LOG2E, *_excluded(tile), *map(_address, vectors)
+        )
+        return grad_rc
+
+    def _head(self, dot_rc: Tensor, tile: Tile) -> tuple[int, int, int, int, int, float]:
+        rows, cols = dot_rc.shape
+        return self._isa, torch.get_num_threads(), dot_rc.data_ptr(), rows, cols, tile.scale * LOG2E
+
+    def _partial(self, dot_rc: Tensor) -> Tensor:
+        """Room for the columns' partial results."""
+        size = self._library.threetowers_sweep_scratch(*dot_rc.shape)
+        if len(self._partial_n) < size:
+            self._partial_n = torch.empty(size)
+        return self._partial_n
+
+
+def _excluded(tile: Tile) -> tuple[int, int | None, int | None]:
+    return tile.diagonal, _address(tile.row_labels_r), _address(tile.col_labels_c)
+
+
+def _address(vector: Tensor | None) -> int | None:
+    """Where a contiguous tensor lies in memory; null for none."""
+    if vector is None:
+        return None
+    if not vector.is_contiguous():
+        raise ValueError(f"tile vectors must be contiguous, got strides {vector.stride()}")
+    return vector.data_ptr()

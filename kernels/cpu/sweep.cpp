@@ -1,0 +1,216 @@
+// One pass over a tile of dot products that lies in memory: softmax statistics, gradient tiles, sigmoid sums.
+//
+// Plain C interface, no torch. Tiles are row-major float32 without gaps. Rows are cut into bands of a fixed height, bands
+// are shared out among threads, and what bands leave for a column is merged in the order of the bands: the result has the
+// same bits whatever the number of threads. The instruction set is chosen when the program runs.
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr std::int64_t BAND = 32;     // rows a thread takes at once
+constexpr std::int64_t BLOCK = 1024;  // columns: BAND x BLOCK floats stay in a core's second-level cache
+constexpr std::int64_t PAD = 16;      // widest vector: bands' column results are padded to whole vectors
+constexpr float LN2 = 0.69314718f;
+// 2^f on [-1/2, 1/2], minimax in relative error (2e-9 before rounding).
+constexpr float EXP2_C0 = 1.0f, EXP2_C1 = 0.693147182f, EXP2_C2 = 0.240226462f, EXP2_C3 = 0.0555032864f,
+                EXP2_C4 = 0.00961848907f, EXP2_C5 = 0.00133999309f, EXP2_C6 = 0.000153458022f;
+
+struct Tile {
+  float* dots;
+  std::int64_t rows, cols;
+  float factor, offset;  // t = dot * factor + offset
+  const std::int32_t* row_labels;
+  const std::int32_t* col_labels;
+};
+
+struct Sweeps {
+  void (*stats)(const Tile&, std::int64_t, std::int64_t, float*, float*, float*, float*);
+  void (*merge_columns)(std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*, float*, float*);
+  void (*softmax_grad)(const Tile&, std::int64_t, std::int64_t, const float*, const float*, const float*, const float*,
+                       float*);
+  void (*sigmoid)(const Tile&, std::int64_t, std::int64_t, float*, float*, float*, float*, const float*, float*);
+  void (*merge_maxima)(std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*, float*);
+};
+
+namespace baseline {
+#define LANES 4
+#include "sweep_isa.h"
+#undef LANES
+}  // namespace baseline
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#define LANES 8
+#include "sweep_isa.h"
+#undef LANES
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#define LANES 16
+#include "sweep_isa.h"
+#undef LANES
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+// 0 baseline, 1 AVX2, 2 AVX-512: the best that this processor has.
+int best_isa() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+const Sweeps& sweeps(int isa) {
+#if defined(__x86_64__)
+  if (isa == 2) return avx512::SWEEPS;
+  if (isa == 1) return avx2::SWEEPS;
+#endif
+  (void)isa;
+  return baseline::SWEEPS;
+}
+
+template <class Work>
+struct Shared {
+  const Work* work;
+  std::atomic<std::int64_t> next;
+  std::int64_t count;
+
+  static void drain(void* self) {
+    Shared& shared = *static_cast<Shared*>(self);
+    for (std::int64_t item; (item = shared.next.fetch_add(1)) < shared.count;) (*shared.work)(item);
+  }
+};
+
+// work(0) ... work(count - 1), in any order, on this many threads. If an OpenMP runtime of GCC's interface is loaded, as
+// torch's is, its team does the work: a second team would compete with its waiting threads for the cores.
+template <class Work>
+void parallel(std::int64_t count, int threads, const Work& work) {
+  Shared<Work> shared{&work, {0}, count};
+  if (threads > count) threads = static_cast<int>(count);
+  using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  const auto team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (threads <= 1) {
+    Shared<Work>::drain(&shared);
+  } else if (team) {
+    team(Shared<Work>::drain, &shared, static_cast<unsigned>(threads), 0);
+  } else {
+    std::vector<std::thread> others;
+    for (int k = 1; k < threads; ++k) others.emplace_back(Shared<Work>::drain, &shared);
+    Shared<Work>::drain(&shared);
+    for (auto& other : others) other.join();
+  }
+}
+
+std::int64_t bands(std::int64_t rows) { return (rows + BAND - 1) / BAND; }
+std::int64_t padded(std::int64_t cols) { return (cols + PAD - 1) / PAD * PAD; }
+
+void exclude_diagonal(const Tile& tile, std::int64_t diagonal) {
+  const std::int64_t first = diagonal < 0 ? -diagonal : 0;
+  for (std::int64_t i = first; i < tile.rows && i + diagonal < tile.cols; ++i)
+    tile.dots[i * tile.cols + i + diagonal] = -INFINITY;
+}
+
+template <class Work>
+void over_bands(const Tile& tile, int threads, const Work& work) {
+  parallel(bands(tile.rows), threads, [&](std::int64_t band) {
+    const std::int64_t first = band * BAND;
+    work(band, first, first + BAND < tile.rows ? first + BAND : tile.rows);
+  });
+}
+
+template <class Work>
+void over_columns(std::int64_t cols, int threads, const Work& work) {
+  parallel((cols + BLOCK - 1) / BLOCK, threads, [&](std::int64_t block) {
+    const std::int64_t first = block * BLOCK;
+    work(first, first + BLOCK < cols ? first + BLOCK : cols);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Raised with every change of this interface, so that a library left from an older build is not used.
+int threetowers_sweep_version() { return 1; }
+
+int threetowers_sweep_isa() { return best_isa(); }
+
+// Floats of scratch that the calls below need for a tile.
+std::int64_t threetowers_sweep_scratch(std::int64_t rows, std::int64_t cols) { return 2 * bands(rows) * padded(cols); }
+
+void threetowers_sweep_stats(int isa, int threads, float* dots, std::int64_t rows, std::int64_t cols, float factor,
+                             std::int64_t diagonal, const std::int32_t* row_labels, const std::int32_t* col_labels,
+                             float* row_max, float* row_sum, float* col_max, float* col_sum, float* scratch) {
+  const Tile tile{dots, rows, cols, factor, 0.0f, row_labels, col_labels};
+  const Sweeps& sweep = sweeps(isa);
+  const std::int64_t stride = padded(cols);
+  exclude_diagonal(tile, diagonal);
+  over_bands(tile, threads, [&](std::int64_t band, std::int64_t first, std::int64_t last) {
+    float* own = scratch + 2 * band * stride;
+    sweep.stats(tile, first, last, row_max, row_sum, own, own + stride);
+  });
+  over_columns(cols, threads, [&](std::int64_t first, std::int64_t last) {
+    sweep.merge_columns(first, last, bands(rows), stride, scratch, col_max, col_sum);
+  });
+}
+
+// grad may be dots.
+void threetowers_sweep_softmax_grad(int isa, int threads, float* dots, std::int64_t rows, std::int64_t cols,
+                                    float factor, std::int64_t diagonal, const std::int32_t* row_labels,
+                                    const std::int32_t* col_labels, const float* row_shift, const float* row_factor,
+                                    const float* col_shift, const float* col_factor, float* grad) {
+  const Tile tile{dots, rows, cols, factor, 0.0f, row_labels, col_labels};
+  exclude_diagonal(tile, diagonal);
+  over_bands(tile, threads, [&](std::int64_t, std::int64_t first, std::int64_t last) {
+    sweeps(isa).softmax_grad(tile, first, last, row_shift, row_factor, col_shift, col_factor, grad);
+  });
+}
+
+// loss, prob, row_max and col_max: all or none. weights and grad: both or none; grad may be dots.
+void threetowers_sweep_sigmoid(int isa, int threads, float* dots, std::int64_t rows, std::int64_t cols, float factor,
+                               float offset, std::int64_t diagonal, const std::int32_t* row_labels,
+                               const std::int32_t* col_labels, float* loss, float* prob, float* row_max,
+                               float* col_max, const float* weights, float* grad, float* scratch) {
+  const Tile tile{dots, rows, cols, factor, offset, row_labels, col_labels};
+  const Sweeps& sweep = sweeps(isa);
+  const std::int64_t stride = padded(cols);
+  exclude_diagonal(tile, diagonal);
+  over_bands(tile, threads, [&](std::int64_t band, std::int64_t first, std::int64_t last) {
+    sweep.sigmoid(tile, first, last, loss, prob, row_max, scratch + band * stride, weights, grad);
+  });
+  if (!loss) return;
+  over_columns(cols, threads, [&](std::int64_t first, std::int64_t last) {
+    sweep.merge_maxima(first, last, bands(rows), stride, scratch, col_max);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,198 @@
+// The sweeps for one instruction set. sweep.cpp includes this once for each, inside a namespace and under its compiler
+// target, with LANES defined: code is written once, in the compilers' vector types, and nothing here is a template.
+//
+// "t" is a logit in base 2. Excluded entries are -inf, and 2^-inf is exactly 0 here.
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef std::int32_t vi __attribute__((vector_size(LANES * 4)));
+
+static inline vf splat(float value) { return value - vf{}; }
+
+static inline vf load(const float* from) {
+  vf v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+static inline void store(float* to, vf v) { std::memcpy(to, &v, sizeof v); }
+
+// The last lanes of a row may lie beyond its end: they read as `fill` and are not written.
+static inline vf load_some(const float* from, std::int64_t n, float fill) {
+  if (n >= LANES) return load(from);
+  vf v = splat(fill);
+  std::memcpy(&v, from, n * sizeof(float));
+  return v;
+}
+
+static inline void store_some(float* to, vf v, std::int64_t n) {
+  std::memcpy(to, &v, (n >= LANES ? LANES : n) * sizeof(float));
+}
+
+static inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+static inline vf above(vf a, float floor) { return larger(a, splat(floor)); }
+
+static inline float sum(vf v) {
+  float total = 0;
+  for (int lane = 0; lane < LANES; ++lane) total += v[lane];
+  return total;
+}
+
+static inline float largest(vf v) {
+  float top = v[0];
+  for (int lane = 1; lane < LANES; ++lane) top = top > v[lane] ? top : v[lane];
+  return top;
+}
+
+// 2^t for t <= about 0; below 2^-126 it is 0. Relative error 2e-7: a minimax polynomial on [-1/2, 1/2].
+static inline vf exp2_of(vf t) {
+  const vf clamped = above(t, -126.0f);
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
+  const vf shifted = clamped + magic;
+  const vf f = clamped - (shifted - magic);
+  vf p = splat(EXP2_C6);
+  p = p * f + EXP2_C5;
+  p = p * f + EXP2_C4;
+  p = p * f + EXP2_C3;
+  p = p * f + EXP2_C2;
+  p = p * f + EXP2_C1;
+  p = p * f + EXP2_C0;
+  const vi exponent = ((vi)shifted - (vi)magic) << 23;
+  return t > splat(-126.0f) ? (vf)((vi)p + exponent) : vf{};
+}
+
+// log(1 + u) for u in [0, 1], accurate relative to u: 2 atanh(u / (2 + u)) as a series. Relative error 2e-7.
+static inline vf log1p_of(vf u) {
+  const vf w = u / (u + 2.0f), w2 = w * w;
+  vf p = splat(1.0f / 13);
+  p = p * w2 + 1.0f / 11;
+  p = p * w2 + 1.0f / 9;
+  p = p * w2 + 1.0f / 7;
+  p = p * w2 + 1.0f / 5;
+  p = p * w2 + 1.0f / 3;
+  p = p * w2 + 1.0f;
+  return 2.0f * w * p;
+}
+
+// The dots of one row from column j on, -inf where excluded by label or beyond the row's end.
+static inline vf dots_at(const Tile& tile, std::int64_t i, std::int64_t j) {
+  const std::int64_t n = tile.cols - j;
+  const vf dot = load_some(tile.dots + i * tile.cols + j, n, -INFINITY);
+  if (!tile.row_labels) return dot;
+  vi labels = vi{};
+  std::memcpy(&labels, tile.col_labels + j, (n >= LANES ? LANES : n) * sizeof(std::int32_t));
+  return labels == tile.row_labels[i] ? splat(-INFINITY) : dot;
+}
+
+static inline float finite_or_zero(float value) { return value == -INFINITY ? 0.0f : value; }
+
+// (max, sum) += (other_max, other_sum), each meaning 2^max * sum, empty being (-inf, 0).
+static inline void merge(float& max, float& sum, float other_max, float other_sum) {
+  const float top = max > other_max ? max : other_max;
+  const float base = finite_or_zero(top);
+  sum = sum * std::exp2(max - base) + other_sum * std::exp2(other_max - base);
+  max = top;
+}
+
+// Statistics of one band of rows. Rows are merged into row_max/row_sum; columns are left in col_max/col_sum (this
+// band's own, padded to whole vectors). Blocks of columns are read twice, the second time from cache.
+static void stats_band(const Tile& tile, std::int64_t first, std::int64_t last, float* row_max, float* row_sum,
+                       float* col_max, float* col_sum) {
+  float top[BAND];
+  for (std::int64_t block = 0; block < tile.cols; block += BLOCK) {
+    const std::int64_t end = block + BLOCK < tile.cols ? block + BLOCK : tile.cols;
+    for (std::int64_t j = block; j < end; j += LANES) store(col_max + j, splat(-INFINITY));
+    for (std::int64_t i = first; i < last; ++i) {
+      vf row = splat(-INFINITY);
+      for (std::int64_t j = block; j < end; j += LANES) {
+        const vf t = dots_at(tile, i, j) * tile.factor;
+        row = larger(row, t);
+        store(col_max + j, larger(load(col_max + j), t));
+      }
+      top[i - first] = largest(row);
+    }
+    for (std::int64_t j = block; j < end; j += LANES) store(col_sum + j, vf{});
+    for (std::int64_t i = first; i < last; ++i) {
+      const float base = finite_or_zero(top[i - first]);
+      vf row = vf{};
+      for (std::int64_t j = block; j < end; j += LANES) {
+        const vf dot = dots_at(tile, i, j);
+        row += exp2_of(dot * tile.factor - base);
+        const vf col = load(col_max + j);
+        const vf col_base = col == splat(-INFINITY) ? vf{} : col;
+        store(col_sum + j, load(col_sum + j) + exp2_of(dot * tile.factor - col_base));
+      }
+      merge(row_max[i], row_sum[i], top[i - first], sum(row));
+    }
+  }
+}
+
+// Merge the bands' column statistics, in the order of the bands.
+static void merge_columns(std::int64_t first, std::int64_t last, std::int64_t bands, std::int64_t stride,
+                          const float* partial, float* col_max, float* col_sum) {
+  for (std::int64_t j = first; j < last; j += LANES) {
+    const std::int64_t n = last - j;
+    vf top = load_some(col_max + j, n, -INFINITY);
+    const vf old = top;
+    for (std::int64_t band = 0; band < bands; ++band) top = larger(top, load(partial + 2 * band * stride + j));
+    const vf base = top == splat(-INFINITY) ? vf{} : top;
+    vf total = load_some(col_sum + j, n, 0.0f) * exp2_of(old - base);
+    for (std::int64_t band = 0; band < bands; ++band) {
+      const float* part = partial + 2 * band * stride + j;
+      total += load(part + stride) * exp2_of(load(part) - base);
+    }
+    store_some(col_max + j, top, n);
+    store_some(col_sum + j, total, n);
+  }
+}
+
+static void softmax_grad_band(const Tile& tile, std::int64_t first, std::int64_t last, const float* row_shift,
+                              const float* row_factor, const float* col_shift, const float* col_factor, float* grad) {
+  for (std::int64_t i = first; i < last; ++i) {
+    for (std::int64_t j = 0; j < tile.cols; j += LANES) {
+      const std::int64_t n = tile.cols - j;
+      const vf dot = dots_at(tile, i, j);
+      const vf by_row = exp2_of(dot * tile.factor - row_shift[i]) * row_factor[i];
+      const vf by_col = exp2_of(dot * tile.factor - load_some(col_shift + j, n, 0.0f));
+      store_some(grad + i * tile.cols + j, by_col * load_some(col_factor + j, n, 0.0f) + by_row, n);
+    }
+  }
+}
+
+// Sums and maxima of one band of rows where loss is given (col_max: this band's own, padded), gradients where grad is.
+static void sigmoid_band(const Tile& tile, std::int64_t first, std::int64_t last, float* loss, float* prob,
+                         float* row_max, float* col_max, const float* weights, float* grad) {
+  if (loss)
+    for (std::int64_t j = 0; j < tile.cols; j += LANES) store(col_max + j, splat(-INFINITY));
+  for (std::int64_t i = first; i < last; ++i) {
+    vf losses = vf{}, probs = vf{}, top = splat(-INFINITY);
+    for (std::int64_t j = 0; j < tile.cols; j += LANES) {
+      const vf t = dots_at(tile, i, j) * tile.factor + tile.offset;
+      const vf u = exp2_of(t > vf{} ? -t : t);
+      const vf sigma = (t > vf{} ? splat(1.0f) : u) / (u + 1.0f);
+      if (loss) {
+        losses += above(t, 0.0f) * LN2 + log1p_of(u);
+        probs += sigma;
+        top = larger(top, t);
+        store(col_max + j, larger(load(col_max + j), t));
+      }
+      if (grad) store_some(grad + i * tile.cols + j, sigma * weights[i], tile.cols - j);
+    }
+    if (!loss) continue;
+    loss[i] += sum(losses);
+    prob[i] += sum(probs);
+    const float found = largest(top);
+    row_max[i] = row_max[i] > found ? row_max[i] : found;
+  }
+}
+
+static void merge_maxima(std::int64_t first, std::int64_t last, std::int64_t bands, std::int64_t stride,
+                         const float* partial, float* col_max) {
+  for (std::int64_t j = first; j < last; j += LANES) {
+    vf top = load_some(col_max + j, last - j, -INFINITY);
+    for (std::int64_t band = 0; band < bands; ++band) top = larger(top, load(partial + band * stride + j));
+    store_some(col_max + j, top, last - j);
+  }
+}
+
+static const Sweeps SWEEPS = {stats_band, merge_columns, softmax_grad_band, sigmoid_band, merge_maxima};

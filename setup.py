@@ -1,0 +1,15 @@
+"""The one part of the build that pyproject.toml cannot say: the optional C++ sweep of the CPU losses."""
+
+from setuptools import Extension, setup
+
+SWEEP = Extension(
+    "threetowers.kernels.cpu.sweep",  # loaded by ctypes, not imported: plain C, no Python in it
+    sources=["kernels/cpu/sweep.cpp"],
+    depends=["kernels/cpu/sweep_isa.h"],
+    language="c++",
+    extra_compile_args=["-std=gnu++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
+    extra_link_args=["-pthread", "-ldl"],
+    optional=True,  # without a compiler the package still installs, and computes the same in torch ops
+)
+
+setup(ext_modules=[SWEEP])
