@@ -234,7 +234,10 @@ def _group(path: Path, infos: list[tarfile.TarInfo]) -> tuple[list[Sample], int]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Webdataset's key and lower-cased extension of a member; the extension is empty where it belongs to no sample."""
+    """Webdataset's key and lower-cased extension of a member; the extension is empty where it belongs to no sample.
+
+    Hidden files belong to none, also inside a folder, where webdataset would make them members of a sample `folder/`.
+    """
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower() if stem else ""
@@ -327,7 +330,7 @@ def stream(index: TarIndex, digest: xxhash.xxh3_128 | None = None) -> Iterator[t
             raise BadTar(f"{index.path}: ends early after {ordinal} samples: {error}") from error
         if ordinal != len(index.samples):
             raise BadTar(
-                f"{index.path}: {ordinal} samples streamed, {len(index.samples)} indexed: the tar has changed."
+                f"{index.path}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}"
             )
         while hashed.read(1 << 20):
             pass

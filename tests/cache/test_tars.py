@@ -1,0 +1,265 @@
+import io
+import os
+import pickle
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import xxhash
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
+from threetowers.cache.tars import BadTar, expand, index_tar, key_hash, read_member, split_name, stream
+
+Pack = Callable[..., Path]
+MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
+EMOJI = sorted((Path(__file__).parents[2] / "data" / "emoji").glob("*.tar"))
+
+
+def members(path: Path, *entries: tuple[str, bytes] | tarfile.TarInfo) -> Path:
+    """A tar of exactly these members."""
+    with tarfile.open(path, "w") as archive:
+        for entry in entries:
+            if isinstance(entry, tarfile.TarInfo):
+                archive.addfile(entry)
+            else:
+                info = tarfile.TarInfo(entry[0])
+                info.size = len(entry[1])
+                archive.addfile(info, io.BytesIO(entry[1]))
+    return path
+
+
+@pytest.fixture
+def tar(tmp_path: Path, pack: Pack, samples: MakeSamples) -> Path:
+    return pack(tmp_path / "x.tar", samples(9, 4))
+
+
+def test_index_reads_as_webdataset_does(tar: Path) -> None:
+    index = index_tar(tar)
+    with open(tar, "rb") as file:
+        theirs = list(group_by_keys(tar_file_expander([{"url": str(tar), "stream": file}])))
+    assert len(index.samples) == len(theirs) == 9
+    for ordinal, (ours, sample) in enumerate(zip(index.samples, theirs, strict=True)):
+        assert ours == index.samples[ordinal]
+        assert ours.key == sample["__key__"]
+        assert ours.members.keys() == {"png", "txt"}
+        assert ours.image == "png"
+        for extension in ours.members:
+            assert read_member(index, ordinal, extension) == sample[extension]
+    assert index.samples[-1] == index.samples[8]
+    assert [sample.key for sample in index.samples[2:4]] == [index.samples[2].key, index.samples[3].key]
+    with pytest.raises(IndexError):
+        index.samples[9]
+    assert index.ignored == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jpg", "d/a.jpg", "d.e/a.jpg", "d/a.B.Jpg", "a", ".hidden", "d/.hidden.jpg", "./a.PNG", "a.", "a/b.c.d/e.f"],
+)
+def test_split_name_is_webdatasets_rule(name: str) -> None:
+    key, extension = base_plus_ext(name)
+    if key is None or not extension or name == "d/.hidden.jpg":
+        assert split_name(name)[1] == ""
+    else:
+        assert split_name(name) == (key, extension.lower())
+
+
+def test_stream_gives_images_in_order_and_hashes_every_byte(tar: Path) -> None:
+    index, digest = index_tar(tar), xxhash.xxh3_128()
+    for expected, (ordinal, key, data) in enumerate(stream(index, digest)):
+        assert ordinal == expected
+        assert key == index.samples[ordinal].key
+        assert data == read_member(index, ordinal, "png")
+    assert digest.hexdigest() == xxhash.xxh3_128_hexdigest(tar.read_bytes())
+
+
+@pytest.mark.skipif(not EMOJI, reason="data/emoji is not there")
+def test_real_tars_stream_as_indexed() -> None:
+    index = index_tar(EMOJI[0])
+    assert [ordinal for ordinal, _, _ in stream(index)] == list(range(len(index.samples)))
+
+
+def test_other_members_are_listed_and_never_read(tmp_path: Path) -> None:
+    bomb = pickle.dumps(os.getcwd)
+    path = members(
+        tmp_path / "x.tar",
+        ("__meta__/info.json", b"{}"),
+        (".hidden", b"?"),
+        ("README", b"?"),
+        ("a.JPG", b"image"),
+        ("a.pkl", bomb),
+        ("a.seg.png", b"mask"),
+    )
+    index = index_tar(path)
+    assert index.samples[0].members.keys() == {"jpg", "pkl", "seg.png"}
+    assert index.ignored == 3
+    assert list(stream(index)) == [(0, "a", b"image")]
+    with pytest.raises(ValueError, match=r"'a': \.pkl is neither image nor text"):
+        read_member(index, 0, "pkl")
+    with pytest.raises(ValueError, match=r"'a': has no \.txt"):
+        read_member(index, 0, "txt")
+
+
+def test_long_and_foreign_names(tmp_path: Path) -> None:
+    names = ["n" * 150 + "/" + "k" * 120 + ".png", "été/日本.png"]
+    for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "x.tar", "w", format=kind) as archive:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = 3
+                archive.addfile(info, io.BytesIO(b"abc"))
+        index = index_tar(tmp_path / "x.tar")
+        assert [sample.key + ".png" for sample in index.samples] == names
+        assert read_member(index, 1, "png") == b"abc"
+        assert len(list(stream(index))) == 2
+
+
+def test_truncation_is_noticed_wherever_it_falls(tar: Path) -> None:
+    whole = tar.read_bytes()
+    index = index_tar(tar)
+    last = index.samples[8].members["txt"]
+    content_end = -(-(last.offset + last.size) // 512) * 512
+    for length in [*range(0, content_end + 1023, 256), content_end, content_end + 512]:
+        tar.write_bytes(whole[:length])
+        with pytest.raises(BadTar, match=r"x\.tar"):
+            index_tar(tar)
+    tar.write_bytes(whole[: content_end + 1024])
+    assert len(index_tar(tar).samples) == 9
+
+
+def test_a_flipped_header_and_joined_tars_are_refused(tar: Path) -> None:
+    whole = bytearray(tar.read_bytes())
+    offset = index_tar(tar).samples[4].members["png"].offset
+    whole[offset - 512 + 3] ^= 1
+    tar.write_bytes(whole)
+    with pytest.raises(BadTar, match="neither a member nor the end-of-archive marker"):
+        index_tar(tar)
+    whole[offset - 512 + 3] ^= 1
+    tar.write_bytes(whole + whole)
+    with pytest.raises(BadTar, match="joined by cat"):
+        index_tar(tar)
+
+
+def link(kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo("b.png")
+    info.type, info.linkname = kind, "a.png"
+    return info
+
+
+def folder() -> tarfile.TarInfo:
+    info = tarfile.TarInfo("d")
+    info.type = tarfile.DIRTYPE
+    return info
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "holds no samples"),
+        ([folder()], "holds no samples"),
+        ([("a.png", b"1"), ("b.png", b"2"), ("a.txt", b"3")], "sample 'a': found again"),
+        ([("a.png", b"1"), ("b.png", b"2"), ("a.png", b"3")], "sample 'a': found again"),
+        ([("a.png", b"1"), ("a.PNG", b"2")], r"sample 'a': found two members \.png"),
+        ([("a.png", b"1"), ("a.jpg", b"2")], "sample 'a': found members .'jpg', 'png'., expected exactly one"),
+        (
+            [("a.png", b"1"), ("b.txt", b"2"), ("c.png", b"3")],
+            "sample 'b': found members .'txt'., expected exactly one",
+        ),
+        ([("a.png", b"1"), ("b.small.png", b"2")], "follows the first dot"),
+        ([("/a.png", b"1")], "leaves the archive"),
+        ([("x/../../a.png", b"1")], "leaves the archive"),
+        ([("a.png", b"1"), link(tarfile.SYMTYPE)], "link, device"),
+        ([("a.png", b"1"), link(tarfile.LNKTYPE)], "link, device"),
+        ([("a.png", b"1"), link(tarfile.CHRTYPE)], "link, device"),
+    ],
+)
+def test_untrustworthy_tars_are_refused(
+    tmp_path: Path, entries: list[tuple[str, bytes] | tarfile.TarInfo], message: str
+) -> None:
+    with pytest.raises(BadTar, match=message) as caught:
+        index_tar(members(tmp_path / "x.tar", *entries))
+    assert str(tmp_path / "x.tar") in str(caught.value)
+
+
+def test_empty_compressed_and_oversized(tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.tar").touch()
+    with tarfile.open(tmp_path / "z.tar", "w:gz") as archive:
+        archive.add(tar, "a.png")
+    for name in ("empty.tar", "z.tar"):
+        with pytest.raises(BadTar, match="not a whole, plain tar"):
+            index_tar(tmp_path / name)
+    monkeypatch.setattr("threetowers.cache.tars.MAX_MEMBER_BYTES", 200)
+    with pytest.raises(BadTar, match="expected at most 200"):
+        index_tar(tar)
+
+
+def test_fingerprint_follows_the_tar_and_notices_repacking(tmp_path: Path, pack: Pack, samples: MakeSamples) -> None:
+    first = index_tar(pack(tmp_path / "x.tar", samples(5, 0)))
+    copy = shutil.copy(first.path, tmp_path / "moved.tar")
+    assert index_tar(copy).fingerprint == first.fingerprint
+    rows = samples(5, 0)
+    later = pack(tmp_path / "t.tar", rows, mtime=1_800_000_000)
+    swapped = pack(tmp_path / "s.tar", [rows[1], rows[0], *rows[2:]])
+    shorter = pack(tmp_path / "n.tar", rows[:4])
+    prints = {index_tar(path).fingerprint for path in (later, swapped, shorter)} | {first.fingerprint}
+    assert len(prints) == 4
+
+
+def test_a_tar_that_changes_after_indexing_is_noticed(
+    tmp_path: Path, tar: Path, pack: Pack, samples: MakeSamples
+) -> None:
+    index = index_tar(tar)
+    rows = samples(9, 4)
+    for changed in (
+        [rows[1], rows[0], *rows[2:]],
+        rows[:8],
+        [*rows, *samples(1, 7)],
+        [(rows[0][0], rows[3][1]), *rows[1:]],
+    ):
+        pack(tar, changed)
+        with pytest.raises(BadTar, match="has changed since it was indexed"):
+            list(stream(index))
+    tar.write_bytes(tar.read_bytes()[:5000])
+    with pytest.raises(BadTar, match=r"ends early|has changed"):
+        list(stream(index))
+    with pytest.raises(BadTar, match="has changed since it was indexed"):
+        read_member(index, 8, "png")
+
+
+def test_index_is_picklable(tar: Path) -> None:
+    index = index_tar(tar)
+    again = pickle.loads(pickle.dumps(index))
+    assert list(again.samples) == list(index.samples)
+
+
+def test_key_hash_is_xxh3_64() -> None:
+    assert key_hash("part/0001") == xxhash.xxh3_64(b"part/0001").intdigest()
+
+
+def test_expand(tmp_path: Path) -> None:
+    for name in ("a/00.tar", "a/01.tar", "b/02.tar", "b/03.tar", "b/x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    root = str(tmp_path)
+    assert [p.name for p in expand([f"{root}/b/*.tar", f"{root}/a/{{00..01}}.tar"])] == [
+        "02.tar",
+        "03.tar",
+        "00.tar",
+        "01.tar",
+    ]
+    assert [p.name for p in expand([f"{root}/**/*.tar"])] == ["00.tar", "01.tar", "02.tar", "03.tar"]
+    assert expand([f"{root}/a/00.tar"]) == [tmp_path / "a/00.tar"]
+    for patterns, message in (
+        ([f"{root}/a/*.tar", f"{root}/c/*.tar"], r"/c/\*\.tar' matches no file"),
+        ([f"{root}/a/{{00..02}}.tar"], r"a/02\.tar' \(from .* matches no file"),
+        ([f"{root}/a"], "matches no file"),
+        ([f"{root}/a/0*.tar", f"{root}/a/00.tar"], "name it once"),
+        ([f"{root}/a/{{00.tar"], "matches no file|nbalanced"),
+        (["pipe:cat x.tar"], "is remote"),
+        (["s3://bucket/x.tar"], "is remote"),
+        ([], "no tars given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expand(patterns)
