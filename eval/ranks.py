@@ -145,7 +145,7 @@ def _sweep(query: _Side, gallery: _Side, chunk: int, device: torch.device, *, bo
         )
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False), _exact_float32():
+    with torch.inference_mode(), _exact_float32():
         tiles = _Tiles(query, gallery, chunk, device, sides=2 if both else 1)
         for start in range(0, N, chunk):
             tiles.count_row_of_tiles(slice(start, min(start + chunk, N)))
@@ -186,8 +186,6 @@ class _Tiles:
             scores = (self._rows(self.query, rows) * self._rows(self.gallery, columns)).sum(dim=1)
             for best, index in zip(self.best, (rows, columns), strict=True):
                 best.scatter_reduce_(0, index.to(self.device), scores, "amax")
-        for best in self.best:
-            best[best.isneginf()] = torch.inf  # an item without a match counts nothing
 
     def count_row_of_tiles(self, rows: slice) -> None:
         query_bD = self._rows(self.query, rows)
@@ -195,7 +193,7 @@ class _Tiles:
             columns = slice(start, min(start + self.chunk, len(self.gallery.groups_N)))
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             scores, beats = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (self.scores, self.beats))
-            torch.mm(query_bD, self._rows(self.gallery, columns).T, out=scores)
+            torch.mm(query_bD, self._rows(self.gallery, columns).T, out=scores)  # with `out`, autocast leaves it alone
             self._hide_positives(scores, rows, columns)
             # A comparison written as float32 0/1 and summed is exact for tiles up to 2^24 wide, and ten times faster
             # than summing booleans.

@@ -1,5 +1,7 @@
 """Ranks against a brute-force twin in float64, and against what FAISS and CLIP benchmarks compute."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -159,19 +161,29 @@ def test_several_images_a_concept_hit_through_any_of_them() -> None:
     assert found.positives_N.tolist() == [2]
 
 
-def test_lower_precision_set_by_the_process_does_not_reach_the_scores() -> None:
+def test_lower_precision_set_by_the_process_does_not_reach_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(5)
     image, groups = random_unit(rng, 300, 64), np.arange(300)
     text = unit(image + 0.15 * rng.standard_normal((300, 64)))
     reference = ranks(image, text, groups, groups)
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before, during, product = [backend.fp32_precision for backend in backends], set(), torch.mm
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        during.update(backend.fp32_precision for backend in backends)
+        return product(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", watched)
     try:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        for backend in backends:
+            backend.fp32_precision = "tf32"
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = ranks(image, text, groups, groups)
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # and the process keeps its setting
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "tf32"]  # the process keeps its setting
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+    assert during == {"ieee"}
     assert np.array_equal(found.optimistic_N, reference.optimistic_N)
     assert np.array_equal(found.pessimistic_N, reference.pessimistic_N)
 

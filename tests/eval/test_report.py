@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threetowers.eval.curves import MAX_POINTS, read_metrics, training_panels
+from threetowers.eval.curves import MAX_POINTS, gallery_panel, read_metrics, training_panels
 from threetowers.eval.record import Question, Record, TarRef, digest
 from threetowers.eval.report import (
     ImageExample,
@@ -249,3 +249,15 @@ def test_every_run_is_in_every_panel_and_long_runs_stay_small(tmp_path: Path) ->
     assert "var(--run-0)" not in panels["Scale", "text-third"]
     assert not any("surprise" in title or "unheard" in title for _, title in panels)
     assert all(svg.count(" L ") < 3 * MAX_POINTS for svg in panels.values())
+
+
+def test_names_in_plots_are_text() -> None:
+    names = ["$x_2$ <b>&", "font: 3px; #010203", "a name of more than eighteen letters"]
+    svg = gallery_panel("R@1", names, [[0.1, 0.2, float("nan")]], [0.0, 0.1, 0.2]).svg
+    page = Page(svg)
+    assert [text for text in page.text if text.strip() and not text[0].isdigit()] == [
+        "R@1 in percent",
+        "$x_2$ <b>&",
+        "font: 3px; #010203",
+        "a name of more th…",
+    ]
