@@ -63,7 +63,7 @@ class BuildReport:
 
 
 def build(
-    tars: Sequence[str],
+    tars: Sequence[str | Path],
     out: Path,
     *,
     backbone: str,

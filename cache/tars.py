@@ -101,7 +101,7 @@ def key_hash(key: str) -> int:
     return xxhash.xxh3_64_intdigest(key.encode())
 
 
-def expand(patterns: Sequence[str]) -> list[Path]:
+def expand(patterns: Sequence[str | Path]) -> list[Path]:
     """Files named by plain paths, globs (`*`, `**`, `?`, `[..]`) and webdataset brace ranges (`{000..099}.tar`).
 
     Order: as the patterns are given, each glob sorted by name.
@@ -110,7 +110,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
         ValueError: no patterns, one that matches nothing, a remote address, or a file that is named twice.
     """
     found: dict[Path, tuple[Path, str]] = {}
-    for pattern in patterns:
+    for pattern in map(str, patterns):
         if REMOTE.match(pattern):
             raise ValueError(f"tar {pattern!r} is remote, expected local files: copy or mount them first")
         for path in _matches(pattern):
@@ -329,8 +329,6 @@ def stream(index: TarIndex, digest: xxhash.xxh3_128 | None = None) -> Iterator[t
         except tarfile.TarError as error:
             raise BadTar(f"{index.path}: ends early after {ordinal} samples: {error}") from error
         if ordinal != len(index.samples):
-            raise BadTar(
-                f"{index.path}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}"
-            )
+            raise BadTar(f"{index.path}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}")
         while hashed.read(1 << 20):
             pass

@@ -37,11 +37,12 @@ class Teacher:
         """(3, H, W) float32 input of one RGB picture: timm's evaluation transform."""
         return self.transform(image)
 
-    @torch.inference_mode()
     def embed(self, images_b3HW: Tensor) -> Tensor:
         """(b, D) float32 pooled features before the classifier, never normalised, on the CPU."""
         x = images_b3HW.to(self.device, memory_format=torch.channels_last)
-        return _features(self.model, x).float().cpu()
+        with torch.inference_mode():
+            features = _features(self.model, x)
+        return features.float().cpu().clone()  # a clone made out here is an ordinary tensor, free to train on
 
 
 def load_teacher(

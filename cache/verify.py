@@ -66,7 +66,7 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(cache_dir: Path | str, tars: Sequence[str] | None = None, *, payloads: bool = False) -> Report:
+def verify(cache_dir: Path | str, tars: Sequence[str | Path] | None = None, *, payloads: bool = False) -> Report:
     """Check every tar of a cache.
 
     Structure: manifest, tar table, Zarr metadata, done records, size and digest of every file. Numbers: statuses as

@@ -70,8 +70,7 @@ def test_any_flipped_bit_is_noticed(at: int, bit: int) -> None:
     broken[at % len(data)] ^= 1 << bit
     view = np.frombuffer(bytes(broken), np.uint8)
     with pytest.raises(shard.BadShard):
-        for offset in shard.chunk_offsets(view, 4, 3, 40).tolist():
-            shard.chunk(view, offset, 40)
+        [shard.chunk(view, offset, 40) for offset in shard.chunk_offsets(view, 4, 3, 40).tolist()]
 
 
 def test_wrong_length_and_a_chunk_from_elsewhere() -> None:

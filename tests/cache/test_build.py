@@ -1,0 +1,277 @@
+"""A built cache holds what the live teacher says, in the right rows, and refuses to become another cache."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+from threetowers.cache.build import build
+from threetowers.cache.contract import ContractError
+from threetowers.cache.images import BadImage, decode_rgb
+from threetowers.cache.layout import Status
+from threetowers.cache.ranks import Rank
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.tars import BadTar, index_tar, key_hash, read_member
+from threetowers.cache.teacher import load_teacher
+
+Weights = Callable[..., str]
+Pack = Callable[..., Path]
+MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file but the done records, which hold times."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name != "done"
+    }
+
+
+@pytest.fixture(scope="module")
+def options(weights: Weights) -> dict[str, Any]:
+    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64, "batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def cache(tars: list[Path], options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "cache"
+    report = build(tars, out, **options)
+    assert (report.tars_built, report.tars_kept, report.samples, report.ok) == (3, 0, 42, 42)
+    return out
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_cached_equals_the_live_teacher(
+    backbone: str, dtype: str, tars: list[Path], weights: Weights, tmp_path: Path
+) -> None:
+    build(tars, tmp_path, backbone=backbone, weights=weights(backbone), image_size=64, dtype=dtype)
+    opened = EmbeddingCache.open(tmp_path)
+    teacher = load_teacher(backbone, weights(backbone), image_size=64)
+    group = zarr.open_group(tmp_path / "store.zarr", mode="r")
+    assert len(opened) == 42
+    for path in tars:
+        index = index_tar(path)
+        tar_id = opened.tar_id(index)
+        for ordinal, sample in enumerate(index.samples):
+            picture = decode_rgb(read_member(index, ordinal, "png"))
+            live = teacher.embed(teacher.preprocess(picture)[None])[0].numpy()
+            row = opened.row(tar_id, ordinal, sample.key)
+            assert row.dtype == np.float32
+            cosine = row @ live / np.linalg.norm(row) / np.linalg.norm(live)
+            assert cosine >= 0.9999
+            np.testing.assert_allclose(row, live, rtol=2e-3 if dtype == "float16" else 1e-4, atol=1e-4)
+            at = tar_id * opened.contract.slot + ordinal
+            assert np.array_equal(group["emb"][at].astype(np.float32), row)
+            assert group["key_hash"][at] == key_hash(sample.key)
+            assert group["status"][at] == Status.OK
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batches_of_any_size_fill_every_row(
+    batch_size: int, tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    build(tars, tmp_path, **{**options, "batch_size": batch_size, "threads": 3})
+    for tar_id in range(3):
+        ours, theirs = EmbeddingCache.open(tmp_path).tar(tar_id), EmbeddingCache.open(cache).tar(tar_id)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-3)
+
+
+def test_bytes_depend_on_the_inputs_alone(
+    tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    build(tars, tmp_path / "again", **options, threads=4)
+    assert files(tmp_path / "again") == files(cache)
+    records = [EmbeddingCache.open(folder).record(1) for folder in (cache, tmp_path / "again")]
+    assert records[0].undated() == records[1].undated()
+
+
+def test_a_second_run_keeps_what_is_finished(
+    tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    (folder / "done" / "1.json").unlink()
+    (folder / "store.zarr" / "emb" / "c" / "2" / "0").write_bytes(b"cut short")
+    with pytest.raises(ContractError, match=r"tar a/1\.tar \(1\): half built"):
+        EmbeddingCache.open(folder).tar_id(index_tar(tars[1]))
+    with pytest.raises(ContractError, match=r"b/0\.tar.*expected \d+ bytes, found 9"):
+        EmbeddingCache.open(folder).tar_id(index_tar(tars[2]))
+    report = build(tars, folder, **options)
+    assert (report.tars_built, report.tars_kept, report.samples) == (2, 1, 19)
+    assert files(folder) == files(cache)
+
+
+def test_moved_tars_are_recognised(tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    moved = Path(shutil.copy(tars[2], tmp_path / "elsewhere.tar"))
+    assert EmbeddingCache.open(cache).tar_id(index_tar(moved)) == 2
+    report = build([moved], cache, **options)
+    assert (report.tars_built, report.tars_kept) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 96}, r"preprocessing\.input_size: expected \(64, 64\), found \(96, 96\)"),
+        ({"dtype": "float32"}, "dtype: expected float16, found float32"),
+        ({"backbone": "test_resnet"}, "backbone: expected test_vit, found test_resnet"),
+        ({"weights": 1}, "weights_digest: expected [0-9a-f]{64}, found [0-9a-f]{64}"),
+    ],
+)
+def test_another_contract_is_refused(
+    change: dict[str, Any], message: str, tars: list[Path], cache: Path, options: dict[str, Any], weights: Weights
+) -> None:
+    asked = options | change
+    asked["weights"] = weights(asked["backbone"], seed=change.get("weights", 0))
+    before = files(cache)
+    with pytest.raises(ContractError, match=message):
+        build(tars, cache, **asked)
+    assert files(cache) == before
+
+
+def test_another_place_for_the_same_weights_is_a_note(
+    tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    copy = shutil.copy(options["weights"], tmp_path / "renamed.safetensors")
+    report = build(tars, cache, **{**options, "weights": str(copy)})
+    assert report.notes == ("weights: expected file:test_vit-0-1.safetensors, found file:renamed.safetensors",)
+
+
+def test_other_tars_are_refused(
+    tars: list[Path], cache: Path, options: dict[str, Any], pack: Pack, samples: MakeSamples, tmp_path: Path
+) -> None:
+    repacked = pack(tmp_path / "b" / "0.tar", samples(12, 2), mtime=1_800_000_000)
+    for known in (
+        lambda path: build([path], cache, **options),
+        lambda path: EmbeddingCache.open(cache).tar_id(index_tar(path)),
+    ):
+        with pytest.raises(ContractError, match="packed or downloaded again since"):
+            known(repacked)
+        with pytest.raises(ContractError, match="not among the 3 tars of this cache"):
+            known(pack(tmp_path / "new.tar", samples(3, 9)))
+    with pytest.raises(ContractError, match="copies of each other"):
+        build([tars[1], shutil.copy(tars[1], tmp_path / "copy.tar")], tmp_path / "out", **options)
+
+
+def test_bad_tars_stop_a_build_before_it_writes(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(tars[0].read_bytes()[:-11_000])
+    with pytest.raises(BadTar, match=r"cut\.tar"):
+        build([tars[1], cut], tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="matches no file"):
+        build([str(tmp_path / "*.tarr")], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_foreign_folders_are_left_alone(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ContractError, match=r"neither a cache nor empty, holds .'thesis\.tex'"):
+        build([tars[1]], tmp_path, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_bad_images_are_recorded_and_shift_nothing(
+    tars: list[Path], cache: Path, options: dict[str, Any], pack: Pack, samples: MakeSamples, tmp_path: Path
+) -> None:
+    rows = samples(23, 0)
+    for ordinal, broken in ((0, b""), (4, b"not an image"), (11, rows[11][1]["png"][:60])):
+        rows[ordinal] = (rows[ordinal][0], {"png": broken})
+    path = pack(tmp_path / "x.tar", rows)
+    report = build([path], tmp_path / "out", **options)
+    assert (report.samples, report.ok, report.counts) == (23, 20, {"undecodable": 3})
+    opened, reference = EmbeddingCache.open(tmp_path / "out"), EmbeddingCache.open(cache).tar(0)
+    status = opened.status(0)
+    assert np.flatnonzero(status == Status.UNDECODABLE).tolist() == [0, 4, 11]
+    assert (np.delete(status, [0, 4, 11]) == Status.OK).all()
+    found = opened.tar(0)
+    assert np.isnan(found[[0, 4, 11]]).all()
+    np.testing.assert_allclose(
+        np.delete(found, [0, 4, 11], 0), np.delete(reference, [0, 4, 11], 0), rtol=2e-3, atol=1e-3
+    )
+    record = opened.record(0)
+    assert [(bad.ordinal, bad.key, bad.status) for bad in record.bad] == [(i, rows[i][0], 2) for i in (0, 4, 11)]
+    assert "cannot be decoded (12 bytes)" in record.bad[1].reason
+    with pytest.raises(ContractError, match=r"ordinal 4.*no embedding: undecodable"):
+        opened.row(0, 4, rows[4][0])
+    with pytest.raises(BadImage, match=r"x\.tar: sample 'part/0000000' \(ordinal 0\)"):
+        build([path], tmp_path / "strict", **options, on_bad="error")
+    with pytest.raises(ContractError, match="half built"):
+        EmbeddingCache.open(tmp_path / "strict").tar(0)
+
+
+def test_a_tar_of_bad_images_only(options: dict[str, Any], pack: Pack, tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.tar", [(str(i), {"jpg": b"?"}) for i in range(3)])
+    assert build([path], tmp_path / "out", **options).ok == 0
+    opened = EmbeddingCache.open(tmp_path / "out")
+    assert np.isnan(opened.tar(0)).all()
+    with pytest.raises(ContractError, match="no row has an embedding"):
+        opened.moments()
+
+
+def test_output_that_is_not_finite_is_recorded(
+    options: dict[str, Any], weights: Weights, pack: Pack, encode: Callable[..., bytes], tmp_path: Path
+) -> None:
+    pictures = [Image.new("RGB", (8, 8), (i * 20,) * 3) for i in range(9)]
+    path = pack(tmp_path / "x.tar", [(str(i), {"png": encode(picture)}) for i, picture in enumerate(pictures)])
+    teacher = load_teacher("test_vit", options["weights"], image_size=64)
+    x_b3HW = torch.stack([teacher.preprocess(picture) for picture in pictures])
+    middle = float(teacher.embed(x_b3HW).abs().amax(dim=1).sort().values[3:5].mean())
+    large = options | {"weights": weights("test_vit", scale=65520 / middle)}  # 65520 rounds to infinity
+    report = build([path], tmp_path / "half", **large)
+    teacher = load_teacher("test_vit", large["weights"], image_size=64)
+    beyond = teacher.embed(x_b3HW).abs().amax(dim=1) >= 65520
+    assert beyond.sum() == 5
+    opened = EmbeddingCache.open(tmp_path / "half")
+    assert report.counts == {"non_finite": int(beyond.sum())}
+    assert ((opened.status(0) == Status.NON_FINITE) == beyond.numpy()).all()
+    assert (np.isnan(opened.tar(0)).all(axis=1) == beyond.numpy()).all()
+    assert "overflows float16" in opened.record(0).bad[0].reason
+    assert build([path], tmp_path / "single", **large, dtype="float32").ok == 9
+    nowhere = options | {"weights": weights("test_vit", scale=float("nan"))}
+    assert build([path], tmp_path / "nan", **nowhere).counts == {"non_finite": 9}
+
+
+def test_senseless_options_are_refused(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
+    for change in ({"batch_size": 0}, {"threads": 0}, {"dtype": "int8"}, {"on_bad": "skip"}):
+        with pytest.raises(ValueError, match="expected"):
+            build([tars[0]], tmp_path / "out", **(options | change))
+
+
+def test_ranks_come_from_the_launcher() -> None:
+    assert Rank.from_env({}) == Rank(0, 1, 0, 1)
+    assert Rank.from_env({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == Rank(
+        3, 8, 1, 2
+    )
+    assert Rank.from_env({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}) == Rank(1, 4, 1, 1)
+    assert Rank.from_env({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == Rank(0, 1, 0, 1)
+    for env in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
+        with pytest.raises(ValueError, match="RANK="):
+            Rank.from_env(env)
+
+
+def test_a_rank_that_waits_says_for_what(
+    tars: list[Path], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        TimeoutError, match=r"rank 1 waited 0 s for rank 0 to index 1 tars and to write .*manifest\.json"
+    ):
+        build([tars[0]], tmp_path / "out", **options, wait_seconds=0)
+
+
+def test_records_tell_what_was_stored(cache: Path) -> None:
+    opened = EmbeddingCache.open(cache)
+    for tar_id in range(3):
+        record, rows = opened.record(tar_id), opened.tar(tar_id).astype(np.float64)
+        norms = np.linalg.norm(rows, axis=1)
+        np.testing.assert_allclose(dataclasses.astuple(record.norms), [norms.min(), norms.mean(), norms.max()])
+        assert record.sum == pytest.approx(rows.sum())
+        assert record.max_abs == np.abs(rows).max()

