@@ -176,11 +176,13 @@ def _warnings(runs: Sequence[RunRecords], galleries: Sequence[str], shared: Sequ
             if len(digests) > 1:
                 warnings.append(f"The runs saw different {what} of {name}: their numbers are not comparable.")
         for run in runs:
-            counts = run.galleries[name].counts if name in run.galleries else {}
             for direction, text in tables.DIRECTIONS.items():
-                tied, queries = (counts.get(f"{direction}/{key}", 0) for key in ("tied", "queries"))
-                if tied > 0.01 * queries:
-                    warnings.append(f"{run.name} ties {tied} of {queries} queries of {name}, {text.lower()}.")
+                gap = tables.tie_gap(run, name, direction)
+                if gap > 0.005:
+                    warnings.append(
+                        f"Ties decide {100 * gap:.1f} points of {run.name}'s recall of {name}, {text.lower()}; "
+                        "they count against it."
+                    )
     return warnings
 
 

@@ -54,6 +54,27 @@ class Table:
             lines.append([*map(markdown_text, row.heads), *cells])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+    def text(self) -> str:
+        """The table for a terminal: columns aligned, best values marked with a star."""
+        lines = [[*self.heads, *self.columns]]
+        lines += [[*row.heads, *(cell.text + "*" * cell.best for cell in row.cells)] for row in self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        names = len(self.heads)
+        aligned = [
+            "  ".join(
+                text.ljust(w) if i < names else text.rjust(w)
+                for i, (text, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        if self.spans:
+            above, column = " " * (sum(widths[:names]) + 2 * (names - 1)), names
+            for text, count in self.spans:
+                above += "  " + text.center(sum(widths[column : column + count]) + 2 * (count - 1))
+                column += count
+            aligned.insert(0, above.rstrip())
+        return "\n".join(line.rstrip() for line in aligned)
+
 
 @dataclass(frozen=True)
 class RunRecords:
@@ -206,6 +227,13 @@ def standard_error(runs: Sequence[RunRecords], galleries: Sequence[str]) -> floa
                 if p is not None and n:
                     errors.append(math.sqrt(p * (1 - p) / n))
     return max(errors, default=None)
+
+
+def tie_gap(run: RunRecords, gallery: str, direction: str) -> float:
+    """How far apart the recalls with all ties won and all ties lost are, at the worst k; 0 where nothing is known."""
+    metrics = run.galleries[gallery].metrics if gallery in run.galleries else {}
+    won = {key: metrics.get(f"{key}_optimistic", value) for key, value in metrics.items()}
+    return max((won[key] - metrics[key] for key in metrics if key.startswith(f"{direction}/recall@")), default=0.0)
 
 
 def markdown_text(text: str) -> str:

@@ -163,7 +163,8 @@ def test_ties_are_said(tmp_path: Path) -> None:
     result = evaluate_retrieval(collapsed, collapsed, np.arange(9), np.arange(9))
     record = dataclasses.replace(retrieval_record("x", "noto", 1.0), metrics=result.metrics(), counts=result.counts())
     _, _, markdown = rendered([RunResult("x", "CLIP", [record])], tmp_path)
-    assert "x ties 9 of 9 queries of noto, text → image." in markdown
+    assert "Ties decide 100.0 points of x's recall of noto, text → image; they count against it." in markdown
+    assert "| noto | x | 9 of 9 | 0.0 | 100.0 | 9 of 9 | 0.0 | 100.0 |" in markdown
     assert "| x | CLIP | 0.0 |" in markdown
 
 
