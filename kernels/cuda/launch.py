@@ -126,7 +126,7 @@ def check_operands(x_rD: Tensor, y_cD: Tensor) -> None:
             raise UnsupportedError(f"{name} has {z_nD.dtype}, expected bfloat16 or float16 on both sides")
         if not z_nD.is_contiguous() or z_nD.data_ptr() % 16 or z_nD.shape[1] % CHUNK or z_nD.shape[1] != x_rD.shape[1]:
             raise UnsupportedError(
-                f"{name} has shape {tuple(z_nD.shape)}, strides {z_nD.stride()}, address {z_nD.data_ptr():#x}, expected "
+                f"{name} has shape {tuple(z_nD.shape)}, strides {z_nD.stride()}, address {z_nD.data_ptr()}; expected "
                 f"contiguous rows of one width, a multiple of {CHUNK}, from a multiple of 16 bytes on"
             )
 

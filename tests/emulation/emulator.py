@@ -90,16 +90,16 @@ class Emulator:
         macros = [f'-DKERNEL_FILE="{launch.kernel}.cu"', f"-DKERNEL_NAME={launch.kernel}"]
         macros += [f"-D{define}" for define in launch.defines]
         objects = [self._object(path) for path in sorted(ENGINE.glob("*.cpp")) if path.name != "kernel_entry.cpp"]
-        inputs = [(ENGINE / name).read_text() for name in ("emulator.h", "kernel_entry.cpp")]
-        folder = self.folder / f"{launch.kernel}-{_digest(macros, sources, inputs, [path.name for path in objects])}"
+        entry = [(ENGINE / name).read_text() for name in ("emulator.h", "kernel_entry.cpp")]
+        folder = self.folder / f"{launch.kernel}-{_digest(macros, sources, entry, [path.name for path in objects])}"
         library = folder / "kernel.so"
         if not library.exists():
             folder.mkdir(exist_ok=True)
             for name, text in sources.items():
                 (folder / name).write_text(text)
-            compile_cpp(
-                ["-shared", *macros, f"-I{folder}", f"-I{ENGINE}", ENGINE / "kernel_entry.cpp", *objects], library
-            )
+            warnings = [] if self.mutation is None else ["-w"]  # a planted bug may leave things unused
+            inputs = [f"-I{folder}", f"-I{ENGINE}", ENGINE / "kernel_entry.cpp", *objects]
+            compile_cpp(["-shared", *warnings, *macros, *inputs], library)
         return library
 
     def _object(self, source: Path) -> Path:

@@ -1,0 +1,119 @@
+"""The CUDA kernels, run thread by thread on the CPU, against float64: shapes, schedules, and the whole loss."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import LARGE, SMALL, Emulator, Schedule
+from tiles_under_test import Answers, Case, answers, check, emulated
+
+from threetowers.kernels.contrastive import contrastive_loss
+from threetowers.kernels.dense import dense_contrastive_loss
+from threetowers.kernels.tiles import TorchTiles
+
+ELEMENTS = [torch.bfloat16, torch.float16, torch.float32]
+RACES = Schedule(False, False, True, 0)
+ADVERSARIES = [
+    Schedule(greedy, early, False, seed)
+    for greedy, early, seed in itertools.product([False, True], [False, True], [1, 2])
+]
+
+CASES = [
+    Case(1, 1, 8),
+    Case(1, 5, 8, diagonal=3),
+    Case(5, 1, 40, diagonal=-4, labels=True),
+    Case(70, 130, 96, labels=True),
+    Case(128, 128, 32),
+    Case(129, 127, 72, diagonal=1, scale=100.0),
+    Case(3, 300, 264, diagonal=10**12, scale=1.0),
+    Case(257, 9, 20, diagonal=-(10**12)),
+    Case(130, 140, 128, diagonal=-70, scale=1000.0, labels=True),
+]
+
+
+def name_of(value: object) -> str:
+    if isinstance(value, Case):
+        return f"{value.rows}x{value.cols}x{value.width}"
+    return str(value).removeprefix("torch.")
+
+
+def twin_of(case: Case, element: torch.dtype) -> Answers:
+    return answers(TorchTiles(torch.float64), case, element)
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_tiles_equal_float64_and_touch_nothing_they_should_not(case: Case, element: torch.dtype, builds: Path) -> None:
+    """Both ring sizes, every access judged by bounds, alignment, ownership and happens-before."""
+    for limits in (SMALL, LARGE):
+        got = answers(emulated(Emulator(builds, limits, RACES), element), case, element)
+        check(got, twin_of(case, element), case, element)
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
+def test_all_schedules_give_the_same_bits(element: torch.dtype, builds: Path) -> None:
+    """Orders of threads, of blocks, and of copies: none of them may show in the result."""
+    case = Case(130, 140, 104, diagonal=2, labels=True)
+    first = answers(emulated(Emulator(builds, SMALL, RACES), element), case, element)
+    check(first, twin_of(case, element), case, element)
+    for schedule in ADVERSARIES:
+        again = answers(emulated(Emulator(builds, SMALL, schedule), element), case, element)
+        assert again.bits() == first.bits(), f"{schedule!r} changes the result"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
+def test_many_shapes_under_many_schedules(element: torch.dtype, builds: Path) -> None:
+    for rows, cols, width in itertools.product([1, 64, 127, 129, 300], [2, 65, 128, 257], [8, 56, 64, 136, 512]):
+        case = Case(rows, cols, width, diagonal=cols - rows, scale=50.0, labels=rows % 2 == 1)
+        twin = twin_of(case, element)
+        for limits, schedule in itertools.product((SMALL, LARGE), [RACES, *ADVERSARIES]):
+            check(answers(emulated(Emulator(builds, limits, schedule), element), case, element), twin, case, element)
+
+
+def test_an_overflowing_scale_stays_finite(builds: Path) -> None:
+    """At scale 10^5 the logits span 2^±144000: only the running maximum keeps the sums finite."""
+    case = Case(66, 70, 16, scale=1e5)
+    got = answers(emulated(Emulator(builds), torch.bfloat16), case, torch.bfloat16)
+    assert all(torch.isfinite(part).all() for part in (got.rows.max_n, got.rows.sum_n, got.cols.sum_n, got.grad_rc))
+    assert (got.rows.sum_n >= 1).all()
+
+
+def test_a_nan_in_the_features_is_not_hidden(builds: Path) -> None:
+    backend = emulated(Emulator(builds), torch.bfloat16)
+    case = Case(40, 50, 16, diagonal=60)
+    x_rD, y_cD = case.features(torch.bfloat16)
+    x_rD[7, 3] = torch.nan
+    rows, cols = (answers(backend, case, torch.bfloat16).rows, answers(backend, case, torch.bfloat16).cols)
+    backend.stats(x_rD, y_cD, case.tile(), rows, cols, None)
+    assert rows.sum_n[7].isnan()
+    assert rows.sum_n.isnan().sum() == 1
+    assert cols.sum_n.isnan().all()
+
+
+@pytest.mark.parametrize("family", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("workspace_bytes", [0, 2**30])
+@pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
+def test_the_whole_loss_on_emulated_kernels(
+    family: str, workspace_bytes: int, element: torch.dtype, builds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The public entry point with CUDA tiles under it: loss and all gradients as the dense loss has them."""
+    monkeypatch.setattr("threetowers.kernels.operator.backend_for", lambda x_bD: emulated(Emulator(builds), element))
+    batch, width = 150, 20
+    features = Case(batch, batch, width).features(element)
+    ids = torch.arange(batch) % 149  # two samples with one id
+    results = []
+    for loss_of, dtype in ((contrastive_loss, element), (dense_contrastive_loss, torch.float64)):
+        x_bD, y_bD = (z.detach().to(dtype, copy=True).requires_grad_() for z in features)
+        log_scale = torch.tensor([2.5], dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+        bias = torch.full_like(log_scale, -4.0).requires_grad_() if family == "sigmoid" else None
+        options = {"workspace_bytes": workspace_bytes} if loss_of is contrastive_loss else {}
+        loss = loss_of(x_bD, y_bD, log_scale, bias=bias, family=family, sample_ids=ids, **options)
+        loss.backward()
+        results.append([loss, x_bD.grad, y_bD.grad, log_scale.grad, None if bias is None else bias.grad])
+    for got, expected in zip(*results, strict=True):
+        if expected is not None:
+            assert (got.double() - expected).norm() <= {torch.float32: 1e-5}.get(element, 4e-3) * expected.norm()

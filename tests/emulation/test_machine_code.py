@@ -1,0 +1,110 @@
+"""What NVRTC makes of the kernels for every architecture: no warning, no spill, the instructions they were written for.
+
+Needs neither a GPU nor a toolkit: the compiler comes with torch, the disassembler with Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from threetowers.kernels.cuda.compiler import SOURCES, Compiled, CompileError, Program, cached_cubin, compile_program
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+BLOCK_KERNELS = ["stats", "softmax_gradient", "sigmoid"]
+DENSE_KERNELS = ["merge", "dense_row_stats", "dense_column_stats", "dense_softmax_gradient", "dense_sigmoid"]
+REGISTERS = 128  # 256 threads, two blocks a processor, 65536 registers
+
+STAGES = {"sm_80": 4, "sm_90": 4, "sm_100": 4}
+compiled = functools.cache(compile_program)
+
+
+def programs() -> list[Program]:
+    """Everything that the back ends launch, on every architecture."""
+    made = []
+    for arch in ARCHITECTURES:
+        for kernel in BLOCK_KERNELS:
+            for element in ((), ("FP16",)):
+                made.append(Program(kernel, arch, (*element, f"STAGES={STAGES.get(arch, 3)}")))
+        made += [Program(kernel, arch) for kernel in DENSE_KERNELS]
+        made += [Program("dense_softmax_gradient", arch, (element,)) for element in ("FP16", "FP32")]
+    return made
+
+
+def name_of(program: Program) -> str:
+    return "-".join((program.kernel, program.arch, *program.defines))
+
+
+def test_every_kernel_is_listed() -> None:
+    assert sorted(path.stem for path in SOURCES.glob("*.cu")) == sorted(BLOCK_KERNELS + DENSE_KERNELS)
+
+
+@pytest.mark.parametrize("program", programs(), ids=name_of)
+def test_compiles_without_warnings_or_spills(program: Program) -> None:
+    log = compiled(program).log
+    assert "warning" not in log.lower(), log
+    (registers,) = re.findall(r"Used (\d+) registers", log)
+    assert int(registers) <= REGISTERS
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log) == [
+        ("0",) * 3
+    ]
+
+
+@pytest.mark.parametrize("program", [p for p in programs() if p.kernel in BLOCK_KERNELS], ids=name_of)
+def test_uses_tensor_cores_and_asynchronous_copies(program: Program, tmp_path: Path) -> None:
+    instructions = disassembled(compiled(program), tmp_path)
+    element = "" if "FP16" in program.defines else ".BF16"
+    assert any(name.startswith(f"HMMA.16816.F32{element}") for name in instructions)
+    assert any(name.startswith("LDGSTS") and name.endswith(".128") for name in instructions)
+    assert any(name.startswith("LDSM.16") and name.endswith(".4") for name in instructions)
+    assert any(name.startswith("MUFU.EX2") for name in instructions)
+    assert not {name for name in instructions if name.startswith(("LDL", "STL", "ATOM", "RED."))}
+
+
+@pytest.mark.parametrize("kernel", ["merge", "dense_row_stats", "dense_column_stats", "dense_sigmoid"])
+def test_the_generic_path_compiles_for_older_devices(kernel: str) -> None:
+    assert compiled(Program(kernel, "sm_75")).cubin
+    assert compiled(Program("dense_softmax_gradient", "sm_75", ("FP32",))).cubin
+
+
+def disassembled(program: Compiled, folder: Path) -> set[str]:
+    """The distinct instructions of a cubin, with their modifiers."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    cuobjdump = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = folder / "kernel.cubin"
+    path.write_bytes(program.cubin)
+    listing = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing))
+    assert "EXIT" in found
+    return found
+
+
+def test_a_compile_error_shows_the_compilers_words() -> None:
+    with pytest.raises(CompileError, match=r"(?s)stats\.cu for sm_80.*STAGES"):
+        compile_program(Program("stats", "sm_80", ("STAGES=none",)))
+
+
+def test_cubins_are_cached_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THREETOWERS_CUDA_CACHE", str(tmp_path / "cubins"))
+    program = Program("merge", "sm_80")
+    first = cached_cubin(program)
+    (path,) = (tmp_path / "cubins").iterdir()
+    assert path.read_bytes() == first
+    path.write_bytes(b"kept")
+    assert cached_cubin(program) == b"kept"
+    cached_cubin(Program("merge", "sm_90"))
+    cached_cubin(Program("merge", "sm_80", ("FP16",)))
+    assert len(list((tmp_path / "cubins").iterdir())) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("THREETOWERS_CUDA_CACHE", str(tmp_path / "file" / "cubins"))
+    assert cached_cubin(Program("merge", "sm_80"))

@@ -1,0 +1,148 @@
+"""One tile's inputs, and what the CUDA back ends, run by the emulator, and float64 make of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from emulator import Emulator
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from threetowers.kernels.cuda.backend import GAIN, DenseTiles, TensorCoreTiles
+from threetowers.kernels.tiles import Running, SigmoidSums, Tile, TileBackend, TorchTiles, Weights
+
+
+class EmulatedTensorCoreTiles(TensorCoreTiles):
+    """torch has no 16-bit product with a float32 result on the CPU: the two library GEMMs run in float32."""
+
+    def _add_product(self, sum_nD: Tensor, grad_nk: Tensor, z_kD: Tensor) -> None:
+        sum_nD.addmm_(grad_nk.float(), z_kD.float(), alpha=1 / GAIN[self._element])
+
+
+def emulated(emulator: Emulator, element: torch.dtype) -> TileBackend:
+    """The back end that `cuda_backend` would choose, on the emulator."""
+    return DenseTiles(emulator) if element == torch.float32 else EmulatedTensorCoreTiles(emulator, element)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and settings of one tile."""
+
+    rows: int
+    cols: int
+    width: int
+    diagonal: int = 0
+    scale: float = 20.0
+    labels: bool = False
+
+    def features(self, element: torch.dtype) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.rows + 1000 * self.cols + self.width)
+        x_rD = normalize(torch.randn(self.rows, self.width, generator=generator), dim=1)
+        y_cD = normalize(torch.randn(self.cols, self.width, generator=generator), dim=1)
+        return x_rD.to(element), y_cD.to(element)
+
+    def tile(self, bias: float = 0.0) -> Tile:
+        if not self.labels:
+            return Tile(self.scale, bias, self.diagonal)
+        row_labels_r = torch.arange(self.rows, dtype=torch.int32) % 7
+        return Tile(self.scale, bias, self.diagonal, row_labels_r, torch.arange(self.cols, dtype=torch.int32) % 11)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Everything that a back end says of one tile."""
+
+    rows: Running
+    cols: Running
+    kept_rc: Tensor
+    grad_rc: Tensor
+    grad_from_kept_rc: Tensor
+    sums: SigmoidSums
+    sigmoid_grad_rc: Tensor
+    dx_rD: Tensor
+    dy_cD: Tensor
+
+    def bits(self) -> bytes:
+        """All numbers of the tile, to be compared bit by bit."""
+        tensors = (self.kept_rc, self.grad_rc, self.grad_from_kept_rc, self.sigmoid_grad_rc, self.dx_rD, self.dy_cD)
+        sums = (self.sums.loss_r, self.sums.prob_r, self.sums.row_max_r, self.sums.col_max_c)
+        running = (self.rows.max_n, self.rows.sum_n, self.cols.max_n, self.cols.sum_n)
+        return b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in (*tensors, *sums, *running))
+
+
+def weights_of(case: Case, element: torch.dtype) -> tuple[Weights, Weights]:
+    """Softmax weights as the chunk loop would make them, in float64: from the true statistics, varied in size."""
+    rows, cols = _empty(case, torch.float64)
+    twin, (x_rD, y_cD) = TorchTiles(torch.float64), case.features(element)
+    twin.stats(x_rD.double(), y_cD.double(), case.tile(), rows, cols, None)
+    sides = []
+    for side in (rows, cols):
+        shift_n = torch.where(side.max_n == -torch.inf, 0, side.max_n)
+        varied_n = torch.linspace(0.2, 1, len(shift_n), dtype=torch.float64)
+        sides.append(Weights(shift_n, 0.5 * varied_n / (side.sum_n + 0.1)))
+    return sides[0], sides[1]
+
+
+def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
+    """Run all that a back end can do. What a kernel should write is filled with NaN before."""
+    dtype, (x_rD, y_cD) = backend.dtype, (backend.features(z) for z in case.features(element))
+    rows, cols = _empty(case, dtype)
+    kept_rc = torch.full((case.rows, case.cols), math.nan, dtype=backend.kept_dtype)
+    for _ in range(2):  # merged twice: sums double, maxima stay
+        backend.stats(x_rD, y_cD, case.tile(), rows, cols, kept_rc)
+    gain = GAIN.get(element, 1.0) if isinstance(backend, TensorCoreTiles) else 1.0
+
+    row_weights, col_weights = (Weights(w.shift_n.to(dtype), w.factor_n.to(dtype)) for w in weights_of(case, element))
+    tile, sigmoid_tile = case.tile(), case.tile(bias=-3.0)
+    grads = []
+    for kept in (kept_rc, None):
+        grad_rc = backend.softmax_grad(x_rD, y_cD, tile, row_weights, col_weights, kept)
+        grads.append(grad_rc.to(dtype) / gain)
+    dx_rD, dy_cD = (torch.ones(n, case.width, dtype=dtype) for n in (case.rows, case.cols))
+    backend.add_rows(dx_rD, grad_rc, y_cD)
+    backend.add_cols(dy_cD, grad_rc, x_rD)
+
+    low_r, low_c = (torch.full((n,), -math.inf, dtype=dtype) for n in (case.rows, case.cols))
+    sums = SigmoidSums(torch.zeros(case.rows, dtype=dtype), torch.zeros(case.rows, dtype=dtype), low_r, low_c)
+    row_factor_r = torch.linspace(0.5, 1, case.rows, dtype=dtype)
+    sigmoid_grad_rc = backend.sigmoid(x_rD, y_cD, sigmoid_tile, sums, row_factor_r)
+    assert sigmoid_grad_rc is not None
+    sigmoid_grad_rc = sigmoid_grad_rc.to(dtype) / gain
+    backend.sigmoid(x_rD, y_cD, sigmoid_tile, sums, None)
+    return Answers(rows, cols, kept_rc, grads[1], grads[0], sums, sigmoid_grad_rc, dx_rD, dy_cD)
+
+
+def check(got: Answers, twin: Answers, case: Case, element: torch.dtype) -> None:
+    """Raise AssertionError unless the answers agree, each within what its arithmetic allows."""
+    logit = 1e-5 + 5e-7 * case.scale  # fp32 dots of unit vectors, and logits as large as the scale
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[element] + logit
+    close(got.kept_rc, twin.kept_rc, "kept dots", absolute=1e-6)
+    for name in ("rows", "cols"):
+        close(_log_sum(getattr(got, name)), _log_sum(getattr(twin, name)), f"log-sum-exps of {name}", absolute=logit)
+        close(getattr(got, name).max_n, getattr(twin, name).max_n, f"maxima of {name}", absolute=logit)
+    for name in ("grad_rc", "grad_from_kept_rc", "sigmoid_grad_rc"):
+        close(getattr(got, name), getattr(twin, name), name, relative=rounding, absolute=1e-8)
+    for name in ("loss_r", "prob_r"):
+        close(getattr(got.sums, name), getattr(twin.sums, name), name, relative=logit, absolute=1e-12)
+    for name in ("row_max_r", "col_max_c"):
+        close(getattr(got.sums, name), getattr(twin.sums, name), name, absolute=logit)
+    for name in ("dx_rD", "dy_cD"):
+        close(getattr(got, name), getattr(twin, name), name, absolute=4 * rounding)
+
+
+def close(got: Tensor, expected: Tensor, name: str, relative: float = 0.0, absolute: float = 0.0) -> None:
+    """As torch.testing.assert_close, with a name; infinities must agree, and NaN is never close."""
+    torch.testing.assert_close(
+        got.double(), expected.double(), rtol=relative, atol=absolute, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def _log_sum(running: Running) -> Tensor:
+    return running.max_n.double() + torch.log2(running.sum_n.double())
+
+
+def _empty(case: Case, dtype: torch.dtype) -> tuple[Running, Running]:
+    like = torch.empty(0)
+    return Running.empty(case.rows, like, dtype), Running.empty(case.cols, like, dtype)
