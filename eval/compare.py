@@ -96,7 +96,7 @@ def compare(
     caches: Mapping[str, Path] | None = None,
     live_teacher: bool = False,
 ) -> Comparison:
-    """Evaluate image-text retrieval of trained runs on held-out tars; write a JSON record per run and gallery and a report.
+    """Evaluate the retrieval of trained runs on held-out tars; write a JSON record per run and gallery, and a report.
 
     Raises ValueError for runs that are not finished or share a name, for tars or samples that cannot be read, and for a
     LiT run whose teacher's rows for these tars are nowhere to be had.
@@ -181,7 +181,9 @@ class _Search:
         self.image_ND, self.text_MD = image_ND, text_MD
         self.images, self.texts = build_index(image_ND, spec), build_index(text_MD, spec)
 
-    def metrics(self, image_hashes: Sequence[int], text_hashes: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
+    def metrics(
+        self, image_hashes: Sequence[int], text_hashes: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, int]]:
         """Recalls from exact ranks, and beside them what the index finds."""
         groups = self.gallery.image_group_N, self.gallery.text_group_M
         exact = evaluate_retrieval(
@@ -207,7 +209,9 @@ class _Search:
             found = self.images.search(self.text_MD[row : row + 1], min(5, self.images.size))
             hits = gallery.image_group_N == gallery.text_group_M[row]
             retrieved = [
-                RetrievedImage(_encoded(data, gallery.pictures[i]), float(score), bool(hits[i]), gallery.pictures[i].key)
+                RetrievedImage(
+                    _encoded(data, gallery.pictures[i]), float(score), bool(hits[i]), gallery.pictures[i].key
+                )
                 for i, score in zip(found.ids_NK[0], found.scores_NK[0], strict=True)
                 if i >= 0
             ]
@@ -302,6 +306,6 @@ def _description(data: EvaluationSet, settings: Settings) -> str:
     split = f", one gallery per {settings.part_field!r}" if settings.part_field else ""
     skipped = f" {len(data.skipped)} samples could not be read and are left out." if data.skipped else ""
     return (
-        f"{len(data.pictures):,} images in {len(data.tars)} tars{split}. An image and a caption match if they are {match}; "
-        f"at most {settings.max_captions} captions a sample.{skipped}"
+        f"{len(data.pictures):,} images in {len(data.tars)} tars{split}. An image and a caption match if they are "
+        f"{match}; at most {settings.max_captions} captions a sample.{skipped}"
     )

@@ -53,7 +53,7 @@ def evaluation_set(
     """Return what the tars hold, read once for every model that is to be compared.
 
     `group_field`: JSON field naming what an image shows (None: each image is its own group, as in COCO). `part_field`:
-    JSON field that splits the set into galleries (None: one). Samples that cannot be read are listed, not dropped silently.
+    JSON field that splits the set into galleries (None: one). Samples that cannot be read are listed in `skipped`.
     """
     pictures, skipped = [], []
     for number, tar in enumerate(tars):
@@ -75,7 +75,10 @@ def evaluation_set(
 
 
 def embed_images(
-    model: TrainedModel, pictures: Sequence[Picture], source: Callable[[Sequence[Picture]], Tensor], batch_size: int = 256
+    model: TrainedModel,
+    pictures: Sequence[Picture],
+    source: Callable[[Sequence[Picture]], Tensor],
+    batch_size: int = 256,
 ) -> Floats:
     """Return unit-norm embeddings (pictures, dim) float32; `source` turns pictures into the image tower's input."""
     batches = _batches(pictures, batch_size, "images")

@@ -39,8 +39,8 @@ def image_source(model: TrainedModel, data: EvaluationSet, caches: Mapping[str, 
         join = CacheJoin(path, data.tars)
     except ContractError as error:
         raise ContractError(
-            f"{error}. A run whose image tower is a cached teacher needs rows for the evaluation images: build a cache of "
-            f"them and give it as --cache {model.image_tower}=PATH, or use --live-teacher"
+            f"{error}. A run whose image tower is a cached teacher needs rows for the evaluation images: build a cache "
+            f"of them and give it as --cache {model.image_tower}=PATH, or use --live-teacher"
         ) from error
     _check(model, path, join)
     return lambda pictures: torch.from_numpy(np.stack([join.row(p.tar, p.ordinal) for p in pictures]))
@@ -69,8 +69,8 @@ def _teacher_source(model: TrainedModel, data: EvaluationSet) -> Source:
     teacher = load_teacher(contract.backbone, contract.weights, contract.preprocessing.input_size[0])
     if teacher.weights_digest != contract.weights_digest:
         raise ContractError(
-            f"teacher {contract.backbone} ({contract.weights}): weights_digest: expected {contract.weights_digest} as in "
-            f"training, found {teacher.weights_digest}"
+            f"teacher {contract.backbone} ({contract.weights}): weights_digest: expected {contract.weights_digest} as "
+            f"in training, found {teacher.weights_digest}"
         )
     limit = model.run.data.max_pixels
 

@@ -44,7 +44,9 @@ def resume(engine: Any, folder: Path) -> int:
         return 0
     path, state = engine.load_checkpoint(str(folder), tag=f"step-{step:08d}")
     if path is None or state["step"] != step:
-        raise ValueError(f"{folder}: checkpoint step-{step:08d} cannot be loaded; was it made by another launch layout?")
+        raise ValueError(
+            f"{folder}: checkpoint step-{step:08d} cannot be loaded; was it made by another launch layout?"
+        )
     return step
 
 
@@ -74,4 +76,3 @@ def _settle(temporary: Path, path: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
-

@@ -83,7 +83,7 @@ class Loss:
     scale_init: Annotated[float, Field(gt=0)] = 14.3  # CLIP's 1 / 0.07
     scale_max: Annotated[float, Field(gt=0)] = 100.0
     bias_init: float = -10.0  # sigmoid only; SigLIP's start
-    # mask: samples of one concept are no negatives of each other. keep: they are, as in the papers' single-caption sets.
+    # mask: samples of one concept are no negatives of each other. keep: they are, as in sets without concepts.
     same_concept: Literal["mask", "keep"] = "mask"
 
 

@@ -25,7 +25,7 @@ class Ranks:
 
 
 def start_ranks() -> Ranks:
-    """Join the launcher's process group (`deepspeed`, `torchrun`; alone without either) and return this process's place.
+    """Join the process group of `deepspeed` or `torchrun`, or start one of one, and return this process's place.
 
     NCCL and one GPU a process where there are GPUs, else gloo and an even share of the cores.
     """

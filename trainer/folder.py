@@ -1,9 +1,9 @@
 """The folder of a run: everything that resuming, evaluating and reading about it needs, in one place.
 
-    config.yaml       the resolved config          deepspeed.json   generated from it
-    tokenizer.model   a copy                       contracts.json   what the caches promised, by tower
-    metrics.jsonl     one line per logged step     tensorboard/
-    checkpoints/      to resume from               model.safetensors, summary.json   written at the end
+config.yaml       the resolved config          deepspeed.json   generated from it
+tokenizer.model   a copy                       contracts.json   what the caches promised, by tower
+metrics.jsonl     one line per logged step     tensorboard/
+checkpoints/      to resume from               model.safetensors, summary.json   written at the end
 """
 
 import json

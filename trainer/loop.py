@@ -215,9 +215,13 @@ class Trainer:
         for reason, count in self.samples.left_out.items():
             if count:
                 logger.info(f"left out: {count:,}, {reason}")
-        logger.info(f"batch: {run.batch // world:,} on each of {world} ranks ({self.ranks.device.type}) = {run.batch:,}")
+        logger.info(
+            f"batch: {run.batch // world:,} on each of {world} ranks ({self.ranks.device.type}) = {run.batch:,}"
+        )
         epochs = self.steps * run.batch / samples
-        logger.info(f"steps: {self.steps:,} x {run.batch:,} = {self.steps * run.batch:,} examples = {epochs:.1f} epochs")
+        logger.info(
+            f"steps: {self.steps:,} x {run.batch:,} = {self.steps * run.batch:,} examples = {epochs:.1f} epochs"
+        )
         for name, tower in run.towers.items():
             if isinstance(tower, CacheTower):
                 contract = self.samples.caches[name].cache.contract

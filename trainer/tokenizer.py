@@ -77,8 +77,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _not_empty(captions: Iterable[str]) -> Iterator[str]:
-    count = 0
-    for count, caption in enumerate(captions, 1):
+    empty = True
+    for caption in captions:
+        empty = False
         yield caption
-    if not count:
+    if empty:
         raise ValueError("cannot train a tokenizer: the tars hold no captions")

@@ -57,7 +57,7 @@ class TrainedModel:
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return unit-norm embeddings (b, dim) of pictures (b, 3, S, S) uint8, or of cached rows (b, D) in a LiT run."""
+        """Return unit-norm embeddings (b, dim) of pictures (b, 3, S, S) uint8; in a LiT run, of cached rows (b, D)."""
         return self.model.encode_image({self.image_tower: images.to(self._device)})
 
     @torch.inference_mode()

@@ -13,8 +13,13 @@ from typing import Annotated
 import tyro
 from tyro.extras import SubcommandApp
 
+from threetowers.cache import command
+
 app = SubcommandApp()
-tokenizer, evaluation = SubcommandApp(), SubcommandApp()
+cache, tokenizer, evaluation = SubcommandApp(), SubcommandApp(), SubcommandApp()
+for function in (command.build, command.info, command.verify):
+    cache.command(function)
+app.command(cache, name="cache")
 app.command(tokenizer, name="tokenizer")
 app.command(evaluation, name="eval")
 
@@ -69,7 +74,9 @@ def tokenizer_train(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(model)
     pieces = Tokenizer(model).vocab_size
-    print(f"{out}: {pieces:,} pieces from {len(distinct):,} distinct of {len(captions):,} captions in {len(indexes)} tars")
+    print(
+        f"{out}: {pieces:,} pieces from {len(distinct):,} distinct of {len(captions):,} captions in {len(indexes)} tars"
+    )
 
 
 @evaluation.command
@@ -95,7 +102,7 @@ def retrieval(
             matches its own image only.
         part_field: JSON field that splits the set into galleries, such as an art style.
         max_captions: Captions used per sample, the first ones.
-        index: FAISS factory string of the index that is searched; recalls in the table are from exact ranks in any case.
+        index: FAISS factory string of the index that is searched; the recalls in the table are exact in any case.
         cache: TOWER=PATH of a cache with the held-out images, for runs whose image tower is a cached teacher (LiT).
         live_teacher: For such runs, compute the held-out images' embeddings by the teacher itself.
         examples: Queries of each kind that the report shows.
@@ -125,8 +132,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("threetowers").setLevel(level)
     try:
-        app.cli(prog="threetowers", args=arguments)
+        code = app.cli(prog="threetowers", args=arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print(f"threetowers: {rank}{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code)

@@ -98,3 +98,48 @@ def clip(tars: list[Path], tokenizer: Path, tmp_path: Path) -> dict[str, Any]:
         "deploy": {"image": "f", "text": "g"},
         "log": {"every_steps": 1},
     }
+
+
+@pytest.fixture(scope="session")
+def cache(tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the small tars, by a small convolutional teacher with random weights."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from threetowers.cache.build import build
+
+    folder = tmp_path_factory.mktemp("cache")
+    torch.manual_seed(5)
+    weights = folder / "teacher.safetensors"
+    save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), weights)
+    build([str(tar) for tar in tars], folder / "cache", backbone="test_resnet", weights=str(weights), image_size=64)
+    return folder / "cache"
+
+
+@pytest.fixture
+def three(clip: dict[str, Any], cache: Path, tmp_path: Path) -> dict[str, Any]:
+    """A Three Towers run on the small tars, as a plain tree."""
+    third = {"kind": "cache", "path": str(cache)}
+    heads = {"f_h": {"of": "f"}, "g_h": {"of": "g"}, "h_f": {"of": "third"}, "h_g": {"of": "third"}}
+    terms = {"image-third": {"x": "f_h", "y": "h_f"}, "text-third": {"x": "g_h", "y": "h_g"}}
+    return clip | {
+        "out": str(tmp_path / "three"),
+        "towers": clip["towers"] | {"third": third},
+        "heads": clip["heads"] | heads,
+        "terms": clip["terms"] | terms,
+    }
+
+
+@pytest.fixture
+def lit(clip: dict[str, Any], cache: Path, tmp_path: Path) -> dict[str, Any]:
+    """A LiT run on the small tars, as a plain tree: the cached teacher is the image tower."""
+    towers = {"third": {"kind": "cache", "path": str(cache)}, "text": clip["towers"]["text"]}
+    heads = {"h": {"of": "third"}, "g": {"of": "text"}}
+    return clip | {
+        "out": str(tmp_path / "lit"),
+        "towers": towers,
+        "heads": heads,
+        "terms": {"image-text": {"x": "h", "y": "g"}},
+        "deploy": {"image": "h", "text": "g"},
+    }

@@ -80,7 +80,11 @@ def test_overrides(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(THREE))
     run = load(file, ["optim.lr=3e-4", "data.tars=[x.tar, y.tar]", "engine.zero_stage=3"])
     assert (run.optim.lr, run.data.tars, run.engine.zero_stage) == (3e-4, ["x.tar", "y.tar"], 3)
-    for wrong, message in [("optim.lr", "expected key.path=value"), ("batch.x=1", "holds a value"), ("a=[", "not YAML")]:
+    for wrong, message in [
+        ("optim.lr", "expected key.path=value"),
+        ("batch.x=1", "holds a value"),
+        ("a=[", "not YAML"),
+    ]:
         with pytest.raises(ConfigError, match=message):
             load(file, [wrong])
 
@@ -91,7 +95,7 @@ def test_file_that_is_no_config(tmp_path: Path, content: str) -> None:
     file.write_text(content)
     with pytest.raises(ConfigError, match=str(file)):
         load(file)
-    with pytest.raises(ConfigError, match="no.yaml"):
+    with pytest.raises(ConfigError, match=r"no\.yaml"):
         load(tmp_path / "no.yaml")
 
 

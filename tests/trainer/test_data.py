@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from tests.trainer.conftest import picture, samples_of, write_tar
+
 from threetowers.cache.tars import index_tar
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.loader import Batch, training_loader
@@ -102,7 +102,11 @@ def test_texts_that_can_be_used(tmp_path: Path) -> None:
     tar = index_tar(
         write_tar(
             tmp_path / "t.tar",
-            [("a", {"png": b"", "txt": "café \n".encode()}), ("b", both), ("c", {"png": b"", "txt": b"x", "json": b"{}"})],
+            [
+                ("a", {"png": b"", "txt": "café \n".encode()}),
+                ("b", both),
+                ("c", {"png": b"", "txt": b"x", "json": b"{}"}),
+            ],
         )
     )
     assert annotation(tar, 0).captions == ("café",)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.trainer.test_config import THREE, changed
+
 from threetowers.trainer.config import TextTower, parse
 from threetowers.trainer.objective import objective
 from threetowers.trainer.tokenizer import END, PAD
@@ -30,7 +30,6 @@ def inputs_of(samples: int) -> dict[str, torch.Tensor]:
         "text": tokens,
         "third": torch.randn(samples, 20, generator=generator),
     }
-
 
 
 def test_embeddings_are_unit_and_scales_have_a_dimension() -> None:
@@ -126,4 +125,3 @@ def test_padding_does_not_change_a_text(pool: Any) -> None:
 def test_image_towers_that_cannot_be(tower: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_of(changed("towers.image", tower))
-

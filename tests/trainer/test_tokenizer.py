@@ -46,5 +46,5 @@ def test_no_captions_and_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such tokenizer"):
         Tokenizer.load(tmp_path / "missing.model")
     (tmp_path / "junk.model").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="junk.model is not a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"junk\.model is not a SentencePiece model"):
         Tokenizer.load(tmp_path / "junk.model")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from threetowers.cache.reader import EmbeddingCache
 from threetowers.cache.layout import Status
+from threetowers.cache.reader import EmbeddingCache
 from threetowers.cache.tars import TarIndex
 
 
@@ -22,7 +22,8 @@ class CacheJoin:
 
     def good_rows(self, number: int) -> npt.NDArray[np.bool_]:
         """Return which samples of the tar at place `number` of the list have an embedding."""
-        return self.cache.status(self.tar_ids[number]) == Status.OK
+        good_n: npt.NDArray[np.bool_] = self.cache.status(self.tar_ids[number]) == Status.OK
+        return good_n
 
     def row(self, number: int, ordinal: int) -> npt.NDArray[np.float32]:
         """Return one embedding (D,). Raises ContractError when the cached row belongs to another key."""

@@ -1,0 +1,20 @@
+"""Trains the given configs one after the other in this process, and says what is in memory afterwards."""
+
+import gc
+import json
+import sys
+
+from torch import nn
+
+from threetowers.trainer.config import load
+from threetowers.trainer.engine import start_ranks
+from threetowers.trainer.loop import Trainer
+
+if __name__ == "__main__":
+    for config in sys.argv[1:]:
+        trainer = Trainer(load(config), start_ranks())
+        trainer.train()
+        kinds = {type(module).__module__ for module in gc.get_objects() if isinstance(module, nn.Module)}
+        found = {"models": sorted(kinds), "teacher imported": "threetowers.cache.teacher" in sys.modules}
+        if trainer.ranks.first:
+            print(json.dumps(found), flush=True)

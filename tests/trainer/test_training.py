@@ -1,0 +1,195 @@
+"""Whole runs with real processes: layouts agree, a killed run resumes exactly, no teacher is in memory."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tests.trainer.conftest import samples_of, write_tar
+
+from threetowers.cache.tars import index_tar
+from threetowers.cache.teacher import load_teacher
+from threetowers.trainer.config import ConfigError, parse
+from threetowers.trainer.data.join import CacheJoin
+from threetowers.trainer.data.samples import BadSample, SampleSet, image
+from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.objective import objective
+from threetowers.trainer.towers.model import TowerModel
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+SCRIPT = str(Path(__file__).with_name("run_configs.py"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+    return result
+
+
+def write(tree: dict[str, Any], folder: Path, **changes: Any) -> tuple[str, Path]:
+    """Write a config with its own output folder; returns the file and that folder."""
+    name = f"run{len(list(folder.glob('*.yaml')))}"
+    file, out = folder / f"{name}.yaml", folder / name
+    file.write_text(yaml.safe_dump(tree | {"out": str(out)} | changes))
+    return str(file), out
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[list[float]]:
+    return [[m["loss"], *(v for k, v in m.items() if k.endswith("/loss"))] for m in metrics(out)]
+
+
+@pytest.mark.distributed
+def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path) -> None:
+    """ZeRO 0 to 3 on two ranks and one process alone: the same losses, accuracies and weights."""
+    two = [write(three, tmp_path, engine={"zero_stage": stage}) for stage in range(4)]
+    one = write(three, tmp_path)
+    output = launch([*TORCHRUN, SCRIPT, *(file for file, _ in two)]).stdout
+    launch([sys.executable, SCRIPT, one[0]])
+    expected, weights = np.array(losses(one[1])), load_file(one[1] / "model.safetensors")
+    assert expected.shape == (6, 4)
+    for _, out in two:
+        np.testing.assert_allclose(np.array(losses(out)), expected, rtol=2e-4)
+        found = load_file(out / "model.safetensors")
+        assert found.keys() == weights.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+    seen = [json.loads(line) for line in output.splitlines() if line.startswith('{"models"')]
+    assert len(seen) == 4
+    for memory in seen:
+        assert not memory["teacher imported"]
+        assert "timm.models.vision_transformer" in memory["models"]  # the image tower
+        assert not any("resnet" in kind for kind in memory["models"])  # the teacher's kind
+
+
+@pytest.mark.distributed
+def test_a_killed_run_resumes_exactly(three: dict[str, Any], tmp_path: Path) -> None:
+    """kill -9 in mid-run: the resumed run has the losses and the weights, to the bit, of one left alone."""
+    three["towers"]["text"]["dropout"] = 0.2
+    three["data"]["workers"] = 1
+    three |= {"duration": {"steps": 40}, "checkpoint": {"every_steps": 5}}
+    alone, killed = write(three, tmp_path), write(three, tmp_path)
+    command = [sys.executable, "-m", "threetowers", "train"]
+    launch([*command, alone[0]])
+    victim = subprocess.Popen(
+        [*command, killed[0]],
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not (killed[1] / "metrics.jsonl").exists() or len(metrics_so_far(killed[1])) < 12:
+        assert victim.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not (killed[1] / "model.safetensors").exists()
+    resumed = launch([*command, killed[0]])
+    assert "trained 40 steps" in resumed.stdout
+    steps = [m["step"] for m in metrics(killed[1])]
+    assert steps == list(range(1, 41))
+    assert losses(killed[1]) == losses(alone[1])
+    for name, tensor in load_file(alone[1] / "model.safetensors").items():
+        assert load_file(killed[1] / "model.safetensors")[name].equal(tensor), name
+    assert len(list((killed[1] / "checkpoints").glob("step-*"))) == 2
+
+
+def metrics_so_far(out: Path) -> list[str]:
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.distributed
+def test_the_deepspeed_launcher(lit: dict[str, Any], tmp_path: Path) -> None:
+    file, out = write(lit, tmp_path)
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    command = [sys.executable, launcher, "--num_accelerators", "2", "--master_port", "29611", "--module", "threetowers"]
+    result = launch([*command, "train", file, "optim.lr=2e-3"])
+    assert "on each of 2 ranks (cpu) = 12" in result.stdout + result.stderr
+    assert yaml.safe_load((out / "config.yaml").read_text())["optim"]["lr"] == 2e-3
+    assert json.loads((out / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"] == 6
+    assert metrics(out)[-1]["lr"] < metrics(out)[2]["lr"] < 2e-3
+    assert list((out / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.distributed
+def test_bad_input_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
+    samples = samples_of(0, 24)
+    samples[9][1]["png"] = b"no picture"
+    clip["data"]["tars"] = [str(write_tar(tmp_path / "bad.tar", samples))]
+    file, _ = write(clip, tmp_path)
+    command = [sys.executable, "-m", "threetowers", "train", file]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("threetowers: rank 0: BadSample: ")
+    assert "bad.tar: sample 's0009': " in last
+    assert last.endswith("set data.on_bad: skip to train without such samples")
+    assert "Traceback" not in result.stderr
+    launch([*command, "data.on_bad=skip", f"out={tmp_path / 'skipping'}"])
+    assert sum(m["skipped"] for m in metrics(tmp_path / "skipping")) >= 1
+
+
+def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
+    run = parse(three)
+    indexes = [index_tar(tar) for tar in tars]
+    join = CacheJoin(cache, indexes)
+    teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
+    addresses = [(0, 3), (1, 0), (1, 19), (0, 24), (0, 0), (1, 7)]
+    live = teacher.embed(torch.stack([teacher.preprocess(image(indexes[t], o, 10**6)) for t, o in addresses]))
+    cached = torch.from_numpy(np.stack([join.row(t, o) for t, o in addresses]))
+    assert torch.cosine_similarity(live, cached).min() >= 0.9999
+    torch.manual_seed(0)
+    model = TowerModel(run, vocab_size=48, cache_widths={"third": teacher.dim}).eval()
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.tensor([[5 + i, 9, 2, 0] for i in range(6)])
+    totals = [
+        float(objective(run, model({"image": pixels, "text": tokens, "third": rows}), None)[0].detach())
+        for rows in (live, cached)
+    ]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-4)
+
+
+def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    run = parse(clip)
+    folder.check(run)
+    folder.create(run, {}, {})
+    folder.check(run)
+    with pytest.raises(ConfigError, match=r"holds a run with another config:\n  batch: 12 -> 15\nchoose another `out`"):
+        folder.check(parse(clip | {"batch": 15}))
+
+
+def test_rows_without_an_embedding(three: dict[str, Any], tmp_path: Path) -> None:
+    """A picture that the teacher could not read: refused by name, or left out and counted."""
+    from threetowers.cache.build import build
+
+    samples = samples_of(0, 10)
+    samples[6][1]["png"] = b"no picture"
+    tar = write_tar(tmp_path / "gap.tar", samples)
+    weights = str(Path(three["towers"]["third"]["path"]).parent / "teacher.safetensors")
+    build([str(tar)], tmp_path / "cache", backbone="test_resnet", weights=weights, image_size=64)
+    indexes = [index_tar(tar)]
+    joins = {"third": CacheJoin(tmp_path / "cache", indexes)}
+    with pytest.raises(BadSample, match=r"gap\.tar: sample 's0006': the cache of tower 'third' has no embedding"):
+        SampleSet(indexes, joins, "error")
+    left = SampleSet(indexes, joins, "skip")
+    assert len(left) == 9
+    assert (0, 6) not in [left.address(i) for i in range(9)]
+    assert sum(left.left_out.values()) == 1
