@@ -11,9 +11,9 @@
 
 namespace emulator {
 
-// global.cpp: registered buffers
-void check_read(const void* at, std::size_t bytes, std::size_t alignment);
-void check_write(const void* at, std::size_t bytes, std::size_t alignment);
+// global.cpp: an access at `at` must stay inside the buffer that `base` points into
+void check_read(const void* base, const void* at, std::size_t bytes, std::size_t alignment);
+void check_write(const void* base, const void* at, std::size_t bytes, std::size_t alignment);
 
 // shared.cpp: the block's shared memory, poisoned at its start
 void* shared_at(int byte_offset);
@@ -39,7 +39,7 @@ template <class T>
 struct In {
   const T* at;
   T operator[](i64 i) const {
-    emulator::check_read(at + i, sizeof(T), alignof(T));
+    emulator::check_read(at, at + i, sizeof(T), alignof(T));
     return at[i];
   }
   bool given() const { return at != nullptr; }
@@ -49,12 +49,12 @@ template <class T>
 struct Out {
   T* at;
   T operator[](i64 i) const {
-    emulator::check_write(at + i, sizeof(T), alignof(T));  // one owner: reading back needs the same right
+    emulator::check_write(at, at + i, sizeof(T), alignof(T));  // one owner: reading back needs the same right
     return at[i];
   }
   bool given() const { return at != nullptr; }
   void put(i64 i, T value) const {
-    emulator::check_write(at + i, sizeof(T), alignof(T));
+    emulator::check_write(at, at + i, sizeof(T), alignof(T));
     at[i] = value;
   }
 };
@@ -79,7 +79,7 @@ Shared<T> shared_memory(int byte_offset) {
 
 // tensor_core.h
 inline void copy_async(Shared<Chunk> to, int i, In<u16> from, i64 offset, bool valid) {
-  if (valid) emulator::check_read(from.at + offset, sizeof(Chunk), sizeof(Chunk));
+  if (valid) emulator::check_read(from.at, from.at + offset, sizeof(Chunk), sizeof(Chunk));
   emulator::copy_to_shared(to.at + i, valid ? from.at + offset : nullptr);
 }
 inline void commit_copies() { emulator::commit(); }

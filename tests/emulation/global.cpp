@@ -17,12 +17,17 @@ struct Buffer {
 
 std::vector<Buffer> buffers;
 
-Buffer& find(const char* action, const void* at, std::size_t bytes, std::size_t alignment) {
-  const char* address = static_cast<const char*>(at);
+Buffer& find(const char* action, const void* base, const void* at, std::size_t bytes, std::size_t alignment) {
   if (reinterpret_cast<std::uintptr_t>(at) % alignment) fail("%s global memory at a misaligned address", action);
-  for (Buffer& buffer : buffers)
-    if (address >= buffer.begin && address + bytes <= buffer.begin + buffer.bytes) return buffer;
-  fail("%s %zu bytes of global memory outside every buffer", action, bytes);
+  for (Buffer& buffer : buffers) {
+    const std::ptrdiff_t start = static_cast<const char*>(base) - buffer.begin;
+    const std::ptrdiff_t offset = static_cast<const char*>(at) - buffer.begin;
+    const std::ptrdiff_t size = buffer.bytes;
+    if (start < 0 || start >= size) continue;
+    if (offset >= 0 && offset + static_cast<std::ptrdiff_t>(bytes) <= size) return buffer;
+    fail("%s %zu bytes at byte %td of a buffer of %td", action, bytes, offset, size);
+  }
+  fail("%s through a pointer that the host did not pass", action);
 }
 
 }  // namespace
@@ -31,12 +36,12 @@ void reset_global() {
   for (Buffer& buffer : buffers) buffer.owners.assign(buffer.writable ? buffer.bytes / 2 : 0, 0);
 }
 
-void check_read(const void* at, std::size_t bytes, std::size_t alignment) {
-  if (find("reads", at, bytes, alignment).writable) fail("reads as input what the kernel may write");
+void check_read(const void* base, const void* at, std::size_t bytes, std::size_t alignment) {
+  if (find("reads", base, at, bytes, alignment).writable) fail("reads as input what the kernel may write");
 }
 
-void check_write(const void* at, std::size_t bytes, std::size_t alignment) {
-  Buffer& buffer = find("writes", at, bytes, alignment);
+void check_write(const void* base, const void* at, std::size_t bytes, std::size_t alignment) {
+  Buffer& buffer = find("writes", base, at, bytes, alignment);
   if (!buffer.writable) fail("writes to an input");
   const int self = 1 + block.index * static_cast<int>(block.threads.size()) + current;
   const std::size_t first = (static_cast<const char*>(at) - buffer.begin) / 2;

@@ -115,10 +115,10 @@ BUGS = {
         Mutation("block_logits.h", "(c ^ (row / 2 % kSliceChunks))", "c"), "share banks"
     ),
     "no zeros past the depth": Bug(
-        Mutation("block_logits.h", "first + r < count && k < depth);", "first + r < count);"), "outside every buffer"
+        Mutation("block_logits.h", "first + r < count && k < depth);", "first + r < count);"), "of a buffer of"
     ),
     "rows past the end are read": Bug(
-        Mutation("block_logits.h", "first + r < count && k < depth);", "k < depth);"), "outside every buffer"
+        Mutation("block_logits.h", "first + r < count && k < depth);", "k < depth);"), "of a buffer of"
     ),
     "misaligned copies": Bug(Mutation("block_logits.h", "* depth + k;", "* depth + k + 1;"), "misaligned"),
     "diagonal not excluded": Bug(Mutation("tile.h", " && j - i != diagonal", "")),
