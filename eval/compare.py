@@ -13,7 +13,7 @@ import xxhash
 
 from threetowers.cache.tars import expand, index_tar, read_member
 from threetowers.eval.embed import EvaluationSet, Floats, Picture, embed_images, embed_texts, evaluation_set
-from threetowers.eval.index import VectorIndex, build_index
+from threetowers.eval.index import VectorIndex, build_index, recall_against_exact
 from threetowers.eval.record import Question, Record, TarRef, digest, write_record
 from threetowers.eval.report import (
     ImageExample,
@@ -166,7 +166,7 @@ def _evaluate(
         name=path.name,
         method=" + ".join(model.run.terms) + (" on cached rows" if model.sees_cached_rows else ""),
         records=records,
-        metrics_file=RunFolder(path).metrics,
+        metrics_file=RunFolder(path).metrics if RunFolder(path).metrics.exists() else None,
         stage_seconds=_stages(path, time.perf_counter() - started),
         text_examples=texts,
         image_examples=images,
@@ -197,6 +197,9 @@ class _Search:
         for name, index, queries, query_groups, gallery_groups in sides:
             k = min(NEIGHBOURS, index.size)
             found = index.search(queries, k).ids_NK
+            if not index.exact:
+                vectors = self.text_MD if index is self.texts else self.image_ND
+                metrics[f"{name}/index_finds@{k}"] = recall_against_exact(index, vectors, queries, k)
             ks = [k_ for k_ in KS if k_ <= k]
             for k_, value in hit_rate(found, query_groups, gallery_groups, ks).items():
                 metrics[f"{name}/recall@{k_}_index"] = value

@@ -3,19 +3,18 @@
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from threetowers import __version__
+from threetowers.trainer.atomic import replace_text
 
 FORMAT = 1
 LIBRARIES = ("torch", "timm", "faiss-gpu", "faiss-cpu", "numpy", "sentencepiece", "zarr", "webdataset", "pillow")
@@ -118,15 +117,7 @@ def write_record(record: Record, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.file_name
     content = json.dumps(asdict(record), indent=2, allow_nan=False) + "\n"
-    with NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".part", encoding="utf-8", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    replace_text(path, content)
     return path
 
 
@@ -145,15 +136,6 @@ def read_record(path: Path) -> Record:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BadRecord(f"{path} is not a result record: field {where!r}: {first['msg']}") from error
-
-
-def find_record(question: Question, folder: Path) -> Record | None:
-    """The stored answer to exactly this question, or None. Raises BadRecord if its file is damaged."""
-    for path in folder.glob(f"*-{question.fingerprint()[:16]}.json"):
-        record = read_record(path)
-        if record.question.fingerprint() == question.fingerprint():
-            return record
-    return None
 
 
 def _json(value: object) -> str:

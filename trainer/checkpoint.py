@@ -3,7 +3,6 @@
 A checkpoint exists once `latest` names it; `latest` is replaced atomically, after every rank has written its part.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
+from threetowers.trainer.atomic import replace_text, settle
 from threetowers.trainer.engine import Ranks
 
 LATEST = "latest"  # DeepSpeed's name for it, so that its conversion tools find the checkpoint too
@@ -59,20 +59,7 @@ def save_weights(engine: Any, path: Path, ranks: Ranks) -> None:
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
         if ranks.first:
             state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
-            temporary = path.with_name(path.name + ".partial")
+            temporary = path.with_name(f".{path.name}.partial")
             save_file(state, temporary)
-            _settle(temporary, path)
+            settle(temporary, path)
     distributed.barrier()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a small file as a whole: readers see the old text or the new one, also after a power cut."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    _settle(temporary, path)
-
-
-def _settle(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -9,13 +9,14 @@ checkpoints/      to resume from               model.safetensors, summary.json  
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from threetowers.trainer.checkpoint import replace_text
+from threetowers.cache.contract import Contract
+from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.config import ConfigError, Run, differences, dump, load
 
 
@@ -65,11 +66,11 @@ class RunFolder:
                 "choose another `out`, go back to that config to resume it, or remove the folder"
             )
 
-    def create(self, run: Run, deepspeed: Mapping[str, Any], contracts: Mapping[str, Any]) -> None:
+    def create(self, run: Run, deepspeed: Mapping[str, Any], contracts: Mapping[str, Contract]) -> None:
         """Write what is known before the first step. Does nothing that a resumed run would change."""
         self.path.mkdir(parents=True, exist_ok=True)
         if Path(run.data.tokenizer).resolve() != self.tokenizer.resolve():
             shutil.copyfile(run.data.tokenizer, self.tokenizer)
         replace_text(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
-        replace_text(self.contracts, json.dumps(contracts, indent=2))
+        replace_text(self.contracts, json.dumps({name: asdict(c) for name, c in contracts.items()}, indent=2))
         replace_text(self.config, yaml.safe_dump(dump(run), sort_keys=False))  # last: it marks the folder as a run's

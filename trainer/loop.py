@@ -14,6 +14,7 @@ from torch import distributed
 
 from threetowers.cache.tars import TarIndex, expand, index_tar
 from threetowers.trainer import checkpoint
+from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.config import CacheTower, Run
 from threetowers.trainer.data.join import CacheJoin
 from threetowers.trainer.data.loader import Batch, training_loader
@@ -84,7 +85,7 @@ class Trainer:
         model = self._model(caches)
         if ranks.first:
             self._announce(model, tars)
-            contracts = {name: asdict(join.cache.contract) for name, join in caches.items()}
+            contracts = {name: join.cache.contract for name, join in caches.items()}
             self.folder.create(run, deepspeed_config(run, ranks.world), contracts)
         distributed.barrier()
         self.engine = start_engine(model, run, ranks.world)
@@ -182,7 +183,7 @@ class Trainer:
         )
         resumed_finished = self.start == self.steps and self.folder.summary.exists()
         if self.ranks.first and not resumed_finished:
-            checkpoint.replace_text(self.folder.summary, json.dumps(asdict(summary), indent=2))
+            replace_text(self.folder.summary, json.dumps(asdict(summary), indent=2))
         return summary
 
     def _model(self, caches: dict[str, CacheJoin]) -> TowerModel:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.trainer.conftest import picture, samples_of, write_tar
 
+from tests.conftest import picture, samples_of, write_tar
 from threetowers.cache.tars import index_tar
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.loader import Batch, training_loader

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.trainer.test_config import THREE, changed
 
+from tests.trainer.test_config import THREE, changed
 from threetowers.trainer.config import TextTower, parse
 from threetowers.trainer.objective import objective
 from threetowers.trainer.tokenizer import END, PAD

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.trainer.conftest import samples_of, write_tar
 
+from tests.conftest import samples_of, write_tar
 from threetowers.cache.tars import index_tar
 from threetowers.cache.teacher import load_teacher
 from threetowers.trainer.config import ConfigError, parse

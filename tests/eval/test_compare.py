@@ -1,0 +1,151 @@
+"""The retrieval evaluation on real runs: what is matched, where a LiT run's rows come from, what is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import samples_of, write_tar
+from threetowers.cache.build import build
+from threetowers.cache.contract import ContractError
+from threetowers.cache.tars import index_tar
+from threetowers.eval.compare import Settings, compare
+from threetowers.eval.embed import embed_images, embed_texts, evaluation_set
+from threetowers.eval.sources import image_source
+from threetowers.trainer.config import parse
+from threetowers.trainer.data.join import CacheJoin
+from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.tokenizer import Tokenizer
+from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.trained import TrainedModel
+
+CONCEPTS = Settings(group_field="concept")
+
+
+def finished(tree: dict[str, Any], constant: bool = False) -> Path:
+    """The folder of a run as training leaves it, with random weights; `constant`: with collapsed embeddings."""
+    run = parse(tree)
+    tars = [index_tar(tar) for tar in run.data.tars]
+    caches = {name: CacheJoin(run.towers[name].path, tars).cache for name in run.towers_of("cache")}  # type: ignore[union-attr]
+    torch.manual_seed(2)
+    vocab = Tokenizer.load(run.data.tokenizer).vocab_size
+    model = TowerModel(run, vocab, {name: cache.dim for name, cache in caches.items()})
+    if constant:
+        for head in (run.deploy.image, run.deploy.text):
+            torch.nn.init.zeros_(model.heads[head].weight)  # type: ignore[arg-type]
+    folder = RunFolder(Path(run.out))
+    folder.create(run, {}, {name: cache.contract for name, cache in caches.items()})
+    save_file(model.state_dict(), folder.weights)
+    folder.summary.write_text(json.dumps({"steps": 3, "seconds": 1.5}))
+    return folder.path
+
+
+def test_records_and_report(clip: dict[str, Any], lit: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    runs = [finished(clip), finished(lit)]
+    comparison = compare(runs, [str(tar) for tar in tars], tmp_path / "report", CONCEPTS)
+    (gallery,) = comparison.galleries
+    assert len(gallery.pictures) == 45
+    assert len(gallery.captions) == 40  # two for each of 20 concepts, however many pictures show it
+    records = [json.loads(path.read_text()) for path in comparison.records.glob("*.json")]
+    assert {record["question"]["run"] for record in records} == {"clip", "lit"}
+    for record in records:
+        assert record["counts"]["images"] == 45
+        assert record["counts"]["groups"] == 20
+        for direction in ("image_to_text", "text_to_image"):
+            if not record["counts"][f"{direction}/tied"]:
+                for k in (1, 5, 10):
+                    assert record["metrics"][f"{direction}/recall@{k}"] == pytest.approx(
+                        record["metrics"][f"{direction}/recall@{k}_index"]
+                    )
+    text = comparison.text()
+    assert "clip" in text
+    assert str(comparison.report.html) in text
+    assert "a red disc" in comparison.report.html.read_text() or "disc" in comparison.report.html.read_text()
+
+
+def test_recalls_equal_a_brute_force_twin(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    path = finished(clip)
+    result = compare([path], [str(tar) for tar in tars], tmp_path / "report", CONCEPTS).results[0].records[0]
+    model = TrainedModel.load(path)
+    data = evaluation_set([index_tar(tar) for tar in tars], group_field="concept", part_field=None, max_captions=5)
+    image_ND = embed_images(model, data.pictures, image_source(model, data, {}, False), batch_size=7)
+    pairs = sorted({(p.group, caption) for p in data.pictures for caption in p.captions})
+    text_MD = embed_texts(model, [caption for _, caption in pairs], batch_size=7)
+    scores = image_ND.astype(np.float64) @ text_MD.astype(np.float64).T
+    match = np.array([[p.group == group for group, _ in pairs] for p in data.pictures])
+    for direction, s, m in (("image_to_text", scores, match), ("text_to_image", scores.T, match.T)):
+        ranks = [int((row[~hit] >= row[hit].max() - 1e-6).sum()) for row, hit in zip(s, m, strict=True)]
+        for k in (1, 5, 10):
+            assert result.metrics[f"{direction}/recall@{k}"] == pytest.approx(np.mean(np.array(ranks) < k))
+
+
+def test_a_collapsed_model_scores_nothing(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    result = compare([finished(clip, constant=True)], [str(tar) for tar in tars], tmp_path / "report", CONCEPTS)
+    metrics = result.results[0].records[0].metrics
+    assert [metrics[f"{d}/recall@{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)] == [0.0] * 6
+    assert metrics["image_to_text/recall@10_optimistic"] == 1.0
+
+
+def test_parts_are_galleries_of_their_own(clip: dict[str, Any], tmp_path: Path) -> None:
+    samples = samples_of(0, 20)
+    for number, (_, members) in enumerate(samples):
+        members["json"] = json.dumps(json.loads(members["json"]) | {"style": "ab"[number % 2]}).encode()
+    tar = write_tar(tmp_path / "styles.tar", samples)
+    comparison = compare(
+        [finished(clip)], [str(tar)], tmp_path / "report", Settings("concept", "style", max_captions=1)
+    )
+    assert [gallery.name for gallery in comparison.galleries] == ["a", "b"]
+    assert [len(gallery.captions) for gallery in comparison.galleries] == [10, 10]
+
+
+def test_a_lit_run_reads_rows_of_the_right_teacher_only(
+    lit: dict[str, Any], cache: Path, tars: list[Path], tmp_path: Path
+) -> None:
+    path = finished(lit)
+    heldout = write_tar(tmp_path / "heldout.tar", samples_of(100, 12))
+    weights = str(cache.parent / "teacher.safetensors")
+    with pytest.raises(
+        ContractError, match=r"heldout\.tar: not among the 2 tars.*--cache third=PATH, or use --live-teacher"
+    ):
+        compare([path], [str(heldout)], tmp_path / "report", CONCEPTS)
+    for name, size in (("same", 64), ("other", 96)):
+        build([str(heldout)], tmp_path / name, backbone="test_resnet", weights=weights, image_size=size)
+    with pytest.raises(ContractError, match=r"not the teacher that .*lit was trained on: preprocessing\.input_size"):
+        compare([path], [str(heldout)], tmp_path / "report", CONCEPTS, caches={"third": tmp_path / "other"})
+    cached = compare([path], [str(heldout)], tmp_path / "report", CONCEPTS, caches={"third": tmp_path / "same"})
+    assert cached.results[0].records[0].counts["images"] == 12
+
+
+def test_live_and_cached_rows_agree(lit: dict[str, Any], cache: Path, tars: list[Path]) -> None:
+    lit["out"] = lit["out"] + "-live"
+    model = TrainedModel.load(finished(lit))
+    model.contracts["third"] = model.contracts["third"].__class__(
+        **{**vars(model.contracts["third"]), "weights": str(cache.parent / "teacher.safetensors")}
+    )
+    data = evaluation_set([index_tar(tars[0])], group_field=None, part_field=None, max_captions=5)
+    rows = [embed_images(model, data.pictures[:9], image_source(model, data, {}, live)) for live in (True, False)]
+    assert (rows[0] * rows[1]).sum(1).min() >= 0.9999
+
+
+def test_samples_that_cannot_be_read_are_listed(clip: dict[str, Any], tmp_path: Path) -> None:
+    samples = samples_of(0, 6)
+    samples[2][1]["png"] = b"no picture"
+    tar = write_tar(tmp_path / "bad.tar", samples)
+    comparison = compare([finished(clip)], [str(tar)], tmp_path / "report", CONCEPTS)
+    assert len(comparison.skipped) == 1
+    assert "sample 's0002'" in comparison.skipped[0]
+    assert "1 samples left out; the first: " in comparison.text()
+    assert comparison.results[0].records[0].counts["skipped samples"] == 1
+
+
+def test_runs_that_cannot_be_compared(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    path = finished(clip)
+    with pytest.raises(ValueError, match="each folder with a name of its own"):
+        compare([path, path], [str(tars[0])], tmp_path / "report", CONCEPTS)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no finished run: model\.safetensors is missing"):
+        compare([path], [str(tars[0])], tmp_path / "report", CONCEPTS)
