@@ -1,0 +1,169 @@
+"""The host side of the CUDA kernels: what is launched, what is refused, and how arguments are laid out."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import LARGE, SMALL, EmulationError, Emulator
+from torch import Tensor
+
+from threetowers.kernels import cuda
+from threetowers.kernels.cuda.arguments import In, Out, Packed, tensors
+from threetowers.kernels.cuda.backend import DenseTiles, TensorCoreTiles
+from threetowers.kernels.cuda.launch import (
+    Launch,
+    Limits,
+    UnsupportedError,
+    block_launch,
+    blocks,
+    check_operands,
+    checked,
+    clipped_diagonal,
+    columns_launch,
+    element_defines,
+    pairs_launch,
+    rows_launch,
+    stages,
+)
+
+TURING = Limits((7, 5), 64 * 1024, 64 * 1024)
+HOPPER = Limits((9, 0), 227 * 1024, 228 * 1024)
+
+
+def test_stages_leave_room_for_two_blocks_on_a_processor() -> None:
+    assert [stages(limits) for limits in (SMALL, LARGE, HOPPER)] == [3, 4, 4]
+
+
+def test_grids_cover_ragged_tiles_once() -> None:
+    assert [blocks(n) for n in (1, 128, 129)] == [1, 1, 2]
+    launch = block_launch("stats", torch.float16, 129, 4096, SMALL)
+    assert launch == Launch("stats", ("FP16", "STAGES=3"), (32, 2), 48 * 1024)
+    assert block_launch("stats", torch.bfloat16, 1, 1, HOPPER).shared_bytes == 64 * 1024
+    assert rows_launch("dense_row_stats", 9, SMALL).grid == (2, 1)
+    assert columns_launch("dense_column_stats", 257, 3, SMALL).grid == (2, 3)
+    assert pairs_launch("dense_softmax_gradient", torch.float32, 7, 256, TURING) == Launch(
+        "dense_softmax_gradient", ("FP32",), (1, 7)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: block_launch("stats", torch.bfloat16, 1, 1, TURING), r"capability 8\.0 or later, got \(7, 5\)"),
+        (lambda: block_launch("stats", torch.float32, 1, 1, SMALL), "bfloat16 or float16 features"),
+        (lambda: element_defines(torch.float64), "no kernel for torch.float64"),
+        (lambda: pairs_launch("merge", torch.float32, 65536, 1, SMALL), "65536 blocks along y, expected 1 to 65535"),
+        (lambda: rows_launch("merge", 0, SMALL), "0 blocks along x"),
+        (lambda: checked(Launch("stats", (), (1, 1), 2**17), SMALL), "needs 131072 bytes.* has 101376"),
+    ],
+)
+def test_what_a_device_cannot_run_is_refused(make: object, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        make()  # type: ignore[operator]
+
+
+def halves(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("x_rD", "y_cD"),
+    [
+        (halves(2, 12), halves(3, 12)),  # not whole chunks
+        (halves(2, 8), halves(3, 16)),  # two widths
+        (halves(2, 16)[:, :8], halves(3, 8)),  # rows apart
+        (halves(33)[1:].view(4, 8), halves(3, 8)),  # 2 bytes off
+        (halves(2, 8), halves(3, 8).half()),
+        (halves(2, 8).float(), halves(3, 8).float()),
+    ],
+)
+def test_operands_that_cannot_be_copied_in_chunks_are_refused(x_rD: Tensor, y_cD: Tensor) -> None:
+    with pytest.raises(UnsupportedError, match=r"[xy] has"):
+        check_operands(x_rD, y_cD)
+
+
+def counted(*shape: int) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.bfloat16).view(shape)
+
+
+@pytest.mark.parametrize("z_nD", [counted(5, 13), counted(5, 32)[:, ::2], counted(41)[1:].view(5, 8), torch.ones(5, 8)])
+def test_features_become_operands(z_nD: Tensor, builds: Path) -> None:
+    ready_nD = TensorCoreTiles(Emulator(builds), torch.bfloat16).features(z_nD)
+    check_operands(ready_nD, ready_nD)
+    width = z_nD.shape[1]
+    assert torch.equal(ready_nD[:, :width], z_nD.bfloat16())
+    assert not ready_nD[:, width:].any()
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "clipped"), [(0, 0), (-4, -4), (6, 6), (-5, -5), (7, 7), (10**15, 7), (-(10**15), -5)]
+)
+def test_a_diagonal_far_away_is_moved_just_outside(diagonal: int, clipped: int) -> None:
+    assert clipped_diagonal(diagonal, rows=5, columns=7) == clipped
+
+
+def test_arguments_are_laid_out_as_in_cpp() -> None:
+    """The struct Tile of tile.h: two pointers, three ints, two floats."""
+    tensor = torch.zeros(3)
+    packed = Packed([(In(tensor), Out(None), 2, 3, -4, 0.5, 1.5), 7, In(tensor)])
+
+    class Tile(ctypes.Structure):
+        _fields_ = (
+            *[(name, ctypes.c_void_p) for name in ("row_labels", "column_labels")],
+            *[(name, ctypes.c_int) for name in ("rows", "columns", "diagonal")],
+            *[(name, ctypes.c_float) for name in ("scale", "bias")],
+        )
+
+    tile = Tile.from_address(packed.table[0])
+    assert (tile.row_labels, tile.column_labels) == (tensor.data_ptr(), None)
+    assert (tile.rows, tile.columns, tile.diagonal, tile.scale, tile.bias) == (2, 3, -4, 0.5, 1.5)
+    assert ctypes.c_int.from_address(packed.table[1]).value == 7
+    assert ctypes.c_void_p.from_address(packed.table[2]).value == tensor.data_ptr()
+    assert list(tensors([(In(tensor), (Out(None),)), 1, 2.0])) == [In(tensor), Out(None)]
+
+
+def chosen(limits: Limits, element: torch.dtype, builds: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """What `cuda_backend` makes of a device with these limits, the emulator standing in for its driver."""
+    monkeypatch.setattr("threetowers.kernels.cuda.driver.DriverLauncher", lambda index: Emulator(builds, limits))
+    make = cuda._factory.__wrapped__(0, element)
+    return None if make is None else make()
+
+
+def test_the_fastest_back_end_that_a_device_can_run_is_chosen(
+    builds: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(chosen(SMALL, torch.bfloat16, builds, monkeypatch), TensorCoreTiles)
+        assert isinstance(chosen(LARGE, torch.float32, builds, monkeypatch), DenseTiles)
+        assert chosen(LARGE, torch.float64, builds, monkeypatch) is None
+        assert not caplog.records
+        assert isinstance(chosen(TURING, torch.float16, builds, monkeypatch), DenseTiles)
+    (record,) = caplog.records
+    assert "cannot use TensorCoreTiles on cuda:0: stats needs compute capability 8.0" in record.message
+
+
+def test_without_a_driver_there_is_one_warning_and_no_back_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(index: int) -> None:
+        raise ImportError("no module named cuda.bindings")
+
+    monkeypatch.setattr("threetowers.kernels.cuda.driver.DriverLauncher", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert cuda._factory.__wrapped__(0, torch.bfloat16) is None
+    (record,) = caplog.records
+    assert "without CUDA kernels on cuda:0: no module named cuda.bindings" in record.message
+
+
+def test_the_emulator_names_what_went_wrong(builds: Path) -> None:
+    """A running maximum shorter than the parts: the host's mistake, found in the kernel."""
+    emulator = Emulator(builds)
+    parts_pn2, short_n, sum_n = torch.zeros(2, 5, 2), torch.zeros(4), torch.zeros(5)
+    launch = columns_launch("merge", 5, 1, emulator.limits)
+    with pytest.raises(EmulationError, match=r"merge under .* thread 4 writes 4 bytes at byte 16 of a buffer of 16"):
+        emulator.run(launch, (In(parts_pn2), 2, 5, Out(short_n), Out(sum_n)))
