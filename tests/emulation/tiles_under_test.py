@@ -38,7 +38,7 @@ class Case:
     labels: bool = False
 
     def features(self, element: torch.dtype) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.rows + 1000 * self.cols + self.width)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(self.rows + 1000 * self.cols + self.width)
         x_rD = normalize(torch.randn(self.rows, self.width, generator=generator), dim=1)
         y_cD = normalize(torch.randn(self.cols, self.width, generator=generator), dim=1)
         return x_rD.to(element), y_cD.to(element)
@@ -69,7 +69,9 @@ class Answers:
         tensors = (self.kept_rc, self.grad_rc, self.grad_from_kept_rc, self.sigmoid_grad_rc, self.dx_rD, self.dy_cD)
         sums = (self.sums.loss_r, self.sums.prob_r, self.sums.row_max_r, self.sums.col_max_c)
         running = (self.rows.max_n, self.rows.sum_n, self.cols.max_n, self.cols.sum_n)
-        return b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in (*tensors, *sums, *running))
+        return b"".join(
+            part.contiguous().view(torch.uint8).cpu().numpy().tobytes() for part in (*tensors, *sums, *running)
+        )
 
 
 def weights_of(case: Case, element: torch.dtype) -> tuple[Weights, Weights]:
