@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
 import xxhash
@@ -69,7 +69,13 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._key_ends) - 1
 
-    def __getitem__(self, ordinal):  # type: ignore[no-untyped-def]  # Sequence's overloads; slices give lists
+    @overload
+    def __getitem__(self, ordinal: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, ordinal: slice) -> list[Sample]: ...
+
+    def __getitem__(self, ordinal: int | slice) -> Sample | list[Sample]:
         if isinstance(ordinal, slice):
             return [self[i] for i in range(*ordinal.indices(len(self)))]
         if not -len(self) <= ordinal < len(self):

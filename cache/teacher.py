@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -31,17 +33,28 @@ class Teacher:
     dim: int
     device: torch.device
     model: nn.Module
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Image.Image], npt.NDArray[np.uint8]]
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """(3, H, W) float32 input of one RGB picture: timm's evaluation transform."""
-        return self.transform(image)
+        """(3, H, W) uint8 pixels of one RGB picture: timm's evaluation transform up to normalisation, which is left to
+        `embed`, on its device and for a whole batch."""
+        return torch.from_numpy(np.ascontiguousarray(self.transform(image)))
 
     def embed(self, images_b3HW: Tensor) -> Tensor:
-        """(b, D) float32 pooled features before the classifier, never normalised, on the CPU."""
-        x = images_b3HW.to(self.device, memory_format=torch.channels_last)
+        """(b, D) float32 pooled features before the classifier, never normalised, on the CPU; from uint8 pixels.
+
+        Raises:
+            ValueError: pixels that are not uint8 (normalised already, perhaps).
+        """
+        if images_b3HW.dtype != torch.uint8:
+            raise ValueError(f"expected uint8 pixels as `preprocess` gives them, found {images_b3HW.dtype}")
+        mean, std = (
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        pixels = images_b3HW.to(self.device).to(memory_format=torch.channels_last)
         with torch.inference_mode():
-            features = _features(self.model, x)
+            features = _features(self.model, pixels.float().div_(255).sub_(mean).div_(std))
         return features.float().cpu().clone()  # a clone made out here is an ordinary tensor, free to train on
 
 
@@ -81,7 +94,7 @@ def load_teacher(
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
-    transform = create_transform(**config, is_training=False)
+    transform = create_transform(**config, is_training=False, use_prefetcher=True)  # uint8, not normalised
     dim = _width(model, backbone, config["input_size"], torch.device(device))
     return Teacher(backbone, source, digest, preprocessing, dim, torch.device(device), model, transform)
 

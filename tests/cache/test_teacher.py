@@ -20,8 +20,9 @@ def test_features_are_what_the_classifier_sees(backbone: str, weights: Weights, 
     teacher = load_teacher(backbone, weights(backbone))
     model = timm.create_model(backbone, pretrained=False).eval()
     model.load_state_dict(load_file(weights(backbone)))
-    x_b3HW = torch.stack([teacher.preprocess(draw(seed)) for seed in range(3)])
-    features = teacher.embed(x_b3HW)
+    reference = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    x_b3HW = torch.stack([reference(draw(seed)) for seed in range(3)])
+    features = teacher.embed(torch.stack([teacher.preprocess(draw(seed)) for seed in range(3)]))
     assert features.shape == (3, teacher.dim)
     assert features.dtype == torch.float32
     logits = model.get_classifier()(features)
@@ -36,9 +37,18 @@ def test_preprocessing_is_resize_crop_normalise(weights: Weights, draw: Draw) ->
     side = int(64 / teacher.preprocessing.crop_pct)
     resized = image.resize((side, int(side * 130 / 90)), Image.Resampling.BILINEAR)
     left, top = round((resized.width - 64) / 2), round((resized.height - 64) / 2)
-    pixels = np.asarray(resized.crop((left, top, left + 64, top + 64)), np.float32) / 255
-    expected = (pixels - teacher.preprocessing.mean) / teacher.preprocessing.std
-    np.testing.assert_allclose(teacher.preprocess(image).permute(1, 2, 0).numpy(), expected, atol=1e-5)
+    pixels = np.asarray(resized.crop((left, top, left + 64, top + 64)))
+    found = teacher.preprocess(image)
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
+    normalised = (torch.from_numpy(pixels / 255) - torch.tensor(teacher.preprocessing.mean)) / torch.tensor(
+        teacher.preprocessing.std
+    )
+    with torch.inference_mode():
+        x_13HW = normalised.float().permute(2, 0, 1)[None]
+        expected = teacher.model.forward_head(teacher.model.forward_features(x_13HW), pre_logits=True)
+    torch.testing.assert_close(teacher.embed(found[None]), expected.clone(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected uint8 pixels"):
+        teacher.embed(x_13HW)
 
 
 def test_image_size_resamples_a_vit(weights: Weights) -> None:
@@ -46,7 +56,7 @@ def test_image_size_resamples_a_vit(weights: Weights) -> None:
     assert native.preprocessing.input_size == (160, 160)
     assert small.preprocessing.input_size == (96, 96)
     assert small.weights_digest == native.weights_digest
-    assert small.embed(torch.zeros(2, 3, 96, 96)).shape == (2, native.dim)
+    assert small.embed(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, native.dim)
     with pytest.raises(ValueError, match=r"no pre-logits features at \(3, 97, 97\)"):
         load_teacher("test_vit", weights("test_vit"), image_size=97)
 
