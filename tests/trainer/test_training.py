@@ -57,8 +57,9 @@ def losses(out: Path) -> list[list[float]]:
 def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path) -> None:
     """ZeRO 0 to 3 on two ranks and one process alone: the same losses, accuracies and weights."""
     two = [write(three, tmp_path, engine={"zero_stage": stage}) for stage in range(4)]
+    half = write(three, tmp_path, engine={"zero_stage": 2, "precision": "bfloat16"})
     one = write(three, tmp_path)
-    output = launch([*TORCHRUN, SCRIPT, *(file for file, _ in two)]).stdout
+    output = launch([*TORCHRUN, SCRIPT, *(file for file, _ in [*two, half])]).stdout
     launch([sys.executable, SCRIPT, one[0]])
     expected, weights = np.array(losses(one[1])), load_file(one[1] / "model.safetensors")
     assert expected.shape == (6, 4)
@@ -68,8 +69,9 @@ def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path
         assert found.keys() == weights.keys()
         for name, tensor in weights.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+    np.testing.assert_allclose(np.array(losses(half[1])), expected, rtol=2e-2)
     seen = [json.loads(line) for line in output.splitlines() if line.startswith('{"models"')]
-    assert len(seen) == 4
+    assert len(seen) == 5
     for memory in seen:
         assert not memory["teacher imported"]
         assert "timm.models.vision_transformer" in memory["models"]  # the image tower

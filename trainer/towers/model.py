@@ -68,15 +68,17 @@ class TowerModel(nn.Module):
     def embed(self, inputs: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str, Tensor]:
         """Return unit-norm embeddings (b, dim) of the named heads; runs only the towers that these stand on."""
         values: dict[str, Tensor] = {}
+        dtype = next(iter(self.log_scales.values())).dtype  # that of all parameters; cached rows come in their own
 
         def value(name: str) -> Tensor:
             if name not in values:
-                on_tower = name in self.towers
-                module = self.towers[name] if on_tower else self.heads[name]
-                values[name] = module(inputs[name] if on_tower else value(self.run.heads[name].of))
+                if name in self.towers:
+                    values[name] = self.towers[name](inputs[name]).to(dtype)
+                else:
+                    values[name] = self.heads[name](value(self.run.heads[name].of))
             return values[name]
 
-        return {name: F.normalize(value(name), dim=-1) for name in heads}
+        return {name: F.normalize(value(name).float(), dim=-1).to(dtype) for name in heads}
 
     def encode_image(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the deployed image embeddings (b, dim), unit norm."""

@@ -26,4 +26,4 @@ class CachedTower(nn.Module):
         self.std.copy_(torch.where(std_w > 0, std_w, torch.ones_like(std_w)))
 
     def forward(self, rows_bw: Tensor) -> Tensor:
-        return ((rows_bw.to(torch.float32) - self.mean) / self.std).to(self.mean.dtype)
+        return (rows_bw.to(torch.float32) - self.mean) / self.std
