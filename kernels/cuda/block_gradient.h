@@ -15,13 +15,13 @@ DEVICE int swizzled_gradient(int row, int c) { return row * kBlockChunks + (c ^ 
 
 DEVICE void write_gradient(const BlockLogits& gradient, const Gradient& to, const Tile& tile) {
   const Shared<u32> words = shared_memory<u32>(0);
-  UNROLL for (int d = 0; d < kDown; ++d)
-    UNROLL for (int a = 0; a < kAcross; ++a)
-      UNROLL for (int half = 0; half < 4; half += 2) {
-        const int chunk = swizzled_gradient(gradient.row(d, half), gradient.column(a, 0) / kChunk);
-        const float* pair = &gradient.value[d][a][half];
-        words.put(chunk * 4 + lane() % 4, pack(kGain * pair[0], kGain * pair[1]));
-      }
+  BlockLogits::each_row([&](int d, int half) {
+    UNROLL for (int a = 0; a < kAcross; ++a) {
+      const int chunk = swizzled_gradient(gradient.row(d, half), gradient.column(a, 0) / kChunk);
+      const float* pair = &gradient.value[d][a][half];
+      words.put(chunk * 4 + lane() % 4, pack(kGain * pair[0], kGain * pair[1]));
+    }
+  });
   barrier();
 
   const Shared<Chunk> chunks = shared_memory<Chunk>(0);
@@ -30,6 +30,7 @@ DEVICE void write_gradient(const BlockLogits& gradient, const Gradient& to, cons
   for (int t = thread(); t < kBlock * kBlockChunks; t += kThreads) {
     const int r = t / kBlockChunks, c = t % kBlockChunks;
     const int row = first_row() + r, chunk = block_x() * kBlockChunks + c;
-    if (row < tile.rows && chunk < stride) out.put(static_cast<i64>(row) * stride + chunk, chunks[swizzled_gradient(r, c)]);
+    if (row >= tile.rows || chunk >= stride) continue;
+    out.put(static_cast<i64>(row) * stride + chunk, chunks[swizzled_gradient(r, c)]);
   }
 }

@@ -31,18 +31,46 @@ DEVICE int warp_column() { return warp() % kWarpsAcross; }
 DEVICE int first_row() { return block_y() * kBlock; }
 DEVICE int first_column() { return block_x() * kBlock; }
 
-// What one thread holds: element e of fragment (d, a) is at (row(d, e), column(a, e)) of the block's piece.
+// What one thread holds of the block's piece: fragment (d, a) has four numbers, those of row `half` = 0 and of row
+// `half` = 2, eight rows below, each in column `side` = 0 and its right neighbour, `side` = 1.
 struct BlockLogits {
-  float value[kDown][kAcross][4];
+  float value[kDown][kAcross][4];  // the last index is half + side
 
-  static DEVICE int row(int d, int e) { return warp_row() * kWarpRows + d * 16 + e / 2 * 8 + lane() / 4; }
-  static DEVICE int column(int a, int e) { return warp_column() * kWarpColumns + a * 8 + lane() % 4 * 2 + e % 2; }
+  static DEVICE int row(int d, int half) { return warp_row() * kWarpRows + d * 16 + half * 4 + lane() / 4; }
+  static DEVICE int column(int a, int side) { return warp_column() * kWarpColumns + a * 8 + lane() % 4 * 2 + side; }
 
+  // visit(d, half) the thread's rows, visit(a, side) its columns: row(d, half) and column(a, side).
+  template <class Visit>
+  static DEVICE void each_row(Visit visit) {
+    UNROLL for (int d = 0; d < kDown; ++d)
+      UNROLL for (int half = 0; half < 4; half += 2) visit(d, half);
+  }
+  template <class Visit>
+  static DEVICE void each_column(Visit visit) {
+    UNROLL for (int a = 0; a < kAcross; ++a)
+      UNROLL for (int side = 0; side < 2; ++side) visit(a, side);
+  }
+
+  // visit(value) what the thread holds of one row, or of one column.
+  template <class Visit>
+  DEVICE void in_row(int d, int half, Visit visit) {
+    UNROLL for (int a = 0; a < kAcross; ++a)
+      UNROLL for (int side = 0; side < 2; ++side) visit(value[d][a][half + side]);
+  }
+  template <class Visit>
+  DEVICE void in_column(int a, int side, Visit visit) {
+    UNROLL for (int d = 0; d < kDown; ++d)
+      UNROLL for (int half = 0; half < 4; half += 2) visit(value[d][a][half + side]);
+  }
+
+  // visit(value, i, j) everything, by its place in the tile.
   template <class Visit>
   DEVICE void each(Visit visit) {
-    UNROLL for (int d = 0; d < kDown; ++d)
+    each_row([&](int d, int half) {
       UNROLL for (int a = 0; a < kAcross; ++a)
-        UNROLL for (int e = 0; e < 4; ++e) visit(value[d][a][e], first_row() + row(d, e), first_column() + column(a, e));
+        UNROLL for (int side = 0; side < 2; ++side)
+          visit(value[d][a][half + side], first_row() + row(d, half), first_column() + column(a, side));
+    });
   }
 };
 
@@ -103,13 +131,13 @@ DEVICE BlockLogits block_dots(const Operands& in, const Tile& tile) {
 }
 
 DEVICE void exclude_equal_labels(BlockLogits& logits, const Tile& tile) {
-  UNROLL for (int a = 0; a < kAcross; ++a)
-    UNROLL for (int e = 0; e < 2; ++e) {
-      const int label = tile.column_label(first_column() + logits.column(a, e));
-      UNROLL for (int d = 0; d < kDown; ++d)
-        UNROLL for (int half = 0; half < 4; half += 2)
-          if (tile.row_label(first_row() + logits.row(d, half)) == label) logits.value[d][a][half + e] = -infinity();
-    }
+  BlockLogits::each_column([&](int a, int side) {
+    const int label = tile.column_label(first_column() + logits.column(a, side));
+    BlockLogits::each_row([&](int d, int half) {
+      float& value = logits.value[d][a][half + side];
+      if (tile.row_label(first_row() + logits.row(d, half)) == label) value = -infinity();
+    });
+  });
 }
 
 // Dots to logits in base 2, -infinity where the pair is excluded or outside the tile.

@@ -31,7 +31,7 @@ class Program:
     def options(self) -> tuple[str, ...]:
         """The compiler's command line."""
         defines = (f"--define-macro={define}" for define in self.defines)
-        return (f"--gpu-architecture={self.arch}", "--std=c++17", "--ptxas-options=-v", *defines)
+        return (f"--gpu-architecture={self.arch}", "--std=c++17", "-default-device", "--ptxas-options=-v", *defines)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,6 @@ KERNEL(kThreads, 1) dense_column_stats(In<float> dots, Tile tile, Out<LogSum> pa
   if (j >= tile.columns) return;
   LogSum own = {-infinity(), 0.0f};
   for (int i = first; i < first + kBand && i < tile.rows; ++i)
-    own = merged(own, {tile.logit(dots[static_cast<i64>(i) * tile.columns + j], i, j), 1.0f});
+    own = own + LogSum{tile.logit(dots[static_cast<i64>(i) * tile.columns + j], i, j), 1.0f};
   parts.put(static_cast<i64>(block_y()) * tile.columns + j, own);
 }

@@ -9,10 +9,10 @@ KERNEL(kThreads, 1) dense_row_stats(In<float> dots, Tile tile, Out<float> max, O
   if (i >= tile.rows) return;
   LogSum own = {-infinity(), 0.0f};
   for (int j = lane(); j < tile.columns; j += kWarp)
-    own = merged(own, {tile.logit(dots[static_cast<i64>(i) * tile.columns + j], i, j), 1.0f});
-  for (int bit = 1; bit < kWarp; bit *= 2) own = merged(own, {shuffle_xor(own.max, bit), shuffle_xor(own.sum, bit)});
+    own = own + LogSum{tile.logit(dots[static_cast<i64>(i) * tile.columns + j], i, j), 1.0f};
+  for (int bit = 1; bit < kWarp; bit *= 2) own = own + LogSum{shuffle_xor(own.max, bit), shuffle_xor(own.sum, bit)};
   if (lane() != 0) return;
-  own = merged({max[i], sum[i]}, own);
+  own = LogSum{max[i], sum[i]} + own;
   max.put(i, own.max);
   sum.put(i, own.sum);
 }

@@ -3,10 +3,10 @@
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-// dots (rows, columns); loss, probability and max (rows) are updated in place, or absent; gradient (rows, columns), or absent.
+// dots (rows, columns); gradient (rows, columns), or absent; loss, probability and max (rows), or absent, are updated.
 KERNEL(kThreads, 1)
-dense_sigmoid(In<float> dots, Tile tile, In<float> row_weight, Out<float> gradient, Out<float> loss, Out<float> probability,
-              Out<float> max) {
+dense_sigmoid(In<float> dots, Tile tile, In<float> row_weight, Out<float> gradient, Out<float> loss,
+              Out<float> probability, Out<float> max) {
   const int i = block_x() * kWarps + warp();
   if (i >= tile.rows) return;
   const float weight = row_weight.given() ? row_weight[i] : 0.0f;

@@ -14,9 +14,11 @@ constexpr int kThreads = 256;
 
 // dots (rows, columns), gradient (rows, stride).
 KERNEL(kThreads, 1)
-dense_softmax_gradient(In<float> dots, Tile tile, Weights of_rows, Weights of_columns, Out<Element> gradient, int stride) {
+dense_softmax_gradient(In<float> dots, Tile tile, Weights of_rows, Weights of_columns, Out<Element> gradient,
+                       int stride) {
   const int i = block_y(), j = block_x() * kThreads + thread();
   if (j >= tile.columns) return;
   const float logit = tile.logit(dots[static_cast<i64>(i) * tile.columns + j], i, j);
-  gradient.put(static_cast<i64>(i) * stride + j, element(of_rows[i].gradient(logit) + of_columns[j].gradient(logit)));
+  const float value = of_rows[i].gradient(logit) + of_columns[j].gradient(logit);
+  gradient.put(static_cast<i64>(i) * stride + j, element(value));
 }

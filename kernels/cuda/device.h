@@ -78,7 +78,7 @@ DEVICE Shared<T> shared_memory(int byte_offset) {
 DEVICE int lane() { return thread() % kWarp; }
 DEVICE int warp() { return thread() / kWarp; }
 
-// Maximum and sum over the lanes that differ in the bits first, 2 first, ... below `end`: the same value in all of them.
+// Maximum and sum over the lanes that differ in the bits first, 2 first, ... below `end`; all of them get it.
 DEVICE float max_of_lanes(float own, int first, int end) {
   UNROLL for (int bit = first; bit < end; bit *= 2) own = fmaxf(own, shuffle_xor(own, bit));
   return own;

@@ -6,16 +6,16 @@ KERNEL(kThreads, 2) softmax_gradient(Operands in, Tile tile, Weights of_rows, We
   BlockLogits logits = block_dots(in, tile);
   to_logits(logits, tile);
   Weight column[kAcross][2];
-  UNROLL for (int a = 0; a < kAcross; ++a)
-    UNROLL for (int e = 0; e < 2; ++e) column[a][e] = of_columns[first_column() + logits.column(a, e)];
-  UNROLL for (int d = 0; d < kDown; ++d)
-    UNROLL for (int half = 0; half < 4; half += 2) {
-      const Weight row = of_rows[first_row() + logits.row(d, half)];
-      UNROLL for (int a = 0; a < kAcross; ++a)
-        UNROLL for (int e = 0; e < 2; ++e) {
-          float& value = logits.value[d][a][half + e];
-          value = row.gradient(value) + column[a][e].gradient(value);
-        }
-    }
+  BlockLogits::each_column([&](int a, int side) {
+    column[a][side] = of_columns[first_column() + logits.column(a, side)];
+  });
+  BlockLogits::each_row([&](int d, int half) {
+    const Weight row = of_rows[first_row() + logits.row(d, half)];
+    UNROLL for (int a = 0; a < kAcross; ++a)
+      UNROLL for (int side = 0; side < 2; ++side) {
+        float& value = logits.value[d][a][half + side];
+        value = row.gradient(value) + column[a][side].gradient(value);
+      }
+  });
   write_gradient(logits, gradient, tile);
 }

@@ -4,7 +4,7 @@
 
 #ifdef FP16
 #define ELEMENT "f16"
-constexpr float kGain = 16384.0f;  // gradients are at most 1: 2^14 lifts the many small ones out of fp16's subnormal range
+constexpr float kGain = 16384.0f;  // gradients are at most 1: lift the many small ones over fp16's subnormal range
 #else
 #define ELEMENT "bf16"
 constexpr float kGain = 1.0f;

@@ -37,7 +37,7 @@ struct Sigmoid {
   DEVICE Sigmoid operator+(Sigmoid other) const { return {loss + other.loss, probability + other.probability}; }
 };
 
-// log(1 + u) for u in [0, 1] as 2 artanh(u / (2 + u)): no branch, and exact for tiny u, where log(1 + u) would round u away.
+// log(1 + u) for u in [0, 1] as 2 artanh(u / (2 + u)): no branch, and right for tiny u, which 1 + u would round away.
 DEVICE float log1p_unit(float u) {
   const float s = u * reciprocal_fast(2.0f + u), s2 = s * s;
   float series = 1.0f / 15;

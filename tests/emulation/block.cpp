@@ -92,8 +92,8 @@ void run_block(char* stacks, int shared_bytes) {
   while (run_until_barrier()) {
     if (count(State::done) == threads) return;
     if (count(State::at_barrier) != threads)
-      return stop("deadlock: of %d threads %d wait at the barrier, %d in a warp collective that others do not reach, %d "
-                  "have returned", threads, count(State::at_barrier), count(State::in_warp), count(State::done));
+      return stop("deadlock: of %d threads %d wait at the barrier, %d in a warp collective that others do not reach, "
+                  "%d have returned", threads, count(State::at_barrier), count(State::in_warp), count(State::done));
     ++block.epoch;
     for (Thread& thread : block.threads) thread.state = State::ready;
   }
@@ -127,10 +127,8 @@ int block_y() { return emulator::block.y; }
 void barrier() { emulator::give_way(emulator::State::at_barrier); }
 
 // Run a grid. Returns null, or what went wrong first.
-extern "C" __attribute__((visibility("default"))) const char* emulator_launch(int across, int down, int threads,
-                                                                              int shared_bytes,
-                                                                              emulator::Schedule schedule,
-                                                                              void** arguments) {
+EXPORT const char* emulator_launch(int across, int down, int threads, int shared_bytes, emulator::Schedule schedule,
+                                   void** arguments) {
   using namespace emulator;
   emulator::schedule = schedule;
   emulator::arguments = arguments;

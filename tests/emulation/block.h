@@ -1,10 +1,12 @@
-// One thread block in flight. Blocks run one after another, in random order; the threads of a block are fibers that give
-// way at barriers and warp collectives only, in the order that the schedule picks.
+// One thread block in flight. Blocks run one after another, in random order; the threads of a block are fibers that
+// give way at barriers and warp collectives only, in the order that the schedule picks.
 #pragma once
 #include <deque>
 #include <vector>
 
 #include "fiber.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))  // for ctypes
 
 namespace emulator {
 

@@ -1,5 +1,5 @@
-// Global memory: every access must lie inside a buffer that the host handed over, be aligned, and respect who owns what.
-// A word has one writer in a launch, and what is read as input is written by nobody: so no order of blocks matters.
+// Global memory: every access must be aligned, stay inside the buffer that its pointer came from, and respect who owns
+// what. A word has one writer in a launch, and what is read as input is written by nobody: no order of blocks matters.
 #include <cstdint>
 
 #include "block.h"
@@ -53,8 +53,8 @@ void check_write(const void* base, const void* at, std::size_t bytes, std::size_
 
 }  // namespace emulator
 
-extern "C" __attribute__((visibility("default"))) void emulator_buffer(const void* at, std::size_t bytes, int writable) {
+EXPORT void emulator_buffer(const void* at, std::size_t bytes, int writable) {
   emulator::buffers.push_back({static_cast<const char*>(at), bytes, writable != 0, {}});
 }
 
-extern "C" __attribute__((visibility("default"))) void emulator_forget_buffers() { emulator::buffers.clear(); }
+EXPORT void emulator_forget_buffers() { emulator::buffers.clear(); }

@@ -1,5 +1,5 @@
-// Compiled once per kernel, with KERNEL_FILE and KERNEL_NAME: how the engine calls it. `arguments` points to the values of
-// its parameters, as for the driver's own launch call.
+// Compiled once per kernel, with KERNEL_FILE and KERNEL_NAME: how the engine calls it. `arguments` points to the values
+// of its parameters, as for the driver's own launch call.
 #include KERNEL_FILE
 
 #include <cstddef>

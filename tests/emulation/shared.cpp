@@ -1,6 +1,6 @@
 // The block's shared memory: bounds, alignment, and for every 4-byte word who touched it last, so that two accesses
-// without a barrier between them are found whatever the schedule was. Asynchronous copies are writes that last from their
-// issue to the wait of the thread that issued them.
+// without a barrier between them are found whatever the schedule was. An asynchronous copy is a write that lasts from
+// its issue to the wait of the thread that issued it.
 #include <cstdint>
 #include <cstring>
 

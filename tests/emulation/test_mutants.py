@@ -85,22 +85,27 @@ BUGS = {
         schedules=("greedy-late",),
     ),
     "no barrier before the warps' parts are joined": Bug(
-        Mutation("stats.cu", "    }\n  barrier();\n", "    }\n"), "reads"
+        Mutation("stats.cu", "  barrier();\n  write_parts", "  write_parts"), "reads"
     ),
     "no barrier before the gradient is stored": Bug(
-        Mutation("block_gradient.h", "      }\n  barrier();\n", "      }\n"), "shared memory"
+        Mutation("block_gradient.h", "  });\n  barrier();\n", "  });\n"), "shared memory"
     ),
     "no barrier before the sigmoid's parts are joined": Bug(
         Mutation("sigmoid.cu", "gradient, tile);\n  barrier();\n", "gradient, tile);\n"), "reads"
     ),
     "barrier in a branch": Bug(
-        Mutation("stats.cu", "  if (thread() < kBlock) {\n", "  if (thread() < kBlock) {\n    barrier();\n"), "deadlock"
+        Mutation(
+            "block_parts.h",
+            "  if (thread() < kBlock)\n",
+            "  if (thread() < kBlock) barrier();\n  if (thread() < kBlock)\n",
+        ),
+        "deadlock",
     ),
     "shuffle in a branch": Bug(
         Mutation(
-            "stats.cu",
-            "      sum = sum_of_lanes(sum, 1, 4);",
-            "      if (lane() % 4 == 0) sum = sum_of_lanes(sum, 1, 4);",
+            "log_sum.h",
+            "  return {max, sum_of_lanes",
+            "  if (lane() % 8 == 0) sum_of_lanes(max, 1, 2);\n  return {max, sum_of_lanes",
         ),
         "of its warp wait in",
     ),
@@ -133,15 +138,15 @@ BUGS = {
             "tile.row_label(first_row() + logits.row(d, 0))",
         )
     ),
-    "half of the lanes summed": Bug(Mutation("stats.cu", "sum_of_lanes(sum, 4, 32)", "sum_of_lanes(sum, 4, 16)")),
+    "half of the lanes summed": Bug(Mutation("stats.cu", "visit); }, 4, 32)", "visit); }, 4, 16)")),
     "empty set is NaN": Bug(Mutation("log_sum.h", "max == -infinity() ? 0.0f : max", "max"), case=LONELY),
     "running statistics forgotten": Bug(Mutation("merge.cu", "{max[i], sum[i]}", "{-infinity(), 0.0f}")),
     "blocks write one part": Bug(
-        Mutation("stats.cu", "static_cast<i64>(block_x()) * tile.rows + row", "static_cast<i64>(row)"),
+        Mutation("block_parts.h", "static_cast<i64>(block) * count + first", "static_cast<i64>(first)"),
         "another thread wrote",
     ),
     "gradient stored past the stride": Bug(
-        Mutation("block_gradient.h", "row < tile.rows && chunk < stride", "row < tile.rows"), "global memory"
+        Mutation("block_gradient.h", "row >= tile.rows || chunk >= stride", "row >= tile.rows"), "global memory"
     ),
     "an input written": Bug(
         Mutation(
@@ -155,11 +160,7 @@ BUGS = {
         Mutation("stats.cu", "if (lane() / 4 == 0) column", "if (lane() / 4 == 0 && lane() % 4) column"),
     ),
     "more shared memory than asked for": Bug(
-        Mutation(
-            "sigmoid.cu",
-            "constexpr int kRowShare = kGradientBytes;",
-            "constexpr int kRowShare = kGradientBytes + 12288;",
-        ),
+        Mutation("sigmoid.cu", "ColumnParts::at(kGradientBytes);", "ColumnParts::at(kGradientBytes + 16384);"),
         "of 49152",
     ),
 }

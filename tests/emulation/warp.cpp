@@ -68,7 +68,7 @@ u16 to_element(float value) {
   if (magnitude >= 65520) return sign | 0x7c00;
   int exponent = -13;  // zero and the subnormals share one spacing
   if (magnitude >= 0x1p-14f) std::frexp(magnitude, &exponent);
-  const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));  // up to 2^11, which carries
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));  // 2^11 carries
   return sign | static_cast<u16>(steps + ((exponent + 13) << 10));
 }
 
