@@ -101,7 +101,7 @@ def test_kill_9_at_several_moments(pattern: str, options: dict[str, Any], undist
             time.sleep(0.0005)
         os.kill(process.pid, signal.SIGKILL)
         _, errors = process.communicate()
-        assert not errors, errors.decode()
+        assert b"Traceback" not in errors, errors.decode()
         finished.append(finished_are_whole(out, undisturbed))
     assert finished[0] < N_TARS, "the first kill should come before the end"
     build([pattern], out, **options)
