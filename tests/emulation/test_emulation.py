@@ -67,10 +67,10 @@ def test_all_schedules_give_the_same_bits(element: torch.dtype, builds: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
 def test_many_shapes_under_many_schedules(element: torch.dtype, builds: Path) -> None:
-    for rows, cols, width in itertools.product([1, 64, 127, 129, 300], [2, 65, 128, 257], [8, 56, 64, 136, 512]):
+    for rows, cols, width in itertools.product([1, 127, 300], [2, 128, 257], [8, 136, 512]):
         case = Case(rows, cols, width, diagonal=cols - rows, scale=50.0, labels=rows % 2 == 1)
         twin = twin_of(case, element)
-        for limits, schedule in itertools.product((SMALL, LARGE), [RACES, *ADVERSARIES]):
+        for limits, schedule in itertools.product((SMALL, LARGE), [RACES, *ADVERSARIES[::2]]):
             check(answers(emulated(Emulator(builds, limits, schedule), element), case, element), twin, case, element)
 
 

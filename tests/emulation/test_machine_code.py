@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,27 +26,30 @@ STAGES = {"sm_80": 4, "sm_90": 4, "sm_100": 4}
 compiled = functools.cache(compile_program)
 
 
-def programs() -> list[Program]:
-    """Everything that the back ends launch, on every architecture."""
-    made = []
+def block_programs() -> Iterator[object]:
+    """The tensor-core kernels on every architecture; fp16 differs from bf16 in a few instructions' names only."""
+    for arch, kernel, element in itertools.product(ARCHITECTURES, BLOCK_KERNELS, ((), ("FP16",))):
+        program = Program(kernel, arch, (*element, f"STAGES={STAGES.get(arch, 3)}"))
+        yield parameter(program, slow=bool(element) and arch not in ("sm_80", "sm_120"))
+
+
+def dense_programs() -> Iterator[object]:
+    """The generic kernels on every architecture, in each type that the back ends ask for."""
     for arch in ARCHITECTURES:
-        for kernel in BLOCK_KERNELS:
-            for element in ((), ("FP16",)):
-                made.append(Program(kernel, arch, (*element, f"STAGES={STAGES.get(arch, 3)}")))
-        made += [Program(kernel, arch) for kernel in DENSE_KERNELS]
-        made += [Program("dense_softmax_gradient", arch, (element,)) for element in ("FP16", "FP32")]
-    return made
+        yield from (parameter(Program(kernel, arch)) for kernel in DENSE_KERNELS)
+        yield from (parameter(Program("dense_softmax_gradient", arch, (element,))) for element in ("FP16", "FP32"))
 
 
-def name_of(program: Program) -> str:
-    return "-".join((program.kernel, program.arch, *program.defines))
+def parameter(program: Program, slow: bool = False) -> object:
+    name = "-".join((program.kernel, program.arch, *program.defines))
+    return pytest.param(program, id=name, marks=[pytest.mark.slow] if slow else [])
 
 
 def test_every_kernel_is_listed() -> None:
     assert sorted(path.stem for path in SOURCES.glob("*.cu")) == sorted(BLOCK_KERNELS + DENSE_KERNELS)
 
 
-@pytest.mark.parametrize("program", programs(), ids=name_of)
+@pytest.mark.parametrize("program", [*block_programs(), *dense_programs()])
 def test_compiles_without_warnings_or_spills(program: Program) -> None:
     log = compiled(program).log
     assert "warning" not in log.lower(), log
@@ -55,7 +60,7 @@ def test_compiles_without_warnings_or_spills(program: Program) -> None:
     ]
 
 
-@pytest.mark.parametrize("program", [p for p in programs() if p.kernel in BLOCK_KERNELS], ids=name_of)
+@pytest.mark.parametrize("program", [*block_programs()])
 def test_uses_tensor_cores_and_asynchronous_copies(program: Program, tmp_path: Path) -> None:
     instructions = disassembled(compiled(program), tmp_path)
     element = "" if "FP16" in program.defines else ".BF16"
