@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 from threetowers.cache.contract import ContractError, read_contract
 from threetowers.cache.record import BadSample, Record, read_record
 
@@ -67,7 +69,7 @@ def build(
     return 0
 
 
-def info(cache: Path) -> int:
+def info(cache: Positional[Path]) -> int:
     """Show what a cache holds and how much of it is built. Exit code 1 while it is half built.
 
     Args:
@@ -106,7 +108,7 @@ def info(cache: Path) -> int:
     return 1 if missing else 0
 
 
-def verify(cache: Path, tars: list[str] | None = None, payloads: bool = False) -> int:
+def verify(cache: Positional[Path], tars: list[str] | None = None, payloads: bool = False) -> int:
     """Check a cache for damage. Exit code 1 when it is not sound.
 
     Args:

@@ -7,6 +7,7 @@ one of its rows is touched; a row is handed out only when the hash of its key is
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,17 +125,20 @@ class EmbeddingCache:
         chunks = [self._chunk(tar_id, slot, i) for i in range(len(slot.offsets))]
         return np.concatenate(chunks)[: len(slot.status)].astype(np.float32)
 
-    def moments(self, max_rows: int = 65536, seed: int = 0) -> tuple[Float32, Float32]:
-        """(D,) mean and (D,) population standard deviation of the OK rows, accumulated in float64.
+    def moments(
+        self, tar_ids: Sequence[int] | None = None, *, max_rows: int = 65536, seed: int = 0
+    ) -> tuple[Float32, Float32]:
+        """(D,) mean and (D,) population standard deviation of the OK rows of some tars, by default of all.
 
-        Exact where the cache has at most about `max_rows` samples; else over whole chunks drawn without replacement
-        until they hold that many. The same for the same cache, `max_rows` and `seed`.
+        Accumulated in float64. Exact where the tars have at most about `max_rows` samples; else over whole chunks drawn
+        without replacement until they hold that many. The same for the same tars, `max_rows` and `seed`.
 
         Raises:
             ContractError: half built, damaged, or without a single OK row.
         """
         rows = self.contract.chunk_rows
-        places = [(entry.id, i) for entry in self.tars for i in range(-(-entry.n_samples // rows))]
+        entries = self.tars if tar_ids is None else [self.tars[tar_id] for tar_id in sorted(tar_ids)]
+        places = [(entry.id, i) for entry in entries for i in range(-(-entry.n_samples // rows))]
         count, total, square = 0, np.zeros(self.dim), np.zeros(self.dim)
         shift: npt.NDArray[np.float64] | None = None
         for at in np.random.default_rng(seed).permutation(len(places)).tolist():

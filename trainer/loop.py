@@ -193,7 +193,7 @@ class Trainer:
         for name, join in caches.items():
             tower = self.run.towers[name]
             if isinstance(tower, CacheTower) and tower.standardize:
-                mean, std = join.cache.moments()
+                mean, std = join.moments()
                 model.towers[name].set_moments(torch.from_numpy(mean), torch.from_numpy(std))  # type: ignore[operator]
         return model
 

@@ -128,6 +128,8 @@ def test_moments_are_exact_on_small_caches_and_repeatable(cache: Path) -> None:
     assert mean.dtype == std.dtype == np.float32
     np.testing.assert_allclose(mean, rows.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(std, rows.std(axis=0), rtol=1e-6)
+    some = np.concatenate([opened.tar(i) for i in (0, 2)])
+    np.testing.assert_allclose(opened.moments([2, 0])[0], some[np.isfinite(some).all(axis=1)].mean(axis=0), rtol=1e-5)
     few = [EmbeddingCache.open(cache).moments(max_rows=20, seed=seed)[0] for seed in (0, 0, 1)]
     assert np.array_equal(few[0], few[1])
     assert not np.array_equal(few[0], few[2])

@@ -25,6 +25,10 @@ class CacheJoin:
         good_n: npt.NDArray[np.bool_] = self.cache.status(self.tar_ids[number]) == Status.OK
         return good_n
 
+    def moments(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return mean and standard deviation (D,) of the features over these tars, whatever else the cache holds."""
+        return self.cache.moments(self.tar_ids)
+
     def row(self, number: int, ordinal: int) -> npt.NDArray[np.float32]:
         """Return one embedding (D,). Raises ContractError when the cached row belongs to another key."""
         return self.cache.row(self.tar_ids[number], ordinal, self.tars[number].samples[ordinal].key)
