@@ -7,7 +7,15 @@ SWEEP = Extension(
     sources=["kernels/cpu/sweep.cpp"],
     depends=["kernels/cpu/sweep_isa.h"],
     language="c++",
-    extra_compile_args=["-std=gnu++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
+    extra_compile_args=[
+        "-std=gnu++17",
+        "-O3",
+        "-ffp-contract=off",  # the source says where products and sums are fused
+        "-fno-math-errno",
+        "-fno-trapping-math",  # with the next: lets "a > b ? a : b" become one instruction
+        "-fno-signed-zeros",
+        "-Wno-psabi",
+    ],
     extra_link_args=["-pthread", "-ldl"],
     optional=True,  # without a compiler the package still installs, and computes the same in torch ops
 )

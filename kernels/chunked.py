@@ -143,15 +143,19 @@ def _add_products(
         backend.add_cols(dy_sD[j], grad_rc, x_rD)
 
 
-ROWS = 4096  # rows handled at once by the O(bD) loops below: bounds their temporaries
+ROWS = 512  # rows handled at once by the O(bD) loops below: their temporaries stay in cache
 
 
 def positive_dots(x_bD: Tensor, y_bD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``<x_i, y_i>`` and ``|x_i| |y_i|``, both (b,)."""
+    """``<x_i, y_i>`` and ``|x_i| |y_i|``, both (b,).
+
+    The dots are diagonals of small products, not sums of elementwise products: under a large offset common to all
+    logits their rounding is then the negatives' rounding, and cancels.
+    """
     dot_b, norms_b = (torch.empty(len(x_bD), dtype=dtype, device=x_bD.device) for _ in range(2))
-    for i in spans(len(x_bD), ROWS):
+    for i in spans(len(x_bD), 128):
         x_rD, y_rD = x_bD[i].to(dtype), y_bD[i].to(dtype)
-        dot_b[i] = (x_rD * y_rD).sum(1)
+        dot_b[i] = (x_rD @ y_rD.T).diagonal()
         norms_b[i] = torch.linalg.vector_norm(x_rD, dim=1) * torch.linalg.vector_norm(y_rD, dim=1)
     return dot_b, norms_b
 
@@ -163,8 +167,8 @@ def finish_gradient(grad_bD: Tensor, other_bD: Tensor, pull_b: Tensor, scale: Te
 
 
 def inner_product(x_bD: Tensor, dx_bD: Tensor) -> Tensor:
-    """``Σ_i <x_i, dx_i>`` summed in float64: the gradient with respect to log_scale."""
+    """``Σ_i <x_i, dx_i>``, rows summed in float64: the gradient with respect to log_scale."""
     total = torch.zeros((), dtype=torch.float64, device=dx_bD.device)
     for i in spans(len(x_bD), ROWS):
-        total += (x_bD[i].to(dx_bD.dtype) * dx_bD[i]).sum(dtype=torch.float64)
+        total += (x_bD[i].to(dx_bD.dtype) * dx_bD[i]).sum(1).sum(dtype=torch.float64)
     return total

@@ -107,9 +107,9 @@ def contrastive_loss(
         reduction: "mean" or "sum" over the global batch, or "none" for the losses (b,) of the local samples.
 
     Returns:
-        The loss, float32 (float64 for float64 features). "mean" and "sum" give the global batch's value, the same on all
-        ranks. Gradients are scaled for the averaging of DDP and DeepSpeed: once parameter gradients are averaged over
-        ranks, those of features, scale and bias are exactly the gradients of one process with the joined batch. The
+        The loss, float32 (float64 for float64 features). "mean" and "sum" give the global batch's value, the same on
+        all ranks. Gradients are scaled for the averaging of DDP and DeepSpeed: once parameter gradients are averaged
+        over ranks, those of features, scale and bias are exactly those of one process with the joined batch. The
         gradient that arrives at a "mean" or "sum" must be the same on all ranks, while "none" takes any weights per
         sample and leads to the gradient of the mean over ranks of each one's weighted sum. Deterministic to the bit on
         one device.

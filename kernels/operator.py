@@ -171,21 +171,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.pairs, ctx.biased = len(x), bool(bias)
     losses = {id(output[PER_PAIR * k]) for k in range(len(x))}
     ctx.mark_non_differentiable(*(part for part in output if id(part) not in losses))
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for every output, kept tiles included
     ctx.save_for_backward(*x, *y, *log_scale, *bias, *output)
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     k, saved = ctx.pairs, ctx.saved_tensors
     x, y, log_scale = saved[:k], saved[k : 2 * k], saved[2 * k : 3 * k]
     bias = saved[3 * k : 4 * k] if ctx.biased else []
     outputs = saved[(4 if ctx.biased else 3) * k :]
+    arrived = [grads[PER_PAIR * i] for i in range(k)]
+    needs = [need and arrived[i // 3] is not None for i, need in enumerate(ctx.needs)]  # a loss may go unused
+    losses = [outputs[PER_PAIR * i] for i in range(k)]
     flat = torch.ops.threetowers.contrastive_backward(
-        [grads[PER_PAIR * i] for i in range(k)], list(x), list(y), list(outputs),
-        ctx.family, ctx.reduction, ctx.group, ctx.needs,
+        [torch.zeros_like(loss) if grad is None else grad for grad, loss in zip(arrived, losses, strict=True)],
+        list(x), list(y), list(outputs), ctx.family, ctx.reduction, ctx.group, needs,
     )  # fmt: skip
-    dx, dy = ([flat[4 * i + side] if ctx.needs[3 * i + side] else None for i in range(k)] for side in (0, 1))
+    dx, dy = ([flat[4 * i + side] if needs[3 * i + side] else None for i in range(k)] for side in (0, 1))
     d_scale = [
-        flat[4 * i + 2].to(part.dtype).view(part.shape) if ctx.needs[3 * i + 2] else None
+        flat[4 * i + 2].to(part.dtype).view(part.shape) if needs[3 * i + 2] else None
         for i, part in enumerate(log_scale)
     ]
     d_bias = [flat[4 * i + 3].to(part.dtype).view(part.shape) for i, part in enumerate(bias)]

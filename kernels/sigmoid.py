@@ -54,8 +54,9 @@ def sigmoid_forward(terms: Sequence[Term], columns: Columns, ranks: Ranks, reduc
     _reduce_column_max(sums, ranks)
     finished, totals = [], []
     for term, part in zip(terms, sums, strict=True):
-        t_b, margin_b = term.positives()
-        z_b, own_max_b = t_b / LOG2E, part.col_max_c[term.shards.own]
+        dot_b, margin_b = term.positives()
+        z_b, own_max_b = dot_b * term.scale + term.bias, part.col_max_c[term.shards.own]
+        t_b = z_b * LOG2E
         loss_b = part.loss_r + softplus(-z_b)
         finished.append((loss_b, torch.sigmoid(-z_b)))
         totals.append(totals_of(loss_b, t_b - part.row_max_r > margin_b, t_b - own_max_b > margin_b))
@@ -79,10 +80,13 @@ def sigmoid_backward(
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """(dx, dy, d log_scale, d bias) of every term."""
     if reduction != "none":
-        return [
-            (state.dx_bD * grad, state.dy_bD * grad, state.d_scale * grad, state.d_bias * grad)
-            for state, grad in zip(states, grads, strict=True)
-        ]
+        results = []
+        for term, state, grad in zip(terms, states, grads, strict=True):
+            nothing, wanted = state.dx_bD.new_empty, (term.need_x, term.need_y, term.need_scale)
+            parts = zip(wanted, (state.dx_bD, state.dy_bD, state.d_scale), strict=True)
+            dx, dy, d_scale = (part * grad if want else nothing(0) for want, part in parts)
+            results.append((dx, dy, d_scale, state.d_bias * grad))
+        return results
     pending, d_biases = [], []
     for term, state, grad_b in zip(terms, states, grads, strict=True):
         weights_B, gain = sample_weights(term, grad_b, ranks)

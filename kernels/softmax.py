@@ -2,7 +2,8 @@
 
 ``loss_i = ½ (softplus(r_i - s_ii) + softplus(c_i - s_ii))`` with r and c the log-sum-exp of a row's and a column's
 *negatives*. The positive enters no tile, so a loss of 1e-20 and its gradient keep their relative accuracy, where
-``lse - s_ii`` would be zero. Log-sum-exps stay in two parts (maximum, sum): large common offsets then cancel exactly.
+``lse - s_ii`` would be zero. Log-sum-exps stay in two parts (maximum, sum), and what is O(B) is done in float64: large
+offsets common to all logits then cancel, and a row's probabilities sum to 1.
 """
 
 from __future__ import annotations
@@ -53,21 +54,26 @@ def softmax_forward(
         for k, term in enumerate(terms):
             block = term.block(columns, term.shards.order[step])
             softmax_stats(term.backend, block, rows[k], cols[k], kept[k])
-    positives = [term.positives() for term in terms]
+    positives = []
+    for term in terms:
+        dot_b, margin_b = term.positives()
+        factor = torch.tensor(term.scale * LOG2E, dtype=dot_b.dtype).item()  # rounded as the tiles round it
+        positives.append((dot_b.double() * factor, margin_b))
     positives_B = _reduce_columns(terms, cols, [t_b for t_b, _ in positives], ranks)
 
     finished, totals = [], []
     for term, (t_b, margin_b), row, col in zip(terms, positives, rows, cols, strict=True):
         own = col.part(term.shards.own.start, term.shards.own.stop)
-        z_rows_b, z_cols_b = (((side.max_n - t_b) + torch.log2(side.sum_n)) / LOG2E for side in (row, own))
+        z_rows_b, z_cols_b = ((side.max_n.double() - t_b + side.sum_n.double().log2()) / LOG2E for side in (row, own))
         loss_b = (softplus(z_rows_b) + softplus(z_cols_b)) / 2
         finished.append((loss_b, (torch.sigmoid(z_rows_b) + torch.sigmoid(z_cols_b)) / 2))
         totals.append(totals_of(loss_b, t_b - row.max_n > margin_b, t_b - own.max_n > margin_b))
     states = []
     for k, total_3 in enumerate(reduce_totals(terms, totals, ranks)):
-        loss, accuracy_2 = reduced_loss(terms[k], finished[k][0], total_3, reduction)
+        dtype, (loss_b, pull_b) = terms[k].backend.dtype, finished[k]
+        loss, accuracy_2 = reduced_loss(terms[k], loss_b.to(dtype), total_3, reduction)
         sides = (*_half_weights(rows[k], positives[k][0]), *_half_weights(cols[k], positives_B[k]))
-        states.append(SoftmaxState(loss, accuracy_2, *sides, finished[k][1], rooms[k]))
+        states.append(SoftmaxState(loss, accuracy_2, *sides, pull_b.to(dtype), rooms[k]))
     return states
 
 
@@ -94,7 +100,7 @@ def _reduce_columns(
     sums, lengths = [], [len(col.max_n) for col in cols]
     for term, col, new_B, t_b in zip(terms, cols, torch.split(max_N, lengths), positives, strict=True):
         base_B = torch.where(new_B == -torch.inf, 0, new_B)
-        t_B = torch.zeros_like(col.sum_n)
+        t_B = torch.zeros_like(col.sum_n, dtype=torch.float64)
         t_B[term.shards.own] = t_b
         sums += [col.sum_n * torch.exp2(col.max_n - base_B), t_B]
         col.max_n.copy_(new_B)
@@ -103,14 +109,14 @@ def _reduce_columns(
     parts = torch.split(sums_N, [length for length in lengths for _ in range(2)])
     for col, sum_B in zip(cols, parts[::2], strict=True):
         col.sum_n.copy_(sum_B)
-    return [t_B.to(col.sum_n.dtype) for col, t_B in zip(cols, parts[1::2], strict=True)]
+    return list(parts[1::2])
 
 
 def _half_weights(running: Running, t_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and ½ / sum of the softmax over negatives and the positive t."""
-    shift_n = torch.maximum(running.max_n, t_n)
-    total_n = running.sum_n * torch.exp2(running.max_n - shift_n) + torch.exp2(t_n - shift_n)
-    return shift_n, 0.5 / total_n
+    """Shift and ½ / sum of the softmax over negatives and the positive t, float64."""
+    shift_n = torch.maximum(running.max_n, t_n.to(running.max_n.dtype))
+    total_n = running.sum_n * torch.exp2(running.max_n.double() - shift_n) + torch.exp2(t_n - shift_n)
+    return shift_n, (0.5 / total_n).to(shift_n.dtype)
 
 
 def softmax_backward(

@@ -51,13 +51,12 @@ class Term:
         return torch.full((n,), value, dtype=self.backend.dtype, device=self.x_bD.device)
 
     def positives(self) -> tuple[Tensor, Tensor]:
-        """Base-2 logits of the positives (b,), and by how much they must beat another logit to count as above it.
+        """Dots of the positives (b,), and by how much a base-2 logit must exceed another to count as above it.
 
         The margin covers the rounding of a dot product, so that a tie (a repeated caption) never counts as a win.
         """
         dot_b, norms_b = positive_dots(self.x_bD, self.y_bD, self.backend.dtype)
-        margin = 8 * torch.finfo(self.backend.dtype).eps * self.scale * LOG2E
-        return (dot_b * self.scale + self.bias) * LOG2E, norms_b * margin
+        return dot_b, norms_b * (8 * torch.finfo(self.backend.dtype).eps * self.scale * LOG2E)
 
     def gradient_buffers(self) -> tuple[Tensor | None, Tensor | None]:
         """Zeroed dx (b, D), and dy (W, most, D) with a padded part for every rank; None where not wanted.

@@ -7,9 +7,12 @@ positives, which the chunk loop treats apart in O(B)), found at ``(i, i + tile.d
 all entries of equal labels.
 
 The chunk loop gives tiles in a fixed order from one thread (one stream), with r, c >= 1 and never larger than
-``backend.rows`` x ``backend.cols``. Statistics are merged into the slices given, in place; a back end must give the
-same bits for the same sequence of calls. Gradient tiles may live in the back end's scratch: they are consumed before
-the next tile is asked for. A new back end implements `TileBackend` and is chosen in `backend_for`, nowhere else.
+``backend.rows`` x ``backend.cols``. Statistics are merged into the slices given, in place. A back end must give the
+same bits for the same sequence of calls, and must round ``t - shift`` in `softmax_grad` as ``t - max`` in `stats` (both
+fused, or both from a rounded t): else probabilities would not sum to 1 where logits are large. Gradient tiles may live
+in the back end's scratch: they are consumed before the next tile is asked for.
+
+A new back end implements `TileBackend` and is chosen in `backend_for`, nowhere else.
 """
 
 from __future__ import annotations
@@ -147,7 +150,7 @@ def backend_for(x_bD: Tensor) -> TileBackend:
 class LibraryTiles:
     """What library GEMMs do for a back end: dots into a scratch buffer, gradient products accumulated."""
 
-    def __init__(self, dtype: torch.dtype, rows: int = 2048, cols: int = 4096) -> None:
+    def __init__(self, dtype: torch.dtype, rows: int = 2048, cols: int = 2048) -> None:
         self.rows, self.cols = rows, cols
         self.dtype = self.kept_dtype = dtype
         self._scratch_n = torch.empty(0, dtype=dtype)
@@ -159,8 +162,12 @@ class LibraryTiles:
         """An (r, c) buffer, the same memory at every call."""
         size = len(x_rD) * len(y_cD)
         if self._scratch_n.numel() < size:
-            self._scratch_n = x_rD.new_empty(size)
+            self._scratch_n = self.new_scratch(x_rD, size)
         return self._scratch_n[:size].view(len(x_rD), len(y_cD))
+
+    def new_scratch(self, like: Tensor, size: int) -> Tensor:
+        """Uninitialised memory for the buffer."""
+        return like.new_empty(size)
 
     def dots(self, x_rD: Tensor, y_cD: Tensor, keep_rc: Tensor | None = None) -> Tensor:
         """``x @ y.T`` in keep_rc, or else in the scratch buffer."""
@@ -179,11 +186,11 @@ class TorchTiles(LibraryTiles):
     def __init__(self, dtype: torch.dtype, rows: int = 1024, cols: int = 2048) -> None:
         super().__init__(dtype, rows, cols)
 
-    def _logits(self, dot_rc: Tensor, tile: Tile) -> Tensor:
-        """t with -inf in excluded places; a new tensor."""
-        t_rc = dot_rc * (tile.scale * LOG2E)
-        if tile.bias:
-            t_rc += tile.bias * LOG2E
+    def _logits(self, dot_rc: Tensor, tile: Tile, factor: float, offset: float = 0.0) -> Tensor:
+        """``dot * factor + offset`` with -inf in excluded places; a new tensor."""
+        t_rc = dot_rc * factor
+        if offset:
+            t_rc += offset
         if tile.row_labels_r is not None and tile.col_labels_c is not None:
             t_rc.masked_fill_(tile.row_labels_r[:, None] == tile.col_labels_c, -torch.inf)
         if -len(t_rc) < tile.diagonal < t_rc.shape[1]:
@@ -193,7 +200,7 @@ class TorchTiles(LibraryTiles):
     def stats(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
     ) -> None:
-        t_rc = self._logits(self.dots(x_rD, y_cD, keep_rc), tile)
+        t_rc = self._logits(self.dots(x_rD, y_cD, keep_rc), tile, tile.scale * LOG2E)
         for running, dim in ((rows, 1), (cols, 0)):
             max_n = t_rc.amax(dim)
             base_n = torch.where(max_n == -torch.inf, 0, max_n)
@@ -202,19 +209,19 @@ class TorchTiles(LibraryTiles):
     def softmax_grad(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
     ) -> Tensor:
-        t_rc = self._logits(self.dots(x_rD, y_cD) if kept_rc is None else kept_rc, tile)
+        dot_rc = self.dots(x_rD, y_cD) if kept_rc is None else kept_rc
+        t_rc = self._logits(dot_rc, tile, tile.scale * LOG2E)
         grad_rc = torch.exp2(t_rc - rows.shift_n[:, None]).mul_(rows.factor_n[:, None])
         return grad_rc.add_(torch.exp2(t_rc - cols.shift_n).mul_(cols.factor_n))
 
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
     ) -> Tensor | None:
-        t_rc = self._logits(self.dots(x_rD, y_cD), tile)
-        z_rc = t_rc / LOG2E
+        z_rc = self._logits(self.dots(x_rD, y_cD), tile, tile.scale, tile.bias)
         prob_rc = torch.sigmoid(z_rc)
         if sums is not None:
             sums.loss_r.add_((z_rc.clamp(min=0) + torch.log1p(torch.exp(-z_rc.abs()))).sum(1))
             sums.prob_r.add_(prob_rc.sum(1))
-            torch.maximum(sums.row_max_r, t_rc.amax(1), out=sums.row_max_r)
-            torch.maximum(sums.col_max_c, t_rc.amax(0), out=sums.col_max_c)
+            torch.maximum(sums.row_max_r, z_rc.amax(1) * LOG2E, out=sums.row_max_r)
+            torch.maximum(sums.col_max_c, z_rc.amax(0) * LOG2E, out=sums.col_max_c)
         return None if weights_r is None else prob_rc.mul_(weights_r[:, None])

@@ -20,12 +20,21 @@ class CpuTiles(LibraryTiles):
         self._isa = library.threetowers_sweep_isa() if isa is None else isa
         self._partial_n = torch.empty(0)
 
+    def new_scratch(self, like: Tensor, size: int) -> Tensor:
+        scratch_n = super().new_scratch(like, size)
+        self._library.threetowers_sweep_large_pages(scratch_n.data_ptr(), scratch_n.nbytes)
+        return scratch_n
+
     def stats(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
     ) -> None:
+        if keep_rc is not None:
+            self._library.threetowers_sweep_large_pages(keep_rc.data_ptr(), keep_rc.nbytes)
         dot_rc = self.dots(x_rD, y_cD, keep_rc)
         outputs = (rows.max_n, rows.sum_n, cols.max_n, cols.sum_n, self._partial(dot_rc))
-        self._library.threetowers_sweep_stats(*self._head(dot_rc, tile), *_excluded(tile), *map(_address, outputs))
+        self._library.threetowers_sweep_stats(
+            *self._head(dot_rc, tile.scale * LOG2E), *_excluded(tile), *map(_address, outputs)
+        )
 
     def softmax_grad(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
@@ -34,7 +43,7 @@ class CpuTiles(LibraryTiles):
         grad_rc = dot_rc if kept_rc is None else self.scratch(x_rD, y_cD)
         vectors = (rows.shift_n, rows.factor_n, cols.shift_n, cols.factor_n, grad_rc)
         self._library.threetowers_sweep_softmax_grad(
-            *self._head(dot_rc, tile), *_excluded(tile), *map(_address, vectors)
+            *self._head(dot_rc, tile.scale * LOG2E), *_excluded(tile), *map(_address, vectors)
         )
         return grad_rc
 
@@ -46,13 +55,13 @@ class CpuTiles(LibraryTiles):
         grad_rc = None if weights_r is None else dot_rc
         vectors = (*results, weights_r, grad_rc, self._partial(dot_rc))
         self._library.threetowers_sweep_sigmoid(
-            *self._head(dot_rc, tile), tile.bias * LOG2E, *_excluded(tile), *map(_address, vectors)
+            *self._head(dot_rc, tile.scale), tile.bias, *_excluded(tile), *map(_address, vectors)
         )
         return grad_rc
 
-    def _head(self, dot_rc: Tensor, tile: Tile) -> tuple[int, int, int, int, int, float]:
+    def _head(self, dot_rc: Tensor, factor: float) -> tuple[int, int, int, int, int, float]:
         rows, cols = dot_rc.shape
-        return self._isa, torch.get_num_threads(), dot_rc.data_ptr(), rows, cols, tile.scale * LOG2E
+        return self._isa, torch.get_num_threads(), dot_rc.data_ptr(), rows, cols, factor
 
     def _partial(self, dot_rc: Tensor) -> Tensor:
         """Room for the columns' partial results."""

@@ -5,6 +5,10 @@
 // same bits whatever the number of threads. The instruction set is chosen when the program runs.
 
 #include <dlfcn.h>
+#include <sys/mman.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <atomic>
 #include <cmath>
@@ -18,7 +22,7 @@ namespace {
 constexpr std::int64_t BAND = 32;     // rows a thread takes at once
 constexpr std::int64_t BLOCK = 1024;  // columns: BAND x BLOCK floats stay in a core's second-level cache
 constexpr std::int64_t PAD = 16;      // widest vector: bands' column results are padded to whole vectors
-constexpr float LN2 = 0.69314718f;
+constexpr float LOG2E = 1.44269504f;
 // 2^f on [-1/2, 1/2], minimax in relative error (2e-9 before rounding).
 constexpr float EXP2_C0 = 1.0f, EXP2_C1 = 0.693147182f, EXP2_C2 = 0.240226462f, EXP2_C3 = 0.0555032864f,
                 EXP2_C4 = 0.00961848907f, EXP2_C5 = 0.00133999309f, EXP2_C6 = 0.000153458022f;
@@ -26,7 +30,7 @@ constexpr float EXP2_C0 = 1.0f, EXP2_C1 = 0.693147182f, EXP2_C2 = 0.240226462f, 
 struct Tile {
   float* dots;
   std::int64_t rows, cols;
-  float factor, offset;  // t = dot * factor + offset
+  float factor, offset;  // the logit is dot * factor + offset: t for softmax, z for sigmoid
   const std::int32_t* row_labels;
   const std::int32_t* col_labels;
 };
@@ -160,9 +164,21 @@ void over_columns(std::int64_t cols, int threads, const Work& work) {
 extern "C" {
 
 // Raised with every change of this interface, so that a library left from an older build is not used.
-int threetowers_sweep_version() { return 1; }
+int threetowers_sweep_version() { return 3; }
 
 int threetowers_sweep_isa() { return best_isa(); }
+
+// Ask for large pages under a buffer not yet written: else touching its pages costs as much as a sweep over it.
+void threetowers_sweep_large_pages(void* start, std::int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t page = 4096;
+  const auto first = (reinterpret_cast<std::uintptr_t>(start) + page - 1) / page * page;
+  const auto last = (reinterpret_cast<std::uintptr_t>(start) + bytes) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
+#else
+  (void)start, (void)bytes;
+#endif
+}
 
 // Floats of scratch that the calls below need for a tile.
 std::int64_t threetowers_sweep_scratch(std::int64_t rows, std::int64_t cols) { return 2 * bands(rows) * padded(cols); }

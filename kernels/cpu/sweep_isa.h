@@ -1,7 +1,7 @@
 // The sweeps for one instruction set. sweep.cpp includes this once for each, inside a namespace and under its compiler
 // target, with LANES defined: code is written once, in the compilers' vector types, and nothing here is a template.
 //
-// "t" is a logit in base 2. Excluded entries are -inf, and 2^-inf is exactly 0 here.
+// "t" is a logit in base 2, "z" one in base e. Excluded entries are -inf, and 2^-inf is exactly 0 here.
 
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef std::int32_t vi __attribute__((vector_size(LANES * 4)));
@@ -28,6 +28,18 @@ static inline void store_some(float* to, vf v, std::int64_t n) {
   std::memcpy(to, &v, (n >= LANES ? LANES : n) * sizeof(float));
 }
 
+// a * b + c with one rounding where the processor can. Written out, and contraction switched off in the build, because
+// statistics and gradients must round a logit in the same way: else probabilities no longer sum to 1.
+static inline vf fused(vf a, vf b, vf c) {
+#if LANES == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 static inline vf above(vf a, float floor) { return larger(a, splat(floor)); }
@@ -51,12 +63,12 @@ static inline vf exp2_of(vf t) {
   const vf shifted = clamped + magic;
   const vf f = clamped - (shifted - magic);
   vf p = splat(EXP2_C6);
-  p = p * f + EXP2_C5;
-  p = p * f + EXP2_C4;
-  p = p * f + EXP2_C3;
-  p = p * f + EXP2_C2;
-  p = p * f + EXP2_C1;
-  p = p * f + EXP2_C0;
+  p = fused(p, f, splat(EXP2_C5));
+  p = fused(p, f, splat(EXP2_C4));
+  p = fused(p, f, splat(EXP2_C3));
+  p = fused(p, f, splat(EXP2_C2));
+  p = fused(p, f, splat(EXP2_C1));
+  p = fused(p, f, splat(EXP2_C0));
   const vi exponent = ((vi)shifted - (vi)magic) << 23;
   return t > splat(-126.0f) ? (vf)((vi)p + exponent) : vf{};
 }
@@ -65,12 +77,12 @@ static inline vf exp2_of(vf t) {
 static inline vf log1p_of(vf u) {
   const vf w = u / (u + 2.0f), w2 = w * w;
   vf p = splat(1.0f / 13);
-  p = p * w2 + 1.0f / 11;
-  p = p * w2 + 1.0f / 9;
-  p = p * w2 + 1.0f / 7;
-  p = p * w2 + 1.0f / 5;
-  p = p * w2 + 1.0f / 3;
-  p = p * w2 + 1.0f;
+  p = fused(p, w2, splat(1.0f / 11));
+  p = fused(p, w2, splat(1.0f / 9));
+  p = fused(p, w2, splat(1.0f / 7));
+  p = fused(p, w2, splat(1.0f / 5));
+  p = fused(p, w2, splat(1.0f / 3));
+  p = fused(p, w2, splat(1.0f));
   return 2.0f * w * p;
 }
 
@@ -98,6 +110,7 @@ static inline void merge(float& max, float& sum, float other_max, float other_su
 // band's own, padded to whole vectors). Blocks of columns are read twice, the second time from cache.
 static void stats_band(const Tile& tile, std::int64_t first, std::int64_t last, float* row_max, float* row_sum,
                        float* col_max, float* col_sum) {
+  const vf factor = splat(tile.factor);
   float top[BAND];
   for (std::int64_t block = 0; block < tile.cols; block += BLOCK) {
     const std::int64_t end = block + BLOCK < tile.cols ? block + BLOCK : tile.cols;
@@ -105,7 +118,7 @@ static void stats_band(const Tile& tile, std::int64_t first, std::int64_t last, 
     for (std::int64_t i = first; i < last; ++i) {
       vf row = splat(-INFINITY);
       for (std::int64_t j = block; j < end; j += LANES) {
-        const vf t = dots_at(tile, i, j) * tile.factor;
+        const vf t = dots_at(tile, i, j) * factor;
         row = larger(row, t);
         store(col_max + j, larger(load(col_max + j), t));
       }
@@ -117,10 +130,10 @@ static void stats_band(const Tile& tile, std::int64_t first, std::int64_t last, 
       vf row = vf{};
       for (std::int64_t j = block; j < end; j += LANES) {
         const vf dot = dots_at(tile, i, j);
-        row += exp2_of(dot * tile.factor - base);
+        row += exp2_of(fused(dot, factor, splat(-base)));
         const vf col = load(col_max + j);
         const vf col_base = col == splat(-INFINITY) ? vf{} : col;
-        store(col_sum + j, load(col_sum + j) + exp2_of(dot * tile.factor - col_base));
+        store(col_sum + j, load(col_sum + j) + exp2_of(fused(dot, factor, -col_base)));
       }
       merge(row_max[i], row_sum[i], top[i - first], sum(row));
     }
@@ -148,13 +161,14 @@ static void merge_columns(std::int64_t first, std::int64_t last, std::int64_t ba
 
 static void softmax_grad_band(const Tile& tile, std::int64_t first, std::int64_t last, const float* row_shift,
                               const float* row_factor, const float* col_shift, const float* col_factor, float* grad) {
+  const vf factor = splat(tile.factor);
   for (std::int64_t i = first; i < last; ++i) {
     for (std::int64_t j = 0; j < tile.cols; j += LANES) {
       const std::int64_t n = tile.cols - j;
       const vf dot = dots_at(tile, i, j);
-      const vf by_row = exp2_of(dot * tile.factor - row_shift[i]) * row_factor[i];
-      const vf by_col = exp2_of(dot * tile.factor - load_some(col_shift + j, n, 0.0f));
-      store_some(grad + i * tile.cols + j, by_col * load_some(col_factor + j, n, 0.0f) + by_row, n);
+      const vf by_row = exp2_of(fused(dot, factor, splat(-row_shift[i]))) * row_factor[i];
+      const vf by_col = exp2_of(fused(dot, factor, -load_some(col_shift + j, n, 0.0f)));
+      store_some(grad + i * tile.cols + j, fused(by_col, load_some(col_factor + j, n, 0.0f), by_row), n);
     }
   }
 }
@@ -167,14 +181,14 @@ static void sigmoid_band(const Tile& tile, std::int64_t first, std::int64_t last
   for (std::int64_t i = first; i < last; ++i) {
     vf losses = vf{}, probs = vf{}, top = splat(-INFINITY);
     for (std::int64_t j = 0; j < tile.cols; j += LANES) {
-      const vf t = dots_at(tile, i, j) * tile.factor + tile.offset;
-      const vf u = exp2_of(t > vf{} ? -t : t);
-      const vf sigma = (t > vf{} ? splat(1.0f) : u) / (u + 1.0f);
+      const vf z = fused(dots_at(tile, i, j), splat(tile.factor), splat(tile.offset));
+      const vf u = exp2_of((z > vf{} ? -z : z) * LOG2E);
+      const vf sigma = (z > vf{} ? splat(1.0f) : u) / (u + 1.0f);
       if (loss) {
-        losses += above(t, 0.0f) * LN2 + log1p_of(u);
+        losses += above(z, 0.0f) + log1p_of(u);
         probs += sigma;
-        top = larger(top, t);
-        store(col_max + j, larger(load(col_max + j), t));
+        top = larger(top, z * LOG2E);
+        store(col_max + j, larger(load(col_max + j), z * LOG2E));
       }
       if (grad) store_some(grad + i * tile.cols + j, sigma * weights[i], tile.cols - j);
     }

@@ -1,0 +1,224 @@
+"""Time and memory of the contrastive loss on the CPU, as ratios to its floor and to other implementations.
+
+    python tests/benchmarks/bench_loss.py            # B = 8192, D = 512; about ten minutes on two cores
+    python tests/benchmarks/bench_loss.py --quick    # smaller, about one minute
+
+All times are forward plus backward in float32, taken in turns within one run, so that a busy machine slows all alike.
+The printed ratio is the median over rounds of the ratio within a round. The floor is the library's own time for the
+products that cannot be avoided, on whole matrices: 4 units with logits computed twice, 3 with logits kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from threetowers.kernels import contrastive_loss, dense_contrastive_loss
+from threetowers.kernels.tiles import backend_for
+
+Step = Callable[[], object]
+GIB = 2**30
+
+
+def features(total: int, width: int) -> tuple[Tensor, Tensor]:
+    """Matched unit rows, as trained towers give them."""
+    g = torch.Generator().manual_seed(0)
+    x_BD = torch.randn(total, width, generator=g)
+    y_BD = x_BD + 2 * torch.randn(total, width, generator=g)
+    return normalize(x_BD).requires_grad_(), normalize(y_BD).requires_grad_()
+
+
+def floor(x_BD: Tensor, y_BD: Tensor, logits_again: bool) -> Step:
+    """The products alone, into buffers that are already there."""
+    x, y = x_BD.detach(), y_BD.detach()
+    sim_BB, dx_BD, dy_BD = torch.empty(len(x), len(y)), torch.empty_like(x), torch.empty_like(y)
+
+    def products() -> None:
+        for _ in range(2 if logits_again else 1):
+            torch.mm(x, y.T, out=sim_BB)
+        torch.mm(sim_BB, y, out=dx_BD)
+        torch.mm(sim_BB.T, x, out=dy_BD)
+
+    products()
+    return products
+
+
+def training_step(x_BD: Tensor, y_BD: Tensor, loss: Callable[..., Tensor], **options: object) -> Step:
+    """Forward and backward to features and scale."""
+    log_scale = torch.tensor([14.3]).log().requires_grad_()
+    leaves = [x_BD, y_BD, log_scale]
+    return lambda: torch.autograd.grad(loss(*leaves, **options), leaves)
+
+
+def open_clip_softmax() -> Callable[..., Tensor] | None:
+    """open_clip's loss, if it is installed."""
+    try:
+        from open_clip.loss import ClipLoss
+    except ImportError:
+        return None
+    module = ClipLoss()
+    return lambda x, y, log_scale: module(x, y, log_scale.exp())  # type: ignore[no-any-return]
+
+
+def open_clip_sigmoid() -> Callable[..., Tensor] | None:
+    """open_clip's sigmoid loss, if it is installed."""
+    try:
+        from open_clip.loss import SigLipLoss
+    except ImportError:
+        return None
+    module = SigLipLoss(rank=0, world_size=1)
+    return lambda x, y, log_scale: module(x, y, log_scale.exp(), torch.tensor([-10.0]))  # type: ignore[no-any-return]
+
+
+def dense(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Tensor:
+    """All logits at once, shared by both directions."""
+    logits_BB = log_scale.exp() * (x_BD @ y_BD.T)
+    target_B = torch.arange(len(x_BD))
+    return (cross_entropy(logits_BB, target_B) + cross_entropy(logits_BB.T, target_B)) / 2
+
+
+def linear_cross_entropy() -> Callable[..., Tensor] | None:
+    """torch's chunked linear cross entropy, once for each direction, if this torch has it."""
+    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if function is None:
+        return None
+
+    def loss(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Tensor:
+        target_B, scale = torch.arange(len(x_BD)), log_scale.exp()
+        both: Tensor = function(scale * x_BD, y_BD, target_B) + function(scale * y_BD, x_BD, target_B)
+        return both / 2
+
+    return loss
+
+
+def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every step in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(title: str, steps: dict[str, Step], pairs: list[tuple[str, str]], rounds: int) -> None:
+    """Print best times and the median ratio of each pair."""
+    print(f"\n{title}")
+    seconds = take_turns(steps, rounds)
+    for name, times in seconds.items():
+        print(f"  {name:44s} best {min(times):8.3f} s   median {statistics.median(times):8.3f} s")
+    for over, under in pairs:
+        if over in seconds and under in seconds:
+            ratios = sorted(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+            print(f"  {over} / {under}: {statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def bench_time(total: int, width: int, rival_total: int, rounds: int) -> None:
+    x_BD, y_BD = features(total, width)
+    steps = {
+        "floor of 4 units": floor(x_BD, y_BD, True),
+        "softmax": training_step(x_BD, y_BD, contrastive_loss),
+        "floor of 3 units": floor(x_BD, y_BD, False),
+        "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, workspace_bytes=GIB),
+        "sigmoid": training_step(x_BD, y_BD, contrastive_loss, family="sigmoid", bias=torch.tensor([-10.0])),
+    }
+    floors = [("softmax", "floor of 4 units"), ("softmax, 1 GiB workspace", "floor of 3 units")]
+    report(f"B = {total}, D = {width}", steps, [*floors, ("sigmoid", "floor of 3 units")], rounds)
+
+    x_BD, y_BD = features(rival_total, width)
+    rivals = {
+        "open_clip ClipLoss": open_clip_softmax(),
+        "dense cross entropy": dense,
+        "2 x torch linear_cross_entropy": linear_cross_entropy(),
+        "open_clip SigLipLoss": open_clip_sigmoid(),
+    }
+    steps = {
+        "softmax": training_step(x_BD, y_BD, contrastive_loss),
+        "sigmoid": training_step(x_BD, y_BD, contrastive_loss, family="sigmoid", bias=torch.tensor([-10.0])),
+    }
+    steps |= {name: training_step(x_BD, y_BD, loss) for name, loss in rivals.items() if loss is not None}
+    ratios = [(name, "sigmoid" if "SigLip" in name else "softmax") for name in rivals]
+    report(f"Others, B = {rival_total}, D = {width}", steps, ratios, max(2, rounds // 2))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_memory(total: int, width: int, family: str) -> None:
+    """Run in a fresh process: its peak is what it ever held."""
+    small = features(256, width)
+    options = {"family": family} | ({"bias": torch.tensor([-10.0])} if family == "sigmoid" else {})
+    training_step(*small, contrastive_loss, **options)()  # libraries allocate their own buffers at first use
+    x_BD, y_BD = features(total, width)
+    before = resident_bytes()
+    gradients = 2 * x_BD.numel() * x_BD.element_size()
+    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    training_step(x_BD, y_BD, contrastive_loss, **options)()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    extra = (peak - before - gradients) / 2**20
+    known = "" if peak > peak_before else " (at most: the peak was reached before)"
+    print(f"  {family:8s} B = {total}, D = {width}: {extra:.0f} MiB beyond inputs and gradients{known}")
+
+
+def bench_memory(total: int, width: int, threads: int) -> None:
+    print("\nMemory of forward and backward", flush=True)
+    for family in ("softmax", "sigmoid"):
+        command = [sys.executable, __file__, "--memory", family, "--batch", str(total), "--width", str(width)]
+        subprocess.run([*command, "--threads", str(threads)], check=True)
+
+
+def bench_error() -> None:
+    """Relative error of dx against float64, beside that of the dense float32 loss."""
+    print("\nRelative gradient error against float64, B = 1024, D = 512: this loss, dense float32")
+    x_BD, y_BD = (part.detach() for part in features(1024, 512))
+    for scale in (1.0, 14.3, 100.0, 1000.0):
+        grads = []
+        for loss, dtype in (
+            (contrastive_loss, torch.float32),
+            (dense, torch.float32),
+            (dense_contrastive_loss, torch.float64),
+        ):
+            leaf = x_BD.to(dtype).requires_grad_()
+            log_scale = torch.tensor([scale], dtype=torch.float32).log().to(dtype)
+            grads.append(torch.autograd.grad(loss(leaf, y_BD.to(dtype), log_scale), leaf)[0].double())
+        errors = [float((grad - grads[2]).norm() / grads[2].norm()) for grad in grads[:2]]
+        print(f"  scale {scale:6.1f}: {errors[0]:.1e}, {errors[1]:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--batch", type=int, help="B; default 8192, with --quick 4096")
+    parser.add_argument("--width", type=int, default=512, help="D")
+    parser.add_argument("--rounds", type=int, help="default 5, with --quick 3")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", choices=["softmax", "sigmoid"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    batch = args.batch or (4096 if args.quick else 8192)
+    if args.memory:
+        measure_memory(batch, args.width, args.memory)
+        return
+    backend = type(backend_for(torch.empty(1, 1))).__name__
+    print(f"torch {torch.__version__}, {args.threads} threads, back end {backend}, load {os.getloadavg()[0]:.1f}")
+    bench_error()
+    bench_time(batch, args.width, min(batch, 2048) if args.quick else batch, args.rounds or (3 if args.quick else 5))
+    bench_memory(32768, 64 if args.quick else args.width, args.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Back ends under test, and batches that are hard in one known way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from threetowers.kernels import operator
+from threetowers.kernels.cpu import CpuTiles, sweep_library
+from threetowers.kernels.tiles import TileBackend, TorchTiles
+
+BackendFor = Callable[[torch.Tensor], TileBackend]
+
+
+def _small(backend: Any) -> Any:
+    backend.rows, backend.cols = 48, 80  # several tiles, ragged at both ends, already at a batch of 100
+    return backend
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test on each back end with tiles small enough that the chunk loop has something to do."""
+    library = sweep_library()
+    if request.param == "cpu" and library is None:
+        pytest.skip("this installation has no compiled sweep")
+
+    def backend_for(x_bD: torch.Tensor) -> TileBackend:
+        if request.param == "torch" or x_bD.dtype == torch.float64 or library is None:
+            return _small(TorchTiles(torch.promote_types(x_bD.dtype, torch.float32)))
+        return _small(CpuTiles(library))
+
+    monkeypatch.setattr(operator, "backend_for", backend_for)
+    return str(request.param)

@@ -1,0 +1,133 @@
+"""Every instruction set's sweep against the torch back end in float64, tile by tile."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from threetowers.kernels.cpu import CpuTiles, library, sweep_library
+from threetowers.kernels.tiles import Running, SigmoidSums, Tile, TorchTiles, Weights, backend_for
+
+SHAPES = [(1, 1), (3, 17), (33, 15), (70, 1029), (129, 64)]
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["baseline", "avx2", "avx512"])
+def sweep(request: pytest.FixtureRequest) -> CpuTiles:
+    loaded = sweep_library()
+    if loaded is None or request.param > loaded.threetowers_sweep_isa():
+        pytest.skip("not built here, or not in this processor")
+    return CpuTiles(loaded, request.param)
+
+
+def _tile(rows: int, cols: int, diagonal: int, labelled: bool, bias: float = 0.0) -> Tile:
+    g = torch.Generator().manual_seed(rows)
+    labels = [torch.randint(0, 5, (n,), generator=g, dtype=torch.int32) for n in (rows, cols)]
+    return Tile(2.0, bias, diagonal, *labels) if labelled else Tile(2.0, bias, diagonal)
+
+
+def _features(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(cols)
+    return torch.randn(rows, 6, generator=g), torch.randn(cols, 6, generator=g)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_softmax_sweeps(sweep: CpuTiles, rows: int, cols: int, labelled: bool) -> None:
+    oracle = TorchTiles(torch.float64)
+    x_rD, y_cD = _features(rows, cols)
+    for diagonal in (-rows - 3, -1, 0, 2, cols + 5):
+        tile = _tile(rows, cols, diagonal, labelled)
+        found = [Running.empty(n, x_rD, torch.float32) for n in (rows, cols)]
+        truth = [Running.empty(n, x_rD, torch.float64) for n in (rows, cols)]
+        keep_rc = torch.empty(rows, cols)
+        for scale in (1.0, 0.5):  # the second call must merge into what the first left
+            sweep.stats(scale * x_rD, y_cD, tile, *found, keep_rc if scale == 0.5 else None)
+            oracle.stats(scale * x_rD.double(), y_cD.double(), tile, *truth, None)
+        for a, b in zip(found, truth, strict=True):
+            torch.testing.assert_close(
+                a.max_n.double() + a.sum_n.double().log2(), b.max_n + b.sum_n.log2(), rtol=1e-5, atol=1e-5
+            )
+        weights = [Weights(torch.where(b.max_n.isinf(), 0, b.max_n), 1 / (b.sum_n + 1)) for b in truth]
+        single = [Weights(w.shift_n.float(), w.factor_n.float()) for w in weights]
+        kept_before = keep_rc.clone()
+        want = oracle.softmax_grad(0.5 * x_rD.double(), y_cD.double(), tile, *weights, None)
+        for kept_rc in (None, keep_rc):
+            grad_rc = sweep.softmax_grad(0.5 * x_rD, y_cD, tile, *single, kept_rc)
+            torch.testing.assert_close(grad_rc.double(), want, rtol=1e-4, atol=1e-7)
+        assert torch.equal(keep_rc, kept_before)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_sigmoid_sweep(sweep: CpuTiles, rows: int, cols: int, labelled: bool) -> None:
+    x_rD, y_cD = _features(rows, cols)
+    tile = _tile(rows, cols, 1, labelled, bias=-3.0)
+    results = []
+    for backend, dtype in ((sweep, torch.float32), (TorchTiles(torch.float64), torch.float64)):
+        sums = SigmoidSums(
+            torch.ones(rows, dtype=dtype), torch.ones(rows, dtype=dtype),
+            torch.full((rows,), -torch.inf, dtype=dtype), torch.full((cols,), -torch.inf, dtype=dtype),
+        )  # fmt: skip
+        weights_r = torch.linspace(0.5, 1, rows, dtype=dtype)
+        grad_rc = backend.sigmoid(x_rD.to(dtype), y_cD.to(dtype), tile, sums, weights_r)
+        assert grad_rc is not None
+        grad_rc = grad_rc.clone()  # it lies in the scratch buffer, which the next call fills
+        assert backend.sigmoid(x_rD.to(dtype), y_cD.to(dtype), tile, sums, None) is None
+        parts = (grad_rc, sums.loss_r, sums.prob_r, sums.row_max_r, sums.col_max_c)
+        results.append([part.double() for part in parts])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_small_probabilities_keep_their_relative_accuracy(sweep: CpuTiles) -> None:
+    """softplus and sigmoid of very negative logits are tiny, not 0."""
+    x_rD, y_cD = torch.ones(1, 1), torch.linspace(-80, -1, 80)[:, None]
+    for j in range(80):
+        sums = SigmoidSums(torch.zeros(1), torch.zeros(1), torch.full((1,), -torch.inf), torch.full((1,), -torch.inf))
+        sweep.sigmoid(x_rD, y_cD[j : j + 1], Tile(1.0, 0.0, 7), sums, None)
+        z = y_cD[j].double()
+        torch.testing.assert_close(sums.loss_r.double(), torch.log1p(z.exp()), rtol=1e-5, atol=0)
+        torch.testing.assert_close(sums.prob_r.double(), z.sigmoid(), rtol=1e-5, atol=0)
+
+
+def test_bits_do_not_depend_on_threads(sweep: CpuTiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_rD, y_cD = _features(300, 2100)
+    dot_rc = x_rD @ y_cD.T
+    outcomes = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            rows, cols = (Running.empty(n, x_rD, torch.float32) for n in (300, 2100))
+            monkeypatch.setattr(sweep, "dots", lambda *_: dot_rc.clone())  # the product's bits may depend on threads
+            sweep.stats(x_rD, y_cD, Tile(1.0, 0.0, 0), rows, cols, None)
+            outcomes.append(torch.cat([rows.max_n, rows.sum_n, cols.max_n, cols.sum_n]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert torch.equal(outcomes[0], outcomes[2])
+
+
+def test_dispatch() -> None:
+    assert isinstance(backend_for(torch.zeros(1, 1, dtype=torch.float64)), TorchTiles)
+    expected = TorchTiles if sweep_library() is None else CpuTiles
+    assert isinstance(backend_for(torch.zeros(1, 1, dtype=torch.bfloat16)), expected)
+
+
+def test_without_a_library_torch_takes_over_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sweep.so").write_bytes(b"not a library")
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    sweep_library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert isinstance(backend_for(torch.zeros(1, 1)), TorchTiles)
+            assert isinstance(backend_for(torch.zeros(1, 1)), TorchTiles)
+    finally:
+        sweep_library.cache_clear()
+    assert len(caplog.records) == 1
+    assert "sweep.so does not load" in caplog.records[0].message
