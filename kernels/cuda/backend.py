@@ -131,7 +131,7 @@ class DenseTiles(LibraryTiles):
     """
 
     def __init__(self, launcher: Launcher) -> None:
-        super().__init__(torch.float32)
+        super().__init__(torch.float32, rows=4096, cols=4096)
         self._launcher = launcher
 
     def kernels(self) -> list[Launch]:

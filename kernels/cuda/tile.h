@@ -13,7 +13,8 @@ struct Tile {
   DEVICE bool same_label(int i, int j) const { return row_labels.given() && row_labels[i] == column_labels[j]; }
   DEVICE int row_label(int i) const { return i < rows ? row_labels[i] : 0; }
   DEVICE int column_label(int j) const { return j < columns ? column_labels[j] : 0; }
-  DEVICE float logit(float dot) const { return dot * scale + bias; }
+  // Rounded once, here: forward and backward then take the same differences, and a row's probabilities sum to 1.
+  DEVICE float logit(float dot) const { return fmaf(dot, scale, bias); }
   DEVICE float logit(float dot, int i, int j) const {
     return holds(i, j) && !same_label(i, j) ? logit(dot) : -infinity();
   }
