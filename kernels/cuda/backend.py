@@ -52,8 +52,10 @@ class TensorCoreTiles:
 
     def features(self, z_nD: Tensor) -> Tensor:
         """Rows as the kernels read them: padded to whole chunks, contiguous, aligned to 16 bytes."""
-        z_nD = pad(z_nD.to(self._element), (0, -z_nD.shape[1] % CHUNK)).contiguous()
-        return z_nD.clone() if z_nD.data_ptr() % 16 else z_nD
+        z_nD, missing = z_nD.to(self._element), -z_nD.shape[1] % CHUNK
+        if missing or z_nD.data_ptr() % 16:
+            return pad(z_nD, (0, missing))  # a copy in any case
+        return z_nD.contiguous()
 
     def stats(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None

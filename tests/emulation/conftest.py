@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # emulator.py and tiles_under_te
 
 
 @pytest.fixture(scope="session")
-def builds(pytestconfig: pytest.Config) -> Path:
-    """Where compiled kernels are kept between runs."""
-    return pytestconfig.cache.mkdir("emulation")
+def builds(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled kernels are kept: between runs, unless pytest runs without its cache."""
+    cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)
+    return tmp_path_factory.mktemp("emulation") if cache is None else cache.mkdir("emulation")

@@ -60,6 +60,7 @@ class Emulator:
     limits: Limits = SMALL
     schedule: Schedule = field(default_factory=lambda: Schedule(False, False, True, 0))
     mutation: Mutation | None = None
+    portable: bool = False  # without the hand-written switch of fiber.cpp
 
     def prepare(self, launches: Sequence[Launch]) -> None:
         for launch in launches:
@@ -106,9 +107,10 @@ class Emulator:
         headers = [
             path.read_text() for path in (*sorted(ENGINE.glob("*.h")), SOURCES / "device.h", SOURCES / "tensor_core.h")
         ]
-        target = self.folder / f"{source.stem}-{_digest(source.read_text(), headers)}.o"
+        portable = ["-DPORTABLE"] if self.portable else []
+        target = self.folder / f"{source.stem}-{_digest(source.read_text(), headers, portable)}.o"
         if not target.exists():
-            compile_cpp(["-c", f"-I{SOURCES}", f"-I{ENGINE}", source], target)
+            compile_cpp(["-c", *portable, f"-I{SOURCES}", f"-I{ENGINE}", source], target)
         return target
 
 

@@ -2,7 +2,7 @@
 
 namespace emulator {
 
-#ifdef __x86_64__
+#if EMULATOR_SWITCH
 
 // The System V calling convention keeps these six registers and the stack pointer; all else belongs to the caller.
 extern "C" void emulator_switch(void** save_stack_pointer, void* next_stack_pointer);

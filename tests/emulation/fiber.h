@@ -2,7 +2,11 @@
 // slower contexts elsewhere.
 #pragma once
 #include <cstddef>
-#ifndef __x86_64__
+
+#if defined(__x86_64__) && !defined(PORTABLE)
+#define EMULATOR_SWITCH 1
+#endif
+#if !EMULATOR_SWITCH
 #include <ucontext.h>
 #endif
 
@@ -16,7 +20,7 @@ class Fiber {
   void switch_to(Fiber& next);
 
  private:
-#ifdef __x86_64__
+#if EMULATOR_SWITCH
   void* stack_pointer_ = nullptr;
 #else
   ucontext_t context_;

@@ -94,6 +94,13 @@ def test_a_nan_in_the_features_is_not_hidden(builds: Path) -> None:
     assert cols.sum_n.isnan().all()
 
 
+def test_the_portable_fibers_give_the_same_bits(builds: Path) -> None:
+    """Those of processors without a hand-written switch."""
+    case, element = Case(40, 130, 24, labels=True), torch.bfloat16
+    fast, portable = (answers(emulated(Emulator(builds, portable=p), element), case, element) for p in (False, True))
+    assert portable.bits() == fast.bits()
+
+
 @pytest.mark.parametrize("confident", [False, True])
 @pytest.mark.parametrize("family", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("workspace_bytes", [0, 2**30])
