@@ -43,6 +43,7 @@ def contrastive_losses(
     process_group: dist.ProcessGroup | None = None,
     workspace_bytes: int = 0,
     reduction: Reduction = "mean",
+    ring: bool = False,
 ) -> list[PairResult]:
     """Losses of several pair terms over one global batch, with one set of collectives for all of them.
 
@@ -65,7 +66,9 @@ def contrastive_losses(
     biases = []
     if family == "sigmoid":
         biases = [pair.log_scale.new_zeros(1) if pair.bias is None else pair.bias for pair in pairs]
-    flat = contrastive_forward(x, y, log_scale, biases, sample_ids, family, reduction, group, workspace_bytes, needs)
+    flat = contrastive_forward(
+        x, y, log_scale, biases, sample_ids, family, reduction, group, workspace_bytes, ring, needs
+    )
     results = []
     for k, swap in enumerate(swapped):
         loss, accuracy_2 = flat[PER_PAIR * k], flat[PER_PAIR * k + 1].detach()
@@ -84,6 +87,7 @@ def contrastive_loss(
     process_group: dist.ProcessGroup | None = None,
     workspace_bytes: int = 0,
     reduction: Reduction = "mean",
+    ring: bool = False,
 ) -> Tensor:
     """Contrastive loss of matched rows of x and y over the batch joined from all ranks, in memory linear in the batch.
 
@@ -105,6 +109,8 @@ def contrastive_loss(
             4 products of 2 B B D operations (forward 1, backward 3); with room for all tiles 3. The sigmoid always
             costs 3, with reduction "none" 4.
         reduction: "mean" or "sum" over the global batch, or "none" for the losses (b,) of the local samples.
+        ring: on several ranks, pass the column side from rank to rank instead of gathering it: features and gradients
+            then take O(b D) memory a rank instead of O(B D), and twice the sending.
 
     Returns:
         The loss, float32 (float64 for float64 features). "mean" and "sum" give the global batch's value, the same on
@@ -126,6 +132,7 @@ def contrastive_loss(
         process_group=process_group,
         workspace_bytes=workspace_bytes,
         reduction=reduction,
+        ring=ring,
     )[0].loss
 
 

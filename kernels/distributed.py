@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,14 @@ class Ranks:
         part_n = torch.empty_like(parts_Wn[0])
         return part_n, _collective("reduce_scatter")(part_n.view(-1), parts_Wn.view(-1), self.group).wait
 
+    def shift_async(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], Any]:
+        """Send to the rank before, receive from the rank after; both are done once the result has been called."""
+        before, after = (dist.get_global_rank(self.group, (self.rank + hop) % self.size) for hop in (-1, 1))
+        sending = [dist.P2POp(dist.isend, part, before, self.group) for part in send]
+        receiving = [dist.P2POp(dist.irecv, part, after, self.group) for part in receive]
+        works = dist.batch_isend_irecv(sending + receiving)
+        return lambda: [work.wait() for work in works]
+
     def sum_(self, values_n: Tensor) -> None:
         """All-reduce in place."""
         if self.group is not None:
@@ -115,38 +123,115 @@ class Shards:
         return padded
 
 
-class Columns:
-    """The column side of several pair terms, all ranks' rows of it, in one packed gather."""
+class Packing:
+    """Several pair terms' column sides as one buffer of bytes, every rank's with the same layout."""
 
-    def __init__(self, ranks: Ranks, shards: Sequence[Shards], own: Sequence[Tensor], packed_WN: Tensor | None) -> None:
+    def __init__(self, shards: Sequence[Shards], own: Sequence[Tensor]) -> None:
         self._shards, self._own = shards, own
         self._offsets = [0]
         for shard, y_bD in zip(shards, own, strict=True):
             size = shard.most * y_bD.shape[1] * y_bD.element_size()
             self._offsets.append(self._offsets[-1] + -(-size // ALIGN) * ALIGN)
-        self._wait: Callable[[], Any] = _done
-        if packed_WN is not None:
-            self.packed_WN = packed_WN
-        elif ranks.size == 1:
-            self.packed_WN = own[0].new_empty(0, dtype=torch.uint8)
-        else:
-            self.packed_WN, self._wait = ranks.gather_async(self._pack())
 
-    def _pack(self) -> Tensor:
+    def pack(self) -> Tensor:
+        """The own rows."""
         packed_N = self._own[0].new_zeros(self._offsets[-1], dtype=torch.uint8)
         for offset, y_bD in zip(self._offsets, self._own, strict=False):
             raw = y_bD.contiguous().view(torch.uint8).view(-1)
             packed_N[offset : offset + len(raw)] = raw
         return packed_N
 
+    def view(self, packed_N: Tensor, pair: int, rank: int) -> Tensor:
+        """The rows (s, D) of this pair in what this rank packed."""
+        own_bD, rows = self._own[pair], self._shards[pair].sizes[rank]
+        width, start = own_bD.shape[1], self._offsets[pair]
+        raw = packed_N[start : start + rows * width * own_bD.element_size()]
+        return raw.view(own_bD.dtype).view(rows, width)
+
+
+class Columns(Protocol):
+    """The column side of all pair terms, shard by shard in the order `Shards.order`."""
+
+    packed: Tensor  # what backward needs to have them again
+
     def shard(self, pair: int, rank: int) -> Tensor:
-        """The rows (s, D) that this rank holds of this pair's column side. Other ranks' rows wait for the gather."""
-        shards, own_bD = self._shards[pair], self._own[pair]
-        if rank == shards.rank:
-            return own_bD
+        """The rows (s, D) that this rank holds of this pair's column side."""
+        ...
+
+
+class GatheredColumns:
+    """All ranks' columns in one gather: O(BD) memory, on its way while own rows meet own columns."""
+
+    def __init__(self, ranks: Ranks, shards: Sequence[Shards], own: Sequence[Tensor], packed: Tensor | None) -> None:
+        """packed: an earlier gather of the same features; None to gather now."""
+        self._packing, self._own, self._rank = Packing(shards, own), own, ranks.rank
+        self._wait: Callable[[], Any] = _done
+        if packed is not None:
+            self.packed = packed
+        elif ranks.size == 1:
+            self.packed = own[0].new_empty(0, dtype=torch.uint8)
+        else:
+            self.packed, self._wait = ranks.gather_async(self._packing.pack())
+
+    def shard(self, pair: int, rank: int) -> Tensor:
+        if rank == self._rank:
+            return self._own[pair]
         self._wait()
         self._wait = _done
-        rows, width = shards.sizes[rank], own_bD.shape[1]
-        offset = self._offsets[pair]
-        raw = self.packed_WN[rank, offset : offset + rows * width * own_bD.element_size()]
-        return raw.view(own_bD.dtype).view(rows, width)
+        return self._packing.view(self.packed[rank], pair, rank)
+
+
+class ColumnGradients(Protocol):
+    """Where the tiles' sums for the column side go, and how they come home to the rank that holds the rows."""
+
+    groups: list[list[int]]  # terms in the order to compute them: a group's terms go through the shards together
+
+    def target(self, pair: int, rank: int) -> Tensor | None:
+        """Room (s, D) to add the gradient of this rank's rows to; None where none is wanted."""
+        ...
+
+    def passed(self, step: int) -> None:
+        """All terms of the group have added their sums for the shard of this step."""
+        ...
+
+    def finished(self, group: list[int]) -> None:
+        """The group has gone through all shards."""
+        ...
+
+    def own(self, pair: int) -> Tensor | None:
+        """The complete sum for the own rows, (b, D)."""
+        ...
+
+
+class ScatteredGradients:
+    """Every rank's part kept until the term is done, then one reduction while the next term works: O(BD) memory."""
+
+    def __init__(self, ranks: Ranks, shards: Sequence[Shards], zeros: Sequence[Callable[[int], Tensor] | None]) -> None:
+        """zeros: for each term a maker of zeroed rows, or None where no gradient is wanted."""
+        self.groups = [[k] for k in range(len(shards))]
+        self._ranks, self._shards, self._zeros = ranks, shards, zeros
+        self._parts: dict[int, Tensor] = {}
+        self._arriving: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
+
+    def target(self, pair: int, rank: int) -> Tensor | None:
+        zeros, most = self._zeros[pair], self._shards[pair].most
+        if zeros is None:
+            return None
+        if pair not in self._parts:
+            self._parts[pair] = zeros(self._ranks.size * most).view(self._ranks.size, most, -1)
+        return self._parts[pair][rank, : self._shards[pair].sizes[rank]]
+
+    def passed(self, step: int) -> None:
+        return
+
+    def finished(self, group: list[int]) -> None:
+        for pair in group:
+            if pair in self._parts:
+                self._arriving[pair] = self._ranks.scatter_sum_async(self._parts.pop(pair))
+
+    def own(self, pair: int) -> Tensor | None:
+        if pair not in self._arriving:
+            return None
+        part_mD, wait = self._arriving.pop(pair)
+        wait()
+        return part_mD[: self._shards[pair].sizes[self._ranks.rank]]

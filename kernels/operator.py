@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from threetowers.kernels.checks import Facts, joint_fault, read_facts, settle
-from threetowers.kernels.distributed import Columns, Ranks, Shards
+from threetowers.kernels.distributed import Columns, GatheredColumns, Ranks, Shards
+from threetowers.kernels.ring import RingColumns
 from threetowers.kernels.sigmoid import SigmoidState, sigmoid_backward, sigmoid_forward
 from threetowers.kernels.softmax import SoftmaxState, softmax_backward, softmax_forward
 from threetowers.kernels.term import Term
@@ -23,35 +24,37 @@ COMMON = 3  # after them: the gathered columns (bytes), the labels (int32), the 
 @torch.library.custom_op("threetowers::contrastive_forward", mutates_args=())
 def contrastive_forward(
     x: list[Tensor], y: list[Tensor], log_scale: list[Tensor], bias: list[Tensor], sample_ids: Tensor | None,
-    family: str, reduction: str, group: str, workspace_bytes: int, needs: list[bool],
+    family: str, reduction: str, group: str, workspace_bytes: int, ring: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Losses, accuracies and what backward needs. needs: for each pair whether x, y and log_scale want gradients."""
     with torch.autocast(x[0].device.type, enabled=False):  # else it would turn the logits to half precision
         ranks = Ranks(group)
-        facts_Wk = _agree(ranks, x, y, log_scale, bias, sample_ids, family, reduction, needs)
+        facts_Wk = _agree(ranks, x, y, log_scale, bias, sample_ids, family, reduction, ring, needs)
         labels = _labels(ranks, sample_ids, [int(facts[0].batch) for facts in facts_Wk])
         terms = _terms(x, y, facts_Wk, ranks, labels, needs)
-        columns = Columns(ranks, [term.shards for term in terms], y, None)
+        ring = ring and ranks.size > 1
+        columns = _columns(ranks, terms, y, ring, None)
         states: Sequence[SoftmaxState | SigmoidState]
         if family == "softmax":
             states = softmax_forward(terms, columns, ranks, reduction, workspace_bytes)
         else:
-            states = sigmoid_forward(terms, columns, ranks, reduction)
+            states = sigmoid_forward(terms, columns, ranks, reduction, ring)
         known = [[row[k].log_scale, row[k].bias, row[k].batch] for k in range(len(x)) for row in facts_Wk]
-        common = [columns.packed_WN, labels, torch.tensor(known, dtype=torch.float64)]
+        common = [columns.packed, labels, torch.tensor(known, dtype=torch.float64)]
         return [part for state in states for part in state] + common
 
 
 def _agree(
     ranks: Ranks, x: Sequence[Tensor], y: Sequence[Tensor], log_scale: Sequence[Tensor], bias: Sequence[Tensor],
-    sample_ids: Tensor | None, family: str, reduction: str, needs: Sequence[bool],
+    sample_ids: Tensor | None, family: str, reduction: str, ring: bool, needs: Sequence[bool],
 ) -> list[list[Facts]]:  # fmt: skip
     """All ranks' facts; raises on all of them if anything does not fit."""
     facts, fault = read_facts(x, y, log_scale, bias)
     if not ranks.serves(x[0].device):
         fault = f"x is on {x[0].device}, which process_group's backend cannot send from"
     shapes = [(part.shape[1], str(part.dtype), part.device.type) for part in x]
-    layout = f"{family}, {reduction}, sample_ids {sample_ids is not None}, widths {shapes}, gradients {list(needs)}"
+    options = f"{family}, {reduction}, ring {ring}, sample_ids {sample_ids is not None}"
+    layout = f"{options}, widths {shapes}, gradients {list(needs)}"
     facts_Wk = settle(ranks, fault, layout, facts)
     fault = joint_fault(facts_Wk, [part.shape[1] for part in x], [part.dtype for part in x])
     if fault:
@@ -95,32 +98,40 @@ def _terms(
     return terms
 
 
+def _columns(ranks: Ranks, terms: Sequence[Term], y: Sequence[Tensor], ring: bool, packed: Tensor | None) -> Columns:
+    shards = [term.shards for term in terms]
+    return RingColumns(ranks, shards, y) if ring else GatheredColumns(ranks, shards, y, packed)
+
+
 @torch.library.custom_op("threetowers::contrastive_backward", mutates_args=())
 def contrastive_backward(
     grads: list[Tensor], x: list[Tensor], y: list[Tensor], saved: list[Tensor],
-    family: str, reduction: str, group: str, needs: list[bool],
+    family: str, reduction: str, group: str, ring: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """dx, dy, d log_scale and d bias of each pair in turn, empty where not wanted."""
     with torch.autocast(x[0].device.type, enabled=False):
         ranks = Ranks(group)
-        packed_WN, labels, known = saved[-COMMON:]
+        packed, labels, known = saved[-COMMON:]
         facts_kW = known.view(len(x), ranks.size, 3).tolist()
         facts_Wk = [[Facts(row[2], row[0], row[1]) for row in column] for column in zip(*facts_kW, strict=True)]
         terms = _terms(x, y, facts_Wk, ranks, labels, needs)
-        columns = Columns(ranks, [term.shards for term in terms], y, packed_WN)
+        ring = ring and ranks.size > 1
+        columns = _columns(ranks, terms, y, ring, packed)
         parts = [saved[PER_PAIR * k : PER_PAIR * (k + 1)] for k in range(len(x))]
         if family == "softmax":
             softmax = [SoftmaxState(*part) for part in parts]
-            results = softmax_backward(terms, softmax, grads, columns, ranks, reduction)
+            results = softmax_backward(terms, softmax, grads, columns, ranks, reduction, ring)
             return [part for result in results for part in (*result, x[0].new_empty(0))]
         sigmoid = [SigmoidState(*part) for part in parts]
         return [
-            part for result in sigmoid_backward(terms, sigmoid, grads, columns, ranks, reduction) for part in result
+            part
+            for result in sigmoid_backward(terms, sigmoid, grads, columns, ranks, reduction, ring)
+            for part in result
         ]
 
 
 @contrastive_forward.register_fake
-def _(x, y, log_scale, bias, sample_ids, family, reduction, group, workspace_bytes, needs):  # type: ignore[no-untyped-def]
+def _(x, y, log_scale, bias, sample_ids, family, reduction, group, workspace_bytes, ring, needs):  # type: ignore[no-untyped-def]
     alone = group == "" or Ranks(group).size == 1
 
     def unknown() -> Any:  # how many rows other ranks hold, or how many tiles fit, is known only when running
@@ -144,7 +155,7 @@ def _(x, y, log_scale, bias, sample_ids, family, reduction, group, workspace_byt
         scale_wanted = needs[3 * k + 2] and reduction != "none"
         outputs.append(vector(dtype=torch.float64) if scale_wanted else x_bD.new_empty(0))
         outputs += [vector(dtype=torch.float64), vector(batch), vector(batch)]
-    packed = x[0].new_empty(0 if alone else (Ranks(group).size, unknown()), dtype=torch.uint8)
+    packed = x[0].new_empty(0 if alone or ring else (Ranks(group).size, unknown()), dtype=torch.uint8)
     if sample_ids is None:
         labels = torch.empty(0, dtype=torch.int32)
     else:
@@ -154,7 +165,7 @@ def _(x, y, log_scale, bias, sample_ids, family, reduction, group, workspace_byt
 
 
 @contrastive_backward.register_fake
-def _(grads, x, y, saved, family, reduction, group, needs):  # type: ignore[no-untyped-def]
+def _(grads, x, y, saved, family, reduction, group, ring, needs):  # type: ignore[no-untyped-def]
     outputs = []
     for k, (x_bD, y_bD) in enumerate(zip(x, y, strict=True)):
         nothing = [x_bD.new_empty(0) for _ in range(3)]
@@ -167,7 +178,7 @@ def _(grads, x, y, saved, family, reduction, group, needs):  # type: ignore[no-u
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, y, log_scale, bias, _, ctx.family, ctx.reduction, ctx.group, _, ctx.needs = inputs
+    x, y, log_scale, bias, _, ctx.family, ctx.reduction, ctx.group, _, ctx.ring, ctx.needs = inputs
     ctx.pairs, ctx.biased = len(x), bool(bias)
     losses = {id(output[PER_PAIR * k]) for k in range(len(x))}
     ctx.mark_non_differentiable(*(part for part in output if id(part) not in losses))
@@ -185,7 +196,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     losses = [outputs[PER_PAIR * i] for i in range(k)]
     flat = torch.ops.threetowers.contrastive_backward(
         [torch.zeros_like(loss) if grad is None else grad for grad, loss in zip(arrived, losses, strict=True)],
-        list(x), list(y), list(outputs), ctx.family, ctx.reduction, ctx.group, needs,
+        list(x), list(y), list(outputs), ctx.family, ctx.reduction, ctx.group, ctx.ring, needs,
     )  # fmt: skip
     dx, dy = ([flat[4 * i + side] if needs[3 * i + side] else None for i in range(k)] for side in (0, 1))
     d_scale = [
@@ -193,7 +204,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         for i, part in enumerate(log_scale)
     ]
     d_bias = [flat[4 * i + 3].to(part.dtype).view(part.shape) for i, part in enumerate(bias)]
-    return dx, dy, d_scale, d_bias, None, None, None, None, None, None
+    return dx, dy, d_scale, d_bias, None, None, None, None, None, None, None
 
 
 def _no_second_backward(ctx: Any, grads: list[Tensor]) -> NoReturn:

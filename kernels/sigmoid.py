@@ -12,17 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from threetowers.kernels.chunked import sigmoid_pass
+from threetowers.kernels.chunked import Block, sigmoid_pass
 from threetowers.kernels.distributed import Columns, Ranks
 from threetowers.kernels.term import (
     Term,
-    finish,
+    column_gradients,
     reduce_totals,
     reduced_loss,
     sample_weights,
     softplus,
     totals_of,
     uniform_gain,
+    visit_shards,
 )
 from threetowers.kernels.tiles import LOG2E, SigmoidSums
 
@@ -40,17 +41,20 @@ class SigmoidState(NamedTuple):
     prob_b: Tensor  # Σ_j σ(z_ij)
 
 
-def sigmoid_forward(terms: Sequence[Term], columns: Columns, ranks: Ranks, reduction: str) -> list[SigmoidState]:
+def sigmoid_forward(
+    terms: Sequence[Term], columns: Columns, ranks: Ranks, reduction: str, ring: bool
+) -> list[SigmoidState]:
     """Losses and, but for reduction "none", gradients of all terms."""
-    sums, pending = [], []
-    for term in terms:
-        sums_B = _empty_sums(term)
-        wanted = reduction != "none" and term.needs_gradient
-        dx_bD, dy_WmD = term.gradient_buffers() if wanted else (None, None)
-        ones_b = term.vector(term.batch, 1.0) if wanted else None
-        _sweep(term, columns, sums_B, ones_b, dx_bD, dy_WmD)
-        sums.append(sums_B)
-        pending.append((dx_bD, None if dy_WmD is None else ranks.scatter_sum_async(dy_WmD)))
+    sums = [_empty_sums(term) for term in terms]
+    wanted = [reduction != "none" and term.needs_gradient for term in terms]
+    dx = [term.row_gradient() if want else None for term, want in zip(terms, wanted, strict=True)]
+    dy = column_gradients(terms, ranks, wanted=reduction != "none", ring=ring)
+    ones = [term.vector(term.batch, 1.0) if want else None for term, want in zip(terms, wanted, strict=True)]
+
+    def work(k: int, block: Block, dy_sD: Tensor | None) -> None:
+        sigmoid_pass(terms[k].backend, block, sums[k], ones[k], dx[k], dy_sD)
+
+    visit_shards(terms, columns, dy, work)
     _reduce_column_max(sums, ranks)
     finished, totals = [], []
     for term, part in zip(terms, sums, strict=True):
@@ -67,8 +71,8 @@ def sigmoid_forward(terms: Sequence[Term], columns: Columns, ranks: Ranks, reduc
         nothing = term.x_bD.new_empty(0)
         grads = (nothing, nothing.clone(), nothing.clone())
         d_bias = (prob_b - pull_b).sum(dtype=torch.float64) * gain
-        if reduction != "none" and term.needs_gradient:
-            grads = finish(term, *pending[k], pull_b, gain)
+        if wanted[k]:
+            grads = term.gradients(dx[k], dy.own(k), pull_b, gain)
         loss, accuracy_2 = reduced_loss(term, loss_b, total_3, reduction)
         states.append(SigmoidState(loss, accuracy_2, *grads, d_bias, pull_b, prob_b))
     return states
@@ -76,38 +80,32 @@ def sigmoid_forward(terms: Sequence[Term], columns: Columns, ranks: Ranks, reduc
 
 def sigmoid_backward(
     terms: Sequence[Term], states: Sequence[SigmoidState], grads: Sequence[Tensor], columns: Columns, ranks: Ranks,
-    reduction: str,
+    reduction: str, ring: bool,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """(dx, dy, d log_scale, d bias) of every term."""
+    results = []
     if reduction != "none":
-        results = []
         for term, state, grad in zip(terms, states, grads, strict=True):
             nothing, wanted = state.dx_bD.new_empty, (term.need_x, term.need_y, term.need_scale)
             parts = zip(wanted, (state.dx_bD, state.dy_bD, state.d_scale), strict=True)
             dx, dy, d_scale = (part * grad if want else nothing(0) for want, part in parts)
             results.append((dx, dy, d_scale, state.d_bias * grad))
         return results
-    pending, d_biases = [], []
-    for term, state, grad_b in zip(terms, states, grads, strict=True):
-        weights_B, gain = sample_weights(term, grad_b, ranks)
-        weights_b = weights_B[term.shards.own]
-        dx_bD, dy_WmD = term.gradient_buffers()
-        if term.needs_gradient:
-            _sweep(term, columns, None, weights_b, dx_bD, dy_WmD)
-        dy = None if dy_WmD is None else ranks.scatter_sum_async(dy_WmD)
-        pending.append((term, dx_bD, dy, state.pull_b * weights_b, gain))
-        d_biases.append((weights_b * (state.prob_b - state.pull_b)).sum(dtype=torch.float64) * gain)
-    return [(*finish(*parts), d_bias) for parts, d_bias in zip(pending, d_biases, strict=True)]
+    weighted = [sample_weights(term, grad_b, ranks) for term, grad_b in zip(terms, grads, strict=True)]
+    own = [weights_B[term.shards.own] for term, (weights_B, _) in zip(terms, weighted, strict=True)]
+    dx_parts = [term.row_gradient() for term in terms]
+    dy_parts = column_gradients(terms, ranks, wanted=True, ring=ring)
 
+    def work(k: int, block: Block, dy_sD: Tensor | None) -> None:
+        if terms[k].needs_gradient:
+            sigmoid_pass(terms[k].backend, block, None, own[k], dx_parts[k], dy_sD)
 
-def _sweep(
-    term: Term, columns: Columns, sums: SigmoidSums | None, weights_b: Tensor | None, dx_bD: Tensor | None,
-    dy_WmD: Tensor | None,
-) -> None:  # fmt: skip
-    for rank in term.shards.order:
-        block = term.block(columns, rank)
-        dy_sD = None if dy_WmD is None else dy_WmD[rank, : len(block.y_sD)]
-        sigmoid_pass(term.backend, block, sums, weights_b, dx_bD, dy_sD)
+    visit_shards(terms, columns, dy_parts, work)
+    for k, (term, state) in enumerate(zip(terms, states, strict=True)):
+        gain = weighted[k][1]
+        parts_k = term.gradients(dx_parts[k], dy_parts.own(k), state.pull_b * own[k], gain)
+        results.append((*parts_k, (own[k] * (state.prob_b - state.pull_b)).sum(dtype=torch.float64) * gain))
+    return results
 
 
 def _empty_sums(term: Term) -> SigmoidSums:

@@ -14,17 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from threetowers.kernels.chunked import KeptTiles, softmax_grads, softmax_stats
+from threetowers.kernels.chunked import Block, KeptTiles, softmax_grads, softmax_stats
 from threetowers.kernels.distributed import Columns, Ranks
 from threetowers.kernels.term import (
     Term,
-    finish,
+    column_gradients,
     reduce_totals,
     reduced_loss,
     sample_weights,
     softplus,
     totals_of,
     uniform_gain,
+    visit_shards,
 )
 from threetowers.kernels.tiles import LOG2E, Running, Weights
 
@@ -121,25 +122,34 @@ def _half_weights(running: Running, t_n: Tensor) -> tuple[Tensor, Tensor]:
 
 def softmax_backward(
     terms: Sequence[Term], states: Sequence[SoftmaxState], grads: Sequence[Tensor], columns: Columns, ranks: Ranks,
-    reduction: str,
+    reduction: str, ring: bool,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """(dx, dy, d log_scale) of every term. The reduction of one term's dy travels while the next is computed."""
-    pending = []
-    for term, state, grad in zip(terms, states, grads, strict=True):
-        rows, cols = Weights(state.row_shift_b, state.row_half_b), Weights(state.col_shift_B, state.col_half_B)
-        pull_b, gain = state.pull_b, uniform_gain(term, grad, reduction)
-        if reduction == "none":
-            weights_B, gain = sample_weights(term, grad, ranks)
-            weights_b = weights_B[term.shards.own]
-            rows = Weights(rows.shift_n, rows.factor_n * weights_b)
-            cols = Weights(cols.shift_n, cols.factor_n * weights_B)
-            pull_b = pull_b * weights_b
-        dx_bD, dy_WmD = term.gradient_buffers()
-        if dx_bD is not None or dy_WmD is not None:
-            kept = KeptTiles(state.kept_n)
-            for rank in term.shards.order:
-                block = term.block(columns, rank)
-                dy_sD = None if dy_WmD is None else dy_WmD[rank, : len(block.y_sD)]
-                softmax_grads(term.backend, block, rows, cols, kept, dx_bD, dy_sD)
-        pending.append((term, dx_bD, None if dy_WmD is None else ranks.scatter_sum_async(dy_WmD), pull_b, gain))
-    return [finish(*parts) for parts in pending]
+    """(dx, dy, d log_scale) of every term."""
+    weighted = [_weighted(*parts, ranks, reduction) for parts in zip(terms, states, grads, strict=True)]
+    kept = [KeptTiles(state.kept_n) for state in states]
+    dx = [term.row_gradient() for term in terms]
+    dy = column_gradients(terms, ranks, wanted=True, ring=ring)
+
+    def work(k: int, block: Block, dy_sD: Tensor | None) -> None:
+        if dx[k] is not None or dy_sD is not None:
+            rows, cols, _, _ = weighted[k]
+            softmax_grads(terms[k].backend, block, rows, cols, kept[k], dx[k], dy_sD)
+
+    visit_shards(terms, columns, dy, work)
+    return [
+        term.gradients(dx[k], dy.own(k), pull_b, gain)
+        for k, (term, (_, _, pull_b, gain)) in enumerate(zip(terms, weighted, strict=True))
+    ]
+
+
+def _weighted(
+    term: Term, state: SoftmaxState, grad: Tensor, ranks: Ranks, reduction: str
+) -> tuple[Weights, Weights, Tensor, Tensor]:
+    """Row and column weights and the positives' pull, with the samples' weights in them, and a common factor."""
+    rows, cols = Weights(state.row_shift_b, state.row_half_b), Weights(state.col_shift_B, state.col_half_B)
+    if reduction != "none":
+        return rows, cols, state.pull_b, uniform_gain(term, grad, reduction)
+    weights_B, gain = sample_weights(term, grad, ranks)
+    weights_b = weights_B[term.shards.own]
+    rows = Weights(rows.shift_n, rows.factor_n * weights_b)
+    return rows, Weights(cols.shift_n, cols.factor_n * weights_B), state.pull_b * weights_b, gain

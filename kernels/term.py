@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from threetowers.kernels.chunked import Block, finish_gradient, inner_product, positive_dots
-from threetowers.kernels.distributed import Columns, Ranks, Shards
+from threetowers.kernels.distributed import ColumnGradients, Columns, Ranks, ScatteredGradients, Shards
+from threetowers.kernels.ring import RingGradients
 from threetowers.kernels.tiles import LOG2E, TileBackend
 
 
@@ -58,28 +58,26 @@ class Term:
         dot_b, norms_b = positive_dots(self.x_bD, self.y_bD, self.backend.dtype)
         return dot_b, norms_b * (8 * torch.finfo(self.backend.dtype).eps * self.scale * LOG2E)
 
-    def gradient_buffers(self) -> tuple[Tensor | None, Tensor | None]:
-        """Zeroed dx (b, D), and dy (W, most, D) with a padded part for every rank; None where not wanted.
+    def row_gradient(self) -> Tensor | None:
+        """Zeroed dx (b, D) where tiles have to fill it; None where not.
 
-        The scale's gradient follows from either of them: if neither side wants one, dx is computed for it.
+        The scale's gradient follows from either side's: if neither side wants one, dx is computed for it.
         """
-        width = self.x_bD.shape[1]
-        want_x = self.need_x or (self.need_scale and not self.need_y)
-        dx_bD = self.vector(self.batch * width).view(self.batch, width) if want_x else None
-        if not self.need_y:
-            return dx_bD, None
-        ranks, most = len(self.shards.sizes), self.shards.most
-        return dx_bD, self.vector(ranks * most * width).view(ranks, most, width)
+        want = self.need_x or (self.need_scale and not self.need_y)
+        return self.zero_rows(self.batch) if want else None
+
+    def zero_rows(self, rows: int) -> Tensor:
+        """Zeros (rows, D) to accumulate gradients in."""
+        return self.vector(rows * self.x_bD.shape[1]).view(rows, self.x_bD.shape[1])
 
     def gradients(
-        self, dx_bD: Tensor | None, dy_mD: Tensor | None, pull_b: Tensor, gain: Tensor
+        self, dx_bD: Tensor | None, dy_bD: Tensor | None, pull_b: Tensor, gain: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dx, dy (in the features' dtype) and d log_scale (0-d) from the tiles' sums, in place; empty where not wanted.
 
         pull_b: minus the derivative by the positive's logit. gain: 0-d factor on everything.
         """
         factor, d_scale = gain * self.scale, self.x_bD.new_empty(0)
-        dy_bD = None if dy_mD is None else dy_mD[: self.batch]
         for grad_bD, own_bD, other_bD in ((dy_bD, self.y_bD, self.x_bD), (dx_bD, self.x_bD, self.y_bD)):
             if grad_bD is not None:
                 finish_gradient(grad_bD, other_bD, pull_b, factor)
@@ -123,15 +121,27 @@ def sample_weights(term: Term, grad_b: Tensor, ranks: Ranks) -> tuple[Tensor, Te
     return weights_B / torch.where(gain == 0, 1, gain), gain
 
 
-def finish(
-    term: Term, dx_bD: Tensor | None, dy: tuple[Tensor, Callable[[], Any]] | None, pull_b: Tensor, gain: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`Term.gradients` once the reduction of dy over ranks has arrived."""
-    if dy is None:
-        return term.gradients(dx_bD, None, pull_b, gain)
-    dy_mD, wait = dy
-    wait()
-    return term.gradients(dx_bD, dy_mD, pull_b, gain)
+def column_gradients(terms: Sequence[Term], ranks: Ranks, wanted: bool, ring: bool) -> ColumnGradients:
+    """Where to add column gradients; nowhere, if none are wanted."""
+    zeros = [term.zero_rows if wanted and term.need_y else None for term in terms]
+    kind = RingGradients if ring else ScatteredGradients
+    return kind(ranks, [term.shards for term in terms], zeros)
+
+
+def visit_shards(
+    terms: Sequence[Term],
+    columns: Columns,
+    gradients: ColumnGradients,
+    work: Callable[[int, Block, Tensor | None], None],
+) -> None:
+    """Call work(term's index, block, column gradient's target) for every shard, and send what they added."""
+    for group in gradients.groups:
+        for step in range(len(terms[0].shards.order)):
+            for k in group:
+                rank = terms[k].shards.order[step]
+                work(k, terms[k].block(columns, rank), gradients.target(k, rank))
+            gradients.passed(step)
+        gradients.finished(group)
 
 
 def softplus(z_n: Tensor) -> Tensor:

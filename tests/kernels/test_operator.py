@@ -40,7 +40,7 @@ def test_opcheck(family: str, reduction: str) -> None:
     (log_scale, *bias), (other_scale, *other_bias) = scalars(family), scalars(family)
     args = (
         [x_BD, z_BD], [y_BD, w_BD.detach()], [log_scale, other_scale], bias + other_bias, torch.arange(20) // 2,
-        family, reduction, "", 0, [True, True, True, True, False, True],
+        family, reduction, "", 0, False, [True, True, True, True, False, True],
     )  # fmt: skip
     torch.library.opcheck(operator.contrastive_forward, args)
 

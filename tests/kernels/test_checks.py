@@ -1,0 +1,70 @@
+"""What is refused, and in which words: before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from threetowers.kernels import Pair, contrastive_loss, contrastive_losses
+
+X = torch.ones(6, 4)
+SCALE = torch.tensor([1.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(6, 5)}, r"x has shape \(6, 5\) and y \(6, 4\); expected the same \(batch, width\)"),
+        ({"x": torch.ones(24), "y": torch.ones(24)}, "expected the same .batch, width. for both"),
+        ({"x": torch.ones(6, 0), "y": torch.ones(6, 0)}, "expected the same"),
+        ({"x": torch.ones(6, 4, dtype=torch.int32)}, "x is torch.int32 and y torch.float32; expected one of float32"),
+        ({"y": torch.ones(6, 4).bfloat16()}, "x is torch.float32 and y torch.bfloat16"),
+        ({"x": [[1.0]]}, "x is a list; expected a tensor"),
+        ({"y": torch.ones(6, 4, device="meta")}, "x is on cpu, but y on meta"),
+        ({"log_scale": 1.0}, "log_scale is a float; expected a tensor"),
+        ({"log_scale": torch.ones(2)}, r"log_scale has shape \(2,\)"),
+        ({"log_scale": torch.tensor([1])}, "log_scale has shape .* expected floating point"),
+        ({"bias": SCALE}, "bias is given.*family='sigmoid'"),
+        ({"bias": torch.ones(1, 1), "family": "sigmoid"}, r"bias has shape \(1, 1\)"),
+        ({"family": "nce"}, "family is 'nce'; expected 'softmax' or 'sigmoid'"),
+        ({"reduction": "max"}, "reduction is 'max'; expected"),
+        ({"workspace_bytes": -1}, "workspace_bytes is -1; expected a whole number"),
+        ({"workspace_bytes": 1e9}, "workspace_bytes is 1000000000.0; expected a whole number"),
+        ({"sample_ids": torch.arange(5)}, r"sample_ids has shape \(5,\).*expected int64 of shape \(6,\)"),
+        ({"sample_ids": torch.arange(6).int()}, "sample_ids has shape .* dtype torch.int32; expected int64"),
+        ({"x": X * torch.nan}, "NaN or infinite values in x of pair 0"),
+        ({"y": torch.full((6, 4), -torch.inf)}, "NaN or infinite values in y of pair 0"),
+        ({"log_scale": torch.tensor([torch.nan])}, "NaN or infinite values in log_scale of pair 0"),
+        ({"bias": torch.tensor([torch.inf]), "family": "sigmoid"}, "NaN or infinite values in bias of pair 0"),
+        ({"log_scale": torch.tensor([90.0])}, "log_scale is 90; expected between -80 and 80"),
+        ({"x": X * 1e30, "y": X * 1e30}, "logits may reach .* beyond floating point; normalise x and y"),
+        ({"x": X[:0], "y": X[:0]}, "the global batch is empty"),
+    ],
+)
+def test_one_clear_message(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"x": X, "y": X, "log_scale": SCALE} | change
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(**arguments)
+
+
+def test_the_pair_at_fault_is_named() -> None:
+    with pytest.raises(ValueError, match=r"pair 1: x has shape"):
+        contrastive_losses([Pair(X, X, SCALE), Pair(X, X[:2], SCALE)])
+    with pytest.raises(ValueError, match="in y of pair 1"):
+        contrastive_losses([Pair(X, X, SCALE), Pair(X, X / 0, SCALE)])
+
+
+@pytest.mark.parametrize("count", [0, 33])
+def test_number_of_pairs(count: int) -> None:
+    with pytest.raises(ValueError, match=f"got {count} pairs; expected 1 to 32"):
+        contrastive_losses([Pair(X, X, SCALE)] * count)
+
+
+def test_one_sample_has_no_negatives() -> None:
+    x_BD = torch.ones(1, 1, requires_grad=True)
+    loss = contrastive_loss(x_BD, x_BD.detach(), SCALE)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(x_BD.grad, torch.zeros(1, 1))  # type: ignore[arg-type]
