@@ -54,16 +54,14 @@ class TensorCoreTiles:
         """Rows as the kernels read them: padded to whole chunks, contiguous, aligned to 16 bytes."""
         z_nD, missing = z_nD.to(self._element), -z_nD.shape[1] % CHUNK
         if missing or z_nD.data_ptr() % 16:
-            return pad(z_nD, (0, missing))  # a copy in any case
+            z_nD = pad(z_nD, (0, missing))  # a copy, also where nothing is missing
         return z_nD.contiguous()
 
     def stats(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
     ) -> None:
-        launch = self._launch("stats", x_rD, y_cD)
-        row_parts, col_parts = _parts(launch, x_rD, y_cD, 2)
-        operands = _operands(x_rD, y_cD)
-        self._launcher.run(launch, (*operands, _tile(tile, x_rD, y_cD), Out(row_parts), Out(col_parts), Out(keep_rc)))
+        row_parts, col_parts = self._row_parts(x_rD, y_cD, 2), self._row_parts(y_cD, x_rD, 2)
+        self._run("stats", x_rD, y_cD, tile, Out(row_parts), Out(col_parts), Out(keep_rc))
         merge_parts(self._launcher, row_parts, rows)
         merge_parts(self._launcher, col_parts, cols)
 
@@ -71,32 +69,19 @@ class TensorCoreTiles:
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
     ) -> Tensor:
         gradient = self._gradient(x_rD, y_cD)
-        weights = _weights(rows), _weights(cols)
         if kept_rc is None:
-            launch, dots = self._launch("softmax_gradient", x_rD, y_cD), _operands(x_rD, y_cD)
-            self._launcher.run(launch, (*dots, _tile(tile, x_rD, y_cD), *weights, (Out(gradient), gradient.stride(0))))
+            self._run("softmax_gradient", x_rD, y_cD, tile, _weights(rows), _weights(cols), _gradient(gradient))
         else:
-            launch = pairs_launch("dense_softmax_gradient", self._element, len(x_rD), len(y_cD), self._launcher.limits)
-            _run_softmax_gradient(self._launcher, launch, kept_rc, _tile(tile, x_rD, y_cD), weights, gradient)
+            softmax_gradient_of(self._launcher, kept_rc, tile, rows, cols, gradient)
         return gradient[:, : len(y_cD)]
 
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
     ) -> Tensor | None:
-        launch = self._launch("sigmoid", x_rD, y_cD)
-        row_parts, _ = _parts(launch, x_rD, y_cD, 3)
-        _, col_max = _parts(launch, x_rD, y_cD, 1)
+        row_parts, col_max = self._row_parts(x_rD, y_cD, 3), self._row_parts(y_cD, x_rD, 1)
         gradient = None if weights_r is None else self._gradient(x_rD, y_cD)
-        target = (Out(gradient), 0 if gradient is None else gradient.stride(0))
-        arguments = (
-            *_operands(x_rD, y_cD),
-            _tile(tile, x_rD, y_cD),
-            In(weights_r),
-            target,
-            Out(row_parts),
-            Out(col_max),
-        )
-        self._launcher.run(launch, arguments)
+        outputs = _gradient(gradient), Out(row_parts), Out(col_max)
+        self._run("sigmoid", x_rD, y_cD, tile, In(weights_r), *outputs)
         if sums is not None:
             sums.loss_r.add_(row_parts[..., 0].sum(0))
             sums.prob_r.add_(row_parts[..., 1].sum(0))
@@ -114,9 +99,16 @@ class TensorCoreTiles:
         alpha = 1 / GAIN[self._element]
         torch.addmm(sum_nD, grad_nk, z_kD, alpha=alpha, out_dtype=torch.float32, out=sum_nD)
 
-    def _launch(self, kernel: str, x_rD: Tensor, y_cD: Tensor) -> Launch:
+    def _run(self, kernel: str, x_rD: Tensor, y_cD: Tensor, tile: Tile, *arguments: Argument) -> None:
         check_operands(x_rD, y_cD)
-        return block_launch(kernel, self._element, len(x_rD), len(y_cD), self._launcher.limits)
+        launch = block_launch(kernel, self._element, len(x_rD), len(y_cD), self._launcher.limits)
+        operands = In(x_rD), In(y_cD), x_rD.shape[1]
+        self._launcher.run(launch, (operands, _tile(tile, len(x_rD), len(y_cD)), *arguments))
+
+    @staticmethod
+    def _row_parts(own_nD: Tensor, other_kD: Tensor, numbers: int) -> Tensor:
+        """Room for what every thread block says of its rows, one line for each block along the other side."""
+        return own_nD.new_empty(blocks(len(other_kD)), len(own_nD), numbers, dtype=torch.float32)
 
     def _gradient(self, x_rD: Tensor, y_cD: Tensor) -> Tensor:
         """(r, c rounded up to whole chunks), the same memory at every call."""
@@ -150,38 +142,39 @@ class DenseTiles(LibraryTiles):
     def stats(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
     ) -> None:
-        dots_rc, place = self.dots(x_rD, y_cD, keep_rc), _tile(tile, x_rD, y_cD)
-        launch = rows_launch("dense_row_stats", len(x_rD), self._launcher.limits)
-        self._launcher.run(launch, (In(dots_rc), place, Out(rows.max_n), Out(rows.sum_n)))
-        merge_parts(self._launcher, self._column_parts(dots_rc, place), cols)
+        dots_rc = self.dots(x_rD, y_cD, keep_rc)
+        self._run_rows("dense_row_stats", dots_rc, tile, Out(rows.max_n), Out(rows.sum_n))
+        merge_parts(self._launcher, self._column_parts(dots_rc, tile), cols)
 
     def softmax_grad(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
     ) -> Tensor:
         dots_rc = self.dots(x_rD, y_cD) if kept_rc is None else kept_rc
         grad_rc = torch.empty_like(dots_rc)
-        launch = pairs_launch("dense_softmax_gradient", self.dtype, len(x_rD), len(y_cD), self._launcher.limits)
-        weights = _weights(rows), _weights(cols)
-        _run_softmax_gradient(self._launcher, launch, dots_rc, _tile(tile, x_rD, y_cD), weights, grad_rc)
+        softmax_gradient_of(self._launcher, dots_rc, tile, rows, cols, grad_rc)
         return grad_rc
 
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
     ) -> Tensor | None:
-        dots_rc, place = self.dots(x_rD, y_cD), _tile(tile, x_rD, y_cD)
+        dots_rc = self.dots(x_rD, y_cD)
         grad_rc = None if weights_r is None else torch.empty_like(dots_rc)
         row_sums = (None,) * 3 if sums is None else (sums.loss_r, sums.prob_r, sums.row_max_r)
-        launch = rows_launch("dense_sigmoid", len(x_rD), self._launcher.limits)
-        self._launcher.run(launch, (In(dots_rc), place, In(weights_r), Out(grad_rc), *map(Out, row_sums)))
+        self._run_rows("dense_sigmoid", dots_rc, tile, In(weights_r), Out(grad_rc), *map(Out, row_sums))
         if sums is not None:
-            torch.maximum(sums.col_max_c, self._column_parts(dots_rc, place)[..., 0].amax(0), out=sums.col_max_c)
+            torch.maximum(sums.col_max_c, self._column_parts(dots_rc, tile)[..., 0].amax(0), out=sums.col_max_c)
         return grad_rc
 
-    def _column_parts(self, dots_rc: Tensor, place: Argument) -> Tensor:
+    def _run_rows(self, kernel: str, dots_rc: Tensor, tile: Tile, *arguments: Argument) -> None:
+        launch = rows_launch(kernel, len(dots_rc), self._launcher.limits)
+        self._launcher.run(launch, (In(dots_rc), _tile(tile, *dots_rc.shape), *arguments))
+
+    def _column_parts(self, dots_rc: Tensor, tile: Tile) -> Tensor:
+        """(bands of rows, c, 2): every column's maximum and sum over a band."""
         rows, cols = dots_rc.shape
         launch = columns_launch("dense_column_stats", cols, blocks(rows, BAND), self._launcher.limits)
         parts = dots_rc.new_empty(launch.grid[1], cols, 2)
-        self._launcher.run(launch, (In(dots_rc), place, Out(parts)))
+        self._launcher.run(launch, (In(dots_rc), _tile(tile, rows, cols), Out(parts)))
         return parts
 
 
@@ -192,32 +185,28 @@ def merge_parts(launcher: Launcher, parts_pn2: Tensor, running: Running) -> None
     launcher.run(launch, (In(parts_pn2), count, length, Out(running.max_n), Out(running.sum_n)))
 
 
-def _run_softmax_gradient(
-    launcher: Launcher, launch: Launch, dots_rc: Tensor, place: Argument, weights: tuple[Argument, Argument], to: Tensor
+def softmax_gradient_of(
+    launcher: Launcher, dots_rc: Tensor, tile: Tile, rows: Weights, cols: Weights, gradient: Tensor
 ) -> None:
-    launcher.run(launch, (In(dots_rc), place, *weights, Out(to), to.stride(0)))
-
-
-def _parts(launch: Launch, x_rD: Tensor, y_cD: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
-    """Room for what every block says of its rows (blocks across, r, numbers) and columns (blocks down, c, numbers)."""
-    across, down = launch.grid
-    row_parts = x_rD.new_empty(across, len(x_rD), numbers, dtype=torch.float32)
-    return row_parts, x_rD.new_empty(down, len(y_cD), numbers, dtype=torch.float32)
+    """Fill gradient (r, at least c) from dots in memory, in its dtype."""
+    r, c = dots_rc.shape
+    launch = pairs_launch("dense_softmax_gradient", gradient.dtype, r, c, launcher.limits)
+    weights = _weights(rows), _weights(cols)
+    launcher.run(launch, (In(dots_rc), _tile(tile, r, c), *weights, Out(gradient), gradient.stride(0)))
 
 
 # The C++ structs of the same names.
 
 
-def _operands(x_rD: Tensor, y_cD: Tensor) -> tuple[Argument]:
-    return ((In(x_rD), In(y_cD), x_rD.shape[1]),)
-
-
-def _tile(tile: Tile, x_rD: Tensor, y_cD: Tensor) -> Argument:
-    rows, cols = len(x_rD), len(y_cD)
-    diagonal = clipped_diagonal(tile.diagonal, rows, cols)
+def _tile(tile: Tile, rows: int, cols: int) -> Argument:
     labels = In(tile.row_labels_r), In(tile.col_labels_c)
+    diagonal = clipped_diagonal(tile.diagonal, rows, cols)
     return (*labels, rows, cols, diagonal, tile.scale * LOG2E, tile.bias * LOG2E)
 
 
 def _weights(weights: Weights) -> Argument:
     return (In(weights.shift_n), In(weights.factor_n), len(weights.shift_n))
+
+
+def _gradient(gradient: Tensor | None) -> Argument:
+    return (Out(gradient), 0 if gradient is None else gradient.stride(0))

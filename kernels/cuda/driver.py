@@ -44,10 +44,9 @@ class DriverLauncher:
         packed = Packed(arguments)
         with torch.cuda.device(self._index):
             stream = torch.cuda.current_stream().cuda_stream
-            kernel = self._driver.CUfunction(int(self._kernel(launch)))
             table = ctypes.addressof(packed.table)
             shape = (*launch.grid, 1, THREADS, 1, 1)
-            _checked(self._driver.cuLaunchKernel(kernel, *shape, launch.shared_bytes, stream, table, 0))
+            _checked(self._driver.cuLaunchKernel(self._kernel(launch), *shape, launch.shared_bytes, stream, table, 0))
 
     def _kernel(self, launch: Launch) -> Any:
         key = launch.kernel, launch.defines
@@ -59,7 +58,7 @@ class DriverLauncher:
             if launch.shared_bytes > SHARED_WITHOUT_ASKING:
                 ask = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 _checked(self._driver.cuKernelSetAttribute(ask, launch.shared_bytes, kernel, self._device))
-            self._kernels[key] = kernel
+            self._kernels[key] = self._driver.CUfunction(int(kernel))
         return self._kernels[key]
 
     def _attribute(self, attribute: Any) -> int:

@@ -127,7 +127,7 @@ def test_arguments_are_laid_out_as_in_cpp() -> None:
     assert (tile.rows, tile.columns, tile.diagonal, tile.scale, tile.bias) == (2, 3, -4, 0.5, 1.5)
     assert ctypes.c_int.from_address(packed.table[1]).value == 7
     assert ctypes.c_void_p.from_address(packed.table[2]).value == tensor.data_ptr()
-    assert list(tensors([(In(tensor), (Out(None),)), 1, 2.0])) == [In(tensor), Out(None)]
+    assert list(tensors([(In(tensor), 3), 1, Out(None), 2.0])) == [In(tensor), Out(None)]
 
 
 def chosen(limits: Limits, element: torch.dtype, builds: Path, monkeypatch: pytest.MonkeyPatch) -> object:
