@@ -27,8 +27,8 @@ DEVICE void write_gradient(const BlockLogits& gradient, const Gradient& to, cons
   const Shared<Chunk> chunks = shared_memory<Chunk>(0);
   const Out<Chunk> out = {reinterpret_cast<Chunk*>(to.at.at)};
   const int stride = to.stride / kChunk;
-  for (int t = thread(); t < kBlock * kBlockChunks; t += kThreads) {
-    const int r = t / kBlockChunks, c = t % kBlockChunks;
+  UNROLL for (int t = 0; t < kBlock * kBlockChunks; t += kThreads) {
+    const int r = (t + thread()) / kBlockChunks, c = thread() % kBlockChunks;
     const int row = first_row() + r, chunk = block_x() * kBlockChunks + c;
     if (row >= tile.rows || chunk >= stride) continue;
     out.put(static_cast<i64>(row) * stride + chunk, chunks[swizzled_gradient(r, c)]);

@@ -83,8 +83,8 @@ DEVICE Shared<Chunk> stage_of(int slice) {
 
 // Start copying 128 rows of a slice. Rows past the end and elements past the depth become zeros.
 DEVICE void fetch_rows(Shared<Chunk> stage, int stage_row, In<u16> from, int first, int count, int slice, int depth) {
-  for (int t = thread(); t < kBlock * kSliceChunks; t += kThreads) {
-    const int r = t / kSliceChunks, c = t % kSliceChunks, k = slice * kSlice + c * kChunk;
+  UNROLL for (int t = 0; t < kBlock * kSliceChunks; t += kThreads) {
+    const int r = (t + thread()) / kSliceChunks, c = thread() % kSliceChunks, k = slice * kSlice + c * kChunk;
     const i64 offset = static_cast<i64>(first + r) * depth + k;
     copy_async(stage, swizzled(stage_row + r, c), from, offset, first + r < count && k < depth);
   }

@@ -62,13 +62,16 @@ def test_compiles_without_warnings_or_spills(program: Program) -> None:
 
 @pytest.mark.parametrize("program", [*block_programs()])
 def test_uses_tensor_cores_and_asynchronous_copies(program: Program, tmp_path: Path) -> None:
-    instructions = disassembled(compiled(program), tmp_path)
-    element = "" if "FP16" in program.defines else ".BF16"
-    assert any(name.startswith(f"HMMA.16816.F32{element}") for name in instructions)
-    assert any(name.startswith("LDGSTS") and name.endswith(".128") for name in instructions)
-    assert any(name.startswith("LDSM.16") and name.endswith(".4") for name in instructions)
-    assert any(name.startswith("MUFU.EX2") for name in instructions)
+    listing = disassembled(compiled(program), tmp_path)
+    instructions = {text.split()[0] for _, text in listing}
     assert not {name for name in instructions if name.startswith(("LDL", "STL", "ATOM", "RED."))}
+    assert any(name.startswith("MUFU.EX2") for name in instructions)
+    loop = [text.split()[0] for text in innermost_loop_around(listing, "HMMA")]
+    product = "HMMA.16816.F32" if "FP16" in program.defines else "HMMA.16816.F32.BF16"
+    assert sum(name == product for name in loop) == 32  # a 64 x 32 x 32 product a warp
+    assert sum(name.startswith("LDSM.16") and name.endswith(".4") for name in loop) == 12
+    assert sum(name.startswith("LDGSTS") and name.endswith(".128") for name in loop) == 4
+    assert len(loop) <= 4.5 * 32, "the loop does much besides multiplying"
 
 
 @pytest.mark.parametrize("kernel", ["merge", "dense_row_stats", "dense_column_stats", "dense_sigmoid"])
@@ -77,18 +80,31 @@ def test_the_generic_path_compiles_for_older_devices(kernel: str) -> None:
     assert compiled(Program("dense_softmax_gradient", "sm_75", ("FP32",))).cubin
 
 
-def disassembled(program: Compiled, folder: Path) -> set[str]:
-    """The distinct instructions of a cubin, with their modifiers."""
+Listing = list[tuple[int, str]]  # address and instruction, predicates left out
+
+
+def disassembled(program: Compiled, folder: Path) -> Listing:
     spec = importlib.util.find_spec("triton")
     assert spec is not None
     assert spec.origin is not None
     cuobjdump = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     path = folder / "kernel.cubin"
     path.write_bytes(program.cubin)
-    listing = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=True).stdout
-    found = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing))
-    assert "EXIT" in found
-    return found
+    text = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", text)
+    listing = [(int(address, 16), instruction) for address, instruction in found]
+    assert any(instruction == "EXIT" for _, instruction in listing)
+    return listing
+
+
+def innermost_loop_around(listing: Listing, name: str) -> list[str]:
+    """The instructions from a branch's target back up to the branch, for the shortest one that spans all of `name`."""
+    places = [address for address, text in listing if text.startswith(name)]
+    branches = [(int(to, 16), at) for at, text in listing for to in re.findall(r"^BRA.*?(0x[0-9a-f]+)", text)]
+    start, stop = min(
+        ((to, at) for to, at in branches if to <= places[0] and at >= places[-1]), key=lambda loop: loop[1] - loop[0]
+    )
+    return [text for address, text in listing if start <= address <= stop]
 
 
 def test_a_compile_error_shows_the_compilers_words() -> None:
