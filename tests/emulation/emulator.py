@@ -61,6 +61,7 @@ class Emulator:
     schedule: Schedule = field(default_factory=lambda: Schedule(False, False, True, 0))
     mutation: Mutation | None = None
     portable: bool = False  # without the hand-written switch of fiber.cpp
+    loaded: dict[tuple[str, tuple[str, ...]], ctypes.CDLL] = field(default_factory=dict, repr=False)
 
     def prepare(self, launches: Sequence[Launch]) -> None:
         for launch in launches:
@@ -79,10 +80,13 @@ class Emulator:
             raise EmulationError(f"{launch.kernel} under {self.schedule!r}: {error.decode()}")
 
     def _library(self, launch: Launch) -> ctypes.CDLL:
-        library = ctypes.CDLL(str(self._built(launch)))
-        library.emulator_launch.restype = ctypes.c_char_p
-        library.emulator_launch.argtypes = [ctypes.c_int] * 4 + [Schedule, ctypes.c_void_p]
-        return library
+        key = launch.kernel, launch.defines
+        if key not in self.loaded:
+            library = ctypes.CDLL(str(self._built(launch)))
+            library.emulator_launch.restype = ctypes.c_char_p
+            library.emulator_launch.argtypes = [ctypes.c_int] * 4 + [Schedule, ctypes.c_void_p]
+            self.loaded[key] = library
+        return self.loaded[key]
 
     def _built(self, launch: Launch) -> Path:
         sources = {path.name: path.read_text() for path in (*SOURCES.glob("*.h"), SOURCES / f"{launch.kernel}.cu")}

@@ -16,9 +16,7 @@ from tiles_under_test import Answers, Case, answers, check, emulated
 
 from threetowers.kernels.tiles import TorchTiles
 
-CASE = Case(
-    140, 262, 104, diagonal=1, labels=True
-)  # several blocks and slices, both ragged; rows wholly excluded below
+CASE = Case(140, 262, 104, diagonal=1, labels=True)  # several blocks and slices, the last ones ragged
 LONELY = Case(5, 1, 8, diagonal=-2)  # row 2 has no pair left
 SCHEDULES = {
     "turns-late": Schedule(False, False, False, 1),
@@ -48,11 +46,7 @@ def in_loop(new: str) -> Mutation:
     return Mutation("block_logits.h", LOOP, new)
 
 
-FETCH, WAIT = (
-    "    if (s + kStages - 1 < slices) fetch(in, tile, s + kStages - 1);\n",
-    "    wait_copies<kStages - 2>();\n",
-)
-BARRIER, COMMIT = "    barrier();\n", "    commit_copies();\n"
+WAIT, BARRIER, FETCH, COMMIT = LOOP.splitlines(keepends=True)
 
 BUGS = {
     "no barrier in the ring": Bug(
