@@ -15,6 +15,7 @@ from threetowers.kernels.cuda.launch import (
     block_launch,
     blocks,
     check_operands,
+    check_torch,
     clipped_diagonal,
     columns_launch,
     pairs_launch,
@@ -37,6 +38,7 @@ class TensorCoreTiles:
     kept_dtype = torch.float32
 
     def __init__(self, launcher: Launcher, element: torch.dtype) -> None:
+        check_torch(torch.__version__)
         self._launcher, self._element = launcher, element
         self._scratch_n = torch.empty(0, dtype=element)
 

@@ -131,6 +131,14 @@ def check_operands(x_rD: Tensor, y_cD: Tensor) -> None:
             )
 
 
+def check_torch(version: torch.torch_version.TorchVersion) -> None:
+    """Raise UnsupportedError where torch.addmm cannot add a product of 16-bit matrices to a float32 matrix."""
+    if version < "2.10":  # compared as versions
+        raise UnsupportedError(
+            f"gradients of 16-bit tiles are summed in float32 by torch 2.10 and later, got {version}"
+        )
+
+
 def clipped_diagonal(diagonal: int, rows: int, columns: int) -> int:
     """The same diagonal as a small integer: one that misses the tile is moved just outside it."""
     return max(-rows, min(columns, diagonal))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from emulator import LARGE, SMALL, EmulationError, Emulator
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from threetowers.kernels import cuda
 from threetowers.kernels.cuda.arguments import In, Out, Packed, tensors
@@ -25,6 +26,7 @@ from threetowers.kernels.cuda.launch import (
     block_launch,
     blocks,
     check_operands,
+    check_torch,
     checked,
     clipped_diagonal,
     columns_launch,
@@ -59,6 +61,7 @@ def test_grids_cover_ragged_tiles_once() -> None:
     [
         (lambda: block_launch("stats", torch.bfloat16, 1, 1, TURING), r"capability 8\.0 or later, got \(7, 5\)"),
         (lambda: block_launch("stats", torch.float32, 1, 1, SMALL), "bfloat16 or float16 features"),
+        (lambda: check_torch(TorchVersion("2.9.1+cu130")), r"torch 2\.10 and later, got 2\.9\.1"),
         (lambda: element_defines(torch.float64), "no kernel for torch.float64"),
         (lambda: pairs_launch("merge", torch.float32, 65536, 1, SMALL), "65536 blocks along y, expected 1 to 65535"),
         (lambda: rows_launch("merge", 0, SMALL), "0 blocks along x"),
