@@ -183,3 +183,14 @@ def test_gpu_check_refuses_where_there_is_no_gpu() -> None:
     assert (
         done.stderr == "gpu_check measures on a GPU, and torch finds none here (torch.cuda.is_available() is False)\n"
     )
+
+
+def test_gradient_products_are_calls_that_torch_accepts(builds: Path) -> None:
+    """Shapes, strides and dtypes only: the meta device computes nothing, and the CPU has no such product."""
+    backend = TensorCoreTiles(Emulator(builds), torch.float16)
+    x_rD, y_cD = (torch.empty(n, 16, dtype=torch.float16, device="meta") for n in (5, 11))
+    grad_rc = torch.empty(5, 16, dtype=torch.float16, device="meta")[:, :11]
+    for add, rows, other_nD in ((backend.add_rows, 5, y_cD), (backend.add_cols, 11, x_rD)):
+        sum_nD = torch.empty(rows, 13, device="meta")  # features were padded from 13 to 16
+        add(sum_nD, grad_rc, other_nD)
+        assert sum_nD.shape == (rows, 13)
