@@ -23,9 +23,18 @@ def latest(folder: Path) -> int | None:
 
 
 def save(engine: Any, folder: Path, step: int, keep: int, ranks: Ranks) -> None:
-    """Write a checkpoint of all ranks, point `latest` at it and remove all but the newest `keep`."""
+    """Write a checkpoint of all ranks, point `latest` at it and remove all but the newest `keep`.
+
+    Raises OSError when it cannot be written; the one before it stays.
+    """
     tag = f"step-{step:08d}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise OSError(
+            f"{folder / tag} cannot be written: {error}. Make room or change `out`, then run the same command again: it "
+            f"goes on from {f'step {before}' if (before := latest(folder)) else 'the start'}"
+        ) from error
     distributed.barrier()
     if ranks.first:
         replace_text(folder / LATEST, tag)

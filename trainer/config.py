@@ -51,6 +51,7 @@ class CacheTower:
 
     kind: Literal["cache"]
     path: str
+    backbone: str | None = None  # if named, a cache of any other is refused
     # Centre and scale each feature by its moments over the cache. A linear head with bias can express the same map;
     # starting from there, it need not first learn away a large common offset.
     standardize: bool = True

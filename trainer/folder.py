@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
-from threetowers.cache.contract import Contract
+from threetowers.cache.contract import Contract, ContractError, difference
 from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.config import ConfigError, Run, differences, dump, load
 
@@ -65,6 +66,21 @@ class RunFolder:
                 f"{self.path} holds a run with another config:\n{lines}\n"
                 "choose another `out`, go back to that config to resume it, or remove the folder"
             )
+
+    def check_contracts(self, contracts: Mapping[str, Contract]) -> None:
+        """Raise ContractError if the folder's run was trained on caches that promised something else."""
+        if not self.contracts.exists():
+            return
+        for name, contract in self.read_contracts().items():
+            if name in contracts and (lines := difference(contract, contracts[name])):
+                raise ContractError(
+                    f"{self.path}: tower {name!r} is read from another cache than the one this run began with: "
+                    f"{'; '.join(lines)}; restore that cache, or choose another `out`"
+                )
+
+    def read_contracts(self) -> dict[str, Contract]:
+        """What the caches of this run promised, by tower."""
+        return TypeAdapter(dict[str, Contract]).validate_json(self.contracts.read_bytes())
 
     def create(self, run: Run, deepspeed: Mapping[str, Any], contracts: Mapping[str, Contract]) -> None:
         """Write what is known before the first step. Does nothing that a resumed run would change."""

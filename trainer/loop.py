@@ -78,14 +78,19 @@ class Trainer:
         self.folder = RunFolder(Path(run.out))
         self.folder.check(run)
         tars = [index_tar(path) for path in expand(run.data.tars)]
-        caches = {n: CacheJoin(t.path, tars) for n, t in run.towers.items() if isinstance(t, CacheTower)}
+        caches = {
+            name: CacheJoin(tower.path, tars, tower.backbone)
+            for name, tower in run.towers.items()
+            if isinstance(tower, CacheTower)
+        }
+        contracts = {name: join.cache.contract for name, join in caches.items()}
+        self.folder.check_contracts(contracts)
         self.samples = SampleSet(tars, caches, run.data.on_bad)
         self.tokenizer = Tokenizer.load(run.data.tokenizer)
         self.steps = run.duration.in_steps(len(self.samples), run.batch)
         model = self._model(caches)
         if ranks.first:
             self._announce(model, tars)
-            contracts = {name: join.cache.contract for name, join in caches.items()}
             self.folder.create(run, deepspeed_config(run, ranks.world), contracts)
         distributed.barrier()
         self.engine = start_engine(model, run, ranks.world)

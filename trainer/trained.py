@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,7 +38,7 @@ class TrainedModel:
                 )
         run = load(folder.config)
         tokenizer = Tokenizer.load(folder.tokenizer)
-        contracts = TypeAdapter(dict[str, Contract]).validate_json(folder.contracts.read_bytes())
+        contracts = folder.read_contracts()
         widths = {name: contract.dim for name, contract in contracts.items()}
         model = TowerModel(run, tokenizer.vocab_size, widths)
         model.load_state_dict(load_file(folder.weights))

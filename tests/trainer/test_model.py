@@ -61,6 +61,26 @@ def test_the_frozen_tower_gets_no_gradient_and_everything_else_does() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_samples_of_one_concept_are_no_negatives_of_each_other() -> None:
+    """Twins that show the same thing: masked, each term is what the batch without one of them gives the other samples."""
+    model = model_of(THREE).eval()
+    inputs = inputs_of(4)
+    twins = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in inputs.items()}
+    concepts = torch.tensor([7, 8, 9, 10, 7])
+    masked, _ = objective(model.run, model(twins), concepts)
+    kept, _ = objective(model.run, model(twins), None)
+    assert float(masked.detach()) < float(kept.detach())
+    f, g = (model.embed(twins, [head])[head].detach() for head in "fg")
+    scores = 14.3 * f @ g.T
+    allowed = (concepts[:, None] != concepts) | torch.eye(5, dtype=torch.bool)
+    expected = 0.0
+    for matrix in (scores, scores.T):
+        for row in range(5):
+            expected += float(matrix[row][allowed[row]].logsumexp(0) - matrix[row, row]) / 10
+    _, terms = objective(model.run, model(twins), concepts)
+    assert float(terms["image-text"].loss) == pytest.approx(expected, rel=1e-4)
+
+
 def test_terms_of_weight_zero_leave_the_baseline() -> None:
     """With the third-tower term's weight zero, f and g get exactly the gradient of the two-tower loss."""
     inputs, grads = inputs_of(6), []

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import samples_of, write_tar
+from threetowers.cache.contract import ContractError
 from threetowers.cache.tars import index_tar
 from threetowers.cache.teacher import load_teacher
 from threetowers.trainer.config import ConfigError, parse
@@ -148,6 +150,18 @@ def test_bad_input_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
     assert sum(m["skipped"] for m in metrics(tmp_path / "skipping")) >= 1
 
 
+@pytest.mark.distributed
+def test_a_full_disk_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
+    file, out = write(clip, tmp_path)
+    command = f"ulimit -f 400; exec {sys.executable} -m threetowers train {file}"  # no file above 400 KiB
+    result = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 2
+    assert f"{out}/checkpoints/step-00000006 cannot be written: " in result.stderr
+    assert "it goes on from the start" in result.stderr
+    assert not (out / "checkpoints" / "latest").exists()
+    assert not (out / "model.safetensors").exists()
+
+
 def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
     run = parse(three)
     indexes = [index_tar(tar) for tar in tars]
@@ -176,6 +190,19 @@ def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path:
     folder.check(run)
     with pytest.raises(ConfigError, match=r"holds a run with another config:\n  batch: 12 -> 15\nchoose another `out`"):
         folder.check(parse(clip | {"batch": 15}))
+
+
+def test_a_cache_of_another_backbone_is_refused(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
+    indexes = [index_tar(tar) for tar in tars]
+    assert CacheJoin(cache, indexes, "test_resnet").cache.contract.backbone == "test_resnet"
+    with pytest.raises(ContractError, match=r"backbone: expected 'resnet18', found 'test_resnet'"):
+        CacheJoin(cache, indexes, "resnet18")
+    began = CacheJoin(cache, indexes).cache.contract
+    folder = RunFolder(Path(three["out"]))
+    folder.create(parse(three), {}, {"third": began})
+    folder.check_contracts({"third": began})
+    with pytest.raises(ContractError, match=r"tower 'third' is read from another cache .*: weights_digest: expected"):
+        folder.check_contracts({"third": replace(began, weights_digest="0" * 64)})
 
 
 def test_rows_without_an_embedding(three: dict[str, Any], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from threetowers.cache.contract import ContractError
 from threetowers.cache.layout import Status
 from threetowers.cache.reader import EmbeddingCache
 from threetowers.cache.tars import TarIndex
@@ -14,9 +15,12 @@ from threetowers.cache.tars import TarIndex
 class CacheJoin:
     """The rows of one cache for a list of tars."""
 
-    def __init__(self, path: str | Path, tars: Sequence[TarIndex]) -> None:
-        """Raises ContractError if the cache is missing, half built, or was built of other tars."""
+    def __init__(self, path: str | Path, tars: Sequence[TarIndex], backbone: str | None = None) -> None:
+        """Raises ContractError if the cache is missing, half built, of other tars, or not of the `backbone` named."""
         self.cache = EmbeddingCache.open(path)
+        found = self.cache.contract.backbone
+        if backbone is not None and found != backbone:
+            raise ContractError(f"{path}: backbone: expected {backbone!r}, found {found!r}; build a cache of that one")
         self.tars = list(tars)
         self.tar_ids = [self.cache.tar_id(tar) for tar in self.tars]
 
