@@ -12,6 +12,7 @@ import numpy.typing as npt
 import xxhash
 
 from threetowers.cache.tars import expand, index_tar, read_member
+from threetowers.eval.cost import CacheFacts, caches_of
 from threetowers.eval.embed import EvaluationSet, Floats, Picture, embed_images, embed_texts, evaluation_set
 from threetowers.eval.index import VectorIndex, build_index, recall_against_exact
 from threetowers.eval.record import Question, Record, TarRef, digest, write_record
@@ -64,6 +65,7 @@ class Comparison:
     results: list[RunResult]
     galleries: list[Gallery]
     skipped: list[str]
+    caches: list[CacheFacts]
     records: Path
     report: ReportPaths
 
@@ -84,7 +86,8 @@ class Comparison:
             "Ties count against the model."
         )
         skipped = [f"{len(self.skipped)} samples left out; the first: {self.skipped[0]}"] if self.skipped else []
-        return "\n\n".join([*tables, "\n".join([hit, *counts, *skipped]), f"report: {self.report.html}"])
+        caches = [str(cache) for cache in self.caches]
+        return "\n\n".join([*tables, "\n".join([*caches, hit, *counts, *skipped]), f"report: {self.report.html}"])
 
 
 def compare(
@@ -111,13 +114,15 @@ def compare(
         max_captions=settings.max_captions,
     )
     galleries = [_gallery(data, part) for part in data.parts()]
+    models = [TrainedModel.load(path) for path in runs]
     results = [
-        _evaluate(path, TrainedModel.load(path), data, galleries, out / "records", settings, caches or {}, live_teacher)
-        for path in runs
+        _evaluate(path, model, data, galleries, out / "records", settings, caches or {}, live_teacher)
+        for path, model in zip(runs, models, strict=True)
     ]
+    facts = list({cache.path: cache for model in models for cache in caches_of(model.run)}.values())
     title = f"Retrieval on held-out data: {', '.join(names)}"
     report = render(results, out, title=title, description=_description(data, settings))
-    return Comparison(results, galleries, data.skipped, out / "records", report)
+    return Comparison(results, galleries, data.skipped, facts, out / "records", report)
 
 
 def _gallery(data: EvaluationSet, part: str) -> Gallery:
@@ -167,7 +172,7 @@ def _evaluate(
         method=" + ".join(model.run.terms) + (" on cached rows" if model.sees_cached_rows else ""),
         records=records,
         metrics_file=RunFolder(path).metrics if RunFolder(path).metrics.exists() else None,
-        stage_seconds=_stages(path, time.perf_counter() - started),
+        stage_seconds=_stages(path, model, time.perf_counter() - started),
         text_examples=texts,
         image_examples=images,
     )
@@ -282,9 +287,12 @@ def _record(question: Question, data: EvaluationSet, gallery: Gallery, search: _
     )
 
 
-def _stages(path: Path, evaluating: float) -> dict[str, float]:
+def _stages(path: Path, model: TrainedModel, evaluating: float) -> dict[str, float]:
+    """Wall seconds of each stage; building a cache counts in full for each run that reads it."""
+    building = [cache.seconds for cache in caches_of(model.run)]
     summary = json.loads(RunFolder(path).summary.read_text())
-    return {"training": float(summary["seconds"]), "evaluation": evaluating}
+    stages = {"cache": sum(building)} if building else {}
+    return stages | {"training": float(summary["seconds"]), "evaluation": evaluating}
 
 
 def _rank(scores: Floats, hits: npt.NDArray[np.bool_]) -> int | None:

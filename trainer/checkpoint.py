@@ -28,12 +28,13 @@ def save(engine: Any, folder: Path, step: int, keep: int, ranks: Ranks) -> None:
     Raises OSError when it cannot be written; the one before it stays.
     """
     tag = f"step-{step:08d}"
+    average_buffers(engine)  # DeepSpeed keeps those of the first rank
     try:
         engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise OSError(
-            f"{folder / tag} cannot be written: {error}. Make room or change `out`, then run the same command again: it "
-            f"goes on from {f'step {before}' if (before := latest(folder)) else 'the start'}"
+            f"{folder / tag} cannot be written: {error}. Make room or change `out`, then run the same command again: "
+            f"it goes on from {f'step {before}' if (before := latest(folder)) else 'the start'}"
         ) from error
     distributed.barrier()
     if ranks.first:
@@ -59,10 +60,19 @@ def resume(engine: Any, folder: Path) -> int:
     return step
 
 
+def average_buffers(engine: Any) -> None:
+    """Make buffers that each rank keeps for itself (batch norm's running moments) their mean over the ranks."""
+    for buffer in engine.module.buffers():
+        if buffer.is_floating_point() and distributed.get_world_size() > 1:
+            distributed.all_reduce(buffer)
+            buffer /= distributed.get_world_size()
+
+
 def save_weights(engine: Any, path: Path, ranks: Ranks) -> None:
     """Write the model's parameters and buffers as one safetensors file, whole also under ZeRO 3. Call on all ranks."""
     import deepspeed
 
+    average_buffers(engine)
     module = engine.module
     sharded = engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):

@@ -63,6 +63,9 @@ def test_records_and_report(clip: dict[str, Any], lit: dict[str, Any], tars: lis
                     )
     text = comparison.text()
     assert "clip" in text
+    assert "test_resnet, 45 x " in text  # what the cache cost
+    assert set(comparison.results[0].stage_seconds) == {"training", "evaluation"}
+    assert set(comparison.results[1].stage_seconds) == {"cache", "training", "evaluation"}
     assert str(comparison.report.html) in text
     assert "a red disc" in comparison.report.html.read_text() or "disc" in comparison.report.html.read_text()
 

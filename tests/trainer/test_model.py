@@ -62,7 +62,7 @@ def test_the_frozen_tower_gets_no_gradient_and_everything_else_does() -> None:
 
 
 def test_samples_of_one_concept_are_no_negatives_of_each_other() -> None:
-    """Twins that show the same thing: masked, each term is what the batch without one of them gives the other samples."""
+    """Twins that show the same thing leave each other's sums, in both directions, as a direct computation has it."""
     model = model_of(THREE).eval()
     inputs = inputs_of(4)
     twins = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in inputs.items()}
