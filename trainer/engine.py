@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ def deepspeed_config(run: Run, world: int) -> dict[str, Any]:
     return _merge(config, run.engine.deepspeed_extra)
 
 
-def start_engine(model: nn.Module, run: Run, world: int) -> Any:
-    """Return a DeepSpeed engine around the model, with weight decay on matrices only."""
+def start_engine(model: nn.Module, run: Run, config: Mapping[str, Any]) -> Any:
+    """Return a DeepSpeed engine (`config` as from `deepspeed_config`), with weight decay on matrices only."""
     import deepspeed
 
     decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -87,7 +88,7 @@ def start_engine(model: nn.Module, run: Run, world: int) -> Any:
             {"params": decay, "weight_decay": run.optim.weight_decay},
             {"params": rest, "weight_decay": 0.0},
         ],
-        config=deepspeed_config(run, world),
+        config=dict(config),
     )
     return engine
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from threetowers.cache.tars import TarIndex, expand, index_tar
+from threetowers.cache.tars import expand, index_tar
 from threetowers.trainer import checkpoint
 from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.config import CacheTower, Run
@@ -24,6 +24,7 @@ from threetowers.trainer.folder import RunFolder
 from threetowers.trainer.log import Metrics, MetricsLog, step_line
 from threetowers.trainer.objective import TermResult, objective
 from threetowers.trainer.schedule import learning_rate
+from threetowers.trainer.startup import startup_page
 from threetowers.trainer.tokenizer import Tokenizer
 from threetowers.trainer.towers.model import TowerModel
 
@@ -89,12 +90,18 @@ class Trainer:
         self.tokenizer = Tokenizer.load(run.data.tokenizer)
         self.steps = run.duration.in_steps(len(self.samples), run.batch)
         model = self._model(caches)
+        config = deepspeed_config(run, ranks.world)
         if ranks.first:
-            self._announce(model, tars)
-            self.folder.create(run, deepspeed_config(run, ranks.world), contracts)
+            for line in startup_page(run, ranks, self.samples, model, self.steps, self.steps_per_epoch):
+                logger.info(line)
+            self.folder.create(run, config, contracts)
         distributed.barrier()
-        self.engine = start_engine(model, run, ranks.world)
+        self.engine = start_engine(model, run, config)
         self.start = checkpoint.resume(self.engine, self.folder.checkpoints)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.samples) // self.run.batch)
 
     def train(self) -> Summary:
         began = time.perf_counter()
@@ -157,7 +164,7 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         metrics: Metrics = {
             "step": step + 1,
-            "epoch": (step + 1) / (len(self.samples) // self.run.batch),
+            "epoch": (step + 1) / self.steps_per_epoch,
             "examples": (step + 1) * self.run.batch,
             "loss": loss,
             "lr": rate,
@@ -180,7 +187,7 @@ class Trainer:
         summary = Summary(
             steps=self.steps,
             samples=len(self.samples),
-            epochs=self.steps * self.run.batch / len(self.samples),
+            epochs=self.steps / self.steps_per_epoch,
             seconds=seconds,
             images_per_s=total.images / total.seconds if total.seconds else 0.0,
             data_wait=total.waiting / total.seconds if total.seconds else 0.0,
@@ -213,32 +220,6 @@ class Trainer:
         if not self.ranks.first:
             return None
         return MetricsLog(self.folder.path, self.start, self.run.log.tensorboard)
-
-    def _announce(self, model: TowerModel, tars: list[TarIndex]) -> None:
-        run, world, samples = self.run, self.ranks.world, len(self.samples)
-        logger.info(f"run {run.out}")
-        logger.info(f"samples: {samples:,} usable of {self.samples.total:,} in {len(tars)} tars")
-        for reason, count in self.samples.left_out.items():
-            if count:
-                logger.info(f"left out: {count:,}, {reason}")
-        logger.info(
-            f"batch: {run.batch // world:,} on each of {world} ranks ({self.ranks.device.type}) = {run.batch:,}"
-        )
-        epochs = self.steps * run.batch / samples
-        logger.info(
-            f"steps: {self.steps:,} x {run.batch:,} = {self.steps * run.batch:,} examples = {epochs:.1f} epochs"
-        )
-        for name, tower in run.towers.items():
-            if isinstance(tower, CacheTower):
-                contract = self.samples.caches[name].cache.contract
-                rows = f"{contract.dim} features read from {tower.path}, no forward passes"
-                logger.info(f"tower {name}: {contract.backbone}, {rows}")
-            else:
-                parameters = sum(p.numel() for p in model.towers[name].parameters())
-                logger.info(f"tower {name}: {parameters:,} parameters")
-        logger.info(f"heads: {sum(p.numel() for p in model.heads.parameters()):,} parameters")
-        logger.info(f"terms: {', '.join(f'{t.weight:g} x {name} ({t.x}, {t.y})' for name, t in run.terms.items())}")
-        logger.info(f"DeepSpeed: ZeRO stage {run.engine.zero_stage}, {run.engine.precision}")
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
