@@ -7,32 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from threetowers.cache.tars import expand, index_tar, read_member
+from threetowers.cache.tars import expand, index_tar
 from threetowers.eval.cost import CacheFacts, caches_of
-from threetowers.eval.embed import EvaluationSet, Floats, Picture, embed_images, embed_texts, evaluation_set
-from threetowers.eval.index import VectorIndex, build_index, recall_against_exact
+from threetowers.eval.embed import EvaluationSet, embed_images, embed_texts, evaluation_set
+from threetowers.eval.gallery import Gallery, encoded, galleries_of
 from threetowers.eval.record import Question, Record, TarRef, digest, write_record
-from threetowers.eval.report import (
-    ImageExample,
-    ReportPaths,
-    RetrievedCaption,
-    RetrievedImage,
-    RunResult,
-    TextExample,
-    render,
-)
-from threetowers.eval.retrieval import KS, evaluate_retrieval, hit_rate
+from threetowers.eval.report import ImageExample, ReportPaths, RunResult, TextExample, render
+from threetowers.eval.search import GallerySearch
 from threetowers.eval.sources import image_source, view_of
 from threetowers.eval.tables import by_gallery, comparison_table, stage_table
 from threetowers.trainer.folder import RunFolder
 from threetowers.trainer.trained import TrainedModel
-
-Ids = npt.NDArray[np.int64]
-NEIGHBOURS = max(KS)
 
 
 @dataclass(frozen=True)
@@ -45,17 +32,6 @@ class Settings:
     index: str = "Flat"
     examples: int = 6
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """The images of one part of a set, and each distinct caption of each of its groups once."""
-
-    name: str
-    pictures: list[Picture]
-    captions: list[str]
-    image_group_N: Ids
-    text_group_M: Ids
 
 
 @dataclass(frozen=True)
@@ -113,7 +89,7 @@ def compare(
         part_field=settings.part_field,
         max_captions=settings.max_captions,
     )
-    galleries = [_gallery(data, part) for part in data.parts()]
+    galleries = galleries_of(data)
     models = [TrainedModel.load(path) for path in runs]
     results = [
         _evaluate(path, model, data, galleries, out / "records", settings, caches or {}, live_teacher)
@@ -123,20 +99,6 @@ def compare(
     title = f"Retrieval on held-out data: {', '.join(names)}"
     report = render(results, out, title=title, description=_description(data, settings))
     return Comparison(results, galleries, data.skipped, facts, out / "records", report)
-
-
-def _gallery(data: EvaluationSet, part: str) -> Gallery:
-    pictures = [picture for picture in data.pictures if picture.part == part]
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(p.group for p in pictures))}
-    # Several images of one group bring the same captions: each is searched for once.
-    pairs = list(dict.fromkeys((p.group, caption) for p in pictures for caption in p.captions))
-    return Gallery(
-        part,
-        pictures,
-        [caption for _, caption in pairs],
-        np.array([numbers[p.group] for p in pictures]),
-        np.array([numbers[group] for group, _ in pairs]),
-    )
 
 
 def _evaluate(
@@ -159,7 +121,7 @@ def _evaluate(
         began = time.perf_counter()
         image_ND = embed_images(model, gallery.pictures, source)
         text_MD = embed_texts(model, gallery.captions)
-        search = _Search(gallery, image_ND, text_MD, settings.index)
+        search = GallerySearch(gallery, image_ND, text_MD, settings.index)
         question = _question(path, model, weights, data, gallery, settings, live_teacher)
         record = _record(question, data, gallery, search, time.perf_counter() - began)
         write_record(record, records_folder)
@@ -176,72 +138,6 @@ def _evaluate(
         text_examples=texts,
         image_examples=images,
     )
-
-
-class _Search:
-    """One model's embeddings of a gallery, indexed both ways."""
-
-    def __init__(self, gallery: Gallery, image_ND: Floats, text_MD: Floats, spec: str) -> None:
-        self.gallery = gallery
-        self.image_ND, self.text_MD = image_ND, text_MD
-        self.images, self.texts = build_index(image_ND, spec), build_index(text_MD, spec)
-
-    def metrics(
-        self, image_hashes: Sequence[int], text_hashes: Sequence[str]
-    ) -> tuple[dict[str, float], dict[str, int]]:
-        """Recalls from exact ranks, and beside them what the index finds."""
-        groups = self.gallery.image_group_N, self.gallery.text_group_M
-        exact = evaluate_retrieval(
-            self.image_ND, self.text_MD, *groups, image_hashes=image_hashes, text_hashes=text_hashes
-        )
-        metrics = exact.metrics()
-        sides: list[tuple[str, VectorIndex, Floats, Ids, Ids]] = [
-            ("image_to_text", self.texts, self.image_ND, groups[0], groups[1]),
-            ("text_to_image", self.images, self.text_MD, groups[1], groups[0]),
-        ]
-        for name, index, queries, query_groups, gallery_groups in sides:
-            k = min(NEIGHBOURS, index.size)
-            found = index.search(queries, k).ids_NK
-            if not index.exact:
-                vectors = self.text_MD if index is self.texts else self.image_ND
-                metrics[f"{name}/index_finds@{k}"] = recall_against_exact(index, vectors, queries, k)
-            ks = [k_ for k_ in KS if k_ <= k]
-            for k_, value in hit_rate(found, query_groups, gallery_groups, ks).items():
-                metrics[f"{name}/recall@{k_}_index"] = value
-        return metrics, exact.counts()
-
-    def text_examples(self, data: EvaluationSet, count: int, seed: int) -> list[TextExample]:
-        """Some captions, the same for every model, with the images they retrieve."""
-        gallery, examples = self.gallery, []
-        for row in _choose(len(gallery.captions), count, seed):
-            found = self.images.search(self.text_MD[row : row + 1], min(5, self.images.size))
-            hits = gallery.image_group_N == gallery.text_group_M[row]
-            retrieved = [
-                RetrievedImage(
-                    _encoded(data, gallery.pictures[i]), float(score), bool(hits[i]), gallery.pictures[i].key
-                )
-                for i, score in zip(found.ids_NK[0], found.scores_NK[0], strict=True)
-                if i >= 0
-            ]
-            rank = _rank(self.image_ND @ self.text_MD[row], hits)
-            examples.append(TextExample(gallery.captions[row], gallery.name, retrieved, rank))
-        return examples
-
-    def image_examples(self, data: EvaluationSet, count: int, seed: int) -> list[ImageExample]:
-        """Some images, the same for every model, with the captions they retrieve."""
-        gallery, examples = self.gallery, []
-        for row in _choose(len(gallery.pictures), count, seed + 1):
-            found = self.texts.search(self.image_ND[row : row + 1], min(5, self.texts.size))
-            hits = gallery.text_group_M == gallery.image_group_N[row]
-            retrieved = [
-                RetrievedCaption(gallery.captions[i], float(score), bool(hits[i]))
-                for i, score in zip(found.ids_NK[0], found.scores_NK[0], strict=True)
-                if i >= 0
-            ]
-            picture = gallery.pictures[row]
-            rank = _rank(self.text_MD @ self.image_ND[row], hits)
-            examples.append(ImageExample(_encoded(data, picture), gallery.name, retrieved, picture.key, rank))
-        return examples
 
 
 def _question(
@@ -274,8 +170,8 @@ def _question(
     )
 
 
-def _record(question: Question, data: EvaluationSet, gallery: Gallery, search: _Search, seconds: float) -> Record:
-    image_hashes = [xxhash.xxh3_64_intdigest(_encoded(data, picture)) for picture in gallery.pictures]
+def _record(question: Question, data: EvaluationSet, gallery: Gallery, search: GallerySearch, seconds: float) -> Record:
+    image_hashes = [xxhash.xxh3_64_intdigest(encoded(data, picture)) for picture in gallery.pictures]
     metrics, counts = search.metrics(image_hashes, gallery.captions)
     return Record(
         question=question,
@@ -293,23 +189,6 @@ def _stages(path: Path, model: TrainedModel, evaluating: float) -> dict[str, flo
     summary = json.loads(RunFolder(path).summary.read_text())
     stages = {"cache": sum(building)} if building else {}
     return stages | {"training": float(summary["seconds"]), "evaluation": evaluating}
-
-
-def _rank(scores: Floats, hits: npt.NDArray[np.bool_]) -> int | None:
-    """The place of the best match, from 1; ties are lost."""
-    if not hits.any():
-        return None
-    return 1 + int((scores[~hits] >= scores[hits].max()).sum())
-
-
-def _choose(count: int, wanted: int, seed: int) -> list[int]:
-    chosen: list[int] = np.random.default_rng(seed).permutation(count)[:wanted].tolist()
-    return chosen
-
-
-def _encoded(data: EvaluationSet, picture: Picture) -> bytes:
-    tar = data.tars[picture.tar]
-    return read_member(tar, picture.ordinal, tar.samples[picture.ordinal].image)
 
 
 def _description(data: EvaluationSet, settings: Settings) -> str:
