@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ class Emulator:
         return self.loaded[key]
 
     def _built(self, launch: Launch) -> Path:
-        sources = {path.name: path.read_text() for path in (*SOURCES.glob("*.h"), SOURCES / f"{launch.kernel}.cu")}
+        sources = _with_headers(f"{launch.kernel}.cu")
         if self.mutation is not None and self.mutation.file in sources:
             sources[self.mutation.file] = _mutated(sources[self.mutation.file], self.mutation)
         macros = [f'-DKERNEL_FILE="{launch.kernel}.cu"', f"-DKERNEL_NAME={launch.kernel}"]
@@ -131,6 +132,16 @@ def compile_cpp(arguments: Sequence[str | Path], target: Path) -> None:
     if done.returncode or done.stderr:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     partial.replace(target)
+
+
+def _with_headers(name: str) -> dict[str, str]:
+    """A source file and all that it includes, by name; the engine's own header is not among them."""
+    text = (SOURCES / name).read_text()
+    found = {name: text}
+    for header in re.findall(r'#include "(\w+\.h)"', text):
+        if (SOURCES / header).exists():
+            found |= _with_headers(header)
+    return found
 
 
 def _mutated(text: str, mutation: Mutation) -> str:
