@@ -157,7 +157,7 @@ def positive_dots(x_bD: Tensor, y_bD: Tensor, dtype: torch.dtype) -> tuple[Tenso
         x_rD, y_rD = x_bD[i].to(dtype), y_bD[i].to(dtype)
         norms_b[i] = torch.linalg.vector_norm(x_rD, dim=1) * torch.linalg.vector_norm(y_rD, dim=1)
         whole = len(x_rD) // 64 * 64
-        x_n64D, y_n64D = (part[:whole].unflatten(0, (-1, 64)) for part in (x_rD, y_rD))
+        x_n64D, y_n64D = (part[:whole].reshape(-1, 64, part.shape[1]) for part in (x_rD, y_rD))
         blocks_n64 = torch.bmm(x_n64D, y_n64D.mT).diagonal(dim1=1, dim2=2)
         rest_r = (x_rD[whole:] @ y_rD[whole:].T).diagonal()
         dot_b[i] = torch.cat([blocks_n64.flatten(), rest_r])

@@ -98,7 +98,9 @@ def contrastive_loss(
 
     Args:
         x, y: local features (b, D), float32, bfloat16, float16 or float64, the same for both. Ranks may hold different
-            b, also none. A side that needs no gradient costs no gradient product.
+            b, also none. A side that needs no gradient costs no gradient product. Logits and sums are float32 or better
+            whatever the features are, also under autocast; products of float32 features are as exact as
+            torch.get_float32_matmul_precision() says.
         log_scale: shape [1]; the scale is its exponential.
         bias: shape [1], sigmoid only; 0 if not given.
         sample_ids: int64 (b,). Pairs of equal ids, other than a sample with itself, are no negatives of each other:

@@ -76,6 +76,7 @@ def _terms(
     x: Sequence[Tensor], y: Sequence[Tensor], facts_Wk: Sequence[Sequence[Facts]], ranks: Ranks, labels: Tensor,
     needs: Sequence[bool],
 ) -> list[Term]:  # fmt: skip
+    backends = {part.dtype: backend_for(part) for part in x}  # terms share one's scratch: they take turns
     terms = []
     for k in range(len(x)):
         shards = Shards([int(facts[k].batch) for facts in facts_Wk], ranks.rank)
@@ -92,7 +93,7 @@ def _terms(
                 need_scale=needs[3 * k + 2],
                 shards=shards,
                 labels_B=labels if len(labels) else None,
-                backend=backend_for(x[k]),
+                backend=backends[x[k].dtype],
             )
         )
     return terms

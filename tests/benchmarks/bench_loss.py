@@ -1,7 +1,7 @@
 """Time and memory of the contrastive loss on the CPU, as ratios to its floor and to other implementations.
 
-    python tests/benchmarks/bench_loss.py            # B = 8192, D = 512; about ten minutes on two cores
-    python tests/benchmarks/bench_loss.py --quick    # smaller, about one minute
+    python tests/benchmarks/bench_loss.py            # B = 8192, D = 512; about five minutes on two cores
+    python tests/benchmarks/bench_loss.py --quick    # smaller, one to two minutes
     python tests/benchmarks/bench_loss.py --cpu-time # one thread's processor time: steadier on a busy machine
 
 All times are forward plus backward in float32, taken in turns within one run, so that a busy machine slows all alike.
