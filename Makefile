@@ -2,11 +2,13 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/threetowers
+# Without a GPU to find, DeepSpeed would say so at length.
+export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 # Two ranks on the machine at hand, as `deepspeed` would start them on the GPUs of a node.
 LAUNCH := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators 2 --module threetowers
 DEMO := runs/emoji
 
-.PHONY: help demo demo-clean test lint types bench
+.PHONY: help demo demo-clean test test-slow lint types bench
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -34,8 +36,11 @@ demo: .venv/installed  ## cache a classifier, train CLIP, LiT and 3T on it, comp
 demo-clean:  ## forget what the demo made, so that it starts over
 	rm -rf $(DEMO)
 
-test: .venv/installed  ## all tests, the distributed ones with real processes
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+test: .venv/installed  ## the tests, the distributed ones with real processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m 'not slow'
+
+test-slow: .venv/installed  ## the long sweeps of the CUDA kernels under emulation
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
 
 lint: .venv/installed  ## style
 	$(BIN)/ruff check .

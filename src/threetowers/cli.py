@@ -133,6 +133,10 @@ def main() -> None:
     logging.getLogger("threetowers").setLevel(level)
     try:
         code = app.cli(prog="threetowers", args=arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print(f"threetowers: {rank}{type(error).__name__}: {error}", file=sys.stderr)

@@ -1,0 +1,81 @@
+"""The command line: what it offers, and that bad input is one line and an exit code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from threetowers.cli import main
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["threetowers", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return 0 if stop.value.code is None else int(str(stop.value.code))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["cache", "tokenizer", "train", "eval"]),
+        (["cache"], ["build", "info", "verify"]),
+        (["cache", "build"], ["--backbone", "--weights", "--image-size", "brace ranges"]),
+        (["tokenizer", "train"], ["--vocab-size"]),
+        (["train"], ["key.path=value", "torchrun"]),
+        (["eval", "retrieval"], ["--group-field", "--live-teacher", "FAISS"]),
+    ],
+)
+def test_help(
+    arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *arguments, "--help") == 0
+    shown = capsys.readouterr().out
+    for word in words:
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cache", "info", "nowhere"], "ContractError: nowhere: no cache here"),
+        (["cache", "build", "--tars", "no-*.tar", "--out", "x", "--backbone", "b"], "'no-*.tar' matches no file"),
+        (["tokenizer", "train", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
+        (["train", "no.yaml"], "ConfigError: no.yaml: cannot be read as YAML"),
+        (["eval", "retrieval", "no-run", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
+        (["eval", "retrieval", "r", "--tars", "t", "--out", "x", "--cache", "third"], "expected TOWER=PATH"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("threetowers: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_from_tars(
+    tars: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "t.model"
+    arguments = ["tokenizer", "train", "--tars", *map(str, tars), "--vocab-size", "48", "--out", str(out)]
+    assert run(monkeypatch, *arguments) == 0
+    assert out.exists()
+    assert "from 40 distinct of 90 captions in 2 tars" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_no_error(cache: Path) -> None:
+    command = f"{sys.executable} -m threetowers cache info {cache} | head -n 1"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+    assert "test_resnet" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr
