@@ -1,8 +1,8 @@
 // One pass over a tile of dot products that lies in memory: softmax statistics, gradient tiles, sigmoid sums.
 //
 // Plain C interface, no torch. Tiles are row-major float32 without gaps. Rows are cut into bands of a fixed height, bands
-// are shared out among threads, and what bands leave for a column is merged in the order of the bands: the result has the
-// same bits whatever the number of threads. The instruction set is chosen when the program runs.
+// are shared out among threads, and what bands leave for a column is merged by one thread in the order of the bands: the
+// result has the same bits whatever the number of threads. The instruction set is chosen when the program runs.
 
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -37,11 +37,11 @@ struct Tile {
 
 struct Sweeps {
   void (*stats)(const Tile&, std::int64_t, std::int64_t, float*, float*, float*, float*);
-  void (*merge_columns)(std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*, float*, float*);
+  void (*merge_columns)(std::int64_t, std::int64_t, std::int64_t, const float*, float*, float*);
   void (*softmax_grad)(const Tile&, std::int64_t, std::int64_t, const float*, const float*, const float*, const float*,
                        float*);
   void (*sigmoid)(const Tile&, std::int64_t, std::int64_t, float*, float*, float*, float*, const float*, float*);
-  void (*merge_maxima)(std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*, float*);
+  void (*merge_maxima)(std::int64_t, std::int64_t, std::int64_t, const float*, float*);
 };
 
 namespace baseline {
@@ -151,14 +151,6 @@ void over_bands(const Tile& tile, int threads, const Work& work) {
   });
 }
 
-template <class Work>
-void over_columns(std::int64_t cols, int threads, const Work& work) {
-  parallel((cols + BLOCK - 1) / BLOCK, threads, [&](std::int64_t block) {
-    const std::int64_t first = block * BLOCK;
-    work(first, first + BLOCK < cols ? first + BLOCK : cols);
-  });
-}
-
 }  // namespace
 
 extern "C" {
@@ -194,9 +186,7 @@ void threetowers_sweep_stats(int isa, int threads, float* dots, std::int64_t row
     float* own = scratch + 2 * band * stride;
     sweep.stats(tile, first, last, row_max, row_sum, own, own + stride);
   });
-  over_columns(cols, threads, [&](std::int64_t first, std::int64_t last) {
-    sweep.merge_columns(first, last, bands(rows), stride, scratch, col_max, col_sum);
-  });
+  sweep.merge_columns(cols, bands(rows), stride, scratch, col_max, col_sum);
 }
 
 // grad may be dots.
@@ -223,10 +213,7 @@ void threetowers_sweep_sigmoid(int isa, int threads, float* dots, std::int64_t r
   over_bands(tile, threads, [&](std::int64_t band, std::int64_t first, std::int64_t last) {
     sweep.sigmoid(tile, first, last, loss, prob, row_max, scratch + band * stride, weights, grad);
   });
-  if (!loss) return;
-  over_columns(cols, threads, [&](std::int64_t first, std::int64_t last) {
-    sweep.merge_maxima(first, last, bands(rows), stride, scratch, col_max);
-  });
+  if (loss) sweep.merge_maxima(cols, bands(rows), stride, scratch, col_max);
 }
 
 }  // extern "C"

@@ -141,10 +141,10 @@ static void stats_band(const Tile& tile, std::int64_t first, std::int64_t last, 
 }
 
 // Merge the bands' column statistics, in the order of the bands.
-static void merge_columns(std::int64_t first, std::int64_t last, std::int64_t bands, std::int64_t stride,
-                          const float* partial, float* col_max, float* col_sum) {
-  for (std::int64_t j = first; j < last; j += LANES) {
-    const std::int64_t n = last - j;
+static void merge_columns(std::int64_t cols, std::int64_t bands, std::int64_t stride, const float* partial,
+                          float* col_max, float* col_sum) {
+  for (std::int64_t j = 0; j < cols; j += LANES) {
+    const std::int64_t n = cols - j;
     vf top = load_some(col_max + j, n, -INFINITY);
     const vf old = top;
     for (std::int64_t band = 0; band < bands; ++band) top = larger(top, load(partial + 2 * band * stride + j));
@@ -200,12 +200,12 @@ static void sigmoid_band(const Tile& tile, std::int64_t first, std::int64_t last
   }
 }
 
-static void merge_maxima(std::int64_t first, std::int64_t last, std::int64_t bands, std::int64_t stride,
-                         const float* partial, float* col_max) {
-  for (std::int64_t j = first; j < last; j += LANES) {
-    vf top = load_some(col_max + j, last - j, -INFINITY);
+static void merge_maxima(std::int64_t cols, std::int64_t bands, std::int64_t stride, const float* partial,
+                         float* col_max) {
+  for (std::int64_t j = 0; j < cols; j += LANES) {
+    vf top = load_some(col_max + j, cols - j, -INFINITY);
     for (std::int64_t band = 0; band < bands; ++band) top = larger(top, load(partial + band * stride + j));
-    store_some(col_max + j, top, last - j);
+    store_some(col_max + j, top, cols - j);
   }
 }
 
