@@ -14,7 +14,7 @@ NO_POSITIVE = -1  # the rank of a query that nothing in the gallery matches
 
 # Equal cosines come out of a float32 product some 5e-7 apart, depending on where in the matrix they stand, so closer
 # scores than this count as tied. At COCO's size that takes in the real gaps of 0.4 % of queries, most of them far down:
-# no recall moves by more than one query (tests/benchmarks/retrieval.py).
+# no recall moves by more than one query (tests/benchmarks/bench_retrieval.py).
 TIE = 1e-6
 UNIT_NORM_TOLERANCE = 1e-2  # embeddings normalised in bfloat16 are this far off at most
 

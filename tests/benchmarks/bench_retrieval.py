@@ -1,6 +1,6 @@
 """Retrieval at COCO's size: our ranks against the top-k one-hot of CLIP benchmarks, in time and peak memory.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/retrieval.py
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_retrieval.py
 
 Each runs in a process of its own, over the same random embeddings: 5,000 images, 25,010 captions, both directions.
 """
