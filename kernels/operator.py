@@ -9,13 +9,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from threetowers.kernels.backends import backend_for
 from threetowers.kernels.checks import Facts, joint_fault, read_facts, settle
+from threetowers.kernels.chunked import KeptTiles
 from threetowers.kernels.distributed import Columns, GatheredColumns, Ranks, Shards
 from threetowers.kernels.ring import RingColumns
 from threetowers.kernels.sigmoid import SigmoidState, sigmoid_backward, sigmoid_forward
 from threetowers.kernels.softmax import SoftmaxState, softmax_backward, softmax_forward
 from threetowers.kernels.term import Term
-from threetowers.kernels.tiles import backend_for
 
 PER_PAIR = len(SoftmaxState._fields)  # as many as SigmoidState has: outputs of one pair term
 COMMON = 3  # after them: the gathered columns (bytes), the labels (int32), the facts (float64, on the CPU)
@@ -131,13 +132,21 @@ def contrastive_backward(
         ]
 
 
+def _size_when_run() -> Any:
+    """A size that nobody knows before the operator runs: how many rows other ranks hold, how many tiles are kept."""
+    try:
+        return torch.library.get_ctx().new_dynamic_size()
+    except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
+        raise RuntimeError(
+            "contrastive_loss over several ranks, or with workspace_bytes and a symbolic batch, has outputs whose size "
+            "is known only when it runs, which this fake mode cannot express; trace it with torch.compile, or give "
+            "FakeTensorMode a ShapeEnv with allow_dynamic_output_shape_ops"
+        ) from error
+
+
 @contrastive_forward.register_fake
 def _(x, y, log_scale, bias, sample_ids, family, reduction, group, workspace_bytes, ring, needs):  # type: ignore[no-untyped-def]
-    alone = group == "" or Ranks(group).size == 1
-
-    def unknown() -> Any:  # how many rows other ranks hold, or how many tiles fit, is known only when running
-        return torch.library.get_ctx().new_dynamic_size()
-
+    alone, budget = group == "" or Ranks(group).size == 1, workspace_bytes
     outputs = []
     for k, x_bD in enumerate(x):
         batch, dtype = x_bD.shape[0], torch.promote_types(x_bD.dtype, torch.float32)
@@ -147,20 +156,27 @@ def _(x, y, log_scale, bias, sample_ids, family, reduction, group, workspace_byt
 
         outputs += [vector(batch) if reduction == "none" else vector(), vector(2)]
         if family == "softmax":
-            total = batch if alone else unknown()
+            total = batch if alone else _size_when_run()
             outputs += [vector(batch), vector(batch), vector(total), vector(total), vector(batch)]
-            outputs.append(vector(unknown() if workspace_bytes and any(needs[3 * k : 3 * k + 3]) else 0))
+            kept: Any = 0
+            if budget and any(needs[3 * k : 3 * k + 3]):
+                if alone and isinstance(batch, int):  # not where torch.compile keeps the batch open
+                    kept = KeptTiles.room(backend_for(x_bD), batch, [batch], budget)
+                    budget -= kept * dtype.itemsize
+                else:
+                    kept = _size_when_run()
+            outputs.append(vector(kept))
             continue
         for want, side in zip(needs[3 * k : 3 * k + 2], (x_bD, y[k]), strict=True):
             outputs.append(torch.empty_like(side) if want and reduction != "none" else x_bD.new_empty(0))
         scale_wanted = needs[3 * k + 2] and reduction != "none"
         outputs.append(vector(dtype=torch.float64) if scale_wanted else x_bD.new_empty(0))
         outputs += [vector(dtype=torch.float64), vector(batch), vector(batch)]
-    packed = x[0].new_empty(0 if alone or ring else (Ranks(group).size, unknown()), dtype=torch.uint8)
+    packed = x[0].new_empty(0 if alone or ring else (Ranks(group).size, _size_when_run()), dtype=torch.uint8)
     if sample_ids is None:
         labels = torch.empty(0, dtype=torch.int32)
     else:
-        labels = sample_ids.new_empty(sample_ids.shape if alone else unknown(), dtype=torch.int32)
+        labels = sample_ids.new_empty(sample_ids.shape if alone else _size_when_run(), dtype=torch.int32)
     rows = len(x) * (1 if alone else Ranks(group).size)
     return [*outputs, packed, labels, torch.empty(rows, 3, dtype=torch.float64)]
 

@@ -12,12 +12,11 @@ same bits for the same sequence of calls, and must round ``t - shift`` in `softm
 fused, or both from a rounded t): else probabilities would not sum to 1 where logits are large. Gradient tiles may live
 in the back end's scratch: they are consumed before the next tile is asked for.
 
-A new back end implements `TileBackend` and is chosen in `backend_for`, nowhere else.
+A new back end implements `TileBackend` and is chosen in `backends.backend_for`, nowhere else.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,7 +66,9 @@ class Running:
 class Weights:
     """Softmax along one side: the probability of an entry, times its loss weight, is ``factor * 2^(t - shift)``.
 
-    ``shift`` is at least every t of its row (column), so nothing overflows.
+    ``shift`` is at least every t of its row (column), so nothing overflows. Factors are such that a row's and a
+    column's share of a gradient entry add up to at most 1 in magnitude: back ends that store gradient tiles as 16-bit
+    numbers rely on it (the fp16 CUDA kernels store 2^14 times the gradient).
     """
 
     shift_n: Tensor
@@ -118,7 +119,8 @@ class TileBackend(Protocol):
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
     ) -> Tensor | None:
-        """Merge into sums where given; where weights_r is given return ``weights_i σ(z_ij)``, excluded entries 0."""
+        """Merge into sums where given; where weights_r (at most 1 in magnitude) is given return ``weights_i σ(z_ij)``,
+        excluded entries 0."""
         ...
 
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
@@ -128,23 +130,6 @@ class TileBackend(Protocol):
     def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
         """``dy += grad.T @ x``, accumulated in ``dtype``."""
         ...
-
-
-def backend_for(x_bD: Tensor) -> TileBackend:
-    """The fastest back end that serves this tensor's device and dtype. The one point of dispatch."""
-    if x_bD.device.type == "cuda" and importlib.util.find_spec("threetowers.kernels.cuda") is not None:
-        from threetowers.kernels.cuda import cuda_backend  # optional packages: only where there is a GPU
-
-        backend: TileBackend | None = cuda_backend(x_bD)  # None: no kernel serves this dtype or architecture
-        if backend is not None:
-            return backend
-    if x_bD.device.type == "cpu" and x_bD.dtype != torch.float64:
-        from threetowers.kernels.cpu import CpuTiles, sweep_library  # here: it builds on this module
-
-        library = sweep_library()
-        if library is not None:
-            return CpuTiles(library)
-    return TorchTiles(torch.float64 if x_bD.dtype == torch.float64 else torch.float32)
 
 
 class LibraryTiles:

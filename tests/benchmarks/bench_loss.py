@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from threetowers.kernels import contrastive_loss, dense_contrastive_loss
-from threetowers.kernels.tiles import backend_for
+from threetowers.kernels.backends import backend_for
 
 Step = Callable[[], object]
 Clock = Callable[[], float]

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 from tiles_under_test import Case, answers, check
 
 from threetowers.kernels import contrastive_loss, dense_contrastive_loss
-from threetowers.kernels.tiles import TorchTiles, backend_for
+from threetowers.kernels.backends import backend_for
+from threetowers.kernels.tiles import TorchTiles
 
 ELEMENTS = [torch.bfloat16, torch.float16, torch.float32]
 CASES = [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from threetowers.kernels import Pair, contrastive_loss, contrastive_losses, dense_contrastive_loss, operator
 from threetowers.kernels.tiles import TorchTiles
@@ -68,6 +70,46 @@ def test_fake_tensors_of_any_size(family: str) -> None:
         assert loss_of(*leaves, reduction="none").shape == (3_000_001,)
         grads = torch.autograd.grad(loss, leaves)
         assert [(g.shape, g.dtype) for g in grads] == [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+@pytest.mark.parametrize("workspace", [5_000_000, 100_000_000])
+def test_fake_tensors_know_how_many_tiles_are_kept(workspace: int) -> None:
+    """As many elements as the operator allocates, whether the room ends within a term or holds all tiles."""
+
+    def kept(fake: bool) -> list[torch.Size]:
+        with FakeTensorMode() if fake else contextlib.nullcontext():
+            x_BD, y_BD, z_BD = (torch.ones(1500, 4) for _ in range(3))
+            sides, scales = ([x_BD, y_BD], [y_BD, z_BD]), [torch.zeros(1), torch.zeros(1)]
+            needs = [True, False, False, False, False, True]
+            flat = operator.contrastive_forward(
+                *sides, scales, [], None, "softmax", "mean", "", workspace, False, needs
+            )
+            return [part.shape for part in flat]
+
+    assert kept(fake=True) == kept(fake=False)
+
+
+def test_compiles_with_kept_tiles_and_an_open_batch() -> None:
+    def step(*leaves: Tensor) -> Tensor:
+        return loss_of(*leaves, workspace_bytes=1_000_000)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for total in (40, 52):
+        eager, leaves = (batch(total) + scalars("softmax") for _ in range(2))
+        step(*eager).backward()
+        compiled(*leaves).backward()
+        for a, b in zip(eager, leaves, strict=True):
+            assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
+def test_fake_mode_refuses_sizes_it_cannot_express() -> None:
+    symbols = ShapeEnv(allow_dynamic_output_shape_ops=False)
+    x_BD = batch(40)[0].detach()
+    with FakeTensorMode(shape_env=symbols) as fake:
+        dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+        x_BD = fake.from_tensor(x_BD, symbolic_context=dynamic).requires_grad_()
+        with pytest.raises(RuntimeError, match="known only when it runs, which this fake mode cannot express"):
+            contrastive_loss(x_BD, 2 * x_BD, torch.zeros(1), workspace_bytes=10**6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

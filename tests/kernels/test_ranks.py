@@ -19,7 +19,8 @@ from threetowers.kernels import (
     dense_contrastive_loss,
     operator,
 )
-from threetowers.kernels.tiles import TileBackend, backend_for
+from threetowers.kernels.backends import backend_for
+from threetowers.kernels.tiles import TileBackend
 
 SHARDS = {1: [9], 2: [70, 33], 3: [40, 0, 90], 4: [60, 13, 1, 5]}  # uneven, one of them empty
 WIDTH = 12
