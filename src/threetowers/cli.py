@@ -7,6 +7,7 @@ so that `threetowers --help` is quick.
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -131,6 +132,8 @@ def main() -> None:
     level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("threetowers").setLevel(level)
+    # DeepSpeed calls it under its old name, on every rank.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
     try:
         code = app.cli(prog="threetowers", args=arguments)
         sys.stdout.flush()
