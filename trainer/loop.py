@@ -183,6 +183,8 @@ class Trainer:
         checkpoint.save(self.engine, self.folder.checkpoints, step, self.run.checkpoint.keep, self.ranks)
 
     def _finish(self, total: Window, seconds: float) -> Summary:
+        if self.start == self.steps and self.folder.summary.exists():  # nothing was left to do
+            return Summary(**json.loads(self.folder.summary.read_text()))
         checkpoint.save_weights(self.engine, self.folder.weights, self.ranks)
         summary = Summary(
             steps=self.steps,
@@ -193,8 +195,7 @@ class Trainer:
             data_wait=total.waiting / total.seconds if total.seconds else 0.0,
             skipped=total.skipped,
         )
-        resumed_finished = self.start == self.steps and self.folder.summary.exists()
-        if self.ranks.first and not resumed_finished:
+        if self.ranks.first:
             replace_text(self.folder.summary, json.dumps(asdict(summary), indent=2))
         return summary
 

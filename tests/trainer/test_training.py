@@ -113,6 +113,7 @@ def test_a_killed_run_resumes_exactly(three: dict[str, Any], tmp_path: Path) -> 
     for name, tensor in load_file(alone[1] / "model.safetensors").items():
         assert load_file(killed[1] / "model.safetensors")[name].equal(tensor), name
     assert len(list((killed[1] / "checkpoints").glob("step-*"))) == 2
+    assert launch([*command, killed[0]]).stdout == resumed.stdout  # finished: nothing is done again
 
 
 def metrics_so_far(out: Path) -> list[str]:
