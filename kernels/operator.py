@@ -14,7 +14,7 @@ from threetowers.kernels.checks import Facts, joint_fault, read_facts, settle
 from threetowers.kernels.chunked import KeptTiles
 from threetowers.kernels.distributed import Columns, GatheredColumns, Ranks, Shards
 from threetowers.kernels.ring import RingColumns
-from threetowers.kernels.sigmoid import SigmoidState, sigmoid_backward, sigmoid_forward
+from threetowers.kernels.sigmoid import SigmoidState, sigmoid_backward, sigmoid_backward_in_place, sigmoid_forward
 from threetowers.kernels.softmax import SoftmaxState, softmax_backward, softmax_forward
 from threetowers.kernels.term import Term
 
@@ -211,10 +211,14 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     arrived = [grads[PER_PAIR * i] for i in range(k)]
     needs = [need and arrived[i // 3] is not None for i, need in enumerate(ctx.needs)]  # a loss may go unused
     losses = [outputs[PER_PAIR * i] for i in range(k)]
-    flat = torch.ops.threetowers.contrastive_backward(
-        [torch.zeros_like(loss) if grad is None else grad for grad, loss in zip(arrived, losses, strict=True)],
-        list(x), list(y), list(outputs), ctx.family, ctx.reduction, ctx.group, ctx.ring, needs,
-    )  # fmt: skip
+    incoming = [torch.zeros_like(loss) if grad is None else grad for grad, loss in zip(arrived, losses, strict=True)]
+    if ctx.family == "sigmoid" and ctx.reduction != "none" and _only_reader_of(losses):
+        states = [SigmoidState(*outputs[PER_PAIR * i : PER_PAIR * (i + 1)]) for i in range(k)]
+        flat = sigmoid_backward_in_place(states, incoming)
+    else:
+        flat = torch.ops.threetowers.contrastive_backward(
+            incoming, list(x), list(y), list(outputs), ctx.family, ctx.reduction, ctx.group, ctx.ring, needs
+        )
     dx, dy = ([flat[4 * i + side] if needs[3 * i + side] else None for i in range(k)] for side in (0, 1))
     d_scale = [
         flat[4 * i + 2].to(part.dtype).view(part.shape) if needs[3 * i + 2] else None
@@ -222,6 +226,13 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     ]
     d_bias = [flat[4 * i + 3].to(part.dtype).view(part.shape) for i, part in enumerate(bias)]
     return dx, dy, d_scale, d_bias, None, None, None, None, None, None, None
+
+
+def _only_reader_of(saved: Sequence[Tensor]) -> bool:
+    """Whether nobody reads what forward saved after this backward pass: no retain_graph, and not a trace of one."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    alone = kept is not None and not kept() and not torch.is_grad_enabled()
+    return alone and all(type(part) is Tensor for part in saved)
 
 
 def _no_second_backward(ctx: Any, grads: list[Tensor]) -> NoReturn:

@@ -108,6 +108,15 @@ def sigmoid_backward(
     return results
 
 
+def sigmoid_backward_in_place(states: Sequence[SigmoidState], grads: Sequence[Tensor]) -> list[Tensor]:
+    """dx, dy, d log_scale and d bias of each term in turn, in the memory in which forward left them.
+
+    For "mean" and "sum" where nobody reads the states again: gradients then are never there twice.
+    """
+    parts = [(state.dx_bD, state.dy_bD, state.d_scale, state.d_bias) for state in states]
+    return [part.mul_(grad) for term, grad in zip(parts, grads, strict=True) for part in term]
+
+
 def _empty_sums(term: Term) -> SigmoidSums:
     batch, total = term.batch, term.shards.total
     return SigmoidSums(

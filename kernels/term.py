@@ -78,10 +78,15 @@ class Term:
         pull_b: minus the derivative by the positive's logit. gain: 0-d factor on everything.
         """
         factor, d_scale = gain * self.scale, self.x_bD.new_empty(0)
-        for grad_bD, own_bD, other_bD in ((dy_bD, self.y_bD, self.x_bD), (dx_bD, self.x_bD, self.y_bD)):
-            if grad_bD is not None:
-                finish_gradient(grad_bD, other_bD, pull_b, factor)
-                d_scale = inner_product(own_bD, grad_bD) if self.need_scale else d_scale
+        if dy_bD is not None:
+            finish_gradient(dy_bD, self.x_bD, pull_b, factor)
+        if dx_bD is not None:
+            finish_gradient(dx_bD, self.y_bD, pull_b, factor)
+        if self.need_scale:  # from either side
+            own_bD, grad_bD = (self.y_bD, dy_bD) if dx_bD is None else (self.x_bD, dx_bD)
+            d_scale = (
+                self.x_bD.new_zeros((), dtype=torch.float64) if grad_bD is None else inner_product(own_bD, grad_bD)
+            )
         dx = dx_bD.to(self.x_bD.dtype) if self.need_x and dx_bD is not None else self.x_bD.new_empty(0)
         dy = self.y_bD.new_empty(0) if dy_bD is None else dy_bD.to(self.y_bD.dtype)
         return dx, dy, d_scale
