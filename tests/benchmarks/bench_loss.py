@@ -1,18 +1,23 @@
 """Time and memory of the contrastive loss on the CPU, as ratios to its floor and to other implementations.
 
     python tests/benchmarks/bench_loss.py            # B = 8192, D = 512; about five minutes on two cores
-    python tests/benchmarks/bench_loss.py --quick    # smaller, one to two minutes
+    python tests/benchmarks/bench_loss.py --quick    # smaller, under a minute
+    python tests/benchmarks/bench_loss.py --curves --plot curves.svg   # B from 1k to 32k; about ten minutes
     python tests/benchmarks/bench_loss.py --cpu-time # one thread's processor time: steadier on a busy machine
 
 All times are forward plus backward in float32, taken in turns within one run, so that a busy machine slows all alike.
 Ratios are printed of the best times, and as the median over rounds of the ratio within a round: where these differ
 much, the machine was too busy to tell. The floor is the library's own time for the products that cannot be avoided, on
-whole matrices in memory that is already there: 4 units with logits computed twice, 3 with logits kept.
+whole matrices in memory that is already there: 4 units with logits computed twice, 3 with logits kept. Curves take one
+process an implementation and width; a point that would not fit in memory or take longer than --limit is skipped, and
+said to be.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import json
 import os
 import statistics
 import subprocess
@@ -20,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,21 +169,29 @@ def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clo
 
 def process_bytes(field: str) -> int:
     """VmRSS (in memory now) or VmHWM (the most there was since the last reset) of this process."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+    return proc_field("/proc/self/status", field)
+
+
+def proc_field(path: str, field: str) -> int:
+    """A field in kB of a file under /proc, in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in Path(path).read_text().splitlines() if line.startswith(field))
+
+
+def extra_bytes(step: Step, gradient_bytes: int) -> int:
+    """Peak of one step over what was held before it and the gradients it returns. Linux with glibc only."""
+    ctypes.CDLL(None).malloc_trim(0)  # else memory freed earlier would be used again and not count
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = process_bytes("VmRSS")
+    step()
+    return process_bytes("VmHWM") - before - gradient_bytes
 
 
 def measure_memory(total: int, width: int, family: str) -> None:
-    """Peak of one step over what was held before it and the gradients it returns. Linux only."""
-    small = features(256, width)
-    options = {"family": family} | ({"bias": torch.tensor([-10.0])} if family == "sigmoid" else {})
-    training_step(*small, contrastive_loss, **options)()  # libraries allocate their own buffers at first use
+    """Print the extra memory of one step, in a process of its own."""
+    options: dict[str, Any] = {"family": family} | ({"bias": torch.tensor([-10.0])} if family == "sigmoid" else {})
+    training_step(*features(256, width), contrastive_loss, **options)()  # libraries make their own buffers at first use
     x_BD, y_BD = features(total, width)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = process_bytes("VmRSS")
-    training_step(x_BD, y_BD, contrastive_loss, **options)()
-    gradients = 2 * x_BD.numel() * x_BD.element_size()
-    extra = (process_bytes("VmHWM") - before - gradients) / 2**20
+    extra = extra_bytes(training_step(x_BD, y_BD, contrastive_loss, **options), 2 * x_BD.nbytes) / 2**20
     print(f"  {family:8s} B = {total}, D = {width}: {extra:.0f} MiB beyond inputs and gradients")
 
 
@@ -206,28 +220,159 @@ def bench_error() -> None:
         print(f"  scale {scale:6.1f}: {errors[0]:.1e}, {errors[1]:.1e}")
 
 
+CURVES: dict[str, Callable[[], Callable[..., Tensor] | None]] = {
+    "this loss": lambda: contrastive_loss,
+    "open_clip ClipLoss": open_clip_softmax,
+    "2 x torch linear_cross_entropy": linear_cross_entropy,
+    "dense cross entropy": lambda: dense,
+}
+
+
+def measure_curve(name: str, width: int, totals: list[int], limit: float) -> None:
+    """One implementation's points, a JSON line each: seconds and extra bytes, or why it was skipped."""
+    loss = CURVES[name]()
+    seconds = extra = 0.0
+    before = 256
+    if loss is not None:
+        training_step(*features(before, width), loss)()
+    for total in totals:
+        growth = (total / before) ** 2
+        available = proc_field("/proc/meminfo", "MemAvailable") * 0.8
+        point: dict[str, object] = {"batch": total}
+        if loss is None:
+            point["skipped"] = "not installed"
+        elif seconds * growth > limit:
+            point["skipped"] = f"would take about {seconds * growth:.0f} s, over --limit {limit:.0f} s"
+        elif extra * growth > available and extra > 2**28:  # grows with the square of B where it is that large
+            point["skipped"] = f"would need about {extra * growth / GIB:.0f} GiB, of {available / GIB:.0f} GiB to spare"
+        else:
+            x_BD, y_BD = features(total, width)
+            step = training_step(x_BD, y_BD, loss)
+            start = time.perf_counter()
+            extra = extra_bytes(step, 2 * x_BD.nbytes)
+            rounds = [time.perf_counter() - start]
+            rounds += take_turns({"": step}, 3, time.perf_counter)[""] if rounds[0] < 3 else []
+            seconds, before = min(rounds), total
+            point |= {"seconds": seconds, "extra_bytes": extra}
+        print(json.dumps(point), flush=True)
+
+
+def bench_curves(widths: list[int], totals: list[int], threads: int, limit: float, plot: Path | None) -> None:
+    """Time and memory of every implementation against the batch."""
+    points: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for width in widths:
+        print(f"\nForward and backward against B, D = {width}: seconds, MiB beyond inputs and gradients")
+        for name in CURVES:
+            command = [sys.executable, __file__, "--curve", name, "--width", str(width), "--threads", str(threads)]
+            command += ["--limit", str(limit), "--batches", *map(str, totals)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows = [json.loads(line) for line in output.splitlines()]
+            print(f"  {name}")
+            for row in rows:
+                told = row.get("skipped") or f"{row['seconds']:9.3f} s {row['extra_bytes'] / 2**20:9.0f} MiB"
+                print(f"    B = {row['batch']:6d}  {told}", flush=True)
+            points[width, name] = [row for row in rows if "seconds" in row]
+    if plot is not None:
+        draw_curves(points, widths, plot)
+        print(f"  drawn in {plot}")
+
+
+def draw_curves(points: dict[tuple[int, str], list[dict[str, float]]], widths: list[int], path: Path) -> None:
+    """Both axes logarithmic, one column of plots a width; PNG or SVG by the path's ending."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, len(widths), figsize=(5 * len(widths), 7), squeeze=False, sharex=True)
+    for (width, name), rows in points.items():
+        column = widths.index(width)
+        batches = [row["batch"] for row in rows]
+        axes[0][column].plot(batches, [row["seconds"] for row in rows], marker="o", label=name)
+        axes[1][column].plot(batches, [max(row["extra_bytes"] / 2**20, 1) for row in rows], marker="o", label=name)
+    for column, width in enumerate(widths):
+        axes[0][column].set_title(f"D = {width}, float32, forward + backward")
+        axes[1][column].set_xlabel("batch")
+        for axis, label in ((axes[0][column], "seconds"), (axes[1][column], "MiB beyond inputs and gradients")):
+            axis.set(xscale="log", yscale="log", ylabel=label)
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
+            axis.set_xticks([row["batch"] for rows in points.values() for row in rows], minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def bench_share(totals: list[int], rounds: int) -> None:
+    """The loss's part of a real training step: a small timm tower at 64 pixels and a text transformer, AdamW."""
+    from threetowers.trainer.config import ImageTower, TextTower
+    from threetowers.trainer.towers.image import TimmTower
+    from threetowers.trainer.towers.text import TextTransformer
+
+    torch.manual_seed(0)
+    image = TimmTower(ImageTower(kind="timm", model="resnet10t"), 64)
+    text = TextTransformer(TextTower(kind="text", width=192, depth=3, heads=4, pool="mean"), 1000, 16)
+    heads = [torch.nn.Linear(tower.width, 256, bias=False) for tower in (image, text)]
+    log_scale = torch.nn.Parameter(torch.tensor([14.3]).log())
+    parameters = [part for module in (image, text, *heads) for part in module.parameters()]
+    optimizer = torch.optim.AdamW([*parameters, log_scale])
+    print("\nShare of a training step, resnet10t at 64 pixels and a text transformer of width 192, depth 3; D = 256")
+    for total in totals:
+        pixels_B3hw = torch.randint(0, 256, (total, 3, 64, 64), dtype=torch.uint8)
+        tokens_BL = torch.randint(3, 1000, (total, 16))
+        shares = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            sides = [normalize(heads[0](image(pixels_B3hw))), normalize(heads[1](text(tokens_BL)))]
+            leaves = [side.detach().requires_grad_() for side in sides]
+            before = time.perf_counter()
+            contrastive_loss(leaves[0], leaves[1], log_scale).backward()
+            loss_seconds = time.perf_counter() - before
+            torch.autograd.backward(sides, [leaf.grad for leaf in leaves])  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            shares.append((loss_seconds, time.perf_counter() - start))
+        loss_seconds, seconds = min(shares[1:] or shares, key=lambda pair: pair[1])  # the first one warms up
+        part = f"{loss_seconds / seconds:.2%}"
+        print(f"  B = {total}: loss {loss_seconds:.3f} s of {seconds:.3f} s, {part}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--batch", type=int, help="B; default 8192, with --quick 4096")
+    parser.add_argument("--batch", type=int, help="B; default 8192, with --quick 2048")
     parser.add_argument("--width", type=int, default=512, help="D")
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 3")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="one thread, its processor time instead of the clock's")
+    parser.add_argument("--curves", action="store_true", help="only time and memory against B, for D = 512 and 768")
+    parser.add_argument("--plot", type=Path, help="with --curves: draw them in this PNG or SVG file")
+    parser.add_argument("--batches", type=int, nargs="+", default=[2**k for k in range(10, 16)], help="of --curves")
+    parser.add_argument("--limit", type=float, default=90, help="seconds that a point of --curves may take")
     parser.add_argument("--memory", choices=["softmax", "sigmoid"], help=argparse.SUPPRESS)
+    parser.add_argument("--curve", choices=list(CURVES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.threads = 1 if args.cpu_time else args.threads
     torch.set_num_threads(args.threads)
-    batch = args.batch or (4096 if args.quick else 8192)
+    batch = args.batch or (2048 if args.quick else 8192)
     if args.memory:
         measure_memory(batch, args.width, args.memory)
         return
+    if args.curve:
+        measure_curve(args.curve, args.width, args.batches, args.limit)
+        return
     backend = type(backend_for(torch.empty(1, 1))).__name__
     print(f"torch {torch.__version__}, {args.threads} threads, back end {backend}, load {os.getloadavg()[0]:.1f}")
+    if args.curves or args.plot:
+        totals = [total for total in args.batches if total <= 2048] if args.quick else args.batches
+        bench_curves([512] if args.quick else [512, 768], totals, args.threads, args.limit, args.plot)
+        return
     bench_error()
     clock, rounds = time.thread_time if args.cpu_time else time.perf_counter, args.rounds or (3 if args.quick else 5)
-    bench_time(batch, args.width, min(batch, 2048) if args.quick else batch, rounds, clock)
-    bench_memory(32768, 64 if args.quick else args.width, args.threads)
+    bench_time(batch, args.width, batch, rounds, clock)
+    bench_memory(16384 if args.quick else 32768, 64 if args.quick else args.width, args.threads)
+    bench_share([256] if args.quick else [256, 2048], 2 if args.quick else 3)
 
 
 if __name__ == "__main__":
