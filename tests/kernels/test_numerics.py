@@ -71,8 +71,8 @@ def test_any_batch_and_width(small_tiles: str, family: str, total: int) -> None:
 def test_hard_regimes(small_tiles: str, family: str, scale: float, kind: str) -> None:
     """Within 1e-5 of float64, or no further off than float32 with all logits in memory is; always finite.
 
-    A logit near 1000 is itself rounded by up to half of 2^-14, which is then the relative error of a single confident
-    pair's loss, whichever way it is computed.
+    A logit near 1000 is itself rounded by up to 2^-14, and the difference of two of them, whose exponential a confident
+    pair's loss is, by twice that, whichever way it is computed.
     """
     x_BD, y_BD = batch(100, 48)
     if kind == "unnormalised":
@@ -89,7 +89,7 @@ def test_hard_regimes(small_tiles: str, family: str, scale: float, kind: str) ->
     truth = gradients(dense_contrastive_loss, *double(x_BD, y_BD), scale, family, bias)
     assert all(part.isfinite().all() for part in found)
     for name, a, b, c in zip(("loss", "dx", "dy", "scale", "bias"), found, dense, truth, strict=False):
-        rounding = 2.0**-14 if kind in ("raised", "lowered") else 1e-5
+        rounding = 2.0**-13 if kind in ("raised", "lowered") else 1e-5
         allowed = max(rounding * c.norm(), 3 * (b - c).norm(), 1e-6 * (scale if kind == "equal" else 0))
         assert (a - c).norm() <= allowed, (name, error(a, c), error(b, c))
 
