@@ -8,7 +8,8 @@
 All times are forward plus backward in float32, taken in turns within one run, so that a busy machine slows all alike.
 Ratios are printed of the best times, and as the median over rounds of the ratio within a round: where these differ
 much, the machine was too busy to tell. The floor is the library's own time for the products that cannot be avoided, on
-whole matrices in memory that is already there: 4 units with logits computed twice, 3 with logits kept. Curves take one
+whole matrices in memory that is already there: 4 units with logits computed twice, 3 with logits kept ("fresh": kept in
+memory allocated at every step, as an operator has to that holds nothing between steps). Curves take one
 process an implementation and width; a point that would not fit in memory or take longer than --limit is skipped, and
 said to be.
 """
@@ -47,12 +48,14 @@ def features(total: int, width: int, noise: float = 2.0) -> tuple[Tensor, Tensor
     return normalize(x_BD).requires_grad_(), normalize(y_BD).requires_grad_()
 
 
-def floor(x_BD: Tensor, y_BD: Tensor, logits_again: bool) -> Step:
-    """The products alone, into buffers that are already there."""
+def floor(x_BD: Tensor, y_BD: Tensor, logits_again: bool, fresh: bool = False) -> Step:
+    """The products alone, into buffers that are already there; fresh: into logits newly allocated at every step."""
     x, y = x_BD.detach(), y_BD.detach()
-    sim_BB, dx_BD, dy_BD = torch.empty(len(x), len(y)), torch.empty_like(x), torch.empty_like(y)
+    kept_BB = torch.empty(0 if fresh else len(x), 0 if fresh else len(y))
+    dx_BD, dy_BD = torch.empty_like(x), torch.empty_like(y)
 
     def products() -> None:
+        sim_BB = x.new_empty(len(x), len(y)) if fresh else kept_BB
         for _ in range(2 if logits_again else 1):
             torch.mm(x, y.T, out=sim_BB)
         torch.mm(sim_BB, y, out=dx_BD)
@@ -144,9 +147,11 @@ def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clo
         "softmax": training_step(x_BD, y_BD, contrastive_loss),
         "floor of 3 units": floor(x_BD, y_BD, False),
         "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, workspace_bytes=GIB),
+        "floor of 3 units, fresh memory": floor(x_BD, y_BD, False, fresh=True),
         "sigmoid": training_step(x_BD, y_BD, contrastive_loss, family="sigmoid", bias=torch.tensor([-10.0])),
     }
     floors = [("softmax", "floor of 4 units"), ("softmax, 1 GiB workspace", "floor of 3 units")]
+    floors.append(("softmax, 1 GiB workspace", "floor of 3 units, fresh memory"))
     report(f"B = {total}, D = {width}", steps, [*floors, ("sigmoid", "floor of 3 units")], rounds, clock)
 
     x_BD, y_BD = features(rival_total, width)
@@ -327,9 +332,9 @@ def bench_share(totals: list[int], rounds: int) -> None:
             sides = [normalize(heads[0](image(pixels_B3hw))), normalize(heads[1](text(tokens_BL)))]
             leaves = [side.detach().requires_grad_() for side in sides]
             before = time.perf_counter()
-            contrastive_loss(leaves[0], leaves[1], log_scale).backward()
+            contrastive_loss(leaves[0], leaves[1], log_scale).backward()  # type: ignore[no-untyped-call]
             loss_seconds = time.perf_counter() - before
-            torch.autograd.backward(sides, [leaf.grad for leaf in leaves])  # type: ignore[no-untyped-call]
+            torch.autograd.backward(sides, [leaf.grad for leaf in leaves])
             optimizer.step()
             optimizer.zero_grad()
             shares.append((loss_seconds, time.perf_counter() - start))
