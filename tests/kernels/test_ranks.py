@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from threetowers.kernels import (
     Pair,
@@ -110,6 +111,30 @@ def check_pairs(group: Any, family: Any, ring: bool) -> None:
     assert_averaged(group, leaves[used], twins[used])
 
 
+class Towers(torch.nn.Module):
+    """Two linear towers, a scale and a bias, as one module that data-parallel training wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = torch.nn.ParameterList([torch.nn.Parameter(leaf.detach()) for leaf in leaves_for("sigmoid")])
+
+    def forward(self, x_bD: Tensor, y_bD: Tensor) -> tuple[Tensor, ...]:
+        return x_bD @ self.parts[0], y_bD @ self.parts[1], self.parts[2], self.parts[3]
+
+
+def check_under_ddp(group: Any) -> None:
+    """torch's own wrapper does the averaging."""
+    x_BD, y_BD, _ = batch(sum(SHARDS[group.size()]))
+    towers, mine = DistributedDataParallel(Towers(), process_group=group), own_rows(group)
+    x, y, log_scale, bias = towers(x_BD[mine], y_BD[mine])
+    contrastive_loss(x, y, log_scale, bias=bias, family="sigmoid", process_group=group).backward()
+    twins = [leaf.detach().double().requires_grad_() for leaf in leaves_for("sigmoid")]
+    sides = x_BD.double() @ twins[0], y_BD.double() @ twins[1]
+    dense_contrastive_loss(*sides, twins[2], bias=twins[3], family="sigmoid").backward()
+    for leaf, twin in zip(towers.parameters(), twins, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), twin.grad, rtol=1e-5, atol=1e-6)
+
+
 def check_refusals(group: Any) -> None:
     """One rank is at fault; all raise, and name it. Then the group still works."""
     x_bD, scale = torch.ones(3, 4), torch.tensor([1.0])
@@ -160,6 +185,7 @@ def _worker(rank: int, store: str) -> None:
             for ring in (False, True):
                 check_pairs(group, family, ring)
         if group.size() > 1:
+            check_under_ddp(group)
             check_refusals(group)
     x_bD = torch.full((2, 2), float(rank))
     default = contrastive_loss(x_bD, x_bD, torch.zeros(1))  # the default group
