@@ -17,9 +17,11 @@ from threetowers.eval.record import Question, Record, TarRef, digest, write_reco
 from threetowers.eval.report import ImageExample, ReportPaths, RunResult, TextExample, render
 from threetowers.eval.search import GallerySearch
 from threetowers.eval.sources import image_source, view_of
-from threetowers.eval.tables import by_gallery, comparison_table, stage_table
+from threetowers.eval.tables import ABSENT, Table, by_gallery, comparison_table
 from threetowers.trainer.folder import RunFolder
 from threetowers.trainer.trained import TrainedModel
+
+STAGES = ["cache", "training", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -41,29 +43,42 @@ class Comparison:
     results: list[RunResult]
     galleries: list[Gallery]
     skipped: list[str]
-    caches: list[CacheFacts]
+    caches: list[list[CacheFacts]]  # of each run
     records: Path
     report: ReportPaths
 
     def text(self) -> str:
         """What a terminal shows: the comparison, what was compared, and where the rest is."""
-        runs = [by_gallery(result.name, result.method, result.records) for result in self.results]
-        names = [gallery.name for gallery in self.galleries]
-        stages = stage_table([run.name for run in runs], [result.stage_seconds for result in self.results])
-        tables = [table.text() for table in (comparison_table(runs, names), stages) if table is not None]
         counts = [
             f"{record.question.gallery}: {record.counts['images']:,} images, {record.counts['captions']:,} captions, "
             f"{record.counts['groups']:,} groups; duplicates: {record.counts['image_duplicates']} images, "
             f"{record.counts['caption_duplicates']} captions; ids {record.sample_ids[:12]}"
             for record in self.results[0].records
         ]
-        hit = (
-            "A hit at k: a match among the k best; recalls are means over the galleries, in percent. "
-            "Ties count against the model."
+        explained = (
+            "A hit at k: a match among the k best; recalls are means over the galleries, in percent; ties count "
+            "against the model.\nSeconds of a cache count in full for each run that reads it, though it is built once."
         )
         skipped = [f"{len(self.skipped)} samples left out; the first: {self.skipped[0]}"] if self.skipped else []
-        caches = [str(cache) for cache in self.caches]
-        return "\n\n".join([*tables, "\n".join([*caches, hit, *counts, *skipped]), f"report: {self.report.html}"])
+        caches = list(dict.fromkeys(str(cache) for run in self.caches for cache in run))
+        notes = "\n".join([explained, *caches, *counts, *skipped])
+        return "\n\n".join([self._table().text(), notes, f"report: {self.report.html}"])
+
+    def _table(self) -> Table:
+        """One row a run: recalls, median ranks, seconds of each stage, bytes and rate of its caches."""
+        runs = [by_gallery(result.name, result.method, result.records) for result in self.results]
+        table = comparison_table(runs, [gallery.name for gallery in self.galleries])
+        assert table is not None  # every run was evaluated on every gallery
+        stages = sorted({stage for result in self.results for stage in result.stage_seconds}, key=STAGES.index)
+        seconds = {
+            number: [f"{result.stage_seconds[s]:.0f}" if s in result.stage_seconds else ABSENT for s in stages]
+            for number, result in enumerate(self.results)
+        }
+        costs = {}
+        for number, caches in enumerate(self.caches):
+            size, samples, took = (sum(getattr(c, name) for c in caches) for name in ("bytes", "samples", "seconds"))
+            costs[number] = [f"{size / 1e6:.1f}", f"{samples / took:.0f}"] if took else [ABSENT, ABSENT]
+        return table.widened("Seconds", stages, seconds).widened("Cache", ["MB", "img/s"], costs)
 
 
 def compare(
@@ -95,7 +110,7 @@ def compare(
         _evaluate(path, model, data, galleries, out / "records", settings, caches or {}, live_teacher)
         for path, model in zip(runs, models, strict=True)
     ]
-    facts = list({cache.path: cache for model in models for cache in caches_of(model.run)}.values())
+    facts = [caches_of(model.run) for model in models]
     title = f"Retrieval on held-out data: {', '.join(names)}"
     report = render(results, out, title=title, description=_description(data, settings))
     return Comparison(results, galleries, data.skipped, facts, out / "records", report)

@@ -75,6 +75,15 @@ class Table:
             aligned.insert(0, above.rstrip())
         return "\n".join(line.rstrip() for line in aligned)
 
+    def widened(self, span: str, columns: Sequence[str], values: Mapping[int, Sequence[str]]) -> "Table":
+        """The table with more columns under a heading of their own: texts by run index, blank where a row has none."""
+        blank = [""] * len(columns)
+        rows = tuple(
+            Row(row.heads, (*row.cells, *map(Cell, blank if row.run is None else values[row.run])), row.run)
+            for row in self.rows
+        )
+        return Table(self.heads, (*self.columns, *columns), rows, (*self.spans, (span, len(columns))))
+
 
 @dataclass(frozen=True)
 class RunRecords:
