@@ -147,12 +147,8 @@ class LibraryTiles:
         """An (r, c) buffer, the same memory at every call."""
         size = len(x_rD) * len(y_cD)
         if self._scratch_n.numel() < size:
-            self._scratch_n = self.new_scratch(x_rD, size)
+            self._scratch_n = x_rD.new_empty(size)
         return self._scratch_n[:size].view(len(x_rD), len(y_cD))
-
-    def new_scratch(self, like: Tensor, size: int) -> Tensor:
-        """Uninitialised memory for the buffer."""
-        return like.new_empty(size)
 
     def dots(self, x_rD: Tensor, y_cD: Tensor, keep_rc: Tensor | None = None) -> Tensor:
         """``x @ y.T`` in keep_rc, or else in the scratch buffer."""

@@ -20,16 +20,9 @@ class CpuTiles(LibraryTiles):
         self._isa = library.threetowers_sweep_isa() if isa is None else isa
         self._partial_n = torch.empty(0)
 
-    def new_scratch(self, like: Tensor, size: int) -> Tensor:
-        scratch_n = super().new_scratch(like, size)
-        self._library.threetowers_sweep_large_pages(scratch_n.data_ptr(), scratch_n.nbytes)
-        return scratch_n
-
     def stats(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
     ) -> None:
-        if keep_rc is not None:
-            self._library.threetowers_sweep_large_pages(keep_rc.data_ptr(), keep_rc.nbytes)
         dot_rc = self.dots(x_rD, y_cD, keep_rc)
         outputs = (rows.max_n, rows.sum_n, cols.max_n, cols.sum_n, self._partial(dot_rc))
         self._library.threetowers_sweep_stats(

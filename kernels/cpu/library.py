@@ -7,7 +7,7 @@ import logging
 from functools import cache
 from pathlib import Path
 
-VERSION = 3  # of sweep.cpp's C interface
+VERSION = 4  # of sweep.cpp's C interface
 logger = logging.getLogger(__name__)
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -16,7 +16,6 @@ _EXCLUDED = [_L, _P, _P]  # diagonal, row labels, column labels
 SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "threetowers_sweep_version": ([], _I),
     "threetowers_sweep_isa": ([], _I),
-    "threetowers_sweep_large_pages": ([_P, _L], None),
     "threetowers_sweep_scratch": ([_L, _L], _L),
     "threetowers_sweep_stats": ([*_TILE, *_EXCLUDED, *[_P] * 5], None),
     "threetowers_sweep_softmax_grad": ([*_TILE, *_EXCLUDED, *[_P] * 5], None),

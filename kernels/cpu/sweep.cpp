@@ -5,7 +5,6 @@
 // result has the same bits whatever the number of threads. The instruction set is chosen when the program runs.
 
 #include <dlfcn.h>
-#include <sys/mman.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -156,21 +155,9 @@ void over_bands(const Tile& tile, int threads, const Work& work) {
 extern "C" {
 
 // Raised with every change of this interface, so that a library left from an older build is not used.
-int threetowers_sweep_version() { return 3; }
+int threetowers_sweep_version() { return 4; }
 
 int threetowers_sweep_isa() { return best_isa(); }
-
-// Ask for large pages under a buffer not yet written: else touching its pages costs as much as a sweep over it.
-void threetowers_sweep_large_pages(void* start, std::int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t page = 4096;
-  const auto first = (reinterpret_cast<std::uintptr_t>(start) + page - 1) / page * page;
-  const auto last = (reinterpret_cast<std::uintptr_t>(start) + bytes) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
-#else
-  (void)start, (void)bytes;
-#endif
-}
 
 // Floats of scratch that the calls below need for a tile.
 std::int64_t threetowers_sweep_scratch(std::int64_t rows, std::int64_t cols) { return 2 * bands(rows) * padded(cols); }
