@@ -4,8 +4,9 @@ BIN := .venv/bin
 RUN := $(BIN)/threetowers
 # Without a GPU to find, DeepSpeed would say so at length.
 export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
-# Two ranks on the machine at hand, as `deepspeed` would start them on the GPUs of a node.
-LAUNCH := $(BIN)/deepspeed --quiet --num_accelerators 2 --module threetowers
+# Ranks on the machine at hand, as `deepspeed` would start them on the GPUs of a node.
+RANKS ?= 2
+LAUNCH := $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --module threetowers
 DEMO := runs/emoji
 
 .PHONY: help demo demo-clean test test-slow lint types bench

@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from threetowers.trainer.atomic import replace_text, settle
 from threetowers.trainer.engine import Ranks
 
+RANKS = "ranks"  # how many wrote a checkpoint, inside it
 LATEST = "latest"  # DeepSpeed's name for it, so that its conversion tools find the checkpoint too
 
 
@@ -38,25 +39,30 @@ def save(engine: Any, folder: Path, step: int, keep: int, ranks: Ranks) -> None:
         ) from error
     distributed.barrier()
     if ranks.first:
+        replace_text(folder / tag / RANKS, str(ranks.world))
         replace_text(folder / LATEST, tag)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     distributed.barrier()
 
 
-def resume(engine: Any, folder: Path) -> int:
+def resume(engine: Any, folder: Path, ranks: Ranks) -> int:
     """Load the newest checkpoint into the engine and return the number of steps it had made; 0 where there is none.
 
-    Raises ValueError when the checkpoint cannot be read in this layout of ranks and ZeRO stage.
+    Raises ValueError when it was written by another number of ranks (each keeps a part), or cannot be loaded.
     """
     step = latest(folder)
     if step is None:
         return 0
+    wrote = int((folder / f"step-{step:08d}" / RANKS).read_text())
+    if wrote != ranks.world:
+        raise ValueError(
+            f"{folder}: the checkpoint of step {step} was written by {wrote} ranks, this launch has {ranks.world}; "
+            f"start {wrote} ranks to resume it, or choose another `out`"
+        )
     path, state = engine.load_checkpoint(str(folder), tag=f"step-{step:08d}")
     if path is None or state["step"] != step:
-        raise ValueError(
-            f"{folder}: checkpoint step-{step:08d} cannot be loaded; was it made by another launch layout?"
-        )
+        raise ValueError(f"{folder}: checkpoint step-{step:08d} cannot be loaded; is it damaged?")
     return step
 
 

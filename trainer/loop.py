@@ -97,7 +97,7 @@ class Trainer:
             self.folder.create(run, config, contracts)
         distributed.barrier()
         self.engine = start_engine(model, run, config)
-        self.start = checkpoint.resume(self.engine, self.folder.checkpoints)
+        self.start = checkpoint.resume(self.engine, self.folder.checkpoints, ranks)
 
     @property
     def steps_per_epoch(self) -> int:

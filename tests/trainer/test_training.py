@@ -131,6 +131,10 @@ def test_the_deepspeed_launcher(lit: dict[str, Any], tmp_path: Path) -> None:
     assert json.loads((out / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"] == 6
     assert metrics(out)[-1]["lr"] < metrics(out)[2]["lr"] < 2e-3
     assert list((out / "tensorboard").glob("events.*"))
+    alone = [sys.executable, "-m", "threetowers", "train", file, "optim.lr=2e-3"]
+    refused = subprocess.run(alone, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert refused.returncode == 2
+    assert "the checkpoint of step 6 was written by 2 ranks, this launch has 1; start 2 ranks" in refused.stderr
 
 
 @pytest.mark.distributed
