@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_loss.py            # B = 8192, D = 512; about five minutes on two cores
     python tests/benchmarks/bench_loss.py --quick    # smaller, under a minute
-    python tests/benchmarks/bench_loss.py --curves --plot curves.svg   # B from 1k to 32k; about ten minutes
+    python tests/benchmarks/bench_loss.py --curves --plot curves.svg   # B from 1k to 32k; many minutes
     python tests/benchmarks/bench_loss.py --cpu-time # one thread's processor time: steadier on a busy machine
 
 All times are forward plus backward in float32, taken in turns within one run, so that a busy machine slows all alike.
