@@ -75,7 +75,6 @@ def test_stream_gives_images_in_order_and_hashes_every_byte(tar: Path) -> None:
     assert digest.hexdigest() == xxhash.xxh3_128_hexdigest(tar.read_bytes())
 
 
-@pytest.mark.skipif(not EMOJI, reason="data/emoji is not there")
 def test_real_tars_stream_as_indexed() -> None:
     index = index_tar(EMOJI[0])
     assert [ordinal for ordinal, _, _ in stream(index)] == list(range(len(index.samples)))

@@ -67,7 +67,8 @@ def test_records_and_report(clip: dict[str, Any], lit: dict[str, Any], tars: lis
     assert set(comparison.results[0].stage_seconds) == {"training", "evaluation"}
     assert set(comparison.results[1].stage_seconds) == {"cache", "training", "evaluation"}
     assert str(comparison.report.html) in text
-    assert "a red disc" in comparison.report.html.read_text() or "disc" in comparison.report.html.read_text()
+    page = comparison.report.html.read_text()
+    assert sum(caption in page for caption in gallery.captions) >= 6  # the examples
 
 
 def test_recalls_equal_a_brute_force_twin(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
