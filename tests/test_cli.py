@@ -73,6 +73,18 @@ def test_a_tokenizer_from_tars(
     assert "from 40 distinct of 90 captions in 2 tars" in capsys.readouterr().out
 
 
+def test_an_output_that_cannot_be_is_one_line(
+    tars: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "t.model"
+    assert run(monkeypatch, "tokenizer", "train", "--tars", *map(str, tars), "--out", str(out)) == 2
+    error = capsys.readouterr().err.strip()
+    assert str(tmp_path / "file") in error
+    assert error.endswith("choose another path for it, or make room")
+    assert len(error.splitlines()) == 1
+
+
 def test_a_closed_pipe_is_no_error(cache: Path) -> None:
     command = f"{sys.executable} -m threetowers cache info {cache} | head -n 1"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)

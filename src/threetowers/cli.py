@@ -4,6 +4,7 @@ Commands are typed functions; their flags and help come from the signatures. Wha
 so that `threetowers --help` is quick.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -15,6 +16,8 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from threetowers.cache import command
+
+UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 app = SubcommandApp()
 cache, tokenizer, evaluation = SubcommandApp(), SubcommandApp(), SubcommandApp()
@@ -142,6 +145,8 @@ def main() -> None:
         sys.exit(0)
     except (ValueError, OSError, FloatingPointError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"threetowers: {rank}{type(error).__name__}: {error}", file=sys.stderr)
+        # The system's own errors name the file and not the way out.
+        hint = "; choose another path for it, or make room" if getattr(error, "errno", None) in UNWRITABLE else ""
+        print(f"threetowers: {rank}{type(error).__name__}: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)
