@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from threetowers.cache.ahead import ahead
-from threetowers.cache.atomic import STAGING, clear_staged, write_atomic
 from threetowers.cache.contract import (
     MANIFEST,
     TARS,
@@ -36,8 +35,9 @@ from threetowers.cache.contract import (
 )
 from threetowers.cache.layout import STORE, slot_and_chunk
 from threetowers.cache.pipeline import MAX_BAD_SHOWN, Job, items
+from threetowers.cache.place import STAGING, Place, place_of
 from threetowers.cache.ranks import Rank
-from threetowers.cache.record import BadSample, Record, read_record, record_path
+from threetowers.cache.record import BadSample, Record, read_record, record_name
 from threetowers.cache.store import CONTRACT_OWNER, create
 from threetowers.cache.tars import TarIndex, expand, index_tar
 from threetowers.cache.teacher import Teacher, load_teacher
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 class BuildReport:
     """What one process did. `tars_*` count its share of the tars, `samples` to `bytes` what it wrote this time."""
 
-    folder: Path
+    place: Place
     rank: Rank
     tars_built: int
     tars_kept: int
@@ -64,7 +64,7 @@ class BuildReport:
 
 def build(
     tars: Sequence[str | Path],
-    out: Path,
+    out: str | Path | Place,
     *,
     backbone: str,
     weights: str = "pretrained",
@@ -77,7 +77,7 @@ def build(
     wait_seconds: float = 3600,
     progress: bool = False,
 ) -> BuildReport:
-    """Build, or go on building, a cache of `tars` in the folder `out`.
+    """Build, or go on building, a cache of `tars` in the place `out`, a folder or a URL.
 
     Args:
         tars: paths, globs and brace ranges (`expand`). Every process gets the same list.
@@ -100,16 +100,16 @@ def build(
     if dtype not in ("float16", "float32") or on_bad not in ("record", "error"):
         raise ValueError(f"dtype={dtype!r}, on_bad={on_bad!r}: expected float16 or float32, record or error")
     began = time.monotonic()
-    rank, folder = Rank.from_env(), Path(out)
+    rank, place = Rank.from_env(), place_of(out)
     paths = expand(tars)
     threads = threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world)
     device = device or (f"cuda:{rank.local}" if torch.cuda.is_available() else "cpu")
     teacher = load_teacher(backbone, weights, image_size, device)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        contract, table, noted = _agree(folder, paths, teacher, dtype, rank, wait_seconds, pool)
+        contract, table, noted = _agree(place, paths, teacher, dtype, rank, wait_seconds, pool)
         share = list(pool.map(lambda path: (path, table.find(index_tar(path))), paths[rank.rank :: rank.world]))
-        todo = [(path, entry) for path, entry in share if not _finished(folder, contract, entry)]
-        job = Job(folder, contract, teacher, batch_size, on_bad)
+        todo = [(path, entry) for path, entry in share if not _finished(place, contract, entry)]
+        job = Job(place, contract, teacher, batch_size, on_bad)
         total, left = (sum(entry.n_samples for _, entry in some) for some in (share, todo))
         show = progress and rank.rank == 0
         bar = tqdm(total=total, initial=total - left, unit="img", desc=f"rank 0 of {rank.world}", disable=not show)
@@ -121,11 +121,11 @@ def build(
                     records.append((todo[len(records)][1], record))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    return _report(folder, rank, len(share), records, time.monotonic() - began, noted)
+    return _report(place, rank, len(share), records, time.monotonic() - began, noted)
 
 
 def _agree(
-    folder: Path,
+    place: Place,
     paths: Sequence[Path],
     teacher: Teacher,
     dtype: str,
@@ -134,40 +134,39 @@ def _agree(
     pool: ThreadPoolExecutor,
 ) -> tuple[Contract, TarTable, tuple[str, ...]]:
     """The contract and tar table of the folder, written by rank 0 if there is none, and what differs harmlessly."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
+    if place.size(MANIFEST) is None:
         if rank.rank == 0:
-            _begin(folder, list(pool.map(index_tar, paths)), teacher, dtype)
+            _begin(place, list(pool.map(index_tar, paths)), teacher, dtype)
         deadline = time.monotonic() + wait_seconds
-        while not manifest.exists():
+        while place.size(MANIFEST) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"rank {rank.rank} waited {wait_seconds:.0f} s for rank 0 to index {len(paths)} tars and to write "
-                    f"{manifest}: see rank 0's output, check that both see one file system, or raise wait_seconds"
+                    f"{place.at(MANIFEST)}: see rank 0's output, check that both see one place, or raise wait_seconds"
                 )
             time.sleep(0.2)
-    contract, table = read_contract(folder)
+    contract, table = read_contract(place)
     asked = _offer(teacher, dtype, contract.slot, contract.chunk_rows, contract.tars_digest)
     if lines := difference(contract, asked):
         raise ContractError(
-            f"{folder}: holds a cache under another contract: {'; '.join(lines)}. Expected is what the folder "
+            f"{place}: holds a cache under another contract: {'; '.join(lines)}. Expected is what the folder "
             "holds, found is what was asked for: choose another folder"
         )
     return contract, table, tuple(notes(contract, asked))
 
 
-def _begin(folder: Path, indexes: list[TarIndex], teacher: Teacher, dtype: str) -> None:
+def _begin(place: Place, indexes: list[TarIndex], teacher: Teacher, dtype: str) -> None:
     """Write tar table, store metadata and, last, the manifest: the folder is a cache once that is there."""
-    foreign = {path.name for path in folder.iterdir()} - {TARS, STORE, STAGING} if folder.is_dir() else set()
+    foreign = {name.rstrip("/") for name in place.names()} - {TARS, STORE, STAGING}
     if foreign:
-        raise ContractError(f"{folder}: neither a cache nor empty, holds {sorted(foreign)[:5]}: choose another folder")
+        raise ContractError(f"{place}: neither a cache nor empty, holds {sorted(foreign)[:5]}: choose another folder")
     table = TarTable.of(indexes)
     slot, chunk_rows = slot_and_chunk(teacher.dim, dtype, max(entry.n_samples for entry in table.entries))
     contract = _offer(teacher, dtype, slot, chunk_rows, table.digest)
-    clear_staged(folder, CONTRACT_OWNER)
-    write_atomic(folder / TARS, to_json(table), folder=folder, owner=CONTRACT_OWNER)
-    create(folder, contract, len(table.entries))
-    write_atomic(folder / MANIFEST, to_json(contract), folder=folder, owner=CONTRACT_OWNER)
+    place.clear_staged(CONTRACT_OWNER)
+    place.put(TARS, to_json(table), owner=CONTRACT_OWNER)
+    create(place, contract, len(table.entries))
+    place.put(MANIFEST, to_json(contract), owner=CONTRACT_OWNER)
 
 
 def _offer(teacher: Teacher, dtype: str, slot: int, chunk_rows: int, tars_digest: str) -> Contract:
@@ -185,18 +184,18 @@ def _offer(teacher: Teacher, dtype: str, slot: int, chunk_rows: int, tars_digest
     )
 
 
-def _finished(folder: Path, contract: Contract, entry: TarEntry) -> bool:
+def _finished(place: Place, contract: Contract, entry: TarEntry) -> bool:
     try:
-        read_record(folder, contract, entry)
+        read_record(place, contract, entry)
     except ContractError as error:
-        if record_path(folder, entry.id).exists():
+        if place.size(record_name(entry.id)) is not None:
             logger.warning("built again: %s", error)
         return False
     return True
 
 
 def _report(
-    folder: Path,
+    place: Place,
     rank: Rank,
     share: int,
     records: list[tuple[TarEntry, Record]],
@@ -207,7 +206,7 @@ def _report(
     for _, record in records:
         counts.update(record.counts)
     return BuildReport(
-        folder=folder,
+        place=place,
         rank=rank,
         tars_built=len(records),
         tars_kept=share - len(records),

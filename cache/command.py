@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
 from threetowers.cache.contract import ContractError, read_contract
+from threetowers.cache.place import place_of
 from threetowers.cache.record import BadSample, Record, read_record
 
 
 def build(
     tars: list[str],
-    out: Path,
+    out: str,
     backbone: str,
     weights: str = "pretrained",
     image_size: int | None = None,
@@ -31,7 +31,7 @@ def build(
 
     Args:
         tars: Paths, globs in quotes, and brace ranges like 'data/{000..099}.tar'.
-        out: Folder of the cache; made if it is not there.
+        out: Folder or URL of the cache; made if it is not there.
         backbone: Name of the timm model.
         weights: 'pretrained', a .safetensors or .pth file, or package:efficientnet-lite0 (also 1, 2).
         image_size: Side of the teacher's input in pixels; default: what the model was trained for.
@@ -58,7 +58,7 @@ def build(
     )
     who = f"rank {report.rank.rank} of {report.rank.world}: " if report.rank.world > 1 else ""
     rate = report.samples / report.seconds if report.seconds else 0.0
-    print(f"{who}{report.folder}: {report.tars_built} tars built, {report.tars_kept} were finished before")
+    print(f"{who}{report.place}: {report.tars_built} tars built, {report.tars_kept} were finished before")
     print(
         f"{who}{report.samples} samples, {report.ok} embedded, {_counts(report.counts)}; "
         f"{report.seconds:.1f} s with loading, {rate:.1f} img/s, {report.bytes / 1e6:.1f} MB written"
@@ -69,20 +69,21 @@ def build(
     return 0
 
 
-def info(cache: Positional[Path]) -> int:
+def info(cache: Positional[str]) -> int:
     """Show what a cache holds and how much of it is built. Exit code 1 while it is half built.
 
     Args:
-        cache: Folder of the cache.
+        cache: Folder or URL of the cache.
     """
-    contract, table = read_contract(cache)
+    place = place_of(cache)
+    contract, table = read_contract(place)
     records: list[Record] = []
     bad: list[tuple[str, BadSample]] = []
     missing: list[str] = []
     counts: Counter[str] = Counter()
     for entry in table.entries:
         try:
-            record = read_record(cache, contract, entry)
+            record = read_record(place, contract, entry)
         except ContractError as error:
             missing.append(str(error))
             continue
@@ -108,11 +109,11 @@ def info(cache: Positional[Path]) -> int:
     return 1 if missing else 0
 
 
-def verify(cache: Positional[Path], tars: list[str] | None = None, payloads: bool = False) -> int:
+def verify(cache: Positional[str], tars: list[str] | None = None, payloads: bool = False) -> int:
     """Check a cache for damage. Exit code 1 when it is not sound.
 
     Args:
-        cache: Folder of the cache.
+        cache: Folder or URL of the cache.
         tars: Compare with these tars too: paths, globs in quotes, brace ranges.
         payloads: Compare every byte of these tars, not their headers only.
     """

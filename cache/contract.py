@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import xxhash
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from threetowers.cache.place import Place
 from threetowers.cache.tars import TarIndex
 
 FORMAT = 1
@@ -180,7 +181,7 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(dataclasses.asdict(value), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def from_json(kind: type[T], path: Path) -> T:
+def from_json(kind: type[T], place: Place, name: str) -> T:
     """Read a dataclass back.
 
     Raises:
@@ -188,31 +189,31 @@ def from_json(kind: type[T], path: Path) -> T:
         ContractError: the file does not hold exactly these fields, or holds values of other types.
     """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        return TypeAdapter(kind).validate_json(place.read(name))
     except ValidationError as error:
         first = error.errors()[0]
         raise ContractError(
-            f"{path}: damaged, or of another version: {first['msg']} at {first['loc'] or 'the top'}"
+            f"{place.at(name)}: damaged, or of another version: {first['msg']} at {first['loc'] or 'the top'}"
         ) from error
 
 
-def read_contract(folder: Path) -> tuple[Contract, TarTable]:
-    """The contract and the tar table of a cache folder.
+def read_contract(place: Place) -> tuple[Contract, TarTable]:
+    """The contract and the tar table of a cache.
 
     Raises:
         ContractError: no cache there, one of another format, or a manifest and a table that do not belong together.
     """
     try:
-        contract, table = from_json(Contract, folder / MANIFEST), from_json(TarTable, folder / TARS)
+        contract, table = from_json(Contract, place, MANIFEST), from_json(TarTable, place, TARS)
     except FileNotFoundError as error:
         raise ContractError(
-            f"{folder}: no cache here ({error.filename} is missing): run `threetowers cache build`"
+            f"{place}: no cache here ({error.filename} is missing): run `threetowers cache build`"
         ) from None
     if contract.format != FORMAT:
-        raise ContractError(f"{folder}: cache of format {contract.format}, this version reads format {FORMAT}")
+        raise ContractError(f"{place}: cache of format {contract.format}, this version reads format {FORMAT}")
     if table.digest != contract.tars_digest:
         raise ContractError(
-            f"{folder}: {TARS} does not belong to {MANIFEST}: expected digest {contract.tars_digest}, "
+            f"{place}: {TARS} does not belong to {MANIFEST}: expected digest {contract.tars_digest}, "
             f"found {table.digest}"
         )
     return contract, table

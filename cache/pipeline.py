@@ -18,11 +18,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from threetowers.cache.atomic import clear_staged, write_atomic
 from threetowers.cache.contract import Contract, TarEntry, to_json
 from threetowers.cache.images import BadImage, decode_rgb
 from threetowers.cache.layout import Status
-from threetowers.cache.record import Record, record_path
+from threetowers.cache.place import Place
+from threetowers.cache.record import Record, record_name
 from threetowers.cache.rows import Rows
 from threetowers.cache.store import write_slot
 from threetowers.cache.tars import BadTar, TarIndex, index_tar, stream
@@ -78,7 +78,7 @@ def _prepare(teacher: Teacher, data: bytes) -> Tensor | BadImage:
 class Job:
     """How the items of a tar become its files."""
 
-    folder: Path
+    place: Place
     contract: Contract
     teacher: Teacher
     batch_size: int
@@ -125,7 +125,7 @@ class Job:
     def _write(self, entry: TarEntry, rows: Rows, tar_xxh3_128: str, seconds: float) -> Record:
         rows.check_complete()
         files, chunk_crc32c = write_slot(
-            self.folder, self.contract, entry.id, rows.emb_nD, rows.key_hash_n, rows.status_n
+            self.place, self.contract, entry.id, rows.emb_nD, rows.key_hash_n, rows.status_n
         )
         norms, total, max_abs = rows.norms()
         record = Record(
@@ -149,7 +149,6 @@ class Job:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             host=socket.gethostname(),
         )
-        clear_staged(self.folder, str(entry.id))
-        path = record_path(self.folder, entry.id)
-        write_atomic(path, to_json(record), folder=self.folder, owner=f"{entry.id}.done")
+        self.place.clear_staged(str(entry.id))
+        self.place.put(record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
         return record

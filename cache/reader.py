@@ -18,7 +18,8 @@ import numpy.typing as npt
 from threetowers.cache import shard
 from threetowers.cache.contract import Contract, ContractError, TarEntry, TarTable, read_contract
 from threetowers.cache.layout import Status, slot_files
-from threetowers.cache.record import FileSum, Record, read_record, record_path
+from threetowers.cache.place import Place, place_of
+from threetowers.cache.record import FileSum, Record, read_record, record_name
 from threetowers.cache.tars import TarIndex, key_hash
 
 Float32 = npt.NDArray[np.float32]
@@ -42,19 +43,20 @@ class EmbeddingCache:
     Tars are opened when first touched, and at most `open_tars` stay open, the least recently used going first.
     """
 
-    def __init__(self, path: Path, contract: Contract, table: TarTable, open_tars: int) -> None:
-        self.path, self.contract, self.table, self.open_tars = path, contract, table, open_tars
+    def __init__(self, place: Place, contract: Contract, table: TarTable, open_tars: int) -> None:
+        self.place, self.contract, self.table, self.open_tars = place, contract, table, open_tars
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
 
     @classmethod
-    def open(cls, path: Path | str, *, open_tars: int = 256) -> EmbeddingCache:
+    def open(cls, path: str | Path | Place, *, open_tars: int = 256) -> EmbeddingCache:
         """Open a cache.
 
         Raises:
             ContractError: no cache there, or a damaged manifest or tar table.
         """
-        contract, table = read_contract(Path(path))
-        return cls(Path(path), contract, table, open_tars)
+        place = place_of(path)
+        contract, table = read_contract(place)
+        return cls(place, contract, table, open_tars)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_slots": OrderedDict()}  # a memory map would be pickled by its contents
@@ -91,7 +93,7 @@ class EmbeddingCache:
         """
         if tar_id in self._slots:
             return self._slots[tar_id].record
-        return read_record(self.path, self.contract, self.tars[tar_id])
+        return read_record(self.place, self.contract, self.tars[tar_id])
 
     def status(self, tar_id: int) -> npt.NDArray[np.uint8]:
         """(n,) uint8 Status of each sample of a tar."""
@@ -104,7 +106,7 @@ class EmbeddingCache:
             ContractError: the row is of another key, has no embedding (see `status`), or is damaged.
         """
         slot = self._slot(tar_id)
-        where = f"{self.path}: tar {self.tars[tar_id].path} ({tar_id}), ordinal {ordinal}, key {key!r}"
+        where = f"{self.place}: tar {self.tars[tar_id].path} ({tar_id}), ordinal {ordinal}, key {key!r}"
         if not 0 <= ordinal < len(slot.status):
             raise ContractError(f"{where}: the tar has {len(slot.status)} samples")
         if slot.key_hash[ordinal] != key_hash(key):
@@ -157,7 +159,7 @@ class EmbeddingCache:
                 square + ((x_nD - shift) ** 2).sum(0),
             )
         if shift is None:
-            raise ContractError(f"{self.path}: no row has an embedding: see `threetowers cache info`")
+            raise ContractError(f"{self.place}: no row has an embedding: see `threetowers cache info`")
         mean = total / count
         std = np.sqrt(np.maximum(square / count - mean**2, 0))
         return (mean + shift).astype(np.float32), std.astype(np.float32)
@@ -174,18 +176,20 @@ class EmbeddingCache:
     def _open(self, tar_id: int) -> _Slot:
         contract, entry = self.contract, self.tars[tar_id]
         record = self.record(tar_id)
-        files = {name: self.path / path for name, path in slot_files(tar_id).items()}
+        files = slot_files(tar_id)
         stored, n_chunks = -(-entry.n_samples // contract.chunk_rows), contract.slot // contract.chunk_rows
-        emb = np.memmap(files["emb"], dtype=np.uint8, mode="r")
+        path = self.place.local(files["emb"])
+        emb = np.memmap(path, np.uint8, "r") if path else np.frombuffer(self.place.read(files["emb"]), np.uint8)
+        data = {name: self.place.read(files[name]) for name in ("key_hash", "status")}
         try:
             offsets = shard.chunk_offsets(emb, n_chunks, stored, self._chunk_bytes)
             for name in ("key_hash", "status"):
-                if FileSum.of(files[name].read_bytes()) != record.files[name]:
-                    raise shard.BadShard(f"{files[name]} is not the file that was written")
+                if FileSum.of(data[name]) != record.files[name]:
+                    raise shard.BadShard(f"{self.place.at(files[name])} is not the file that was written")
         except shard.BadShard as error:
             raise self._damaged(tar_id, error) from error
-        hashes = np.fromfile(files["key_hash"], dtype="<u8", count=entry.n_samples)
-        status = np.fromfile(files["status"], dtype="u1", count=entry.n_samples)
+        hashes = np.frombuffer(data["key_hash"], dtype="<u8", count=entry.n_samples)
+        status = np.frombuffer(data["status"], dtype="u1", count=entry.n_samples)
         return _Slot(record, emb, offsets, np.zeros(stored, dtype=np.bool_), hashes, status)
 
     @property
@@ -207,6 +211,6 @@ class EmbeddingCache:
 
     def _damaged(self, tar_id: int, error: shard.BadShard) -> ContractError:
         return ContractError(
-            f"{self.path}: rows of tar {self.tars[tar_id].path} ({tar_id}) are damaged: {error}. Delete "
-            f"{record_path(self.path, tar_id)} and run `threetowers cache build` again"
+            f"{self.place}: rows of tar {self.tars[tar_id].path} ({tar_id}) are damaged: {error}. Delete "
+            f"{self.place.at(record_name(tar_id))} and run `threetowers cache build` again"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import xxhash
@@ -12,6 +11,7 @@ from pydantic import ConfigDict
 
 from threetowers.cache.contract import Contract, ContractError, TarEntry, from_json
 from threetowers.cache.layout import slot_files
+from threetowers.cache.place import Place
 
 DONE = "done"
 
@@ -89,20 +89,21 @@ class Record:
         return dataclasses.replace(self, seconds=0.0, finished="", host="")
 
 
-def record_path(folder: Path, tar_id: int) -> Path:
-    return folder / DONE / f"{tar_id}.json"
+def record_name(tar_id: int) -> str:
+    """The name of a tar's done record in the place of a cache."""
+    return f"{DONE}/{tar_id}.json"
 
 
-def read_record(folder: Path, contract: Contract, entry: TarEntry) -> Record:
+def read_record(place: Place, contract: Contract, entry: TarEntry) -> Record:
     """The done record of a tar, checked against contract, tar table and the sizes of its files.
 
     Raises:
         ContractError: there is none, it is of another tar or cache, or a file is missing or has another size.
     """
-    path = record_path(folder, entry.id)
+    path = place.at(record_name(entry.id))
     again = "run `threetowers cache build` again"
     try:
-        record = from_json(Record, path)
+        record = from_json(Record, place, record_name(entry.id))
     except FileNotFoundError:
         raise ContractError(f"tar {entry.path} ({entry.id}): half built, no {path}: {again}") from None
     for field, expected in (
@@ -117,12 +118,11 @@ def read_record(folder: Path, contract: Contract, entry: TarEntry) -> Record:
                 f"found {getattr(record, field)}. Delete it and {again}"
             )
     for name, relative in slot_files(entry.id).items():
-        file = folder / relative
-        size = file.stat().st_size if file.is_file() else None
+        size = place.size(relative)
         expected_size = record.files[name].size if name in record.files else None
         if size is None or size != expected_size:
             raise ContractError(
-                f"tar {entry.path} ({entry.id}): {file}: expected {expected_size} bytes, found "
+                f"tar {entry.path} ({entry.id}): {place.at(relative)}: expected {expected_size} bytes, found "
                 f"{'no file' if size is None else size}. Delete {path} and {again}"
             )
     return record

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +16,9 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from threetowers.cache import shard
-from threetowers.cache.atomic import write_atomic
 from threetowers.cache.contract import Contract
 from threetowers.cache.layout import STORE, slot_files
+from threetowers.cache.place import Place
 from threetowers.cache.record import FileSum
 
 CONTRACT_OWNER = "contract"
@@ -46,21 +45,21 @@ def empty_group(contract: Contract, n_tars: int, store: MemoryStore) -> zarr.Gro
     return group
 
 
-def create(folder: Path, contract: Contract, n_tars: int) -> None:
+def create(place: Place, contract: Contract, n_tars: int) -> None:
     """Write the metadata of the store (not the rows).
 
     Raises:
-        WriteError: the folder does not take it.
+        WriteError: the place does not take it.
     """
     files: dict[str, Buffer] = {}
     empty_group(contract, n_tars, MemoryStore(files))
     for path, text in files.items():
         data = json.dumps(json.loads(text.to_bytes()), indent=1).encode() + b"\n"
-        write_atomic(folder / STORE / path, data, folder=folder, owner=CONTRACT_OWNER)
+        place.put(f"{STORE}/{path}", data, owner=CONTRACT_OWNER)
 
 
 def write_slot(
-    folder: Path,
+    place: Place,
     contract: Contract,
     tar_id: int,
     emb_nD: npt.NDArray[np.floating],
@@ -70,7 +69,7 @@ def write_slot(
     """Write the rows of one tar: size and digest of each file, and the crc32c of each chunk of embeddings.
 
     Raises:
-        WriteError: the folder does not take it.
+        WriteError: the place does not take it.
     """
     n, slot, rows = len(status_n), contract.slot, contract.chunk_rows
     emb = np.full((math.ceil(n / rows) * rows, contract.dim), np.nan, dtype=np.dtype(contract.dtype).newbyteorder("<"))
@@ -85,6 +84,6 @@ def write_slot(
     sums = {}
     for name, path in slot_files(tar_id).items():
         data, _ = encoded[name]
-        write_atomic(folder / path, data, folder=folder, owner=f"{tar_id}.{name}")
+        place.put(path, data, owner=f"{tar_id}.{name}")
         sums[name] = FileSum.of(data)
     return sums, encoded["emb"][1]

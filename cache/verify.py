@@ -20,9 +20,9 @@ import zarr
 from zarr.storage import MemoryStore
 
 from threetowers.cache import shard
-from threetowers.cache.atomic import STAGING
 from threetowers.cache.contract import Contract, ContractError, TarEntry, TarTable, read_contract
 from threetowers.cache.layout import STORE, Status, slot_files
+from threetowers.cache.place import STAGING, Place, place_of
 from threetowers.cache.record import DONE, FileSum, Record, read_record
 from threetowers.cache.store import empty_group
 from threetowers.cache.tars import BadTar, expand, index_tar, key_hash
@@ -34,7 +34,7 @@ SHOWN = 5
 class Report:
     """What `verify` found. `problems` make a cache unfit; `warnings` are for a person to judge."""
 
-    folder: Path
+    place: Place
     tars: int = 0
     tars_sound: int = 0
     tars_compared: int = 0
@@ -55,7 +55,7 @@ class Report:
         """The report for a person."""
         bad = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items())) or "none"
         lines = [
-            f"{self.folder}: {'sound' if self.ok else 'NOT SOUND'}",
+            f"{self.place}: {'sound' if self.ok else 'NOT SOUND'}",
             f"tars       {self.tars_sound} sound of {self.tars}, {self.tars_compared} compared with the tar itself",
             f"samples    {self.samples} in sound tars, {self.ok_rows} with an embedding, without: {bad}",
             f"duplicates {self.duplicates} rows equal an earlier row bit for bit",
@@ -66,7 +66,7 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(cache_dir: Path | str, tars: Sequence[str | Path] | None = None, *, payloads: bool = False) -> Report:
+def verify(cache: str | Path | Place, tars: Sequence[str | Path] | None = None, *, payloads: bool = False) -> Report:
     """Check every tar of a cache.
 
     Structure: manifest, tar table, Zarr metadata, done records, size and digest of every file. Numbers: statuses as
@@ -80,9 +80,9 @@ def verify(cache_dir: Path | str, tars: Sequence[str | Path] | None = None, *, p
     """
     if payloads and tars is None:
         raise ValueError("payloads: name the tars whose bytes should be compared")
-    folder = Path(cache_dir)
-    contract, table = read_contract(folder)
-    report = Report(folder, tars=len(table.entries))
+    place = place_of(cache)
+    contract, table = read_contract(place)
+    report = Report(place, tars=len(table.entries))
     group = _check_metadata(report, contract, table)
     records: dict[int, Record] = {}
     norms, digests = [], []
@@ -108,7 +108,7 @@ def verify(cache_dir: Path | str, tars: Sequence[str | Path] | None = None, *, p
 def _check_metadata(report: Report, contract: Contract, table: TarTable) -> zarr.Group | None:
     expected = empty_group(contract, len(table.entries), MemoryStore())
     try:
-        group = zarr.open_group(report.folder / STORE, mode="r", zarr_format=3)
+        group = zarr.open_group(report.place.at(STORE), mode="r", zarr_format=3)
         for name in ("emb", "key_hash", "status"):
             found = _plain(group[name].metadata)
             if found != _plain(expected[name].metadata):
@@ -125,12 +125,12 @@ def _plain(metadata: Any) -> str:
 
 def _check_files(report: Report, contract: Contract, entry: TarEntry) -> Record | None:
     try:
-        record = read_record(report.folder, contract, entry)
+        record = read_record(report.place, contract, entry)
     except ContractError as error:
         report.problems.append(str(error))
         return None
     for name, path in slot_files(entry.id).items():
-        if FileSum.of((report.folder / path).read_bytes()) != record.files[name]:
+        if FileSum.of(report.place.read(path)) != record.files[name]:
             report.problems.append(f"tar {entry.path} ({entry.id}): {path} is not the file that was written")
             return None
     return record
@@ -195,8 +195,7 @@ def _check_strangers(report: Report, table: TarTable) -> None:
     expected = {f"{DONE}/{i}.json" for i in ids} | {path for i in ids for path in slot_files(i).values()}
     expected |= {f"{STORE}/{name}zarr.json" for name in ("", "emb/", "key_hash/", "status/")}
     for top in (DONE, STORE, STAGING):
-        files = [path for path in (report.folder / top).rglob("*") if path.is_file()]
-        strange = sorted({str(path.relative_to(report.folder)) for path in files} - expected)
+        strange = sorted({f"{top}/{name}" for name in report.place.walk(top)} - expected)
         if strange:
             why = "left by a build that was killed or still runs" if top == STAGING else "no tar of the table owns them"
             report.warnings.append(f"{len(strange)} files, {why}: {', '.join(strange[:SHOWN])}")

@@ -9,11 +9,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from threetowers.cache.atomic import write_atomic
 from threetowers.cache.contract import Contract, ContractError, Preprocessing, TarEntry, TarTable, to_json
 from threetowers.cache.layout import Status, slot_and_chunk
+from threetowers.cache.place import place_of
 from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.record import Norms, Record, record_path
+from threetowers.cache.record import Norms, Record, record_name
 from threetowers.cache.store import create, write_slot
 from threetowers.cache.tars import key_hash
 
@@ -25,14 +25,15 @@ def make_cache(folder: Path, sizes: list[int], dim: int, dtype: str, seed: int =
     slot, chunk_rows = slot_and_chunk(dim, dtype, max(sizes))
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
     contract = Contract("b", "w", "d", transform, dim, dtype, slot, chunk_rows, table.digest, {})  # type: ignore[arg-type]
-    create(folder, contract, len(sizes))
+    place = place_of(folder)
+    create(place, contract, len(sizes))
     tars = []
     for i, n in enumerate(sizes):
         emb_nD = (rng.normal(size=(n, dim)) * 3 + 5).astype(dtype)
         status_n = np.where(np.arange(n) % 7 == 6, Status.UNDECODABLE, Status.OK).astype(np.uint8)
         emb_nD[status_n != Status.OK] = np.nan
         keys_n = np.array([key_hash(f"{i}/{k}") for k in range(n)], dtype=np.uint64)
-        files, sums = write_slot(folder, contract, i, emb_nD, keys_n, status_n)
+        files, sums = write_slot(place, contract, i, emb_nD, keys_n, status_n)
         record = Record(
             tar_id=i,
             fingerprint=f"print {i}",
@@ -54,10 +55,10 @@ def make_cache(folder: Path, sizes: list[int], dim: int, dtype: str, seed: int =
             finished="",
             host="",
         )
-        write_atomic(record_path(folder, i), to_json(record), folder=folder, owner=f"{i}.done")
+        place.put(record_name(i), to_json(record), owner=f"{i}.done")
         tars.append(emb_nD)
-    write_atomic(folder / "tars.json", to_json(table), folder=folder, owner="contract")
-    write_atomic(folder / "manifest.json", to_json(contract), folder=folder, owner="contract")
+    place.put("tars.json", to_json(table), owner="contract")
+    place.put("manifest.json", to_json(contract), owner="contract")
     return tars
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from threetowers.cache.atomic import WriteError, write_atomic
 from threetowers.cache.build import build
 from threetowers.cache.contract import ContractError
+from threetowers.cache.place import LocalPlace, WriteError
 from threetowers.cache.reader import EmbeddingCache
 from threetowers.cache.verify import verify
 
@@ -182,17 +182,15 @@ def test_a_folder_that_cannot_be_is_named(pattern: str, options: dict[str, Any],
             build([pattern], out, **options)
 
 
-def test_write_atomic_keeps_the_old_file_until_the_new_one_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "deep" / "x"
-    write_atomic(target, b"old", folder=tmp_path, owner="t")
+def test_a_put_keeps_the_old_file_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = LocalPlace(tmp_path)
+    place.put("deep/x", b"old", owner="t")
 
     def fail(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(WriteError, match=r"deep/x \(3 bytes\): Input/output error"):
-        write_atomic(target, b"new", folder=tmp_path, owner="t")
-    assert target.read_bytes() == b"old"
+        place.put("deep/x", b"new", owner="t")
+    assert place.read("deep/x") == b"old"
     assert not list((tmp_path / "tmp").iterdir())

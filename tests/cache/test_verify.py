@@ -14,8 +14,9 @@ import zarr
 from threetowers.cache import command
 from threetowers.cache.build import build
 from threetowers.cache.contract import ContractError, to_json
+from threetowers.cache.place import place_of
 from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.record import FileSum, record_path
+from threetowers.cache.record import FileSum, record_name
 from threetowers.cache.store import write_slot
 from threetowers.cache.verify import verify
 
@@ -138,9 +139,9 @@ def rewrite(cache: Path, tar_id: int, change: Callable[[Any, Any, Any], None]) -
     slot, n = opened.contract.slot, opened.tars[tar_id].n_samples
     arrays = [np.array(group[name][tar_id * slot : tar_id * slot + n]) for name in ("emb", "key_hash", "status")]
     change(*arrays)
-    files, sums = write_slot(cache, opened.contract, tar_id, *arrays)
+    files, sums = write_slot(place_of(cache), opened.contract, tar_id, *arrays)
     record = dataclasses.replace(opened.record(tar_id), files=files, chunk_crc32c=tuple(sums))
-    record_path(cache, tar_id).write_bytes(to_json(record))
+    (cache / record_name(tar_id)).write_bytes(to_json(record))
 
 
 def put(array: Any, at: Any, value: Any) -> None:

@@ -1,0 +1,388 @@
+"""Where a cache or a tar lies: a local folder, or any fsspec URL (`s3://`, `gs://`, `memory://`, ...).
+
+A place holds objects by name. An object is there whole or not at all, whenever the process or the machine stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+STAGING = "tmp"
+URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+KNOB = "Check the address, the credentials and the endpoint (environment or fsspec's configuration)"
+
+
+class PlaceError(OSError):
+    """A place that cannot be read. The message names the address and the remedy."""
+
+
+class WriteError(PlaceError):
+    """A place does not take what should be written. The message names the address and the remedy."""
+
+
+class Place(Protocol):
+    """A folder of objects. Names are relative, with `/`; `str(place)` is its address. Picklable and safe to fork.
+
+    Everything but what is said below raises `PlaceError`, or `WriteError` where it writes.
+    """
+
+    @property
+    def url(self) -> str:
+        """Its address, as the user gave it."""
+        ...
+
+    def at(self, name: str) -> str:
+        """The full address of an object."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes from `start` to `stop` of an object, by one request. Raises FileNotFoundError if it is absent."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, None where it is absent."""
+        ...
+
+    def names(self, folder: str = "") -> list[str]:
+        """What lies directly in a folder, sorted, by one listing; the names of folders end in `/`. [] if absent."""
+        ...
+
+    def walk(self, folder: str = "") -> list[str]:
+        """All objects in a folder and its folders, sorted, relative to the folder. [] if absent."""
+        ...
+
+    def put(self, name: str, data: bytes, owner: str) -> None:
+        """Write an object whole, or leave what was there. `owner`: who `clear_staged` may clean up after."""
+        ...
+
+    def put_new(self, name: str, data: bytes, owner: str) -> bool:
+        """Write an object if there is none of that name: False if there is. Of several that try, one writes.
+
+        Exclusive on local file systems and where the store can do it (S3, GCS); elsewhere a look before the write.
+        """
+        ...
+
+    def modified(self, name: str) -> float | None:
+        """When an object was last written, seconds since 1970 by the clock of the place; None where it is absent."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is absent is fine."""
+        ...
+
+    def clear_staged(self, owner: str) -> None:
+        """Remove what killed runs left half written for an owner that is about to be finished."""
+        ...
+
+    def local(self, name: str) -> Path | None:
+        """The file of an object where it can be mapped into memory, else None."""
+        ...
+
+
+def place_of(address: str | Path | Place) -> Place:
+    """The place at a path or URL. Nothing is opened, nothing needs to be there.
+
+    Raises:
+        ValueError: a protocol that fsspec does not know, or whose package is missing.
+    """
+    if not isinstance(address, str | Path):
+        return address
+    url = str(address)
+    if url.startswith("file://"):
+        return LocalPlace(url.removeprefix("file://"))
+    return RemotePlace(url) if is_url(url) else LocalPlace(url)
+
+
+def is_url(address: str | Path) -> bool:
+    """Whether this is an address for fsspec, not a path."""
+    return bool(URL.match(str(address))) and not str(address).startswith("file://")
+
+
+def split_address(address: str | Path) -> tuple[Place, str]:
+    """The place that holds an object, and the object's name in it."""
+    folder, _, name = str(address).rpartition("/")
+    return place_of(folder or ("/" if str(address).startswith("/") else ".")), name
+
+
+class LocalPlace:
+    """A folder of a file system. Files are staged in `tmp/`, synced to disk, renamed, and the rename synced."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def url(self) -> str:
+        return str(self.folder)
+
+    def at(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        try:
+            file = os.open(self.folder / name, os.O_RDONLY)
+            try:
+                stop = os.fstat(file).st_size if stop is None else stop
+                return _pread(file, start, stop)
+            finally:
+                os.close(file)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(error.errno, error.strerror, self.at(name)) from None
+        except OSError as error:
+            raise PlaceError(f"cannot read {self.at(name)}: {error.strerror}") from error
+
+    def size(self, name: str) -> int | None:
+        path = self.folder / name
+        try:
+            return path.stat().st_size if path.is_file() else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            with os.scandir(self.folder / folder) as entries:
+                return sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise PlaceError(f"cannot list {self.at(folder)}: {error.strerror}") from error
+
+    def walk(self, folder: str = "") -> list[str]:
+        root = self.folder / folder
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+    def put(self, name: str, data: bytes, owner: str) -> None:
+        with self._staged(name, data, owner) as staged:
+            os.replace(staged, self.folder / name)
+
+    def put_new(self, name: str, data: bytes, owner: str) -> bool:
+        if (self.folder / name).exists():
+            return False
+        with self._staged(name, data, owner) as staged:
+            try:
+                os.link(staged, self.folder / name)
+            except FileExistsError:
+                return False
+            finally:
+                staged.unlink(missing_ok=True)
+        return True
+
+    @contextlib.contextmanager
+    def _staged(self, name: str, data: bytes, owner: str) -> Iterator[Path]:
+        """A synced file with the data, named for its owner, host, process and thread: no two writers share one."""
+        path = self.folder / name
+        staged = (
+            self.folder / STAGING / f"{owner}.{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+        )
+        try:
+            make_folder(staged.parent)
+            make_folder(path.parent)
+            try:
+                with open(staged, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield staged
+            except BaseException:
+                staged.unlink(missing_ok=True)
+                raise
+            sync_folder(path.parent)
+        except OSError as error:
+            raise WriteError(
+                f"cannot write {path} ({len(data)} bytes): {error.strerror}. Make room or choose another folder, then "
+                "run the same command again: finished tars are kept."
+            ) from error
+
+    def modified(self, name: str) -> float | None:
+        try:
+            return (self.folder / name).stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def delete(self, name: str) -> None:
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise WriteError(f"cannot delete {self.at(name)}: {error.strerror}") from error
+
+    def clear_staged(self, owner: str) -> None:
+        for path in (self.folder / STAGING).glob(f"{owner}.*"):
+            path.unlink(missing_ok=True)
+
+    def local(self, name: str) -> Path | None:
+        return self.folder / name
+
+
+def _pread(file: int, start: int, stop: int) -> bytes:
+    parts = []
+    while start < stop and (part := os.pread(file, stop - start, start)):  # one call gives 2 GiB at most
+        parts.append(part)
+        start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, each synced into its parent."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have a folder's entries on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RemotePlace:
+    """A prefix of an object store, through fsspec. An object is one PUT, which stores make whole or not at all."""
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import get_filesystem_class
+
+        self._url = url.rstrip("/") if not url.endswith("://") else url
+        try:
+            get_filesystem_class(url.partition("://")[0])
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"{url}: {error}") from error
+        self._opened: tuple[int, Any, str] | None = None
+
+    def __str__(self) -> str:
+        return self._url
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def _root(self) -> tuple[Any, str]:
+        """The file system, opened once in each process: it holds sockets and a thread, which no fork survives."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            from fsspec.core import url_to_fs
+
+            try:
+                self._opened = (os.getpid(), *url_to_fs(self._url))
+            except Exception as error:  # each store raises its own kinds for settings that it cannot use
+                raise PlaceError(f"cannot open {self._url}: {_told(error)}. {KNOB}") from error
+        return self._opened[1:]
+
+    def at(self, name: str) -> str:
+        return f"{self._url.rstrip('/')}/{name}"
+
+    def _path(self, name: str) -> tuple[Any, str]:
+        fs, root = self._root
+        return fs, f"{root.rstrip('/')}/{name}".rstrip("/")
+
+    @contextlib.contextmanager
+    def _errors(self, verb: str, name: str, kind: type[PlaceError] = PlaceError) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            if kind is WriteError:
+                raise WriteError(f"cannot {verb} {self.at(name)}: no such bucket or folder. {KNOB}") from None
+            raise FileNotFoundError(2, "No such object", self.at(name)) from None
+        except (PlaceError, FileExistsError):
+            raise
+        except Exception as error:  # stores raise their client library's kinds beside OSError
+            raise kind(f"cannot {verb} {self.at(name)}: {_told(error)}. {KNOB}") from error
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        with self._errors("read", name):
+            fs, path = self._path(name)
+            data: bytes = fs.cat_file(path, start=start or None, end=stop)
+            return data
+
+    def _info(self, name: str) -> dict[str, Any] | None:
+        try:
+            with self._errors("look at", name):
+                fs, path = self._path(name)
+                fs.invalidate_cache(path.rpartition("/")[0])  # what other processes wrote since a listing
+                info: dict[str, Any] = fs.info(path)
+                return info if info["type"] == "file" else None
+        except FileNotFoundError:
+            return None
+
+    def size(self, name: str) -> int | None:
+        info = self._info(name)
+        return None if info is None else int(info["size"])
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            with self._errors("list", folder):
+                fs, path = self._path(folder)
+                fs.invalidate_cache(path)
+                found = [(e["name"].rstrip("/").rpartition("/")[2], e["type"]) for e in fs.ls(path, detail=True)]
+        except FileNotFoundError:
+            return []
+        own = path.rpartition("/")[2]  # some stores list a marker object of the folder itself
+        return sorted(name + "/" * (kind == "directory") for name, kind in found if name and (kind, name) != ("", own))
+
+    def walk(self, folder: str = "") -> list[str]:
+        with self._errors("list", folder):
+            fs, path = self._path(folder)
+            fs.invalidate_cache(path)
+            prefix = fs._strip_protocol(path).rstrip("/") + "/"
+            return sorted(name.removeprefix(prefix) for name in fs.find(path) if name.startswith(prefix))
+
+    def put(self, name: str, data: bytes, owner: str) -> None:
+        with self._errors("write", name, WriteError):
+            fs, path = self._path(name)
+            self._make_folder(fs, path)
+            fs.pipe_file(path, data)
+
+    def put_new(self, name: str, data: bytes, owner: str) -> bool:
+        try:
+            with self._errors("write", name, WriteError):
+                fs, path = self._path(name)
+                self._make_folder(fs, path)
+                fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    @staticmethod
+    def _make_folder(fs: Any, path: str) -> None:
+        if not getattr(fs, "async_impl", False):  # object stores have no folders; sftp, smb, ... do
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    def modified(self, name: str) -> float | None:
+        info = self._info(name)
+        if info is None:
+            return None
+        with self._errors("look at", name):
+            fs, path = self._path(name)
+            return float(fs.modified(path).timestamp())
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._errors("delete", name):
+            fs, path = self._path(name)
+            fs.rm_file(path)
+
+    def clear_staged(self, owner: str) -> None:
+        """Nothing is ever staged here."""
+
+    def local(self, name: str) -> Path | None:
+        return None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")

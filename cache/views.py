@@ -1,0 +1,118 @@
+"""Views: the declared image transforms of a cache, each with its own array of embeddings.
+
+`center` is the teacher's own evaluation transform. `center+flip` adds its mirror image. `crops:K` are K random resized
+crops; their boxes are stored beside the rows, so that a trainer cuts the very same part of the picture. Nothing is drawn
+while training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pydantic import ConfigDict
+
+MAX_CROPS = 100
+ASPECTS = (3 / 4, 4 / 3)
+N_PARAMS = 5  # left, top, right, bottom as fractions of the upright picture, and flip: 0 or 1
+
+Pixels = npt.NDArray[np.uint8]
+Params = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which views a cache holds. `seed` and `scale`, the smallest share of the area, are of `crops:K` alone."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    policy: str = "center"
+    seed: int = 0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a policy that is not known, or for numbers that do not go with it."""
+        if self.policy in ("center", "center+flip"):
+            if (self.seed, self.scale) != (0, 1.0):
+                raise ValueError(f"views {self.policy!r} take no seed or scale: only crops:K do")
+            return
+        kind, _, count = self.policy.partition(":")
+        if kind != "crops" or not (count.isascii() and count.isdigit()) or not 1 <= int(count) <= MAX_CROPS:
+            raise ValueError(
+                f"views {self.policy!r}: expected center, center+flip, or crops:K with K from 1 to {MAX_CROPS}"
+            )
+        if not 0 < self.scale <= 1 or self.seed < 0:
+            raise ValueError(f"views: scale {self.scale}, seed {self.seed}: expected 0 < scale <= 1 and seed >= 0")
+
+    @property
+    def cropped(self) -> bool:
+        """Whether the views are stored crops, and the cache has an array of their boxes."""
+        return self.policy.startswith("crops:")
+
+    @property
+    def count(self) -> int:
+        """Number of views V, each with its own array."""
+        return int(self.policy.partition(":")[2]) if self.cropped else 1 + (self.policy == "center+flip")
+
+    def params(self, key_hash: int, width: int, height: int) -> Params:
+        """(V, 5) boxes and flips of the crops of one picture: a function of seed, key, view and the picture's size."""
+        rows = np.empty((self.count, N_PARAMS), np.float32)
+        for k in range(self.count):
+            rng = np.random.default_rng([self.seed, key_hash, k])
+            left, top, right, bottom = random_box(width, height, self.scale, rng)
+            rows[k] = left / width, top / height, right / width, bottom / height, rng.random() < 0.5
+        return rows
+
+    def pixels(
+        self,
+        image: Image.Image,
+        key_hash: int,
+        center: Callable[[Image.Image], Pixels],
+        size: tuple[int, int],
+        interpolation: str,
+    ) -> tuple[Pixels, Params]:
+        """All views of one upright picture, for the teacher: (V, 3, H, W) and their (V, 5) params.
+
+        `center` is the teacher's evaluation transform, `size` its input (height, width). The params of `center` and
+        `center+flip` are all zeros: nothing is cut by a box there.
+        """
+        if self.cropped:
+            params = self.params(key_hash, *image.size)
+            views = [as_pixels(replay(image, row, size, interpolation)) for row in params]
+            return np.stack(views), params
+        first = np.asarray(center(image))
+        views = [first, first[..., ::-1]][: self.count]
+        return np.stack(views), np.zeros((self.count, N_PARAMS), np.float32)
+
+
+def random_box(width: int, height: int, scale: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom, in pixels, of a random resized crop: `scale` to 1 of the area, aspect 3/4 to 4/3.
+
+    Where the picture is too narrow for that area at that aspect, the box is as wide or high as the picture.
+    """
+    area = width * height * rng.uniform(scale, 1)
+    aspect = np.exp(rng.uniform(*np.log(ASPECTS)))
+    box_width = min(width, math.sqrt(area * aspect))
+    box_height = min(height, area / box_width)
+    box_width = min(width, area / box_height)
+    left, top = rng.uniform(0, width - box_width), rng.uniform(0, height - box_height)
+    return left, top, min(width, left + box_width), min(height, top + box_height)
+
+
+def replay(image: Image.Image, params_5: Params, size: tuple[int, int], interpolation: str = "bicubic") -> Image.Image:
+    """Cut a stored crop out of the upright picture and resize it to `size` (height, width), in one resampling."""
+    left, top, right, bottom, flip = params_5.tolist()
+    width, height = image.size
+    box = (left * width, top * height, right * width, bottom * height)
+    view = image.resize((size[1], size[0]), Image.Resampling[interpolation.upper()], box=box)
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
+
+
+def as_pixels(image: Image.Image) -> Pixels:
+    """(3, H, W) uint8 of an RGB picture."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
