@@ -1,7 +1,7 @@
 """One training run as data: YAML -> frozen dataclasses, checked strictly.
 
-A run is a set of named towers, of heads on them, and of pair terms between heads. CLIP, LiT and 3T differ in this
-data alone. Unknown keys, wrong types and references to nothing are refused with the path of the offending key.
+A run is a set of named towers, of heads on them, and of pair terms between heads. CLIP, LiT, 3T and MS-CLIP differ in
+this data alone. Unknown keys, wrong types and references to nothing are refused with the path of the offending key.
 """
 
 import dataclasses
@@ -24,12 +24,34 @@ class ConfigError(ValueError):
 
 
 @checked(frozen=True, config=STRICT)
+class Specialize:
+    """What MS-CLIP-S gives a vision transformer of its own (arXiv 2207.12661)."""
+
+    stem: bool = True  # early specialisation: convolutions in place of the patch embedding and the first block
+    branch: bool = True  # a second, convolutional look at the image, added to the tokens at five depths by adapters
+
+
+@checked(frozen=True, config=STRICT)
 class ImageTower:
-    """Any timm model, trained from scratch; its features before the classifier."""
+    """Any timm model; its features before the classifier."""
 
     kind: Literal["timm"]
     model: str
     args: dict[str, Any] = field(default_factory=dict)
+    specialize: Specialize | None = None  # timm's plain vision transformers only
+    # Where its weights come from: None, random; pretrained, timm's own; package:NAME; or a .safetensors file, of which
+    # FILE#PREFIX takes the part under a name, as in runs/a/model.safetensors#towers.image
+    init: str | None = None
+    frozen: bool = False  # locked: evaluation mode, no gradient
+
+
+@checked(frozen=True, config=STRICT)
+class Share:
+    """Parameters that a text tower has in common with an image tower, block by block from the last one back."""
+
+    tower: str  # a timm vision transformer of the same width
+    modules: list[Literal["attn", "mlp", "norm1", "norm2"]] = field(default_factory=lambda: ["attn", "mlp"])  # type: ignore[arg-type]
+    blocks: PositiveInt | None = None  # how many; None: as many as the smaller tower has
 
 
 @checked(frozen=True, config=STRICT)
@@ -42,7 +64,14 @@ class TextTower:
     heads: PositiveInt
     mlp_ratio: float = 4.0
     dropout: Fraction = 0.0
-    pool: Literal["eos", "mean"] = "eos"
+    pool: Literal["eos", "mean", "last"] = "eos"  # the end token, the mean of all but padding, the last position
+    causal: bool = False  # a token sees those before it only
+    mask_padding: bool = True  # nobody looks at padding
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    norm_eps: Annotated[float, Field(gt=0)] | None = None  # None: 1e-6 in the blocks, 1e-5 at the end
+    share: Share | None = None
+    init: str | None = None  # None: random; a .safetensors file, or FILE#PREFIX
+    frozen: bool = False
 
 
 @checked(frozen=True, config=STRICT)
@@ -51,7 +80,7 @@ class CacheTower:
 
     kind: Literal["cache"]
     path: str
-    backbone: str | None = None  # if named, a cache of any other is refused
+    backbone: str | None = None  # if named, a cache of any other is refused; a dry run without the cache needs it
     # Centre and scale each feature by its moments over the cache. A linear head with bias can express the same map;
     # starting from there, it need not first learn away a large common offset.
     standardize: bool = True
@@ -62,20 +91,28 @@ Tower = Annotated[ImageTower | TextTower | CacheTower, Field(discriminator="kind
 
 @checked(frozen=True, config=STRICT)
 class Head:
-    """A map from a tower (or from another head, before that one's normalisation) to the shared space."""
+    """A map from a tower (or from another head, before that one's normalisation) to the shared space.
+
+    One head may serve several terms.
+    """
 
     of: str
-    kind: Literal["linear", "none"] = "linear"
+    kind: Literal["linear", "mlp", "none"] = "linear"
+    dim: PositiveInt | None = None  # what it gives; None: the run's dim
+    bias: bool = True
+    hidden: PositiveInt | None = None  # mlp only: width of its hidden layers; None: that of what it stands on
+    depth: PositiveInt = 1  # mlp only: number of hidden layers
 
 
 @checked(frozen=True, config=STRICT)
 class Term:
-    """One contrastive loss between two heads. Terms that name the same scale share one learned temperature."""
+    """One loss between two heads. Contrastive terms that name the same scale share one learned temperature."""
 
     x: str
     y: str
+    kind: Literal["contrastive", "l2"] = "contrastive"  # l2: mean squared distance of the unit-norm embeddings
     weight: float = 1.0
-    scale: str = "scale"
+    scale: str = "scale"  # contrastive only
 
 
 @checked(frozen=True, config=STRICT)
@@ -86,6 +123,9 @@ class Loss:
     bias_init: float = -10.0  # sigmoid only; SigLIP's start
     # mask: samples of one concept are no negatives of each other. keep: they are, as in sets without concepts.
     same_concept: Literal["mask", "keep"] = "mask"
+    # MiB a rank and pair term in which similarity tiles wait for backward: with room for all b x B x 4 bytes a softmax
+    # step costs 3 products of that size instead of 4. The sigmoid needs none.
+    workspace: Annotated[int, Field(ge=0)] = 16
 
 
 @checked(frozen=True, config=STRICT)
@@ -94,6 +134,7 @@ class Data:
     tokenizer: str
     image_size: PositiveInt
     context: PositiveInt = 32  # tokens per caption, end token included
+    vocab_size: PositiveInt | None = None  # rows of the token embedding; None: the tokenizer's pieces
     crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no augmentation
     concept_field: str | None = None  # JSON field naming what a sample shows; None: every sample is its own concept
     on_bad: Literal["error", "skip"] = "error"
@@ -183,6 +224,10 @@ class Run:
         while name in self.heads:
             name = self.heads[name].of
         return name
+
+    def scales(self) -> list[str]:
+        """Names of the learned temperatures, in the terms' order."""
+        return list(dict.fromkeys(term.scale for term in self.terms.values() if term.kind == "contrastive"))
 
 
 @dataclass(frozen=True)
@@ -292,9 +337,14 @@ def _check_references(run: Run, source: str) -> None:
     used = {run.root_of(name) for name in references.values()}
     if unused := sorted(set(run.towers) - used):
         refuse(f"towers: {unused} are used by no term; remove them or add a term")
-    for kind in ("timm", "text"):
-        if len(run.towers_of(kind)) > 1:
-            refuse(f"towers: expected at most one of kind {kind!r}, found {run.towers_of(kind)}")
+    for name, tower in run.towers.items():
+        if not isinstance(tower, TextTower) or tower.share is None:
+            continue
+        donor = run.towers.get(tower.share.tower)
+        if not isinstance(donor, ImageTower):
+            refuse(f"towers.{name}.share.tower: {tower.share.tower!r} is no image tower of kind timm")
+        elif donor.frozen != tower.frozen:
+            refuse(f"towers.{name}.share: of the parameters' two owners one is frozen; freeze both or none")
     if run.data.crop_scale < 1 and (cached := run.towers_of("cache")):
         refuse(
             f"data.crop_scale: {run.data.crop_scale} asks for random crops, but {cached} hold the embedding of the "

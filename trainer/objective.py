@@ -38,7 +38,13 @@ def objective(
         )
         for term in run.terms.values()
     ]
-    results = contrastive_losses(pairs, family=run.loss.family, sample_ids=concepts_b, process_group=group)
+    results = contrastive_losses(
+        pairs,
+        family=run.loss.family,
+        sample_ids=concepts_b,
+        process_group=group,
+        workspace_bytes=run.loss.workspace * len(pairs) * 2**20,
+    )
     total = sum(term.weight * result.loss for term, result in zip(run.terms.values(), results, strict=True))
     report = {
         name: TermResult(

@@ -98,6 +98,29 @@ def test_terms_of_weight_zero_leave_the_baseline() -> None:
         torch.testing.assert_close(grad, grads[1][name], msg=name)
 
 
+@pytest.mark.parametrize(("mebibytes", "kept_terms"), [(0, 0), (1, 2), (16, 2)])
+def test_the_workspace_keeps_tiles_and_changes_no_bit(mebibytes: int, kept_terms: int) -> None:
+    """With room, autograd holds one 6 x 6 tile of dots for each of the two terms; the loss and gradients stay."""
+    saved: list[torch.Size] = []
+
+    def pack(part: torch.Tensor) -> torch.Tensor:
+        saved.append(part.shape)
+        return part
+
+    results = []
+    for tree in (changed("loss", {"workspace": mebibytes}), changed("loss", {"workspace": 0})):
+        saved.clear()
+        model = model_of(tree)
+        outputs = model(inputs_of(6))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part):
+            loss, _ = objective(model.run, outputs, None)
+        if not results:
+            assert saved.count(torch.Size([36])) == kept_terms
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_headless_terms_must_agree_in_width() -> None:
     tree = changed("heads.h_f", {"of": "third", "kind": "none"})
     with pytest.raises(ValueError, match=r"terms\.image-third: 'f_h' has width 16, 'h_f' has 20"):
