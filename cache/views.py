@@ -1,8 +1,8 @@
 """Views: the declared image transforms of a cache, each with its own array of embeddings.
 
 `center` is the teacher's own evaluation transform. `center+flip` adds its mirror image. `crops:K` are K random resized
-crops; their boxes are stored beside the rows, so that a trainer cuts the very same part of the picture. Nothing is drawn
-while training.
+crops; their boxes are stored beside the rows, so that a trainer cuts the very same part of the picture and draws
+nothing itself.
 """
 
 from __future__ import annotations
