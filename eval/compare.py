@@ -1,6 +1,5 @@
 """The retrieval evaluation of runs: embed, index, rank, record, report."""
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,12 @@ import xxhash
 
 from threetowers.cache.tars import expand, index_tar
 from threetowers.eval.cost import CacheFacts, caches_of
-from threetowers.eval.embed import EvaluationSet, embed_images, embed_texts, evaluation_set
+from threetowers.eval.embed import EvaluationSet, evaluation_set
+from threetowers.eval.encoder import Encoder, Loading, load_encoder
 from threetowers.eval.gallery import Gallery, encoded, galleries_of
 from threetowers.eval.record import Question, Record, TarRef, digest, write_record
 from threetowers.eval.report import ImageExample, ReportPaths, RunResult, TextExample, render
 from threetowers.eval.search import GallerySearch
-from threetowers.eval.sources import image_source, view_of
 from threetowers.eval.tables import ABSENT, Table, by_gallery, comparison_table
 from threetowers.trainer.folder import RunFolder
 from threetowers.trainer.trained import TrainedModel
@@ -106,8 +105,9 @@ def compare(
     )
     galleries = galleries_of(data)
     models = [TrainedModel.load(path) for path in runs]
+    loading = Loading(caches=caches or {}, live_teacher=live_teacher, embeddings=out / "embeddings")
     results = [
-        _evaluate(path, model, data, galleries, out / "records", settings, caches or {}, live_teacher)
+        _evaluate(path, model, load_encoder(path, loading), data, galleries, out / "records", settings, live_teacher)
         for path, model in zip(runs, models, strict=True)
     ]
     facts = [caches_of(model.run) for model in models]
@@ -119,25 +119,23 @@ def compare(
 def _evaluate(
     path: Path,
     model: TrainedModel,
+    encoder: Encoder,
     data: EvaluationSet,
     galleries: Sequence[Gallery],
     records_folder: Path,
     settings: Settings,
-    caches: Mapping[str, Path],
     live_teacher: bool,
 ) -> RunResult:
     started = time.perf_counter()
-    source = image_source(model, data, caches, live_teacher)
-    weights = hashlib.sha256(RunFolder(path).weights.read_bytes()).hexdigest()
     records: list[Record] = []
     texts: list[TextExample] = []
     images: list[ImageExample] = []
     for number, gallery in enumerate(galleries):
         began = time.perf_counter()
-        image_ND = embed_images(model, gallery.pictures, source)
-        text_MD = embed_texts(model, gallery.captions)
+        image_ND = encoder.images(data, gallery.pictures)
+        text_MD = encoder.texts(gallery.captions)
         search = GallerySearch(gallery, image_ND, text_MD, settings.index)
-        question = _question(path, model, weights, data, gallery, settings, live_teacher)
+        question = _question(encoder, data, gallery, settings, live_teacher)
         record = _record(question, data, gallery, search, time.perf_counter() - began)
         write_record(record, records_folder)
         records.append(record)
@@ -156,25 +154,19 @@ def _evaluate(
 
 
 def _question(
-    path: Path,
-    model: TrainedModel,
-    weights: str,
-    data: EvaluationSet,
-    gallery: Gallery,
-    settings: Settings,
-    live_teacher: bool,
+    encoder: Encoder, data: EvaluationSet, gallery: Gallery, settings: Settings, live_teacher: bool
 ) -> Question:
-    contract = model.contracts[model.image_tower].digest if model.sees_cached_rows else None
+    facts = encoder.facts
     return Question(
         task="retrieval",
         gallery=gallery.name,
-        run=path.name,
-        model=weights,
-        step=int(json.loads(RunFolder(path).summary.read_text())["steps"]),
+        run=facts.name,
+        model=facts.digest,
+        step=facts.step or 0,
         tars=tuple(TarRef(tar.path.name, tar.fingerprint, len(tar.samples)) for tar in data.tars),
-        preprocessing=view_of(model),
-        precision="float32",
-        cache_contract=contract,
+        preprocessing=facts.preprocessing,
+        precision=facts.precision,
+        cache_contract=facts.cache_contract,
         settings={
             "group_field": settings.group_field,
             "part_field": settings.part_field,

@@ -1,20 +1,15 @@
-"""From tars and a trained run to embedded images and captions."""
+"""What is evaluated: the usable images of some tars with their captions, by address."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
-from tqdm import tqdm
 
 from threetowers.cache.tars import TarIndex
 from threetowers.trainer.data.samples import BadSample, annotation, concept, image
-from threetowers.trainer.trained import TrainedModel
 
 Floats = npt.NDArray[np.float32]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,27 +67,3 @@ def evaluation_set(
         reason = f"; the first of {len(skipped)} problems: {skipped[0]}" if skipped else ""
         raise ValueError(f"no usable image with a caption in {[str(tar.path) for tar in tars]}{reason}")
     return EvaluationSet(list(tars), pictures, skipped)
-
-
-def embed_images(
-    model: TrainedModel,
-    pictures: Sequence[Picture],
-    source: Callable[[Sequence[Picture]], Tensor],
-    batch_size: int = 256,
-) -> Floats:
-    """Return unit-norm embeddings (pictures, dim) float32; `source` turns pictures into the image tower's input."""
-    batches = _batches(pictures, batch_size, "images")
-    return np.concatenate([model.encode_images(source(batch)).float().cpu().numpy() for batch in batches])
-
-
-def embed_texts(model: TrainedModel, captions: Sequence[str], batch_size: int = 256) -> Floats:
-    """Return unit-norm embeddings (captions, dim) float32."""
-    parts = [model.encode_texts(batch).float().cpu().numpy() for batch in _batches(captions, batch_size, "captions")]
-    return np.concatenate(parts)
-
-
-def _batches(items: Sequence[T], size: int, unit: str) -> Iterator[Sequence[T]]:
-    with tqdm(total=len(items), unit=unit, leave=False, disable=None) as bar:
-        for start in range(0, len(items), size):
-            yield items[start : start + size]
-            bar.update(min(size, len(items) - start))

@@ -6,42 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.conftest import samples_of, write_tar
+from tests.eval.runs import finished
 from threetowers.cache.build import build
 from threetowers.cache.contract import ContractError
 from threetowers.cache.tars import index_tar
 from threetowers.eval.compare import Settings, compare
-from threetowers.eval.embed import embed_images, embed_texts, evaluation_set
-from threetowers.eval.sources import image_source
-from threetowers.trainer.config import parse
-from threetowers.trainer.data.join import CacheJoin
-from threetowers.trainer.folder import RunFolder
-from threetowers.trainer.tokenizer import Tokenizer
-from threetowers.trainer.towers.model import TowerModel
-from threetowers.trainer.trained import TrainedModel
+from threetowers.eval.embed import evaluation_set
+from threetowers.eval.encoder import Loading, load_encoder
 
 CONCEPTS = Settings(group_field="concept")
-
-
-def finished(tree: dict[str, Any], constant: bool = False) -> Path:
-    """The folder of a run as training leaves it, with random weights; `constant`: with collapsed embeddings."""
-    run = parse(tree)
-    tars = [index_tar(tar) for tar in run.data.tars]
-    caches = {name: CacheJoin(run.towers[name].path, tars).cache for name in run.towers_of("cache")}  # type: ignore[union-attr]
-    torch.manual_seed(2)
-    vocab = Tokenizer.load(run.data.tokenizer).vocab_size
-    model = TowerModel(run, vocab, {name: cache.dim for name, cache in caches.items()})
-    if constant:
-        for head in (run.deploy.image, run.deploy.text):
-            torch.nn.init.zeros_(model.heads[head].weight)  # type: ignore[arg-type]
-    folder = RunFolder(Path(run.out))
-    folder.create(run, {}, {name: cache.contract for name, cache in caches.items()})
-    save_file(model.state_dict(), folder.weights)
-    folder.summary.write_text(json.dumps({"steps": 3, "seconds": 1.5}))
-    return folder.path
 
 
 def test_records_and_report(clip: dict[str, Any], lit: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
@@ -74,11 +49,11 @@ def test_records_and_report(clip: dict[str, Any], lit: dict[str, Any], tars: lis
 def test_recalls_equal_a_brute_force_twin(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
     path = finished(clip)
     result = compare([path], [str(tar) for tar in tars], tmp_path / "report", CONCEPTS).results[0].records[0]
-    model = TrainedModel.load(path)
+    model = load_encoder(path)
     data = evaluation_set([index_tar(tar) for tar in tars], group_field="concept", part_field=None, max_captions=5)
-    image_ND = embed_images(model, data.pictures, image_source(model, data, {}, False), batch_size=7)
+    image_ND = model.images(data, data.pictures)
     pairs = sorted({(p.group, caption) for p in data.pictures for caption in p.captions})
-    text_MD = embed_texts(model, [caption for _, caption in pairs], batch_size=7)
+    text_MD = model.texts([caption for _, caption in pairs])
     scores = image_ND.astype(np.float64) @ text_MD.astype(np.float64).T
     match = np.array([[p.group == group for group, _ in pairs] for p in data.pictures])
     for direction, s, m in (("image_to_text", scores, match), ("text_to_image", scores.T, match.T)):
@@ -125,13 +100,12 @@ def test_a_lit_run_reads_rows_of_the_right_teacher_only(
 
 
 def test_live_and_cached_rows_agree(lit: dict[str, Any], cache: Path, tars: list[Path]) -> None:
-    lit["out"] = lit["out"] + "-live"
-    model = TrainedModel.load(finished(lit))
-    model.contracts["third"] = model.contracts["third"].__class__(
-        **{**vars(model.contracts["third"]), "weights": str(cache.parent / "teacher.safetensors")}
-    )
+    path = finished(lit)
+    contracts = json.loads((path / "contracts.json").read_text())
+    contracts["third"]["weights"] = str(cache.parent / "teacher.safetensors")
+    (path / "contracts.json").write_text(json.dumps(contracts))
     data = evaluation_set([index_tar(tars[0])], group_field=None, part_field=None, max_captions=5)
-    rows = [embed_images(model, data.pictures[:9], image_source(model, data, {}, live)) for live in (True, False)]
+    rows = [load_encoder(path, Loading(live_teacher=live)).images(data, data.pictures[:9]) for live in (True, False)]
     assert (rows[0] * rows[1]).sum(1).min() >= 0.9999
 
 

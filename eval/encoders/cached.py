@@ -1,0 +1,43 @@
+"""The rows of a cache as embeddings, images only: what the teacher alone is worth."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.eval.embed import EvaluationSet, Floats, Picture
+from threetowers.eval.encoder import Facts, Loading, NoTextTower
+from threetowers.eval.encoders.forward import forward_pictures
+from threetowers.eval.sources import teacher_view
+from threetowers.trainer.data.join import CacheJoin
+
+
+class CachedRows:
+    """A cached teacher: nothing is computed, each picture's row is read."""
+
+    sees_text = False
+    logit_scale = 1.0
+
+    def __init__(self, path: str, loading: Loading) -> None:
+        """Raises ContractError where there is no cache."""
+        self.path, self.loading = path, loading
+        contract = EmbeddingCache.open(path).contract
+        self.dim = contract.dim
+        self.facts = Facts(
+            name=f"cache:{Path(path).name}",
+            digest=contract.weights_digest,
+            step=None,
+            precision=contract.dtype,
+            preprocessing=teacher_view(contract.preprocessing),
+            cache_contract=contract.digest,
+        )
+
+    def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
+        join = CacheJoin(self.path, data.tars)
+        return forward_pictures(
+            pictures, lambda p: torch.from_numpy(join.row(p.tar, p.ordinal)), lambda x: x, self.loading.batch_size, 0
+        )
+
+    def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
+        raise NoTextTower(f"{self.facts.name} sees images only: leave it out of tasks with captions or prompts")

@@ -1,0 +1,46 @@
+"""timm's models, images only: the features before the classifier."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from threetowers.cache.teacher import load_teacher
+from threetowers.eval.embed import EvaluationSet, Floats, Picture
+from threetowers.eval.encoder import Facts, Loading, NoTextTower
+from threetowers.eval.encoders.forward import forward_pictures
+from threetowers.eval.sources import teacher_view
+from threetowers.trainer.data.samples import image
+
+
+class ClassifierTower:
+    """A timm model as the teacher of a cache would be; always in float32. Its embedding is its feature."""
+
+    sees_text = False
+    logit_scale = 1.0
+
+    def __init__(self, name: str, weights: str | None, loading: Loading) -> None:
+        """`name` may end in @SIZE, the input's side in pixels. Raises ValueError for what `load_teacher` refuses."""
+        name, _, size = name.partition("@")
+        if size and not size.isdecimal():
+            raise ValueError(f"timm:{name}@{size}: expected the side of the input in pixels after '@'")
+        if loading.precision != "float32":
+            raise ValueError(f"timm:{name}: timm models are run in float32 only, not in {loading.precision}")
+        self.loading = loading
+        self.teacher = load_teacher(name, weights or "pretrained", int(size) if size else None, loading.torch_device())
+        self.dim = self.teacher.dim
+        self.facts = Facts(
+            name=f"timm:{name}",
+            digest=self.teacher.weights_digest,
+            step=None,
+            precision="float32",
+            preprocessing=teacher_view(self.teacher.preprocessing),
+        )
+
+    def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
+        def view(p: Picture) -> Tensor:
+            return self.teacher.preprocess(image(data.tars[p.tar], p.ordinal, self.loading.max_pixels))
+
+        return forward_pictures(pictures, view, self.teacher.embed, self.loading.batch_size, self.loading.workers)
+
+    def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
+        raise NoTextTower(f"{self.facts.name} sees images only: leave it out of tasks with captions or prompts")
