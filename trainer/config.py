@@ -5,7 +5,7 @@ this data alone. Unknown keys, wrong types and references to nothing are refused
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,7 +50,7 @@ class Share:
     """Parameters that a text tower has in common with an image tower, block by block from the last one back."""
 
     tower: str  # a timm vision transformer of the same width
-    modules: list[Literal["attn", "mlp", "norm1", "norm2"]] = field(default_factory=lambda: ["attn", "mlp"])  # type: ignore[arg-type]
+    modules: tuple[Literal["attn", "mlp", "norm1", "norm2"], ...] = ("attn", "mlp")
     blocks: PositiveInt | None = None  # how many; None: as many as the smaller tower has
 
 
@@ -84,6 +84,10 @@ class CacheTower:
     # Centre and scale each feature by its moments over the cache. A linear head with bias can express the same map;
     # starting from there, it need not first learn away a large common offset.
     standardize: bool = True
+    # A sample whose row has no embedding: error refuses to train, skip leaves the sample out, mask keeps it for the
+    # terms without this tower, live computes the row by the teacher (in the loader, on the CPU).
+    on_bad_row: Literal["error", "skip", "mask", "live"] = "error"
+    weights: str | None = None  # of the teacher, for live; None: from where the cache was built
 
 
 Tower = Annotated[ImageTower | TextTower | CacheTower, Field(discriminator="kind")]
@@ -137,42 +141,76 @@ class Data:
     vocab_size: PositiveInt | None = None  # rows of the token embedding; None: the tokenizer's pieces
     crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no augmentation
     concept_field: str | None = None  # JSON field naming what a sample shows; None: every sample is its own concept
-    on_bad: Literal["error", "skip"] = "error"
+    on_bad: Literal["error", "skip"] = "error"  # a sample that cannot be read; for rows see CacheTower.on_bad_row
+    # Tars whose rows are not all built: error refuses to train, wait waits for them, leave_out begins each epoch with
+    # those that are finished by then. Durations count the samples of all tars in any case.
+    unbuilt_tars: Literal["error", "wait", "leave_out"] = "error"
     workers: Annotated[int, Field(ge=0)] = 1
     max_pixels: PositiveInt = 50_000_000
 
 
 @checked(frozen=True, config=STRICT)
-class Optim:
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    warmup: Fraction = 0.05  # share of all steps
-    clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 = off
-
-
-@checked(frozen=True, config=STRICT)
 class Duration:
-    """How long to train; exactly one unit."""
+    """A span of training; exactly one unit."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
     examples: PositiveInt | None = None
     steps: PositiveInt | None = None
+    percent: Annotated[float, Field(gt=0, le=100)] | None = None  # of the run; the run itself cannot be given so
 
-    def in_steps(self, samples: int, batch: int) -> int:
-        """Optimizer steps for a set of `samples` with a global batch of `batch`; an epoch is its whole batches."""
+    def units(self) -> list[str]:
+        """The units that are given."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+
+    def in_steps(self, samples: int, batch: int, total: int = 0) -> int:
+        """Optimizer steps for a set of `samples` with a global batch of `batch`; an epoch is its whole batches.
+
+        `total`: steps of the run, of which a percentage is taken.
+        """
         if self.steps is not None:
             return self.steps
         if self.examples is not None:
             return max(1, self.examples // batch)
+        if self.percent is not None:
+            return max(1, round(total * self.percent / 100))
         assert self.epochs is not None
         return max(1, round(self.epochs * (samples // batch)))
+
+
+@checked(frozen=True, config=STRICT)
+class ParameterGroup:
+    """Parameters by name, with a learning rate of their own. Names are as in model.safetensors."""
+
+    match: str  # shell pattern: towers.image.*
+    lr: Annotated[float, Field(ge=0)] = 1.0  # times the schedule's; 0 freezes
+    weight_decay: Annotated[float, Field(ge=0)] | None = None  # of its matrices; None: the run's
+
+
+@checked(frozen=True, config=STRICT)
+class Optim:
+    name: Literal["adamw", "adafactor"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    # Decoupled and, as everywhere in torch, multiplied by the learning rate. Vectors (norms, biases, scales) have none.
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    groups: list[ParameterGroup] = field(default_factory=list)  # the first that matches a parameter counts
+    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
+    warmup: Fraction | Duration = 0.05  # a share of all steps, or a span
+    cooldown: Fraction | Duration = 0.0  # linear to the end rate, after constant or rsqrt
+    lr_end: Fraction = 0.0  # share of lr at which a cosine or a cooldown ends
+    clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 = off
 
 
 @checked(frozen=True, config=STRICT)
 class Engine:
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
+    # Samples that go forward and backward at a time on a rank; None: all of its batch. The loss is over the global
+    # batch in any case. Costs a second forward pass.
+    chunk: PositiveInt | None = None
+    activation_checkpointing: bool = False  # keep a block's input alone, compute the rest again in backward
+    non_finite: Literal["stop", "skip"] = "stop"  # when a loss or gradient is NaN or infinite
+    non_finite_limit: PositiveInt = 10  # steps skipped in a row before the run stops after all
     deepspeed_extra: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
 
 
@@ -180,12 +218,27 @@ class Engine:
 class Log:
     every_steps: PositiveInt = 10
     tensorboard: bool = True
+    # (first, last) step, from 1, of a torch.profiler trace in the run's folder
+    profile: tuple[PositiveInt, PositiveInt] | None = None
 
 
 @checked(frozen=True, config=STRICT)
 class Checkpoint:
-    every_steps: PositiveInt | None = None  # None: at the end only
+    """When to write one, beside the end and SIGTERM."""
+
+    every_steps: PositiveInt | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
     keep: PositiveInt = 2
+
+
+@checked(frozen=True, config=STRICT)
+class Evaluation:
+    """Retrieval on held-out tars while training: a quick look, not the numbers to report."""
+
+    tars: list[str]
+    every: Duration = field(default_factory=lambda: Duration(percent=10))
+    samples: PositiveInt = 1000  # at most, the first ones
+    group_field: str | None = None  # JSON field naming what an image shows; None: its own captions alone match it
 
 
 @checked(frozen=True, config=STRICT)
@@ -213,6 +266,7 @@ class Run:
     engine: Engine = field(default_factory=Engine)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluation | None = None
 
     def towers_of(self, kind: str) -> list[str]:
         """Names of the towers of one kind, in the config's order."""
@@ -308,9 +362,7 @@ def _check_references(run: Run, source: str) -> None:
     def refuse(message: str) -> None:
         raise ConfigError(f"{source}: {message}")
 
-    units = [f.name for f in dataclasses.fields(run.duration) if getattr(run.duration, f.name) is not None]
-    if len(units) != 1:
-        refuse(f"duration: give exactly one of epochs, examples, steps; found {units or 'none'}")
+    _check_spans(run, refuse)
     if not run.data.tars:
         refuse("data.tars: expected at least one tar or pattern, found an empty list")
     if not run.terms:
@@ -345,8 +397,34 @@ def _check_references(run: Run, source: str) -> None:
             refuse(f"towers.{name}.share.tower: {tower.share.tower!r} is no image tower of kind timm")
         elif donor.frozen != tower.frozen:
             refuse(f"towers.{name}.share: of the parameters' two owners one is frozen; freeze both or none")
+    for name in run.towers_of("cache"):
+        tower = run.towers[name]
+        if (
+            isinstance(tower, CacheTower)
+            and tower.on_bad_row == "mask"
+            and all(name in (run.root_of(term.x), run.root_of(term.y)) for term in run.terms.values())
+        ):
+            refuse(
+                f"towers.{name}.on_bad_row: mask keeps a sample for the terms without {name!r}, but every term has it; "
+                "use skip"
+            )
     if run.data.crop_scale < 1 and (cached := run.towers_of("cache")):
         refuse(
             f"data.crop_scale: {run.data.crop_scale} asks for random crops, but {cached} hold the embedding of the "
             "uncropped view only; set crop_scale: 1.0"
         )
+
+
+def _check_spans(run: Run, refuse: Callable[[str], None]) -> None:
+    spans = {"duration": run.duration, "optim.warmup": run.optim.warmup, "optim.cooldown": run.optim.cooldown}
+    if run.evaluate is not None:
+        spans["evaluate.every"] = run.evaluate.every
+    for key, span in spans.items():
+        if isinstance(span, Duration) and len(span.units()) != 1:
+            refuse(f"{key}: give exactly one of epochs, examples, steps, percent; found {span.units() or 'none'}")
+    if run.duration.percent is not None:
+        refuse("duration: percent of what? give the run's length in epochs, examples or steps")
+    if run.optim.schedule == "cosine" and run.optim.cooldown != 0.0:
+        refuse("optim.cooldown: a cosine comes down by itself; take schedule: constant or rsqrt, or no cooldown")
+    if run.log.profile is not None and run.log.profile[0] > run.log.profile[1]:
+        refuse(f"log.profile: expected (first, last) step, found {run.log.profile}")

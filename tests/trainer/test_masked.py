@@ -1,0 +1,151 @@
+"""Samples without a third tower: each term is the loss over the samples that have both its towers, on any ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from tests.trainer.test_config import THREE
+from threetowers.kernels import dense_contrastive_loss
+from threetowers.trainer.config import Run, parse
+from threetowers.trainer.objective import TermResult, objective
+from threetowers.trainer.towers.model import Outputs
+
+WIDTH = 6
+SIDES = {"f": "image", "g": "text", "f_h": "image", "h_f": "third", "g_h": "text", "h_o": "other"}
+# which of 11 samples have each third tower; rank 0 holds the first 7
+PRESENT = {
+    "all": ([1] * 11, [1] * 11),
+    "some": ([1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1], [1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 1]),
+    "none on rank 1": ([1, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0], [0] * 7 + [1] * 4),
+    "none at all": ([0] * 11, [1] * 11),
+}
+
+
+def run_of(family: str) -> Run:
+    """Two third towers, each in a term of its own and together in one."""
+    cached = {"kind": "cache", "path": "c", "on_bad_row": "mask"}
+    terms = {
+        "image-text": {"x": "f", "y": "g", "weight": 0.5},
+        "image-third": {"x": "f_h", "y": "h_f", "weight": 2.0},
+        "text-other": {"x": "g_h", "y": "h_o", "scale": "another"},
+        "third-other": {"x": "h_f", "y": "h_o"},
+    }
+    heads = {name: {"of": tower} for name, tower in SIDES.items()}
+    towers = THREE["towers"] | {"third": cached, "other": cached}
+    return parse(THREE | {"towers": towers, "heads": heads, "terms": terms, "loss": {"family": family}})
+
+
+def leaves() -> dict[str, Tensor]:
+    """A linear map for each head, scales and biases."""
+    g = torch.Generator().manual_seed(1)
+    maps = {name: torch.randn(WIDTH, WIDTH, generator=g).requires_grad_() for name in SIDES}
+    scales = {f"{kind} {name}": torch.tensor([0.3]) for kind in ("log", "bias") for name in ("scale", "another")}
+    return maps | {name: value.requires_grad_() for name, value in scales.items()}
+
+
+def features() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(2)
+    towers = dict.fromkeys(SIDES.values())
+    return {name: torch.nn.functional.normalize(torch.randn(11, WIDTH, generator=g), dim=1) for name in towers}
+
+
+def ours(
+    run: Run, case: str, concepts_B: Tensor | None, mine: slice, values: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, TermResult]]:
+    rows = features()
+    embeddings = {name: rows[tower][mine] @ values[name] for name, tower in SIDES.items()}
+    names = ("scale", "another")
+    biases = {name: values[f"bias {name}"] for name in names} if run.loss.family == "sigmoid" else {}
+    outputs = Outputs(embeddings, {name: values[f"log {name}"] for name in names}, biases)
+    third, other = (torch.tensor(has, dtype=torch.bool)[mine] for has in PRESENT[case])
+    for name, tower in SIDES.items():  # what a masked sample holds must not matter
+        if tower in ("third", "other"):
+            has = third if tower == "third" else other
+            outputs.embeddings[name] = torch.where(has[:, None], outputs.embeddings[name], torch.tensor(1e4))
+    ids_b = None if concepts_B is None else concepts_B[mine]
+    return objective(run, outputs, ids_b, present={"third": third, "other": other})
+
+
+def truth(
+    run: Run, case: str, concepts_B: Tensor | None, values: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The dense loss of each term over the samples that have it, in float64."""
+    rows = {name: value.double() for name, value in features().items()}
+    has = dict(zip(("third", "other"), (torch.tensor(h, dtype=torch.bool) for h in PRESENT[case]), strict=True))
+    terms: dict[str, Tensor] = {}
+    for name, term in run.terms.items():
+        keep = torch.ones(11, dtype=torch.bool)
+        for tower in (SIDES[term.x], SIDES[term.y]):
+            keep &= has.get(tower, keep)
+        if not keep.any():
+            terms[name] = torch.zeros((), dtype=torch.float64)
+            continue
+        x, y = (rows[SIDES[side]][keep] @ values[side].double() for side in (term.x, term.y))
+        bias = values[f"bias {term.scale}"].double() if run.loss.family == "sigmoid" else None
+        terms[name] = dense_contrastive_loss(
+            x,
+            y,
+            values[f"log {term.scale}"].double(),
+            bias=bias,
+            family=run.loss.family,
+            sample_ids=None if concepts_B is None else concepts_B[keep],
+        )
+    return torch.stack([run.terms[name].weight * loss for name, loss in terms.items()]).sum(), terms
+
+
+def check(rank: int, ranks: int) -> None:
+    mine = slice(None) if ranks == 1 else (slice(0, 7), slice(7, 11))[rank]
+    for family in ("softmax", "sigmoid"):
+        run = run_of(family)
+        for case in PRESENT:
+            for concepts_B in (None, torch.arange(11) % 4):
+                values, twins = leaves(), leaves()
+                total, report = ours(run, case, concepts_B, mine, values)
+                expected, terms = truth(run, case, concepts_B, twins)
+                torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
+                for name, loss in terms.items():
+                    torch.testing.assert_close(report[name].loss.double(), loss.detach(), rtol=1e-5, atol=1e-6)
+                assert bool(report["image-third"].accuracy.isnan()) == (case == "none at all")
+                total.backward()
+                expected.backward()
+                for name, leaf in values.items():
+                    grad, want = leaf.grad, twins[name].grad
+                    if grad is None:
+                        assert want is None, (case, name)
+                        continue
+                    if ranks > 1:
+                        dist.all_reduce(grad)
+                    want = torch.zeros_like(grad) if want is None else want
+                    torch.testing.assert_close(grad / ranks, want, rtol=1e-4, atol=1e-6, msg=f"{family} {case} {name}")
+
+
+def test_one_process() -> None:
+    check(0, 1)
+
+
+def _worker(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    check(rank, 2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_ranks(tmp_path: Path) -> None:
+    mp.spawn(_worker, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def test_a_tower_that_every_term_needs_cannot_be_masked() -> None:
+    tree: dict[str, Any] = THREE | {"towers": THREE["towers"] | {"third": {"kind": "cache", "path": "c"}}}
+    tree["towers"]["third"]["on_bad_row"] = "mask"
+    parse(tree)
+    lit = tree | {"terms": {"t": {"x": "g", "y": "h_f"}}, "deploy": {"image": "h_f", "text": "g"}}
+    lit["towers"] = {name: tree["towers"][name] for name in ("text", "third")}
+    lit["heads"] = {name: tree["heads"][name] for name in ("g", "h_f")}
+    with pytest.raises(ValueError, match=r"towers\.third\.on_bad_row: mask .* every term .*use skip"):
+        parse(lit)
