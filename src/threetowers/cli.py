@@ -16,6 +16,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from threetowers.cache import command
+from threetowers.eval import command as evaluate
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
@@ -23,6 +24,7 @@ app = SubcommandApp()
 cache, tokenizer, evaluation = SubcommandApp(), SubcommandApp(), SubcommandApp()
 for function in (command.build, command.info, command.verify):
     cache.command(function)
+evaluation.command(evaluate.retrieval)
 app.command(cache, name="cache")
 app.command(tokenizer, name="tokenizer")
 app.command(evaluation, name="eval")
@@ -81,46 +83,6 @@ def tokenizer_train(
     print(
         f"{out}: {pieces:,} pieces from {len(distinct):,} distinct of {len(captions):,} captions in {len(indexes)} tars"
     )
-
-
-@evaluation.command
-def retrieval(
-    runs: tyro.conf.Positional[tuple[Path, ...]],
-    tars: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAR...")],
-    out: Path,
-    group_field: str | None = None,
-    part_field: str | None = None,
-    max_captions: int = 5,
-    index: str = "Flat",
-    cache: tuple[str, ...] = (),
-    live_teacher: bool = False,
-    examples: int = 6,
-) -> None:
-    """Compare trained runs by image-text retrieval on held-out tars: a table here, records and a report in OUT.
-
-    Args:
-        runs: Folders of finished runs.
-        tars: Held-out tars, globs or brace ranges.
-        out: Folder for report.html, report.md and records/.
-        group_field: JSON field naming what an image shows; captions match images of the same. Without it, a caption
-            matches its own image only.
-        part_field: JSON field that splits the set into galleries, such as an art style.
-        max_captions: Captions used per sample, the first ones.
-        index: FAISS factory string of the index that is searched; the recalls in the table are exact in any case.
-        cache: TOWER=PATH of a cache with the held-out images, for runs whose image tower is a cached teacher (LiT).
-        live_teacher: For such runs, compute the held-out images' embeddings by the teacher itself.
-        examples: Queries of each kind that the report shows.
-    """
-    from threetowers.eval.compare import Settings, compare
-
-    caches = {}
-    for item in cache:
-        tower, sign, path = item.partition("=")
-        if not sign:
-            raise ValueError(f"--cache {item!r}: expected TOWER=PATH, as in third=runs/heldout-cache")
-        caches[tower] = Path(path)
-    settings = Settings(group_field, part_field, max_captions, index, examples)
-    print(compare(runs, tars, out, settings, caches=caches, live_teacher=live_teacher).text())
 
 
 def is_first_rank() -> bool:
