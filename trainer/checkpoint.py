@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 
 from threetowers.trainer.atomic import replace_text, settle
 from threetowers.trainer.engine import Ranks
+from threetowers.trainer.weights import distinct_state
 
 RANKS = "ranks"  # how many wrote a checkpoint, inside it
 LATEST = "latest"  # DeepSpeed's name for it, so that its conversion tools find the checkpoint too
@@ -83,7 +84,7 @@ def save_weights(engine: Any, path: Path, ranks: Ranks) -> None:
     sharded = engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
         if ranks.first:
-            state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
+            state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in distinct_state(module).items()}
             temporary = path.with_name(f".{path.name}.partial")
             save_file(state, temporary)
             settle(temporary, path)

@@ -203,6 +203,7 @@ class Trainer:
         torch.manual_seed(self.run.seed)  # the same start on every rank
         widths = {name: join.cache.dim for name, join in caches.items()}
         model = TowerModel(self.run, self.tokenizer.vocab_size, widths)
+        model.load_initial_weights()
         for name, join in caches.items():
             tower = self.run.towers[name]
             if isinstance(tower, CacheTower) and tower.standardize:

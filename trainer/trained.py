@@ -13,6 +13,7 @@ from threetowers.trainer.config import CacheTower, Run, load
 from threetowers.trainer.folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
 from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.weights import load_distinct
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TrainedModel:
         contracts = folder.read_contracts()
         widths = {name: contract.dim for name, contract in contracts.items()}
         model = TowerModel(run, tokenizer.vocab_size, widths)
-        model.load_state_dict(load_file(folder.weights))
+        load_distinct(model, load_file(folder.weights))
         return cls(run, model.to(device, torch.float32).eval(), tokenizer, contracts)
 
     @property

@@ -2,9 +2,11 @@
 
 import timm
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from threetowers.trainer.config import ImageTower
+from threetowers.trainer.towers.specialized import SpecializedViT
 
 
 class TimmTower(nn.Module):
@@ -23,7 +25,23 @@ class TimmTower(nn.Module):
             # Not persistent: they belong to the architecture's config, not to what was learned.
             value = torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1)
             self.register_buffer(name, value, persistent=False)
+        if config.specialize is not None:
+            self.model = SpecializedViT(self.model, config.specialize)
         self.width = self._width(config, image_size)
+
+    @property
+    def blocks(self) -> nn.ModuleList | None:
+        """The transformer blocks; None in a model that has none, or other ones than timm's vision transformer."""
+        vit = self.model.vit if isinstance(self.model, SpecializedViT) else self.model
+        blocks = getattr(vit, "blocks", None)
+        return blocks if blocks and isinstance(blocks[0], Block) else None
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep less for backward, and compute it again. Raises ValueError for a model that cannot."""
+        try:
+            self.model.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"image tower: this timm model has no activation checkpointing: {error}") from error
 
     def _width(self, config: ImageTower, image_size: int) -> int:
         was_training = self.model.training

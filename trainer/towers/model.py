@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from threetowers.trainer.config import CacheTower, ImageTower, Run, TextTower
+from threetowers.trainer.towers.head import build_head
 from threetowers.trainer.towers.image import TimmTower
+from threetowers.trainer.towers.initial import load_initial
+from threetowers.trainer.towers.share import share_blocks
 from threetowers.trainer.towers.text import TextTransformer
 from threetowers.trainer.towers.third import CachedTower
 
@@ -36,24 +39,56 @@ class TowerModel(nn.Module):
         self.towers = nn.ModuleDict(
             {name: _tower(run, name, vocab_size, cache_widths) for name in run.towers},
         )
+        self._share()
         widths = {name: int(tower.width) for name, tower in self.towers.items()}  # type: ignore[arg-type]
         self.heads = nn.ModuleDict()
         for name, head in run.heads.items():
-            linear = head.kind == "linear"
-            self.heads[name] = nn.Linear(widths[head.of], run.dim) if linear else nn.Identity()
-            widths[name] = run.dim if linear else widths[head.of]
+            self.heads[name], widths[name] = build_head(head, widths[head.of], run.dim)
         for name, term in run.terms.items():
             if widths[term.x] != widths[term.y]:
                 raise ValueError(
                     f"terms.{name}: {term.x!r} has width {widths[term.x]}, {term.y!r} has {widths[term.y]}; "
                     f"give both a linear head, or set dim to the width of the headless one"
                 )
-        scales = dict.fromkeys(term.scale for term in run.terms.values())
+        scales = run.scales()
         init = math.log(run.loss.scale_init)
         self.log_scales = nn.ParameterDict({s: nn.Parameter(torch.full((1,), init)) for s in scales})
         sigmoid = run.loss.family == "sigmoid"
         biases = {s: nn.Parameter(torch.full((1,), run.loss.bias_init)) for s in scales} if sigmoid else {}
         self.biases = nn.ParameterDict(biases)
+        for name in self.frozen:
+            self.towers[name].requires_grad_(False)
+        if not any(p.requires_grad for p in self.parameters()):
+            raise ValueError("nothing is left to train: unfreeze a tower, or give one a linear head")
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the towers with weights that stay as they are."""
+        return [name for name, tower in self.run.towers.items() if tower.kind != "cache" and tower.frozen]
+
+    def train(self, mode: bool = True) -> "TowerModel":
+        """As ever, but frozen towers stay in evaluation mode: no dropout, no new running statistics."""
+        super().train(mode)
+        for name in self.frozen:
+            self.towers[name].eval()
+        return self
+
+    def load_initial_weights(self) -> None:
+        """Give the towers the weights that their `init` names. Raises ValueError where these do not fit."""
+        for name, tower in self.run.towers.items():
+            if not isinstance(tower, CacheTower) and tower.init is not None:
+                load_initial(self.towers[name], tower, f"towers.{name}.init")
+
+    def _share(self) -> None:
+        for name, tower in self.run.towers.items():
+            if not isinstance(tower, TextTower) or tower.share is None:
+                continue
+            receiver, donor = self.towers[name], self.towers[tower.share.tower]
+            assert isinstance(receiver, TextTransformer)
+            assert isinstance(donor, TimmTower)
+            if donor.blocks is None:
+                raise ValueError(f"towers.{name}.share: {tower.share.tower!r} is no timm vision transformer")
+            share_blocks(receiver.blocks, donor.blocks, tower.share)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """`inputs`: one tensor per tower by its name: images, tokens, cached rows."""
@@ -68,12 +103,14 @@ class TowerModel(nn.Module):
     def embed(self, inputs: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str, Tensor]:
         """Return unit-norm embeddings (b, dim) of the named heads; runs only the towers that these stand on."""
         values: dict[str, Tensor] = {}
-        dtype = next(iter(self.log_scales.values())).dtype  # that of all parameters; cached rows come in their own
+        frozen = set(self.frozen)
+        dtype = next(self.parameters()).dtype  # that of all parameters; cached rows come in their own
 
         def value(name: str) -> Tensor:
             if name not in values:
                 if name in self.towers:
-                    values[name] = self.towers[name](inputs[name]).to(dtype)
+                    with torch.set_grad_enabled(torch.is_grad_enabled() and name not in frozen):
+                        values[name] = self.towers[name](inputs[name]).to(dtype)
                 else:
                     values[name] = self.heads[name](value(self.run.heads[name].of))
             return values[name]

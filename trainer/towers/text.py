@@ -1,8 +1,12 @@
-"""The text tower: a bidirectional transformer of timm blocks, pooled at the end token or by the mean."""
+"""The text tower: a transformer of timm blocks."""
+
+from functools import partial
 
 import torch
+from timm.layers import QuickGELU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from threetowers.trainer.config import TextTower
 from threetowers.trainer.tokenizer import END, PAD
@@ -15,15 +19,24 @@ class TextTransformer(nn.Module):
         super().__init__()
         if config.width % config.heads:
             raise ValueError(f"text tower: width {config.width} is not divisible by heads {config.heads}")
-        self.pool = config.pool
+        self.pool, self.causal, self.mask_padding = config.pool, config.causal, config.mask_padding
+        self.grad_checkpointing = False
         self.width = config.width
         self.embed = nn.Embedding(vocab_size, config.width)
         self.position = nn.Parameter(torch.empty(1, context, config.width))
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.mlp_ratio, qkv_bias=True, proj_drop=config.dropout)
+            Block(
+                config.width,
+                config.heads,
+                config.mlp_ratio,
+                qkv_bias=True,
+                proj_drop=config.dropout,
+                act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
+                norm_layer=partial(nn.LayerNorm, eps=config.norm_eps or 1e-6),
+            )
             for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps or 1e-5)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -34,17 +47,34 @@ class TextTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for backward, and compute the rest again."""
+        self.grad_checkpointing = enable
+
     def forward(self, tokens_bL: Tensor) -> Tensor:
         x_bLw = self.embed(tokens_bL) + self.position[:, : tokens_bL.shape[1]]
-        real_bL = tokens_bL != PAD
-        attend_b11L = real_bL[:, None, None, :]  # nobody looks at padding
+        mask = self._mask(tokens_bL)
         for block in self.blocks:
-            x_bLw = block(x_bLw, attn_mask=attend_b11L)
-        x_bLw = self.norm(x_bLw)
+            if self.grad_checkpointing and self.training:
+                x_bLw = checkpoint(block, x_bLw, attn_mask=mask, use_reentrant=False)
+            else:
+                x_bLw = block(x_bLw, attn_mask=mask)
+        return self._pool(self.norm(x_bLw), tokens_bL)
+
+    def _mask(self, tokens_bL: Tensor) -> Tensor | None:
+        """Who may look at whom: true where a query (third dimension) sees a key (last)."""
+        mask = (tokens_bL != PAD)[:, None, None, :] if self.mask_padding else None
+        if self.causal:
+            length = tokens_bL.shape[1]
+            before_LL = torch.ones(length, length, dtype=torch.bool, device=tokens_bL.device).tril()
+            mask = before_LL if mask is None else mask & before_LL
+        return mask
+
+    def _pool(self, x_bLw: Tensor, tokens_bL: Tensor) -> Tensor:
         if self.pool == "mean":
-            weight_bL1 = real_bL[..., None].to(x_bLw.dtype)
-            mean_bw: Tensor = (x_bLw * weight_bL1).sum(1) / weight_bL1.sum(1)
-            return mean_bw
+            weight_bL1 = (tokens_bL != PAD)[..., None].to(x_bLw.dtype)
+            return (x_bLw * weight_bL1).sum(1) / weight_bL1.sum(1)
+        if self.pool == "last":
+            return x_bLw[:, -1]
         end_b = (tokens_bL == END).int().argmax(1)
-        end_bw: Tensor = x_bLw[torch.arange(len(x_bLw), device=x_bLw.device), end_b]
-        return end_bw
+        return x_bLw[torch.arange(len(x_bLw), device=x_bLw.device), end_b]

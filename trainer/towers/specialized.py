@@ -1,0 +1,140 @@
+"""A vision transformer with parts of its own: MS-CLIP-S's early specialisation and parallel branch (arXiv 2207.12661).
+
+The transformer between them stays timm's, so that a text tower can share its blocks.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from threetowers.trainer.config import Specialize
+
+STAGES = 5  # of the stem and of the branch, each twice as wide as the one before, the last as wide as the tokens
+
+
+class SpecializedViT(nn.Module):
+    """Images (b, 3, H, W) -> features (b, width) of a timm vision transformer with a convolutional stem or branch."""
+
+    def __init__(self, vit: Any, config: Specialize) -> None:
+        """Raises ValueError for a timm model that is no plain vision transformer of a width divisible by 16."""
+        super().__init__()
+        parts = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "forward_head")
+        if not all(hasattr(vit, part) for part in parts) or vit.embed_dim % 2 ** (STAGES - 1):
+            raise ValueError("specialize needs one of timm's vision transformers, with a width divisible by 16")
+        patch, grid = vit.patch_embed.patch_size[0], vit.patch_embed.grid_size[0]
+        if patch & (patch - 1) or not 2 <= patch <= 2**STAGES:
+            raise ValueError(f"specialize needs a patch of 2, 4, 8, 16 or 32 pixels, found {patch}")
+        halvings = int(math.log2(patch))
+        strides = [2] * halvings + [1] * (STAGES - halvings)
+        widths = [vit.embed_dim // 2**k for k in reversed(range(STAGES))]
+        depth = len(vit.blocks)
+        self.vit = vit
+        first = 0
+        if config.stem:
+            self.vit.patch_embed = ConvStem(widths, strides)
+            self.vit.blocks = self.vit.blocks[1:]
+            first = 1
+        self.stages, self.adapters = nn.ModuleList(), nn.ModuleDict()
+        if config.branch:
+            size = patch * grid
+            for stage, (width, stride) in enumerate(zip(widths, strides, strict=True)):
+                before = 3 if stage == 0 else widths[stage - 1]
+                self.stages.append(
+                    conv_norm(before, width, 3, stride, relu=True) if stage == 0 else Bottleneck(before, width, stride)
+                )
+                size //= stride
+                # Of 12 layers, those counted 2, 4, 6, 8 and 10 from 0.
+                block = (stage + 1) * depth // (STAGES + 1) - first
+                self.adapters[str(block)] = Adapter(width, vit.embed_dim, size // grid)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the transformer's blocks for backward, and compute the rest again."""
+        self.vit.set_grad_checkpointing(enable)
+
+    def forward(self, images_b3HW: Tensor) -> Tensor:
+        x_bLw = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images_b3HW)))
+        branch_bchw, stages = images_b3HW, iter(self.stages)
+        for number, block in enumerate(self.vit.blocks):
+            if str(number) in self.adapters:
+                branch_bchw = next(stages)(branch_bchw)
+                x_bLw = self.adapters[str(number)](x_bLw, branch_bchw)
+            if self.vit.grad_checkpointing and self.training:
+                x_bLw = checkpoint(block, x_bLw, use_reentrant=False)
+            else:
+                x_bLw = block(x_bLw)
+        features_bw: Tensor = self.vit.forward_head(self.vit.norm(x_bLw), pre_logits=True)
+        return features_bw
+
+
+class ConvStem(nn.Module):
+    """Images (b, 3, H, W) -> tokens (b, L, width): the modality-specific first layer."""
+
+    def __init__(self, widths: list[int], strides: list[int]) -> None:
+        super().__init__()
+        self.first = conv_norm(3, widths[0], 3, strides[0], relu=True)
+        pairs = zip(widths[:-1], widths[1:], strides[1:], strict=True)
+        self.stages = nn.Sequential(*(Residual(conv_norm(a, b, 3, stride), a, b, stride) for a, b, stride in pairs))
+        self.last = nn.Conv2d(widths[-1], widths[-1], 1, bias=False)
+
+    def forward(self, images_b3HW: Tensor) -> Tensor:
+        tokens_bLw: Tensor = self.last(self.stages(self.first(images_b3HW))).flatten(2).transpose(1, 2)
+        return tokens_bLw
+
+
+class Residual(nn.Module):
+    """relu(body(x) + shortcut(x)), the shortcut a strided 1x1 convolution and batch norm."""
+
+    def __init__(self, body: nn.Module, before: int, width: int, stride: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = conv_norm(before, width, 1, stride, eps=eps)
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        return torch.relu(self.body(x_bchw) + self.shortcut(x_bchw))
+
+
+class Bottleneck(Residual):
+    """A residual of 1x1, 3x3 and 1x1 convolutions, half as wide in the middle."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        middle, eps = width // 2, 1e-6
+        body = nn.Sequential(
+            conv_norm(before, middle, 1, 1, relu=True, eps=eps),
+            conv_norm(middle, middle, 3, stride, relu=True, eps=eps),
+            conv_norm(middle, width, 1, 1, eps=eps),
+        )
+        super().__init__(body, before, width, stride, eps)
+
+
+class Adapter(nn.Module):
+    """Adds a stage of the branch to the tokens: LayerNorm(class token, local mix of patch tokens + pooled stage)."""
+
+    def __init__(self, branch: int, width: int, pool: int) -> None:
+        super().__init__()
+        self.pool = nn.Sequential(
+            nn.Conv2d(branch, branch, pool, pool, groups=branch, bias=False),
+            nn.BatchNorm2d(branch),
+            nn.Conv2d(branch, width, 1, bias=False),
+        )
+        self.mix = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False), nn.BatchNorm2d(width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x_bLw: Tensor, branch_bchw: Tensor) -> Tensor:
+        pooled_bwgg = self.pool(branch_bchw)
+        patches = pooled_bwgg.shape[2] * pooled_bwgg.shape[3]
+        prefix_bPw, patches_bNw = x_bLw[:, :-patches], x_bLw[:, -patches:]
+        grid_bwgg = patches_bNw.transpose(1, 2).reshape(pooled_bwgg.shape)
+        mixed_bNw = (self.mix(grid_bwgg) + pooled_bwgg).flatten(2).transpose(1, 2)
+        normed_bLw: Tensor = self.norm(torch.cat([prefix_bPw, mixed_bNw], 1))
+        return normed_bLw
+
+
+def conv_norm(
+    before: int, width: int, kernel: int, stride: int, *, relu: bool = False, eps: float = 1e-5
+) -> nn.Sequential:
+    """A convolution without bias, batch norm, and a ReLU if asked for."""
+    layers = [nn.Conv2d(before, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width, eps=eps)]
+    return nn.Sequential(*layers, *([nn.ReLU()] if relu else []))
