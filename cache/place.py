@@ -6,15 +6,17 @@ A place holds objects by name. An object is there whole or not at all, whenever 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 STAGING = "tmp"
+BLOCK = 8 << 20
 URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 KNOB = "Check the address, the credentials and the endpoint (environment or fsspec's configuration)"
 
@@ -109,6 +111,57 @@ def split_address(address: str | Path) -> tuple[Place, str]:
     """The place that holds an object, and the object's name in it."""
     folder, _, name = str(address).rpartition("/")
     return place_of(folder or ("/" if str(address).startswith("/") else ".")), name
+
+
+def glob_urls(pattern: str) -> list[str]:
+    """The URLs of the objects that match a URL with `*`, `**`, `?` or `[..]`, sorted."""
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, path = url_to_fs(pattern)
+        fs.invalidate_cache()
+        return sorted(fs.unstrip_protocol(name) for name in fs.glob(path))
+    except Exception as error:  # each store raises its own kinds
+        raise PlaceError(f"cannot list {pattern}: {_told(error)}. {KNOB}") from error
+
+
+def open_object(address: str | Path) -> BinaryIO:
+    """A file or object, open for reading; a remote one is read in blocks of BLOCK bytes, each by one request.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
+    if not is_url(address):
+        return open(address, "rb")
+    place, name = split_address(address)
+    size = place.size(name)
+    if size is None:
+        raise FileNotFoundError(2, "No such object", str(address))
+    return io.BufferedReader(_Ranges(place, name, size), BLOCK)
+
+
+class _Ranges(io.RawIOBase):
+    """An object of a place as a file, read by ranges."""
+
+    def __init__(self, place: Place, name: str, size: int) -> None:
+        self._place, self._name, self._size, self._at = place, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._size)
+        data = self._place.read(self._name, self._at, stop) if stop > self._at else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class LocalPlace:

@@ -7,6 +7,7 @@ carries (`.npy`, `.pkl`, `.pth`, ...) is listed in the index and never opened.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -20,13 +21,14 @@ import numpy as np
 import xxhash
 from braceexpand import braceexpand
 
+from threetowers.cache.place import glob_urls, is_url, open_object, split_address
+
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif"})
 TEXT_EXTENSIONS = frozenset({"txt", "json", "cls"})
 MAX_MEMBER_BYTES = 64 << 20
 MAX_PADDING = 1 << 20  # zeros after the end marker: tar pads to its record size, 10 KiB by default
 HEADER = 512
 CHANGED = "the tar has changed since it was indexed"
-REMOTE = re.compile(r"^(pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://)")
 
 
 class BadTar(ValueError):
@@ -90,16 +92,22 @@ class Samples(Sequence[Sample]):
 class TarIndex:
     """What the headers of one tar say.
 
-    `fingerprint` is a digest over the size of the tar and each member's name, place, size, time and header checksum:
-    it survives a copy or a move and changes when a tar is packed or downloaded again. It does not read payloads.
-    `ignored` counts members that belong to no sample (folders, hidden files, `__meta__` entries), as in webdataset.
+    `location` is a path or an fsspec URL. `fingerprint` is a digest over the size of the tar and each member's name, place,
+    size, time and header checksum: it survives a copy or a move and changes when a tar is packed or downloaded again. It
+    does not read payloads. `ignored` counts members that belong to no sample (folders, hidden files, `__meta__` entries),
+    as in webdataset.
     """
 
-    path: Path
+    location: str
     size: int
     fingerprint: str
     samples: Samples
     ignored: int
+
+    @property
+    def name(self) -> str:
+        """The name of the file, without its folder."""
+        return self.location.rpartition("/")[2]
 
 
 def key_hash(key: str) -> int:
@@ -107,45 +115,51 @@ def key_hash(key: str) -> int:
     return xxhash.xxh3_64_intdigest(key.encode())
 
 
-def expand(patterns: Sequence[str | Path]) -> list[Path]:
-    """Files named by plain paths, globs (`*`, `**`, `?`, `[..]`) and webdataset brace ranges (`{000..099}.tar`).
+def expand(patterns: Sequence[str | Path]) -> list[str]:
+    """Tars named by paths or fsspec URLs, plain, as globs (`*`, `**`, `?`, `[..]`) or brace ranges (`{000..099}.tar`).
 
     Order: as the patterns are given, each glob sorted by name.
 
     Raises:
-        ValueError: no patterns, one that matches nothing, a remote address, or a file that is named twice.
+        ValueError: no patterns, one that matches nothing, a command (`pipe:`), or a file that is named twice.
     """
-    found: dict[Path, tuple[Path, str]] = {}
+    found: dict[str, tuple[str, str]] = {}
     for pattern in map(str, patterns):
-        if REMOTE.match(pattern):
-            raise ValueError(f"tar {pattern!r} is remote, expected local files: copy or mount them first")
-        for path in _matches(pattern):
-            if path.resolve() in found:
-                other, by = found[path.resolve()]
+        if pattern.startswith("pipe:"):
+            raise ValueError(f"tar {pattern!r} is a command: name the file or URL that it reads")
+        for path in _matches(pattern.removeprefix("file://")):
+            same = path if is_url(path) else os.path.realpath(path)
+            if same in found:
+                other, by = found[same]
                 raise ValueError(f"{path} (from {pattern!r}) and {other} (from {by!r}) are one file: name it once")
-            found[path.resolve()] = path, pattern
+            found[same] = path, pattern
     if not found:
         raise ValueError("no tars given: name at least one file, glob or brace range")
     return [path for path, _ in found.values()]
 
 
-def _matches(pattern: str) -> list[Path]:
+def _matches(pattern: str) -> list[str]:
     try:
         parts = [pattern] if os.path.isfile(pattern) else list(braceexpand(pattern))
     except ValueError as error:  # unbalanced braces
         raise ValueError(f"tar pattern {pattern!r}: {error}") from None
-    paths: list[Path] = []
+    paths: list[str] = []
     for part in parts:
-        matches = [part] if os.path.isfile(part) else sorted(filter(os.path.isfile, glob.glob(part, recursive=True)))
+        if is_url(part):
+            matches = glob_urls(part) if glob.has_magic(part) else [part]  # looked at when it is read
+        elif os.path.isfile(part):
+            matches = [part]
+        else:
+            matches = sorted(filter(os.path.isfile, glob.glob(part, recursive=True)))
         if not matches:
             inside = f" (from {pattern!r})" if part != pattern else ""
             raise ValueError(f"tar pattern {part!r}{inside} matches no file")
-        paths += map(Path, matches)
+        paths += matches
     return paths
 
 
-def index_tar(path: Path | str) -> TarIndex:
-    """Read the headers of a tar once and check that its samples can be trusted.
+def index_tar(path: Path | str, file: BinaryIO | None = None) -> TarIndex:
+    """Read the headers of a tar once and check that its samples can be trusted. `file`: the tar, where it is open.
 
     A member `folder/name.ext` belongs to the sample `folder/name`: the key ends at the first dot of the last path
     component, the extension is lower-cased (webdataset's rule). Every sample has exactly one image member.
@@ -156,9 +170,10 @@ def index_tar(path: Path | str) -> TarIndex:
             absolute or `..` paths, an image or text over MAX_MEMBER_BYTES.
         OSError: the file cannot be read.
     """
-    path = Path(path)
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    path = str(path)
+    with open_object(path) if file is None else contextlib.nullcontext(file) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         infos, end = _headers(path, file, size)
         _check_end(path, file, end, size)
     samples, ignored = _group(path, infos)
@@ -170,7 +185,7 @@ def index_tar(path: Path | str) -> TarIndex:
     return TarIndex(path, size, digest.hexdigest(), Samples(samples), ignored)
 
 
-def _headers(path: Path, file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], int]:
+def _headers(path: str, file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], int]:
     infos = []
     try:
         with tarfile.open(fileobj=file, mode="r:", errors="strict") as archive:
@@ -191,7 +206,7 @@ def _headers(path: Path, file: BinaryIO, size: int) -> tuple[list[tarfile.TarInf
         raise BadTar(f"{path}: name of member {len(infos)} is not UTF-8: {error}. Pack the tar again.") from error
 
 
-def _check_end(path: Path, file: BinaryIO, end: int, size: int) -> None:
+def _check_end(path: str, file: BinaryIO, end: int, size: int) -> None:
     """tarfile stops without a word at a bad header and at the end of the file, so look at what it stopped at."""
     file.seek(end)
     marker = file.read(2 * HEADER)
@@ -208,7 +223,7 @@ def _check_end(path: Path, file: BinaryIO, end: int, size: int) -> None:
         )
 
 
-def _group(path: Path, infos: list[tarfile.TarInfo]) -> tuple[list[Sample], int]:
+def _group(path: str, infos: list[tarfile.TarInfo]) -> tuple[list[Sample], int]:
     samples: list[Sample] = []
     seen: set[str] = set()
     ignored = 0
@@ -249,14 +264,14 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower() if stem else ""
 
 
-def _check_member(path: Path, info: tarfile.TarInfo) -> None:
+def _check_member(path: str, info: tarfile.TarInfo) -> None:
     if info.issparse() or not (info.isreg() or info.isdir()):
         raise BadTar(f"{path}: member {info.name!r} is a link, device or sparse file, expected plain files only.")
     if info.name.startswith("/") or ".." in info.name.split("/"):
         raise BadTar(f"{path}: member {info.name!r} leaves the archive, expected a relative path without '..'.")
 
 
-def _check_images(path: Path, last: Sequence[Sample]) -> None:
+def _check_images(path: str, last: Sequence[Sample]) -> None:
     for sample in last:
         images = sorted(IMAGE_EXTENSIONS & sample.members.keys())
         if len(images) != 1:
@@ -275,17 +290,14 @@ def read_member(index: TarIndex, ordinal: int, extension: str) -> bytes:
     """
     key, members = index.samples[ordinal]
     if extension not in IMAGE_EXTENSIONS | TEXT_EXTENSIONS:
-        raise ValueError(f"{index.path}: sample {key!r}: .{extension} is neither image nor text and is never read")
+        raise ValueError(f"{index.location}: sample {key!r}: .{extension} is neither image nor text and is never read")
     if extension not in members:
-        raise ValueError(f"{index.path}: sample {key!r}: has no .{extension} member, only {sorted(members)}")
+        raise ValueError(f"{index.location}: sample {key!r}: has no .{extension} member, only {sorted(members)}")
     offset, size = members[extension]
-    file = os.open(index.path, os.O_RDONLY)
-    try:
-        data = os.pread(file, size, offset)
-    finally:
-        os.close(file)
+    place, name = split_address(index.location)
+    data = place.read(name, offset, offset + size)
     if len(data) != size:
-        raise BadTar(f"{index.path}: sample {key!r}: {len(data)} bytes where {size} were indexed: {CHANGED}")
+        raise BadTar(f"{index.location}: sample {key!r}: {len(data)} bytes where {size} were indexed: {CHANGED}")
     return data
 
 
@@ -301,11 +313,13 @@ class _Digesting:
         return data
 
 
-def stream(index: TarIndex, digest: xxhash.xxh3_128 | None = None) -> Iterator[tuple[int, str, bytes]]:
+def stream(
+    index: TarIndex, digest: xxhash.xxh3_128 | None = None, file: BinaryIO | None = None
+) -> Iterator[tuple[int, str, bytes]]:
     """Stream a tar through webdataset's own expander and grouper: (ordinal, key, image bytes), undecoded.
 
     Each key, and the size of each image, is compared with the index. `digest` is fed every byte of the tar, and holds
-    the hash of the whole file once the iterator is exhausted.
+    the hash of the whole file once the iterator is exhausted. `file`: the tar, where it is open, at its beginning.
 
     Raises:
         BadTar: the stream and the index disagree, or the tar ends early.
@@ -313,10 +327,10 @@ def stream(index: TarIndex, digest: xxhash.xxh3_128 | None = None) -> Iterator[t
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     ordinal = 0
-    with open(index.path, "rb") as file:
+    with open_object(index.location) if file is None else contextlib.nullcontext(file) as file:
         hashed = _Digesting(file, digest if digest is not None else xxhash.xxh3_128())
         files = tar_file_expander(
-            [{"url": str(index.path), "stream": hashed}],
+            [{"url": index.location, "stream": hashed}],
             select_files=lambda name: split_name(name)[1] in IMAGE_EXTENSIONS,
         )
         try:
@@ -326,15 +340,16 @@ def stream(index: TarIndex, digest: xxhash.xxh3_128 | None = None) -> Iterator[t
                 if expected is None or found["__key__"] != expected.key or data is None:
                     name = expected.key if expected else "nothing"
                     raise BadTar(
-                        f"{index.path}: streamed {found['__key__']!r} as sample {ordinal}, indexed {name!r}: {CHANGED}"
+                        f"{index.location}: streamed {found['__key__']!r} as sample {ordinal}, indexed {name!r}: "
+                        f"{CHANGED}"
                     )
                 if len(data) != expected.members[expected.image].size:
-                    raise BadTar(f"{index.path}: sample {expected.key!r} has another size than indexed: {CHANGED}")
+                    raise BadTar(f"{index.location}: sample {expected.key!r} has another size than indexed: {CHANGED}")
                 yield ordinal, expected.key, data
                 ordinal += 1
         except tarfile.TarError as error:
-            raise BadTar(f"{index.path}: ends early after {ordinal} samples: {error}") from error
+            raise BadTar(f"{index.location}: ends early after {ordinal} samples: {error}") from error
         if ordinal != len(index.samples):
-            raise BadTar(f"{index.path}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}")
+            raise BadTar(f"{index.location}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}")
         while hashed.read(1 << 20):
             pass

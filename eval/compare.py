@@ -163,7 +163,7 @@ def _question(
         run=facts.name,
         model=facts.digest,
         step=facts.step or 0,
-        tars=tuple(TarRef(tar.path.name, tar.fingerprint, len(tar.samples)) for tar in data.tars),
+        tars=tuple(TarRef(tar.name, tar.fingerprint, len(tar.samples)) for tar in data.tars),
         preprocessing=facts.preprocessing,
         precision=facts.precision,
         cache_contract=facts.cache_contract,

@@ -65,5 +65,5 @@ def evaluation_set(
             pictures.append(Picture(number, ordinal, key, group, part, text.captions[:max_captions]))
     if not pictures:
         reason = f"; the first of {len(skipped)} problems: {skipped[0]}" if skipped else ""
-        raise ValueError(f"no usable image with a caption in {[str(tar.path) for tar in tars]}{reason}")
+        raise ValueError(f"no usable image with a caption in {[tar.location for tar in tars]}{reason}")
     return EvaluationSet(list(tars), pictures, skipped)

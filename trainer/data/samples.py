@@ -70,7 +70,7 @@ def image(tar: TarIndex, ordinal: int, max_pixels: int) -> Image.Image:
 def concept(tar: TarIndex, ordinal: int, text: Annotation, field: str | None) -> str:
     """Return the name of what a sample shows: its `field`, or its own key where no field is asked for."""
     if field is None:
-        return f"{tar.path}:{ordinal}"
+        return f"{tar.location}:{ordinal}"
     if field not in text.fields:
         raise BadSample(
             f"{_name(tar, ordinal)}: no field {field!r} in its json member (found {sorted(text.fields)}); "
@@ -118,4 +118,4 @@ class SampleSet:
 
 
 def _name(tar: TarIndex, ordinal: int) -> str:
-    return f"{tar.path}: sample {tar.samples[ordinal].key!r}"
+    return f"{tar.location}: sample {tar.samples[ordinal].key!r}"
