@@ -52,8 +52,10 @@ def step_line(metrics: Metrics, total: int) -> str:
     terms = {name.split("/")[1] for name in metrics if name.startswith("terms/")}
     parts = [f"step {metrics['step']}/{total}", f"epoch {metrics['epoch']:.2f}", f"loss {metrics['loss']:.4f}"]
     for term in sorted(terms):
-        loss, accuracy = metrics[f"terms/{term}/loss"], metrics[f"terms/{term}/accuracy"]
-        parts.append(f"{term} {loss:.3f} acc {accuracy:.1%} scale {metrics[f'terms/{term}/scale']:.1f}")
+        words = f"{term} {metrics[f'terms/{term}/loss']:.3f}"
+        if (accuracy := metrics.get(f"terms/{term}/accuracy")) is not None:
+            words += f" acc {accuracy:.1%} scale {metrics[f'terms/{term}/scale']:.1f}"
+        parts.append(words)
     if (norm := metrics["grad_norm"]) is not None:
         parts.append(f"grad {norm:.2f}")
     parts.append(f"lr {metrics['lr']:.2e}")

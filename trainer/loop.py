@@ -174,9 +174,7 @@ class Trainer:
             "skipped": window.skipped,
         }
         for name, term in terms.items():
-            metrics[f"terms/{name}/loss"] = float(term.loss)
-            metrics[f"terms/{name}/accuracy"] = float(term.accuracy)
-            metrics[f"terms/{name}/scale"] = float(term.scale)
+            metrics |= {f"terms/{name}/{key}": value for key, value in term.metrics().items()}
         return metrics
 
     def _save(self, step: int) -> None:

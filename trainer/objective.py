@@ -1,24 +1,30 @@
-"""The objective: a weighted sum of contrastive pair terms over the global batch."""
+"""The objective: a weighted sum of pair terms over the global batch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
-from threetowers.kernels import Pair, PairResult, contrastive_losses
-from threetowers.trainer.config import Run
+from threetowers.kernels import Pair, contrastive_losses
+from threetowers.trainer.config import Run, Term
 from threetowers.trainer.towers.model import Outputs
+from threetowers.trainer.transfer import transfer_loss
 
 
 @dataclass(frozen=True)
 class TermResult:
-    """One pair term over the global batch: detached scalars."""
+    """One pair term over the global batch: detached scalars. An l2 term has no accuracy and no scale."""
 
     loss: Tensor
-    accuracy: Tensor
-    scale: Tensor
+    accuracy: Tensor | None
+    scale: Tensor | None
+
+    def metrics(self) -> dict[str, float]:
+        """What the term has, by name."""
+        parts = {"loss": self.loss, "accuracy": self.accuracy, "scale": self.scale}
+        return {name: float(value) for name, value in parts.items() if value is not None}
 
 
 def objective(
@@ -41,52 +47,54 @@ def objective(
     has them, the term's loss is 0 and its accuracy NaN.
     """
     present = present or {}
-    pairs = {
-        name: Pair(
-            outputs.embeddings[term.x],
-            outputs.embeddings[term.y],
-            outputs.log_scales[term.scale],
-            outputs.biases.get(term.scale),
-        )
-        for name, term in run.terms.items()
-    }
-    results: dict[str, PairResult] = {}
-    for towers, names in _by_towers(run, present).items():
-        some, ids_b = {name: pairs[name] for name in names}, concepts_b
+    losses: dict[str, Tensor] = {}
+    accuracies: dict[str, Tensor] = {}
+    for (kind, towers), names in _groups(run, present).items():
+        pairs, ids_b = {name: _pair(run.terms[name], outputs) for name in names}, concepts_b
         if towers:
             has_b = torch.stack([present[tower] for tower in towers]).all(0)
             if not _any_rank(has_b, group):
-                results |= {name: _nothing(pair) for name, pair in some.items()}
+                losses |= {name: _nothing(pair) for name, pair in pairs.items()}
+                accuracies |= {name: torch.full_like(losses[name].detach(), torch.nan) for name in names}
                 continue
-            some = {name: pair._replace(x=pair.x[has_b], y=pair.y[has_b]) for name, pair in some.items()}
+            pairs = {name: pair._replace(x=pair.x[has_b], y=pair.y[has_b]) for name, pair in pairs.items()}
             ids_b = None if concepts_b is None else concepts_b[has_b]
+        if kind == "l2":
+            losses |= {name: transfer_loss(pair.x, pair.y, group) for name, pair in pairs.items()}
+            continue
         found = contrastive_losses(
-            list(some.values()),
+            list(pairs.values()),
             family=run.loss.family,
             sample_ids=ids_b,
             process_group=group,
-            workspace_bytes=run.loss.workspace * len(some) * 2**20,
+            workspace_bytes=run.loss.workspace * len(pairs) * 2**20,
         )
-        results |= dict(zip(some, found, strict=True))
-    total = sum(term.weight * results[name].loss for name, term in run.terms.items())
+        losses |= {name: result.loss for name, result in zip(pairs, found, strict=True)}
+        accuracies |= {n: (r.accuracy_xy + r.accuracy_yx) / 2 for n, r in zip(pairs, found, strict=True)}
+    total = sum(term.weight * losses[name] for name, term in run.terms.items())
     report = {
-        name: TermResult(
-            loss=results[name].loss.detach(),
-            accuracy=(results[name].accuracy_xy + results[name].accuracy_yx) / 2,
-            scale=pair.log_scale.detach().exp(),
-        )
-        for name, pair in pairs.items()
+        name: TermResult(losses[name].detach(), accuracies[name], outputs.log_scales[term.scale].detach().exp())
+        if term.kind == "contrastive"
+        else TermResult(losses[name].detach(), None, None)
+        for name, term in run.terms.items()
     }
     assert isinstance(total, Tensor)
     return total, report
 
 
-def _by_towers(run: Run, present: Mapping[str, Tensor]) -> dict[tuple[str, ...], list[str]]:
-    """Names of the terms, by those of their towers that some samples may lack; the same on all ranks."""
-    groups: dict[tuple[str, ...], list[str]] = {}
+def _pair(term: Term, outputs: Outputs) -> Pair:
+    x, y = outputs.embeddings[term.x], outputs.embeddings[term.y]
+    if term.kind == "l2":
+        return Pair(x, y, x.new_zeros(1))
+    return Pair(x, y, outputs.log_scales[term.scale], outputs.biases.get(term.scale))
+
+
+def _groups(run: Run, present: Mapping[str, Tensor]) -> dict[tuple[str, tuple[str, ...]], list[str]]:
+    """Names of the terms, by kind and by those of their towers that some samples may lack; the same on all ranks."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name, term in run.terms.items():
         towers = {run.root_of(term.x), run.root_of(term.y)} & present.keys()
-        groups.setdefault(tuple(sorted(towers)), []).append(name)
+        groups.setdefault((term.kind, tuple(sorted(towers))), []).append(name)
     return groups
 
 
@@ -97,8 +105,6 @@ def _any_rank(has_b: Tensor, group: ProcessGroup | None) -> bool:
     return bool(found)
 
 
-def _nothing(pair: Pair) -> PairResult:
+def _nothing(parts: Iterable[Tensor | None]) -> Tensor:
     """A loss of 0 that reaches every parameter, so that the ranks' backward passes stay alike."""
-    parts = [part.sum() * 0 for part in (pair.x, pair.y, pair.log_scale, pair.bias) if part is not None]
-    nan = torch.full_like(pair.log_scale.detach().sum(), torch.nan)
-    return PairResult(torch.stack([part.to(parts[0].dtype) for part in parts]).sum(), nan, nan)
+    return torch.stack([(part.float() * 0).sum() for part in parts if part is not None]).sum()

@@ -34,6 +34,7 @@ def run_of(family: str) -> Run:
         "image-third": {"x": "f_h", "y": "h_f", "weight": 2.0},
         "text-other": {"x": "g_h", "y": "h_o", "scale": "another"},
         "third-other": {"x": "h_f", "y": "h_o"},
+        "text-third": {"x": "g_h", "y": "h_f", "kind": "l2"},
     }
     heads = {name: {"of": tower} for name, tower in SIDES.items()}
     towers = THREE["towers"] | {"third": cached, "other": cached}
@@ -86,6 +87,9 @@ def truth(
             terms[name] = torch.zeros((), dtype=torch.float64)
             continue
         x, y = (rows[SIDES[side]][keep] @ values[side].double() for side in (term.x, term.y))
+        if term.kind == "l2":
+            terms[name] = (x - y).square().sum(1).mean()
+            continue
         bias = values[f"bias {term.scale}"].double() if run.loss.family == "sigmoid" else None
         terms[name] = dense_contrastive_loss(
             x,
