@@ -162,7 +162,7 @@ def _question(
         gallery=gallery.name,
         run=facts.name,
         model=facts.digest,
-        step=facts.step or 0,
+        step=facts.step,
         tars=tuple(TarRef(tar.name, tar.fingerprint, len(tar.samples)) for tar in data.tars),
         preprocessing=facts.preprocessing,
         precision=facts.precision,
@@ -185,7 +185,7 @@ def _record(question: Question, data: EvaluationSet, gallery: Gallery, search: G
         metrics=metrics,
         counts=counts | {"skipped samples": len(data.skipped)},
         sample_ids=digest(picture.key for picture in gallery.pictures),
-        captions=digest(gallery.captions),
+        texts=digest(gallery.captions),
         seconds=seconds,
     )
 

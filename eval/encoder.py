@@ -27,6 +27,7 @@ class Facts:
 
     precision: of the towers' forward pass          preprocessing: the transform before the image tower, in words
     cache_contract: digest of the contract, where the model reads cached rows
+    recipe: digest of a run's config without its seed and folder; runs of one recipe are compared over their seeds
     """
 
     name: str
@@ -35,6 +36,8 @@ class Facts:
     precision: str
     preprocessing: str
     cache_contract: str | None = None
+    recipe: str | None = None
+    seed: int | None = None
 
 
 class Encoder(Protocol):
@@ -244,6 +247,7 @@ class Mixed:
             digest=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
             preprocessing=f"{main.facts.preprocessing}; third: {third.facts.preprocessing}",
             cache_contract=third.facts.cache_contract,
+            recipe=f"{main.facts.recipe} {mixing!r}" if main.facts.recipe else None,
         )
 
     def images(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:

@@ -171,7 +171,7 @@ def _warnings(runs: Sequence[RunRecords], galleries: Sequence[str], shared: Sequ
         records = [run.galleries[name] for run in runs if name in run.galleries]
         for what, digests in (
             ("samples", {record.sample_ids for record in records}),
-            ("captions", {record.captions for record in records}),
+            ("captions", {record.texts for record in records}),
         ):
             if len(digests) > 1:
                 warnings.append(f"The runs saw different {what} of {name}: their numbers are not comparable.")
@@ -193,7 +193,7 @@ def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
         asked = record.question
         found = {
             "model digest": asked.model,
-            "step": f"{asked.step:,}",
+            "step": "" if asked.step is None else f"{asked.step:,}",
             "precision": asked.precision,
             "preprocessing": asked.preprocessing,
             "cache contract": asked.cache_contract or "none",

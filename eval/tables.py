@@ -182,7 +182,7 @@ def data_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | 
             (
                 *(Cell(_count(record.counts.get(key))) for key in columns),
                 Cell(record.sample_ids[:8]),
-                Cell(record.captions[:8]),
+                Cell(record.texts[:8]),
             ),
         )
         for name, record in records.items()

@@ -12,7 +12,7 @@ from threetowers.eval.embed import EvaluationSet, Floats, Picture
 from threetowers.eval.encoder import Facts, Loading, file_digest
 from threetowers.eval.encoders.forward import forward_captions, forward_pictures
 from threetowers.eval.sources import image_source, view_of
-from threetowers.trainer.config import CacheTower
+from threetowers.trainer.config import CacheTower, Run, dump
 from threetowers.trainer.folder import RunFolder
 from threetowers.trainer.towers.model import clamp_log_scale
 from threetowers.trainer.trained import TrainedModel
@@ -43,6 +43,8 @@ class RunTower:
             precision=loading.precision,
             preprocessing=view_of(trained, self.image_tower),
             cache_contract=contract.digest if contract else None,
+            recipe=recipe_of(trained.run),
+            seed=trained.run.seed,
         )
 
     def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
@@ -75,6 +77,13 @@ class RunTower:
             return 1.0
         log_scale = self.trained.model.log_scales[scales[0]].detach().float()
         return float(clamp_log_scale(log_scale, run.loss.scale_max).exp())
+
+
+def recipe_of(run: Run) -> str:
+    """Digest of a run's config without its seed and its folder."""
+    tree = dump(run)
+    del tree["seed"], tree["out"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def main_pair(path: Path, loading: Loading) -> RunTower:

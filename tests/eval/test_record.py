@@ -35,7 +35,7 @@ def record(**changes: Any) -> Record:
         metrics={"image_to_text/recall@1": 1 / 3, "image_to_text/median_rank": 2.5},
         counts={"images": 77},
         sample_ids=digest(["a", "b"]),
-        captions=digest(["x"]),
+        texts=digest(["x"]),
         seconds=0.25,
     )
     return dataclasses.replace(base, **changes)
@@ -116,7 +116,7 @@ def test_damaged_records_are_refused_by_file_and_field(tmp_path: Path) -> None:
 
     refused(json.dumps(content)[:-20], "cannot be read as JSON")
     refused("[1]", "record format None")
-    refused(json.dumps(content | {"format": 99}), "record format 99, this version reads 1")
+    refused(json.dumps(content | {"format": 99}), "record format 99, this version reads 2")
     refused(json.dumps(content | {"question": content["question"] | {"step": "many"}}), "field 'question.step'")
     del content["counts"]
     refused(json.dumps(content), "field 'counts'")
