@@ -54,14 +54,16 @@ class Ranks:
         if self.group is None:
             return part_n[None], _done
         all_Wn = part_n.new_empty(self.size, *part_n.shape)
-        return all_Wn, _collective("all_gather")(all_Wn.view(-1), part_n.reshape(-1), self.group).wait
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # 2.14 renamed it
+        return all_Wn, gather(all_Wn.view(-1), part_n.reshape(-1), group=self.group, async_op=True).wait
 
-    def scatter_sum_async(self, parts_Wn: Tensor) -> tuple[Tensor, Callable[[], Any]]:
-        """Sum over ranks of the part meant for this rank; may be read after calling the second value."""
-        if self.group is None:
-            return parts_Wn[0], _done
-        part_n = torch.empty_like(parts_Wn[0])
-        return part_n, _collective("reduce_scatter")(part_n.view(-1), parts_Wn.view(-1), self.group).wait
+    def reduce_async(self, part_n: Tensor, rank: int) -> Callable[[], Any]:
+        """Sum over ranks in place on this rank, undefined on others; done once the result has been called."""
+        if self.group is None or part_n.numel() == 0:
+            return _done
+        to = dist.get_global_rank(self.group, rank)
+        work: Any = dist.reduce(part_n, to, dist.ReduceOp.SUM, group=self.group, async_op=True)
+        return work.wait  # type: ignore[no-any-return]
 
     def shift_async(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], Any]:
         """Send to the rank before, receive from the rank after; both are done once the result has been called."""
@@ -92,13 +94,6 @@ def _done() -> None:
     return None
 
 
-def _collective(kind: str) -> Callable[[Tensor, Tensor, Any], Any]:
-    """The flat collective by its name of this torch version (2.14 renamed them), asynchronous."""
-    older = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[kind]
-    function = getattr(dist, f"{kind}_single", None) or getattr(dist, older)
-    return lambda out, part, group: function(out, part, group=group, async_op=True)
-
-
 class Shards:
     """The rows of one pair term's global batch: rank r holds ``sizes[r]`` of them, in rank order."""
 
@@ -109,8 +104,6 @@ class Shards:
         self.most = max(self.sizes)
         self.rank = rank
         self.own = slice(self.starts[rank], self.starts[rank + 1])
-        # own shard first: it is at hand while the others are on their way; then each rank begins elsewhere
-        self.order = [(rank + step) % len(self.sizes) for step in range(len(self.sizes))]
 
     def join(self, parts_Wn: Tensor) -> Tensor:
         """Padded parts (W, most) to one vector over the global batch."""
@@ -150,9 +143,10 @@ class Packing:
 
 
 class Columns(Protocol):
-    """The column side of all pair terms, shard by shard in the order `Shards.order`."""
+    """The column side of all pair terms, shard by shard."""
 
     packed: Tensor  # what backward needs to have them again
+    order: list[int]  # whose shard to ask for at each step: the own one first, while others are on their way
 
     def shard(self, pair: int, rank: int) -> Tensor:
         """The rows (s, D) that this rank holds of this pair's column side."""
@@ -165,6 +159,7 @@ class GatheredColumns:
     def __init__(self, ranks: Ranks, shards: Sequence[Shards], own: Sequence[Tensor], packed: Tensor | None) -> None:
         """packed: an earlier gather of the same features; None to gather now."""
         self._packing, self._own, self._rank = Packing(shards, own), own, ranks.rank
+        self.order = sorted(range(ranks.size), key=lambda rank: (rank != ranks.rank, rank))
         self._wait: Callable[[], Any] = _done
         if packed is not None:
             self.packed = packed
@@ -190,12 +185,8 @@ class ColumnGradients(Protocol):
         """Room (s, D) to add the gradient of this rank's rows to; None where none is wanted."""
         ...
 
-    def passed(self, step: int) -> None:
-        """All terms of the group have added their sums for the shard of this step."""
-        ...
-
-    def finished(self, group: list[int]) -> None:
-        """The group has gone through all shards."""
+    def passed(self, group: list[int], step: int) -> None:
+        """The group's terms have added their sums for the shard of this step."""
         ...
 
     def own(self, pair: int) -> Tensor | None:
@@ -203,35 +194,52 @@ class ColumnGradients(Protocol):
         ...
 
 
-class ScatteredGradients:
-    """Every rank's part kept until the term is done, then one reduction while the next term works: O(BD) memory."""
+class ReducedGradients:
+    """A shard's sums go to the rank that holds its rows while the next shard is computed: O(bD) memory.
+
+    Collectives have to come in one order on all ranks, the order of the ranks. The own shard, which is computed first,
+    waits for its turn.
+    """
 
     def __init__(self, ranks: Ranks, shards: Sequence[Shards], zeros: Sequence[Callable[[int], Tensor] | None]) -> None:
         """zeros: for each term a maker of zeroed rows, or None where no gradient is wanted."""
         self.groups = [[k] for k in range(len(shards))]
         self._ranks, self._shards, self._zeros = ranks, shards, zeros
-        self._parts: dict[int, Tensor] = {}
+        self._sums: dict[tuple[int, int], Tensor] = {}  # computed or being computed, by pair and rank
+        self._turn = [0 for _ in shards]  # whose shard goes next
+        self._leaving: list[tuple[Tensor, Callable[[], Any]]] = []
         self._arriving: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
 
     def target(self, pair: int, rank: int) -> Tensor | None:
-        zeros, most = self._zeros[pair], self._shards[pair].most
+        zeros = self._zeros[pair]
         if zeros is None:
             return None
-        if pair not in self._parts:
-            self._parts[pair] = zeros(self._ranks.size * most).view(self._ranks.size, most, -1)
-        return self._parts[pair][rank, : self._shards[pair].sizes[rank]]
+        self._let_leave(1)  # bounds the memory
+        self._sums[pair, rank] = zeros(self._shards[pair].sizes[rank])
+        return self._sums[pair, rank]
 
-    def passed(self, step: int) -> None:
-        return
-
-    def finished(self, group: list[int]) -> None:
+    def passed(self, group: list[int], step: int) -> None:
         for pair in group:
-            if pair in self._parts:
-                self._arriving[pair] = self._ranks.scatter_sum_async(self._parts.pop(pair))
+            while (pair, self._turn[pair]) in self._sums:
+                rank = self._turn[pair]
+                part_sD = self._sums.pop((pair, rank))
+                sent = part_sD, self._ranks.reduce_async(part_sD, rank)
+                if rank == self._ranks.rank:
+                    self._arriving[pair] = sent
+                else:
+                    self._leaving.append(sent)
+                self._turn[pair] += 1
 
     def own(self, pair: int) -> Tensor | None:
+        self._let_leave(0)
         if pair not in self._arriving:
             return None
-        part_mD, wait = self._arriving.pop(pair)
+        part_bD, wait = self._arriving.pop(pair)
         wait()
-        return part_mD[: self._shards[pair].sizes[self._ranks.rank]]
+        return part_bD
+
+    def _let_leave(self, most: int) -> None:
+        """Wait until at most this many sums are on their way."""
+        while len(self._leaving) > most:
+            _, wait = self._leaving.pop(0)
+            wait()

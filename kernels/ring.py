@@ -22,6 +22,7 @@ class RingColumns:
     def __init__(self, ranks: Ranks, shards: Sequence[Shards], own: Sequence[Tensor]) -> None:
         self.packed = own[0].new_empty(0, dtype=torch.uint8)  # nothing is kept: backward sends them round again
         self._ranks, self._packing, self._own = ranks, Packing(shards, own), own
+        self.order = [(ranks.rank + step) % ranks.size for step in range(ranks.size)]
         self._held = self._next = self.packed
         self._step = -1  # nothing is sent before a shard is asked for: the sigmoid's backward asks for none
 
@@ -56,7 +57,7 @@ class RingGradients:
     def target(self, pair: int, rank: int) -> Tensor | None:
         return self._mine[pair][: self._shards[pair].sizes[rank]] if pair in self._mine else None
 
-    def passed(self, step: int) -> None:
+    def passed(self, group: list[int], step: int) -> None:
         if not self._mine:
             return
         if self._wait is not None:
@@ -68,10 +69,8 @@ class RingGradients:
         if step + 1 < self._ranks.size:
             for part_mD in self._mine.values():
                 part_mD.zero_()
-
-    def finished(self, group: list[int]) -> None:
-        if self._wait is not None:
-            self._wait()
+        else:
+            self._wait()  # home again
 
     def own(self, pair: int) -> Tensor | None:
         if pair not in self._arriving:

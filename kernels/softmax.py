@@ -49,11 +49,11 @@ def softmax_forward(
     """Losses of all terms: collectives are the columns' gather, two of column statistics, one of totals."""
     rows = [Running.empty(term.batch, term.x_bD, term.backend.dtype) for term in terms]
     cols = [Running.empty(term.shards.total, term.x_bD, term.backend.dtype) for term in terms]
-    rooms = _rooms(terms, workspace_bytes)
+    rooms = _rooms(terms, columns.order, workspace_bytes)
     kept = [KeptTiles(room_n) for room_n in rooms]
-    for step in range(ranks.size):
+    for rank in columns.order:
         for k, term in enumerate(terms):
-            block = term.block(columns, term.shards.order[step])
+            block = term.block(columns, rank)
             softmax_stats(term.backend, block, rows[k], cols[k], kept[k])
     positives = []
     for term in terms:
@@ -78,11 +78,11 @@ def softmax_forward(
     return states
 
 
-def _rooms(terms: Sequence[Term], workspace_bytes: int) -> list[Tensor]:
+def _rooms(terms: Sequence[Term], order: Sequence[int], workspace_bytes: int) -> list[Tensor]:
     """Memory for kept tiles: terms take from the budget in turn."""
     rooms = []
     for term in terms:
-        sizes = [term.shards.sizes[rank] for rank in term.shards.order]
+        sizes = [term.shards.sizes[rank] for rank in order]
         budget = workspace_bytes if term.needs_gradient else 0
         room = KeptTiles.room(term.backend, term.batch, sizes, budget)
         workspace_bytes -= room * term.backend.kept_dtype.itemsize

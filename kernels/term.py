@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from threetowers.kernels.chunked import Block, finish_gradient, inner_product, positive_dots
-from threetowers.kernels.distributed import ColumnGradients, Columns, Ranks, ScatteredGradients, Shards
+from threetowers.kernels.distributed import ColumnGradients, Columns, Ranks, ReducedGradients, Shards
 from threetowers.kernels.ring import RingGradients
 from threetowers.kernels.tiles import LOG2E, TileBackend
 
@@ -129,7 +129,7 @@ def sample_weights(term: Term, grad_b: Tensor, ranks: Ranks) -> tuple[Tensor, Te
 def column_gradients(terms: Sequence[Term], ranks: Ranks, wanted: bool, ring: bool) -> ColumnGradients:
     """Where to add column gradients; nowhere, if none are wanted."""
     zeros = [term.zero_rows if wanted and term.need_y else None for term in terms]
-    kind = RingGradients if ring else ScatteredGradients
+    kind = RingGradients if ring else ReducedGradients
     return kind(ranks, [term.shards for term in terms], zeros)
 
 
@@ -141,12 +141,10 @@ def visit_shards(
 ) -> None:
     """Call work(term's index, block, column gradient's target) for every shard, and send what they added."""
     for group in gradients.groups:
-        for step in range(len(terms[0].shards.order)):
+        for step, rank in enumerate(columns.order):
             for k in group:
-                rank = terms[k].shards.order[step]
                 work(k, terms[k].block(columns, rank), gradients.target(k, rank))
-            gradients.passed(step)
-        gradients.finished(group)
+            gradients.passed(group, step)
 
 
 def softplus(z_n: Tensor) -> Tensor:
