@@ -16,6 +16,7 @@ from torch import Tensor
 
 from threetowers.kernels.chunked import Block, KeptTiles, softmax_grads, softmax_stats
 from threetowers.kernels.distributed import Columns, Ranks
+from threetowers.kernels.reserve import reserve
 from threetowers.kernels.term import (
     Term,
     column_gradients,
@@ -86,7 +87,7 @@ def _rooms(terms: Sequence[Term], order: Sequence[int], workspace_bytes: int) ->
         budget = workspace_bytes if term.needs_gradient else 0
         room = KeptTiles.room(term.backend, term.batch, sizes, budget)
         workspace_bytes -= room * term.backend.kept_dtype.itemsize
-        rooms.append(torch.empty(room, dtype=term.backend.kept_dtype, device=term.x_bD.device))
+        rooms.append(reserve().take(room, term.backend.kept_dtype, term.x_bD.device))
     return rooms
 
 
