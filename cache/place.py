@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -214,41 +214,31 @@ class LocalPlace:
         return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
     def put(self, name: str, data: bytes, owner: str) -> None:
-        with self._staged(name, data, owner) as staged:
-            os.replace(staged, self.folder / name)
+        self._write(name, data, owner, os.replace)
 
     def put_new(self, name: str, data: bytes, owner: str) -> bool:
-        if (self.folder / name).exists():
-            return False
-        with self._staged(name, data, owner) as staged:
-            try:
-                os.link(staged, self.folder / name)
-            except FileExistsError:
-                return False
-            finally:
-                staged.unlink(missing_ok=True)
-        return True
+        return not (self.folder / name).exists() and self._write(name, data, owner, _link)
 
-    @contextlib.contextmanager
-    def _staged(self, name: str, data: bytes, owner: str) -> Iterator[Path]:
-        """A synced file with the data, named for its owner, host, process and thread: no two writers share one."""
+    def _write(self, name: str, data: bytes, owner: str, finish: Callable[[Path, Path], bool | None]) -> bool:
+        """Stage, sync and finish a file. Staged files bear host, process and thread: no two writers share one."""
         path = self.folder / name
-        staged = (
-            self.folder / STAGING / f"{owner}.{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-        )
+        writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+        staged = self.folder / STAGING / f"{owner}.{path.name}.{writer}"
         try:
             make_folder(staged.parent)
             make_folder(path.parent)
             try:
-                with open(staged, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                yield staged
+                _write_synced(staged, data)
+                try:
+                    done = finish(staged, path)
+                except FileNotFoundError:  # somebody who finished the same tar cleared it away
+                    _write_synced(staged, data)
+                    done = finish(staged, path)
             except BaseException:
                 staged.unlink(missing_ok=True)
                 raise
             sync_folder(path.parent)
+            return done is not False
         except OSError as error:
             raise WriteError(
                 f"cannot write {path} ({len(data)} bytes): {error.strerror}. Make room or choose another folder, then "
@@ -275,6 +265,23 @@ class LocalPlace:
 
     def local(self, name: str) -> Path | None:
         return self.folder / name
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link(staged: Path, path: Path) -> bool:
+    try:
+        os.link(staged, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _pread(file: int, start: int, stop: int) -> bytes:
