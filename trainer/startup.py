@@ -1,40 +1,156 @@
 """The start-up page: the arithmetic of a run, before its first step."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from torch import nn
 
-from threetowers.trainer.config import CacheTower, Run
-from threetowers.trainer.data.samples import SampleSet
+from threetowers.trainer.config import CacheTower, ImageTower, Run
+from threetowers.trainer.cost import (
+    LOSS_PRODUCTS,
+    Teacher,
+    TowerCost,
+    activation_bytes,
+    loss_flops,
+    meta_model,
+    state_memory,
+    tower_costs,
+    training_flops,
+)
 from threetowers.trainer.engine import Ranks
 from threetowers.trainer.towers.model import TowerModel
 
 
+@dataclass(frozen=True)
+class Held:
+    """What the tars hold: samples that can be used, all of them, and why some cannot."""
+
+    usable: int
+    total: int
+    tars: int
+    left_out: Mapping[str, int]
+
+
 def startup_page(
-    run: Run, ranks: Ranks, samples: SampleSet, model: TowerModel, steps: int, steps_per_epoch: int
+    run: Run, ranks: Ranks, held: Held | None, teachers: Mapping[str, Teacher], vocab_size: int, steps: int
 ) -> list[str]:
-    """Return the lines that say what will be trained, on what, for how long."""
-    lines = [
+    """Return the lines that say what will be trained, on what, for how long, and what it costs.
+
+    `held`: None where the tars are not at hand. `teachers`: by cached tower.
+    """
+    model = meta_model(run, vocab_size, teachers)
+    costs = tower_costs(model)
+    return [
         f"run {run.out}",
-        f"samples: {len(samples):,} usable of {samples.total:,} in {len(samples.tars)} tars",
-        *(f"left out: {count:,}, {reason}" for reason, count in samples.left_out.items() if count),
-        f"batch: {run.batch // ranks.world:,} on each of {ranks.world} ranks ({ranks.device.type}) = {run.batch:,}",
-        f"steps: {steps:,} x {run.batch:,} = {steps * run.batch:,} examples "
-        f"= {steps / steps_per_epoch:.1f} epochs of {steps_per_epoch:,} whole batches",
+        *_data(run, ranks, held, steps),
+        *_towers(run, model, costs, teachers),
+        *_terms(run, model),
+        *_compute(run, model, costs, teachers, steps),
+        *_memory(run, model, ranks),
     ]
+
+
+def _data(run: Run, ranks: Ranks, held: Held | None, steps: int) -> list[str]:
+    local = run.batch // ranks.world
+    chunk = f", {run.engine.chunk:,} at a time" if run.engine.chunk is not None else ""
+    batch = f"batch: {local:,} on each of {ranks.world} ranks ({ranks.device.type}){chunk} = {run.batch:,}"
+    examples = f"steps: {steps:,} x {run.batch:,} = {steps * run.batch:,} examples"
+    if held is None:
+        return ["samples: unknown, the tars are not at hand", batch, examples]
+    per_epoch = max(1, held.usable // run.batch)
+    return [
+        f"samples: {held.usable:,} usable of {held.total:,} in {held.tars} tars",
+        *(f"left out: {count:,}, {reason}" for reason, count in held.left_out.items() if count),
+        batch,
+        f"{examples} = {steps / per_epoch:.1f} epochs of {per_epoch:,} whole batches",
+    ]
+
+
+def _towers(run: Run, model: TowerModel, costs: Mapping[str, TowerCost], teachers: Mapping[str, Teacher]) -> list[str]:
+    lines = []
     for name, tower in run.towers.items():
         if isinstance(tower, CacheTower):
-            contract = samples.caches[name].cache.contract
-            read = f"{contract.dim} features a sample read from {tower.path}, no forward passes"
-            lines.append(f"tower {name}: {contract.backbone}, {read}")
-        else:
-            lines.append(f"tower {name}: {_parameters(model.towers[name]):,} parameters")
-    terms = ", ".join(f"{term.weight:g} x {name} ({term.x}, {term.y})" for name, term in run.terms.items())
+            teacher = teachers[name]
+            read = f"{teacher.dim:,} features = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
+            saved = "" if teacher.flops is None else f"; {flop(teacher.flops)} a sample less than with the live teacher"
+            lines.append(f"tower {name}: {teacher.backbone}, {read}, no forward passes{saved}")
+            continue
+        cost = costs[name]
+        what = tower.model if isinstance(tower, ImageTower) else f"text, {tower.depth} blocks of width {tower.width}"
+        traits = [f"{cost.parameters:,} parameters", f"{flop(cost.flops)} forward a sample"]
+        if cost.shared:
+            traits.insert(1, f"{cost.shared:,} of them shared with another tower")
+        traits += [f"from {tower.init}"] * (tower.init is not None) + ["frozen"] * tower.frozen
+        lines.append(f"tower {name}: {what}, {', '.join(traits)}")
+    every, trained = parameters(model), parameters(model, trained=True)
     return [
         *lines,
-        f"heads: {_parameters(model.heads):,} parameters",
-        f"terms: {terms}; {run.loss.family}",
-        f"DeepSpeed: ZeRO stage {run.engine.zero_stage}, {run.engine.precision}",
+        f"heads: {parameters(model.heads):,} parameters",
+        f"model: {every:,} parameters, each counted once; {trained:,} trained",
     ]
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _terms(run: Run, model: TowerModel) -> list[str]:
+    terms = ", ".join(
+        f"{t.weight:g} x {name} ({t.x}, {t.y}; {run.loss.family if t.kind == 'contrastive' else t.kind})"
+        for name, t in run.terms.items()
+    )
+    return [f"terms: {terms}", f"scales: {', '.join(run.scales()) or 'none'}"]
+
+
+def _compute(
+    run: Run, model: TowerModel, costs: Mapping[str, TowerCost], teachers: Mapping[str, Teacher], steps: int
+) -> list[str]:
+    towers = training_flops(model, costs)
+    loss = loss_flops(run, model.widths)
+    total = towers + loss
+    contrastive = [term for term in run.terms.values() if term.kind == "contrastive"]
+    products = f"{len(contrastive)} terms x {LOSS_PRODUCTS[run.loss.family]} products of 2 x {run.batch:,} x width"
+    lines = [
+        f"FLOPs a sample: towers and heads, forward and backward, {flop(towers)} + loss {flop(loss)} ({products}) "
+        f"= {flop(total)}; the run {total * steps * run.batch:.2e}"
+    ]
+    live = sum(teacher.flops or 0 for teacher in teachers.values())
+    if live:
+        lines.append(
+            f"with live teachers a sample would cost {flop(total + live)}: {1 + live / total:.2f} times as much"
+        )
+    return lines
+
+
+def _memory(run: Run, model: TowerModel, ranks: Ranks) -> list[str]:
+    memory = state_memory(run, model, ranks.world)
+    at_once = min(run.batch // ranks.world, run.engine.chunk or run.batch)
+    if run.engine.activation_checkpointing:
+        activations = "activations recomputed, not estimated"
+    else:
+        each = activation_bytes(model)
+        activations = f"activations {at_once:,} x {size(each)} = {size(at_once * each)}"
+    return [
+        f"memory of a rank: weights {size(memory.weights)} + gradients {size(memory.gradients)} + {run.optim.name} "
+        f"{size(memory.optimizer)} = {size(memory.total)} (ZeRO {run.engine.zero_stage} over {ranks.world} ranks, "
+        f"{run.engine.precision}); {activations}; buffers of communication and the loss on top",
+    ]
+
+
+def parameters(module: nn.Module, trained: bool = False) -> int:
+    """Return the number of a module's parameters, shared ones once; of all or of those that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def flop(count: float) -> str:
+    """Return FLOPs in words."""
+    for unit in ("", "K", "M", "G", "T"):
+        if count < 1000:
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    return f"{count:.3g} PFLOP"
+
+
+def size(count: float) -> str:
+    """Return bytes in words."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"

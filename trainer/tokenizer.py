@@ -41,6 +41,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._processor.vocab_size())
 
+    def embedding_rows(self, stated: int | None) -> int:
+        """Return how many rows a token embedding has: as many as stated, or one a piece. Raises ValueError if too few."""
+        if stated is not None and stated < self.vocab_size:
+            raise ValueError(
+                f"data.vocab_size: {stated} rows for the {self.vocab_size} pieces of the tokenizer; give at least as many"
+            )
+        return self.vocab_size if stated is None else stated
+
     def encode(self, captions: Sequence[str], context: int) -> Tensor:
         """Return int64 tokens (len(captions), context): pieces, one end token, padding; long captions are cut."""
         tokens_bL = torch.full((len(captions), context), PAD)

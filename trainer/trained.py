@@ -41,7 +41,7 @@ class TrainedModel:
         tokenizer = Tokenizer.load(folder.tokenizer)
         contracts = folder.read_contracts()
         widths = {name: contract.dim for name, contract in contracts.items()}
-        model = TowerModel(run, tokenizer.vocab_size, widths)
+        model = TowerModel(run, tokenizer.embedding_rows(run.data.vocab_size), widths)
         load_distinct(model, load_file(folder.weights))
         return cls(run, model.to(device, torch.float32).eval(), tokenizer, contracts)
 

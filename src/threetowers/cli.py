@@ -34,6 +34,8 @@ app.command(evaluation, name="eval")
 def train(
     config: tyro.conf.Positional[Path],
     overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    dry_run: bool = False,
+    ranks: int = 1,
 ) -> None:
     """Train a run, or resume it: its folder holds all that is needed.
 
@@ -43,8 +45,16 @@ def train(
     Args:
         config: The run, as in configs/.
         overrides: Changes to the config, as key.path=value: optim.lr=3e-4 engine.zero_stage=2
+        dry_run: Build everything without numbers, print the arithmetic of the run, and stop. Needs no data and no cache.
+        ranks: For how many processes a dry run counts.
     """
     from threetowers.trainer.config import load
+
+    if dry_run:
+        from threetowers.trainer.dryrun import dry_run as page
+
+        print("\n".join(page(load(config, overrides), ranks)))
+        return
     from threetowers.trainer.loop import train as run
 
     summary = run(load(config, overrides))

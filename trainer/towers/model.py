@@ -41,6 +41,7 @@ class TowerModel(nn.Module):
         )
         self._share()
         widths = {name: int(tower.width) for name, tower in self.towers.items()}  # type: ignore[arg-type]
+        self.widths = widths  # of what every tower and head gives, by name
         self.heads = nn.ModuleDict()
         for name, head in run.heads.items():
             self.heads[name], widths[name] = build_head(head, widths[head.of], run.dim)
@@ -78,6 +79,12 @@ class TowerModel(nn.Module):
         for name, tower in self.run.towers.items():
             if not isinstance(tower, CacheTower) and tower.init is not None:
                 load_initial(self.towers[name], tower, f"towers.{name}.init")
+
+    def checkpoint_activations(self) -> None:
+        """Let towers keep less for backward, and compute it again. Raises ValueError for a tower that cannot."""
+        for tower in self.towers.values():
+            if not isinstance(tower, CachedTower):
+                tower.set_grad_checkpointing()  # type: ignore[operator]
 
     def _share(self) -> None:
         for name, tower in self.run.towers.items():

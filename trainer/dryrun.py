@@ -1,0 +1,60 @@
+"""A run without running it: everything is built on the meta device, and the start-up page is what remains."""
+
+from pathlib import Path
+
+import torch
+
+from threetowers.cache.contract import ContractError
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.tars import expand, index_tar
+from threetowers.trainer.config import CacheTower, ConfigError, Run
+from threetowers.trainer.cost import Teacher, meta_model
+from threetowers.trainer.engine import Ranks, deepspeed_config
+from threetowers.trainer.optimizer import parameter_groups
+from threetowers.trainer.startup import Held, startup_page
+from threetowers.trainer.tokenizer import Tokenizer
+
+
+def dry_run(run: Run, world: int = 1) -> list[str]:
+    """Return the start-up page of a run on `world` ranks, in seconds and little memory whatever its size.
+
+    Needs neither tars nor caches nor a tokenizer, as long as the config says what would be read from them. Raises
+    ConfigError for what it does not say, and what training would raise for towers, heads, terms and layout.
+    """
+    held = _held(run)
+    if held is None and run.duration.epochs is not None:
+        raise ConfigError(f"duration.epochs: the length of an epoch is unknown without {run.data.tars}; give examples")
+    teachers = {name: _teacher(name, tower) for name, tower in run.towers.items() if isinstance(tower, CacheTower)}
+    vocab_size = _vocab_size(run)
+    steps = run.duration.in_steps(0 if held is None else held.usable, run.batch)
+    deepspeed_config(run, world)
+    parameter_groups(meta_model(run, vocab_size, teachers), run.optim)
+    return startup_page(run, Ranks(0, world, torch.device("meta")), held, teachers, vocab_size, steps)
+
+
+def _held(run: Run) -> Held | None:
+    try:
+        tars = [index_tar(path) for path in expand(run.data.tars)]
+    except (OSError, ValueError):
+        return None
+    total = sum(len(tar.samples) for tar in tars)
+    return Held(total, total, len(tars), {})
+
+
+def _teacher(name: str, tower: CacheTower) -> Teacher:
+    try:
+        return Teacher.of(EmbeddingCache.open(tower.path).contract)
+    except ContractError as error:
+        if tower.backbone is None:
+            raise ConfigError(
+                f"towers.{name}.backbone: without the cache the width of its rows is unknown ({error}); name the backbone"
+            ) from error
+        return Teacher.named(tower.backbone)
+
+
+def _vocab_size(run: Run) -> int:
+    if Path(run.data.tokenizer).exists():
+        return Tokenizer.load(run.data.tokenizer).embedding_rows(run.data.vocab_size)
+    if run.data.vocab_size is None:
+        raise ConfigError(f"data.vocab_size: unknown without {run.data.tokenizer}; give the number of its pieces")
+    return run.data.vocab_size
