@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from json import dumps
+from pathlib import Path
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from threetowers.cache.contract import ContractError, read_contract
 from threetowers.cache.place import place_of
+from threetowers.cache.precision import Tier
 from threetowers.cache.record import BadSample, Record, read_record
+from threetowers.cache.table import read_table
+from threetowers.cache.views import Views
 
 
 def build(
@@ -21,7 +26,12 @@ def build(
     image_size: int | None = None,
     batch_size: int = 64,
     threads: int | None = None,
-    dtype: Literal["float16", "float32"] = "float16",
+    dtype: Tier = "float16",
+    min_cosine: float | None = None,
+    views: str = "center",
+    view_seed: int = 0,
+    view_scale: float = 1.0,
+    slot: int | None = None,
     device: str | None = None,
     on_bad: Literal["record", "error"] = "record",
 ) -> int:
@@ -37,7 +47,12 @@ def build(
         image_size: Side of the teacher's input in pixels; default: what the model was trained for.
         batch_size: Images a forward pass.
         threads: Threads that decode and resize; default: this process's share of the cores.
-        dtype: Type of the stored numbers.
+        dtype: Type of the stored numbers: float16, float32, bfloat16, or int8 with a scale per row.
+        min_cosine: Stop where storing a row leaves a smaller cosine with itself; default: a bound for each type.
+        views: center (the teacher's own transform), center+flip, or crops:K.
+        view_seed: Which crops.
+        view_scale: Smallest share of the picture's area in a crop, as data.crop_scale of a run.
+        slot: Rows kept for a tar; default: what the largest tar needs. More leaves room for larger tars later.
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
         on_bad: What to do about an image without an embedding: record it and go on, or stop with an error.
     """
@@ -52,6 +67,9 @@ def build(
         batch_size=batch_size,
         threads=threads,
         dtype=dtype,
+        min_cosine=min_cosine,
+        views=Views(views, view_seed, view_scale),
+        slot=slot,
         device=device,
         on_bad=on_bad,
         progress=True,
@@ -76,7 +94,7 @@ def info(cache: Positional[str]) -> int:
         cache: Folder or URL of the cache.
     """
     place = place_of(cache)
-    contract, table = read_contract(place)
+    contract, table = read_contract(place), read_table(place)
     records: list[Record] = []
     bad: list[tuple[str, BadSample]] = []
     missing: list[str] = []
@@ -93,9 +111,12 @@ def info(cache: Positional[str]) -> int:
     size = contract.preprocessing.input_size
     print(f"{cache}: {contract.backbone}, weights {contract.weights} (sha256 {contract.weights_digest[:16]})")
     print(
-        f"feature   {contract.feature}, {contract.dim} x {contract.dtype}, view {contract.view}, "
-        f"{size[0]} x {size[1]} px, {contract.preprocessing.interpolation}, crop {contract.preprocessing.crop_pct}"
+        f"feature   {contract.feature}, {contract.dim} x {contract.dtype}, {size[0]} x {size[1]} px, "
+        f"{contract.preprocessing.interpolation}, crop {contract.preprocessing.crop_pct}"
     )
+    print(f"views     {contract.views}")
+    if lows := [record.cosines.min for record in records if record.cosines.min is not None]:
+        print(f"precision {contract.dtype}: cosine of each row as stored with itself at least {min(lows):.7f}")
     print(f"versions  {', '.join(f'{name} {version}' for name, version in contract.versions.items())}")
     print(f"tars      {len(records)} built of {len(table.entries)}, from {table.root}")
     print(
@@ -109,19 +130,56 @@ def info(cache: Positional[str]) -> int:
     return 1 if missing else 0
 
 
-def verify(cache: Positional[str], tars: list[str] | None = None, payloads: bool = False) -> int:
-    """Check a cache for damage. Exit code 1 when it is not sound.
+def verify(
+    cache: Positional[str],
+    tars: list[str] | None = None,
+    depth: Literal["structure", "numbers", "meaning"] = "numbers",
+    payloads: bool = False,
+    sample: int = 64,
+    seed: int = 0,
+    min_cosine: float | None = None,
+    weights: str | None = None,
+    device: str = "cpu",
+    fix: bool = False,
+    json: Path | None = None,
+) -> int:
+    """Check a cache for damage. Exit code 1 when it is not sound, also where --fix has removed what was not.
 
     Args:
         cache: Folder or URL of the cache.
         tars: Compare with these tars too: paths, globs in quotes, brace ranges.
-        payloads: Compare every byte of these tars, not their headers only.
+        depth: structure: files and records; numbers: also every row; meaning: also a sample against the live teacher.
+        payloads: Compare every image of these tars, not their headers only.
+        sample: Pictures that meaning embeds again.
+        seed: Which ones.
+        min_cosine: Bound on what meaning finds; default: a little below what the precision allows.
+        weights: Where the teacher's weights lie now, if they came from a file.
+        device: Where the teacher runs.
+        fix: Remove the rows of tars with a problem, so that the next build makes them again.
+        json: Write the report to this file too.
     """
     from threetowers.cache.verify import verify as run
 
-    report = run(cache, tars, payloads=payloads)
+    report = run(
+        cache,
+        tars,
+        depth=depth,
+        payloads=payloads,
+        sample=sample,
+        seed=seed,
+        min_cosine=min_cosine,
+        weights=weights,
+        device=device,
+        fix=fix,
+    )
     print(report.text())
+    _write_json(json, report.as_dict())
     return 0 if report.ok else 1
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(dumps(content, indent=1) + "\n")
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import xxhash
 from pydantic import ConfigDict
 
-from threetowers.cache.contract import Contract, ContractError, TarEntry, from_json
+from threetowers.cache.contract import Contract, ContractError, from_json
 from threetowers.cache.layout import slot_files
 from threetowers.cache.place import Place
+from threetowers.cache.table import TarEntry
 
 DONE = "done"
 
@@ -54,12 +55,21 @@ class Norms:
 
 
 @dataclass(frozen=True)
+class Cosines:
+    """Cosines of the rows as stored with the rows as computed; None where there is no OK row."""
+
+    min: float | None
+    mean: float | None
+
+
+@dataclass(frozen=True)
 class Record:
     """What was written for one tar.
 
-    `contract` is the digest of the cache's contract, `chunk_crc32c` has one entry per stored chunk of embeddings,
-    `bad` the first few of the samples that `counts` counts by status, `sum` and `max_abs` run over the OK rows as
-    stored, `tar_xxh3_128` over the bytes of the tar as they were streamed.
+    `contract` is the digest of the cache's contract, `chunk_crc32c` has one entry per stored chunk of each array of
+    embeddings, `bad` the first few of the samples that `counts` counts by status; `norms`, `sum` and `max_abs` run over
+    the OK rows as stored, `cosines` too, in all views; `tar_xxh3_128` over the bytes of the tar as they were streamed.
+    `source` says who made the rows: the `teacher`, or a `rekey` of another cache, which hands on its cosines.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -73,8 +83,9 @@ class Record:
     bad: tuple[BadSample, ...]
     ignored_members: int
     files: dict[str, FileSum]
-    chunk_crc32c: tuple[int, ...]
+    chunk_crc32c: dict[str, tuple[int, ...]]
     norms: Norms
+    cosines: Cosines
     sum: float
     max_abs: float
     tar_xxh3_128: str
@@ -83,6 +94,7 @@ class Record:
     seconds: float
     finished: str
     host: str
+    source: Literal["teacher", "rekey"] = "teacher"
 
     def undated(self) -> Record:
         """The record without what differs between two builds of the same bytes."""
@@ -117,7 +129,7 @@ def read_record(place: Place, contract: Contract, entry: TarEntry) -> Record:
                 f"tar {entry.path} ({entry.id}): {path} is of another tar or cache: {field}: expected {expected}, "
                 f"found {getattr(record, field)}. Delete it and {again}"
             )
-    for name, relative in slot_files(entry.id).items():
+    for name, relative in slot_files(contract, entry.id).items():
         size = place.size(relative)
         expected_size = record.files[name].size if name in record.files else None
         if size is None or size != expected_size:

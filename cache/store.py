@@ -6,7 +6,7 @@ Each array has one Zarr shard per tar, so a file has exactly one writer.
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -17,73 +17,82 @@ from zarr.storage import MemoryStore
 
 from threetowers.cache import shard
 from threetowers.cache.contract import Contract
-from threetowers.cache.layout import STORE, slot_files
+from threetowers.cache.layout import STORE, arrays, slot_files, stored_rows
 from threetowers.cache.place import Place
 from threetowers.cache.record import FileSum
+from threetowers.cache.table import TarTable, read_table
 
 CONTRACT_OWNER = "contract"
+Rows = Mapping[str, npt.NDArray[np.generic]]
 
 
 def empty_group(contract: Contract, n_tars: int, store: MemoryStore) -> zarr.Group:
-    """The group of the three arrays, without rows."""
+    """The group of all arrays, without rows."""
     group = zarr.create_group(store, attributes={"row": "tar_id * slot + ordinal", "slot": contract.slot})
-    rows = n_tars * contract.slot
-    for name, dtype, shape, chunks, fill in (
-        ("emb", contract.dtype, (rows, contract.dim), (contract.chunk_rows, contract.dim), float("nan")),
-        ("key_hash", "uint64", (rows,), (contract.slot,), 0),
-        ("status", "uint8", (rows,), (contract.slot,), 0),
-    ):
+    for spec in arrays(contract).values():
         group.create_array(
-            name,
-            shape=shape,
-            dtype=dtype,
-            chunks=chunks,
-            shards=(contract.slot, *shape[1:]),
+            spec.name,
+            shape=(n_tars * contract.slot, *spec.row),
+            dtype=spec.dtype,
+            chunks=(spec.chunk_rows(contract), *spec.row),
+            shards=(contract.slot, *spec.row),
             compressors=[Crc32cCodec()],
-            fill_value=fill,
+            fill_value=spec.fill,
+            attributes={"logical_dtype": spec.logical_dtype} if spec.logical_dtype else None,
         )
     return group
 
 
-def create(place: Place, contract: Contract, n_tars: int) -> None:
-    """Write the metadata of the store (not the rows).
+def metadata(contract: Contract, n_tars: int) -> dict[str, bytes]:
+    """Each metadata file of the store, by its name in the cache."""
+    files: dict[str, Buffer] = {}
+    empty_group(contract, n_tars, MemoryStore(files))
+    return {
+        f"{STORE}/{path}": json.dumps(json.loads(text.to_bytes()), indent=1).encode() + b"\n"
+        for path, text in files.items()
+    }
+
+
+def fit_to_table(place: Place, contract: Contract) -> TarTable:
+    """Bring the store's metadata to the length of the tar table, and return the table. Rows are not touched.
+
+    Safe beside another that does the same: whoever writes last has seen the longest table.
 
     Raises:
         WriteError: the place does not take it.
     """
-    files: dict[str, Buffer] = {}
-    empty_group(contract, n_tars, MemoryStore(files))
-    for path, text in files.items():
-        data = json.dumps(json.loads(text.to_bytes()), indent=1).encode() + b"\n"
-        place.put(f"{STORE}/{path}", data, owner=CONTRACT_OWNER)
+    table = read_table(place)
+    while True:
+        for name, data in metadata(contract, len(table.entries)).items():
+            if place.size(name) != len(data) or place.read(name) != data:
+                place.put(name, data, owner=CONTRACT_OWNER)
+        again = read_table(place)
+        if len(again.entries) == len(table.entries):
+            return table
+        table = again
 
 
 def write_slot(
-    place: Place,
-    contract: Contract,
-    tar_id: int,
-    emb_nD: npt.NDArray[np.floating],
-    key_hash_n: npt.NDArray[np.uint64],
-    status_n: npt.NDArray[np.uint8],
-) -> tuple[dict[str, FileSum], list[int]]:
-    """Write the rows of one tar: size and digest of each file, and the crc32c of each chunk of embeddings.
+    place: Place, contract: Contract, tar_id: int, rows: Rows
+) -> tuple[dict[str, FileSum], dict[str, tuple[int, ...]]]:
+    """Write the rows of one tar, (n, ...) of each array by name.
+
+    Returns size and digest of each file, and the crc32c of each chunk of each array of embeddings.
 
     Raises:
         WriteError: the place does not take it.
     """
-    n, slot, rows = len(status_n), contract.slot, contract.chunk_rows
-    emb = np.full((math.ceil(n / rows) * rows, contract.dim), np.nan, dtype=np.dtype(contract.dtype).newbyteorder("<"))
-    emb[:n] = emb_nD
-    padded_hash, padded_status = np.zeros(slot, dtype="<u8"), np.zeros(slot, dtype="u1")
-    padded_hash[:n], padded_status[:n] = key_hash_n, status_n
-    encoded = {
-        "emb": shard.encode(emb, rows, slot // rows),
-        "key_hash": shard.encode(padded_hash, slot, 1),
-        "status": shard.encode(padded_status, slot, 1),
-    }
-    sums = {}
-    for name, path in slot_files(tar_id).items():
-        data, _ = encoded[name]
+    files, sums = {}, {}
+    for name, path in slot_files(contract, tar_id).items():
+        spec = arrays(contract)[name]
+        chunk_rows, n = spec.chunk_rows(contract), len(rows[name])
+        padded = np.full(
+            (stored_rows(contract, spec, n), *spec.row), spec.fill, dtype=np.dtype(spec.dtype).newbyteorder("<")
+        )
+        padded[:n] = rows[name]
+        data, crcs = shard.encode(padded, chunk_rows, contract.slot // chunk_rows)
         place.put(path, data, owner=f"{tar_id}.{name}")
-        sums[name] = FileSum.of(data)
-    return sums, encoded["emb"][1]
+        files[name] = FileSum.of(data)
+        if spec.chunked:
+            sums[name] = tuple(crcs)
+    return files, sums

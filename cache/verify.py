@@ -1,199 +1,400 @@
-"""Check a cache: its structure, its numbers, and, where the tars are at hand, that it is theirs.
+"""Check a cache in three depths: its structure, its numbers, and their meaning by the live teacher.
 
-Rows are read through zarr-python, not through this package's own reader: a cache that passes is one that any Zarr
-reader can use.
+Rows are decoded by zarr-python, not by this package's own reader: a cache that passes is one that any Zarr reader can
+use. Each file is read once.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 import zarr
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from threetowers.cache import shard
-from threetowers.cache.contract import Contract, ContractError, TarEntry, TarTable, read_contract
-from threetowers.cache.layout import STORE, Status, slot_files
+from threetowers.cache.contract import Contract, ContractError, read_contract
+from threetowers.cache.layout import STORE, Status, arrays, emb_name, scale_name, slot_files, stored_rows
+from threetowers.cache.meaning import Candidate, Meaning, compare
+from threetowers.cache.numbers import SHOWN, Numbers
 from threetowers.cache.place import STAGING, Place, place_of
-from threetowers.cache.record import DONE, FileSum, Record, read_record
-from threetowers.cache.store import empty_group
-from threetowers.cache.tars import BadTar, expand, index_tar, key_hash
+from threetowers.cache.record import DONE, FileSum, Record, read_record, record_name
+from threetowers.cache.store import empty_group, fit_to_table
+from threetowers.cache.table import TarEntry, TarTable, read_table
+from threetowers.cache.tars import BadTar, TarIndex, expand, index_tar, key_hash, stream
 
-SHOWN = 5
+Depth = Literal["structure", "numbers", "meaning"]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What makes a cache unfit. `tar_id`: the tar whose rows are to blame, and that `--fix` would have built again."""
+
+    text: str
+    tar_id: int | None = None
 
 
 @dataclass
 class Report:
-    """What `verify` found. `problems` make a cache unfit; `warnings` are for a person to judge."""
+    """What `verify` found. `problems` make a cache unfit; `warnings` are for a person to judge.
+
+    `fixed` are the ids of the tars that were removed, to be built again.
+    """
 
     place: Place
+    depth: Depth
     tars: int = 0
     tars_sound: int = 0
     tars_compared: int = 0
     samples: int = 0
     ok_rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
-    duplicates: int = 0
-    norms: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    problems: list[str] = field(default_factory=list)
+    numbers: Numbers = field(default_factory=Numbers)
+    meaning: Meaning | None = None
+    found: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    fixed: list[int] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """No problems."""
-        return not self.problems
+        return not self.found
+
+    @property
+    def problems(self) -> list[str]:
+        """The problems in words."""
+        return [problem.text for problem in self.found]
 
     def text(self) -> str:
         """The report for a person."""
         bad = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items())) or "none"
         lines = [
-            f"{self.place}: {'sound' if self.ok else 'NOT SOUND'}",
+            f"{self.place}: {'sound' if self.ok else 'NOT SOUND'} in {self.depth}",
             f"tars       {self.tars_sound} sound of {self.tars}, {self.tars_compared} compared with the tar itself",
             f"samples    {self.samples} in sound tars, {self.ok_rows} with an embedding, without: {bad}",
-            f"duplicates {self.duplicates} rows equal an earlier row bit for bit",
-            *_histogram(self.norms),
-            *(f"warning: {line}" for line in self.warnings),
-            *(f"PROBLEM: {line}" for line in self.problems),
         ]
+        if self.depth != "structure":
+            duplicates, _ = self.numbers.duplicates()
+            lines += [f"duplicates {duplicates} rows equal an earlier row bit for bit", *self.numbers.norm_lines()]
+        if self.meaning is not None:
+            lines.append(f"meaning    {self.meaning}")
+        lines += [f"warning: {line}" for line in self.warnings] + [f"PROBLEM: {line}" for line in self.problems]
+        if self.fixed:
+            lines.append(f"removed    rows and records of {len(self.fixed)} tars: run `threetowers cache build` again")
         return "\n".join(lines)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The report for a script."""
+        return {
+            "cache": str(self.place),
+            "depth": self.depth,
+            "ok": self.ok,
+            "tars": {"all": self.tars, "sound": self.tars_sound, "compared": self.tars_compared},
+            "samples": {"sound": self.samples, "embedded": self.ok_rows, "without": dict(self.counts)},
+            "numbers": self.numbers.as_dict() if self.depth != "structure" else None,
+            "meaning": self.meaning.as_dict() if self.meaning is not None else None,
+            "problems": [{"tar_id": problem.tar_id, "text": problem.text} for problem in self.found],
+            "warnings": self.warnings,
+            "fixed": self.fixed,
+        }
 
-def verify(cache: str | Path | Place, tars: Sequence[str | Path] | None = None, *, payloads: bool = False) -> Report:
+
+def verify(
+    cache: str | Path | Place,
+    tars: Sequence[str | Path] | None = None,
+    *,
+    depth: Depth = "numbers",
+    payloads: bool = False,
+    sample: int = 64,
+    seed: int = 0,
+    min_cosine: float | None = None,
+    weights: str | None = None,
+    device: str = "cpu",
+    fix: bool = False,
+) -> Report:
     """Check every tar of a cache.
 
     Structure: manifest, tar table, Zarr metadata, done records, size and digest of every file. Numbers: statuses as
-    recorded, OK rows finite, the others NaN; zero and constant rows, exact duplicates and norms are reported. With
-    `tars` (patterns as for `build`): fingerprints and the keys of every sample; with `payloads` also the digest of
-    every byte of these tars.
+    recorded, OK rows finite, the others without numbers; norms, zero and constant rows and duplicates are reported.
+    Meaning: rows of a random sample of pictures compared with what the teacher says of them now.
+
+    Args:
+        tars: patterns as for `build`: compare fingerprints and the keys of every sample too. Needed for meaning.
+        payloads: also compare the bytes of these tars with those that were embedded.
+        sample, seed: how many pictures to embed for `meaning`, and which.
+        min_cosine: what a row must reach there, by default a little less than the precision tier allows.
+        weights, device: the teacher for it (`live_teacher`).
+        fix: remove the rows and the record of tars with a problem, and mend the Zarr metadata, for the next build.
 
     Raises:
-        ContractError: no readable manifest.
-        ValueError: `payloads` without `tars`, or a pattern that matches nothing.
+        ContractError: no readable manifest or tar table, or a teacher that is not the cache's.
+        ValueError: what needs tars without them, or a pattern that matches nothing.
     """
-    if payloads and tars is None:
-        raise ValueError("payloads: name the tars whose bytes should be compared")
+    if tars is None and (payloads or depth == "meaning"):
+        raise ValueError(
+            f"{'payloads' if payloads else 'depth meaning'}: name the tars that should be compared (--tars)"
+        )
     place = place_of(cache)
-    contract, table = read_contract(place)
-    report = Report(place, tars=len(table.entries))
-    group = _check_metadata(report, contract, table)
-    records: dict[int, Record] = {}
-    norms, digests = [], []
-    for entry in table.entries if group is not None else ():
-        problems = len(report.problems)
-        record = _check_files(report, contract, entry)
-        if record is not None and group is not None:
-            emb_nD = _check_rows(report, contract, entry, record, group)
-            if len(report.problems) == problems:
-                records[entry.id] = record
-                report.tars_sound += 1
-                norms.append(_check_values(report, entry, emb_nD))
-                digests.append(np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in emb_nD], dtype=np.uint64))
-    if norms:
-        report.norms = np.concatenate(norms)
-        report.duplicates = len(report.norms) - len(np.unique(np.concatenate(digests)))
-    _check_strangers(report, table)
-    if tars is not None:
-        _check_tars(report, table, records, expand(tars), group, payloads)
+    contract, table = read_contract(place), read_table(place)
+    report = Report(place, depth, tars=len(table.entries))
+    check = _Check(report, contract, payloads, sample if depth == "meaning" else 0, np.random.default_rng(seed))
+    metadata_sound = _check_metadata(report, contract, table)
+    compared: set[int] = set()
+    for path in expand(tars) if tars is not None else ():
+        try:
+            index = index_tar(path)
+            entry = table.find(index)
+        except (BadTar, ContractError) as error:
+            report.found.append(Problem(str(error)))
+            continue
+        compared.add(entry.id)
+        report.tars_compared += check.tar(entry, index)
+    for entry in table.entries:
+        if entry.id not in compared:
+            check.tar(entry, None)
+    if tars is not None and len(compared) < len(table.entries):
+        report.warnings.append(f"{len(table.entries) - len(compared)} tars of the table were not given to compare")
+    _warn_of_numbers(report)
+    _check_strangers(report, contract, table)
+    if depth == "meaning":
+        report.meaning, problems = compare(contract, check.candidates, weights, device, min_cosine)
+        report.found += [Problem(text, tar_id) for tar_id, text in problems]
+    if fix and not report.ok:
+        _fix(report, contract, metadata_sound)
     return report
 
 
-def _check_metadata(report: Report, contract: Contract, table: TarTable) -> zarr.Group | None:
+class _Check:
+    """Checks tar after tar."""
+
+    def __init__(
+        self, report: Report, contract: Contract, payloads: bool, sample: int, rng: np.random.Generator
+    ) -> None:
+        self.report, self.contract, self.payloads, self.sample, self.rng = report, contract, payloads, sample, rng
+        self.candidates: list[Candidate] = []  # a random sample of all OK rows so far: those of the smallest lots
+
+    def tar(self, entry: TarEntry, index: TarIndex | None) -> bool:
+        """Check one tar, and compare it with the tar itself if that is at hand; whether it is sound."""
+        before = len(self.report.found)
+        found = self._files(entry)
+        if found is not None:
+            record, rows = found
+            if index is not None:
+                self._compare(entry, index, record, rows)
+            if self.report.depth != "structure":
+                self._rows(entry, record, rows)
+        if found is None or len(self.report.found) > before:
+            return False
+        self.report.tars_sound += 1
+        self.report.samples += entry.n_samples
+        self.report.ok_rows += record.n_ok
+        self.report.counts.update(record.counts)
+        if self.report.depth != "structure":
+            self._numbers(entry, index, rows)
+        return True
+
+    def _problem(self, entry: TarEntry, text: str) -> None:
+        self.report.found.append(Problem(f"tar {entry.path} ({entry.id}): {text}", entry.id))
+
+    def _files(self, entry: TarEntry) -> tuple[Record, Arrays] | None:
+        """The done record and the rows of a tar, if its files are those that were written."""
+        place, contract = self.report.place, self.contract
+        try:
+            record = read_record(place, contract, entry)
+        except ContractError as error:
+            self.report.found.append(Problem(str(error), entry.id))
+            return None
+        files = {path: place.read(path) for path in slot_files(contract, entry.id).values()}
+        for name, path in slot_files(contract, entry.id).items():
+            if FileSum.of(files[path]) != record.files[name]:
+                self._problem(entry, f"{path} is not the file that was written")
+                return None
+        wanted = None if self.report.depth != "structure" else ("key_hash", "image_hash")
+        try:
+            return record, decode(contract, entry, files, wanted)
+        except ValueError as error:  # zarr's checksums
+            self._problem(entry, f"zarr cannot read it: {error}")
+            return None
+
+    def _compare(self, entry: TarEntry, index: TarIndex, record: Record, rows: Arrays) -> None:
+        found = rows["key_hash"][: entry.n_samples].tolist()
+        for ordinal, expected in enumerate(key_hash(sample.key) for sample in index.samples):
+            if found[ordinal] != expected:
+                key = index.samples[ordinal].key
+                self._problem(entry, f"ordinal {ordinal}: the row is not of key {key!r}")
+                return
+        if self.payloads:
+            self._compare_bytes(entry, index, record, rows)
+
+    def _compare_bytes(self, entry: TarEntry, index: TarIndex, record: Record, rows: Arrays) -> None:
+        digest = xxhash.xxh3_128()
+        try:
+            changed = [
+                key
+                for ordinal, key, data in stream(index, digest)
+                if xxhash.xxh3_64_intdigest(data) != rows["image_hash"][ordinal]
+            ]
+        except BadTar as error:
+            self._problem(entry, str(error))
+            return
+        if changed:
+            self._problem(
+                entry, f"{len(changed)} images are not those that were embedded: {', '.join(changed[:SHOWN])}"
+            )
+        elif digest.hexdigest() != record.tar_xxh3_128:
+            self.report.warnings.append(
+                f"tar {entry.path} ({entry.id}): its bytes have changed, its images are those that were embedded"
+            )
+
+    def _rows(self, entry: TarEntry, record: Record, rows: Arrays) -> None:
+        """Compare the rows of a tar with its record, and with themselves."""
+        contract, n = self.contract, entry.n_samples
+        status_S, hash_S, image_S = rows["status"], rows["key_hash"], rows["image_hash"]
+        ok = status_S == Status.OK
+        known = [int(status) for status in Status if status != Status.ABSENT]
+        counts = Counter(Status(s).name.lower() for s in status_S[:n][~ok[:n]].tolist() if s in known)
+        views = [decoded(contract, rows, view) for view in range(contract.views.count)]
+        sums = {
+            name: tuple(
+                shard.encode(rows[name][: stored_rows(contract, spec, n)], contract.chunk_rows, contract.n_chunks)[1]
+            )
+            for name, spec in arrays(contract).items()
+            if spec.chunked
+        }
+        checks = [
+            (
+                np.isin(status_S[:n], known).all() and not status_S[n:].any(),
+                "a sample without a status, or one too many",
+            ),
+            (not hash_S[n:].any() and not image_S[n:].any(), "keys or images beyond the last sample"),
+            (len(np.unique(hash_S[:n])) == n, "two samples with the same key"),
+            (all(np.isfinite(view[ok]).all() for view in views), "a row with status ok that is not finite"),
+            (all(np.isnan(view[~ok]).all() for view in views), "numbers in a row without status ok"),
+            (ok.sum() == record.n_ok and counts == record.counts, "other counts of statuses than the done record"),
+            (sums == record.chunk_crc32c, "other chunk checksums than the done record"),
+        ]
+        if "view_params" in rows:
+            box_nK4, flip_nK = rows["view_params"][ok][..., :4], rows["view_params"][ok][..., 4]
+            inside = (box_nK4 >= 0).all() and (box_nK4 <= 1).all() and (box_nK4[..., :2] < box_nK4[..., 2:]).all()
+            checks.append((bool(inside and np.isin(flip_nK, (0, 1)).all()), "a crop that is not inside its picture"))
+        for holds, text in checks:
+            if not holds:
+                self._problem(entry, text)
+
+    def _numbers(self, entry: TarEntry, index: TarIndex | None, rows: Arrays) -> None:
+        def name(ordinal: int) -> str:
+            key = f" {index.samples[ordinal].key!r}" if index is not None else ""
+            return f"{entry.path} ({entry.id}):{key} ordinal {ordinal}"
+
+        ordinals = np.flatnonzero(rows["status"] == Status.OK)
+        views = [decoded(self.contract, rows, view)[ordinals] for view in range(self.contract.views.count)]
+        self.report.numbers.add(entry, name, ordinals, views, rows["image_hash"][ordinals])
+        if not self.sample or index is None:
+            return
+        lots = self.rng.random(len(ordinals))
+        chosen = self.rng.integers(self.contract.views.count, size=len(ordinals))
+        for i in np.argsort(lots)[: self.sample].tolist():
+            ordinal, view = int(ordinals[i]), int(chosen[i])
+            params = rows["view_params"][ordinal, view] if "view_params" in rows else None
+            image = int(rows["image_hash"][ordinal])
+            self.candidates.append(
+                Candidate(
+                    float(lots[i]),
+                    entry,
+                    index.location,
+                    index.samples[ordinal],
+                    ordinal,
+                    view,
+                    views[view][i].copy(),
+                    params,
+                    image,
+                )
+            )
+        self.candidates = heapq.nsmallest(self.sample, self.candidates, key=lambda candidate: candidate.lot)
+
+
+def decode(contract: Contract, entry: TarEntry, files: dict[str, bytes], names: Sequence[str] | None = None) -> Arrays:
+    """The rows of a tar, (slot, ...) of each array, decoded by zarr-python from the bytes of its files, by path.
+
+    Raises:
+        ValueError: what zarr raises for shards that are damaged.
+    """
+    prototype = default_buffer_prototype().buffer
+    here = TarEntry(0, entry.path, entry.size, entry.n_samples, entry.fingerprint)
+    moved = dict(zip(slot_files(contract, here.id).values(), slot_files(contract, entry.id).values(), strict=True))
+    content: dict[str, Buffer] = {
+        target.removeprefix(f"{STORE}/"): prototype.from_bytes(files[source]) for target, source in moved.items()
+    }
+    group = empty_group(contract, 1, MemoryStore(content))
+    return {name: np.asarray(_array(group, name)[:]) for name in names or arrays(contract)}
+
+
+def _array(group: zarr.Group, name: str) -> Any:
+    return group[name]
+
+
+def decoded(contract: Contract, rows: Arrays, view: int) -> npt.NDArray[np.float32]:
+    """(slot, D) float32 embeddings of a view; NaN where there is none."""
+    scale = rows[scale_name(view)] if contract.precision.scaled else None
+    return contract.precision.decode(rows[emb_name(view)], scale)
+
+
+def _check_metadata(report: Report, contract: Contract, table: TarTable) -> bool:
+    """Compare each metadata file with what the manifest asks for. Arrays may be longer: a build is adding tars."""
+    before = len(report.found)
     expected = empty_group(contract, len(table.entries), MemoryStore())
+    for name in arrays(contract):
+        path = f"{STORE}/{name}/zarr.json"
+        try:
+            raw = report.place.read(path)
+            content = {f"{name}/zarr.json": default_buffer_prototype().buffer.from_bytes(raw)}
+            found = zarr.open_array(MemoryStore(content), path=name, mode="r", zarr_format=3)
+        except (OSError, KeyError, ValueError, TypeError) as error:  # what zarr raises for damaged metadata
+            report.found.append(Problem(f"{path}: missing or damaged: {type(error).__name__}: {error}"))
+            continue
+        asked = _array(expected, name)
+        longer = found.shape[0] >= asked.shape[0] and found.shape[0] % contract.slot == 0
+        if _plain(found.metadata) != _plain(asked.metadata) or not longer:
+            report.found.append(Problem(f"{path}: not as the manifest asks: {json.dumps(json.loads(raw))}"))
     try:
-        group = zarr.open_group(report.place.at(STORE), mode="r", zarr_format=3)
-        for name in ("emb", "key_hash", "status"):
-            found = _plain(group[name].metadata)
-            if found != _plain(expected[name].metadata):
-                report.problems.append(f"{STORE}/{name}/zarr.json: not as the manifest asks: {found}")
-    except (OSError, KeyError, ValueError, TypeError) as error:  # what zarr raises for missing or damaged metadata
-        report.problems.append(f"{STORE}: zarr.json missing or damaged: {type(error).__name__}: {error}")
-        return None
-    return None if report.problems else group
+        report.place.read(f"{STORE}/zarr.json")
+    except OSError as error:
+        report.found.append(Problem(f"{STORE}/zarr.json: missing or damaged: {error}"))
+    return len(report.found) == before
 
 
 def _plain(metadata: Any) -> str:
-    return json.dumps(metadata.to_dict(), default=str, sort_keys=True)
+    fields = metadata.to_dict()
+    return json.dumps(fields | {"shape": fields["shape"][1:]}, default=str, sort_keys=True)
 
 
-def _check_files(report: Report, contract: Contract, entry: TarEntry) -> Record | None:
-    try:
-        record = read_record(report.place, contract, entry)
-    except ContractError as error:
-        report.problems.append(str(error))
-        return None
-    for name, path in slot_files(entry.id).items():
-        if FileSum.of(report.place.read(path)) != record.files[name]:
-            report.problems.append(f"tar {entry.path} ({entry.id}): {path} is not the file that was written")
-            return None
-    return record
-
-
-def _check_rows(
-    report: Report, contract: Contract, entry: TarEntry, record: Record, group: zarr.Group
-) -> npt.NDArray[np.floating]:
-    """Compare the rows of a tar with its record and return the OK ones."""
-    where, n = f"tar {entry.path} ({entry.id})", entry.n_samples
-    try:
-        emb_SD, hash_S, status_S = (
-            _read(group, name, entry.id, contract.slot) for name in ("emb", "key_hash", "status")
-        )
-    except ValueError as error:  # zarr's checksums
-        report.problems.append(f"{where}: zarr cannot read it: {error}")
-        return np.zeros((0, contract.dim), dtype=contract.dtype)
-    ok = status_S == Status.OK
-    known = [int(status) for status in Status if status != Status.ABSENT]
-    stored = -(-n // contract.chunk_rows) * contract.chunk_rows
-    _, sums = shard.encode(emb_SD[:stored], contract.chunk_rows, contract.slot // contract.chunk_rows)
-    counts = Counter(Status(status).name.lower() for status in status_S[:n][~ok[:n]].tolist() if status in known)
-    for holds, problem in (
-        (np.isin(status_S[:n], known).all() and not status_S[n:].any(), "a sample without a status, or one too many"),
-        (not hash_S[n:].any(), "keys beyond the last sample"),
-        (len(np.unique(hash_S[:n])) == n, "two samples with the same key"),
-        (np.isfinite(emb_SD[ok]).all(), "a row with status ok that is not finite"),
-        (np.isnan(emb_SD[~ok]).all(), "numbers in a row without status ok"),
-        (ok.sum() == record.n_ok and counts == record.counts, "other counts of statuses than the done record"),
-        (tuple(sums) == record.chunk_crc32c, "other chunk checksums than the done record"),
+def _warn_of_numbers(report: Report) -> None:
+    numbers = report.numbers
+    _, strange = numbers.duplicates()
+    for odd, text in (
+        (numbers.zero, "zero rows with status ok"),
+        (numbers.constant, "constant rows with status ok"),
+        (strange, "rows equal the row of another picture"),
+        (numbers.uniform, "tars whose rows are all equal, of different pictures: does the teacher see them?"),
     ):
-        if not holds:
-            report.problems.append(f"{where}: {problem}")
-    report.samples += n
-    report.ok_rows += int(ok.sum())
-    report.counts.update(counts)
-    rows: npt.NDArray[np.floating] = emb_SD[ok]
-    return rows
+        if odd.count:
+            report.warnings.append(f"{text}: {odd}")
 
 
-def _read(group: zarr.Group, name: str, tar_id: int, slot: int) -> npt.NDArray[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return np.asarray(array[tar_id * slot : (tar_id + 1) * slot])
-
-
-def _check_values(report: Report, entry: TarEntry, emb_nD: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    where, wide_nD = f"tar {entry.path} ({entry.id})", emb_nD.astype(np.float32)
-    zero = ~wide_nD.any(axis=1)
-    constant = ~zero & (np.ptp(wide_nD, axis=1) == 0) & (wide_nD.shape[1] > 1)
-    for count, kind in ((int(zero.sum()), "zero"), (int(constant.sum()), "constant")):
-        if count:
-            report.warnings.append(f"{where}: {count} {kind} rows among {len(wide_nD)} with status ok")
-    if len(wide_nD) > 1 and (wide_nD == wide_nD[0]).all():
-        report.warnings.append(f"{where}: all {len(wide_nD)} rows are equal: does the teacher see the images?")
-    norms: npt.NDArray[np.float32] = np.linalg.norm(wide_nD.astype(np.float64), axis=1).astype(np.float32)
-    return norms
-
-
-def _check_strangers(report: Report, table: TarTable) -> None:
+def _check_strangers(report: Report, contract: Contract, table: TarTable) -> None:
     ids = range(len(table.entries))
-    expected = {f"{DONE}/{i}.json" for i in ids} | {path for i in ids for path in slot_files(i).values()}
-    expected |= {f"{STORE}/{name}zarr.json" for name in ("", "emb/", "key_hash/", "status/")}
+    expected = {record_name(i) for i in ids} | {path for i in ids for path in slot_files(contract, i).values()}
+    expected |= {f"{STORE}/{name}zarr.json" for name in ("", *(f"{array}/" for array in arrays(contract)))}
     for top in (DONE, STORE, STAGING):
         strange = sorted({f"{top}/{name}" for name in report.place.walk(top)} - expected)
         if strange:
@@ -201,52 +402,12 @@ def _check_strangers(report: Report, table: TarTable) -> None:
             report.warnings.append(f"{len(strange)} files, {why}: {', '.join(strange[:SHOWN])}")
 
 
-def _check_tars(
-    report: Report,
-    table: TarTable,
-    records: dict[int, Record],
-    paths: Sequence[Path],
-    group: zarr.Group | None,
-    payloads: bool,
-) -> None:
-    for path in paths:
-        try:
-            index = index_tar(path)
-            entry = table.find(index)
-        except (BadTar, ContractError) as error:
-            report.problems.append(str(error))
-            continue
-        if group is None or entry.id not in records:
-            continue  # named above
-        slot = group.attrs["slot"]
-        assert isinstance(slot, int)
-        found = _read(group, "key_hash", entry.id, slot)[: entry.n_samples].tolist()
-        expected = [key_hash(sample.key) for sample in index.samples]
-        if found != expected:
-            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
-            key = index.samples[at].key if at < len(expected) else None
-            report.problems.append(f"tar {path} ({entry.id}): ordinal {at}: the row is not of key {key!r}")
-        if payloads and _file_digest(path) != records[entry.id].tar_xxh3_128:
-            report.problems.append(f"tar {path} ({entry.id}): its bytes are not those that were embedded")
-        report.tars_compared += 1
-    if len(paths) < len(table.entries):
-        report.warnings.append(f"{len(table.entries) - len(paths)} tars of the table were not given to compare")
-
-
-def _file_digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _histogram(norms: npt.NDArray[np.float32]) -> list[str]:
-    if not len(norms):
-        return ["norms      no rows"]
-    low, median, high = np.percentile(norms, [1, 50, 99])
-    counts, edges = np.histogram(norms, bins=10)
-    lines = [f"norms      1 % {low:.4g}, median {median:.4g}, 99 % {high:.4g}"]
-    for count, a, b in zip(counts, edges[:-1], edges[1:], strict=True):
-        lines.append(f"  {a:10.4g} to {b:10.4g}  {count:9d} {'#' * int(np.ceil(40 * count / counts.max()))}")
-    return lines
+def _fix(report: Report, contract: Contract, metadata_sound: bool) -> None:
+    """Remove what is bad, each done record first: without it the rest is as good as absent."""
+    for tar_id in sorted({problem.tar_id for problem in report.found if problem.tar_id is not None}):
+        report.place.delete(record_name(tar_id))
+        for path in slot_files(contract, tar_id).values():
+            report.place.delete(path)
+        report.fixed.append(tar_id)
+    if not metadata_sound:
+        fit_to_table(report.place, contract)

@@ -49,6 +49,10 @@ class Views:
         if not 0 < self.scale <= 1 or self.seed < 0:
             raise ValueError(f"views: scale {self.scale}, seed {self.seed}: expected 0 < scale <= 1 and seed >= 0")
 
+    def __str__(self) -> str:
+        """In words, as the flags name it."""
+        return f"{self.policy}, seed {self.seed}, scale {self.scale}" if self.cropped else self.policy
+
     @property
     def cropped(self) -> bool:
         """Whether the views are stored crops, and the cache has an array of their boxes."""
@@ -88,6 +92,9 @@ class Views:
         first = np.asarray(center(image))
         views = [first, first[..., ::-1]][: self.count]
         return np.stack(views), np.zeros((self.count, N_PARAMS), np.float32)
+
+
+CENTER = Views()
 
 
 def random_box(width: int, height: int, scale: float, rng: np.random.Generator) -> tuple[float, float, float, float]:

@@ -1,0 +1,128 @@
+"""How the processes of a build come to one contract and one tar table, whatever is there already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from threetowers.cache.contract import (
+    MANIFEST,
+    Contract,
+    ContractError,
+    difference,
+    notes,
+    read_contract,
+    to_json,
+)
+from threetowers.cache.layout import STORE, slot_and_chunk
+from threetowers.cache.place import STAGING, Place
+from threetowers.cache.precision import precision
+from threetowers.cache.ranks import Rank
+from threetowers.cache.store import CONTRACT_OWNER, fit_to_table
+from threetowers.cache.table import TARS, TarTable, extend, read_table
+from threetowers.cache.tars import TarIndex
+from threetowers.cache.teacher import Teacher
+from threetowers.cache.views import CENTER, Views
+
+POLL_SECONDS = 0.2
+Indexing = Callable[[Sequence[str]], list[TarIndex]]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a build asks for beside its teacher. `slot`: rows kept for a tar, at least the samples of the largest; more
+    leaves room for larger tars that are added later. By default a new cache fits its tars, another one stays as it is.
+    """
+
+    dtype: str = "float16"
+    views: Views = CENTER
+    slot: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a tier that is not known, or no rows."""
+        precision(self.dtype)
+        if self.slot is not None and self.slot < 1:
+            raise ValueError(f"slot={self.slot}: expected at least 1 row")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The contract and tar table of a cache, and where this build differs from it harmlessly."""
+
+    contract: Contract
+    table: TarTable
+    notes: tuple[str, ...]
+
+
+def agree(
+    place: Place, paths: Sequence[str], teacher: Teacher, terms: Terms, rank: Rank, wait_seconds: float, index: Indexing
+) -> Agreement:
+    """Begin a cache, or add to one what it lacks of these tars: rank 0 writes, the others wait for it.
+
+    `paths`: all tars on rank 0, those of its own share elsewhere. `index` reads the headers of tars, which is not
+    needed for those that lie where the table says; whoever embeds a tar compares its fingerprint.
+
+    Raises:
+        ContractError: a cache under another contract, of tars that were packed again, or not a cache.
+        TimeoutError: rank 0 did not write what this rank waits for.
+    """
+    deadline = time.monotonic() + wait_seconds
+    if rank.rank == 0 and place.size(MANIFEST) is None:
+        _begin(place, index(paths), teacher, terms)
+    while place.size(MANIFEST) is None:
+        _wait(place, len(paths), rank, wait_seconds, deadline)
+    contract = read_contract(place)
+    asked = _offer(teacher, terms, max(contract.slot, terms.slot or 0), contract.chunk_rows)
+    if lines := difference(contract, asked):
+        raise ContractError(
+            f"{place}: holds a cache under another contract: {'; '.join(lines)}. Expected is what the folder "
+            "holds, found is what was asked for: choose another folder"
+        )
+    if rank.rank == 0:
+        known = read_table(place, empty=True)
+        extend(place, index([path for path in paths if known.at(path) is None]), contract.slot)
+        table = fit_to_table(place, contract)
+    else:
+        strange = [tar.fingerprint for tar in index([p for p in paths if read_table(place, empty=True).at(p) is None])]
+        while not set(strange) <= (table := read_table(place, empty=True)).by_fingerprint.keys() or not table.entries:
+            _wait(place, len(paths), rank, wait_seconds, deadline)
+    return Agreement(contract, table, tuple(notes(contract, asked)))
+
+
+def _wait(place: Place, n_tars: int, rank: Rank, wait_seconds: float, deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(
+            f"rank {rank.rank} waited {wait_seconds:.0f} s for rank 0 to index {n_tars} tars and to write "
+            f"{place.at(MANIFEST)} and {place.at(TARS)}/: see rank 0's output, check that both see one place, or raise "
+            "wait_seconds"
+        )
+    time.sleep(POLL_SECONDS)
+
+
+def _begin(place: Place, indexes: list[TarIndex], teacher: Teacher, terms: Terms) -> None:
+    """Write the manifest: the place is a cache once that is there."""
+    foreign = {name.rstrip("/") for name in place.names()} - {TARS, STORE, STAGING}
+    if foreign and place.size(MANIFEST) is None:
+        raise ContractError(f"{place}: neither a cache nor empty, holds {sorted(foreign)[:5]}: choose another folder")
+    largest = max(len(tar.samples) for tar in indexes)
+    TarTable(()).missing(indexes, terms.slot or largest)  # copies, and tars larger than the slot
+    slot, chunk_rows = slot_and_chunk(precision(terms.dtype).row_bytes(teacher.dim), terms.slot or largest)
+    place.clear_staged(CONTRACT_OWNER)
+    place.put_new(MANIFEST, to_json(_offer(teacher, terms, slot, chunk_rows)), owner=CONTRACT_OWNER)
+
+
+def _offer(teacher: Teacher, terms: Terms, slot: int, chunk_rows: int) -> Contract:
+    return Contract(
+        backbone=teacher.backbone,
+        weights=teacher.weights,
+        weights_digest=teacher.weights_digest,
+        preprocessing=teacher.preprocessing,
+        dim=teacher.dim,
+        dtype=precision(terms.dtype).name,
+        slot=slot,
+        chunk_rows=chunk_rows,
+        versions={name: version(name) for name in ("torch", "timm", "pillow")},
+        views=terms.views,
+    )

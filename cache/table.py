@@ -1,0 +1,232 @@
+"""The tar table of a cache: which tar owns which rows. It only ever grows, so an id never changes its meaning.
+
+It lies in segments `tars/0.json`, `tars/1.json`, ..., one for each time that tars were added. A segment is written once
+and exclusively, holds the digest of the one before it and its own: a table that is edited, or copied in part, is
+noticed, and two builds that add tars at the same time both keep theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import xxhash
+from pydantic import ConfigDict
+
+from threetowers.cache.contract import ContractError, from_json, to_json
+from threetowers.cache.place import Place, is_url
+from threetowers.cache.tars import TarIndex
+
+TARS = "tars"
+OWNER = "table"
+
+
+@dataclass(frozen=True)
+class TarEntry:
+    """One tar of a cache: `path` relative to its segment's root, size in bytes, fingerprint as in TarIndex."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    id: int
+    path: str
+    size: int
+    n_samples: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tars that were added together. `root` is where they lay, `previous` the digest of the segment before."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    root: str
+    previous: str
+    entries: tuple[TarEntry, ...]
+    digest: str = ""
+
+    def sealed(self) -> Segment:
+        """The segment with the xxh3_128 of all the rest of it."""
+        bare = dataclasses.replace(self, digest="")
+        return dataclasses.replace(self, digest=xxhash.xxh3_128_hexdigest(to_json(bare)))
+
+
+@dataclass(frozen=True)
+class TarTable:
+    """The tars of a cache; `entries[i].id == i`."""
+
+    segments: tuple[Segment, ...]
+
+    @cached_property
+    def entries(self) -> tuple[TarEntry, ...]:
+        return tuple(entry for segment in self.segments for entry in segment.entries)
+
+    @cached_property
+    def by_fingerprint(self) -> dict[str, TarEntry]:
+        return {entry.fingerprint: entry for entry in self.entries}
+
+    @cached_property
+    def _by_location(self) -> dict[str, TarEntry]:
+        return {f"{segment.root}/{entry.path}": entry for segment in self.segments for entry in segment.entries}
+
+    def at(self, location: str) -> TarEntry | None:
+        """The entry of the tar that lay here when it was added, whatever lies there now."""
+        return self._by_location.get(absolute(location))
+
+    @property
+    def root(self) -> str:
+        """Where the first tars lay when the cache was begun."""
+        return self.segments[0].root
+
+    def find(self, index: TarIndex) -> TarEntry:
+        """The entry of a tar, by fingerprint, wherever the tar lies now.
+
+        Raises:
+            ContractError: there is none; says whether a tar of that name is there, packed differently.
+        """
+        entry = self.by_fingerprint.get(index.fingerprint)
+        if entry is not None:
+            return entry
+        location = index.location
+        named = [e.fingerprint for e in self.entries if os.path.basename(e.path) == index.name]
+        if named:
+            raise repacked(location, named, index.fingerprint)
+        raise ContractError(
+            f"{location}: not among the {len(self.entries)} tars of this cache, by fingerprint ({index.fingerprint}) "
+            "or by name: add it with `threetowers cache build`"
+        )
+
+    def missing(self, indexes: Sequence[TarIndex], slot: int) -> Segment | None:
+        """The segment that adds those of these tars that are not in the table; None where all are.
+
+        Raises:
+            ContractError: two of them are copies of each other, one holds more than `slot` samples, or one is named as
+                a tar of the table, in the same place, and has another fingerprint.
+        """
+        first: dict[str, str] = {}
+        for index in indexes:
+            if (other := first.setdefault(index.fingerprint, index.location)) != index.location:
+                raise ContractError(f"tars {index.location} and {other} are copies of each other: name one of them")
+        new = [index for index in indexes if index.fingerprint not in self.by_fingerprint]
+        if not new:
+            return None
+        known = self._locations(indexes)
+        for index in new:
+            location = absolute(index.location)
+            if location in known:
+                raise repacked(index.location, [known[location]], index.fingerprint)
+            if len(index.samples) > slot:
+                raise ContractError(
+                    f"{index.location}: holds {len(index.samples)} samples, a slot of this cache {slot} rows: split "
+                    "the tar, or build a new cache with a larger slot (--slot)"
+                )
+        root = common_root([index.location for index in new])
+        entries = tuple(
+            TarEntry(
+                len(self.entries) + i,
+                absolute(index.location).removeprefix(root).lstrip("/"),
+                index.size,
+                len(index.samples),
+                index.fingerprint,
+            )
+            for i, index in enumerate(new)
+        )
+        return Segment(root, self.segments[-1].digest if self.segments else "", entries).sealed()
+
+    def _locations(self, indexes: Iterable[TarIndex]) -> dict[str, str]:
+        """Fingerprints by where the tars of the table lay, and by where they lie now if they were moved together."""
+        moved: dict[str, set[str]] = {}  # by fingerprint of a tar that was found, the folder that is now its root
+        for index in indexes:
+            entry, location = self.by_fingerprint.get(index.fingerprint), absolute(index.location)
+            if entry is not None and location.endswith("/" + entry.path):
+                moved.setdefault(entry.fingerprint, set()).add(location.removesuffix("/" + entry.path))
+        return {
+            f"{root}/{entry.path}": entry.fingerprint
+            for segment in self.segments
+            for root in {segment.root}.union(*(moved.get(entry.fingerprint, ()) for entry in segment.entries))
+            for entry in segment.entries
+        }
+
+
+def repacked(location: str, expected: Sequence[str], found: str) -> ContractError:
+    """The error about a tar that has the name of another."""
+    return ContractError(
+        f"{location}: packed or downloaded again since the cache was begun: expected fingerprint "
+        f"{' or '.join(expected)}, found {found}. Bring the old tar back, take the rows over by key with "
+        "`threetowers cache rekey`, or build a new cache"
+    )
+
+
+def absolute(location: str) -> str:
+    """A path made absolute; a URL as it is."""
+    return location if is_url(location) else os.path.abspath(location.removeprefix("file://"))
+
+
+def common_root(locations: Sequence[str]) -> str:
+    """The deepest folder that holds all of these, absolute; empty where they have none in common."""
+    folders = [absolute(location).split("/")[:-1] for location in locations]
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
+    return "/".join(level[0] for level in same)
+
+
+def read_table(place: Place, *, empty: bool = False) -> TarTable:
+    """The tar table of a cache. `empty`: have it also while it has no tars yet.
+
+    Raises:
+        ContractError: there is none, or it was changed or copied in part.
+    """
+    table = _read(place)
+    if not table.segments and not empty:
+        raise ContractError(
+            f"{place}: a cache without tars ({place.at(TARS)}/ is empty): its build was stopped early or was copied in "
+            "part. Run `threetowers cache build` again"
+        )
+    return table
+
+
+def extend(place: Place, indexes: Sequence[TarIndex], slot: int) -> TarTable:
+    """Add those of these tars that the table lacks, and return the table. Safe beside others that do the same.
+
+    Raises:
+        ContractError: as for TarTable.missing.
+        WriteError: the place does not take it.
+    """
+    while True:
+        table = _read(place)
+        segment = table.missing(indexes, slot)
+        if segment is None:
+            return table
+        if place.put_new(_name(len(table.segments)), to_json(segment), owner=OWNER):
+            return TarTable((*table.segments, segment))
+
+
+def _name(number: int) -> str:
+    return f"{TARS}/{number}.json"
+
+
+def _read(place: Place) -> TarTable:
+    segments: list[Segment] = []
+    while True:
+        name, previous = _name(len(segments)), segments[-1].digest if segments else ""
+        try:
+            segment = from_json(Segment, place, name)
+        except FileNotFoundError:
+            break
+        ids = tuple(entry.id for entry in segment.entries)
+        first = segments[-1].entries[-1].id + 1 if segments else 0
+        if segment.sealed() != segment or segment.previous != previous or ids != tuple(range(first, first + len(ids))):
+            raise ContractError(
+                f"{place.at(name)}: changed since it was written, or of another cache: bring the file back, or remove "
+                "the cache and build it again"
+            )
+        segments.append(segment)
+    if strange := sorted(set(place.names(TARS)) - {_name(i).removeprefix(f"{TARS}/") for i in range(len(segments))}):
+        raise ContractError(
+            f"{place}: {place.at(_name(len(segments)))} is missing, while {strange} is there: copy it again"
+        )
+    return TarTable(tuple(segments))
