@@ -1,7 +1,8 @@
 """What is evaluated: the usable images of some tars with their captions, by address."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ class Picture:
     group: str  # what it shows; captions of the same group match it
     part: str  # the gallery it belongs to
     captions: tuple[str, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)  # what else its sample says of it, such as labels
 
 
 @dataclass(frozen=True)
