@@ -4,6 +4,7 @@ FLOPs are counted by torch's own counter (a multiplication and an addition are t
 autograd would keep, each storage once, with attention as the fused kernels do it.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +38,8 @@ class Teacher:
     def of(cls, contract: Contract) -> "Teacher":
         """The teacher that a cache was built by."""
         flops = None
-        try:
+        with contextlib.suppress(ConfigError):  # a backbone of another timm: its rows are there, its FLOPs are unknown
             flops = _backbone(contract.backbone, contract.preprocessing.input_size)[1]
-        except ConfigError:  # a backbone of another timm: its rows are there, its FLOPs are not known
-            pass
         return cls(contract.backbone, contract.dim, contract.precision.row_bytes(contract.dim), flops)
 
     @classmethod
@@ -144,17 +143,17 @@ def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
     for name, tower in model.run.towers.items():
         match tower:
             case ImageTower():
-                shape, dtype = (samples, 3, data.image_size, data.image_size), torch.uint8
+                shape, dtype = [3, data.image_size, data.image_size], torch.uint8
             case TextTower():
-                shape, dtype = (samples, data.context), torch.int64
+                shape, dtype = [data.context], torch.int64
             case CacheTower():
-                shape, dtype = (samples, int(model.towers[name].width)), torch.float32  # type: ignore[arg-type]
-        inputs[name] = torch.empty(shape, dtype=dtype, device="meta")
+                shape, dtype = [model.widths[name]], torch.float32
+        inputs[name] = torch.empty([samples, *shape], dtype=dtype, device="meta")
     return inputs
 
 
 class FusedAttention(TorchFunctionMode):
-    """Lets attention keep what the fused kernels keep. On the meta device torch would take it apart, weights and all."""
+    """Lets attention keep what the fused kernels keep; on the meta device torch would take it apart."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

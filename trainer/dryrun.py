@@ -47,7 +47,7 @@ def _teacher(name: str, tower: CacheTower) -> Teacher:
     except ContractError as error:
         if tower.backbone is None:
             raise ConfigError(
-                f"towers.{name}.backbone: without the cache the width of its rows is unknown ({error}); name the backbone"
+                f"towers.{name}.backbone: name it; without the cache the width of its rows is unknown ({error})"
             ) from error
         return Teacher.named(tower.backbone)
 

@@ -1,7 +1,7 @@
 """The start-up page: the arithmetic of a run, before its first step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -29,6 +29,7 @@ class Held:
     total: int
     tars: int
     left_out: Mapping[str, int]
+    without_row: Mapping[str, int] = field(default_factory=dict)  # trained on all the same, and how
 
 
 def startup_page(
@@ -61,6 +62,7 @@ def _data(run: Run, ranks: Ranks, held: Held | None, steps: int) -> list[str]:
     return [
         f"samples: {held.usable:,} usable of {held.total:,} in {held.tars} tars",
         *(f"left out: {count:,}, {reason}" for reason, count in held.left_out.items() if count),
+        *(f"without a row: {count:,}, {how}" for how, count in held.without_row.items() if count),
         batch,
         f"{examples} = {steps / per_epoch:.1f} epochs of {per_epoch:,} whole batches",
     ]

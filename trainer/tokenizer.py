@@ -42,10 +42,10 @@ class Tokenizer:
         return int(self._processor.vocab_size())
 
     def embedding_rows(self, stated: int | None) -> int:
-        """Return how many rows a token embedding has: as many as stated, or one a piece. Raises ValueError if too few."""
+        """Return the rows of a token embedding: as many as stated, or one a piece. Raises ValueError if too few."""
         if stated is not None and stated < self.vocab_size:
             raise ValueError(
-                f"data.vocab_size: {stated} rows for the {self.vocab_size} pieces of the tokenizer; give at least as many"
+                f"data.vocab_size: {stated} rows for the tokenizer's {self.vocab_size} pieces; give at least as many"
             )
         return self.vocab_size if stated is None else stated
 

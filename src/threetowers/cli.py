@@ -45,7 +45,7 @@ def train(
     Args:
         config: The run, as in configs/.
         overrides: Changes to the config, as key.path=value: optim.lr=3e-4 engine.zero_stage=2
-        dry_run: Build everything without numbers, print the arithmetic of the run, and stop. Needs no data and no cache.
+        dry_run: Build everything without numbers, print the arithmetic of the run, and stop. Needs no data.
         ranks: For how many processes a dry run counts.
     """
     from threetowers.trainer.config import load
