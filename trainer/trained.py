@@ -51,6 +51,11 @@ class TrainedModel:
         return self.run.root_of(self.run.deploy.image)
 
     @property
+    def text_tower(self) -> str:
+        """The tower that the deployed text head stands on."""
+        return self.run.root_of(self.run.deploy.text)
+
+    @property
     def sees_cached_rows(self) -> bool:
         """Whether images reach the model as rows of a cache (LiT) and not as pictures."""
         return isinstance(self.run.towers[self.image_tower], CacheTower)
@@ -58,15 +63,18 @@ class TrainedModel:
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> Tensor:
         """Return unit-norm embeddings (b, dim) of pictures (b, 3, S, S) uint8; in a LiT run, of cached rows (b, D)."""
-        return self.model.encode_image({self.image_tower: images.to(self._device)})
+        return self.model.encode_image({self.image_tower: images.to(self.device)})
 
     @torch.inference_mode()
     def encode_texts(self, captions: Sequence[str]) -> Tensor:
         """Return unit-norm embeddings (len(captions), dim)."""
-        tower = self.run.root_of(self.run.deploy.text)
-        tokens_bL = self.tokenizer.encode(captions, self.run.data.context)
-        return self.model.encode_text({tower: tokens_bL.to(self._device)})
+        return self.encode_tokens(self.tokenizer.encode(captions, self.run.data.context))
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens_bL: Tensor) -> Tensor:
+        """Return unit-norm embeddings (b, dim) of rows of tokens."""
+        return self.model.encode_text({self.text_tower: tokens_bL.to(self.device)})
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(self.model.parameters()).device

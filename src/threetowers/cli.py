@@ -1,4 +1,4 @@
-"""The command line: `threetowers cache | tokenizer | train | eval`.
+"""The command line: `threetowers cache | tokenizer | train | export | eval`.
 
 Commands are typed functions; their flags and help come from the signatures. What is heavy is imported where it runs,
 so that `threetowers --help` is quick.
@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -63,6 +63,28 @@ def train(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
             f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.data_wait:.1%} waiting for data"
         )
+
+
+@app.command
+def export(
+    run: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    format: Literal["threetowers", "open_clip", "timm"] = "threetowers",
+) -> None:
+    """Write the model of a finished run, without what was there to train it, and prove it by loading it again.
+
+    Args:
+        run: Folder of a finished run.
+        out: Folder to write.
+        format: threetowers: read as a run is. open_clip: by `local-dir:OUT`. timm: the image tower, by `local-dir:OUT`.
+    """
+    from threetowers.trainer.export import export as write
+
+    done = write(run, out, format)
+    print(
+        f"{done.folder}: {done.parameters:,} parameters, {done.left_out:,} left behind; loaded again, its embeddings "
+        f"differ by at most {done.difference:.1e}"
+    )
 
 
 @tokenizer.command(name="train")

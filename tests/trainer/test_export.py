@@ -1,0 +1,157 @@
+"""The model that is kept: bit-identical without the third tower, and the same when others load it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.trainer.config import CacheTower, parse
+from threetowers.trainer.export import export, probes
+from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.tokenizer import Tokenizer
+from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.trained import TrainedModel
+from threetowers.trainer.weights import distinct_state
+
+CAUSAL = {"kind": "text", "width": 16, "depth": 2, "heads": 2, "causal": True, "norm_eps": 1e-5}
+
+
+def finished(tree: dict[str, Any]) -> Path:
+    """The folder of a run of random weights, of all of them: biases, norms and scales too."""
+    run = parse(tree)
+    contracts = {n: EmbeddingCache.open(t.path).contract for n, t in run.towers.items() if isinstance(t, CacheTower)}
+    folder = RunFolder(Path(run.out))
+    folder.create(run, {}, contracts)
+    torch.manual_seed(3)
+    rows = Tokenizer.load(folder.tokenizer).embedding_rows(run.data.vocab_size)
+    model = TowerModel(run, rows, {name: contract.dim for name, contract in contracts.items()})
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+        for b in model.buffers():
+            if b.is_floating_point():
+                b += 0.2 * torch.rand_like(b)
+    save_file(distinct_state(model), folder.weights)
+    return folder.path
+
+
+def test_main_towers_alone_embed_as_before_to_the_bit(three: dict[str, Any], tmp_path: Path) -> None:
+    folder = finished(three)
+    done = export(folder, tmp_path / "kept")
+    before, after = TrainedModel.load(folder), TrainedModel.load(tmp_path / "kept")
+    assert set(after.model.towers) == {"image", "text"}
+    assert set(after.model.heads) == {"f", "g"}
+    assert after.contracts == {}
+    images, _ = probes(before)
+    captions = ["a red disc", "cross, blue", ""]
+    assert after.encode_images(images).equal(before.encode_images(images))
+    assert after.encode_texts(captions).equal(before.encode_texts(captions))
+    assert after.model.log_scales["scale"].equal(before.model.log_scales["scale"])
+    gone = sum(p.numel() for name in ("f_h", "g_h", "h_f", "h_g") for p in before.model.heads[name].parameters())
+    assert done.left_out == gone > 0
+    assert done.difference == 0
+    card = (tmp_path / "kept" / "README.md").read_text()
+    for fact in ("test_resnet", "image-third: 1 x contrastive of (f_h, h_f)", three["data"]["tars"][0], "encode_texts"):
+        assert fact in card
+    again = export(tmp_path / "kept", tmp_path / "again")  # what is kept can be kept again
+    assert again.left_out == 0
+
+
+def test_lit_keeps_its_cached_tower(lit: dict[str, Any], tmp_path: Path) -> None:
+    folder = finished(lit)
+    assert export(folder, tmp_path / "kept").difference == 0
+    kept = TrainedModel.load(tmp_path / "kept")
+    assert kept.sees_cached_rows
+    assert kept.contracts == TrainedModel.load(folder).contracts
+    for form in ("open_clip", "timm"):
+        with pytest.raises(ValueError, match=r"cannot express .* cached teacher"):
+            export(folder, tmp_path / form, form)  # type: ignore[arg-type]
+        assert not (tmp_path / form).exists()
+
+
+@pytest.mark.parametrize("family", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        CAUSAL,
+        CAUSAL | {"causal": False, "mask_padding": False, "pool": "last"},
+        CAUSAL | {"activation": "quick_gelu", "norm_eps": 1e-6, "mlp_ratio": 2.0},
+    ],
+    ids=["causal", "both ways", "quick gelu"],
+)
+def test_open_clip_embeds_as_we_do(three: dict[str, Any], tmp_path: Path, text: dict[str, Any], family: str) -> None:
+    three["towers"] |= {"image": {"kind": "timm", "model": "test_resnet"}, "text": text}
+    three["heads"]["g"] |= {"bias": family == "softmax"}
+    three |= {"loss": {"family": family}}
+    folder = finished(three)
+    done = export(folder, tmp_path / "kept", "open_clip")
+    assert done.difference <= 1e-5
+    config = json.loads((tmp_path / "kept" / "open_clip_config.json").read_text())
+    assert config["preprocess_cfg"]["size"] == [32, 32]
+    import open_clip
+
+    ours, theirs = TrainedModel.load(folder), open_clip.create_model(f"local-dir:{tmp_path / 'kept'}")
+    assert theirs.logit_scale.item() == pytest.approx(ours.model.log_scales["scale"].item())
+    assert (theirs.logit_bias is None) == (family == "softmax")
+    tokenizer = Tokenizer.load(tmp_path / "kept" / "tokenizer.model")
+    tokens = tokenizer.encode(["a red disc", "bar"], 8)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval().encode_text(tokens, normalize=True), ours.encode_tokens(tokens))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"towers": {"text": CAUSAL | {"pool": "mean"}}}, "pools by the mean"),
+        ({"towers": {"text": CAUSAL | {"causal": False}}}, "looks both ways and masks padding"),
+        ({"towers": {"text": CAUSAL | {"pool": "last"}}}, "does not pool at the end token"),
+        ({"heads": {"g": {"of": "text", "kind": "mlp"}}}, "its text head is not one linear map"),
+        ({"towers": {"image": {"kind": "timm", "model": "test_vit", "args": {"img_size": 32}}}}, "has args"),
+    ],
+)
+def test_open_clip_cannot_express(clip: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    tree = clip | {"towers": clip["towers"] | {"text": CAUSAL}}
+    for key, change in changes.items():
+        tree[key] = tree[key] | change
+    with pytest.raises(ValueError, match=message):
+        export(finished(tree), tmp_path / "kept", "open_clip")
+    assert list(tmp_path.glob("*kept*")) == []
+
+
+@pytest.mark.parametrize("image", [{"model": "test_resnet"}, {"model": "test_vit", "args": {"img_size": 32}}])
+def test_timm_gives_the_same_features_to_the_bit(clip: dict[str, Any], tmp_path: Path, image: dict[str, Any]) -> None:
+    import timm
+
+    folder = finished(clip | {"towers": clip["towers"] | {"image": {"kind": "timm"} | image}})
+    assert export(folder, tmp_path / "kept", "timm").difference == 0
+    theirs, ours = timm.create_model(f"local-dir:{tmp_path / 'kept'}", pretrained=True), TrainedModel.load(folder)
+    for name, tensor in ours.model.towers["image"].model.state_dict().items():  # type: ignore[union-attr]
+        assert theirs.state_dict()[name].equal(tensor), name
+    assert theirs.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_a_folder_that_is_there_or_a_run_that_is_not(clip: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no finished run"):
+        export(tmp_path / "nothing", tmp_path / "kept")
+    folder = finished(clip)
+    with pytest.raises(ValueError, match="is there already"):
+        export(folder, folder)
+
+
+@pytest.mark.distributed
+def test_the_command(clip: dict[str, Any], tmp_path: Path) -> None:
+    folder = finished(clip)
+    command = [sys.executable, "-m", "threetowers", "export", str(folder), str(tmp_path / "kept")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "differ by at most 0.0e+00" in done.stdout, done.stderr
+    assert yaml.safe_load((tmp_path / "kept" / "config.yaml").read_text())["towers"].keys() == {"image", "text"}
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert "is there already" in refused.stderr

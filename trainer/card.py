@@ -1,0 +1,60 @@
+"""A model card: what was trained, on what, towards which cached teachers, with what result."""
+
+import json
+from collections.abc import Iterator
+
+import yaml
+
+from threetowers.trainer.config import CacheTower, ImageTower, dump, load
+from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.trained import TrainedModel
+
+LOADING = """```python
+from threetowers.trainer.trained import TrainedModel
+
+model = TrainedModel.load("this folder")
+images = model.encode_images({images})
+texts = model.encode_texts(["a caption", "another one"])  # unit norm: images @ texts.T are cosines
+```"""
+
+
+def model_card(kept: TrainedModel, run: RunFolder) -> str:
+    """Return a card in Markdown for the deployed model of a run."""
+    return "\n\n".join(_sections(kept, run)) + "\n"
+
+
+def _sections(kept: TrainedModel, run: RunFolder) -> Iterator[str]:
+    whole = load(run.config)
+    size, dim = whole.data.image_size, kept.model.widths[whole.deploy.image]
+    images = (
+        "rows of its cached teacher, (n, width)" if kept.sees_cached_rows else f"pictures, (n, 3, {size}, {size}) uint8"
+    )
+    yield f"# {run.path.name}"
+    yield f"Image and text embeddings of {dim} dimensions, trained by threetowers."
+    yield LOADING.format(images="pixels")
+    yield f"`pixels`: {images}."
+    towers = [f"- image: {_image(kept)}", f"- text: {kept.run.towers[kept.text_tower].kind} transformer"]
+    terms = [f"- {name}: {t.weight:g} x {t.kind} of ({t.x}, {t.y})" for name, t in whole.terms.items()]
+    yield "## Towers\n\n" + "\n".join(towers)
+    yield f"## Trained by\n\n{whole.loss.family}, batch {whole.batch:,}\n\n" + "\n".join(terms)
+    yield "## Data\n\n" + "\n".join(f"- {tar}" for tar in whole.data.tars)
+    contracts = run.read_contracts()
+    if contracts:
+        lines = [
+            f"- {name}: {c.backbone}, weights {c.weights} (sha256 {c.weights_digest}), {c.dim} features, "
+            f"{c.preprocessing.input_size[0]} x {c.preprocessing.input_size[1]} pixels"
+            for name, c in contracts.items()
+        ]
+        yield "## Cached teachers\n\n" + "\n".join(lines)
+    if run.summary.exists():
+        numbers = json.loads(run.summary.read_text())
+        yield "## Training\n\n" + "\n".join(f"- {name}: {value}" for name, value in numbers.items())
+    yield f"## Config\n\n```yaml\n{yaml.safe_dump(dump(whole), sort_keys=False)}```"
+
+
+def _image(kept: TrainedModel) -> str:
+    tower = kept.run.towers[kept.image_tower]
+    if isinstance(tower, CacheTower):
+        return f"cached rows of {kept.contracts[kept.image_tower].backbone}"
+    assert isinstance(tower, ImageTower)
+    return f"{tower.model} of timm, {kept.run.data.image_size} pixels"
