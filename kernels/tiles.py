@@ -104,7 +104,10 @@ class TileBackend(Protocol):
     def stats(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
     ) -> None:
-        """Merge the tile's row and column (max, sum) into rows and cols; if keep_rc is given, store the dots in it."""
+        """Merge the tile's row and column (max, sum) into rows and cols; if keep_rc is given, store the dots in it.
+
+        The sample's own pair may be left as -inf there.
+        """
         ...
 
     def softmax_grad(

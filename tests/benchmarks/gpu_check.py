@@ -2,6 +2,7 @@
 
     python tests/benchmarks/gpu_check.py               # everything; minutes
     python tests/benchmarks/gpu_check.py --only tiles  # or loss, sanitizer, time
+    python tests/benchmarks/gpu_check.py --rehearse    # on the CPU, tiny: shows that the script works, and nothing else
 
 tiles      every kernel on odd tiles against float64 on the same GPU, twice for equal bits
 loss       the public loss at B = 4096 and 16384 against a dense float64 loss on the same GPU
@@ -14,11 +15,13 @@ The last two peers are optional: pip install memeff inf-cl. What is missing is n
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,11 +49,11 @@ CASES = [
 Step = Callable[[], Tensor]
 
 
-def check_tiles() -> None:
+def check_tiles(device: str) -> None:
     """Raise AssertionError where a back end and float64 disagree, or two runs differ in a bit."""
-    with torch.device("cuda"):
+    with torch.device(device):
         for element in ELEMENTS:
-            for case in CASES:
+            for case in CASES if device == "cuda" else CASES[:-1]:
                 backend = backend_for(case.features(element)[0])
                 got = answers(backend, case, element)
                 check(got, answers(TorchTiles(torch.float64), case, element), case, element)
@@ -59,15 +62,14 @@ def check_tiles() -> None:
                 print(f"ok  {type(backend).__name__:16} {element!s:15} {case.rows} x {case.cols} x {case.width}")
 
 
-def check_loss() -> None:
-    """Raise AssertionError where the loss or a gradient is off; print the errors."""
-    for batch, width in ((4096, 512), (16384, 768)):
+def check_loss(sizes: list[tuple[int, int]], device: str) -> None:
+    """Raise AssertionError where the loss or a gradient is off; print the errors. sizes: (batch, width)."""
+    for batch, width in sizes:
         for family in ("softmax", "sigmoid"):
             for element in ELEMENTS:
-                errors = loss_errors(batch, width, family, element, "cuda")
-                print(
-                    f"B {batch} D {width} {family} {element}: " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
-                )
+                errors = loss_errors(batch, width, family, element, device)
+                told = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
+                print(f"B {batch} D {width} {family} {element}: {told}")
                 bound = 1e-4 if element == torch.float32 else 5e-3
                 assert max(errors.values()) <= bound, f"an error is above {bound}"
 
@@ -81,7 +83,7 @@ def loss_errors(batch: int, width: int, family: str, element: torch.dtype, devic
         log_scale.requires_grad_()
         bias = torch.full_like(log_scale, -8.0).requires_grad_() if family == "sigmoid" else None
         loss = loss_of(x_BD, y_BD, log_scale, bias=bias, family=family)
-        loss.backward()
+        (loss * 2.0**14).backward()  # as mixed precision training does: fp16 cannot hold smaller gradients
         parts = {"loss": loss.detach(), "dx": x_BD.grad, "dy": y_BD.grad, "dscale": log_scale.grad}
         results.append({**parts, "dbias": bias.grad} if bias is not None else parts)
     got, expected = results
@@ -89,14 +91,14 @@ def loss_errors(batch: int, width: int, family: str, element: torch.dtype, devic
 
 
 def features(batch: int, width: int, element: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Matched unit rows, as trained towers give them."""
+    """Matched unit rows whose positives stand out from the negatives by about as much as these scatter."""
     generator = torch.Generator(device).manual_seed(0)
     x_BD = torch.randn(batch, width, generator=generator, device=device)
-    y_BD = x_BD + 2 * torch.randn(batch, width, generator=generator, device=device)
+    y_BD = x_BD + 4 * torch.randn(batch, width, generator=generator, device=device)
     return normalize(x_BD).to(element), normalize(y_BD).to(element)
 
 
-def check_under_sanitizer() -> None:
+def check_under_sanitizer(rehearse: bool) -> None:
     """Run the tiles again under each tool; raise CalledProcessError at its first finding."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
@@ -105,7 +107,7 @@ def check_under_sanitizer() -> None:
     for tool in ("memcheck", "racecheck", "synccheck"):
         print(f"compute-sanitizer {tool}", flush=True)
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--only", "tiles"]
-        subprocess.run(command, check=True)
+        subprocess.run(command + ["--rehearse"] * rehearse, check=True)
 
 
 def contenders(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Iterator[tuple[str, Step | str]]:
@@ -144,32 +146,31 @@ def contenders(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Iterator[tuple[
         yield "inf-cl", str(error)
 
 
-def compare_times(batches: list[int], width: int, rounds: int) -> None:
+def compare_times(batches: list[int], width: int, rounds: int, device: str) -> None:
     """Print milliseconds, the rate counted as 4 units, peak memory, and the ratio to this package's time."""
+    milliseconds = gpu_milliseconds if device == "cuda" else cpu_milliseconds
     for batch in batches:
-        x_BD, y_BD = (z.requires_grad_() for z in features(batch, width, torch.bfloat16, "cuda"))
-        log_scale = torch.tensor([math.log(50.0)], device="cuda", requires_grad=True)
+        x_BD, y_BD = (z.requires_grad_() for z in features(batch, width, torch.bfloat16, device))
+        log_scale = torch.tensor([math.log(50.0)], device=device, requires_grad=True)
         named = list(contenders(x_BD, y_BD, log_scale))
+        steps = {name: step for name, step in named if not isinstance(step, str)}
         print(f"\nB {batch}, D {width}, bf16, forward + backward, median of {rounds} rounds")
-        times: dict[str, list[float]] = {}
+        times: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(rounds + 1):  # the first round compiles and tunes
-            for name, step in named:
-                if not isinstance(step, str):
-                    times.setdefault(name, []).append(milliseconds(step))
-        ours = statistics.median(times["threetowers"][1:])
+            for name, step in steps.items():
+                times[name].append(milliseconds(step))
+        taken = {name: statistics.median(seen[1:]) for name, seen in times.items()}
         for name, step in named:
             if isinstance(step, str):
                 print(f"{name:28} not installed: {step}")
                 continue
-            torch.cuda.reset_peak_memory_stats()
-            before, taken = torch.cuda.memory_allocated(), statistics.median(times[name][1:])
-            milliseconds(step)
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-            rate = 8 * batch**2 * width / taken / 1e9
-            print(f"{name:28} {taken:9.2f} ms {rate:7.0f} TFLOP/s {peak:7.2f} GiB {taken / ours:6.2f} x")
+            rate = 8 * batch**2 * width / taken[name] / 1e9
+            memory = f"{gpu_peak_bytes(step) / 2**30:7.2f} GiB" if device == "cuda" else ""
+            ratio = taken[name] / taken["threetowers"]
+            print(f"{name:28} {taken[name]:9.2f} ms {rate:7.0f} TFLOP/s {memory} {ratio:6.2f} x")
 
 
-def milliseconds(step: Step) -> float:
+def gpu_milliseconds(step: Step) -> float:
     """GPU time of a loss and its gradients; infinite where memory does not suffice."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     try:
@@ -182,25 +183,44 @@ def milliseconds(step: Step) -> float:
     return float(start.elapsed_time(stop))
 
 
+def gpu_peak_bytes(step: Step) -> float:
+    """Memory at its peak over what was there before; infinite where it does not suffice."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    return math.inf if gpu_milliseconds(step) == math.inf else torch.cuda.max_memory_allocated() - before
+
+
+def cpu_milliseconds(step: Step) -> float:
+    """The same on the CPU, for a rehearsal."""
+    start = time.perf_counter()
+    step().backward()
+    return (time.perf_counter() - start) * 1e3
+
+
 def main() -> None:
     parts = ("tiles", "loss", "sanitizer", "time")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts, nargs="+", default=parts)
-    parser.add_argument("--batches", type=int, nargs="+", default=[16384, 32768, 65536])
+    parser.add_argument("--batches", type=int, nargs="+", help="of time; default 16384 32768 65536")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rehearse", action="store_true", help="run this script's own logic on the CPU, on tiny sizes")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    device = "cpu" if options.rehearse else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check measures on a GPU, and torch finds none here (torch.cuda.is_available() is False)")
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    if "tiles" in options.only:
-        check_tiles()
-    if "loss" in options.only:
-        check_loss()
-    if "sanitizer" in options.only:
-        check_under_sanitizer()
-    if "time" in options.only:
-        compare_times(options.batches, options.width, options.rounds)
+    on = "the CPU: a rehearsal, which says nothing of a GPU" if options.rehearse else torch.cuda.get_device_name()
+    print(f"{on}; torch {torch.__version__}", flush=True)
+    sizes = [(300, 40)] if options.rehearse else [(4096, 512), (16384, 768)]
+    batches = options.batches or ([96] if options.rehearse else [16384, 32768, 65536])
+    checks = {
+        "tiles": functools.partial(check_tiles, device),
+        "loss": functools.partial(check_loss, sizes, device),
+        "sanitizer": functools.partial(check_under_sanitizer, options.rehearse),
+        "time": functools.partial(compare_times, batches, options.width, options.rounds, device),
+    }
+    for part in options.only:
+        checks[part]()
 
 
 if __name__ == "__main__":

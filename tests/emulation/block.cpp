@@ -126,9 +126,9 @@ int block_x() { return emulator::block.x; }
 int block_y() { return emulator::block.y; }
 void barrier() { emulator::give_way(emulator::State::at_barrier); }
 
-// Run a grid. Returns null, or what went wrong first.
-EXPORT const char* emulator_launch(int across, int down, int threads, int shared_bytes, emulator::Schedule schedule,
-                                   void** arguments) {
+// Run a grid, or its last block only. Returns null, or what went wrong first.
+EXPORT const char* emulator_launch(int across, int down, int threads, int shared_bytes, int last_only,
+                                   emulator::Schedule schedule, void** arguments) {
   using namespace emulator;
   emulator::schedule = schedule;
   emulator::arguments = arguments;
@@ -139,8 +139,8 @@ EXPORT const char* emulator_launch(int across, int down, int threads, int shared
   reset_global();
   const std::unique_ptr<char[]> stacks(new char[threads * kStackBytes]);
 
-  std::vector<int> order(across * down);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int> order(last_only ? 1 : across * down);
+  std::iota(order.begin(), order.end(), last_only ? across * down - 1 : 0);
   std::shuffle(order.begin(), order.end(), generator);
   for (int index : order) {
     block.index = index;

@@ -62,6 +62,7 @@ class Emulator:
     schedule: Schedule = field(default_factory=lambda: Schedule(False, False, True, 0))
     mutation: Mutation | None = None
     portable: bool = False  # without the hand-written switch of fiber.cpp
+    last_block_only: bool = False  # of each launch: for grids too large to run
     loaded: dict[tuple[str, tuple[str, ...]], ctypes.CDLL] = field(default_factory=dict, repr=False)
 
     def prepare(self, launches: Sequence[Launch]) -> None:
@@ -76,7 +77,8 @@ class Emulator:
                 assert argument.tensor.is_contiguous()
                 at, size = argument.tensor.data_ptr(), argument.tensor.nbytes
                 library.emulator_buffer(ctypes.c_void_p(at), ctypes.c_size_t(size), isinstance(argument, Out))
-        error = library.emulator_launch(*launch.grid, THREADS, launch.shared_bytes, self.schedule, packed.table)
+        shape = (*launch.grid, THREADS, launch.shared_bytes, self.last_block_only)
+        error = library.emulator_launch(*shape, self.schedule, packed.table)
         if error is not None:
             raise EmulationError(f"{launch.kernel} under {self.schedule!r}: {error.decode()}")
 
@@ -85,7 +87,7 @@ class Emulator:
         if key not in self.loaded:
             library = ctypes.CDLL(str(self._built(launch)))
             library.emulator_launch.restype = ctypes.c_char_p
-            library.emulator_launch.argtypes = [ctypes.c_int] * 4 + [Schedule, ctypes.c_void_p]
+            library.emulator_launch.argtypes = [ctypes.c_int] * 5 + [Schedule, ctypes.c_void_p]
             self.loaded[key] = library
         return self.loaded[key]
 

@@ -1,6 +1,9 @@
 // Global memory: every access must be aligned, stay inside the buffer that its pointer came from, and respect who owns
 // what. A word has one writer in a launch, and what is read as input is written by nobody: no order of blocks matters.
+#include <sys/mman.h>
+
 #include <cstdint>
+#include <memory>
 
 #include "block.h"
 #include "device.h"
@@ -12,7 +15,7 @@ struct Buffer {
   const char* begin;
   std::size_t bytes;
   bool writable;
-  std::vector<int> owners;  // of each 2-byte word: 1 + block and thread that wrote it; 0: nobody
+  std::shared_ptr<i64[]> owners;  // of each 2-byte word: 1 + block and thread that wrote it; 0: nobody
 };
 
 std::vector<Buffer> buffers;
@@ -30,10 +33,19 @@ Buffer& find(const char* action, const void* base, const void* at, std::size_t b
   fail("%s through a pointer that the host did not pass", action);
 }
 
+// Zeros that take memory where they are written: buffers may be larger than this machine's memory.
+std::shared_ptr<i64[]> sparse_zeros(std::size_t count) {
+  const std::size_t bytes = count * sizeof(i64);
+  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) throw std::bad_alloc();
+  return {static_cast<i64*>(at), [bytes](i64* zeros) { munmap(zeros, bytes); }};
+}
+
 }  // namespace
 
 void reset_global() {
-  for (Buffer& buffer : buffers) buffer.owners.assign(buffer.writable ? buffer.bytes / 2 : 0, 0);
+  for (Buffer& buffer : buffers)
+    if (buffer.writable) buffer.owners = sparse_zeros(buffer.bytes / 2 + 1);
 }
 
 void check_read(const void* base, const void* at, std::size_t bytes, std::size_t alignment) {
@@ -43,7 +55,7 @@ void check_read(const void* base, const void* at, std::size_t bytes, std::size_t
 void check_write(const void* base, const void* at, std::size_t bytes, std::size_t alignment) {
   Buffer& buffer = find("writes", base, at, bytes, alignment);
   if (!buffer.writable) fail("writes to an input");
-  const int self = 1 + block.index * static_cast<int>(block.threads.size()) + current;
+  const i64 self = 1 + block.index * static_cast<i64>(block.threads.size()) + current;
   const std::size_t first = (static_cast<const char*>(at) - buffer.begin) / 2;
   for (std::size_t i = first; i < first + bytes / 2; ++i) {
     if (buffer.owners[i] != 0 && buffer.owners[i] != self) fail("writes global memory that another thread wrote too");

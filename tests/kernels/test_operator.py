@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from typing import Any
 
 import pytest
@@ -202,6 +203,26 @@ def test_strided_features() -> None:
     assert torch.equal(found, contrastive_loss(x_BD, y_BD, log_scale).detach())
     turned = y_BD.detach().T.contiguous().T
     torch.testing.assert_close(contrastive_loss(x_BD.detach(), turned, log_scale), found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_further_apart_than_int32_counts(family: str, dtype: torch.dtype) -> None:
+    """Rows 2^29 elements from one another, in memory of which only the touched pages exist: the same bits as side by
+    side."""
+    apart = 2**29
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    near, far = batch(9, 8, dtype=dtype), []
+    for part in near:
+        memory = torch.frombuffer(mmap.mmap(-1, 9 * apart * dtype.itemsize, flags=flags), dtype=dtype)
+        far.append(memory.as_strided((9, 8), (apart, 1)).copy_(part.detach()).requires_grad_())
+    results = []
+    for sides in (near, far):
+        leaves = [*sides, *scalars(family)]
+        loss = loss_of(*leaves)
+        grads = torch.autograd.grad(loss, leaves)
+        results.append([loss, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def saved_bytes(total: int, family: str, workspace: int) -> int:
