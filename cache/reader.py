@@ -1,7 +1,7 @@
-"""Read a cache: check that it is of these tars, then take rows by (tar, ordinal, key).
+"""Read a cache: check that it is of these tars, then take rows by (tar, ordinal, key), by key, or a tar at a time.
 
-Rows come straight from a memory map of the shard file. The checksum of a chunk (about 1 MB) is compared the first time
-one of its rows is touched; a row is handed out only when the hash of its key is the one stored beside it.
+A local cache is mapped into memory; of a remote one, whole shards are fetched, checked and kept, as many as fit into a
+bound of memory. A row is handed out only when the hash of its key is the one stored beside it.
 """
 
 from __future__ import annotations
@@ -15,56 +15,76 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from threetowers.cache import shard
-from threetowers.cache.contract import Contract, ContractError, TarEntry, TarTable, read_contract
-from threetowers.cache.layout import Status, slot_files
+from threetowers.cache.block import Block, MappedBlock, open_block, read_block, read_column
+from threetowers.cache.contract import Contract, ContractError, read_contract
+from threetowers.cache.layout import STORE, Status, emb_name
 from threetowers.cache.place import Place, place_of
-from threetowers.cache.record import FileSum, Record, read_record, record_name
+from threetowers.cache.record import DONE, Record, read_record, record_name
+from threetowers.cache.shard import BadShard
+from threetowers.cache.table import TarEntry, TarTable, read_table
 from threetowers.cache.tars import TarIndex, key_hash
 
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class _Slot:
-    """The open rows of one tar; `verified[i]` says that chunk i has been checked."""
+class Slot:
+    """What is stored of one tar beside the embeddings: (n,) hashes of the keys and (n,) Status."""
 
     record: Record
-    emb: npt.NDArray[np.uint8]
-    offsets: npt.NDArray[np.int64]
-    verified: npt.NDArray[np.bool_]
-    key_hash: npt.NDArray[np.uint64]
-    status: npt.NDArray[np.uint8]
+    key_hash_n: npt.NDArray[np.uint64]
+    status_n: npt.NDArray[np.uint8]
 
 
 class EmbeddingCache:
-    """A cache folder, opened for reading. Cheap to open, picklable, safe to use before and after a fork.
+    """A cache, opened for reading. Cheap to open, picklable, safe to use before and after a fork.
 
-    Tars are opened when first touched, and at most `open_tars` stay open, the least recently used going first.
+    Tars are opened when first touched. At most `open_tars` stay open, and at most about `memory` bytes of rows that had
+    to be fetched (none where the cache is local), the least recently used going first.
     """
 
-    def __init__(self, place: Place, contract: Contract, table: TarTable, open_tars: int) -> None:
-        self.place, self.contract, self.table, self.open_tars = place, contract, table, open_tars
-        self._slots: OrderedDict[int, _Slot] = OrderedDict()
+    def __init__(self, place: Place, contract: Contract, table: TarTable, open_tars: int, memory: int) -> None:
+        self.place, self.contract, self.table = place, contract, table
+        self._open_tars, self._memory = open_tars, memory
+        self._forget()
 
     @classmethod
-    def open(cls, path: str | Path | Place, *, open_tars: int = 256) -> EmbeddingCache:
-        """Open a cache.
+    def open(cls, path: str | Path | Place, *, open_tars: int = 256, memory: int = 1 << 30) -> EmbeddingCache:
+        """Open the cache in a folder or at an fsspec URL.
 
         Raises:
             ContractError: no cache there, or a damaged manifest or tar table.
+            PlaceError: the place cannot be read.
         """
         place = place_of(path)
-        contract, table = read_contract(place)
-        return cls(place, contract, table, open_tars)
+        return cls(place, read_contract(place), read_table(place), open_tars, memory)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_slots": OrderedDict()}  # a memory map would be pickled by its contents
+        state = self.__dict__.copy()
+        for name in ("_slots", "_params", "_blocks", "_index"):  # memory maps would be pickled by their contents
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._slots: OrderedDict[int, Slot] = OrderedDict()
+        self._params: OrderedDict[int, Float32] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], Block | MappedBlock] = OrderedDict()
+        self._index: tuple[npt.NDArray[np.uint64], Int64] | None = None
 
     @property
     def dim(self) -> int:
         """Width D of a row."""
         return self.contract.dim
+
+    @property
+    def n_views(self) -> int:
+        """Views of each image, each with its own rows; view 0 is the first."""
+        return self.contract.views.count
 
     @property
     def tars(self) -> tuple[TarEntry, ...]:
@@ -74,6 +94,11 @@ class EmbeddingCache:
     def __len__(self) -> int:
         """Samples in the tars of the cache, with or without an embedding."""
         return sum(entry.n_samples for entry in self.tars)
+
+    def finished(self) -> list[int]:
+        """Ids of the tars whose rows are built, by one look at the place; the others are still to come."""
+        names = self.place.names(DONE)
+        return sorted(int(stem) for stem, _, kind in (name.partition(".") for name in names) if kind == "json")
 
     def tar_id(self, index: TarIndex) -> int:
         """The id of a tar, wherever it lies now, once its rows are known to be finished.
@@ -97,40 +122,122 @@ class EmbeddingCache:
 
     def status(self, tar_id: int) -> npt.NDArray[np.uint8]:
         """(n,) uint8 Status of each sample of a tar."""
-        return self._slot(tar_id).status.copy()
+        return self.slot(tar_id).status_n.copy()
 
-    def row(self, tar_id: int, ordinal: int, key: str) -> Float32:
-        """(D,) the raw embedding of one sample, a copy.
+    def row(self, tar_id: int, ordinal: int, key: str, view: int = 0) -> Float32:
+        """(D,) float32: the raw embedding of one sample.
 
         Raises:
             ContractError: the row is of another key, has no embedding (see `status`), or is damaged.
         """
-        slot = self._slot(tar_id)
-        where = f"{self.place}: tar {self.tars[tar_id].path} ({tar_id}), ordinal {ordinal}, key {key!r}"
-        if not 0 <= ordinal < len(slot.status):
-            raise ContractError(f"{where}: the tar has {len(slot.status)} samples")
-        if slot.key_hash[ordinal] != key_hash(key):
-            raise ContractError(f"{where}: the row there is of another key: the tar is not the one that was cached")
-        if slot.status[ordinal] != Status.OK:
-            raise ContractError(f"{where}: no embedding: {Status(slot.status[ordinal]).name.lower()}")
-        chunk, inside = divmod(ordinal, self.contract.chunk_rows)
-        row: Float32 = self._chunk(tar_id, slot, chunk)[inside].astype(np.float32)
-        return row
+        slot = self.slot(tar_id)
+        if (
+            not 0 <= ordinal < len(slot.status_n)
+            or slot.key_hash_n[ordinal] != key_hash(key)
+            or slot.status_n[ordinal] != Status.OK
+        ):
+            raise self._refusal(tar_id, ordinal, key)
+        row_D: Float32 = self._decoded(tar_id, view, np.array([ordinal]))[0]
+        return row_D
 
-    def tar(self, tar_id: int) -> Float32:
-        """(n, D) all embeddings of a tar, NaN where a sample has none.
+    def rows(
+        self, tar_ids: Sequence[int] | Int64, ordinals: Sequence[int] | Int64, keys: Sequence[str] | None = None,
+        view: int = 0,
+    ) -> Float32:  # fmt: skip
+        """(m, D) float32: the raw embeddings of many samples, in the order asked; without `keys` they are not compared.
+
+        Raises:
+            ContractError: as for `row`; names the first sample that cannot be had.
+        """
+        tars_m, ordinals_m = np.asarray(tar_ids, np.int64), np.asarray(ordinals, np.int64)
+        if tars_m.shape != ordinals_m.shape or tars_m.ndim != 1 or (keys is not None and len(keys) != len(tars_m)):
+            raise ValueError(
+                f"rows: tar ids of shape {tars_m.shape}, ordinals of {ordinals_m.shape}, "
+                f"{'no' if keys is None else len(keys)} keys: expected one of each for each row"
+            )
+        found = np.empty((len(tars_m), self.dim), np.float32)
+        for tar_id in np.unique(tars_m).tolist():
+            at = np.flatnonzero(tars_m == tar_id)
+            slot, wanted = self.slot(tar_id), ordinals_m[at]
+            good = (wanted >= 0) & (wanted < len(slot.status_n))
+            good[good] = slot.status_n[wanted[good]] == Status.OK
+            if keys is not None:
+                hashes = np.array([key_hash(keys[i]) for i in at], np.uint64)
+                good[good] = slot.key_hash_n[wanted[good]] == hashes[good]
+            if not good.all():
+                first = int(np.flatnonzero(~good)[0])
+                raise self._refusal(tar_id, int(wanted[first]), None if keys is None else keys[at[first]])
+            found[at] = self._decoded(tar_id, view, wanted)
+        return found
+
+    def tar(self, tar_id: int, view: int = 0) -> Float32:
+        """(n, D) float32: all embeddings of a tar, read and checked as a whole; NaN where a sample has none.
 
         Raises:
             ContractError: half built or damaged.
         """
-        slot = self._slot(tar_id)
-        chunks = [self._chunk(tar_id, slot, i) for i in range(len(slot.offsets))]
-        return np.concatenate(chunks)[: len(slot.status)].astype(np.float32)
+        block = self.block(tar_id, view)
+        rows_nD = self.contract.precision.decode(block.rows_nD, block.scale_n)
+        rows_nD[self.slot(tar_id).status_n != Status.OK] = np.nan
+        return rows_nD
+
+    def find(self, key: str) -> tuple[int, int]:
+        """(tar id, ordinal) of a key among the tars that were finished when this was first asked.
+
+        The first call reads the hashes of all keys and sorts them: 16 bytes a sample.
+
+        Raises:
+            ContractError: there is no such key, or several tars have it.
+        """
+        if self._index is None:
+            parts = [(tar_id, self.slot(tar_id).key_hash_n) for tar_id in self.finished()]
+            places = [tar_id * self.contract.slot + np.arange(len(hashes)) for tar_id, hashes in parts]
+            hashes_N = np.concatenate([hashes for _, hashes in parts] or [np.empty(0, np.uint64)])
+            order = np.argsort(hashes_N, kind="stable")
+            self._index = hashes_N[order], np.concatenate([*places, np.empty(0, np.int64)])[order]
+        hashes_N, rows_N = self._index
+        first, last = (np.searchsorted(hashes_N, np.uint64(key_hash(key)), side) for side in ("left", "right"))
+        if last == first:
+            raise ContractError(f"{self.place}: no sample {key!r} in the {len(self.finished())} tars that are built")
+        if last - first > 1:
+            tars = [self.tars[row // self.contract.slot].path for row in rows_N[first:last].tolist()]
+            raise ContractError(
+                f"{self.place}: several tars have a sample {key!r}: {tars[:5]}: name one, and use `row`"
+            )
+        tar_id, ordinal = divmod(int(rows_N[first]), self.contract.slot)
+        return tar_id, ordinal
+
+    def array(self, view: int = 0) -> Any:
+        """The Zarr array of a view, (tars x slot, D) as stored: row `tar_id * contract.slot + ordinal`.
+
+        A `zarr.Array`, for NumPy's slicing, `dask.array.from_zarr` and whatever else takes one. bfloat16 is stored as
+        uint16, int8 rows belong times the array `scale`; rows without an embedding hold the fill value.
+        """
+        import zarr
+        from zarr.storage import FsspecStore
+
+        name = f"{STORE}/{emb_name(self._known(view))}"
+        path = self.place.local(name)
+        store = path if path is not None else FsspecStore.from_url(self.place.at(name), read_only=True)
+        return zarr.open_array(store, mode="r")
+
+    def view_params(self, tar_id: int, ordinal: int, view: int = 0) -> Float32:
+        """(5,) where this view of a sample was cut, for `views.replay`: of caches of crops.
+
+        Raises:
+            ContractError: half built or damaged.
+        """
+        params = self._params.get(tar_id)
+        if params is None:
+            params = self._params[tar_id] = np.asarray(self._column(tar_id, "view_params"), np.float32)
+            _shorten(self._params, self._open_tars)
+        found: Float32 = params[ordinal, self._known(view)].copy()
+        return found
 
     def moments(
         self, tar_ids: Sequence[int] | None = None, *, max_rows: int = 65536, seed: int = 0
     ) -> tuple[Float32, Float32]:
-        """(D,) mean and (D,) population standard deviation of the OK rows of some tars, by default of all.
+        """(D,) mean and (D,) population standard deviation of the OK rows of view 0 of some tars, by default of all.
 
         Accumulated in float64. Exact where the tars have at most about `max_rows` samples; else over whole chunks drawn
         without replacement until they hold that many. The same for the same tars, `max_rows` and `seed`.
@@ -147,9 +254,8 @@ class EmbeddingCache:
             if count >= max_rows:
                 break
             tar_id, i = places[at]
-            slot = self._slot(tar_id)
-            ok = slot.status[i * rows : (i + 1) * rows] == Status.OK
-            x_nD = self._chunk(tar_id, slot, i)[: len(ok)][ok].astype(np.float64)
+            ok = i * rows + np.flatnonzero(self.slot(tar_id).status_n[i * rows : (i + 1) * rows] == Status.OK)
+            x_nD = self._decoded(tar_id, 0, ok).astype(np.float64)
             if not len(x_nD):
                 continue
             shift = x_nD[0] if shift is None else shift  # keeps sum of squares small where the mean is not
@@ -164,53 +270,71 @@ class EmbeddingCache:
         std = np.sqrt(np.maximum(square / count - mean**2, 0))
         return (mean + shift).astype(np.float32), std.astype(np.float32)
 
-    def _slot(self, tar_id: int) -> _Slot:
+    def slot(self, tar_id: int) -> Slot:
+        """What is stored of a tar beside its embeddings. Raises ContractError: half built or damaged."""
         slot = self._slots.get(tar_id)
         if slot is None:
-            slot = self._slots[tar_id] = self._open(tar_id)
-            if len(self._slots) > self.open_tars:
-                self._slots.popitem(last=False)
+            record = self.record(tar_id)
+            hashes, status = (self._column(tar_id, name, record) for name in ("key_hash", "status"))
+            slot = self._slots[tar_id] = Slot(record, hashes.astype(np.uint64), status.astype(np.uint8))
+            _shorten(self._slots, self._open_tars)
         self._slots.move_to_end(tar_id)
         return slot
 
-    def _open(self, tar_id: int) -> _Slot:
-        contract, entry = self.contract, self.tars[tar_id]
-        record = self.record(tar_id)
-        files = slot_files(tar_id)
-        stored, n_chunks = -(-entry.n_samples // contract.chunk_rows), contract.slot // contract.chunk_rows
-        path = self.place.local(files["emb"])
-        emb = np.memmap(path, np.uint8, "r") if path else np.frombuffer(self.place.read(files["emb"]), np.uint8)
-        data = {name: self.place.read(files[name]) for name in ("key_hash", "status")}
+    def block(self, tar_id: int, view: int = 0) -> Block:
+        """All rows of a tar as they are stored, by one read that is checked as a whole, and not kept.
+
+        Raises:
+            ContractError: half built or damaged.
+        """
         try:
-            offsets = shard.chunk_offsets(emb, n_chunks, stored, self._chunk_bytes)
-            for name in ("key_hash", "status"):
-                if FileSum.of(data[name]) != record.files[name]:
-                    raise shard.BadShard(f"{self.place.at(files[name])} is not the file that was written")
-        except shard.BadShard as error:
+            return read_block(self.place, self.contract, self.slot(tar_id).record, self._known(view))
+        except BadShard as error:
             raise self._damaged(tar_id, error) from error
-        hashes = np.frombuffer(data["key_hash"], dtype="<u8", count=entry.n_samples)
-        status = np.frombuffer(data["status"], dtype="u1", count=entry.n_samples)
-        return _Slot(record, emb, offsets, np.zeros(stored, dtype=np.bool_), hashes, status)
 
-    @property
-    def _chunk_bytes(self) -> int:
-        return self.contract.chunk_rows * self.dim * np.dtype(self.contract.dtype).itemsize
+    def _decoded(self, tar_id: int, view: int, ordinals: Int64) -> Float32:
+        where = tar_id, self._known(view)
+        try:
+            block = self._blocks.get(where)
+            if block is None:
+                block = self._blocks[where] = open_block(self.place, self.contract, self.slot(tar_id).record, view)
+                _shorten(self._blocks, self._open_tars)
+                while len(self._blocks) > 1 and sum(b.nbytes for b in self._blocks.values()) > self._memory:
+                    self._blocks.popitem(last=False)
+            self._blocks.move_to_end(where)
+            stored, scale_n = block.take(ordinals), block.scale_n
+        except BadShard as error:
+            raise self._damaged(tar_id, error) from error
+        return self.contract.precision.decode(stored, None if scale_n is None else scale_n[ordinals])
 
-    def _chunk(self, tar_id: int, slot: _Slot, i: int) -> npt.NDArray[np.floating]:
-        offset = int(slot.offsets[i])
-        if slot.verified[i]:
-            payload = slot.emb[offset : offset + self._chunk_bytes]
-        else:
-            try:
-                payload = shard.chunk(slot.emb, offset, self._chunk_bytes, slot.record.chunk_crc32c[i])
-            except shard.BadShard as error:
-                raise self._damaged(tar_id, error) from error
-            slot.verified[i] = True
-        rows = np.frombuffer(payload, dtype=np.dtype(self.contract.dtype).newbyteorder("<"))
-        return rows.reshape(self.contract.chunk_rows, self.dim)
+    def _column(self, tar_id: int, name: str, record: Record | None = None) -> npt.NDArray[np.generic]:
+        try:
+            return read_column(self.place, self.contract, record or self.slot(tar_id).record, name)
+        except BadShard as error:
+            raise self._damaged(tar_id, error) from error
 
-    def _damaged(self, tar_id: int, error: shard.BadShard) -> ContractError:
+    def _known(self, view: int) -> int:
+        if not 0 <= view < self.n_views:
+            raise ValueError(f"{self.place}: view {view}: the cache holds {self.n_views}: {self.contract.views.policy}")
+        return view
+
+    def _refusal(self, tar_id: int, ordinal: int, key: str | None) -> ContractError:
+        slot = self.slot(tar_id)
+        named = "" if key is None else f", key {key!r}"
+        where = f"{self.place}: tar {self.tars[tar_id].path} ({tar_id}), ordinal {ordinal}{named}"
+        if not 0 <= ordinal < len(slot.status_n):
+            return ContractError(f"{where}: the tar has {len(slot.status_n)} samples")
+        if key is not None and slot.key_hash_n[ordinal] != key_hash(key):
+            return ContractError(f"{where}: the row there is of another key: the tar is not the one that was cached")
+        return ContractError(f"{where}: no embedding: {Status(slot.status_n[ordinal]).name.lower()}")
+
+    def _damaged(self, tar_id: int, error: BadShard) -> ContractError:
         return ContractError(
             f"{self.place}: rows of tar {self.tars[tar_id].path} ({tar_id}) are damaged: {error}. Delete "
             f"{self.place.at(record_name(tar_id))} and run `threetowers cache build` again"
         )
+
+
+def _shorten(kept: OrderedDict[Any, Any], most: int) -> None:
+    while len(kept) > most:
+        kept.popitem(last=False)
