@@ -2,15 +2,20 @@
 
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from threetowers.eval.blocks import blocks
+
 log = logging.getLogger(__name__)
 
 GPU_MAX_K = 2048
+TRAINING_ROWS = 1 << 18  # at most; FAISS itself samples 256 a list or code
+BLOCK_BYTES = 128 << 20  # of vectors that are in memory at a time, twice, in an exact search from disk
 Device = Literal["auto", "cpu", "gpu"]
 
 
@@ -65,20 +70,25 @@ def build_index(
     `spec` is any FAISS factory string ("Flat" is exact; "IVF1024,Flat", "OPQ64,IVF4096,PQ64", "HNSW32" are not) and
     `parameters` its search settings ("nprobe=16"; FAISS's default of 1 finds little). An index that needs training is
     trained on the vectors themselves. With `device="auto"` it is sharded over the GPUs there are, if FAISS can hold
-    that kind on one, and stays on the CPU otherwise; "gpu" refuses where "auto" falls back.
+    that kind on one, and stays on the CPU otherwise; "gpu" refuses where "auto" falls back. Vectors may be
+    memory-mapped: an index that compresses them needs only its own memory, and is trained on `TRAINING_ROWS` of them.
 
     Raises ValueError for vectors that are empty or not finite and for a spec or parameters FAISS refuses.
     """
     import faiss
 
-    vectors_MD = _checked(vectors_MD, "vectors")
+    vectors_MD = _matrix(vectors_MD, "vectors")
     size, width = vectors_MD.shape
+    step = max(1, BLOCK_BYTES // (4 * width))
     try:
         # The factory's own default metric is L2, under which the largest cosine is not the nearest for other norms.
         index = faiss.index_factory(width, spec, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            index.train(vectors_MD)
-        index.add(vectors_MD)
+            sample = vectors_MD[:: -(-size // TRAINING_ROWS)]
+            index.train(_checked(sample, "vectors"))
+        for start, block_mD in blocks(vectors_MD, step):
+            _finite(block_mD, "vectors", start)
+            index.add(block_mD)
         if parameters:
             space: Any = faiss.ParameterSpace()
             space.set_index_parameters(index, parameters)
@@ -91,6 +101,73 @@ def build_index(
     return VectorIndex(index, spec, size, width, gpus)
 
 
+def exact_search(
+    vectors_MD: ArrayLike,
+    queries_ND: ArrayLike,
+    k: int,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    device: Device = "auto",
+) -> Neighbours:
+    """The k rows with the largest inner product to each query, exactly, from vectors that need not fit into memory.
+
+    `vectors_MD`, of any float type, is read block by block, from its file where it is memory-mapped; beyond queries and
+    results, two blocks are in memory. All cores are used; with `device="gpu"` (and "auto", where FAISS sees GPUs) all
+    GPUs instead, each on its share of the queries.
+
+    Raises ValueError for k not in 1..M, widths that differ, and vectors or queries that are empty or not finite.
+    """
+    queries_ND, vectors_MD = _checked(queries_ND, "queries"), _matrix(vectors_MD, "vectors")
+    size, width = vectors_MD.shape
+    if queries_ND.shape[1] != width:
+        raise ValueError(f"queries have width {queries_ND.shape[1]}, the gallery holds vectors of width {width}")
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be between 1 and the {size} vectors of the gallery, got {k}")
+    gpus = _gpus(device)
+    if gpus and k > GPU_MAX_K:
+        raise ValueError(f"k must be at most {GPU_MAX_K} on a GPU, got {k}: use device='cpu'")
+    scores_NK = np.full((len(queries_ND), k), -np.inf, np.float32)
+    ids_NK = np.full((len(queries_ND), k), -1, np.int64)
+    for start, block_mD in blocks(vectors_MD, max(1, block_bytes // (4 * width))):
+        _finite(block_mD, "vectors", start)
+        scores, ids = _block_search(queries_ND, block_mD, min(k, len(block_mD)), gpus)
+        scores_NK, ids_NK = _merged(scores_NK, ids_NK, scores, ids + start)
+    return Neighbours(scores_NK, ids_NK)
+
+
+def _block_search(
+    queries_ND: NDArray[np.float32], block_mD: NDArray[np.float32], k: int, gpus: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    import faiss
+
+    inner = faiss.METRIC_INNER_PRODUCT
+    if not gpus:
+        scores_NK, ids_NK = faiss.knn(queries_ND, block_mD, k, metric=inner)
+        return scores_NK, ids_NK
+
+    def search(device: int, queries_nD: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        resources = faiss.StandardGpuResources()
+        scores_nK, ids_nK = faiss.knn_gpu(resources, queries_nD, block_mD, k, metric=inner, device=device)
+        return scores_nK, ids_nK
+
+    with ThreadPoolExecutor(gpus) as pool:
+        found = list(pool.map(search, range(gpus), np.array_split(queries_ND, gpus)))
+    return np.concatenate([scores for scores, _ in found]), np.concatenate([ids for _, ids in found])
+
+
+def _merged(
+    scores_NK: NDArray[np.float32],
+    ids_NK: NDArray[np.int64],
+    more_NK: NDArray[np.float32],
+    more_ids_NK: NDArray[np.int64],
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The best of two lists, each sorted; the first wins ties, as its rows come first."""
+    k = ids_NK.shape[1]
+    scores, ids = np.concatenate([scores_NK, more_NK], axis=1), np.concatenate([ids_NK, more_ids_NK], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
 def recall_against_exact(
     index: VectorIndex, vectors_MD: ArrayLike, queries_ND: ArrayLike, k: int, *, sample: int = 1000, seed: int = 0
 ) -> float:
@@ -100,36 +177,47 @@ def recall_against_exact(
     """
     queries_ND = _checked(queries_ND, "queries")
     chosen = np.random.default_rng(seed).permutation(len(queries_ND))[:sample]
-    exact = build_index(vectors_MD, device="cpu")
-    if exact.size != index.size:
-        raise ValueError(f"the index holds {index.size} vectors but {exact.size} were given to compare it with")
-    found, truth = index.search(queries_ND[chosen], k).ids_NK, exact.search(queries_ND[chosen], k).ids_NK
+    vectors_MD = np.asanyarray(vectors_MD)
+    if len(vectors_MD) != index.size:
+        raise ValueError(f"the index holds {index.size} vectors but {len(vectors_MD)} were given to compare it with")
+    found = index.search(queries_ND[chosen], k).ids_NK
+    truth = exact_search(vectors_MD, queries_ND[chosen], k).ids_NK
     return float(np.mean([np.isin(true_K, found_K).mean() for true_K, found_K in zip(truth, found, strict=True)]))
 
 
 def _checked(vectors: ArrayLike, name: str) -> NDArray[np.float32]:
-    array = np.asarray(vectors)
+    array = _matrix(vectors, name)
+    _finite(array, name)
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _matrix(vectors: ArrayLike, name: str) -> NDArray[np.floating[Any]]:
+    array: NDArray[np.floating[Any]] = np.asanyarray(vectors)
     if array.ndim != 2 or array.size == 0 or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
             f"{name} must be a non-empty matrix of floats (rows, width), got {array.shape} of {array.dtype}"
         )
-    bad_N = ~np.isfinite(array).all(axis=1)
+    return array
+
+
+def _finite(array: NDArray[np.floating[Any]], name: str, first_row: int = 0) -> None:
+    # A sum is finite unless a summand is not, or it overflows: only then is it worth looking at each.
+    if np.isfinite(array.sum(dtype=np.float64)):
+        return
+    bad_N = np.atleast_1d(~np.isfinite(array).all(axis=1))
     if bad_N.any():
         raise ValueError(
-            f"{int(bad_N.sum())} of {len(array)} {name} hold NaN or infinity, the first in row {int(bad_N.argmax())}: "
-            "FAISS would return arbitrary neighbours; find what produced them"
+            f"{int(bad_N.sum())} of {len(array)} {name} hold NaN or infinity, the first in row "
+            f"{first_row + int(bad_N.argmax())}: FAISS would return arbitrary neighbours; find what produced them"
         )
-    return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def _place(index: Any, spec: str, device: Device) -> tuple[Any, int]:
     """Shard the index over the GPUs, or leave it on the CPU and say why."""
     import faiss
 
-    gpus = int(faiss.get_num_gpus()) if device != "cpu" else 0
+    gpus = _gpus(device)
     if gpus == 0:
-        if device == "gpu":
-            raise ValueError("device='gpu' but FAISS sees no GPU: use device='auto' or 'cpu'")
         return index, 0
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
@@ -140,6 +228,16 @@ def _place(index: Any, spec: str, device: Device) -> tuple[Any, int]:
             raise ValueError(f"FAISS cannot put {spec!r} on {gpus} GPUs: {_reason(error)}; use device='cpu'") from error
         log.warning("index %s stays on the CPU: %s", spec, _reason(error))
         return index, 0
+
+
+def _gpus(device: Device) -> int:
+    """How many GPUs to search on. Raises ValueError where "gpu" is asked for and there is none."""
+    import faiss
+
+    gpus = int(faiss.get_num_gpus()) if device != "cpu" else 0
+    if gpus == 0 and device == "gpu":
+        raise ValueError("device='gpu' but FAISS sees no GPU: use device='auto' or 'cpu'")
+    return gpus
 
 
 def _reason(error: RuntimeError) -> str:

@@ -49,6 +49,8 @@ def ranks(
 ) -> Ranks:
     """Rank of each query's best positive by float32 cosine, in O(chunk²) extra memory (16 MiB of scores at 2048).
 
+    Vectors may be memory-mapped: no more than a block of them is copied at a time.
+
     The result depends neither on `chunk` nor on the order of the gallery: scores within `TIE` of each other are equal.
     Raises ValueError for vectors that are empty, not finite, not unit-norm or of unequal width, and for groups that are
     not one integer per vector.
@@ -74,11 +76,21 @@ def two_way_ranks(
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of the similarity matrix, sorted by group so that the matches of an item are one interval."""
+    """One side of the similarity matrix, sorted by group so that the matches of an item are one interval.
 
-    vectors_ND: Tensor
+    Vectors stay where they are, perhaps memory-mapped: only blocks of them are copied.
+    """
+
+    vectors_ND: NDArray[Any] | Tensor
     groups_N: Tensor
     order_N: Tensor
+
+    def rows(self, sorted_rows: slice | Tensor, device: torch.device) -> Tensor:
+        """Vectors by their places in the sorted order, float32."""
+        rows = self.order_N[sorted_rows]
+        if isinstance(self.vectors_ND, Tensor):
+            return self.vectors_ND[rows.to(self.vectors_ND.device)].to(device, torch.float32)
+        return torch.from_numpy(np.asarray(self.vectors_ND[rows.numpy()], dtype=np.float32)).to(device)
 
     def unsort(self, sorted_N: Tensor) -> NDArray[np.int64]:
         values_N = torch.empty_like(sorted_N)
@@ -96,20 +108,27 @@ def group_ids(groups: ArrayLike | Tensor, name: str) -> Tensor:
 
 
 def _side(vectors: ArrayLike | Tensor, groups: ArrayLike | Tensor, name: str) -> _Side:
-    if isinstance(vectors, Tensor):
-        vectors_ND = vectors.detach()
-    else:
-        vectors_ND = torch.from_numpy(np.require(vectors, requirements=["C", "W"]))  # torch takes writable memory only
+    vectors_ND = vectors.detach() if isinstance(vectors, Tensor) else np.asanyarray(vectors)
     groups_N = group_ids(groups, name)
-    if vectors_ND.ndim != 2 or vectors_ND.numel() == 0 or not vectors_ND.is_floating_point():
+    floats = vectors_ND.dtype.is_floating_point if isinstance(vectors_ND, Tensor) else vectors_ND.dtype.kind == "f"
+    if vectors_ND.ndim != 2 or 0 in vectors_ND.shape or not floats:
         raise ValueError(
             f"{name} embeddings must be a non-empty matrix of floats, "
             f"got shape {tuple(vectors_ND.shape)} of {vectors_ND.dtype}"
         )
     if len(groups_N) != len(vectors_ND):
         raise ValueError(f"got {len(groups_N)} {name} groups for {len(vectors_ND)} {name} embeddings")
-    vectors_ND = vectors_ND.float()
-    norms_N = torch.linalg.vector_norm(vectors_ND, dim=1)
+    groups_N, order_N = torch.sort(groups_N, stable=True)
+    side = _Side(vectors_ND, groups_N, order_N)
+    _check_norms(side, name)
+    return side
+
+
+def _check_norms(side: _Side, name: str, block: int = 65_536) -> None:
+    norms_N = torch.empty(len(side.order_N))
+    for start in range(0, len(norms_N), block):
+        rows = side.order_N[start : start + block]
+        norms_N[rows] = torch.linalg.vector_norm(side.rows(slice(start, start + block), torch.device("cpu")), dim=1)
     wrong_N = ~((norms_N - 1).abs() <= UNIT_NORM_TOLERANCE)  # a comparison with NaN is false: NaN is wrong too
     if wrong_N.any():
         row = int(wrong_N.nonzero()[0, 0])
@@ -117,8 +136,6 @@ def _side(vectors: ArrayLike | Tensor, groups: ArrayLike | Tensor, name: str) ->
             f"{int(wrong_N.sum())} of {len(norms_N)} {name} embeddings are not unit-norm and finite; the first is row "
             f"{row} with norm {float(norms_N[row]):.4g}: normalise them, and look for what produced NaN or zero rows"
         )
-    groups_N, order_N = torch.sort(groups_N, stable=True)
-    return _Side(vectors_ND, groups_N, order_N)
 
 
 @contextmanager
@@ -173,7 +190,7 @@ class _Tiles:
         self.scores, self.beats = torch.empty(tile, device=device), torch.empty(tile, device=device)
 
     def _rows(self, side: _Side, sorted_rows: slice | Tensor) -> Tensor:
-        return side.vectors_ND[side.order_N[sorted_rows]].to(self.device)
+        return side.rows(sorted_rows, self.device)
 
     def _find_best(self) -> None:
         """Score the matching pairs alone, in blocks of about one tile's memory, and keep each item's maximum."""

@@ -1,10 +1,13 @@
 """The FAISS wrapper: exact search, approximate search with its cost, and refusals."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from threetowers.eval.index import build_index, recall_against_exact
+from threetowers.eval.index import build_index, exact_search, recall_against_exact
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +79,45 @@ def test_gpu_must_exist_to_be_asked_for(vectors: NDArray[np.float32]) -> None:
         with pytest.raises(ValueError, match="FAISS sees no GPU"):
             build_index(vectors, device="gpu")
         assert build_index(vectors).gpus == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("block_bytes", [1, 16 * 4 * 37, 1 << 20])
+def test_search_from_disk_equals_brute_force(
+    vectors: NDArray[np.float32], tmp_path: Path, dtype: type, block_bytes: int
+) -> None:
+    np.save(tmp_path / "vectors.npy", vectors.astype(dtype))
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    stored = vectors.astype(dtype).astype(np.float32)
+    truth = np.argsort(-(vectors[:41] @ stored.T), axis=1)[:, :7]
+    for source in (mapped, mapped[:], np.asarray(mapped)):
+        found = exact_search(source, vectors[:41], 7, block_bytes=block_bytes, device="cpu")
+        assert np.array_equal(found.ids_NK, truth)
+        assert np.allclose(found.scores_NK, np.take_along_axis(vectors[:41] @ stored.T, truth, 1), atol=1e-6)
+    part = exact_search(mapped[100:], vectors[100:103], 1, device="cpu")  # a part of a map is not its file
+    assert dtype is np.float16 or part.ids_NK.ravel().tolist() == [0, 1, 2]
+    assert recall_against_exact(build_index(mapped, device="cpu"), mapped, vectors, 3, sample=20) == 1.0
+
+
+def test_search_from_disk_refuses(vectors: NDArray[np.float32], tmp_path: Path) -> None:
+    bad = vectors.copy()
+    bad[[400, 409], 0] = np.nan, np.inf
+    np.save(tmp_path / "bad.npy", bad)
+    mapped = np.load(tmp_path / "bad.npy", mmap_mode="r")
+    with pytest.raises(ValueError, match=r"2 of 100 vectors hold NaN or infinity, the first in row 400"):
+        exact_search(mapped, vectors[:3], 2, block_bytes=100 * 16 * 4, device="cpu")
+    with pytest.raises(ValueError, match="k must be between 1 and the 601 vectors"):
+        exact_search(vectors, vectors[:3], 602)
+    with pytest.raises(ValueError, match="width 3, the gallery holds vectors of width 16"):
+        exact_search(vectors, vectors[:3, :3], 1)
+    np.save(tmp_path / "short.npy", vectors)
+    short = np.load(tmp_path / "short.npy", mmap_mode="r")
+    os.truncate(tmp_path / "short.npy", (tmp_path / "short.npy").stat().st_size - 64)
+    with pytest.raises(OSError, match="ends before row 601: it is damaged"):
+        exact_search(short, vectors[:3], 1, block_bytes=64 * 10, device="cpu")
+
+
+def test_equal_blocks_merge_to_the_best(vectors: NDArray[np.float32]) -> None:
+    twice = np.concatenate([vectors, vectors])
+    found = exact_search(twice, vectors[:9], 2, block_bytes=16 * 4 * 601, device="cpu")
+    assert np.array_equal(found.ids_NK, np.arange(9)[:, None] + [0, 601])
