@@ -48,7 +48,7 @@ class Judgement:
     @property
     def labelled_N(self) -> NDArray[np.bool_]:
         """Items with at least one label."""
-        return self.pessimistic_N != NO_POSITIVE
+        return np.not_equal(self.pessimistic_N, NO_POSITIVE)
 
     def correct_N(self, k: int = 1) -> NDArray[np.bool_]:
         """Whether a label is among the k best classes; ties count against the model."""
@@ -56,7 +56,7 @@ class Judgement:
 
 
 def label_matrix(labels: Sequence[Sequence[int]], classes: int) -> Ints:
-    """The labels as (N, most labels of an item), padded with `NO_LABEL`. Raises ValueError for one beyond the classes."""
+    """The labels (N, most labels of an item), padded with `NO_LABEL`. Raises ValueError for one beyond the classes."""
     width = max((len(item) for item in labels), default=0)
     labels_NL = np.full((len(labels), max(width, 1)), NO_LABEL, np.int64)
     for row, item in enumerate(labels):
@@ -78,7 +78,7 @@ def judge(scores: Iterable[Floats], labels_NL: Ints, *, scale: float = 1.0) -> J
     other items than there are labels.
     """
     parts = []
-    start = 0
+    start = classes = 0
     for scores_bC in scores:
         labels_bL = labels_NL[start : start + len(scores_bC)]
         if len(labels_bL) != len(scores_bC):
@@ -86,12 +86,13 @@ def judge(scores: Iterable[Floats], labels_NL: Ints, *, scale: float = 1.0) -> J
         if not np.isfinite(scores_bC).all():
             row = int((~np.isfinite(scores_bC)).any(axis=1).argmax())
             raise ValueError(f"the scores of item {start + row} hold NaN or infinity: find what produced its embedding")
-        parts.append((*_judge_block(scores_bC, labels_bL, scale), scores_bC.shape[1]))
+        parts.append(_judge_block(scores_bC, labels_bL, scale))
+        classes = scores_bC.shape[1]
         start += len(scores_bC)
     else:
         if start == len(labels_NL) and parts:
-            columns = [np.concatenate(column) for column in list(zip(*parts, strict=True))[:4]]
-            return Judgement(*columns, classes=parts[0][4])
+            predicted_N, confidence_N, optimistic_N, pessimistic_N = map(np.concatenate, zip(*parts, strict=True))
+            return Judgement(predicted_N, confidence_N, optimistic_N, pessimistic_N, classes)
     raise ValueError(f"got scores of another number of items than the {len(labels_NL)} that have labels")
 
 

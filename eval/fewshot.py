@@ -7,6 +7,7 @@ one seed are nested.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import scipy.linalg
@@ -60,8 +61,8 @@ def check_supports(label_N: Ints, classes: int, shots: Sequence[int]) -> None:
     short = np.flatnonzero(size_C < max(shots))
     if len(short):
         raise ValueError(
-            f"{max(shots)} shots need as many training items in each of {classes} classes; {len(short)} have fewer, the "
-            f"first is class {short[0]} with {size_C[short[0]]}: ask for fewer shots or restrict the classes (subset)"
+            f"{max(shots)} shots need as many training items in each of {classes} classes; {len(short)} have fewer, "
+            f"the first is class {short[0]} with {size_C[short[0]]}: ask for fewer shots or leave classes out (subset)"
         )
 
 
@@ -70,15 +71,15 @@ def support(label_N: Ints, classes: int, shots: int, seed: int) -> Ints:
     rng = np.random.default_rng(seed)
     order = np.argsort(label_N, kind="stable")
     ends = np.searchsorted(label_N[order], np.arange(classes + 1))
-    return np.stack([rng.permutation(order[start:end])[:shots] for start, end in zip(ends, ends[1:], strict=False)])
+    return np.stack([rng.permutation(order[start:end])[:shots] for start, end in pairwise(ends)])
 
 
 class _Supports:
     """The nested supports of one seed, and what their ridge solutions share.
 
-    With rows x - m of deviations s, the ridge of the standardised rows is one with the penalty l2 s² on the rows as they
-    are: W = (Σ (x-m)(x-m)ᵀ + l2 diag(s²))⁻¹ Σ (x-m) yᵀ. So one Gram matrix serves all supports, extended as they grow.
-    The constant feature is orthogonal to the centred ones, and its weight stands alone.
+    With mean m and deviation s, the ridge of the standardised rows is one with the penalty l2 s² on the centred rows:
+    W = (Σ (x-m)(x-m)ᵀ + l2 diag(s²))⁻¹ Σ (x-m) yᵀ. So one Gram matrix serves all supports, extended as they grow. The
+    constant feature is orthogonal to the centred ones, and its weight stands alone.
     """
 
     def __init__(self, train_ND: Floats, support_CK: Ints) -> None:
@@ -127,5 +128,7 @@ def _solve(positive_NN: Floats, right_NC: Floats) -> Floats:
     # LAPACK itself: SciPy's and NumPy's solvers copy the matrix and take four times as long.
     _, solution_NC, info = scipy.linalg.lapack.sposv(positive_NN.T, right_NC, lower=1, overwrite_a=1)
     if info:
-        raise FloatingPointError(f"the ridge system of size {len(positive_NN)} is not positive definite (sposv: {info})")
+        raise FloatingPointError(
+            f"the ridge system of size {len(positive_NN)} is not positive definite (sposv: {info})"
+        )
     return np.ascontiguousarray(solution_NC)

@@ -32,12 +32,12 @@ def neighbour_votes(
     found = build_index(train_MD).search(test_ND, max(ks))
     labels_NK = train_label_M[found.ids_NK]
     weights_NK = np.exp((found.scores_NK - found.scores_NK[:, :1]) / temperature)
-    votes = {}
+    votes: dict[str, Floats] = {}
     for k in ks:
         nearness_NC = _added(labels_NK[:, :k], found.scores_NK[:, :k], classes)
         # Cosines of k neighbours differ by less than 2k in sum, so this decides between equal counts only.
         count_NC = _added(labels_NK[:, :k], np.ones_like(weights_NK[:, :k]), classes)
-        votes[f"majority@{k}"] = count_NC + nearness_NC / (4 * k)
+        votes[f"majority@{k}"] = count_NC + nearness_NC / np.float32(4 * k)
         votes[f"weighted@{k}"] = _added(labels_NK[:, :k], weights_NK[:, :k], classes)
     return votes
 

@@ -73,7 +73,7 @@ class Mahalanobis:
 
     @property
     def rank(self) -> int:
-        return self.whitening_DR.shape[1]
+        return int(self.whitening_DR.shape[1])
 
     @classmethod
     def fit(cls, train_MD: Floats, label_M: Ints) -> "Mahalanobis":

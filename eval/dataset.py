@@ -1,0 +1,320 @@
+"""A described data set, opened: its pictures, with their labels as class numbers; what is wrong is said at once."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from threetowers.cache.tars import TarIndex, expand, index_tar, read_member
+from threetowers.eval.classification import Ints, label_matrix
+from threetowers.eval.description import BadDescription, Pictures, Source
+from threetowers.eval.embed import EvaluationSet, Picture
+from threetowers.eval.layout import Layout
+from threetowers.eval.prompts import PromptError, class_names, prompt_templates
+from threetowers.trainer.data.samples import BadSample, image
+
+LEARNING = {"fewshot", "probe", "knn", "ood"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some pictures of a set. `data` is all of their tars, which are embedded together; `rows` are the part's own."""
+
+    data: EvaluationSet
+    rows: Ints
+    labels_NL: Ints  # of the rows, as numbers of the set's classes (see `label_matrix`)
+    told_apart: Ints  # the classes a picture of this part may be of
+    left_out: Mapping[str, int]  # how many, by reason
+
+    @property
+    def label_N(self) -> Ints:
+        """One label each. Raises ValueError where a picture has several."""
+        if self.labels_NL.shape[1] > 1:
+            raise ValueError("probes and neighbours need one label a picture; some have several")
+        label_N: Ints = self.labels_NL[:, 0]
+        return label_N
+
+    def pictures(self) -> list[Picture]:
+        return [self.data.pictures[row] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class OpenSet:
+    """A described data set, with the parts that the wanted tasks read."""
+
+    source: Source
+    test: Part
+    names: list[str]  # of the classes
+    templates: list[str]
+    learn: Part | None = None
+    shifted: Mapping[str, Part] = field(default_factory=dict)
+    outliers: Mapping[str, Part] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Every class of a part: the key that its labels carry, and its name."""
+
+    keys: list[str]
+    names: list[str]
+
+
+class Reader:
+    """Reads the pictures of tars, those that several sets or parts share once."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str, ...], EvaluationSet] = {}
+
+    def __call__(self, patterns: Sequence[str]) -> EvaluationSet:
+        tars = tuple(expand(patterns))
+        if tars not in self._read:
+            self._read[tars] = read_pictures([index_tar(tar) for tar in tars])
+        return self._read[tars]
+
+
+def open_set(source: Source, tasks: Collection[str], read: Reader | None = None) -> OpenSet:
+    """Open what the tasks read of a described set. All that can be wrong with it is found here.
+
+    Raises BadDescription for classes, prompts or a subset that do not fit, for a label that is no class, and for a part
+    without pictures; BadTar and PlaceError for tars.
+    """
+    try:
+        return _Opening(source, read or Reader()).opened(set(tasks))
+    except PromptError as error:
+        raise BadDescription(f"{source.path}: {error}") from error
+
+
+def read_pictures(tars: Sequence[TarIndex], max_pixels: int = 50_000_000) -> EvaluationSet:
+    """Return every picture of the tars with its captions, if it has any, and its fields.
+
+    Fields are those of the .json member, and `cls` for a .cls member. Captions are the .json member's `captions` or
+    `caption`, else the lines of the .txt member. Pictures that cannot be read are listed in `skipped`.
+    """
+    pictures, skipped = [], []
+    for number, tar in enumerate(tars):
+        for ordinal in range(len(tar.samples)):
+            try:
+                captions, fields = _annotation(tar, ordinal)
+                image(tar, ordinal, max_pixels)
+            except BadSample as error:
+                skipped.append(str(error))
+                continue
+            key = tar.samples[ordinal].key
+            group = f"{tar.location}:{ordinal}"
+            pictures.append(Picture(number, ordinal, key, group, "all", captions, fields))
+    return EvaluationSet(list(tars), pictures, skipped)
+
+
+def _annotation(tar: TarIndex, ordinal: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    sample = tar.samples[ordinal]
+    fields: dict[str, Any] = {}
+    captions: Any = []
+    try:
+        if "txt" in sample.members:
+            captions = read_member(tar, ordinal, "txt").decode().splitlines()
+        if "json" in sample.members:
+            fields = json.loads(read_member(tar, ordinal, "json"))
+            if not isinstance(fields, dict):
+                raise ValueError(f"the json member holds a {type(fields).__name__}, expected an object")
+            captions = fields.pop("captions", fields.pop("caption", captions))
+        if "cls" in sample.members:
+            fields["cls"] = [int(word) for word in read_member(tar, ordinal, "cls").decode().replace(",", " ").split()]
+    except ValueError as error:  # of UTF-8, JSON or a number
+        raise BadSample(f"{tar.location}: sample {sample.key!r}: {error}") from error
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise BadSample(f"{tar.location}: sample {sample.key!r}: captions are {captions!r}, expected a list of strings")
+    return tuple(caption.strip() for caption in captions if caption.strip()), fields
+
+
+class _Opening:
+    """One set being opened."""
+
+    def __init__(self, source: Source, read: Reader) -> None:
+        self.source, self.own, self.read = source, source.description, read
+
+    def opened(self, tasks: set[str]) -> OpenSet:
+        own = self.own
+        of_shift = own.tasks.shift.of if own.tasks.shift else "zeroshot"
+        prompted = tasks & {"zeroshot", "ood"} or ("shift" in tasks and of_shift == "zeroshot")
+        wanted: dict[str, Mapping[str, Pictures | None]] = {
+            "learn": {"": own.learn} if tasks & LEARNING else {},
+            "shifted": own.shifted if "shift" in tasks else {},
+            "outliers": own.outliers if "ood" in tasks else {},
+        }
+        if tasks & LEARNING and own.learn is None:
+            self.refuse(f"{sorted(tasks & LEARNING)} need pictures to learn from; say where they are under learn")
+        parts = {(kind, name): self.source.part(part) for kind, group in wanted.items() for name, part in group.items()}
+        test = self.source.part(None)
+        if not prompted and not tasks & LEARNING:
+            opened = {key: self.unlabelled(part, ".".join(key)) for key, part in parts.items()}
+            return OpenSet(self.source, self.unlabelled(test, "set"), [], [], shifted=_named(opened, "shifted"))
+        labelled = [test, *(part for (kind, _), part in parts.items() if kind != "outliers")]
+        classes = self.classes(test, labelled)
+        kept = self.subset(classes)
+        names = [classes.names[i] for i in kept]
+        number = {classes.keys[i]: new for new, i in enumerate(kept)}
+        opened = {
+            key: self.unlabelled(part, ".".join(key))
+            if key[0] == "outliers"
+            else self.labelled(part, ".".join(key).rstrip("."), classes, number)
+            for key, part in parts.items()
+        }
+        return OpenSet(
+            self.source,
+            self.labelled(test, "set", classes, number),
+            names,
+            self.templates(test) if prompted else [],
+            learn=opened.get(("learn", "")),
+            shifted=_named(opened, "shifted"),
+            outliers=_named(opened, "outliers"),
+        )
+
+    def refuse(self, message: str) -> None:
+        raise BadDescription(f"{self.source.path}: {message}")
+
+    def data(self, part: Pictures) -> EvaluationSet:
+        tars = part.tars
+        if part.root is not None:
+            tars = Layout(part.root).tars(part.split or "test")
+        try:
+            return self.read(tars)
+        except ValueError as error:
+            raise BadDescription(f"{self.source.path}: {error}") from error
+
+    def filtered(self, part: Pictures, what: str) -> tuple[EvaluationSet, list[int]]:
+        """The part's pictures: all of its tars, and the rows that pass `where`."""
+        data = self.data(part)
+        where = {
+            name: {wanted} if isinstance(wanted, str) else set(wanted) for name, wanted in part.where.items() if wanted
+        }
+        rows = []
+        for row, picture in enumerate(data.pictures):
+            if missing := sorted(where.keys() - picture.fields.keys()):
+                self.refuse(
+                    f"{what}: where: sample {picture.key!r} of {data.tars[picture.tar].name} has no field "
+                    f"{missing[0]!r}, only {sorted(picture.fields)}"
+                )
+            if all(str(picture.fields[name]) in wanted for name, wanted in where.items()):
+                rows.append(row)
+        if not rows:
+            reason = f"; the first of {len(data.skipped)} problems: {data.skipped[0]}" if data.skipped else ""
+            self.refuse(f"{what}: none of {len(data.pictures)} pictures is left (where: {part.where or 'all'}){reason}")
+        return data, rows
+
+    def unlabelled(self, part: Pictures, what: str) -> Part:
+        data, rows = self.filtered(part, what)
+        labels_NL = np.full((len(rows), 1), -1, np.int64)
+        return Part(data, np.array(rows), labels_NL, np.empty(0, np.int64), {"unreadable": len(data.skipped)})
+
+    def values(self, picture: Picture, part: Pictures, what: str) -> list[str]:
+        """The labels of a picture as they stand in its sample."""
+        name = part.label or "cls"
+        if name not in picture.fields:
+            member = f"no field {name!r} in its .json member" if part.label else "no .cls member"
+            self.refuse(
+                f"{what}: sample {picture.key!r} has {member} (found {sorted(picture.fields)}); name the JSON field "
+                "that holds the class under label"
+            )
+        value = picture.fields[name]
+        return [str(v) for v in (value if isinstance(value, list) else [value])]
+
+    def classes(self, part: Pictures, labelled: Sequence[Pictures]) -> _Classes:
+        """Every class of a part by what its labels are: the value of a field, or a number."""
+        given = part.classes
+        if given is None and part.root is not None:
+            given = Layout(part.root).classes
+        if isinstance(given, str):
+            given = class_names(given)
+        if isinstance(given, dict):
+            return _Classes(list(given), list(given.values()))
+        if given is not None:
+            return _Classes(list(given) if part.label else [str(n) for n in range(len(given))], list(given))
+        if part.label is None:
+            self.refuse("classes: labels are numbers (.cls), so their names are needed: a list, or classnames.txt")
+        found: set[str] = set()
+        for one in labelled:
+            data, rows = self.filtered(one, "set")
+            found |= {value for row in rows for value in self.values(data.pictures[row], one, "set")}
+        return _Classes(sorted(found), sorted(found))
+
+    def subset(self, classes: _Classes) -> list[int]:
+        if self.own.subset is None:
+            return list(range(len(classes.keys)))
+        wanted, pairs = set(self.own.subset), list(zip(classes.keys, classes.names, strict=True))
+        if unknown := sorted(wanted - set(classes.keys) - set(classes.names)):
+            self.refuse(f"subset: {unknown[:3]} are none of the {len(pairs)} classes {classes.names[:5]} ...")
+        return [number for number, pair in enumerate(pairs) if wanted & set(pair)]
+
+    def templates(self, part: Pictures) -> list[str]:
+        given: Sequence[str] | str | None = self.own.prompts
+        if given is None and part.root is not None:
+            given = Layout(part.root).templates
+        if given is None:
+            self.refuse("prompts: zero-shot classification needs templates: a list, or the name of a shipped set")
+        assert given is not None
+        return prompt_templates(given)
+
+    def labelled(self, part: Pictures, what: str, classes: _Classes, number: Mapping[str, int]) -> Part:
+        """A part with labels as numbers of the set's classes. `number`: of those kept, by key."""
+        data, rows = self.filtered(part, what)
+        here = self.classes(part, [part]) if part.classes is not None or part.root is not None else classes
+        to_set = self.translation(here, classes, what)
+        kept, labels, outside, without = [], [], 0, 0
+        for row in rows:
+            picture = data.pictures[row]
+            values = self.values(picture, part, what)
+            if unknown := [value for value in values if value not in to_set]:
+                self.refuse(
+                    f"{what}: sample {picture.key!r} of {data.tars[picture.tar].name} has the label {unknown[0]!r}, "
+                    f"which is none of the {len(here.keys)} classes ({here.keys[0]!r} to {here.keys[-1]!r})"
+                )
+            numbers = [number[to_set[value]] for value in values if to_set[value] in number]
+            if numbers:
+                kept.append(row)
+                labels.append(numbers)
+            elif values:
+                outside += 1
+            else:
+                without += 1
+        if not kept:
+            self.refuse(f"{what}: none of {len(rows)} pictures has a label in the subset of {len(number)} classes")
+        told_apart = np.array(sorted({number[key] for key in to_set.values() if key in number}))
+        left_out = {"unreadable": len(data.skipped), "outside_subset": outside, "without_label": without}
+        return Part(data, np.array(kept), label_matrix(labels, len(number)), told_apart, left_out)
+
+    def translation(self, here: _Classes, classes: _Classes, what: str) -> dict[str, str]:
+        """From the keys of a part's classes to the set's, by name where the lists are not the same."""
+        if here.names == classes.names or here.keys == classes.keys:
+            return dict(zip(here.keys, classes.keys, strict=True))
+        by_name = dict(zip(classes.names, classes.keys, strict=True))
+        if unknown := [name for name in here.names if name not in by_name]:
+            self.refuse(f"{what}: {unknown[:3]} are no classes of the set; they are {classes.names[:5]} ...")
+        if len(by_name) < len(classes.names):
+            self.refuse(f"{what}: has other classes than the set, which are told by name, but names occur twice there")
+        return {key: by_name[name] for key, name in zip(here.keys, here.names, strict=True)}
+
+
+def _named(opened: Mapping[tuple[str, str], Part], kind: str) -> dict[str, Part]:
+    return {name: part for (found, name), part in opened.items() if found == kind}
+
+
+def as_gallery(part: Part, group_field: str | None, max_captions: int) -> EvaluationSet:
+    """The part as retrieval sees it: one gallery of the pictures that have captions, matched by a field or one by one.
+
+    Raises ValueError for a field that a sample lacks and where no picture has a caption.
+    """
+    pictures = []
+    for picture in part.pictures():
+        if group_field is not None and group_field not in picture.fields:
+            raise ValueError(
+                f"group_field: sample {picture.key!r} has no field {group_field!r}, only {sorted(picture.fields)}"
+            )
+        if picture.captions:
+            group = picture.group if group_field is None else str(picture.fields[group_field])
+            pictures.append(replace(picture, group=group, captions=picture.captions[:max_captions]))
+    if not pictures:
+        raise ValueError(f"none of {len(part.rows)} pictures has a caption: retrieval needs .txt or .json members")
+    return replace(part.data, pictures=pictures)

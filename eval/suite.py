@@ -1,0 +1,191 @@
+"""All that the descriptions of some data sets ask of some models: one record an answer, none computed twice."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from threetowers.eval.dataset import OpenSet, Part, Reader, as_gallery, open_set
+from threetowers.eval.description import Description, Settings, Tasks, load_description
+from threetowers.eval.encoder import Encoder, Loading, load_encoder
+from threetowers.eval.prompts import fill, prompts_hash
+from threetowers.eval.record import Question, Record, answered, digest
+from threetowers.eval.tasks import TASKS, check, needs_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One task of one open set."""
+
+    task: str
+    opened: OpenSet
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What came out. `left_out`: tasks that a model cannot answer, each with the reason."""
+
+    records: list[Record]
+    left_out: list[str]
+
+    def text(self) -> str:
+        """What a terminal shows: each set's tasks with the metrics they lead with, a column a model."""
+        models = list(dict.fromkeys(record.question.run for record in self.records))
+        rows: dict[str, dict[str, float]] = {}
+        for record in self.records:
+            for name, value in headlines(record).items():
+                row = f"{record.question.gallery}  {record.question.task}  {name}"
+                rows.setdefault(row, {})[record.question.run] = value
+        width = max((len(row) for row in rows), default=0)
+        columns = [max(len(model), 6) for model in models]
+        lines = [" " * width + "".join(f"  {model:>{size}}" for model, size in zip(models, columns, strict=True))]
+        for row, values in rows.items():
+            cells = [f"{100 * values[model]:.1f}" if model in values else "-" for model in models]
+            lines.append(f"{row:<{width}}" + "".join(f"  {c:>{size}}" for c, size in zip(cells, columns, strict=True)))
+        return "\n".join([*lines, "in percent; ties count against the model", *self.left_out])
+
+
+def headlines(record: Record) -> dict[str, float]:
+    """The metrics that a table leads with: of `metric`, and what else a task is run for."""
+    metric = str(record.question.settings.get("metric", "top1"))
+    wanted = {
+        "zeroshot": (metric,),
+        "probe": (metric,),
+        "knn": (f"/{metric}",),
+        "fewshot": ("-shot/top1",),
+        "shift": (f"/{metric}", f"/{metric}_drop", "/recall@1", "/recall@1_drop"),
+        "ood": ("/auroc",),
+        "retrieval": ("/recall@1",),
+    }[record.question.task]
+    return {name: value for name, value in record.metrics.items() if name.endswith(wanted)}
+
+
+def run_suite(
+    models: Sequence[str | Path],
+    sets: Sequence[str | Path],
+    out: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    loading: Loading | None = None,
+    again: bool = False,
+) -> Suite:
+    """Answer the tasks that the sets' descriptions name (or those given) for each model; records go to `out`/records.
+
+    Every description, set and model is opened and checked before the first embedding is computed. Raises ValueError
+    for what is wrong with them.
+    """
+    if not models or not sets:
+        raise ValueError(f"expected at least one model and one data set, got {list(models)} and {list(sets)}")
+    read = Reader()
+    asked = [one for path in sets for one in questions_of(path, tasks, read)]
+    loading = loading or Loading(embeddings=out / "embeddings")
+    encoders = [load_encoder(model, loading) for model in models]
+    names = [encoder.facts.name for encoder in encoders]
+    if len(set(names)) != len(names):
+        raise ValueError(f"models must have different names, got {names}")
+    records, left_out = [], []
+    for encoder in encoders:
+        for one in asked:
+            if needs_text(one.task) and not encoder.sees_text:
+                left_out.append(f"{encoder.facts.name}: no {one.task}, as it sees images only")
+                continue
+            records.append(_answer(one, encoder, out / "records", again))
+    return Suite(records, left_out)
+
+
+def questions_of(path: str | Path, tasks: Sequence[str] | None = None, read: Reader | None = None) -> list[Asked]:
+    """Open a described set, and return what is asked of it. Raises ValueError where a task cannot be answered on it."""
+    source = load_description(path)
+    own = source.description.tasks
+    wanted = {name: getattr(own, name) for name in asdict(Tasks()) if getattr(own, name) is not None}
+    if tasks is not None:
+        wanted = {name: wanted.get(name) or _default(name) for name in tasks}
+    if not wanted:
+        raise ValueError(f"{path}: names no task: list them under tasks, or ask for one")
+    opened = open_set(source, wanted, read)
+    for task, settings in wanted.items():
+        try:
+            check(task, opened, settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return [Asked(task, opened, settings) for task, settings in wanted.items()]
+
+
+def _default(task: str) -> Any:
+    kinds = {f"{name}": kind for name, kind in Tasks.__annotations__.items()}
+    if task not in kinds:
+        raise ValueError(f"{task!r} is no task; tasks are {sorted(kinds)}")
+    (kind,) = (k for k in kinds[task].__args__ if k is not type(None))
+    return kind()
+
+
+def _answer(one: Asked, encoder: Encoder, folder: Path, again: bool) -> Record:
+    opened = one.opened
+    parts = dict(_parts(one.task, opened))
+    tars = {tar.location: tar for part in parts.values() for tar in part.data.tars}
+    description = opened.source.description
+    texts = _texts(one)
+    question = Question.of(
+        one.task,
+        description.name,
+        encoder.facts,
+        tars.values(),
+        {
+            "metric": description.metric,
+            "settings": json.dumps(asdict(one.settings), sort_keys=True),
+            "pictures": json.dumps(_selection(description), sort_keys=True),
+            "texts": prompts_hash(texts),
+            "classes": prompts_hash(opened.names),
+        },
+    )
+    log.info("%s: %s on %s", encoder.facts.name, one.task, description.name)
+    return answered(
+        question,
+        encoder.facts,
+        folder,
+        lambda: TASKS[one.task](encoder, opened, one.settings),
+        sample_ids=digest(_ids(parts)),
+        texts=digest(texts),
+        again=again,
+    )
+
+
+def _parts(task: str, opened: OpenSet) -> Iterator[tuple[str, Part]]:
+    yield "test", opened.test
+    if opened.learn is not None and task in ("fewshot", "probe", "knn", "ood"):
+        yield "learn", opened.learn
+    others = {"shift": opened.shifted, "ood": opened.outliers}.get(task, {})
+    yield from others.items()
+
+
+def _ids(parts: Mapping[str, Part]) -> Iterator[str]:
+    for name, part in parts.items():
+        for picture in part.pictures():
+            yield f"{name}/{part.data.tars[picture.tar].name}/{picture.key}"
+
+
+def _texts(one: Asked) -> list[str]:
+    """Every text that the answer depends on: prompts, or captions."""
+    settings: Any = one.settings
+    if one.task == "shift" and settings.of == "retrieval":
+        settings = settings.retrieval
+    elif one.task != "retrieval":
+        return fill(one.opened.templates, one.opened.names) if one.opened.templates else list(one.opened.names)
+    data = as_gallery(one.opened.test, settings.group_field, settings.max_captions)
+    return [caption for picture in data.pictures for caption in picture.captions]
+
+
+def _selection(description: Description) -> dict[str, Any]:
+    """What of the tars is read, as far as it is not in the tars themselves."""
+    keys = ("where", "label", "split")
+
+    def of(part: Any) -> dict[str, Any]:
+        return {key: getattr(part, key) for key in keys}
+
+    parts = {"test": description, "learn": description.learn, **description.shifted, **description.outliers}
+    return {name: of(part) for name, part in parts.items() if part is not None}

@@ -1,0 +1,299 @@
+"""The tasks of a described set: each turns an encoder and an open set into an answer.
+
+Zero-shot, neighbours and outlier scores use the unit-norm embeddings; the probes use the image tower's own features.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from threetowers.eval.classification import (
+    Floats,
+    Ints,
+    Judgement,
+    LinearClassifier,
+    accuracies,
+    judge,
+    mean_average_precision,
+    reliability,
+)
+from threetowers.eval.dataset import OpenSet, Part, as_gallery
+from threetowers.eval.description import FewShot, Neighbours, Outliers, Probe, Retrieval, Shift, ZeroShot
+from threetowers.eval.encoder import Encoder
+from threetowers.eval.fewshot import check_supports, few_shot_probes
+from threetowers.eval.gallery import galleries_of
+from threetowers.eval.knn import neighbour_votes
+from threetowers.eval.ood import Mahalanobis, class_scores, detection, neighbour_score
+from threetowers.eval.probe import linear_probe
+from threetowers.eval.prompts import ensemble, fill
+from threetowers.eval.record import Answer
+from threetowers.eval.retrieval import Retrieval as Retrieved
+from threetowers.eval.retrieval import evaluate_retrieval
+
+Items = dict[str, NDArray[Any]]
+ORIGINAL = "original"
+TOP = (1, 5)
+
+
+def zeroshot(encoder: Encoder, opened: OpenSet, settings: ZeroShot) -> Answer:
+    """Classify by the nearest class embedding: `top1`, `top5`, `mean_per_class`, and `calibration_error` at the scale.
+
+    With several labels a picture, a hit on any counts, and `mean_average_precision` is given too.
+    """
+    classifier = zero_shot_classifier(encoder, opened)
+    return _classified(classifier, images(encoder, opened.test), opened.test, scale=encoder.logit_scale)
+
+
+def zero_shot_classifier(encoder: Encoder, opened: OpenSet) -> LinearClassifier:
+    """The mean of each class's prompts as a classifier of unit-norm image embeddings."""
+    prompts = encoder.texts(fill(opened.templates, opened.names))
+    return LinearClassifier(np.ascontiguousarray(ensemble(prompts, len(opened.names)).T))
+
+
+def fewshot(encoder: Encoder, opened: OpenSet, settings: FewShot) -> Answer:
+    """Ridge probes on a few pictures a class: `<k>-shot/top1`, the mean over seeds; its deviation, and each seed's."""
+    learn = _learn(opened)
+    train_MD, test_ND = features(encoder, learn), features(encoder, opened.test)
+    metrics: dict[str, float] = {}
+    items: Items = {}
+    right: dict[int, list[NDArray[np.bool_]]] = {shots: [] for shots in settings.shots}
+    per_class: dict[int, list[float]] = {shots: [] for shots in settings.shots}
+    for found in few_shot_probes(
+        train_MD, learn.label_N, len(opened.names), settings.shots, settings.seeds, settings.l2
+    ):
+        judged = judge(found.classifier.scores(test_ND), opened.test.labels_NL)
+        right[found.shots].append(judged.correct_N())
+        per_class[found.shots].append(accuracies(judged, opened.test.labels_NL)["mean_per_class"])
+    for shots, correct in right.items():
+        by_seed = [float(one.mean()) for one in correct]
+        metrics[f"{shots}-shot/top1"] = float(np.mean(by_seed))
+        metrics[f"{shots}-shot/top1_deviation"] = float(np.std(by_seed))
+        metrics[f"{shots}-shot/mean_per_class"] = float(np.mean(per_class[shots]))
+        metrics |= {f"{shots}-shot/top1_seed{seed}": value for seed, value in zip(settings.seeds, by_seed, strict=True)}
+        items[f"{shots}-shot/top1"] = np.mean(correct, axis=0)
+    return Answer(metrics, _counts(opened.test) | {"learned_from": len(learn.rows)}, items)
+
+
+def probe(encoder: Encoder, opened: OpenSet, settings: Probe) -> Answer:
+    """A logistic probe on all training pictures, its penalty chosen on some of them; metrics as of `zeroshot`."""
+    learn = _learn(opened)
+    found = linear_probe(
+        features(encoder, learn), learn.label_N, len(opened.names), settings.penalties, seed=settings.seed
+    )
+    answer = _classified(found.classifier, features(encoder, opened.test), opened.test)
+    tried = {f"held_out_top1@{penalty:g}": value for penalty, value in found.held_out_accuracy.items()}
+    chosen = {"penalty": found.penalty, "gradient": found.gradient}
+    return Answer(
+        {**answer.metrics, **chosen, **tried}, {**answer.counts, "learned_from": len(learn.rows)}, answer.items
+    )
+
+
+def knn(encoder: Encoder, opened: OpenSet, settings: Neighbours) -> Answer:
+    """Votes of the nearest training pictures: `<rule>@<k>/top1` and `/mean_per_class`."""
+    learn = _learn(opened)
+    votes = neighbour_votes(
+        images(encoder, learn),
+        learn.label_N,
+        images(encoder, opened.test),
+        len(opened.names),
+        settings.ks,
+        temperature=settings.temperature,
+    )
+    metrics: dict[str, float] = {}
+    items: Items = {}
+    for rule, votes_NC in votes.items():
+        judged = judge([votes_NC], opened.test.labels_NL)
+        found = accuracies(judged, opened.test.labels_NL)
+        metrics |= {f"{rule}/{key}": found[key] for key in ("top1", "mean_per_class")}
+        items[f"{rule}/top1"] = judged.correct_N().astype(np.float32)
+    return Answer(metrics, _counts(opened.test) | {"learned_from": len(learn.rows)}, items)
+
+
+def shift(encoder: Encoder, opened: OpenSet, settings: Shift) -> Answer:
+    """Each shifted version beside the original: `<version>/top1`, and `<version>/top1_drop` from the original's.
+
+    Where a version has fewer classes, the original is classified into these alone (`<version>/top1_original`), and the
+    drop is from there.
+    """
+    if settings.of == "retrieval":
+        return _retrieval_shift(encoder, opened, settings.retrieval)
+    classifier = zero_shot_classifier(encoder, opened)
+    metrics: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    items: Items = {}
+    for name, part in {ORIGINAL: opened.test, **opened.shifted}.items():
+        answer = _classified(classifier, images(encoder, part), part, scale=encoder.logit_scale)
+        metrics |= _prefixed(name, answer.metrics)
+        counts |= _prefixed(name, answer.counts)
+        items |= _prefixed(name, answer.items)
+        if name == ORIGINAL:
+            continue
+        same = _restricted(opened.test, part.told_apart)
+        before = accuracies(_judged(classifier, images(encoder, same), same), same.labels_NL)
+        for key in before.keys() & {"top1", "top5", "mean_per_class"}:
+            metrics[f"{name}/{key}_original"] = before[key]
+            metrics[f"{name}/{key}_drop"] = before[key] - answer.metrics[key]
+    return Answer(metrics, counts, items)
+
+
+def retrieval(encoder: Encoder, opened: OpenSet, settings: Retrieval) -> Answer:
+    """Recalls from exact ranks, both ways, between the set's pictures and their captions."""
+    found = _retrieved(encoder, opened.test, settings)
+    return Answer(found.metrics(), found.counts())
+
+
+def _retrieved(encoder: Encoder, part: Part, settings: Retrieval) -> Retrieved:
+    (gallery,) = galleries_of(as_gallery(part, settings.group_field, settings.max_captions))
+    return evaluate_retrieval(
+        encoder.images(part.data, gallery.pictures),
+        encoder.texts(gallery.captions),
+        gallery.image_group_N,
+        gallery.text_group_M,
+    )
+
+
+def _retrieval_shift(encoder: Encoder, opened: OpenSet, settings: Retrieval) -> Answer:
+    metrics: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for name, part in {ORIGINAL: opened.test, **opened.shifted}.items():
+        found = _retrieved(encoder, part, settings)
+        metrics |= _prefixed(name, found.metrics())
+        counts |= _prefixed(name, found.counts())
+        for direction in ("image_to_text", "text_to_image"):
+            key = f"{direction}/recall@1"
+            if name != ORIGINAL:
+                metrics[f"{name}/{key}_drop"] = metrics[f"{ORIGINAL}/{key}"] - metrics[f"{name}/{key}"]
+    return Answer(metrics, counts)
+
+
+def ood(encoder: Encoder, opened: OpenSet, settings: Outliers) -> Answer:
+    """Tell the set's pictures from each outlier set: `<outliers>/<score>/auroc` and so on (see `ood.detection`).
+
+    A model without a text tower has the k-NN and Mahalanobis scores only.
+    """
+    learn = _learn(opened)
+    train_MD = images(encoder, learn)
+    distance = Mahalanobis.fit(train_MD, learn.label_N)
+    classifier = zero_shot_classifier(encoder, opened) if encoder.sees_text else None
+
+    def scores(part: Part) -> dict[str, NDArray[np.float64]]:
+        x_ND = images(encoder, part)
+        found = {"knn": neighbour_score(train_MD, x_ND, settings.k), "mahalanobis": distance.score(x_ND)}
+        if classifier is not None:
+            blocks = [class_scores(block, encoder.logit_scale) for block in classifier.scores(x_ND)]
+            found |= {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        return found
+
+    inside = scores(opened.test)
+    metrics: dict[str, float] = {}
+    counts = _counts(opened.test) | {"learned_from": len(learn.rows), "mahalanobis_rank": distance.rank}
+    items: Items = {f"inside/{name}": score for name, score in inside.items()}
+    for outliers, part in opened.outliers.items():
+        counts[f"{outliers}/pictures"] = len(part.rows)
+        for name, score in scores(part).items():
+            metrics |= _prefixed(f"{outliers}/{name}", detection(inside[name], score))
+            items[f"{outliers}/{name}"] = score
+    return Answer(metrics, counts, items)
+
+
+TASKS: dict[str, Callable[[Encoder, OpenSet, Any], Answer]] = {
+    "retrieval": retrieval,
+    "zeroshot": zeroshot,
+    "fewshot": fewshot,
+    "probe": probe,
+    "knn": knn,
+    "shift": shift,
+    "ood": ood,
+}
+
+
+def needs_text(task: str) -> bool:
+    """Whether a task asks for embeddings of texts."""
+    return task in ("zeroshot", "shift", "retrieval")
+
+
+def check(task: str, opened: OpenSet, settings: Any) -> None:
+    """Raise ValueError for what a task would refuse after the embeddings are computed."""
+    if isinstance(settings, FewShot):
+        check_supports(_learn(opened).label_N, len(opened.names), settings.shots)
+    elif isinstance(settings, Neighbours | Outliers):
+        k, learn = max(settings.ks) if isinstance(settings, Neighbours) else settings.k, _learn(opened)
+        if k > len(learn.rows):
+            raise ValueError(f"{task}: k = {k} over {len(learn.rows)} training pictures: choose a k of at most as many")
+    elif isinstance(settings, Probe):
+        learn = _learn(opened)
+        if missing := sorted(set(range(len(opened.names))) - set(learn.label_N.tolist())):
+            raise ValueError(
+                f"probe: {len(missing)} of {len(opened.names)} classes have no training picture, the first is "
+                f"{opened.names[missing[0]]!r}: restrict the classes (subset) or learn from another split"
+            )
+
+
+def images(encoder: Encoder, part: Part) -> Floats:
+    """Unit-norm embeddings of a part's pictures (n, dim); those of its tars are computed together, once."""
+    return np.asarray(encoder.images(part.data, part.data.pictures)[part.rows])
+
+
+def features(encoder: Encoder, part: Part) -> Floats:
+    """The image tower's output for a part's pictures (n, width), before heads and normalisation."""
+    return np.asarray(encoder.features(part.data, part.data.pictures)[part.rows])
+
+
+def _learn(opened: OpenSet) -> Part:
+    if opened.learn is None:
+        raise ValueError(f"{opened.source.path}: says under learn which pictures to learn from: found none")
+    return opened.learn
+
+
+def _judged(classifier: LinearClassifier, x_ND: Floats, part: Part, scale: float = 1.0) -> Judgement:
+    """Judge among the classes that the part tells apart; predictions are numbers within these."""
+    return judge(_narrow(classifier, part).scores(x_ND), _relabelled(part), scale=scale)
+
+
+def _narrow(classifier: LinearClassifier, part: Part) -> LinearClassifier:
+    bias_C = classifier.bias_C
+    return LinearClassifier(
+        classifier.weight_DC[:, part.told_apart], None if bias_C is None else bias_C[part.told_apart]
+    )
+
+
+def _relabelled(part: Part) -> Ints:
+    return np.where(part.labels_NL < 0, part.labels_NL, np.searchsorted(part.told_apart, part.labels_NL))
+
+
+def _classified(classifier: LinearClassifier, x_ND: Floats, part: Part, scale: float = 1.0) -> Answer:
+    labels_NL = _relabelled(part)
+    judged = _judged(classifier, x_ND, part, scale)
+    correct_N = judged.correct_N()
+    metrics = accuracies(judged, labels_NL, TOP)
+    metrics["calibration_error"] = reliability(judged.confidence_N, correct_N).error
+    if labels_NL.shape[1] > 1:
+        scores_NC = np.concatenate(list(_narrow(classifier, part).scores(x_ND)))
+        metrics["mean_average_precision"] = mean_average_precision(scores_NC, labels_NL)
+    tied = int((judged.optimistic_N != judged.pessimistic_N).sum())
+    items: Items = {f"top{k}": judged.correct_N(k).astype(np.float32) for k in TOP if k <= judged.classes}
+    items |= {
+        "confidence": judged.confidence_N,
+        "predicted": part.told_apart[judged.predicted_N],
+        "label": part.labels_NL,
+    }
+    return Answer(metrics, _counts(part) | {"tied": tied}, items)
+
+
+def _restricted(part: Part, classes: Ints) -> Part:
+    """The part's pictures of some classes, told apart from each other only."""
+    labels_NL = np.where(np.isin(part.labels_NL, classes), part.labels_NL, -1)
+    kept_N = (labels_NL >= 0).any(axis=1)
+    if not kept_N.any():
+        raise ValueError(f"none of {len(part.rows)} original pictures is of the shifted set's {len(classes)} classes")
+    return Part(part.data, part.rows[kept_N], labels_NL[kept_N], classes, part.left_out)
+
+
+def _counts(part: Part) -> dict[str, int]:
+    return {"pictures": len(part.rows), "classes": len(part.told_apart), **part.left_out}
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{key}": value for key, value in values.items()}
