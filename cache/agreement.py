@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from threetowers.cache.table import TARS, TarTable, extend, read_table
 from threetowers.cache.tars import TarIndex
 from threetowers.cache.teacher import Teacher
 from threetowers.cache.views import CENTER, Views
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 Indexing = Callable[[Sequence[str]], list[TarIndex]]
@@ -72,7 +75,7 @@ def agree(
     if rank.rank == 0 and place.size(MANIFEST) is None:
         _begin(place, index(paths), teacher, terms)
     while place.size(MANIFEST) is None:
-        _wait(place, len(paths), rank, wait_seconds, deadline)
+        _wait(place, rank, wait_seconds, deadline)
     contract = read_contract(place)
     asked = _offer(teacher, terms, max(contract.slot, terms.slot or 0), contract.chunk_rows)
     if lines := difference(contract, asked):
@@ -81,20 +84,34 @@ def agree(
             "holds, found is what was asked for: choose another folder"
         )
     if rank.rank == 0:
-        known = read_table(place, empty=True)
-        extend(place, index([path for path in paths if known.at(path) is None]), contract.slot)
+        before = read_table(place, empty=True)
+        extend(place, index([path for path in paths if before.at(path) is None]), contract.slot)
         table = fit_to_table(place, contract)
+        _warn_of_namesakes(place, before, table, paths)
     else:
         strange = [tar.fingerprint for tar in index([p for p in paths if read_table(place, empty=True).at(p) is None])]
         while not set(strange) <= (table := read_table(place, empty=True)).by_fingerprint.keys() or not table.entries:
-            _wait(place, len(paths), rank, wait_seconds, deadline)
+            _wait(place, rank, wait_seconds, deadline)
     return Agreement(contract, table, tuple(notes(contract, asked)))
 
 
-def _wait(place: Place, n_tars: int, rank: Rank, wait_seconds: float, deadline: float) -> None:
+def _warn_of_namesakes(place: Place, before: TarTable, table: TarTable, paths: Sequence[str]) -> None:
+    """Two data sets may number their tars alike; but tars that were downloaded again would be embedded again."""
+    added = [path for path in before.namesakes(paths) if table.at(path) is not None]
+    if added:
+        logger.warning(
+            "%s: %d tars were added whose names the cache already knows from another folder, with other contents: %s%s",
+            place,
+            len(added),
+            ", ".join(added[:3]),
+            ", ..." if len(added) > 3 else "",
+        )
+
+
+def _wait(place: Place, rank: Rank, wait_seconds: float, deadline: float) -> None:
     if time.monotonic() > deadline:
         raise TimeoutError(
-            f"rank {rank.rank} waited {wait_seconds:.0f} s for rank 0 to index {n_tars} tars and to write "
+            f"rank {rank.rank} waited {wait_seconds:.0f} s for rank 0 to index the tars and to write "
             f"{place.at(MANIFEST)} and {place.at(TARS)}/: see rank 0's output, check that both see one place, or raise "
             "wait_seconds"
         )
@@ -109,7 +126,6 @@ def _begin(place: Place, indexes: list[TarIndex], teacher: Teacher, terms: Terms
     largest = max(len(tar.samples) for tar in indexes)
     TarTable(()).missing(indexes, terms.slot or largest)  # copies, and tars larger than the slot
     slot, chunk_rows = slot_and_chunk(precision(terms.dtype).row_bytes(teacher.dim), terms.slot or largest)
-    place.clear_staged(CONTRACT_OWNER)
     place.put_new(MANIFEST, to_json(_offer(teacher, terms, slot, chunk_rows)), owner=CONTRACT_OWNER)
 
 

@@ -58,7 +58,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class TarTable:
-    """The tars of a cache; `entries[i].id == i`."""
+    """The tars of a cache; `entries[i].id == i`. A cache that is being built may hold tars not yet embedded."""
 
     segments: tuple[Segment, ...]
 
@@ -100,6 +100,11 @@ class TarTable:
             f"{location}: not among the {len(self.entries)} tars of this cache, by fingerprint ({index.fingerprint}) "
             "or by name: add it with `threetowers cache build`"
         )
+
+    def namesakes(self, locations: Sequence[str]) -> list[str]:
+        """Those of these tars that are not in the table, while another of that file name is."""
+        names = {os.path.basename(entry.path) for entry in self.entries}
+        return [path for path in locations if self.at(path) is None and os.path.basename(path) in names]
 
     def missing(self, indexes: Sequence[TarIndex], slot: int) -> Segment | None:
         """The segment that adds those of these tars that are not in the table; None where all are.

@@ -147,15 +147,11 @@ def test_another_place_for_the_same_weights_is_a_note(
 def test_other_tars_are_refused(
     tars: list[Path], cache: Path, options: dict[str, Any], pack: Pack, samples: MakeSamples, tmp_path: Path
 ) -> None:
-    repacked = pack(tmp_path / "b" / "0.tar", samples(12, 2), mtime=1_800_000_000)
-    for known in (
-        lambda path: build([path], cache, **options),
-        lambda path: EmbeddingCache.open(cache).tar_id(index_tar(path)),
-    ):
-        with pytest.raises(ContractError, match="packed or downloaded again since"):
-            known(repacked)
-        with pytest.raises(ContractError, match="not among the 3 tars of this cache"):
-            known(pack(tmp_path / "new.tar", samples(3, 9)))
+    opened = EmbeddingCache.open(cache)
+    with pytest.raises(ContractError, match="not among the 3 tars of this cache"):
+        opened.tar_id(index_tar(pack(tmp_path / "new.tar", samples(3, 9))))
+    with pytest.raises(ContractError, match="packed or downloaded again since"):
+        opened.tar_id(index_tar(pack(tmp_path / "b" / "0.tar", samples(12, 2), mtime=1_800_000_000)))
     with pytest.raises(ContractError, match="copies of each other"):
         build([tars[1], shutil.copy(tars[1], tmp_path / "copy.tar")], tmp_path / "out", **options)
 
@@ -239,7 +235,7 @@ def test_output_that_is_not_finite_is_recorded(
 
 
 def test_senseless_options_are_refused(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
-    for change in ({"batch_size": 0}, {"threads": 0}, {"dtype": "int8"}, {"on_bad": "skip"}):
+    for change in ({"batch_size": 0}, {"threads": 0}, {"dtype": "int4"}, {"on_bad": "skip"}, {"slot": 0}):
         with pytest.raises(ValueError, match="expected"):
             build([tars[0]], tmp_path / "out", **(options | change))
 
@@ -262,7 +258,7 @@ def test_a_rank_that_waits_says_for_what(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        TimeoutError, match=r"rank 1 waited 0 s for rank 0 to index 1 tars and to write .*manifest\.json"
+        TimeoutError, match=r"rank 1 waited 0 s for rank 0 to index the tars and to write .*manifest\.json"
     ):
         build([tars[0]], tmp_path / "out", **options, wait_seconds=0)
 

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,10 @@ def finished_are_whole(folder: Path, reference: Path) -> int:
         with pytest.raises(ContractError, match="no cache here"):
             EmbeddingCache.open(folder)
         return 0
+    if not (folder / "tars/0.json").exists():
+        with pytest.raises(ContractError, match="a cache without tars"):
+            EmbeddingCache.open(folder)
+        return 0
     opened, finished = EmbeddingCache.open(folder), 0
     for tar_id in range(N_TARS):
         if (folder / "done" / f"{tar_id}.json").exists():
@@ -86,7 +91,7 @@ def environment() -> dict[str, str]:
 def test_kill_9_at_several_moments(pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     moments: tuple[Callable[[], bool], ...] = (
-        lambda: (out / "tars.json").exists(),
+        lambda: (out / "manifest.json").exists(),
         lambda: (out / "store.zarr/emb/c").is_dir(),
         lambda: len(list(out.glob("done/*.json"))) >= 2,
     )
@@ -113,7 +118,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("step", range(0, 6 + 4 * N_TARS, 3))
+@pytest.mark.parametrize("step", range(0, 5 + 5 * N_TARS, 3))
 def test_stop_around_every_kind_of_rename(
     step: int,
     after: bool,
@@ -122,19 +127,20 @@ def test_stop_around_every_kind_of_rename(
     undisturbed: Path,
     tmp_path: Path,
 ) -> None:
-    real, calls = os.replace, iter(range(10_000))
+    real, unlink, calls, killed = os.replace, Path.unlink, iter(range(10_000)), threading.Event()
 
     def replace(source: Path, target: Path) -> None:
         if next(calls) == step:
             if after:
                 real(source, target)
+            killed.set()
             raise Killed
         real(source, target)
 
     out = tmp_path / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        patch.setattr(Path, "unlink", lambda self, **how: None if killed.is_set() else unlink(self, **how))
         with pytest.raises(Killed):
             build([pattern], out, **options)
     finished_are_whole(out, undisturbed)
@@ -159,17 +165,17 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
 ) -> None:
     out = tmp_path / "cache"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = (undisturbed / "store.zarr/emb/c/2/0").stat().st_size
+    size = (undisturbed / "store.zarr/emb/c/3/0").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
     try:
         with pytest.raises(
-            WriteError, match=r"cannot write .*/store\.zarr/emb/c/2/0 \(\d+ bytes\): File too large\. Make room"
+            WriteError, match=r"cannot write .*/store\.zarr/emb/c/3/0 \(\d+ bytes\): File too large\. Make room"
         ):
             build([pattern], out, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert finished_are_whole(out, undisturbed) == 2
-    assert not (out / "store.zarr/emb/c/2/0").exists()
+    assert finished_are_whole(out, undisturbed) == 3
+    assert not (out / "store.zarr/emb/c/3/0").exists()
     assert not list((out / "tmp").iterdir())
     build([pattern], out, **options)
     same(out, undisturbed)
@@ -178,7 +184,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
 def test_a_folder_that_cannot_be_is_named(pattern: str, options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "cache"):
-        with pytest.raises(WriteError, match=f"cannot write {out}/tars.json"):
+        with pytest.raises(WriteError, match=f"cannot write {out}/manifest.json"):
             build([pattern], out, **options)
 
 

@@ -46,11 +46,11 @@ def cache(original: Path, tmp_path: Path) -> Path:
 
 def test_a_sound_cache(cache: Path, twins: list[Path]) -> None:
     report = verify(cache, twins, payloads=True)
-    assert report.ok
+    assert report.ok, report.text()
     assert not report.warnings
     assert (report.tars, report.tars_sound, report.tars_compared, report.samples, report.ok_rows) == (3, 3, 3, 57, 57)
-    assert report.duplicates == 0
-    assert len(report.norms) == 57
+    assert report.numbers.duplicates()[0] == 0
+    assert len(report.numbers.norms) == 57
     assert "sound" in report.text()
 
 
@@ -115,17 +115,22 @@ def test_changed_metadata_is_found(name: str, field: str, value: Any, cache: Pat
 
 
 def test_a_manifest_or_table_that_was_changed_is_refused(cache: Path) -> None:
-    original = (cache / "tars.json").read_text()
+    original = (cache / "tars/0.json").read_text()
     table = json.loads(original)
-    table["entries"][0], table["entries"][1] = table["entries"][1], table["entries"][0]
-    for text, message in ((json.dumps(table), "does not belong to"), ("{}", "damaged, or of another version")):
-        (cache / "tars.json").write_text(text)
+    swapped = table | {"entries": table["entries"][1::-1] + table["entries"][2:]}
+    for text, message in (
+        (json.dumps(swapped), "changed since it was written"),
+        (json.dumps(table | {"root": "/elsewhere"}), "changed since it was written"),
+        ("{}", "damaged, or of another version"),
+    ):
+        (cache / "tars/0.json").write_text(text)
         with pytest.raises(ContractError, match=message):
             EmbeddingCache.open(cache)
-    (cache / "tars.json").write_text(original)
+    (cache / "tars/0.json").write_text(original)
     manifest = json.loads((cache / "manifest.json").read_text())
-    (cache / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(ContractError, match="format 2, this version reads format 1"):
+    old = {name: manifest[name] for name in manifest if name != "views"} | {"tars_digest": "", "format": 1}
+    (cache / "manifest.json").write_text(json.dumps(old))
+    with pytest.raises(ContractError, match="format 1, this version reads format 2: remove it and run"):
         EmbeddingCache.open(cache)
     (cache / "manifest.json").write_text(json.dumps(manifest | {"dim": 65}))
     with pytest.raises(ContractError, match=r"done/0\.json is of another tar or cache: contract"):
@@ -137,10 +142,10 @@ def rewrite(cache: Path, tar_id: int, change: Callable[[Any, Any, Any], None]) -
     opened = EmbeddingCache.open(cache)
     group = zarr.open_group(cache / "store.zarr", mode="r")
     slot, n = opened.contract.slot, opened.tars[tar_id].n_samples
-    arrays = [np.array(group[name][tar_id * slot : tar_id * slot + n]) for name in ("emb", "key_hash", "status")]
-    change(*arrays)
-    files, sums = write_slot(place_of(cache), opened.contract, tar_id, *arrays)
-    record = dataclasses.replace(opened.record(tar_id), files=files, chunk_crc32c=tuple(sums))
+    rows = {name: np.array(array[tar_id * slot : tar_id * slot + n]) for name, array in group.arrays()}
+    change(rows["emb"], rows["key_hash"], rows["status"])
+    files, sums = write_slot(place_of(cache), opened.contract, tar_id, rows)
+    record = dataclasses.replace(opened.record(tar_id), files=files, chunk_crc32c=sums)
     (cache / record_name(tar_id)).write_bytes(to_json(record))
 
 
@@ -171,9 +176,15 @@ def test_suspicious_numbers_are_warned_of(cache: Path) -> None:
     rewrite(cache, 2, lambda emb, keys, status: put(emb, slice(None), emb[0]))
     report = verify(cache)
     assert report.ok
-    assert report.duplicates == 2 + 18
-    for expected in ("0.tar (0): 3 zero rows", "1.tar (1): 1 constant rows", "2.tar (2): all 19 rows are equal"):
+    assert report.numbers.duplicates()[0] == 2 + 18
+    for expected in (
+        "zero rows with status ok: 3 (0.tar (0): ordinal 2, 0.tar (0): ordinal 3, 0.tar (0): ordinal 4)",
+        "constant rows with status ok: 1 (1.tar (1): ordinal 7)",
+        "rows are all equal, of different pictures: does the teacher see them?: 1 (2.tar (2))",
+        "rows equal the row of another picture: 20 (tar 0 ordinal",
+    ):
         assert any(expected in warning for warning in report.warnings), report.text()
+    assert "zero rows with status ok: 3 (0.tar (0): 'part/0000002' ordinal 2" in verify(cache, twins).text()
 
 
 def test_tars_that_are_not_the_cached_ones_are_found(
@@ -192,9 +203,58 @@ def test_tars_that_are_not_the_cached_ones_are_found(
     (tmp_path / "2.tar").write_bytes(patched)
     assert verify(cache, [tmp_path / "2.tar"]).tars_compared == 1
     report = verify(cache, [tmp_path / "2.tar"], payloads=True)
-    assert any("its bytes are not those that were embedded" in problem for problem in report.problems)
+    assert any("1 images are not those that were embedded: part/0200018" in problem for problem in report.problems)
+    caption = twins[2].read_bytes().replace(b"picture 3", b"picture X")
+    (tmp_path / "2.tar").write_bytes(caption)
+    report = verify(cache, [tmp_path / "2.tar"], payloads=True)
+    assert any("its bytes have changed, its images are those that were embedded" in line for line in report.warnings)
     with pytest.raises(ValueError, match="name the tars"):
         verify(cache, payloads=True)
+
+
+@pytest.fixture(scope="module")
+def file(weights: Callable[..., str]) -> str:
+    return weights("test_vit")
+
+
+def test_meaning_is_that_of_the_live_teacher(
+    cache: Path, twins: list[Path], file: str, weights: Callable[..., str]
+) -> None:
+    report = verify(cache, twins, depth="meaning", sample=20, weights=file)
+    assert report.ok, report.text()
+    assert report.meaning is not None
+    assert report.meaning.rows == 20
+    assert report.meaning.min is not None
+    assert report.meaning.min > 0.99999
+    rewrite(cache, 1, lambda emb, keys, status: put(emb, slice(None), emb[::-1].copy()))
+    assert verify(cache, twins).ok, "rows in another order are sound but for their meaning"
+    report = verify(cache, twins, depth="meaning", sample=20, weights=file, min_cosine=0.9999)
+    assert report.problems
+    assert all("1.tar (1): 'part/01" in p and "cosine with the live teacher" in p for p in report.problems)
+    assert {problem.tar_id for problem in report.found} == {1}
+    for how, message in (
+        ({"weights": file, "tars": None}, "name the tars"),
+        ({}, "came from 'test_vit-0-1.safetensors': say where it is"),
+        ({"weights": weights("test_vit", 1)}, "not the one of the cache: weights_digest: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            verify(cache, **({"tars": twins, "depth": "meaning"} | how))
+
+
+def test_fix_removes_what_is_bad_and_a_build_makes_it_again(
+    cache: Path, original: Path, twins: list[Path], file: str, tmp_path: Path
+) -> None:
+    DAMAGE["emb flipped"](cache)
+    (cache / "store.zarr/status/zarr.json").unlink()
+    assert command.verify(str(cache), fix=True, json=tmp_path / "report.json") == 1
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert (told["ok"], told["fixed"], told["tars"]["sound"]) == (False, [1], 2)
+    assert [problem["tar_id"] for problem in told["problems"]] == [None, 1]
+    assert not (cache / "done/1.json").exists()
+    assert not (cache / EMB).exists()
+    assert build(twins, cache, backbone="test_vit", weights=file, image_size=64).tars_built == 1
+    assert verify(cache, twins).ok
+    assert all((cache / name).read_bytes() == (original / name).read_bytes() for name in (EMB, HASH, STATUS))
 
 
 def test_files_that_nobody_owns_are_mentioned(cache: Path) -> None:
@@ -222,13 +282,13 @@ def test_commands_print_and_give_exit_codes(
     pack: Pack,
     tmp_path: Path,
 ) -> None:
-    assert command.info(cache) == 0
+    assert command.info(str(cache)) == 0
     assert "tars      3 built of 3" in capsys.readouterr().out
-    assert command.verify(cache, list(map(str, twins))) == 0
+    assert command.verify(str(cache), list(map(str, twins))) == 0
     (cache / "done/1.json").unlink()
-    assert command.info(cache) == 1
+    assert command.info(str(cache)) == 1
     assert "not built: tar 1.tar (1): half built" in capsys.readouterr().out
-    assert command.verify(cache) == 1
+    assert command.verify(str(cache)) == 1
     assert "NOT SOUND" in capsys.readouterr().out
     bad = pack(tmp_path / "bad.tar", [("a", {"png": b"?"}), ("b", {"png": b"!"})])
     options = {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
