@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from threetowers.trainer.config import Run
+from threetowers.trainer.adafactor import Adafactor
+from threetowers.trainer.config import ConfigError, Run
+from threetowers.trainer.optimizer import parameter_groups
 
 
 @dataclass(frozen=True)
@@ -56,38 +58,69 @@ def start_ranks() -> Ranks:
 
 
 def deepspeed_config(run: Run, world: int) -> dict[str, Any]:
-    """Return the DeepSpeed config of a run; it is written beside the run, and never by hand."""
-    if run.batch % world:
-        raise ValueError(f"batch {run.batch} is not divisible by {world} ranks; change `batch` or the launch")
+    """Return the DeepSpeed config of a run; it is written beside the run, and never by hand.
+
+    Raises ValueError for a batch, an optimizer or a precision that the layout cannot hold.
+    """
+    _check_layout(run, world)
     config: dict[str, Any] = {
         "train_batch_size": run.batch,
         "train_micro_batch_size_per_gpu": run.batch // world,
         "gradient_accumulation_steps": 1,
+        # backward() only adds gradients, step() ends the step: else ZeRO 1 and 2 take each chunk for a whole batch.
+        "managed_gradient_accumulation": False,
         "gradient_clipping": run.optim.clip,  # always written: DeepSpeed's own default is 1.0, not off
         "zero_optimization": {"stage": run.engine.zero_stage},
-        "bf16": {"enabled": run.engine.precision == "bfloat16"},
-        "optimizer": {
-            "type": "AdamW",
-            # torch_adam: the fused variants are compiled at first use and round differently on each device.
-            "params": {"torch_adam": True, "lr": run.optim.lr, "betas": list(run.optim.betas), "weight_decay": 0.0},
-        },
         "steps_per_print": 10**9,  # the trainer logs
     }
+    if run.engine.precision == "bfloat16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if chunks(run, world) > 1:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if run.optim.name == "adamw":
+        # torch_adam: the fused variants are compiled at first use and round differently on each device.
+        parameters = {"torch_adam": True, "lr": run.optim.lr, "betas": list(run.optim.betas), "weight_decay": 0.0}
+        config["optimizer"] = {"type": "AdamW", "params": parameters}
     return _merge(config, run.engine.deepspeed_extra)
 
 
+def _check_layout(run: Run, world: int) -> None:
+    stage, half = run.engine.zero_stage, run.engine.precision == "bfloat16"
+    if run.batch % world:
+        raise ValueError(f"batch {run.batch} is not divisible by {world} ranks; change `batch` or the launch")
+    if run.optim.name == "adafactor" and (stage > 0 or half):
+        raise ConfigError(
+            f"optim.name: adafactor keeps row and column means of whole matrices, but ZeRO stage {stage} with "
+            f"{run.engine.precision} works on flat pieces of them; set engine.zero_stage: 0 and engine.precision: "
+            "float32, or take adamw"
+        )
+    if half and stage == 0:
+        raise ConfigError(
+            "engine.zero_stage: in bfloat16 DeepSpeed begins stage 0 with a step of its own, of weight decay alone; "
+            "set engine.zero_stage: 1, which sends no more, or engine.precision: float32"
+        )
+    if half and stage == 1 and chunks(run, world) > 1:
+        raise ConfigError(
+            "engine.chunk: in bfloat16 DeepSpeed's stage 1 adds the gradients of many chunks up in bfloat16, or counts "
+            "the early ones twice; set engine.zero_stage: 2, which adds them in float32"
+        )
+
+
+def chunks(run: Run, world: int) -> int:
+    """Return in how many parts a rank's batch goes forward and backward."""
+    return 1 if run.engine.chunk is None else -(-run.batch // world // run.engine.chunk)
+
+
 def start_engine(model: nn.Module, run: Run, config: Mapping[str, Any]) -> Any:
-    """Return a DeepSpeed engine (`config` as from `deepspeed_config`), with weight decay on matrices only."""
+    """Return a DeepSpeed engine (`config` as from `deepspeed_config`) with the run's optimizer."""
     import deepspeed
 
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    rest = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]  # norms, biases, scales
+    groups = parameter_groups(model, run.optim)
+    adafactor = Adafactor(groups, run.optim.lr, run.optim.betas) if run.optim.name == "adafactor" else None
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=[
-            {"params": decay, "weight_decay": run.optim.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ],
+        optimizer=adafactor,
+        model_parameters=None if adafactor else groups,
         config=dict(config),
     )
     return engine

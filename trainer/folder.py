@@ -4,6 +4,7 @@ config.yaml       the resolved config          deepspeed.json   generated from i
 tokenizer.model   a copy                       contracts.json   what the caches promised, by tower
 metrics.jsonl     one line per logged step     tensorboard/
 checkpoints/      to resume from               model.safetensors, summary.json   written at the end
+profile.json      a trace, if one was asked for
 """
 
 import json
@@ -18,7 +19,14 @@ from pydantic import TypeAdapter
 
 from threetowers.cache.contract import Contract, ContractError, difference
 from threetowers.trainer.atomic import replace_text
-from threetowers.trainer.config import ConfigError, Run, differences, dump, load
+from threetowers.trainer.config import ConfigError, Difference, Run, differences, dump, load
+
+# What a resumed run may change: none of it changes what is computed, beyond rounding.
+CHANGEABLE = (
+    *("out", "data.workers", "engine.zero_stage", "engine.chunk", "engine.activation_checkpointing"),
+    *("engine.non_finite", "engine.non_finite_limit", "engine.deepspeed_extra.zero_optimization"),
+    *("log", "checkpoint", "evaluate"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,26 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def check(self, run: Run) -> None:
-        """Raise ConfigError, with the differences, if the folder belongs to a run with another config."""
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
+
+    def check(self, run: Run) -> list[Difference]:
+        """Return in which keys, of those that may change, the folder's run was configured otherwise.
+
+        Raises ConfigError, with the differences, if it differs in others.
+        """
         if not self.config.exists():
-            return
-        changed = differences(load(self.config), run)
+            return []
+        found = differences(load(self.config), run)
+        changed = [d for d in found if not _changeable(d.key)]
         if changed:
             lines = "\n".join(f"  {d}" for d in changed)
             raise ConfigError(
                 f"{self.path} holds a run with another config:\n{lines}\n"
                 "choose another `out`, go back to that config to resume it, or remove the folder"
             )
+        return found
 
     def check_contracts(self, contracts: Mapping[str, Contract]) -> None:
         """Raise ContractError if the folder's run was trained on caches that promised something else."""
@@ -82,11 +99,19 @@ class RunFolder:
         """What the caches of this run promised, by tower."""
         return TypeAdapter(dict[str, Contract]).validate_json(self.contracts.read_bytes())
 
+    def write_contracts(self, contracts: Mapping[str, Contract]) -> None:
+        """Write what `read_contracts` reads."""
+        replace_text(self.contracts, json.dumps({name: asdict(c) for name, c in contracts.items()}, indent=2))
+
     def create(self, run: Run, deepspeed: Mapping[str, Any], contracts: Mapping[str, Contract]) -> None:
         """Write what is known before the first step. Does nothing that a resumed run would change."""
         self.path.mkdir(parents=True, exist_ok=True)
         if Path(run.data.tokenizer).resolve() != self.tokenizer.resolve():
             shutil.copyfile(run.data.tokenizer, self.tokenizer)
         replace_text(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
-        replace_text(self.contracts, json.dumps({name: asdict(c) for name, c in contracts.items()}, indent=2))
+        self.write_contracts(contracts)
         replace_text(self.config, yaml.safe_dump(dump(run), sort_keys=False))  # last: it marks the folder as a run's
+
+
+def _changeable(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)

@@ -63,6 +63,8 @@ def step_line(metrics: Metrics, total: int) -> str:
     parts.append(f"data {metrics['data_wait']:.0%}")
     if metrics["skipped"]:
         parts.append(f"skipped {metrics['skipped']}")
+    if metrics["not_finite"]:
+        parts.append(f"steps not finite {metrics['not_finite']}")
     return " | ".join(parts)
 
 

@@ -1,14 +1,39 @@
-"""The learning rate as a function of the step."""
+"""The learning rate as a function of the step: warm-up, then a cosine, a constant or a reciprocal square root."""
 
 import math
+from dataclasses import dataclass
 
-from threetowers.trainer.config import Optim
+from threetowers.trainer.config import Duration, Optim
 
 
-def learning_rate(optim: Optim, step: int, total: int) -> float:
-    """Return the rate of step `step` (0-based) of `total`: linear warm-up, then a cosine down to zero."""
-    warmup = round(optim.warmup * total)
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+@dataclass(frozen=True)
+class Schedule:
+    """A run's learning rate, with its spans resolved to steps."""
+
+    optim: Optim
+    total: int
+    warmup: int
+    cooldown: int
+
+    @classmethod
+    def of(cls, optim: Optim, total: int, samples: int, batch: int) -> "Schedule":
+        """Resolve the spans for a run of `total` steps over `samples` with a global batch of `batch`."""
+
+        def steps(span: float | Duration) -> int:
+            return span.in_steps(samples, batch, total) if isinstance(span, Duration) else round(span * total)
+
+        return cls(optim, total, steps(optim.warmup), steps(optim.cooldown))
+
+    def rate(self, step: int) -> float:
+        """Return the rate of step `step` (0-based)."""
+        optim, end = self.optim, self.optim.lr_end
+        if step < self.warmup:
+            return optim.lr * (step + 1) / self.warmup
+        if optim.schedule == "cosine":
+            progress = (step - self.warmup) / max(1, self.total - self.warmup)
+            return optim.lr * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress)))
+        level = 1.0 if optim.schedule == "constant" else math.sqrt(max(1, self.warmup) / (step + 1))
+        left = self.total - step  # steps to go, this one included
+        if left < self.cooldown:
+            level *= end + (1 - end) * left / self.cooldown
+        return optim.lr * level

@@ -16,6 +16,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from threetowers.cache import command
+from threetowers.trainer.interruption import EXIT_CODE, Interrupted
 from threetowers.eval import command as evaluate
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
@@ -61,7 +62,7 @@ def train(
     if is_first_rank():
         print(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
-            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.data_wait:.1%} waiting for data"
+            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.verdict}"
         )
 
 
@@ -137,10 +138,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, Interrupted) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         # The system's own errors name the file and not the way out.
         hint = "; choose another path for it, or make room" if getattr(error, "errno", None) in UNWRITABLE else ""
         print(f"threetowers: {rank}{type(error).__name__}: {error}{hint}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_CODE if isinstance(error, Interrupted) else 2)
     sys.exit(code)

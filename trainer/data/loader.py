@@ -1,19 +1,23 @@
 """From sample addresses to batches: image bytes, tokens, cached rows, concepts."""
 
+import functools
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from threetowers.trainer.config import Run
+from threetowers.trainer.data.join import NoRow
 from threetowers.trainer.data.order import RankBatches
 from threetowers.trainer.data.samples import BadSample, SampleSet, annotation, concept, image
-from threetowers.trainer.data.view import center, random_crop
+from threetowers.trainer.data.view import random_crop
 from threetowers.trainer.tokenizer import Tokenizer
 
 
@@ -22,6 +26,7 @@ class Batch:
     """One rank's part of a global batch. `inputs`: one tensor per tower, by its name."""
 
     inputs: dict[str, Tensor]  # images (b, 3, S, S) uint8, tokens (b, L) int64, cached rows (b, D) float32
+    present: dict[str, Tensor]  # (b,) bool for each tower that some samples may lack (on_bad_row: mask)
     concepts_b: Tensor  # int64; equal for samples that show the same thing
     bad: tuple[str, ...]  # samples of this batch that could not be read, each with its reason
 
@@ -32,14 +37,17 @@ class Batch:
         return replace(self, inputs={n: t.pin_memory() for n, t in self.inputs.items()})
 
     def to(self, device: torch.device) -> "Batch":
-        inputs = {n: t.to(device, non_blocking=True) for n, t in self.inputs.items()}
-        return replace(self, inputs=inputs, concepts_b=self.concepts_b.to(device, non_blocking=True))
+        inputs, present = (
+            {n: t.to(device, non_blocking=True) for n, t in part.items()} for part in (self.inputs, self.present)
+        )
+        concepts_b = self.concepts_b.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, present=present, concepts_b=concepts_b)
 
 
 class Item(NamedTuple):
     image: Tensor | None  # None in a run without an image tower (LiT): the picture is then never decoded
     caption: str
-    rows: dict[str, np.ndarray[tuple[int], np.dtype[np.float32]]]
+    rows: dict[str, npt.NDArray[np.float32] | None]  # by cached tower; None where the sample has no row
     concept: int
 
 
@@ -66,21 +74,25 @@ class TrainingItems(Dataset[Item | BadSample]):
 
     def _read(self, epoch: int, index: int) -> Item:
         number, ordinal = self._samples.address(index)
-        tar, data = self._samples.tars[number], self._run.data
+        tar, data, samples = self._samples.tars[number], self._run.data, self._samples
         rng = np.random.default_rng([self._run.seed, epoch, index])
         text = annotation(tar, ordinal)
         caption = text.captions[rng.integers(len(text.captions))]
-        view = None
+        view = epoch % samples.views.count
+        decode = functools.cache(lambda: image(tar, ordinal, data.max_pixels))
+        pixels = None
         if self._sees_images:
-            picture = image(tar, ordinal, data.max_pixels)
             cropped = data.crop_scale < 1
-            view = (
-                random_crop(picture, data.image_size, data.crop_scale, rng)
+            pixels = (
+                random_crop(decode(), data.image_size, data.crop_scale, rng)
                 if cropped
-                else center(picture, data.image_size)
+                else samples.picture(index, view, decode(), data.image_size)
             )
-        rows = {name: join.row(number, ordinal) for name, join in self._samples.caches.items()}
-        return Item(view, caption, rows, concept_hash(concept(tar, ordinal, text, data.concept_field)))
+        try:
+            rows = {name: join.training_row(number, ordinal, view, decode) for name, join in samples.caches.items()}
+        except NoRow as error:
+            raise BadSample(f"{tar.location}: sample {tar.samples[ordinal].key!r}: {error}") from error
+        return Item(pixels, caption, rows, concept_hash(concept(tar, ordinal, text, data.concept_field)))
 
 
 def concept_hash(name: str) -> int:
@@ -91,25 +103,36 @@ def concept_hash(name: str) -> int:
 class Collate:
     """Puts items into a batch, and names those that could not be read."""
 
-    def __init__(self, run: Run, tokenizer: Tokenizer) -> None:
+    def __init__(self, run: Run, samples: SampleSet, tokenizer: Tokenizer) -> None:
         self._run = run
+        self._dims = {name: join.cache.dim for name, join in samples.caches.items()}
         self._tokenizer = tokenizer
 
     def __call__(self, items: Sequence[Item | BadSample]) -> Batch:
         good = [item for item in items if isinstance(item, Item)]
         bad = tuple(str(item) for item in items if isinstance(item, BadSample))
         inputs: dict[str, Tensor] = {}
+        present: dict[str, Tensor] = {}
         if not good:
-            return Batch(inputs, torch.empty(0, dtype=torch.int64), bad)
+            return Batch(inputs, present, torch.empty(0, dtype=torch.int64), bad)
         for name, tower in self._run.towers.items():
             if tower.kind == "timm":
                 inputs[name] = torch.stack([item.image for item in good if item.image is not None])
             elif tower.kind == "text":
                 inputs[name] = self._tokenizer.encode([item.caption for item in good], self._run.data.context)
             else:
-                inputs[name] = torch.from_numpy(np.stack([item.rows[name] for item in good]))
+                inputs[name], has_b = self._rows([item.rows[name] for item in good], self._dims[name])
+                if tower.on_bad_row == "mask":
+                    present[name] = has_b
         concepts_b = torch.tensor([item.concept for item in good])
-        return Batch(inputs, concepts_b, bad)
+        return Batch(inputs, present, concepts_b, bad)
+
+    @staticmethod
+    def _rows(rows: Sequence[npt.NDArray[np.float32] | None], dim: int) -> tuple[Tensor, Tensor]:
+        """(b, D) rows, zeros where there is none, and (b,) bool which are there."""
+        nothing = np.zeros(dim, np.float32)
+        stacked = np.stack([nothing if row is None else row for row in rows])
+        return torch.from_numpy(stacked), torch.tensor([row is not None for row in rows])
 
 
 def training_loader(
@@ -121,9 +144,18 @@ def training_loader(
     """
     return DataLoader(
         TrainingItems(run, samples),
-        batch_sampler=RankBatches(run.seed, len(samples), run.batch, rank, ranks, start, stop),
-        collate_fn=Collate(run, tokenizer),
+        batch_sampler=RankBatches(run.seed, samples.visited, run.batch, rank, ranks, start, stop),
+        collate_fn=Collate(run, samples, tokenizer),
         num_workers=run.data.workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if run.data.workers else None,
+        worker_init_fn=_leave_sigterm_to_the_trainer,
     )
+
+
+def _leave_sigterm_to_the_trainer(worker: int) -> None:
+    """A scheduler sends SIGTERM to every process: workers must serve on until the last checkpoint is written.
+
+    They end with the loader, or when their parent is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
