@@ -16,8 +16,8 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from threetowers.cache import command
-from threetowers.trainer.interruption import EXIT_CODE, Interrupted
 from threetowers.eval import command as evaluate
+from threetowers.trainer.interruption import EXIT_CODE, Interrupted
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
