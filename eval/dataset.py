@@ -1,7 +1,7 @@
 """A described data set, opened: its pictures, with their labels as class numbers; what is wrong is said at once."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from threetowers.cache.tars import TarIndex, expand, index_tar, read_member
 from threetowers.eval.classification import Ints, label_matrix
-from threetowers.eval.description import BadDescription, Pictures, Source
+from threetowers.eval.description import BadDescription, Pictures, Shift, Source
 from threetowers.eval.embed import EvaluationSet, Picture
 from threetowers.eval.layout import Layout
 from threetowers.eval.prompts import PromptError, class_names, prompt_templates
 from threetowers.trainer.data.samples import BadSample, image
 
-LEARNING = {"fewshot", "probe", "knn", "ood"}
+LEARNING = ("fewshot", "probe", "knn", "ood")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class OpenSet:
-    """A described data set, with the parts that the wanted tasks read."""
+    """A described data set, with the parts that one task reads."""
 
     source: Source
     test: Part
@@ -74,14 +74,14 @@ class Reader:
         return self._read[tars]
 
 
-def open_set(source: Source, tasks: Collection[str], read: Reader | None = None) -> OpenSet:
-    """Open what the tasks read of a described set. All that can be wrong with it is found here.
+def open_set(source: Source, task: str, settings: object, read: Reader | None = None) -> OpenSet:
+    """Open what a task reads of a described set. All that can be wrong with it is found here.
 
     Raises BadDescription for classes, prompts or a subset that do not fit, for a label that is no class, and for a part
     without pictures; BadTar and PlaceError for tars.
     """
     try:
-        return _Opening(source, read or Reader()).opened(set(tasks))
+        return _Opening(source, read or Reader()).opened(task, settings)
     except PromptError as error:
         raise BadDescription(f"{source.path}: {error}") from error
 
@@ -135,41 +135,34 @@ class _Opening:
     def __init__(self, source: Source, read: Reader) -> None:
         self.source, self.own, self.read = source, source.description, read
 
-    def opened(self, tasks: set[str]) -> OpenSet:
-        own = self.own
-        of_shift = own.tasks.shift.of if own.tasks.shift else "zeroshot"
-        prompted = tasks & {"zeroshot", "ood"} or ("shift" in tasks and of_shift == "zeroshot")
-        wanted: dict[str, Mapping[str, Pictures | None]] = {
-            "learn": {"": own.learn} if tasks & LEARNING else {},
-            "shifted": own.shifted if "shift" in tasks else {},
-            "outliers": own.outliers if "ood" in tasks else {},
-        }
-        if tasks & LEARNING and own.learn is None:
-            self.refuse(f"{sorted(tasks & LEARNING)} need pictures to learn from; say where they are under learn")
-        parts = {(kind, name): self.source.part(part) for kind, group in wanted.items() for name, part in group.items()}
-        test = self.source.part(None)
-        if not prompted and not tasks & LEARNING:
-            opened = {key: self.unlabelled(part, ".".join(key)) for key, part in parts.items()}
-            return OpenSet(self.source, self.unlabelled(test, "set"), [], [], shifted=_named(opened, "shifted"))
-        labelled = [test, *(part for (kind, _), part in parts.items() if kind != "outliers")]
-        classes = self.classes(test, labelled)
+    def opened(self, task: str, settings: object) -> OpenSet:
+        own, learns = self.own, task in LEARNING
+        classifies = learns or task == "zeroshot" or (isinstance(settings, Shift) and settings.of == "zeroshot")
+        if learns and own.learn is None:
+            self.refuse(f"{task} needs pictures to learn from; say where they are under learn")
+        of_set = self.source.part(None)
+        learn = {"learn": self.source.part(own.learn)} if learns else {}
+        shifted = {name: self.source.part(part) for name, part in own.shifted.items()} if task == "shift" else {}
+        outside = {name: self.source.part(part) for name, part in own.outliers.items()} if task == "ood" else {}
+        outliers = {name: self.unlabelled(part, f"outliers.{name}") for name, part in outside.items()}
+        if not classifies:
+            versions = {name: self.unlabelled(part, f"shifted.{name}") for name, part in shifted.items()}
+            return OpenSet(self.source, self.unlabelled(of_set, "set"), [], [], shifted=versions)
+        classes = self.classes(of_set, [of_set, *learn.values(), *shifted.values()])
         kept = self.subset(classes)
-        names = [classes.names[i] for i in kept]
         number = {classes.keys[i]: new for new, i in enumerate(kept)}
         opened = {
-            key: self.unlabelled(part, ".".join(key))
-            if key[0] == "outliers"
-            else self.labelled(part, ".".join(key).rstrip("."), classes, number)
-            for key, part in parts.items()
+            what: self.labelled(part, what, classes, number)
+            for what, part in {"set": of_set, **learn, **{f"shifted.{name}": p for name, p in shifted.items()}}.items()
         }
         return OpenSet(
             self.source,
-            self.labelled(test, "set", classes, number),
-            names,
-            self.templates(test) if prompted else [],
-            learn=opened.get(("learn", "")),
-            shifted=_named(opened, "shifted"),
-            outliers=_named(opened, "outliers"),
+            opened["set"],
+            [classes.names[i] for i in kept],
+            self.templates(of_set, required=not learns) if task not in ("fewshot", "probe", "knn") else [],
+            learn=opened.get("learn"),
+            shifted={name: opened[f"shifted.{name}"] for name in shifted},
+            outliers=outliers,
         )
 
     def refuse(self, message: str) -> None:
@@ -248,10 +241,12 @@ class _Opening:
             self.refuse(f"subset: {unknown[:3]} are none of the {len(pairs)} classes {classes.names[:5]} ...")
         return [number for number, pair in enumerate(pairs) if wanted & set(pair)]
 
-    def templates(self, part: Pictures) -> list[str]:
+    def templates(self, part: Pictures, required: bool) -> list[str]:
         given: Sequence[str] | str | None = self.own.prompts
         if given is None and part.root is not None:
             given = Layout(part.root).templates
+        if given is None and not required:
+            return []
         if given is None:
             self.refuse("prompts: zero-shot classification needs templates: a list, or the name of a shipped set")
         assert given is not None
@@ -295,10 +290,6 @@ class _Opening:
         if len(by_name) < len(classes.names):
             self.refuse(f"{what}: has other classes than the set, which are told by name, but names occur twice there")
         return {key: by_name[name] for key, name in zip(here.keys, here.names, strict=True)}
-
-
-def _named(opened: Mapping[tuple[str, str], Part], kind: str) -> dict[str, Part]:
-    return {name: part for (found, name), part in opened.items() if found == kind}
 
 
 def as_gallery(part: Part, group_field: str | None, max_captions: int) -> EvaluationSet:

@@ -107,13 +107,14 @@ def questions_of(path: str | Path, tasks: Sequence[str] | None = None, read: Rea
         wanted = {name: wanted.get(name) or _default(name) for name in tasks}
     if not wanted:
         raise ValueError(f"{path}: names no task: list them under tasks, or ask for one")
-    opened = open_set(source, wanted, read)
-    for task, settings in wanted.items():
+    read = read or Reader()
+    asked = [Asked(task, open_set(source, task, settings, read), settings) for task, settings in wanted.items()]
+    for one in asked:
         try:
-            check(task, opened, settings)
+            check(one.task, one.opened, one.settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return [Asked(task, opened, settings) for task, settings in wanted.items()]
+    return asked
 
 
 def _default(task: str) -> Any:
@@ -126,7 +127,7 @@ def _default(task: str) -> Any:
 
 def _answer(one: Asked, encoder: Encoder, folder: Path, again: bool) -> Record:
     opened = one.opened
-    parts = dict(_parts(one.task, opened))
+    parts = dict(_parts(opened))
     tars = {tar.location: tar for part in parts.values() for tar in part.data.tars}
     description = opened.source.description
     texts = _texts(one)
@@ -155,12 +156,12 @@ def _answer(one: Asked, encoder: Encoder, folder: Path, again: bool) -> Record:
     )
 
 
-def _parts(task: str, opened: OpenSet) -> Iterator[tuple[str, Part]]:
+def _parts(opened: OpenSet) -> Iterator[tuple[str, Part]]:
     yield "test", opened.test
-    if opened.learn is not None and task in ("fewshot", "probe", "knn", "ood"):
+    if opened.learn is not None:
         yield "learn", opened.learn
-    others = {"shift": opened.shifted, "ood": opened.outliers}.get(task, {})
-    yield from others.items()
+    yield from opened.shifted.items()
+    yield from opened.outliers.items()
 
 
 def _ids(parts: Mapping[str, Part]) -> Iterator[str]:

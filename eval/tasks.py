@@ -141,7 +141,7 @@ def shift(encoder: Encoder, opened: OpenSet, settings: Shift) -> Answer:
 def retrieval(encoder: Encoder, opened: OpenSet, settings: Retrieval) -> Answer:
     """Recalls from exact ranks, both ways, between the set's pictures and their captions."""
     found = _retrieved(encoder, opened.test, settings)
-    return Answer(found.metrics(), found.counts())
+    return Answer(found.metrics(), found.counts() | {"without_caption": len(opened.test.rows) - found.images})
 
 
 def _retrieved(encoder: Encoder, part: Part, settings: Retrieval) -> Retrieved:
@@ -171,12 +171,12 @@ def _retrieval_shift(encoder: Encoder, opened: OpenSet, settings: Retrieval) -> 
 def ood(encoder: Encoder, opened: OpenSet, settings: Outliers) -> Answer:
     """Tell the set's pictures from each outlier set: `<outliers>/<score>/auroc` and so on (see `ood.detection`).
 
-    A model without a text tower has the k-NN and Mahalanobis scores only.
+    Without a text tower, or without prompts, there are the k-NN and Mahalanobis scores only.
     """
     learn = _learn(opened)
     train_MD = images(encoder, learn)
     distance = Mahalanobis.fit(train_MD, learn.label_N)
-    classifier = zero_shot_classifier(encoder, opened) if encoder.sees_text else None
+    classifier = zero_shot_classifier(encoder, opened) if encoder.sees_text and opened.templates else None
 
     def scores(part: Part) -> dict[str, NDArray[np.float64]]:
         x_ND = images(encoder, part)

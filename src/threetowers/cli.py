@@ -26,6 +26,16 @@ cache, tokenizer, evaluation = SubcommandApp(), SubcommandApp(), SubcommandApp()
 for function in (command.build, command.info, command.verify):
     cache.command(function)
 evaluation.command(evaluate.retrieval)
+for described in (
+    evaluate.zeroshot,
+    evaluate.fewshot,
+    evaluate.probe,
+    evaluate.knn,
+    evaluate.shift,
+    evaluate.ood,
+    evaluate.suite,
+):
+    evaluation.command(described)
 app.command(cache, name="cache")
 app.command(tokenizer, name="tokenizer")
 app.command(evaluation, name="eval")
