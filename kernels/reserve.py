@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 2**20  # bytes; below, the C library keeps freed memory by itself
+SMALLEST = 2**25  # bytes; below, glibc keeps freed memory by itself (its DEFAULT_MMAP_THRESHOLD_MAX)
 MOST = 32  # buffers that wait: as many as a step has pair terms
 
 

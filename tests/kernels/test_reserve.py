@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from threetowers.kernels import contrastive_loss, softmax
+from threetowers.kernels import contrastive_loss, reserve, softmax
 from threetowers.kernels.reserve import MOST, Reserve
 
 CPU = torch.device("cpu")
 COUNT = 2**19  # 2 MiB of float32
 
 
-def address_of(reserve: Reserve, count: int = COUNT) -> int:
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reserve, "SMALLEST", 2**20)
+
+
+def address_of(pool: Reserve, count: int = COUNT) -> int:
     """Where the next buffer lies; it goes back at once."""
-    return reserve.take(count, torch.float32, CPU).data_ptr()
+    return pool.take(count, torch.float32, CPU).data_ptr()
 
 
 def test_a_buffer_comes_back_when_its_last_tensor_dies() -> None:
-    reserve = Reserve()
-    first_n = reserve.take(COUNT, torch.float32, CPU).fill_(1)
+    pool = Reserve()
+    first_n = pool.take(COUNT, torch.float32, CPU).fill_(1)
     view_n, address = first_n[7:9].detach(), first_n.data_ptr()
     del first_n
-    assert address_of(reserve) != address  # the view still reads it
+    assert address_of(pool) != address  # the view still reads it
     assert view_n.tolist() == [1, 1]
     del view_n
-    assert address_of(reserve) == address
-    doubles_n = reserve.take(COUNT // 2, torch.float64, CPU)
+    assert address_of(pool) == address
+    doubles_n = pool.take(COUNT // 2, torch.float64, CPU)
     assert (doubles_n.data_ptr(), doubles_n.dtype, len(doubles_n)) == (address, torch.float64, COUNT // 2)
 
 
 def test_what_waits_is_bounded() -> None:
-    reserve = Reserve()
-    alive = [reserve.take(COUNT, torch.float32, CPU) for _ in range(MOST + 5)]
+    pool = Reserve()
+    alive = [pool.take(COUNT, torch.float32, CPU) for _ in range(MOST + 5)]
     assert len({part.data_ptr() for part in alive}) == MOST + 5
     alive.clear()
-    (waiting,) = reserve._waiting.values()
+    (waiting,) = pool._waiting.values()
     assert len(waiting) == MOST
-    address_of(reserve, COUNT + 1)  # another size: the old ones are let go
-    assert list(map(len, reserve._waiting.values())) == [1]
+    address_of(pool, COUNT + 1)  # another size: the old ones are let go
+    assert list(map(len, pool._waiting.values())) == [1]
 
 
 def test_small_and_other_memory_is_torchs() -> None:
-    reserve = Reserve()
-    assert reserve.take(3, torch.float32, CPU).shape == (3,)
-    assert reserve.take(COUNT, torch.float32, torch.device("meta")).is_meta
-    assert not reserve._waiting
+    pool = Reserve()
+    assert pool.take(3, torch.float32, CPU).shape == (3,)
+    assert pool.take(COUNT, torch.float32, torch.device("meta")).is_meta
+    assert not pool._waiting
 
 
 def test_graphs_alive_at_once_keep_tiles_of_their_own() -> None:
