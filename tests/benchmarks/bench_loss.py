@@ -9,7 +9,7 @@ All times are forward plus backward in float32, taken in turns within one run, s
 Ratios are printed of the best times, and as the median over rounds of the ratio within a round: where these differ
 much, the machine was too busy to tell. The floor is the library's own time for the products that cannot be avoided, on
 whole matrices in memory that is already there: 4 units with logits computed twice, 3 with logits kept ("fresh": kept in
-memory allocated at every step, as an operator has to that holds nothing between steps). Curves take one
+memory allocated at every step). Curves take one
 process an implementation and width; a point that would not fit in memory or take longer than --limit is skipped, and
 said to be.
 """
@@ -161,13 +161,15 @@ def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clo
         "2 x torch linear_cross_entropy": linear_cross_entropy(),
         "open_clip SigLipLoss": open_clip_sigmoid(),
     }
+    eighth = f"softmax, {GIB // 8 // 2**20} MiB workspace"
     steps = {
         "softmax": training_step(x_BD, y_BD, contrastive_loss),
+        eighth: training_step(x_BD, y_BD, contrastive_loss, workspace_bytes=GIB // 8),
         "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, workspace_bytes=GIB),
         "sigmoid": training_step(x_BD, y_BD, contrastive_loss, family="sigmoid", bias=torch.tensor([-10.0])),
     }
     steps |= {name: training_step(x_BD, y_BD, loss) for name, loss in rivals.items() if loss is not None}
-    softmax = ["softmax", "softmax, 1 GiB workspace"]
+    softmax = ["softmax", eighth, "softmax, 1 GiB workspace"]
     ratios = [(name, own) for name in rivals for own in (["sigmoid"] if "SigLip" in name else softmax)]
     report(f"Others, B = {rival_total}, D = {width}", steps, ratios, max(2, rounds // 2), clock)
 
