@@ -1,0 +1,110 @@
+"""The store is plain Zarr v3: what others read from it is what this package reads. Those that are not fork-safe run in
+processes of their own."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from tests.cache.test_reader import TIERS, make_cache
+from threetowers.cache.layout import STORE
+from threetowers.cache.precision import precision
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.views import Views
+
+SIZES = [40, 33, 9]
+VIEWS = Views("crops:2", 1, 0.5)
+ARRAYS = ("emb", "emb_1", "key_hash", "image_hash", "status", "view_params")
+
+
+@pytest.fixture(scope="module", params=TIERS)
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    make_cache(folder, SIZES, 7, request.param, VIEWS)
+    return folder
+
+
+def names(cache: Path) -> list[str]:
+    scaled = EmbeddingCache.open(cache).contract.precision.scaled
+    return [*ARRAYS, *(("scale", "scale_1") if scaled else ())]
+
+
+def by_zarr(cache: Path, name: str) -> np.ndarray:
+    return np.asarray(zarr.open_group(cache / STORE, mode="r")[name][:])
+
+
+def by_tensorstore(cache: Path, name: str) -> np.ndarray:
+    tensorstore = pytest.importorskip("tensorstore")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(cache / STORE / name)}}
+    return np.asarray(tensorstore.open(spec, read=True).result().read().result())
+
+
+def by_zarrs(cache: Path, name: str) -> np.ndarray:
+    pytest.importorskip("zarrs")
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        return by_zarr(cache, name)
+
+
+def by_dask(cache: Path, name: str) -> np.ndarray:
+    dask_array = pytest.importorskip("dask.array")
+    lazy = dask_array.from_zarr(zarr.open_array(cache / STORE / name, mode="r"))
+    return np.asarray(lazy.compute(scheduler="synchronous"))
+
+
+def read_all(read: Callable[[Path, str], np.ndarray], cache: Path) -> dict[str, np.ndarray]:
+    return {name: read(cache, name) for name in names(cache)}
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Any:
+    """A process that is started, not forked."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("read", [by_zarr, by_tensorstore, by_zarrs, by_dask])
+def test_everybody_sees_the_same_numbers(read: Callable[[Path, str], np.ndarray], cache: Path, elsewhere: Any) -> None:
+    opened = EmbeddingCache.open(cache)
+    found = elsewhere.apply(read_all, (read, cache))
+    slot, tier = opened.contract.slot, opened.contract.precision
+    for tar_id, n in enumerate(SIZES):
+        rows = slice(tar_id * slot, tar_id * slot + n)
+        good = opened.status(tar_id) == 1
+        assert np.array_equal(found["status"][rows], opened.status(tar_id))
+        assert np.array_equal(found["key_hash"][rows], opened.slot(tar_id).key_hash_n)
+        for view in range(2):
+            scale = found[f"scale{'_1' * view}"][rows] if tier.scaled else None
+            decoded = tier.decode(found[f"emb{'_1' * view}"][rows], scale)
+            assert np.array_equal(decoded[good], opened.tar(tar_id, view)[good])
+            assert good.sum() > n // 2
+            for ordinal in range(n):
+                assert np.array_equal(
+                    found["view_params"][rows][ordinal, view], opened.view_params(tar_id, ordinal, view)
+                )
+        rest = slice(tar_id * slot + n, (tar_id + 1) * slot)
+        assert (found["status"][rest] == 0).all()
+    logical = zarr.open_array(cache / STORE / "emb", mode="r").attrs.get("logical_dtype")
+    assert logical == ("bfloat16" if tier.name == "bfloat16" else None)
+
+
+def test_an_array_goes_to_numpy_torch_and_dask(tmp_path: Path) -> None:
+    dask_array = pytest.importorskip("dask.array")
+    make_cache(tmp_path, SIZES, 7)
+    opened = EmbeddingCache.open(tmp_path)
+    array = opened.array()
+    rows = array[opened.contract.slot :][: SIZES[1]]
+    assert np.array_equal(rows.astype(np.float32), opened.tar(1), equal_nan=True)
+    assert torch.equal(torch.from_numpy(rows).float().nan_to_num(), torch.from_numpy(opened.tar(1)).nan_to_num())
+    lazy = dask_array.from_zarr(array)
+    mean = dask_array.nanmean(lazy.astype(np.float32), axis=0).compute(scheduler="synchronous")
+    np.testing.assert_allclose(mean, opened.moments()[0], rtol=1e-4)
+
+
+def test_precision_is_said_in_the_store(cache: Path) -> None:
+    opened = EmbeddingCache.open(cache)
+    assert opened.array(1).dtype == np.dtype(precision(opened.contract.dtype).stored)
