@@ -13,14 +13,14 @@ from tests.conftest import picture, samples_of, write_tar
 from threetowers.cache.tars import index_tar
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.samples import BadSample, SampleSet, annotation, concept, image
+from threetowers.trainer.data.samples import BadSample, SampleSet, annotation, concept, image, open_samples
 from threetowers.trainer.data.view import center, random_crop
 from threetowers.trainer.tokenizer import Tokenizer
 
 
 def batches(tree: dict[str, Any], rank: int = 0, ranks: int = 1, start: int = 0, stop: int = 4) -> list[Batch]:
     run = parse(tree)
-    samples = SampleSet([index_tar(tar) for tar in run.data.tars], {}, run.data.on_bad)
+    samples = open_samples(run, Path(run.out))
     tokenizer = Tokenizer.load(run.data.tokenizer)
     loader: Any = training_loader(run, samples, tokenizer, rank, ranks, start, stop)
     return list(loader)
@@ -59,7 +59,7 @@ def test_a_run_without_an_image_tower_decodes_no_picture(clip: dict[str, Any], t
     clip["data"]["tars"] = [str(write_tar(tmp_path / "blind.tar", blind))]
     clip["towers"]["image"] = {"kind": "text", "width": 16, "depth": 1, "heads": 2}
     run = parse(clip | {"towers": clip["towers"] | {"image": {"kind": "cache", "path": "none"}}})
-    samples = SampleSet([index_tar(tar) for tar in run.data.tars], {}, "error")
+    samples = SampleSet([index_tar(tar) for tar in run.data.tars], {})
     from threetowers.trainer.data.loader import TrainingItems
 
     item = TrainingItems(run, samples)[(0, 3)]

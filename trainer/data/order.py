@@ -1,6 +1,6 @@
 """The order of samples: a pure function of (seed, epoch), whatever the number of ranks and workers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -13,34 +13,42 @@ def permutation(seed: int, epoch: int, samples: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
-def global_batches(seed: int, samples: int, batch: int, start: int, stop: int) -> Iterator[tuple[int, Indices]]:
-    """Yield (epoch, sample indices (batch,)) for the steps start .. stop-1.
+def global_batches(
+    seed: int, visited: Callable[[int], Indices], batch: int, start: int, stop: int
+) -> Iterator[tuple[int, Indices]]:
+    """Yield (epoch, sample indices (batch,)) for the steps start .. stop-1. `visited`: the samples of an epoch.
 
-    An epoch is its whole batches; the `samples % batch` left over differ from epoch to epoch.
-    Raises ValueError when the set is smaller than one batch.
+    An epoch is its whole batches; the samples left over differ from epoch to epoch.
+    Raises ValueError when an epoch has fewer samples than a batch.
     """
-    per_epoch = samples // batch
-    if per_epoch == 0:
-        raise ValueError(f"a batch of {batch} needs at least {batch} samples, the tars hold {samples}; lower `batch`")
-    order, order_epoch = np.empty(0, np.int64), -1
-    for step in range(start, stop):
-        epoch, position = divmod(step, per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = permutation(seed, epoch, samples), epoch
-        yield epoch, order[position * batch : (position + 1) * batch]
+    epoch, first = 0, 0  # the first step of the epoch
+    while first < stop:
+        indices = visited(epoch)
+        steps = len(indices) // batch
+        if steps == 0:
+            raise ValueError(
+                f"a batch of {batch} needs at least {batch} samples, the tars hold {len(indices)}; lower `batch`"
+            )
+        if first + steps > start:
+            order = indices[permutation(seed, epoch, len(indices))]
+            for step in range(max(start, first), min(stop, first + steps)):
+                yield epoch, order[(step - first) * batch : (step - first + 1) * batch]
+        epoch, first = epoch + 1, first + steps
 
 
 class RankBatches:
     """A torch batch sampler: this rank's contiguous share of each global batch, as (epoch, index) addresses."""
 
-    def __init__(self, seed: int, samples: int, batch: int, rank: int, ranks: int, start: int, stop: int) -> None:
+    def __init__(
+        self, seed: int, visited: Callable[[int], Indices], batch: int, rank: int, ranks: int, start: int, stop: int
+    ) -> None:
         if batch % ranks:
             raise ValueError(f"batch {batch} is not divisible by {ranks} ranks; change `batch` or the launch")
-        self._arguments = (seed, samples, batch, start, stop)
+        self._arguments = (seed, visited, batch, start, stop)
         local = batch // ranks
         self._mine = slice(rank * local, (rank + 1) * local)
         self._steps = stop - start
-        next(global_batches(seed, samples, batch, 0, 1))  # refuse a set that is too small now, not in a worker
+        next(global_batches(seed, visited, batch, 0, 1))  # refuse a set that is too small now, not in a worker
 
     def __len__(self) -> int:
         return self._steps

@@ -1,9 +1,12 @@
 """The image a tower sees: a square of bytes, cut from the decoded picture."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from threetowers.cache.views import random_box, replay
 
 
 def center(image: Image.Image, size: int) -> Tensor:
@@ -11,15 +14,19 @@ def center(image: Image.Image, size: int) -> Tensor:
     return _bytes(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 
+def mirrored(image_3hw: Tensor) -> Tensor:
+    """Return the mirror image."""
+    return image_3hw.flip(-1)
+
+
+def stored_crop(image: Image.Image, size: int, params_5: npt.NDArray[np.float32]) -> Tensor:
+    """Return the part of the picture that a cache saw (`cache.views`), resized: (3, size, size) uint8."""
+    return _bytes(replay(image, params_5, (size, size)))
+
+
 def random_crop(image: Image.Image, size: int, scale: float, rng: np.random.Generator) -> Tensor:
     """Return a random crop of `scale` to 1 of the area and aspect 3/4 to 4/3, resized: (3, size, size) uint8."""
-    width, height = image.size
-    area = width * height * rng.uniform(scale, 1)
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    crop_width = min(width, (area * aspect) ** 0.5)
-    crop_height = min(height, area / crop_width)
-    left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
-    box = (left, top, left + crop_width, top + crop_height)
+    box = random_box(*image.size, scale, rng)
     return _bytes(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 

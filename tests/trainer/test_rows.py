@@ -1,0 +1,291 @@
+"""Rows of a cache in training: what becomes of a sample without one, views replayed, caches not wholly built."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import samples_of, write_tar
+from threetowers.cache.build import build
+from threetowers.cache.contract import ContractError
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.tars import index_tar
+from threetowers.cache.teacher import Teacher, load_teacher
+from threetowers.cache.views import Views
+from threetowers.trainer.config import ConfigError, parse
+from threetowers.trainer.data import finished
+from threetowers.trainer.data.finished import FinishedTars
+from threetowers.trainer.data.join import CacheJoin
+from threetowers.trainer.data.loader import Batch, training_loader
+from threetowers.trainer.data.samples import BadSample, SampleSet, image, open_samples
+from threetowers.trainer.tokenizer import Tokenizer
+
+CROPS = Views("crops:3", seed=4, scale=0.4)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A teacher whose features overflow float16 on bright pictures: a residual network with large last gains."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
+    save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def built(tars: list[Path], weights: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """built(views): a cache of the small tars."""
+    folder = tmp_path_factory.mktemp("views")
+
+    def make(views: Views) -> Path:
+        out = folder / views.policy
+        build(tars, out, backbone="test_resnet", weights=weights, image_size=64, views=views)
+        return out
+
+    return make
+
+
+@pytest.fixture
+def gap(tmp_path: Path, weights: str) -> Callable[..., tuple[Path, Path]]:
+    """gap(views): a tar whose samples 3 and 6 have no embedding, though 3 has a picture; and its cache."""
+
+    def make(views: Views = CROPS) -> tuple[Path, Path]:
+        samples = samples_of(0, 12)
+        samples[6][1]["png"] = b"no picture"
+        tar, out = write_tar(tmp_path / "gap.tar", samples), tmp_path / "gap"
+        build([tar], out, backbone="test_resnet", weights=weights, image_size=64, views=views)
+        leave_out(out, 3)
+        return tar, out
+
+    return make
+
+
+def leave_out(folder: Path, ordinal: int) -> None:
+    """Build the tar again as it would be with a filter that drops one sample."""
+    from threetowers.cache.contract import to_json
+    from threetowers.cache.layout import Status, arrays
+    from threetowers.cache.place import place_of
+    from threetowers.cache.record import record_name
+    from threetowers.cache.rows import Made, Rows
+
+    opened = EmbeddingCache.open(folder)
+    index = index_tar(Path(opened.table.root) / opened.tars[0].path)
+    rows = Rows(index, opened.contract)
+    for name in arrays(opened.contract):
+        view = 0 if name == "emb" else int(name.rpartition("_")[2]) if name.startswith("emb") else None
+        rows.arrays[name][:] = opened.block(0, view).rows_nD if view is not None else opened._column(0, name)
+    rows.reject(ordinal, Status.FILTERED, "for the test")
+    record = rows.write(place_of(folder), opened.tars[0], "", Made("teacher", 1, "cpu", 0.0))
+    place_of(folder).put(record_name(0), to_json(record), owner="test")
+
+
+def with_cache(tree: dict[str, Any], tar: Path, cache: Path, **third: Any) -> dict[str, Any]:
+    towers = tree["towers"] | {"third": {"kind": "cache", "path": str(cache), **third}}
+    return tree | {"towers": towers, "data": tree["data"] | {"tars": [str(tar)]}, "batch": 6}
+
+
+def batches(tree: dict[str, Any], stop: int) -> tuple[SampleSet, list[Batch]]:
+    run = parse(tree)
+    samples = open_samples(run, Path(run.out))
+    loader: Any = training_loader(run, samples, Tokenizer.load(run.data.tokenizer), 0, 1, 0, stop)
+    return samples, list(loader)
+
+
+def test_error_names_the_first_sample_and_the_knob(three: dict[str, Any], gap: Any) -> None:
+    with pytest.raises(
+        BadSample, match=r"'s0003': the cache of tower 'third' .*\(2 such.*third\.on_bad_row: skip"
+    ):
+        batches(with_cache(three, *gap()), 1)
+
+
+def test_skip_leaves_the_samples_out(three: dict[str, Any], gap: Any) -> None:
+    samples, (batch,) = batches(with_cache(three, *gap(), on_bad_row="skip"), 1)
+    assert samples.visited(0).tolist() == [i for i in range(12) if i not in (3, 6)]
+    assert samples.left_out == {"no embedding in 'third'": 2}
+    assert len(samples) == 10
+    assert batch.present == {}
+
+
+def test_mask_keeps_them_for_the_other_terms(three: dict[str, Any], gap: Any) -> None:
+    tree = with_cache(three, *gap(), on_bad_row="mask")
+    tree["data"]["on_bad"] = "skip"  # the picture of sample 6 cannot be decoded for the image tower either
+    samples, found = batches(tree, 4)
+    assert samples.without_row == {"left out of the terms with 'third'": 2}
+    for epoch in range(2):
+        one, two = found[2 * epoch : 2 * epoch + 2]
+        assert len(one) + len(two) == 11
+        assert sorted(len(batch.bad) for batch in (one, two)) == [0, 1]
+        assert sum(int((~batch.present["third"]).sum()) for batch in (one, two)) == 1
+        for batch in (one, two):
+            missing = ~batch.present["third"]
+            assert batch.inputs["third"].shape == (len(batch), samples.caches["third"].cache.dim)
+            assert (batch.inputs["third"][missing] == 0).all()
+            assert (batch.inputs["third"][~missing] != 0).any(1).all()
+            assert batch.inputs["image"].shape == (len(batch), 3, 32, 32)
+
+
+@pytest.mark.parametrize("views", [Views("center+flip"), CROPS])
+def test_live_computes_what_the_cache_lacks(three: dict[str, Any], gap: Any, weights: str, views: Views) -> None:
+    tar, cache = gap(views)
+    tree = with_cache(three, tar, cache, on_bad_row="live", weights=weights)
+    tree["data"]["on_bad"] = "skip"
+    whole = cache.parent / "whole"  # what the build would have given
+    build([tar], whole, backbone="test_resnet", weights=weights, image_size=64, views=views)
+    samples, _ = batches(tree, 1)
+    join, index = samples.caches["third"], index_tar(tar)
+    assert samples.without_row == {"computed by the teacher of 'third'": 2}
+    for view in range(views.count):
+        row = join.training_row(0, 3, view, lambda: image(index, 3, 10**6))
+        assert row is not None
+        expected = EmbeddingCache.open(whole).row(0, 3, "s0003", view)
+        np.testing.assert_allclose(row, expected, rtol=2e-3, atol=2e-3)
+    _, found = batches(tree, 6)
+    assert all(batch.present == {} for batch in found)
+    assert sum(len(batch.bad) for batch in found) == 3  # sample 6, in each of three epochs: there is nothing to embed
+
+
+def test_live_needs_the_teacher_of_the_cache(three: dict[str, Any], gap: Any, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    tar, cache = gap()
+    with pytest.raises(ValueError, match=r"weights came from 'teacher\.safetensors': say where it is"):
+        batches(with_cache(three, tar, cache, on_bad_row="live"), 1)
+    other = tmp_path / "other.safetensors"
+    torch.manual_seed(6)
+    save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), other)
+    with pytest.raises(ContractError, match="not the one of the cache: weights_digest: expected"):
+        batches(with_cache(three, tar, cache, on_bad_row="live", weights=str(other)), 1)
+
+
+def embedded(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+    return teacher.embed(pixels)
+
+
+@pytest.mark.parametrize("views", [Views(), Views("center+flip"), CROPS])
+def test_the_image_tower_sees_what_the_teacher_saw(
+    three: dict[str, Any], tars: list[Path], built: Any, weights: str, views: Views
+) -> None:
+    """The picture that an epoch gives the image tower, at the teacher's size, embedded by the teacher, is the row."""
+    three["towers"]["third"]["path"] = str(built(views))
+    three["data"] |= {"image_size": 64, "tars": [str(tars[0])]}
+    teacher = load_teacher("test_resnet", weights, 64)
+    epochs = 2 * views.count
+    samples, found = batches(three, epochs * 2)  # two batches of 12 in an epoch of 25
+    assert samples.views == views
+    rows = [EmbeddingCache.open(built(views)).tar(0, view) for view in range(views.count)]
+    assert all(not np.allclose(rows[0], other, rtol=1e-2) for other in rows[1:])
+    for epoch in range(epochs):
+        for batch in found[2 * epoch : 2 * epoch + 2]:
+            cosine_b = torch.cosine_similarity(embedded(teacher, batch.inputs["image"]), batch.inputs["third"])
+            assert cosine_b.min() > 0.9999, (epoch, cosine_b.min())
+            for row in batch.inputs["third"].numpy():  # of the view of this epoch
+                assert (rows[epoch % views.count] == row).all(axis=1).any()
+
+
+def test_augmentation_that_the_cache_does_not_hold_is_refused(three: dict[str, Any], built: Any) -> None:
+    three["towers"]["third"]["path"] = str(built(CROPS))
+    three["data"]["crop_scale"] = 0.4
+    with pytest.raises(ConfigError, match=r"data\.crop_scale: 0\.4 asks for .* set crop_scale: 1\.0"):
+        parse(three)
+
+
+def test_caches_of_different_views_are_refused(three: dict[str, Any], built: Any) -> None:
+    three["towers"]["third"]["path"] = str(built(CROPS))
+    three["towers"]["other"] = {"kind": "cache", "path": str(built(Views()))}
+    three["heads"]["h_o"] = {"of": "other"}
+    three["terms"]["image-other"] = {"x": "f_h", "y": "h_o"}
+    with pytest.raises(ConfigError, match=r"caches of different views: third: .*crops:3.*other: .*center"):
+        batches(three, 1)
+
+
+@pytest.fixture
+def growing(tmp_path: Path, weights: str) -> tuple[list[Path], Path, Callable[[int], None]]:
+    """Four tars of 8 samples, the folder of a cache of them with none built, and a function that finishes one."""
+    tars = [write_tar(tmp_path / f"{i}.tar", samples_of(8 * i, 8)) for i in range(4)]
+    out = tmp_path / "growing"
+    build(tars, out, backbone="test_resnet", weights=weights, image_size=64)
+    (out / "done").rename(tmp_path / "held")
+    (out / "done").mkdir()
+    return tars, out, lambda i: Path(shutil.copy(tmp_path / f"held/{i}.json", out / "done")) and None
+
+
+def test_epochs_visit_what_was_finished_when_they_began(
+    three: dict[str, Any], growing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars, cache, finish = growing
+    monkeypatch.setattr(finished, "POLL_SECONDS", 0.01)
+    three["data"] |= {"tars": [str(tar) for tar in tars], "unbuilt_tars": "leave_out"}
+    three["towers"]["third"]["path"] = str(cache)
+    run = parse(three | {"batch": 8})
+    with pytest.raises(ContractError, match="half built"):
+        open_samples(parse(three | {"data": three["data"] | {"unbuilt_tars": "error"}}), Path(run.out))
+    finish(2)
+    samples = open_samples(run, Path(run.out))
+    assert (len(samples), samples.total) == (32, 32)
+    assert samples.visited(0).tolist() == list(range(16, 24))
+    moments = samples.moments("third")
+    finish(0)
+    assert samples.visited(0).tolist() == list(range(16, 24))
+    assert samples.visited(1).tolist() == [*range(8), *range(16, 24)]
+    finish(1)
+    finish(3)
+    again = open_samples(run, Path(run.out))  # a resumed run
+    assert again.visited(0).tolist() == list(range(16, 24))
+    assert all((a == b).all() for a, b in zip(again.moments("third"), moments, strict=True))
+    assert len(again.visited(1)) == 16
+    assert len(again.visited(2)) == 32
+    pins = [json.loads(line) for line in (Path(run.out) / "finished-tars.jsonl").read_text().splitlines()]
+    assert [(pin["epoch"], pin["finished"], pin["of"]) for pin in pins] == [(0, 1, 4), (1, 2, 4), (2, 4, 4)]
+    loader: Any = training_loader(run, again, Tokenizer.load(run.data.tokenizer), 0, 1, 0, 7)
+    found = list(loader)  # 1 + 2 + 4 steps: epochs 0, 1, 2
+    assert [len(batch) for batch in found] == [8] * 7
+    fewer = three | {"data": three["data"] | {"tars": [str(tar) for tar in tars[1:]]}}
+    with pytest.raises(ConfigError, match=r"epoch 1 was begun with 1 tars that data\.tars no longer names"):
+        open_samples(parse(fewer | {"batch": 8}), Path(run.out)).visited(1)
+
+
+def test_waiting_for_the_whole_cache(three: dict[str, Any], growing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tars, cache, finish = growing
+    todo, looks = [0, 1, 2, 3], []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        finish(todo.pop())
+
+    monkeypatch.setattr("threetowers.trainer.data.finished.time.sleep", sleep)
+    three["data"] |= {"tars": [str(tar) for tar in tars], "unbuilt_tars": "wait"}
+    three["towers"]["third"]["path"] = str(cache)
+    samples = open_samples(parse(three), Path(three["out"]))
+    assert len(looks) == 4
+    assert len(samples.visited(0)) == 32
+    assert not (Path(three["out"]) / "finished-tars.jsonl").exists()
+
+
+def pin(rank: int, store: str, folder: str, tars: list[Path], cache: Path) -> None:
+    """Rank 1 sees more of the cache than rank 0 did: what rank 0 saw counts."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    join = CacheJoin(cache, [index_tar(tar) for tar in tars], unbuilt=True)
+    if rank == 1:
+        join.finished = lambda: np.ones(4, np.bool_)  # type: ignore[method-assign]
+    sets = FinishedTars(Path(folder) / "pins.jsonl", [join], 8)
+    assert [sets.of(epoch) for epoch in (0, 1, 0)] == [[1, 3], [1, 3], [1, 3]]
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_ranks_agree_on_what_is_finished(growing: Any, tmp_path: Path) -> None:
+    tars, cache, finish = growing
+    finish(3)
+    finish(1)
+    torch.multiprocessing.spawn(pin, args=(str(tmp_path / "store"), str(tmp_path / "run"), tars, cache), nprocs=2)
