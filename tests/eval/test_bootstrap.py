@@ -1,0 +1,96 @@
+"""Intervals and paired differences: against formulas, a slow twin, and the coverage they promise."""
+
+import numpy as np
+import pytest
+
+from threetowers.eval.bootstrap import Resampled, Stratum, holm, resample
+
+
+def single(values: np.ndarray, units: np.ndarray | None = None) -> list[list[Stratum]]:
+    return [[Stratum(values, np.arange(len(values)) if units is None else units)]]
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
+    values = np.random.default_rng(0).random(401)
+    found = resample([single(values)], draws=4000).interval(0)
+    error = values.std() / np.sqrt(401)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+
+
+def test_a_slow_twin_with_units_gaps_and_strata() -> None:
+    rng = np.random.default_rng(1)
+    strata = []
+    for size in (31, 17):
+        values = rng.random(size)
+        values[rng.integers(size, size=3)] = np.nan
+        strata.append(Stratum(values, rng.integers(9, size=size)))
+    found = resample([[strata]], draws=3000)
+    means = []
+    for _ in range(3000):
+        drawn = rng.integers(9, size=9)
+        per_stratum = []
+        for s in strata:
+            kept = np.concatenate([s.value_N[s.unit_N == unit] for unit in drawn])
+            per_stratum.append(np.nanmean(kept))
+        means.append(np.mean(per_stratum))
+    assert found.mean_M[0] == pytest.approx(np.mean([np.nanmean(s.value_N) for s in strata]))
+    twin = np.quantile(means, [0.025, 0.975])
+    assert [found.interval(0).low, found.interval(0).high] == pytest.approx(twin, abs=0.02)
+
+
+def test_items_of_one_unit_do_not_count_as_many() -> None:
+    units = np.repeat(np.arange(20), 50)
+    values = np.repeat(np.random.default_rng(2).random(20), 50)
+    together, apart = resample([single(values, units)]).interval(0), resample([single(values)]).interval(0)
+    assert together.high - together.low > 4 * (apart.high - apart.low)
+
+
+def test_pairing_finds_a_small_steady_difference() -> None:
+    rng = np.random.default_rng(3)
+    hard = rng.random(300)
+    one, other = hard + 0.02 + 0.01 * rng.standard_normal(300), hard
+    found = resample([single(one), single(other)])
+    assert found.difference(0, 1).p < 1e-6
+    assert found.difference(0, 1).low > 0
+    assert found.interval(0).low < found.interval(1).high  # the intervals overlap all the same
+    assert found.difference(1, 0).mean == pytest.approx(-found.difference(0, 1).mean)
+
+
+def test_seeds_widen_the_interval() -> None:
+    rng = np.random.default_rng(4)
+    items = rng.random(2000)
+    seeds = [[Stratum(items + shift, np.arange(2000))] for shift in (-0.1, 0.0, 0.1)]
+    found = resample([seeds, single(items)])
+    assert found.mean_M[0] == pytest.approx(items.mean())
+    assert found.interval(0).high - found.interval(0).low > 0.1
+    assert found.interval(1).high - found.interval(1).low < 0.05
+    assert found.difference(0, 1).p > 0.5
+
+
+def test_equal_models_are_rarely_called_different() -> None:
+    rng = np.random.default_rng(5)
+    alarms = 0
+    for seed in range(200):
+        one, other = (rng.random(80) < 0.4).astype(float), (rng.random(80) < 0.4).astype(float)
+        alarms += resample([single(one), single(other)], draws=300, seed=seed).difference(0, 1).p < 0.05
+    assert alarms <= 22  # 10 expected; more than 22 has a chance of 2e-4
+
+
+def test_nothing_to_tell_apart_is_not_significant() -> None:
+    one = np.ones(1)
+    found: Resampled = resample([single(one), single(0 * one)])
+    assert found.difference(0, 1).p == 1.0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_other_items_are_refused() -> None:
+    with pytest.raises(ValueError, match="only on the same items"):
+        resample([single(np.ones(3)), single(np.ones(4))])
+    with pytest.raises(ValueError, match="only on the same items"):
+        resample([single(np.ones(3)), single(np.array([1, np.nan, 1]))])
