@@ -112,25 +112,26 @@ def check_pairs(group: Any, family: Any, ring: bool) -> None:
 
 
 class Towers(torch.nn.Module):
-    """Two linear towers, a scale and a bias, as one module that data-parallel training wraps."""
+    """Two linear towers, a scale and perhaps a bias, as one module that data-parallel training wraps."""
 
-    def __init__(self) -> None:
+    def __init__(self, family: str) -> None:
         super().__init__()
-        self.parts = torch.nn.ParameterList([torch.nn.Parameter(leaf.detach()) for leaf in leaves_for("sigmoid")])
+        self.parts = torch.nn.ParameterList([torch.nn.Parameter(leaf.detach()) for leaf in leaves_for(family)])
 
     def forward(self, x_bD: Tensor, y_bD: Tensor) -> tuple[Tensor, ...]:
-        return x_bD @ self.parts[0], y_bD @ self.parts[1], self.parts[2], self.parts[3]
+        return x_bD @ self.parts[0], y_bD @ self.parts[1], *self.parts[2:]
 
 
-def check_under_ddp(group: Any) -> None:
+def check_under_ddp(group: Any, family: Any) -> None:
     """torch's own wrapper does the averaging."""
     x_BD, y_BD, _ = batch(sum(SHARDS[group.size()]))
-    towers, mine = DistributedDataParallel(Towers(), process_group=group), own_rows(group)
-    x, y, log_scale, bias = towers(x_BD[mine], y_BD[mine])
-    contrastive_loss(x, y, log_scale, bias=bias, family="sigmoid", process_group=group).backward()
-    twins = [leaf.detach().double().requires_grad_() for leaf in leaves_for("sigmoid")]
+    towers, mine = DistributedDataParallel(Towers(family), process_group=group), own_rows(group)
+    x, y, log_scale, *bias = towers(x_BD[mine], y_BD[mine])
+    options = {"family": family, "process_group": group}
+    contrastive_loss(x, y, log_scale, bias=bias[0] if bias else None, **options).backward()
+    twins = [leaf.detach().double().requires_grad_() for leaf in leaves_for(family)]
     sides = x_BD.double() @ twins[0], y_BD.double() @ twins[1]
-    dense_contrastive_loss(*sides, twins[2], bias=twins[3], family="sigmoid").backward()
+    dense_contrastive_loss(*sides, twins[2], bias=twins[3] if bias else None, family=family).backward()
     for leaf, twin in zip(towers.parameters(), twins, strict=True):
         torch.testing.assert_close(leaf.grad.double(), twin.grad, rtol=1e-5, atol=1e-6)
 
@@ -185,7 +186,8 @@ def _worker(rank: int, store: str) -> None:
             for ring in (False, True):
                 check_pairs(group, family, ring)
         if group.size() > 1:
-            check_under_ddp(group)
+            for family in ("softmax", "sigmoid"):
+                check_under_ddp(group, family)
             check_refusals(group)
     x_bD = torch.full((2, 2), float(rank))
     default = contrastive_loss(x_bD, x_bD, torch.zeros(1))  # the default group
