@@ -109,10 +109,11 @@ def contrastive_loss(
             this process alone.
         workspace_bytes: memory in which similarity tiles may be kept from forward to backward. At 0 the softmax costs
             4 products of 2 B B D operations (forward 1, backward 3); with room for all tiles 3. The sigmoid always
-            costs 3, with reduction "none" 4.
+            costs 3, with reduction "none" 4. On the CPU 32 MiB or more wait for the next step once backward is through,
+            and the system may have them back when it is short of memory.
         reduction: "mean" or "sum" over the global batch, or "none" for the losses (b,) of the local samples.
-        ring: on several ranks, pass the column side from rank to rank instead of gathering it: features and gradients
-            then take O(b D) memory a rank instead of O(B D), and twice the sending.
+        ring: on several ranks, pass the column side from rank to rank instead of gathering it: features then take
+            O(b D) memory a rank instead of O(B D), as gradients always do, and are sent again in backward.
 
     Returns:
         The loss, float32 (float64 for float64 features). "mean" and "sum" give the global batch's value, the same on
