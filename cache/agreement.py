@@ -64,7 +64,7 @@ def agree(
 ) -> Agreement:
     """Begin a cache, or add to one what it lacks of these tars: rank 0 writes, the others wait for it.
 
-    `paths`: all tars on rank 0, those of its own share elsewhere. `index` reads the headers of tars, which is not
+    `index` reads the headers of tars, which is not
     needed for those that lie where the table says; whoever embeds a tar compares its fingerprint.
 
     Raises:
@@ -73,24 +73,22 @@ def agree(
     """
     deadline = time.monotonic() + wait_seconds
     if rank.rank == 0 and place.size(MANIFEST) is None:
-        _begin(place, index(paths), teacher, terms)
+        begin(place, _fitting(index(paths), teacher, terms))
     while place.size(MANIFEST) is None:
         _wait(place, rank, wait_seconds, deadline)
-    contract = read_contract(place)
-    asked = _offer(teacher, terms, max(contract.slot, terms.slot or 0), contract.chunk_rows)
-    if lines := difference(contract, asked):
-        raise ContractError(
-            f"{place}: holds a cache under another contract: {'; '.join(lines)}. Expected is what the folder "
-            "holds, found is what was asked for: choose another folder"
-        )
+    held = read_contract(place)
+    asked = _offer(teacher, terms, max(held.slot, terms.slot or 0), held.chunk_rows)
+    contract = settle(place, asked)
     if rank.rank == 0:
         before = read_table(place, empty=True)
         extend(place, index([path for path in paths if before.at(path) is None]), contract.slot)
         table = fit_to_table(place, contract)
         _warn_of_namesakes(place, before, table, paths)
     else:
-        strange = [tar.fingerprint for tar in index([p for p in paths if read_table(place, empty=True).at(p) is None])]
-        while not set(strange) <= (table := read_table(place, empty=True)).by_fingerprint.keys() or not table.entries:
+        while not (table := read_table(place, empty=True)).entries:
+            _wait(place, rank, wait_seconds, deadline)
+        strange = {tar.fingerprint for tar in index([path for path in paths if table.at(path) is None])}
+        while not strange <= (table := read_table(place)).by_fingerprint.keys():
             _wait(place, rank, wait_seconds, deadline)
     return Agreement(contract, table, tuple(notes(contract, asked)))
 
@@ -118,15 +116,38 @@ def _wait(place: Place, rank: Rank, wait_seconds: float, deadline: float) -> Non
     time.sleep(POLL_SECONDS)
 
 
-def _begin(place: Place, indexes: list[TarIndex], teacher: Teacher, terms: Terms) -> None:
-    """Write the manifest: the place is a cache once that is there."""
+def begin(place: Place, contract: Contract) -> None:
+    """Write the manifest, if there is none: the place is a cache once that is there.
+
+    Raises:
+        ContractError: something else lies there.
+    """
     foreign = {name.rstrip("/") for name in place.names()} - {TARS, STORE, STAGING}
     if foreign and place.size(MANIFEST) is None:
         raise ContractError(f"{place}: neither a cache nor empty, holds {sorted(foreign)[:5]}: choose another folder")
-    largest = max(len(tar.samples) for tar in indexes)
-    TarTable(()).missing(indexes, terms.slot or largest)  # copies, and tars larger than the slot
-    slot, chunk_rows = slot_and_chunk(precision(terms.dtype).row_bytes(teacher.dim), terms.slot or largest)
-    place.put_new(MANIFEST, to_json(_offer(teacher, terms, slot, chunk_rows)), owner=CONTRACT_OWNER)
+    place.put_new(MANIFEST, to_json(contract), owner=CONTRACT_OWNER)
+
+
+def settle(place: Place, asked: Contract) -> Contract:
+    """The contract of the place, which binds.
+
+    Raises:
+        ContractError: it differs from what is asked for.
+    """
+    contract = read_contract(place)
+    if lines := difference(contract, asked):
+        raise ContractError(
+            f"{place}: holds a cache under another contract: {'; '.join(lines)}. Expected is what the folder "
+            "holds, found is what was asked for: choose another folder"
+        )
+    return contract
+
+
+def _fitting(indexes: list[TarIndex], teacher: Teacher, terms: Terms) -> Contract:
+    """The contract of a new cache of these tars."""
+    rows = terms.slot or max(len(tar.samples) for tar in indexes)
+    TarTable(()).missing(indexes, rows)  # refuses copies, and tars larger than the slot
+    return _offer(teacher, terms, *slot_and_chunk(precision(terms.dtype).row_bytes(teacher.dim), rows))
 
 
 def _offer(teacher: Teacher, terms: Terms, slot: int, chunk_rows: int) -> Contract:
@@ -141,4 +162,5 @@ def _offer(teacher: Teacher, terms: Terms, slot: int, chunk_rows: int) -> Contra
         chunk_rows=chunk_rows,
         versions={name: version(name) for name in ("torch", "timm", "pillow")},
         views=terms.views,
+        compute=teacher.compute,
     )

@@ -177,6 +177,27 @@ def verify(
     return 0 if report.ok else 1
 
 
+def rekey(
+    old: Positional[str],
+    new: Positional[str],
+    tars: list[str],
+    missing: Literal["error", "filtered", "build"] = "error",
+) -> int:
+    """Take the rows of a cache over to other tars of the same images, by key and image, without the teacher.
+
+    Args:
+        old: Folder or URL of the cache that holds the rows.
+        new: Folder or URL of the cache to make.
+        tars: The tars as they are now: split, merged, filtered, downloaded again. Paths, globs, brace ranges.
+        missing: Samples without a row in the old cache: error refuses, filtered goes on without them, build leaves
+            their tars to `cache build`.
+    """
+    from threetowers.cache.rekey import rekey as run
+
+    print(run(old, new, tars, missing=missing).text())
+    return 0
+
+
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(dumps(content, indent=1) + "\n")

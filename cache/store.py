@@ -6,24 +6,25 @@ Each array has one Zarr shard per tar, so a file has exactly one writer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
-from zarr.core.buffer import Buffer
+from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from threetowers.cache import shard
-from threetowers.cache.contract import Contract
+from threetowers.cache.contract import Contract, ContractError
 from threetowers.cache.layout import STORE, arrays, slot_files, stored_rows
 from threetowers.cache.place import Place
-from threetowers.cache.record import FileSum
-from threetowers.cache.table import TarTable, read_table
+from threetowers.cache.record import FileSum, Record
+from threetowers.cache.table import TarEntry, TarTable, read_table
 
 CONTRACT_OWNER = "contract"
-Rows = Mapping[str, npt.NDArray[np.generic]]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 def empty_group(contract: Contract, n_tars: int, store: MemoryStore) -> zarr.Group:
@@ -73,7 +74,7 @@ def fit_to_table(place: Place, contract: Contract) -> TarTable:
 
 
 def write_slot(
-    place: Place, contract: Contract, tar_id: int, rows: Rows
+    place: Place, contract: Contract, tar_id: int, rows: Mapping[str, npt.NDArray[np.generic]]
 ) -> tuple[dict[str, FileSum], dict[str, tuple[int, ...]]]:
     """Write the rows of one tar, (n, ...) of each array by name.
 
@@ -96,3 +97,30 @@ def write_slot(
         if spec.chunked:
             sums[name] = tuple(crcs)
     return files, sums
+
+
+def read_slot(
+    place: Place, contract: Contract, entry: TarEntry, record: Record, names: Sequence[str] | None = None
+) -> Arrays:
+    """The rows of a tar, (slot, ...) of each array (or of those named), decoded by zarr-python, each file read once.
+
+    Raises:
+        ContractError: a file is not the one that was written, or zarr cannot read it.
+    """
+    buffer = default_buffer_prototype().buffer
+    content: dict[str, Buffer] = {}
+    where = f"tar {entry.path} ({entry.id})"
+    first = slot_files(contract, 0)  # each is read as if it were the only slot of its array
+    for name, path in slot_files(contract, entry.id).items():
+        try:
+            data = place.read(path)
+        except FileNotFoundError:
+            raise ContractError(f"{where}: {path} is missing") from None
+        if FileSum.of(data) != record.files[name]:
+            raise ContractError(f"{where}: {path} is not the file that was written")
+        content[first[name].removeprefix(f"{STORE}/")] = buffer.from_bytes(data)
+    group: Any = empty_group(contract, 1, MemoryStore(content))
+    try:
+        return {name: np.asarray(group[name][:]) for name in names or arrays(contract)}
+    except ValueError as error:  # zarr's checksums
+        raise ContractError(f"{where}: zarr cannot read it: {error}") from error

@@ -23,7 +23,7 @@ UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTD
 
 app = SubcommandApp()
 cache, tokenizer, evaluation = SubcommandApp(), SubcommandApp(), SubcommandApp()
-for function in (command.build, command.info, command.verify):
+for function in (command.build, command.info, command.verify, command.rekey):
     cache.command(function)
 evaluation.command(evaluate.retrieval)
 for described in (
