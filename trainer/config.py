@@ -314,7 +314,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def parse(tree: Mapping[str, Any], source: str = "config") -> Run:
-    """Return the checked run of a plain tree of dicts; see `load`."""
+    """Return the checked run of a plain tree of dicts; see `load`. A tower, head or term that is null is left out."""
+    named = {key: tree[key] for key in ("towers", "heads", "terms") if isinstance(tree.get(key), dict)}
+    tree = {**tree, **{key: {k: v for k, v in entries.items() if v is not None} for key, entries in named.items()}}
     try:
         run = _adapter.validate_python(tree)
     except ValidationError as error:
@@ -389,6 +391,9 @@ def _check_references(run: Run, source: str) -> None:
     used = {run.root_of(name) for name in references.values()}
     if unused := sorted(set(run.towers) - used):
         refuse(f"towers: {unused} are used by no term; remove them or add a term")
+    standing = {*references.values(), *(head.of for head in run.heads.values())}
+    if unused := sorted(set(run.heads) - standing):
+        refuse(f"heads: {unused} are used by no term; remove them or add a term")
     for name, tower in run.towers.items():
         if not isinstance(tower, TextTower) or tower.share is None:
             continue

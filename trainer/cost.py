@@ -7,6 +7,7 @@ autograd would keep, each storage once, with attention as the fused kernels do i
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -190,6 +191,7 @@ def _flops(module: nn.Module, value: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
+@cache
 def _backbone(name: str, size: tuple[int, int] | None) -> tuple[int, int]:
     """Return the feature width and the forward FLOPs of a timm model at an image size, its own where None."""
     import timm

@@ -28,8 +28,9 @@ def dry_run(run: Run, world: int = 1) -> list[str]:
     vocab_size = _vocab_size(run)
     steps = run.duration.in_steps(0 if held is None else held.usable, run.batch)
     deepspeed_config(run, world)
-    parameter_groups(meta_model(run, vocab_size, teachers), run.optim)
-    return startup_page(run, Ranks(0, world, torch.device("meta")), held, teachers, vocab_size, steps)
+    model = meta_model(run, vocab_size, teachers)
+    parameter_groups(model, run.optim)
+    return startup_page(Ranks(0, world, torch.device("meta")), model, teachers, held, steps)
 
 
 def _held(run: Run) -> Held | None:

@@ -12,7 +12,6 @@ from threetowers.trainer.cost import (
     TowerCost,
     activation_bytes,
     loss_flops,
-    meta_model,
     state_memory,
     tower_costs,
     training_flops,
@@ -33,14 +32,13 @@ class Held:
 
 
 def startup_page(
-    run: Run, ranks: Ranks, held: Held | None, teachers: Mapping[str, Teacher], vocab_size: int, steps: int
+    ranks: Ranks, model: TowerModel, teachers: Mapping[str, Teacher], held: Held | None, steps: int
 ) -> list[str]:
     """Return the lines that say what will be trained, on what, for how long, and what it costs.
 
-    `held`: None where the tars are not at hand. `teachers`: by cached tower.
+    `model`: from `meta_model`. `teachers`: by cached tower. `held`: None where the tars are not at hand.
     """
-    model = meta_model(run, vocab_size, teachers)
-    costs = tower_costs(model)
+    run, costs = model.run, tower_costs(model)
     return [
         f"run {run.out}",
         *_data(run, ranks, held, steps),
