@@ -16,6 +16,8 @@ from threetowers.cache.record import DONE, record_name
 
 MAX_MISSES = 3  # tars in a row that others were faster at, before a worker looks again at what is left
 MAX_LOOKS = 4
+LISTED = 1000  # names that object stores list by one request
+POLL_SECONDS = 0.5, 60  # first and longest wait for the tars of others
 MAX_PROBES = 4  # claims of others that an idle worker examines at a time
 
 
@@ -33,10 +35,17 @@ class Ledger:
     def __init__(self, claims: Claims, ids: Sequence[int]) -> None:
         self.claims, self.ids = claims, ids
 
-    def unfinished(self, numbers: Iterable[int]) -> set[int]:
-        """Those of these tars that have no done record, by one listing."""
-        names = set(self.claims.place.names(DONE))
-        return {number for number in numbers if record_name(self.ids[number])[len(DONE) + 1 :] not in names}
+    def unfinished(self, numbers: Collection[int]) -> set[int]:
+        """Those of these tars that have no done record and that this worker is not about to finish.
+
+        By one listing, or one look for each tar where that asks for less.
+        """
+        if len(numbers) <= 1 + len(self.ids) // LISTED:
+            left = {number for number in numbers if self._missing(number)}
+        else:
+            names = set(self.claims.place.names(DONE))
+            left = {number for number in numbers if f"{self.ids[number]}.json" not in names}
+        return {number for number in left if not self.claims.has(self.ids[number])}
 
     def unclaimed(self, numbers: Iterable[int]) -> set[int]:
         """Those of these tars that nobody works on, by one listing."""
@@ -52,10 +61,13 @@ class Ledger:
         tar_id = self.ids[number]
         if not self.claims.take(tar_id):
             return False
-        if self.claims.place.size(record_name(tar_id)) is not None:
+        if not self._missing(number):
             self.claims.release(tar_id)
             return False
         return True
+
+    def _missing(self, number: int) -> bool:
+        return self.claims.place.size(record_name(self.ids[number])) is None
 
 
 class Assignment:
@@ -69,11 +81,10 @@ class Assignment:
         *,
         seed: str,
         unfinished: Sequence[Collection[int]],
-        poll_seconds: float = 5,
     ) -> None:
         """`unfinished`: numbers of the tars that each ledger lacked a moment ago. `seed`: of the order of stealing,
         which should differ between workers."""
-        self._ledgers, self._poll_seconds = ledgers, poll_seconds
+        self._ledgers, self._poll_seconds = ledgers, POLL_SECONDS[0]
         self._left = list(unfinished)
         self._random = random.Random(seed)
         self._queue = deque(number for number in range(rank, len(ledgers[0].ids), world) if self._lacking(number))
@@ -84,14 +95,15 @@ class Assignment:
         for _ in range(MAX_LOOKS):
             while self._queue and self._misses < MAX_MISSES:
                 if work := self._take(self._queue.popleft()):
-                    self._misses = 0
+                    self._misses, self._poll_seconds = 0, POLL_SECONDS[0]
                     return work
                 self._misses += self._stealing
             if not self._look():
                 return None
             if not self._queue:
                 break
-        return self._poll_seconds
+        wait, self._poll_seconds = self._poll_seconds, min(2 * self._poll_seconds, POLL_SECONDS[1])
+        return wait
 
     def _lacking(self, number: int) -> list[int]:
         return [i for i, left in enumerate(self._left) if number in left]

@@ -1,7 +1,7 @@
-"""Build a cache: stream tars through a teacher, one tar at a time, each tar's rows written whole.
+"""Build caches: stream tars through teachers, one tar at a time, each tar's rows written whole.
 
-The list of tars is dealt out by rank. A tar is finished when its done record is there; running the same command again
-continues with the others.
+Each process takes its own share of the tars first, then what others have not got to. A tar is finished when its done
+record is there; running the same command again continues with the others.
 """
 
 from __future__ import annotations
@@ -9,46 +9,67 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 from tqdm import tqdm
 
 from threetowers.cache.agreement import Terms, agree
 from threetowers.cache.ahead import ahead
-from threetowers.cache.contract import Contract, ContractError
-from threetowers.cache.pipeline import Job, items
-from threetowers.cache.place import Place, place_of
+from threetowers.cache.assignment import Assignment, Ledger
+from threetowers.cache.claims import Claims, Worker
+from threetowers.cache.contract import ContractError
+from threetowers.cache.pipeline import Finished, Job, Source, Stages, Target
+from threetowers.cache.place import Place, is_url, place_of
 from threetowers.cache.ranks import Rank
-from threetowers.cache.record import BadSample, Record, read_record, record_name
+from threetowers.cache.record import BadSample, read_record, record_name
 from threetowers.cache.rows import MAX_BAD_SHOWN
-from threetowers.cache.table import TarEntry
+from threetowers.cache.table import repacked
 from threetowers.cache.tars import expand, index_tar
-from threetowers.cache.teacher import load_teacher
+from threetowers.cache.teacher import Compute, Decode, load_teacher
 from threetowers.cache.views import CENTER, Views
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class CacheSpec:
+    """One cache to build: where, by which teacher (`load_teacher`), under which terms, within which bound."""
+
+    out: str | Path | Place
+    backbone: str
+    weights: str = "pretrained"
+    image_size: int | None = None
+    terms: Terms = field(default_factory=Terms)
+    min_cosine: float | None = None
+
+
+@dataclass(frozen=True)
 class BuildReport:
-    """What one process did. `tars_*` count its share of the tars, `samples` to `bytes` what it wrote this time."""
+    """What one process did for one cache. `tars_kept` counts tars of its own share that were finished before,
+    `tars_left` those that another worker took over meanwhile; the rest is what it wrote this time. `shares` says where
+    the time of the embedding thread went, largest first."""
 
     place: Place
     rank: Rank
     tars_built: int
     tars_kept: int
+    tars_left: int
     samples: int
     ok: int
     counts: dict[str, int]
     bad: tuple[tuple[str, BadSample], ...]
     bytes: int
     seconds: float
+    shares: dict[str, float]
     notes: tuple[str, ...]
 
 
@@ -59,112 +80,242 @@ def build(
     backbone: str,
     weights: str = "pretrained",
     image_size: int | None = None,
-    batch_size: int = 64,
-    threads: int | None = None,
     dtype: str = "float16",
     views: Views = CENTER,
     slot: int | None = None,
     min_cosine: float | None = None,
+    batch_size: int = 64,
+    threads: int | None = None,
     device: str | None = None,
+    compute: Compute = "float32",
+    decode: Decode = "pillow",
+    compiled: bool = False,
     on_bad: str = "record",
     wait_seconds: float = 3600,
+    stale_seconds: float = 120,
     progress: bool = False,
 ) -> BuildReport:
     """Build, or go on building, a cache of `tars` in the place `out`, a folder or a URL.
 
     Args:
-        tars: paths, globs and brace ranges (`expand`). Every process gets the same list.
         backbone, weights, image_size: the teacher (`load_teacher`).
-        batch_size: images a forward pass. Part of what makes two builds equal to the last bit.
-        threads: threads that decode and resize, by default this process's share of the cores.
         dtype: precision tier (`PRECISIONS`); `float32` or `bfloat16` for features beyond 65504.
         views: which views of a picture get an embedding.
         slot: rows kept for a tar, by default as many as the largest of these tars needs; more leaves room for larger
             tars that are added later.
         min_cosine: bound on what storing a row may do to it, by default that of the tier.
+
+    The other arguments, and what is raised, are those of `build_all`.
+    """
+    spec = CacheSpec(out, backbone, weights, image_size, Terms(dtype, views, slot), min_cosine)
+    (report,) = build_all(
+        tars,
+        [spec],
+        batch_size=batch_size,
+        threads=threads,
+        device=device,
+        compute=compute,
+        decode=decode,
+        compiled=compiled,
+        on_bad=on_bad,
+        wait_seconds=wait_seconds,
+        stale_seconds=stale_seconds,
+        progress=progress,
+    )
+    return report
+
+
+def build_all(
+    tars: Sequence[str | Path],
+    specs: Sequence[CacheSpec],
+    *,
+    batch_size: int = 64,
+    threads: int | None = None,
+    device: str | None = None,
+    compute: Compute = "float32",
+    decode: Decode = "pillow",
+    compiled: bool = False,
+    on_bad: str = "record",
+    wait_seconds: float = 3600,
+    stale_seconds: float = 120,
+    progress: bool = False,
+) -> tuple[BuildReport, ...]:
+    """Build several caches of the same tars, reading and decoding each picture once for all that lack it.
+
+    Returns when every tar is finished, by whichever process. SIGTERM drops the tar that is worked on and ends the
+    process with code 143.
+
+    Args:
+        tars: paths, URLs, globs and brace ranges (`expand`). Every process gets the same list.
+        batch_size: images a forward pass. Part of what makes two builds equal to the last bit, as are device and
+            `compiled` (torch.compile).
+        threads: threads that decode and resize, by default this process's share of the cores.
         device: by default the GPU of this local rank, else the CPU.
+        compute, decode: `load_teacher`; part of the contract.
         on_bad: `record` keeps a status for a sample without an embedding and goes on, `error` stops at the first.
         wait_seconds: how long ranks other than 0 wait for rank 0 to index the tars and write the manifest.
+        stale_seconds: how long a silent worker's tars stay its own.
         progress: show a bar on rank 0.
 
     Raises:
-        ContractError: the folder holds a cache of another backbone, preprocessing, views or precision, or of tars that
+        ContractError: a place holds a cache of another backbone, preprocessing, views or precision, or of tars that
             were packed again.
         PrecisionError: a row that the tier stores with a smaller cosine than `min_cosine`.
         BadTar, BadImage, ValueError: bad input, named.
-        WriteError: the folder does not take what is written.
+        WriteError: a place does not take what is written.
     """
     if batch_size < 1 or (threads is not None and threads < 1):
         raise ValueError(f"batch_size={batch_size}, threads={threads}: expected at least 1")
     if on_bad not in ("record", "error"):
         raise ValueError(f"on_bad={on_bad!r}: expected record or error")
-    terms = Terms(dtype, views, slot)
-    began = time.monotonic()
-    rank, place = Rank.from_env(), place_of(out)
+    places = [place_of(spec.out) for spec in specs]
+    if not places or len({str(place) for place in places}) != len(places):
+        raise ValueError(f"caches to build: expected different places, found {[str(place) for place in places]}")
+    began, rank = time.monotonic(), Rank.from_env()
     paths = expand(tars)
     threads = threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world)
     device = device or (f"cuda:{rank.local}" if torch.cuda.is_available() else "cpu")
-    teacher = load_teacher(backbone, weights, image_size, device)
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        mine = paths[rank.rank :: rank.world]
-        agreed = agree(
-            place,
-            paths if rank.rank == 0 else mine,
-            teacher,
-            terms,
-            rank,
-            wait_seconds,
-            lambda some: list(pool.map(index_tar, some)),
-        )
-        contract = agreed.contract
-        share = list(pool.map(lambda path: (path, agreed.table.find(index_tar(path))), mine))
-        todo = [(path, entry) for path, entry in share if not _finished(place, contract, entry)]
-        job = Job(place, contract, teacher, batch_size, on_bad, min_cosine)
-        total, left = (sum(entry.n_samples for _, entry in some) for some in (share, todo))
-        show = progress and rank.rank == 0
-        bar = tqdm(total=total, initial=total - left, unit="img", desc=f"rank 0 of {rank.world}", disable=not show)
-        records: list[tuple[TarEntry, Record]] = []
-        source = ahead(items(todo, teacher, views, pool), depth=4 * batch_size + 2 * threads)
-        try:
-            with bar, contextlib.closing(source):
-                for record in job.run(source, bar.update):
-                    records.append((todo[len(records)][1], record))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return _report(place, rank, len(share), records, time.monotonic() - began, agreed.notes)
+    worker, stages = Worker(), Stages()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ends_on_sigterm())
+        pool = stack.enter_context(_pool(threads))
+        targets, notes = [], []
+        for spec, place in zip(specs, places, strict=True):
+            teacher = load_teacher(spec.backbone, spec.weights, spec.image_size, device, compute, decode, compiled)
+            agreed = agree(
+                place, paths, teacher, spec.terms, rank, wait_seconds, lambda p: list(pool.map(index_tar, p))
+            )
+            entries = list(
+                pool.map(lambda path, table=agreed.table: table.at(path) or table.find(index_tar(path)), paths)
+            )
+            claims = stack.enter_context(Claims(place, worker, stale_seconds).kept())
+            targets.append(Target(place, agreed.contract, teacher, claims, entries, spec.min_cosine))
+            notes.append(agreed.notes)
+        ledgers = [Ledger(target.claims, [entry.id for entry in target.entries]) for target in targets]
+        own = range(rank.rank, len(paths), rank.world)
+        unfinished = [_unfinished(t, ledger, own, paths, pool) for t, ledger in zip(targets, ledgers, strict=True)]
+        assignment = Assignment(ledgers, rank.rank, rank.world, seed=worker.token, unfinished=unfinished)
+        source = Source(paths, targets, assignment, pool)
+        stack.callback(source.stopped.set)
+        items = stack.enter_context(contextlib.closing(ahead(source.items(), depth=4 * batch_size + 2 * threads)))
+        stack.callback(source.stopped.set)  # before the thread is joined, and before the pool is shut
+        advanced = stack.enter_context(_bar(targets, unfinished, rank, progress, stages))
+        finished = list(Job(targets, batch_size, on_bad, stages).run(items, advanced))
+    seconds = time.monotonic() - began
+    return tuple(
+        _report(target, rank, [done for done in finished if done.target == i], kept, seconds, stages, notes[i])
+        for i, target in enumerate(targets)
+        for kept in [sum(number not in unfinished[i] for number in own)]
+    )
 
 
-def _finished(place: Place, contract: Contract, entry: TarEntry) -> bool:
+@contextlib.contextmanager
+def _ends_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the process as an exception would, with the exit code that launchers expect; once is enough."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        read_record(place, contract, entry)
-    except ContractError as error:
-        if place.size(record_name(entry.id)) is not None:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _bar(
+    targets: Sequence[Target], unfinished: Sequence[set[int]], rank: Rank, progress: bool, stages: Stages
+) -> Iterator[Callable[[int], object]]:
+    """A progress bar over the samples of all tars, with the share of each stage; the first named is the bottleneck."""
+    left = set().union(*unfinished)
+    sizes = [entry.n_samples for entry in targets[0].entries]
+    alone = rank.world == 1  # others do some of it, nobody knows which
+    bar = tqdm(
+        total=sum(sizes) if alone else None,
+        initial=sum(size for number, size in enumerate(sizes) if number not in left) if alone else 0,
+        unit="img",
+        desc=f"rank {rank.rank} of {rank.world}",
+        disable=not (progress and rank.rank == 0),
+    )
+
+    def advanced(samples: int) -> None:
+        if samples:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in stages.shares().items())
+            bar.set_postfix_str(shares, refresh=False)
+            bar.update(samples)
+
+    with bar:
+        yield advanced
+
+
+def _unfinished(
+    target: Target, ledger: Ledger, own: Sequence[int], paths: Sequence[str], pool: ThreadPoolExecutor
+) -> set[int]:
+    """Numbers of the tars without a done record, or, in this process's own share, without a valid one.
+
+    Raises:
+        ContractError: a finished tar of the share that is not the one that was embedded.
+    """
+
+    def valid(number: int) -> bool:
+        entry = target.entries[number]
+        try:
+            read_record(target.place, target.contract, entry)
+        except ContractError as error:
             logger.warning("built again: %s", error)
-        return False
-    return True
+            target.place.delete(record_name(entry.id))
+            return False
+        return True
+
+    left = ledger.unfinished(range(len(paths)))
+    target.claims.sweep({entry.id for number, entry in enumerate(target.entries) if number not in left})
+    finished = [number for number in own if number not in left]
+    local = [number for number in finished if not is_url(paths[number])]  # what is remote is compared by `verify`
+    for number, index in zip(local, pool.map(index_tar, [paths[number] for number in local]), strict=True):
+        if index.fingerprint != target.entries[number].fingerprint:
+            raise repacked(index.location, [target.entries[number].fingerprint], index.fingerprint)
+    return left | {number for number, is_valid in zip(finished, pool.map(valid, finished), strict=True) if not is_valid}
 
 
 def _report(
-    place: Place,
+    target: Target,
     rank: Rank,
-    share: int,
-    records: list[tuple[TarEntry, Record]],
+    finished: Sequence[Finished],
+    kept: int,
     seconds: float,
-    noted: tuple[str, ...],
+    stages: Stages,
+    notes: tuple[str, ...],
 ) -> BuildReport:
+    built = [(done.entry, done.record) for done in finished if done.record is not None]
     counts: Counter[str] = Counter()
-    for _, record in records:
+    for _, record in built:
         counts.update(record.counts)
     return BuildReport(
-        place=place,
+        place=target.place,
         rank=rank,
-        tars_built=len(records),
-        tars_kept=share - len(records),
-        samples=sum(record.n_samples for _, record in records),
-        ok=sum(record.n_ok for _, record in records),
+        tars_built=len(built),
+        tars_kept=kept,
+        tars_left=len(finished) - len(built),
+        samples=sum(record.n_samples for _, record in built),
+        ok=sum(record.n_ok for _, record in built),
         counts=dict(counts),
-        bad=tuple((entry.path, bad) for entry, record in records for bad in record.bad)[:MAX_BAD_SHOWN],
-        bytes=sum(file.size for _, record in records for file in record.files.values()),
+        bad=tuple((entry.path, bad) for entry, record in built for bad in record.bad)[:MAX_BAD_SHOWN],
+        bytes=sum(file.size for _, record in built for file in record.files.values()),
         seconds=seconds,
-        notes=noted,
+        shares=stages.shares(),
+        notes=notes,
     )

@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -55,6 +55,7 @@ class Claims:
     ) -> None:
         self.place, self.worker, self.stale_seconds = place, worker, stale_seconds
         self._now = now
+        self._data = json.dumps(asdict(worker)).encode()
         self._ahead: float | None = None  # of the place's clock to this one, in seconds
         self._held: set[int] = set()
         self._lock = threading.Lock()
@@ -71,6 +72,10 @@ class Claims:
         with self._lock:
             self._held.add(tar_id)
         return True
+
+    def has(self, tar_id: int) -> bool:
+        """Whether this worker took the claim and has not learnt that it lost it; asks nobody."""
+        return tar_id in self._held
 
     def holds(self, tar_id: int) -> bool:
         """Whether the claim is still this worker's; asked before anything is written."""
@@ -110,8 +115,14 @@ class Claims:
         """The tars that somebody claims, by one listing."""
         return {int(name.removesuffix(".json")) for name in self.place.names(CLAIMS) if name.endswith(".json")}
 
+    def sweep(self, finished: Collection[int]) -> None:
+        """Remove the claims on finished tars whose owners were killed before they could."""
+        for tar_id in self.claimed():
+            if tar_id in finished and self.abandoned(tar_id):
+                self.place.delete(_name(tar_id))
+
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> Iterator[Claims]:
         """Refresh from a thread while this is open; give up all claims at the end."""
         stopped = threading.Event()
 
@@ -125,15 +136,11 @@ class Claims:
         thread = threading.Thread(target=run, daemon=True, name="claims")
         thread.start()
         try:
-            yield
+            yield self
         finally:
             stopped.set()
             thread.join()
             self.release_all()
-
-    @property
-    def _data(self) -> bytes:
-        return json.dumps(asdict(self.worker)).encode()
 
     def _owner_of(self, name: str) -> Worker | None:
         try:

@@ -52,7 +52,7 @@ class Contract:
 
     Rows are addressed as `tar_id * slot + ordinal`, and checksummed in chunks of `chunk_rows` rows. `weights` is where
     the weights came from, `weights_digest` the sha256 of the state dict, `dtype` the precision tier, `dim` the width of
-    a row.
+    a row, `compute` the numbers of the forward pass.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -67,6 +67,7 @@ class Contract:
     chunk_rows: int
     versions: dict[str, str]
     views: Views = CENTER
+    compute: Literal["float32", "bfloat16"] = "float32"
     feature: Literal["pre_logits"] = "pre_logits"
     format: int = FORMAT
 

@@ -1,45 +1,67 @@
-"""From tars to finished slots: read and decode ahead, embed in batches, write each tar whole.
+"""From tars to finished slots: read and decode ahead, embed in batches, write each tar whole beside the next one.
 
-Batches never cross tars, so that the rows of a tar do not depend on what else is built beside it.
+A picture is decoded once for all caches that are built together. Batches never cross tars, so that the rows of a tar do
+not depend on what else is built beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import BinaryIO
 
 import torch
 import xxhash
 from torch import Tensor
 
+from threetowers.cache.assignment import Assignment, Work
+from threetowers.cache.claims import Claims
 from threetowers.cache.contract import Contract, to_json
 from threetowers.cache.images import BadImage, decode_rgb
 from threetowers.cache.layout import Status
-from threetowers.cache.place import Place
+from threetowers.cache.place import BLOCK, Place, is_url, open_object
 from threetowers.cache.record import Record, record_name
 from threetowers.cache.rows import Made, Rows
 from threetowers.cache.table import TarEntry
 from threetowers.cache.tars import BadTar, TarIndex, index_tar, key_hash, stream
 from threetowers.cache.teacher import Teacher
-from threetowers.cache.views import Params, Views
+from threetowers.cache.views import Params
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One of the caches that are built together. `entries[i]` is tar i of the list, as the cache's table has it."""
+
+    place: Place
+    contract: Contract
+    teacher: Teacher
+    claims: Claims
+    entries: Sequence[TarEntry]
+    min_cosine: float | None = None
 
 
 @dataclass(frozen=True)
 class _Begin:
-    entry: TarEntry
+    work: Work
     index: TarIndex
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What became of the bytes of one image: pixels of all views (V, 3, H, W) and their boxes, or an error."""
+    """What became of the bytes of one image: for each target the pixels of its views (V, 3, H, W) and their boxes."""
 
     image_hash: int
-    pixels: Tensor | BadImage
-    params: Params | None
+    views: list[tuple[Tensor, Params]] | BadImage
 
 
 @dataclass(frozen=True)
@@ -56,92 +78,219 @@ class _End:
 Item = _Begin | _Image | _End
 
 
-def items(
-    todo: Sequence[tuple[str, TarEntry]], teacher: Teacher, views: Views, pool: ThreadPoolExecutor
-) -> Iterator[Item]:
-    """The samples of all tars, one after the other, each being decoded by the pool."""
-    prepare = partial(_prepare, teacher, views)
-    for path, entry in todo:
-        index = index_tar(path)
-        if index.fingerprint != entry.fingerprint:
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The samples of the tars that this worker is assigned, tar after tar, each image being decoded by a pool.
+
+    The next tar is claimed, and fetched where it is remote, while one is read. Set `stopped` to end early.
+    """
+
+    paths: Sequence[str]
+    targets: Sequence[Target]
+    assignment: Assignment
+    pool: ThreadPoolExecutor
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def items(self) -> Iterator[Item]:
+        """Iterate over all samples. Raises BadTar where a tar is not the one of the table."""
+        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as fetcher:
+            upcoming = fetcher.submit(self._fetch)
+            while (fetched := upcoming.result()) is not None:
+                upcoming = fetcher.submit(self._fetch)
+                work, file = fetched
+                with file:
+                    yield from self._tar(work, file)
+
+    def _fetch(self) -> tuple[Work, BinaryIO] | None:
+        while not self.stopped.is_set():
+            work = self.assignment.next()
+            if work is None:
+                return None
+            if isinstance(work, Work):
+                return work, self._opened(self.paths[work.number])
+            self.stopped.wait(work)
+        return None
+
+    def _opened(self, path: str) -> BinaryIO:
+        """The tar; where it is remote a nameless copy in the folder for temporary files, read once from end to end."""
+        file = open_object(path)
+        if not is_url(path):
+            return file
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who reads it
+        with file:
+            while not self.stopped.is_set() and (block := file.read(BLOCK)):
+                copy.write(block)
+        copy.seek(0)
+        return copy
+
+    def _tar(self, work: Work, file: BinaryIO) -> Iterator[Item]:
+        path, targets = self.paths[work.number], [self.targets[i] for i in work.ledgers]
+        index = index_tar(path, file)
+        if any(index.fingerprint != target.entries[work.number].fingerprint for target in targets):
             raise BadTar(
                 f"{path}: changed while the cache was being built: keep it still and run the same command again"
             )
-        yield _Begin(entry, index)
-        digest = xxhash.xxh3_128()
-        for ordinal, key, data in stream(index, digest):
-            yield _Image(ordinal, pool.submit(prepare, key, data))
+        yield _Begin(work, index)
+        digest, prepare = xxhash.xxh3_128(), partial(_prepare, targets)
+        file.seek(0)
+        for ordinal, key, data in stream(index, digest, file):
+            yield _Image(ordinal, self.pool.submit(prepare, key, data))
         yield _End(digest.hexdigest())
 
 
-def _prepare(teacher: Teacher, views: Views, key: str, data: bytes) -> _Prepared:
+def _prepare(targets: Sequence[Target], key: str, data: bytes) -> _Prepared:
     image_hash = xxhash.xxh3_64_intdigest(data)
+    views = []
     try:
-        image = decode_rgb(data)
+        decoded = {side: decode_rgb(data, min_side=side) for side in {target.teacher.min_side for target in targets}}
     except BadImage as error:
-        return _Prepared(image_hash, error, None)
-    how = teacher.preprocessing
-    pixels, params = views.pixels(image, key_hash(key), teacher.transform, how.input_size, how.interpolation)
-    return _Prepared(image_hash, torch.from_numpy(pixels), params)
+        return _Prepared(image_hash, error)
+    for target in targets:
+        how = target.contract.preprocessing
+        pixels, params = target.contract.views.pixels(
+            decoded[target.teacher.min_side],
+            key_hash(key),
+            target.teacher.transform,
+            how.input_size,
+            how.interpolation,
+        )
+        views.append((torch.from_numpy(pixels), params))
+    return _Prepared(image_hash, views)
+
+
+class Stages:
+    """Where the time of the embedding thread goes: into the forward pass, or into waiting for another stage."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("read", "decode", "forward", "write"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.monotonic() - began
+
+    def shares(self) -> dict[str, float]:
+        """The share of each stage, largest first; the first is the bottleneck."""
+        total = sum(self.seconds.values()) or 1.0
+        return {name: seconds / total for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1])}
 
 
 @dataclass(frozen=True)
-class Job:
-    """How the items of a tar become its files."""
+class Finished:
+    """A tar whose rows and record are in the cache of a target; `record` is None where another worker finished it."""
 
-    place: Place
-    contract: Contract
-    teacher: Teacher
+    target: int
+    entry: TarEntry
+    record: Record | None
+
+
+@dataclass(eq=False)
+class _Tar:
+    """A tar that is being embedded: the rows for each cache that lacks it, and the batch that is being filled."""
+
+    work: Work
+    rows: list[Rows]
+    began: float
+    batch: list[tuple[int, list[tuple[Tensor, Params]]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """How the items of a tar become the files of its slots."""
+
+    targets: Sequence[Target]
     batch_size: int
     on_bad: str
-    min_cosine: float | None = None
+    stages: Stages = field(default_factory=Stages)
 
-    def run(self, items: Iterable[Item], advanced: Callable[[int], object]) -> Iterator[Record]:
-        """Embed tar after tar; yields the record of each once it is on disk. `advanced` is told of samples done."""
-        for item in items:
-            match item:
-                case _Begin(entry, index):
-                    rows, began = Rows(index, self.contract, self.min_cosine), time.monotonic()
-                    batch: list[tuple[int, Tensor]] = []
-                case _Image(ordinal, prepared):
-                    image = prepared.result()
-                    rows.note(ordinal, image.image_hash, image.params)
-                    if isinstance(image.pixels, BadImage):
-                        rows.reject(ordinal, Status.UNDECODABLE, str(image.pixels))
-                        advanced(1)
-                    else:
-                        batch.append((ordinal, image.pixels))
-                    if len(batch) == self.batch_size:
-                        advanced(self._embed(rows, batch))
-                    self._check_bad(rows)
-                case _End(tar_xxh3_128):
-                    advanced(self._embed(rows, batch))
-                    self._check_bad(rows)
-                    yield self._write(entry, rows, tar_xxh3_128, time.monotonic() - began)
+    def run(self, items: Iterable[Item], advanced: Callable[[int], object]) -> Iterator[Finished]:
+        """Embed tar after tar; yields what is in place. `advanced` is told of samples done."""
+        writing: deque[Future[Finished]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            for item in self._waited(items):
+                match item:
+                    case _Begin(work, index):
+                        contracts = [(self.targets[i].contract, self.targets[i].min_cosine) for i in work.ledgers]
+                        tar = _Tar(work, [Rows(index, *binding) for binding in contracts], time.monotonic())
+                    case _Image(ordinal, prepared):
+                        advanced(self._image(tar, ordinal, prepared))
+                    case _End(tar_xxh3_128):
+                        advanced(self._embed(tar))
+                        for target, rows in zip(tar.work.ledgers, tar.rows, strict=True):
+                            seconds = time.monotonic() - tar.began
+                            writing.append(
+                                writer.submit(self._write, target, tar.work.number, rows, tar_xxh3_128, seconds)
+                            )
+                        while len(writing) > len(self.targets):  # one tar is written while the next is embedded
+                            yield self._written(writing)
+            while writing:
+                yield self._written(writing)
 
-    def _embed(self, rows: Rows, batch: list[tuple[int, Tensor]]) -> int:
-        """Embed and empty the batch."""
-        ordinals = [ordinal for ordinal, _ in batch]
-        if batch:
-            pixels_bV3HW = torch.stack([pixels for _, pixels in batch])
-            features_VbD = [self.teacher.embed(pixels_bV3HW[:, v]) for v in range(pixels_bV3HW.shape[1])]
-            rows.put(ordinals, torch.stack(features_VbD, dim=1).numpy())
-        batch.clear()
+    def _waited(self, items: Iterable[Item]) -> Iterator[Item]:
+        source = iter(items)
+        while True:
+            with self.stages("read"):
+                item = next(source, None)
+            if item is None:
+                return
+            yield item
+
+    def _written(self, writing: deque[Future[Finished]]) -> Finished:
+        with self.stages("write"):
+            return writing.popleft().result()
+
+    def _image(self, tar: _Tar, ordinal: int, waiting: Future[_Prepared]) -> int:
+        """Take up one image; returns the number of samples that are done by it."""
+        with self.stages("decode"):
+            image = waiting.result()
+        if isinstance(image.views, BadImage):
+            for rows in tar.rows:
+                rows.note(ordinal, image.image_hash)
+                rows.reject(ordinal, Status.UNDECODABLE, str(image.views))
+            self._check_bad(tar)
+            return 1
+        for rows, (_, params) in zip(tar.rows, image.views, strict=True):
+            rows.note(ordinal, image.image_hash, params)
+        tar.batch.append((ordinal, image.views))
+        return self._embed(tar) if len(tar.batch) == self.batch_size else 0
+
+    def _embed(self, tar: _Tar) -> int:
+        """Embed and empty the batch; returns its size."""
+        ordinals = [ordinal for ordinal, _ in tar.batch]
+        if not ordinals:
+            return 0
+        with self.stages("forward"):
+            for i, (number, rows) in enumerate(zip(tar.work.ledgers, tar.rows, strict=True)):
+                pixels_bV3HW = torch.stack([views[i][0] for _, views in tar.batch])
+                embed = self.targets[number].teacher.embed
+                features_VbD = [embed(pixels_bV3HW[:, view]) for view in range(pixels_bV3HW.shape[1])]
+                rows.put(ordinals, torch.stack(features_VbD, dim=1).numpy())
+        tar.batch.clear()
+        self._check_bad(tar)
         return len(ordinals)
 
-    def _check_bad(self, rows: Rows) -> None:
-        if self.on_bad == "error" and rows.bad:
-            bad = rows.bad[0]
-            raise BadImage(
-                f"{rows.index.location}: sample {bad.key!r} (ordinal {bad.ordinal}): {bad.reason}. Remove it, or let "
-                "on_bad be 'record' to go on without it"
-            )
+    def _check_bad(self, tar: _Tar) -> None:
+        for rows in tar.rows:
+            if self.on_bad == "error" and rows.bad:
+                bad = rows.bad[0]
+                raise BadImage(
+                    f"{rows.index.location}: sample {bad.key!r} (ordinal {bad.ordinal}): {bad.reason}. Remove it, or "
+                    "let on_bad be 'record' to go on without it"
+                )
 
-    def _write(self, entry: TarEntry, rows: Rows, tar_xxh3_128: str, seconds: float) -> Record:
+    def _write(self, number: int, tar: int, rows: Rows, tar_xxh3_128: str, seconds: float) -> Finished:
+        target = self.targets[number]
+        entry = target.entries[tar]
         rows.check_complete()
-        record = rows.write(
-            self.place, entry, tar_xxh3_128, Made("teacher", self.batch_size, self.teacher.device.type, seconds)
-        )
-        self.place.clear_staged(str(entry.id))
-        self.place.put(record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
-        return record
+        if not target.claims.holds(entry.id):
+            logger.warning("%s: tar %s was taken over by another worker: left to it", target.place, entry.path)
+            return Finished(number, entry, None)
+        made = Made("teacher", self.batch_size, target.teacher.device.type, seconds)
+        record = rows.write(target.place, entry, tar_xxh3_128, made)
+        target.place.clear_staged(str(entry.id))
+        target.place.put(record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
+        target.claims.release(entry.id)
+        return Finished(number, entry, record)

@@ -92,10 +92,10 @@ class Samples(Sequence[Sample]):
 class TarIndex:
     """What the headers of one tar say.
 
-    `location` is a path or an fsspec URL. `fingerprint` is a digest over the size of the tar and each member's name, place,
-    size, time and header checksum: it survives a copy or a move and changes when a tar is packed or downloaded again. It
-    does not read payloads. `ignored` counts members that belong to no sample (folders, hidden files, `__meta__` entries),
-    as in webdataset.
+    `location` is a path or an fsspec URL. `fingerprint` is a digest over the size of the tar and each member's name,
+    place, size, time and header checksum: it survives a copy or a move and changes when a tar is packed or downloaded
+    again. It does not read payloads. `ignored` counts members that belong to no sample (folders, hidden files,
+    `__meta__` entries), as in webdataset.
     """
 
     location: str

