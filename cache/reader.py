@@ -162,7 +162,7 @@ class EmbeddingCache:
             good = (wanted >= 0) & (wanted < len(slot.status_n))
             good[good] = slot.status_n[wanted[good]] == Status.OK
             if keys is not None:
-                hashes = np.array([key_hash(keys[i]) for i in at], np.uint64)
+                hashes = np.array([key_hash(keys[i]) for i in at.tolist()], np.uint64)
                 good[good] = slot.key_hash_n[wanted[good]] == hashes[good]
             if not good.all():
                 first = int(np.flatnonzero(~good)[0])

@@ -13,16 +13,18 @@ import torch
 from tests.conftest import samples_of, write_tar
 from threetowers.cache.build import build
 from threetowers.cache.contract import ContractError
+from threetowers.cache.live import embed, view_pixels
 from threetowers.cache.reader import EmbeddingCache
 from threetowers.cache.tars import index_tar
-from threetowers.cache.teacher import Teacher, load_teacher
-from threetowers.cache.views import Views
+from threetowers.cache.teacher import load_teacher
+from threetowers.cache.views import Views, as_pixels, replay
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import finished
 from threetowers.trainer.data.finished import FinishedTars
 from threetowers.trainer.data.join import CacheJoin
 from threetowers.trainer.data.loader import Batch, training_loader
 from threetowers.trainer.data.samples import BadSample, SampleSet, image, open_samples
+from threetowers.trainer.data.view import center
 from threetowers.trainer.tokenizer import Tokenizer
 
 CROPS = Views("crops:3", seed=4, scale=0.4)
@@ -100,9 +102,7 @@ def batches(tree: dict[str, Any], stop: int) -> tuple[SampleSet, list[Batch]]:
 
 
 def test_error_names_the_first_sample_and_the_knob(three: dict[str, Any], gap: Any) -> None:
-    with pytest.raises(
-        BadSample, match=r"'s0003': the cache of tower 'third' .*\(2 such.*third\.on_bad_row: skip"
-    ):
+    with pytest.raises(BadSample, match=r"'s0003': the cache of tower 'third' .*\(2 such.*third\.on_bad_row: skip"):
         batches(with_cache(three, *gap()), 1)
 
 
@@ -166,29 +166,42 @@ def test_live_needs_the_teacher_of_the_cache(three: dict[str, Any], gap: Any, tm
         batches(with_cache(three, tar, cache, on_bad_row="live", weights=str(other)), 1)
 
 
-def embedded(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
-    return teacher.embed(pixels)
-
-
-@pytest.mark.parametrize("views", [Views(), Views("center+flip"), CROPS])
-def test_the_image_tower_sees_what_the_teacher_saw(
-    three: dict[str, Any], tars: list[Path], built: Any, weights: str, views: Views
+def test_the_image_tower_sees_the_crop_that_the_teacher_saw(
+    three: dict[str, Any], tars: list[Path], built: Any, weights: str
 ) -> None:
-    """The picture that an epoch gives the image tower, at the teacher's size, embedded by the teacher, is the row."""
-    three["towers"]["third"]["path"] = str(built(views))
-    three["data"] |= {"image_size": 64, "tars": [str(tars[0])]}
-    teacher = load_teacher("test_resnet", weights, 64)
-    epochs = 2 * views.count
-    samples, found = batches(three, epochs * 2)  # two batches of 12 in an epoch of 25
-    assert samples.views == views
-    rows = [EmbeddingCache.open(built(views)).tar(0, view) for view in range(views.count)]
-    assert all(not np.allclose(rows[0], other, rtol=1e-2) for other in rows[1:])
-    for epoch in range(epochs):
-        for batch in found[2 * epoch : 2 * epoch + 2]:
-            cosine_b = torch.cosine_similarity(embedded(teacher, batch.inputs["image"]), batch.inputs["third"])
-            assert cosine_b.min() > 0.9999, (epoch, cosine_b.min())
-            for row in batch.inputs["third"].numpy():  # of the view of this epoch
-                assert (rows[epoch % views.count] == row).all(axis=1).any()
+    """The box that an epoch cuts for the image tower, through the teacher's own transform, gives the row."""
+    cache = EmbeddingCache.open(built(CROPS))
+    three["towers"]["third"]["path"] = str(cache.place)
+    three["data"]["tars"] = [str(tars[0])]
+    teacher, index = load_teacher("test_resnet", weights, 64), index_tar(tars[0])
+    rows = [cache.tar(0, view) for view in range(3)]
+    _, found = batches(three, 8)  # two batches of 12 in an epoch of 25
+    for step, batch in enumerate(found):
+        view = step // 2 % 3
+        for shown, row in zip(batch.inputs["image"], batch.inputs["third"].numpy(), strict=True):
+            (ordinal,) = np.flatnonzero((rows[view] == row).all(1)).tolist()
+            picture, params_5 = image(index, ordinal, 10**6), cache.view_params(0, ordinal, view)
+            assert shown.equal(torch.from_numpy(as_pixels(replay(picture, params_5, (32, 32), "bicubic"))))
+            (seen,) = embed(teacher, [view_pixels(teacher, picture, view, params_5)])
+            assert np.linalg.norm(seen - row) < 1e-3 * np.linalg.norm(row)  # float16
+            (mirrored,) = embed(teacher, [view_pixels(teacher, picture.transpose(0), view, params_5)])
+            assert np.linalg.norm(mirrored - row) > 1e-3 * np.linalg.norm(row)
+
+
+def test_mirrored_epochs_read_the_mirrored_rows(three: dict[str, Any], tars: list[Path], built: Any) -> None:
+    cache = EmbeddingCache.open(built(Views("center+flip")))
+    three["towers"]["third"]["path"] = str(cache.place)
+    three["data"]["tars"] = [str(tars[0])]
+    index = index_tar(tars[0])
+    pictures = torch.stack([center(image(index, i, 10**6), 32) for i in range(25)]).flatten(1)
+    _, found = batches(three, 8)
+    for step, batch in enumerate(found):
+        view = step // 2 % 2
+        rows = cache.tar(0, view)
+        for picture, row in zip(batch.inputs["image"], batch.inputs["third"].numpy(), strict=True):
+            shown = picture.flip(-1) if view else picture
+            ordinals = torch.nonzero((pictures == shown.flatten()).all(1)).flatten().tolist()
+            assert [(rows[i] == row).all() for i in ordinals] == [True]
 
 
 def test_augmentation_that_the_cache_does_not_hold_is_refused(three: dict[str, Any], built: Any) -> None:

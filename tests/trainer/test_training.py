@@ -23,7 +23,7 @@ from threetowers.cache.tars import index_tar
 from threetowers.cache.teacher import load_teacher
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data.join import CacheJoin
-from threetowers.trainer.data.samples import BadSample, SampleSet, image
+from threetowers.trainer.data.samples import image
 from threetowers.trainer.folder import RunFolder
 from threetowers.trainer.objective import objective
 from threetowers.trainer.towers.model import TowerModel
@@ -208,22 +208,3 @@ def test_a_cache_of_another_backbone_is_refused(three: dict[str, Any], cache: Pa
     folder.check_contracts({"third": began})
     with pytest.raises(ContractError, match=r"tower 'third' is read from another cache .*: weights_digest: expected"):
         folder.check_contracts({"third": replace(began, weights_digest="0" * 64)})
-
-
-def test_rows_without_an_embedding(three: dict[str, Any], tmp_path: Path) -> None:
-    """A picture that the teacher could not read: refused by name, or left out and counted."""
-    from threetowers.cache.build import build
-
-    samples = samples_of(0, 10)
-    samples[6][1]["png"] = b"no picture"
-    tar = write_tar(tmp_path / "gap.tar", samples)
-    weights = str(Path(three["towers"]["third"]["path"]).parent / "teacher.safetensors")
-    build([str(tar)], tmp_path / "cache", backbone="test_resnet", weights=weights, image_size=64)
-    indexes = [index_tar(tar)]
-    joins = {"third": CacheJoin(tmp_path / "cache", indexes)}
-    with pytest.raises(BadSample, match=r"gap\.tar: sample 's0006': the cache of tower 'third' has no embedding"):
-        SampleSet(indexes, joins, "error")
-    left = SampleSet(indexes, joins, "skip")
-    assert len(left) == 9
-    assert (0, 6) not in [left.address(i) for i in range(9)]
-    assert sum(left.left_out.values()) == 1

@@ -4,6 +4,7 @@ The set is pinned in the run's folder before the first sample of the epoch is dr
 number of ranks, sees the samples that an undisturbed one would.
 """
 
+import functools
 import json
 import logging
 import time
@@ -84,7 +85,7 @@ class FinishedTars:
 def _wait(joins: Sequence[CacheJoin], enough: Callable[[npt.NDArray[np.bool_]], bool]) -> npt.NDArray[np.bool_]:
     """Which tars are finished in all caches, as soon as they are enough."""
     told = False
-    while not enough(finished_T := np.logical_and.reduce([join.finished() for join in joins])):
+    while not enough(finished_T := functools.reduce(np.logical_and, (join.finished() for join in joins))):
         if not told:
             logger.info("waiting for the cache: %d of %d tars are finished", finished_T.sum(), len(finished_T))
             told = True
