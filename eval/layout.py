@@ -1,7 +1,7 @@
 """CLIP_benchmark's webdataset layout: a folder or URL that holds splits of numbered tars and what they need.
 
-classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt  one name or template a line
-<split>/nshards.txt  <split>/0.tar  <split>/1.tar ...                        .cls members, or captions in .txt, one a line
+classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt  with one name or template a line
+<split>/nshards.txt  <split>/0.tar  <split>/1.tar ...  with .cls members, or .txt with a caption a line
 """
 
 import re

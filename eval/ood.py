@@ -38,18 +38,21 @@ def detection(inside_N: NDArray[np.floating], outside_M: NDArray[np.floating]) -
 def class_scores(cosine_NC: Floats, scale: float) -> dict[str, NDArray[np.float64]]:
     """Scores from the cosines to the class embeddings, (N,) each.
 
-    `max_softmax` at the model's own scale, `mcm` the same at scale 1 (Ming et al., 2022), `max_logit` the largest
-    cosine, `energy` the log of the summed exponentials at the model's scale (Liu et al., 2020, at temperature 1).
+    `max_softmax`: log of the largest probability at the model's own scale; `mcm`: the same at scale 1 (Ming et al.,
+    2022); `max_logit`: the largest cosine; `energy`: the log of the summed exponentials at the model's scale (Liu et al., 2020, at temperature 1).
     """
     cosines = cosine_NC.astype(np.float64)
     best_N = cosines.max(axis=1)
-    spread = {s: np.log(np.exp(s * (cosines - best_N[:, None])).sum(axis=1)) for s in (scale, 1.0)}
+    # Minus the log of the largest probability orders items as the probability does, and where the model is sure it does
+    # not round to nothing: the largest term, 1, is left to log1p.
+    gaps_NC = cosines - best_N[:, None]
+    np.put_along_axis(gaps_NC, cosines.argmax(axis=1)[:, None], -np.inf, axis=1)
+    doubt = {s: np.log1p(np.exp(s * gaps_NC).sum(axis=1)) for s in (scale, 1.0)}
     return {
-        # The log of the probability, which orders items alike, and does not round to 1 where the model is sure.
-        "max_softmax": -spread[scale],
-        "mcm": -spread[1.0],
+        "max_softmax": -doubt[scale],
+        "mcm": -doubt[1.0],
         "max_logit": best_N,
-        "energy": scale * best_N + spread[scale],
+        "energy": scale * best_N + doubt[scale],
     }
 
 
