@@ -65,7 +65,7 @@ def sigmoid_forward(
         finished.append((loss_b, torch.sigmoid(-z_b)))
         totals.append(totals_of(loss_b, t_b - part.row_max_r > margin_b, t_b - own_max_b > margin_b))
     states = []
-    for k, total_3 in enumerate(reduce_totals(terms, totals, ranks)):
+    for k, total_3 in enumerate(reduce_totals(totals, ranks)):
         term, (loss_b, pull_b), prob_b = terms[k], finished[k], sums[k].prob_r
         gain = uniform_gain(term, term.vector(1, 1.0)[0], reduction)
         nothing = term.x_bD.new_empty(0)

@@ -71,7 +71,7 @@ def softmax_forward(
         finished.append((loss_b, (torch.sigmoid(z_rows_b) + torch.sigmoid(z_cols_b)) / 2))
         totals.append(totals_of(loss_b, t_b - row.max_n > margin_b, t_b - own.max_n > margin_b))
     states = []
-    for k, total_3 in enumerate(reduce_totals(terms, totals, ranks)):
+    for k, total_3 in enumerate(reduce_totals(totals, ranks)):
         dtype, (loss_b, pull_b) = terms[k].backend.dtype, finished[k]
         loss, accuracy_2 = reduced_loss(terms[k], loss_b.to(dtype), total_3, reduction)
         sides = (*_half_weights(rows[k], positives[k][0]), *_half_weights(cols[k], positives_B[k]))

@@ -92,7 +92,7 @@ class Term:
         return dx, dy, d_scale
 
 
-def reduce_totals(terms: Sequence[Term], totals: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+def reduce_totals(totals: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
     """Sums over ranks of each term's (loss sum, rows won, columns won), float64."""
     totals_k3 = torch.stack(list(totals))
     ranks.sum_(totals_k3)
