@@ -43,7 +43,7 @@ class Preprocessing:
     crop_mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    decode: str = "pillow"
+    decode: Literal["pillow", "pillow-draft"] = "pillow"
 
 
 @dataclass(frozen=True)

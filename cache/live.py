@@ -30,7 +30,8 @@ def live_teacher(contract: Contract, weights: str | None = None, device: str = "
     source = weights or ("pretrained" if contract.weights.startswith("pretrained") else contract.weights)
     if source.startswith("file:"):
         raise ValueError(f"the teacher's weights came from {source.removeprefix('file:')!r}: say where it is (weights)")
-    teacher = load_teacher(contract.backbone, source, contract.preprocessing.input_size[0], device)
+    size, decode = contract.preprocessing.input_size[0], contract.preprocessing.decode
+    teacher = load_teacher(contract.backbone, source, size, device, contract.compute, decode)
     lines = [
         f"{field}: expected {expected}, found {found}"
         for field, expected, found in (

@@ -92,7 +92,7 @@ def compare(
             problems.append((candidate.entry.id, f"{candidate}: its image is not the one that was embedded"))
             continue
         try:
-            image = decode_rgb(data)
+            image = decode_rgb(data, min_side=None if contract.views.cropped else teacher.min_side)
         except BadImage as error:
             problems.append((candidate.entry.id, f"{candidate}: was embedded, and now: {error}"))
             continue

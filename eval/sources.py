@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from threetowers.cache.contract import ContractError, Preprocessing, difference
+from threetowers.cache.contract import ContractError, Preprocessing, teacher_difference
 from threetowers.eval.embed import EvaluationSet, Picture
 from threetowers.eval.encoder import Loading
 from threetowers.trainer.config import CacheTower
@@ -15,10 +15,6 @@ from threetowers.trainer.data.join import CacheJoin
 from threetowers.trainer.data.samples import image
 from threetowers.trainer.data.view import center
 from threetowers.trainer.trained import TrainedModel
-
-# What must agree between the cache a model was trained on and the one it is evaluated on. Tars, layout and number
-# format may differ: held-out images are other images.
-BINDING = ("backbone", "weights_digest", "feature", "view", "preprocessing", "dim")
 
 
 @dataclass(frozen=True)
@@ -67,23 +63,22 @@ def teacher_view(p: Preprocessing) -> str:
 
 
 def _check(trained: TrainedModel, tower: str, path: Path, join: CacheJoin) -> None:
-    contract = trained.contracts[tower]
-    lines = [line for line in difference(contract, join.cache.contract) if line.split(".")[0].split(":")[0] in BINDING]
-    if lines:
+    """Tars, layout and number format may differ from those of training: held-out images are other images."""
+    contract = join.cache.contract
+    if lines := teacher_difference(trained.contracts[tower], contract):
         raise ContractError(f"{path}: not the teacher that {trained.run.out} was trained on: {'; '.join(lines)}")
+    if contract.views.cropped:
+        raise ContractError(
+            f"{path}: views: expected center or center+flip, found {contract.views}: evaluation looks at whole "
+            "pictures; build a cache of the held-out tars with views center"
+        )
 
 
 def _teacher_source(trained: TrainedModel, tower: str, data: EvaluationSet, loading: Loading) -> Source:
-    from threetowers.cache.teacher import load_teacher
+    from threetowers.cache.live import live_teacher
 
-    contract = trained.contracts[tower]
-    teacher = load_teacher(
-        contract.backbone, contract.weights, contract.preprocessing.input_size[0], loading.torch_device()
-    )
-    if teacher.weights_digest != contract.weights_digest:
-        raise ContractError(
-            f"teacher {contract.backbone} ({contract.weights}): weights_digest: expected {contract.weights_digest} as "
-            f"in training, found {teacher.weights_digest}"
-        )
+    config = trained.run.towers[tower]
+    weights = config.weights if isinstance(config, CacheTower) else None
+    teacher = live_teacher(trained.contracts[tower], weights, str(loading.torch_device()))
     limit = loading.max_pixels
     return Source(lambda p: teacher.preprocess(image(data.tars[p.tar], p.ordinal, limit)), teacher.embed)
