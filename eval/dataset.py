@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from threetowers.cache.tars import TarIndex, expand, index_tar, read_member
+from threetowers.cache.tars import BadTar, TarIndex, expand, index_tar, read_member
 from threetowers.eval.classification import Ints, label_matrix
 from threetowers.eval.description import BadDescription, Pictures, Shift, Source
 from threetowers.eval.embed import EvaluationSet, Picture
@@ -121,6 +121,8 @@ def _annotation(tar: TarIndex, ordinal: int) -> tuple[tuple[str, ...], dict[str,
             captions = fields.pop("captions", fields.pop("caption", captions))
         if "cls" in sample.members:
             fields["cls"] = [int(word) for word in read_member(tar, ordinal, "cls").decode().replace(",", " ").split()]
+    except BadTar:
+        raise
     except ValueError as error:  # of UTF-8, JSON or a number
         raise BadSample(f"{tar.location}: sample {sample.key!r}: {error}") from error
     captions = [captions] if isinstance(captions, str) else captions

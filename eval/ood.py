@@ -39,7 +39,8 @@ def class_scores(cosine_NC: Floats, scale: float) -> dict[str, NDArray[np.float6
     """Scores from the cosines to the class embeddings, (N,) each.
 
     `max_softmax`: log of the largest probability at the model's own scale; `mcm`: the same at scale 1 (Ming et al.,
-    2022); `max_logit`: the largest cosine; `energy`: the log of the summed exponentials at the model's scale (Liu et al., 2020, at temperature 1).
+    2022); `max_logit`: the largest cosine; `energy`: log of the summed exponentials at the model's scale (Liu et al.,
+    2020, at temperature 1).
     """
     cosines = cosine_NC.astype(np.float64)
     best_N = cosines.max(axis=1)

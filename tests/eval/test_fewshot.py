@@ -64,7 +64,7 @@ def test_a_constant_feature_changes_nothing() -> None:
 
 def test_bad_input_is_refused() -> None:
     x, label = features(3, 4, each=5)
-    with pytest.raises(ValueError, match="6 shots need as many .* 3 have fewer, the first is class 0 with 5"):
+    with pytest.raises(ValueError, match=r"6 shots need as many .* 3 have fewer, the first is class 0 with 5"):
         list(few_shot_probes(x, label, 3, shots=(1, 6)))
     with pytest.raises(ValueError, match="1 have fewer, the first is class 3 with 0"):
         list(few_shot_probes(x, label, 4, shots=(1,)))
