@@ -23,9 +23,11 @@ UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTD
 
 app = SubcommandApp()
 cache, tokenizer, evaluation = SubcommandApp(), SubcommandApp(), SubcommandApp()
-for function in (command.build, command.info, command.verify, command.rekey):
+for function in (command.build, command.info, command.verify, command.rekey, command.plan, command.measure_views):
     cache.command(function)
 evaluation.command(evaluate.retrieval)
+evaluation.command(evaluate.search)
+evaluation.command(evaluate.compare)
 for described in (
     evaluate.zeroshot,
     evaluate.fewshot,
@@ -66,9 +68,15 @@ def train(
 
         print("\n".join(page(load(config, overrides), ranks)))
         return
-    from threetowers.trainer.loop import train as run
+    from threetowers.trainer.loop import train as run_training
 
-    summary = run(load(config, overrides))
+    run = load(config, overrides)
+    evaluators = []
+    if run.evaluate is not None:
+        from threetowers.eval.during import RetrievalLook
+
+        evaluators.append(RetrievalLook(run, run.evaluate))
+    summary = run_training(run, evaluators)
     if is_first_rank():
         print(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
