@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -17,13 +17,16 @@ from threetowers.cache.record import BadSample, Record, read_record
 from threetowers.cache.table import read_table
 from threetowers.cache.views import Views
 
+if TYPE_CHECKING:
+    from threetowers.cache.build import BuildReport
+
 
 def build(
     tars: list[str],
-    out: str,
-    backbone: str,
-    weights: str = "pretrained",
-    image_size: int | None = None,
+    out: list[str],
+    backbone: list[str],
+    weights: list[str] | None = None,
+    image_size: list[int] | None = None,
     batch_size: int = 64,
     threads: int | None = None,
     dtype: Tier = "float16",
@@ -33,18 +36,24 @@ def build(
     view_scale: float = 1.0,
     slot: int | None = None,
     device: str | None = None,
+    compute: Literal["float32", "bfloat16"] = "float32",
+    decode: Literal["pillow", "pillow-draft"] = "pillow",
+    compile: bool = False,
     on_bad: Literal["record", "error"] = "record",
+    stale_seconds: float = 120,
 ) -> int:
-    """Embed the images of webdataset tars with a timm backbone, once. Run it again to go on after an interruption.
+    """Embed the images of webdataset tars with timm backbones, once. Run it again to go on after an interruption.
 
-    Under torchrun, deepspeed, mpirun or srun the tars are dealt out to the processes.
+    Under torchrun, deepspeed, mpirun or srun the tars are dealt out to the processes; more processes may join at any
+    time. With several backbones each picture is read and decoded once for all.
 
     Args:
-        tars: Paths, globs in quotes, and brace ranges like 'data/{000..099}.tar'.
-        out: Folder or URL of the cache; made if it is not there.
-        backbone: Name of the timm model.
-        weights: 'pretrained', a .safetensors or .pth file, or package:efficientnet-lite0 (also 1, 2).
-        image_size: Side of the teacher's input in pixels; default: what the model was trained for.
+        tars: Paths or URLs, globs in quotes, and brace ranges like 'data/{000..099}.tar'. More tars may be added later.
+        out: Folder or URL of the cache, one for each backbone; made if it is not there.
+        backbone: Names of timm models.
+        weights: For each backbone: 'pretrained' (the default), a .safetensors or .pth file, or
+            package:efficientnet-lite0 (also 1, 2).
+        image_size: Side of the teacher's input in pixels, for each backbone; default: what the model was trained for.
         batch_size: Images a forward pass.
         threads: Threads that decode and resize; default: this process's share of the cores.
         dtype: Type of the stored numbers: float16, float32, bfloat16, or int8 with a scale per row.
@@ -54,37 +63,58 @@ def build(
         view_scale: Smallest share of the picture's area in a crop, as data.crop_scale of a run.
         slot: Rows kept for a tar; default: what the largest tar needs. More leaves room for larger tars later.
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
+        compute: Numbers of the forward pass; bfloat16 is faster on GPUs that have it.
+        decode: pillow-draft decodes large JPEGs at a fraction of their size: faster, not exact.
+        compile: Run the backbone through torch.compile.
         on_bad: What to do about an image without an embedding: record it and go on, or stop with an error.
+        stale_seconds: How long the tar of a process that fell silent is left to it.
     """
-    from threetowers.cache.build import build as run
+    from threetowers.cache.agreement import Terms
+    from threetowers.cache.build import CacheSpec, build_all
 
-    report = run(
+    terms = Terms(dtype, Views(views, view_seed, view_scale), slot)
+    n = len(backbone)
+    sources = weights or ["pretrained"] * n
+    sizes: Sequence[int | None] = image_size or [None] * n
+    if not len(out) == len(sources) == len(sizes) == n:
+        raise ValueError(
+            f"{n} backbones, {len(out)} --out, {len(sources)} --weights, {len(sizes)} --image-size: expected one of "
+            "each for each backbone, or leave --weights or --image-size out"
+        )
+    specs = [CacheSpec(*each, terms, min_cosine) for each in zip(out, backbone, sources, sizes, strict=True)]
+    reports = build_all(
         tars,
-        out,
-        backbone=backbone,
-        weights=weights,
-        image_size=image_size,
+        specs,
         batch_size=batch_size,
         threads=threads,
-        dtype=dtype,
-        min_cosine=min_cosine,
-        views=Views(views, view_seed, view_scale),
-        slot=slot,
         device=device,
+        compute=compute,
+        decode=decode,
+        compiled=compile,
         on_bad=on_bad,
+        stale_seconds=stale_seconds,
         progress=True,
     )
+    for report in reports:
+        _print_built(report)
+    return 0
+
+
+def _print_built(report: BuildReport) -> None:
     who = f"rank {report.rank.rank} of {report.rank.world}: " if report.rank.world > 1 else ""
     rate = report.samples / report.seconds if report.seconds else 0.0
-    print(f"{who}{report.place}: {report.tars_built} tars built, {report.tars_kept} were finished before")
+    left = f", {report.tars_left} were left to others" if report.tars_left else ""
+    print(f"{who}{report.place}: {report.tars_built} tars built, {report.tars_kept} were finished before{left}")
     print(
         f"{who}{report.samples} samples, {report.ok} embedded, {_counts(report.counts)}; "
         f"{report.seconds:.1f} s with loading, {rate:.1f} img/s, {report.bytes / 1e6:.1f} MB written"
     )
+    if report.tars_built:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
+        print(f"{who}where the time went: {shares}; the first is the bottleneck")
     _print_bad(report.bad)
     for note in report.notes:
         print(f"note: {note} (expected: when the cache was begun; found: now)")
-    return 0
 
 
 def info(cache: Positional[str]) -> int:
@@ -195,6 +225,100 @@ def rekey(
     from threetowers.cache.rekey import rekey as run
 
     print(run(old, new, tars, missing=missing).text())
+    return 0
+
+
+def plan(
+    tars: list[str],
+    backbone: str,
+    weights: str = "pretrained",
+    image_size: int | None = None,
+    views: str = "center",
+    view_seed: int = 0,
+    view_scale: float = 1.0,
+    ranks: int = 1,
+    sample: int = 256,
+    seed: int = 0,
+    batch_size: int = 64,
+    threads: int | None = None,
+    device: str | None = None,
+    images: tuple[int, ...] = (),
+    json: Path | None = None,
+) -> int:
+    """Say what a cache would cost before it is begun: bytes, files, hours, and after how many epochs it pays.
+
+    A sample of the tars is built in a temporary folder to measure.
+
+    Args:
+        tars: Paths, URLs, globs in quotes, and brace ranges.
+        backbone: Name of the timm model.
+        weights: As for `cache build`.
+        image_size: As for `cache build`.
+        views: As for `cache build`.
+        view_seed: As for `cache build`.
+        view_scale: As for `cache build`.
+        ranks: Processes that would share the work, each as fast as this one.
+        sample: Pictures to measure on.
+        seed: Which ones.
+        batch_size: Images a forward pass.
+        threads: Threads that decode and resize; default: the cores.
+        device: cpu, cuda or cuda:N; default: a GPU if there is one.
+        images: Say it for so many images too, in tars of the same size.
+        json: Write the plan to this file too.
+    """
+    from threetowers.cache.plan import plan as run
+
+    found = run(
+        tars,
+        backbone=backbone,
+        weights=weights,
+        image_size=image_size,
+        views=Views(views, view_seed, view_scale),
+        ranks=ranks,
+        sample=sample,
+        seed=seed,
+        batch_size=batch_size,
+        threads=threads,
+        device=device,
+    )
+    print("\n\n".join(p.text() for p in (found, *(found.scaled(n) for n in images))))
+    _write_json(json, found.as_dict())
+    return 0
+
+
+def measure_views(
+    tars: list[str],
+    backbone: str,
+    weights: str = "pretrained",
+    image_size: int | None = None,
+    crop_scales: tuple[float, ...] = (0.9, 0.6, 0.35, 0.1),
+    sample: int = 256,
+    draws: int = 2,
+    seed: int = 0,
+    device: str = "cpu",
+    json: Path | None = None,
+) -> int:
+    """Measure how far a teacher moves under training augmentations: does the center view do, or does it take crops?
+
+    Args:
+        tars: Paths, URLs, globs in quotes, and brace ranges.
+        backbone: Name of the timm model.
+        weights: As for `cache build`.
+        image_size: As for `cache build`.
+        crop_scales: Values of a run's data.crop_scale to try.
+        sample: Pictures to measure on.
+        draws: Random crops of each.
+        seed: Which ones.
+        device: Where the teacher runs.
+        json: Write the table to this file too.
+    """
+    from threetowers.cache.augmentation import measure_views as run
+    from threetowers.cache.teacher import load_teacher
+
+    teacher = load_teacher(backbone, weights, image_size, device)
+    found = run(tars, teacher, crop_scales=crop_scales, sample=sample, draws=draws, seed=seed)
+    print(found.text())
+    _write_json(json, found.as_dict())
     return 0
 
 

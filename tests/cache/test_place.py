@@ -129,7 +129,7 @@ def test_objects_are_read_as_files(place: Place) -> None:
 
 
 def test_what_cannot_be_is_one_message(tmp_path: Path, bucket: str) -> None:
-    with pytest.raises(WriteError, match="cannot write s3://no-such-bucket-here/x: .*Check the address"):
+    with pytest.raises(WriteError, match=r"cannot write s3://no-such-bucket-here/x: .*Check the address"):
         place_of("s3://no-such-bucket-here").put("x", b"", owner="t")
     with pytest.raises(ValueError, match="nonsense://x: Protocol not known"):
         place_of("nonsense://x")
@@ -143,7 +143,7 @@ def test_without_a_server_the_address_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     try:
-        with pytest.raises(PlaceError, match="cannot read s3://gone/x: .*Check the address, the credentials"):
+        with pytest.raises(PlaceError, match=r"cannot read s3://gone/x: .*Check the address, the credentials"):
             RemotePlace("s3://gone").read("x")
     finally:
         fsspec.get_filesystem_class("s3").clear_instance_cache()
