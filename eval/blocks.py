@@ -34,7 +34,7 @@ def blocks(vectors_MD: NDArray[Any], rows: int) -> Iterator[tuple[int, Floats]]:
 
         def read(start: int, number: int) -> Floats:
             part = buffers[number % 2][: min(rows, len(vectors_MD) - start)]
-            view, at = memoryview(part).cast("B"), 0
+            view, at = memoryview(part.data).cast("B"), 0
             while at < len(view):
                 count = os.preadv(file, [view[at:]], offset + start * width * dtype.itemsize + at)
                 if not count:

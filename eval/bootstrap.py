@@ -107,7 +107,7 @@ def holm(p_K: Sequence[float]) -> list[float]:
 def _by_unit(stratum: Stratum, units: NDArray[np.int64]) -> tuple[Floats64, Floats64]:
     counted_N = ~np.isnan(stratum.value_N)
     at_N = np.searchsorted(units, stratum.unit_N[counted_N])
-    sums = np.bincount(at_N, weights=stratum.value_N[counted_N], minlength=len(units))
+    sums = np.bincount(at_N, weights=stratum.value_N[counted_N], minlength=len(units)).astype(np.float64)
     return sums, np.bincount(at_N, minlength=len(units)).astype(np.float64)
 
 

@@ -1,26 +1,23 @@
-"""The retrieval evaluation of runs: embed, index, rank, record, report."""
+"""The retrieval evaluation of models: embed, index, rank, record, report."""
 
-import json
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import xxhash
-
 from threetowers.cache.tars import expand, index_tar
-from threetowers.eval.cost import CacheFacts, caches_of
+from threetowers.eval.album import Album
+from threetowers.eval.card import card_of, write_card
 from threetowers.eval.embed import EvaluationSet, evaluation_set
-from threetowers.eval.encoder import Encoder, Loading, load_encoder
-from threetowers.eval.gallery import Gallery, encoded, galleries_of
-from threetowers.eval.record import Question, Record, TarRef, digest, write_record
-from threetowers.eval.report import ImageExample, ReportPaths, RunResult, TextExample, render
+from threetowers.eval.encoder import Encoder, Loading, Mixing, load_encoder
+from threetowers.eval.gallery import Gallery, galleries_of
+from threetowers.eval.record import Answer, Question, Record, answered, digest
+from threetowers.eval.report import ReportPaths, render
+from threetowers.eval.results import MODELS, PICTURES, RECORDS, RunResult, load_results
 from threetowers.eval.search import GallerySearch
 from threetowers.eval.tables import ABSENT, Table, by_gallery, comparison_table
-from threetowers.trainer.folder import RunFolder
-from threetowers.trainer.trained import TrainedModel
 
 STAGES = ["cache", "training", "evaluation"]
+EMBEDDINGS = "embeddings"
 
 
 @dataclass(frozen=True)
@@ -31,72 +28,75 @@ class Settings:
     part_field: str | None = None
     max_captions: int = 5
     index: str = "Flat"
+    index_parameters: str = ""
     examples: int = 6
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out: one result per run, the records' folder and the report."""
+    """What came out: one result per model, the records' folder and the report."""
 
     results: list[RunResult]
     galleries: list[Gallery]
     skipped: list[str]
-    caches: list[list[CacheFacts]]  # of each run
     records: Path
     report: ReportPaths
 
     def text(self) -> str:
         """What a terminal shows: the comparison, what was compared, and where the rest is."""
+        shown = {gallery.name for gallery in self.galleries}
         counts = [
             f"{record.question.gallery}: {record.counts['images']:,} images, {record.counts['captions']:,} captions, "
             f"{record.counts['groups']:,} groups; duplicates: {record.counts['image_duplicates']} images, "
             f"{record.counts['caption_duplicates']} captions; ids {record.sample_ids[:12]}"
             for record in self.results[0].records
+            if record.question.task == "retrieval" and record.question.gallery in shown
         ]
         explained = (
             "A hit at k: a match among the k best; recalls are means over the galleries, in percent; ties count "
             "against the model.\nSeconds of a cache count in full for each run that reads it, though it is built once."
         )
         skipped = [f"{len(self.skipped)} samples left out; the first: {self.skipped[0]}"] if self.skipped else []
-        caches = list(dict.fromkeys(str(cache) for run in self.caches for cache in run))
+        caches = list(dict.fromkeys(str(cache) for result in self.results for cache in result.caches))
         notes = "\n".join([explained, *caches, *counts, *skipped])
         return "\n\n".join([self._table().text(), notes, f"report: {self.report.html}"])
 
     def _table(self) -> Table:
-        """One row a run: recalls, median ranks, seconds of each stage, bytes and rate of its caches."""
+        """One row a model: recalls, median ranks, seconds of each stage, bytes and rate of its caches."""
         runs = [by_gallery(result.name, result.method, result.records) for result in self.results]
         table = comparison_table(runs, [gallery.name for gallery in self.galleries])
-        assert table is not None  # every run was evaluated on every gallery
+        assert table is not None  # every model was evaluated on every gallery
         stages = sorted({stage for result in self.results for stage in result.stage_seconds}, key=STAGES.index)
         seconds = {
             number: [f"{result.stage_seconds[s]:.0f}" if s in result.stage_seconds else ABSENT for s in stages]
             for number, result in enumerate(self.results)
         }
         costs = {}
-        for number, caches in enumerate(self.caches):
-            size, samples, took = (sum(getattr(c, name) for c in caches) for name in ("bytes", "samples", "seconds"))
+        for number, result in enumerate(self.results):
+            size, samples, took = (
+                sum(getattr(c, name) for c in result.caches) for name in ("bytes", "samples", "seconds")
+            )
             costs[number] = [f"{size / 1e6:.1f}", f"{samples / took:.0f}"] if took else [ABSENT, ABSENT]
         return table.widened("Seconds", stages, seconds).widened("Cache", ["MB", "img/s"], costs)
 
 
 def compare(
-    runs: Sequence[Path],
+    models: Sequence[str | Path],
     tars: Sequence[str],
     out: Path,
     settings: Settings,
     *,
-    caches: Mapping[str, Path] | None = None,
-    live_teacher: bool = False,
+    loading: Loading | None = None,
+    mixings: Sequence[Mixing] = (),
+    again: bool = False,
 ) -> Comparison:
-    """Evaluate the retrieval of trained runs on held-out tars; write a JSON record per run and gallery, and a report.
+    """Evaluate the retrieval of models on held-out tars; write a JSON record per model and gallery, and a report.
 
-    Raises ValueError for runs that are not finished or share a name, for tars or samples that cannot be read, and for a
-    LiT run whose teacher's rows for these tars are nowhere to be had.
+    What `out` already answers is not computed again, unless `again`. With `mixings`, a model with such a third tower is
+    evaluated once more for each. Raises ValueError for models that cannot be loaded, see no text or share a name, for
+    tars or samples that cannot be read, and for a LiT run whose teacher's rows for these tars are nowhere to be had.
     """
-    names = [run.name for run in runs]
-    if not runs or len(set(names)) != len(names):
-        raise ValueError(f"expected at least one run, each folder with a name of its own; got {names}")
     data = evaluation_set(
         [index_tar(path) for path in expand(tars)],
         group_field=settings.group_field,
@@ -104,98 +104,55 @@ def compare(
         max_captions=settings.max_captions,
     )
     galleries = galleries_of(data)
-    models = [TrainedModel.load(path) for path in runs]
-    loading = Loading(caches=caches or {}, live_teacher=live_teacher, embeddings=out / "embeddings")
-    results = [
-        _evaluate(path, model, load_encoder(path, loading), data, galleries, out / "records", settings, live_teacher)
-        for path, model in zip(runs, models, strict=True)
-    ]
-    facts = [caches_of(model.run) for model in models]
+    loading = replace(loading or Loading(), embeddings=out / EMBEDDINGS)
+    encoders = [
+        (spec, load_encoder(spec, loading, mixing)) for spec in models for mixing in (None, *mixings)
+    ]  # all before the long work, so that the last cannot fail it
+    names = [encoder.facts.name for _, encoder in encoders]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"expected at least one run, each folder with a name of its own; got {names}")
+    if blind := [encoder.facts.name for _, encoder in encoders if not encoder.sees_text]:
+        raise ValueError(
+            f"{blind} see images only: retrieval between images and captions needs a text tower; leave out"
+        )
+    for spec, encoder in encoders:
+        write_card(card_of(spec, encoder), out / MODELS)
+        for number, gallery in enumerate(galleries):
+            share = settings.examples // len(galleries) + (number < settings.examples % len(galleries))
+            _answer(encoder, data, gallery, replace(settings, examples=share), loading, out, again)
+    results = load_results([out], names)
     title = f"Retrieval on held-out data: {', '.join(names)}"
     report = render(results, out, title=title, description=_description(data, settings))
-    return Comparison(results, galleries, data.skipped, facts, out / "records", report)
+    return Comparison(results, galleries, data.skipped, out / RECORDS, report)
 
 
-def _evaluate(
-    path: Path,
-    model: TrainedModel,
+def _answer(
     encoder: Encoder,
     data: EvaluationSet,
-    galleries: Sequence[Gallery],
-    records_folder: Path,
+    gallery: Gallery,
     settings: Settings,
-    live_teacher: bool,
-) -> RunResult:
-    started = time.perf_counter()
-    records: list[Record] = []
-    texts: list[TextExample] = []
-    images: list[ImageExample] = []
-    for number, gallery in enumerate(galleries):
-        began = time.perf_counter()
+    loading: Loading,
+    out: Path,
+    again: bool,
+) -> Record:
+    def compute() -> Answer:
         image_ND = encoder.images(data, gallery.pictures)
-        text_MD = encoder.texts(gallery.captions)
-        search = GallerySearch(gallery, image_ND, text_MD, settings.index)
-        question = _question(encoder, data, gallery, settings, live_teacher)
-        record = _record(question, data, gallery, search, time.perf_counter() - began)
-        write_record(record, records_folder)
-        records.append(record)
-        share = settings.examples // len(galleries) + (number < settings.examples % len(galleries))
-        texts += search.text_examples(data, share, settings.seed)
-        images += search.image_examples(data, share, settings.seed)
-    return RunResult(
-        name=path.name,
-        method=" + ".join(model.run.terms) + (" on cached rows" if model.sees_cached_rows else ""),
-        records=records,
-        metrics_file=RunFolder(path).metrics if RunFolder(path).metrics.exists() else None,
-        stage_seconds=_stages(path, model, time.perf_counter() - started),
-        text_examples=texts,
-        image_examples=images,
-    )
+        search = GallerySearch(
+            gallery, image_ND, encoder.texts(gallery.captions), settings.index, settings.index_parameters
+        )
+        answer = search.answer(data, Album(out / PICTURES), settings.examples, settings.seed)
+        return replace(answer, counts={**answer.counts, "skipped samples": len(data.skipped)})
 
-
-def _question(
-    encoder: Encoder, data: EvaluationSet, gallery: Gallery, settings: Settings, live_teacher: bool
-) -> Question:
-    facts = encoder.facts
-    return Question(
-        task="retrieval",
-        gallery=gallery.name,
-        run=facts.name,
-        model=facts.digest,
-        step=facts.step,
-        tars=tuple(TarRef(tar.name, tar.fingerprint, len(tar.samples)) for tar in data.tars),
-        preprocessing=facts.preprocessing,
-        precision=facts.precision,
-        cache_contract=facts.cache_contract,
-        settings={
-            "group_field": settings.group_field,
-            "part_field": settings.part_field,
-            "max_captions": settings.max_captions,
-            "index": settings.index,
-            "live_teacher": live_teacher,
-        },
-    )
-
-
-def _record(question: Question, data: EvaluationSet, gallery: Gallery, search: GallerySearch, seconds: float) -> Record:
-    image_hashes = [xxhash.xxh3_64_intdigest(encoded(data, picture)) for picture in gallery.pictures]
-    metrics, counts = search.metrics(image_hashes, gallery.captions)
-    return Record(
-        question=question,
-        metrics=metrics,
-        counts=counts | {"skipped samples": len(data.skipped)},
+    asked = asdict(settings) | {"live_teacher": loading.live_teacher}
+    return answered(
+        Question.of("retrieval", gallery.name, encoder.facts, data.tars, asked),
+        encoder.facts,
+        out / RECORDS,
+        compute,
         sample_ids=digest(picture.key for picture in gallery.pictures),
         texts=digest(gallery.captions),
-        seconds=seconds,
+        again=again,
     )
-
-
-def _stages(path: Path, model: TrainedModel, evaluating: float) -> dict[str, float]:
-    """Wall seconds of each stage; building a cache counts in full for each run that reads it."""
-    building = [cache.seconds for cache in caches_of(model.run)]
-    summary = json.loads(RunFolder(path).summary.read_text())
-    stages = {"cache": sum(building)} if building else {}
-    return stages | {"training": float(summary["seconds"]), "evaluation": evaluating}
 
 
 def _description(data: EvaluationSet, settings: Settings) -> str:

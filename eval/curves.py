@@ -1,26 +1,21 @@
-"""Training curves and gallery plots as inline SVG that takes its colours from the page, light or dark."""
+"""Training curves, and the plot of recalls by gallery."""
 
 import json
 import math
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from threetowers.eval.drawing import DASHES, INK, LINE, Panel, new_figure, run_colour, to_svg
+
 MAX_POINTS = 240
 SMOOTHING = 30  # the running mean spans this fraction of a run
 EXACT = ("lr", "scale")  # not noisy: a running mean would only bend them
-# Stand-ins that matplotlib draws with; in the SVG they become the page's own colours.
-INK, LINE = "#010203", "#010204"
-RUN_COLOURS = 8
-DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
-DASH_ARRAYS = ("none", "9 3", "3 2", "10 3 2 3")  # the same, for the legend's swatches
 LABELS = {
     "loss": "Loss (weighted sum of terms)",
     "lr": "Learning rate",
@@ -39,13 +34,11 @@ class TrainingMetrics:
     curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
     unreadable: int = 0
 
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot. `svg` is trusted markup, made here; `title` is text."""
-
-    title: str
-    svg: str
+    @classmethod
+    def of(cls, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], unreadable: int) -> "TrainingMetrics":
+        """From plain numbers, as a card keeps them."""
+        arrays = {name: (np.array(x, np.float64), np.array(y, np.float64)) for name, (x, y) in curves.items()}
+        return cls(arrays, unreadable)
 
 
 def read_metrics(path: Path) -> TrainingMetrics:
@@ -75,6 +68,20 @@ def read_metrics(path: Path) -> TrainingMetrics:
     return TrainingMetrics(curves, unreadable)
 
 
+def thinned(metrics: TrainingMetrics) -> dict[str, tuple[list[float], list[float]]]:
+    """The curves that are drawn, as plain numbers: means over stretches where a curve is long."""
+    drawn = [
+        *LABELS,
+        *(name for name in metrics.curves if re.fullmatch(rf"terms/[^/]+/({'|'.join(TERM_KINDS)})", name)),
+    ]
+    found = {}
+    for name in drawn:
+        if name in metrics.curves:
+            steps, values = _thin(*metrics.curves[name], 4 * MAX_POINTS)
+            found[name] = (np.round(steps, 1).tolist(), [float(f"{value:.5g}") for value in values])
+    return found
+
+
 def training_panels(runs: Sequence[TrainingMetrics | None]) -> dict[str, list[Panel]]:
     """Panels by heading, every run in each: loss, accuracy and scale of every pair term, then the run as a whole.
 
@@ -98,7 +105,7 @@ def gallery_panel(
     title: str, galleries: Sequence[str], values: Sequence[Sequence[float]], chance: Sequence[float]
 ) -> Panel:
     """Recalls in percent: a line a gallery, a dot a run (`values[run][gallery]`, NaN for none), chance as a tick."""
-    figure, axes = _figure(width=5.2, height=0.7 + 0.45 * len(galleries))
+    figure, axes = new_figure(width=5.2, height=0.7 + 0.45 * len(galleries))
     y = np.arange(len(galleries), dtype=float)
     axes.plot([100 * c for c in chance], y, "|", markersize=16, markeredgewidth=1.5, color=INK, clip_on=False)
     for run, run_values in enumerate(values):
@@ -108,7 +115,7 @@ def gallery_panel(
             y + offset,
             "o",
             markersize=7,
-            color=_run_colour(run),
+            color=run_colour(run),
             clip_on=False,
             zorder=3,
         )
@@ -120,7 +127,7 @@ def gallery_panel(
     axes.grid(axis="y", visible=False)
     for boundary in y[1:] - 0.5:
         axes.axhline(boundary, color=LINE, linewidth=0.7)
-    return Panel(title, _svg(figure, title))
+    return Panel(title, to_svg(figure, title))
 
 
 def _is_number(value: object) -> bool:
@@ -128,14 +135,14 @@ def _is_number(value: object) -> bool:
 
 
 def _curve_panel(title: str, name: str, runs: Sequence[TrainingMetrics | None], kind: str) -> Panel:
-    figure, axes = _figure(width=4.4, height=2.6)
+    figure, axes = new_figure(width=4.4, height=2.6)
     for index, run in enumerate(runs):
         if run and name in run.curves:
             steps, values = run.curves[name]
-            style = {"color": _run_colour(index), "linestyle": DASHES[index % len(DASHES)]}
+            style = {"color": run_colour(index), "linestyle": DASHES[index % len(DASHES)]}
             window = 1 if kind in EXACT else max(1, len(steps) // SMOOTHING)
             if window > 1:
-                axes.plot(*_thin(steps, values), color=_run_colour(index), linewidth=0.8, alpha=0.35)
+                axes.plot(*_thin(steps, values), color=run_colour(index), linewidth=0.8, alpha=0.35)
             smooth = _thin(steps, _running_mean(values, window))
             axes.plot(*smooth, **style, marker="o" if len(steps) == 1 else None)
     axes.set_xlabel("step")
@@ -145,7 +152,7 @@ def _curve_panel(title: str, name: str, runs: Sequence[TrainingMetrics | None], 
     if kind == "images_per_s":
         _speed_axis(axes, [run.curves[name][1] for run in runs if run and name in run.curves])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}")
-    return Panel(title, _svg(figure, f"{kind} {title}"))
+    return Panel(title, to_svg(figure, f"{kind} {title}"))
 
 
 def _speed_axis(axes: Any, values: Sequence[NDArray[np.float64]]) -> None:
@@ -168,81 +175,11 @@ def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float6
     return smooth / np.convolve(np.ones_like(values), weights, "same")
 
 
-def _thin(steps: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if len(steps) <= MAX_POINTS:
+def _thin(
+    steps: NDArray[np.float64], values: NDArray[np.float64], points: int = MAX_POINTS
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if len(steps) <= points:
         return steps, values
-    starts = np.linspace(0, len(steps), MAX_POINTS, endpoint=False).astype(int)
+    starts = np.linspace(0, len(steps), points, endpoint=False).astype(int)
     lengths = np.diff(starts, append=len(steps))
     return np.add.reduceat(steps, starts) / lengths, np.add.reduceat(values, starts) / lengths
-
-
-def _run_colour(index: int) -> str:
-    return f"#0102{0x10 + index % RUN_COLOURS:02x}"
-
-
-def _style() -> Any:
-    return {
-        "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.parse_math": False,  # a $ in a name is a $
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "axes.edgecolor": LINE,
-        "xtick.color": LINE,
-        "ytick.color": LINE,
-        "axes.grid": True,
-        "grid.color": LINE,
-        "grid.linewidth": 0.7,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "lines.linewidth": 1.8,
-        "axes.formatter.useoffset": False,
-    }
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_style()):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.add_subplot()
-
-
-def _svg(figure: Any, name: str) -> str:
-    """The figure as an <svg> element of no fixed size, in the page's colours and font, with nothing from outside."""
-    import matplotlib
-
-    buffer = StringIO()
-    with matplotlib.rc_context(_style() | {"svg.hashsalt": name}):  # ids unlike those of the page's other figures
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    used = set(re.findall(r"(?:url\(|href=\")#(\w+)", text))
-    root = ElementTree.fromstring(text)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for child in list(element):
-            if child.tag.endswith(("}metadata", "}style")):
-                element.remove(child)
-        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        if attributes.get("id") not in used:
-            attributes.pop("id", None)
-        if "style" in attributes:
-            attributes["style"] = _page_style(attributes["style"])
-        element.attrib = attributes
-    for size in ("width", "height"):
-        root.attrib.pop(size, None)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _page_style(style: str) -> str:
-    style = re.sub(r"font-family: [^;]*;? ?", "", re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", style))
-    style = style.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
-    return re.sub(r"#0102(1[0-7])", lambda match: f"var(--run-{int(match[1], 16) - 0x10})", style)

@@ -1,14 +1,16 @@
 """What is evaluated: the usable images of some tars with their captions, by address."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from threetowers.cache.tars import TarIndex
-from threetowers.trainer.data.samples import BadSample, annotation, concept, image
+from threetowers.trainer.data.samples import Annotation, BadSample, annotation, concept, image
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,26 +48,41 @@ def evaluation_set(
     part_field: str | None,
     max_captions: int,
     max_pixels: int = 50_000_000,
+    captions_needed: bool = True,
 ) -> EvaluationSet:
     """Return what the tars hold, read once for every model that is to be compared.
 
     `group_field`: JSON field naming what an image shows (None: each image is its own group, as in COCO). `part_field`:
-    JSON field that splits the set into galleries (None: one). Samples that cannot be read are listed in `skipped`.
+    JSON field that splits the set into galleries (None: one). Samples that cannot be read are listed in `skipped`, and
+    so are those without a caption where `captions_needed`.
     """
-    pictures, skipped = [], []
-    for number, tar in enumerate(tars):
-        for ordinal in range(len(tar.samples)):
-            try:
-                text = annotation(tar, ordinal)
-                image(tar, ordinal, max_pixels)
-                part = "all" if part_field is None else concept(tar, ordinal, text, part_field)
-                group = concept(tar, ordinal, text, group_field)
-            except BadSample as error:
-                skipped.append(str(error))
-                continue
-            key = tar.samples[ordinal].key
-            pictures.append(Picture(number, ordinal, key, group, part, text.captions[:max_captions]))
+
+    def read(number: int, ordinal: int) -> Picture | BadSample:
+        tar = tars[number]
+        try:
+            text = _annotation(tar, ordinal, captions_needed)
+            image(tar, ordinal, max_pixels)
+            part = "all" if part_field is None else concept(tar, ordinal, text, part_field)
+            group = concept(tar, ordinal, text, group_field)
+        except BadSample as error:
+            return error
+        return Picture(number, ordinal, tar.samples[ordinal].key, group, part, text.captions[:max_captions])
+
+    found: list[Picture | BadSample] = []
+    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
+        for number, tar in enumerate(tars):
+            found += pool.map(partial(read, number), range(len(tar.samples)))
+    pictures = [one for one in found if isinstance(one, Picture)]
+    skipped = [str(one) for one in found if isinstance(one, BadSample)]
     if not pictures:
         reason = f"; the first of {len(skipped)} problems: {skipped[0]}" if skipped else ""
-        raise ValueError(f"no usable image with a caption in {[tar.location for tar in tars]}{reason}")
+        wanted = "image with a caption" if captions_needed else "image"
+        raise ValueError(f"no usable {wanted} in {[tar.location for tar in tars]}{reason}")
     return EvaluationSet(list(tars), pictures, skipped)
+
+
+def _annotation(tar: TarIndex, ordinal: int, captions_needed: bool) -> Annotation:
+    members = tar.samples[ordinal].members
+    if not captions_needed and not {"txt", "json"} & members.keys():
+        return Annotation((), {})
+    return annotation(tar, ordinal)

@@ -64,12 +64,18 @@ class Kept:
         pictures: Sequence[Picture],
         batches: Callable[[EvaluationSet, Sequence[Picture]], Iterator[Floats]],
     ) -> Floats:
-        return self._keep(
+        """All pictures of the set are embedded, whichever are asked for: other tasks will ask for the others."""
+        whole_ND = self._keep(
             kind,
-            pictures_digest(data, pictures),
-            len(pictures),
-            lambda start, stop: batches(data, pictures[start:stop]),
+            pictures_digest(data, data.pictures),
+            len(data.pictures),
+            lambda start, stop: batches(data, data.pictures[start:stop]),
         )
+        if pictures is data.pictures or list(pictures) == data.pictures:
+            return whole_ND
+        places = {(p.tar, p.ordinal): row for row, p in enumerate(data.pictures)}
+        chosen_ND: Floats = whole_ND[[places[p.tar, p.ordinal] for p in pictures]]
+        return chosen_ND
 
     def _keep(self, kind: str, inputs: str, count: int, batches: Callable[[int, int], Iterator[Floats]]) -> Floats:
         """The memory-mapped embeddings of `count` inputs, computed from where an earlier call was cut off."""

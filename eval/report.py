@@ -1,91 +1,19 @@
-"""A comparison of runs as one self-contained HTML page and as Markdown."""
+"""A comparison of models as one self-contained HTML page and as Markdown."""
 
-import base64
-import hashlib
-import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from threetowers.eval import tables
-from threetowers.eval.curves import (
-    DASH_ARRAYS,
-    RUN_COLOURS,
-    SMOOTHING,
-    Panel,
-    gallery_panel,
-    read_metrics,
-    training_panels,
-)
-from threetowers.eval.record import Record
+from threetowers.eval import plots, tables
+from threetowers.eval.curves import SMOOTHING, gallery_panel, training_panels
+from threetowers.eval.drawing import DASH_ARRAYS, RUN_COLOURS, Panel
+from threetowers.eval.record import Example, Record
+from threetowers.eval.results import RunResult
+from threetowers.eval.significance import significance
 from threetowers.eval.tables import RunRecords, Table, markdown_text
-
-THUMBNAIL_PIXELS = 192
-INLINE_BYTES = 24_000  # larger images become thumbnails: a page of photographs must still load
-MAX_PIXELS = 50_000_000
-SIGNATURES = {"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff", "image/webp": b"RIFF"}
-
-
-@dataclass(frozen=True)
-class RetrievedImage:
-    """One image a caption retrieved: encoded bytes (PNG, JPEG or WebP), its score, and whether it matches."""
-
-    image: bytes
-    score: float
-    hit: bool
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class RetrievedCaption:
-    """One caption an image retrieved, its score, and whether it matches."""
-
-    caption: str
-    score: float
-    hit: bool
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """A caption as query with what it retrieved, best first. `rank`: of its first match, from 1, None if unknown."""
-
-    query: str
-    gallery: str
-    retrieved: Sequence[RetrievedImage]
-    rank: int | None = None
-
-
-@dataclass(frozen=True)
-class ImageExample:
-    """An image as query with what it retrieved, best first. `rank`: of its first match, from 1, None if unknown."""
-
-    query: bytes
-    gallery: str
-    retrieved: Sequence[RetrievedCaption]
-    label: str = ""
-    rank: int | None = None
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """All a report tells of one run; everything but `name`, `method` and `records` may be missing.
-
-    `records`: one a gallery (the report computes the mean), and those of other tasks. `metrics_file`: the run's
-    `metrics.jsonl`. `stage_seconds`: wall seconds by stage, in order. Examples of several runs with the same query are
-    shown side by side. `note`: one line on how the run differs.
-    """
-
-    name: str
-    method: str
-    records: Sequence[Record]
-    metrics_file: Path | None = None
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    text_examples: Sequence[TextExample] = ()
-    image_examples: Sequence[ImageExample] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,13 +25,12 @@ class ReportPaths:
 
 
 def render(
-    results: Sequence[RunResult], out_dir: Path, *, title: str = "Retrieval report", description: str = ""
+    results: Sequence[RunResult], out_dir: Path, *, title: str = "Evaluation", description: str = ""
 ) -> ReportPaths:
     """Write `report.html` (no script, no outside request) and `report.md` into `out_dir`, replacing older ones.
 
     Means are over the galleries that every run with retrieval records was evaluated on; what is missing or not
-    comparable is said at the top. Raises ValueError for no runs, runs of the same name, two records of one gallery, and
-    example images that are not PNG, JPEG or WebP.
+    comparable is said at the top. Raises ValueError for no runs, runs of the same name and two records of one gallery.
     """
     view = _View(results, title, description)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -133,7 +60,7 @@ class _View:
         self.data = tables.data_table(self.runs, self.galleries)
         self.ties = tables.tie_table(self.runs, self.galleries)
         self.others = tables.other_table(names, [result.records for result in results])
-        self.error = tables.standard_error(self.runs, self.galleries)
+        self.significance = significance(results)
         self.provenance = [_provenance(result.records) for result in results]
 
     def gallery_panels(self) -> list[Panel]:
@@ -149,6 +76,57 @@ class _View:
             ]
             panels.append(gallery_panel(text, self.galleries, values, [0.0 if math.isnan(c) else c for c in chance]))
         return panels
+
+    def recall_panels(self) -> list[Panel]:
+        """Recall against k in both directions."""
+        panels = []
+        for direction, text in tables.DIRECTIONS.items():
+            ranks = [
+                [self._items(index, run.galleries[name])[f"{direction}/rank"] for name in self.shared]
+                if all(f"{direction}/rank" in self._items(index, run.galleries.get(name)) for name in self.shared)
+                else []
+                for index, run in enumerate(self.runs)
+            ]
+            side = "images" if direction == "text_to_image" else "captions"
+            sizes = [run.galleries[n].counts[side] for run in self.runs for n in self.shared if n in run.galleries]
+            if any(ranks):
+                panels.append(plots.recall_panel(text, ranks, sizes))
+        return panels
+
+    def task_panels(self) -> list[Panel]:
+        """Few-shot curves and calibration, for each gallery that has them."""
+        found: list[Panel | None] = []
+        for task, gallery in dict.fromkeys(self._others()):
+            records = [self._record(index, task, gallery) for index in range(len(self.results))]
+            items = [self._items(index, record) for index, record in enumerate(records)]
+            shots = [None if record is None else record.metrics for record in records]
+            judged = [(i["confidence"], i["top1"]) if {"confidence", "top1"} <= i.keys() else None for i in items]
+            if task == "fewshot":
+                found.append(plots.fewshot_panel(f"Few-shot, {gallery}", shots))
+            if task == "zeroshot":
+                found.append(plots.calibration_panel(f"Calibration of {task}, {gallery}", judged))
+        return [panel for panel in found if panel is not None]
+
+    def map_panels(self) -> list[Panel]:
+        """Each model's images and captions of the first shared gallery, on their two main axes."""
+        panels = []
+        for index, run in enumerate(self.runs):
+            items = self._items(index, run.galleries.get(self.shared[0]) if self.shared else None)
+            if "map/images" in items:
+                arrays = (items[f"map/{name}"] for name in ("images", "texts", "explained"))
+                panels.append(plots.map_panel(run.name, index, *arrays))
+        return panels
+
+    def _others(self) -> list[tuple[str, str]]:
+        found = [r.question for result in self.results for r in result.records if r.question.task != tables.RETRIEVAL]
+        return [(question.task, question.gallery) for question in found]
+
+    def _record(self, index: int, task: str, gallery: str) -> Record | None:
+        found = (r for r in self.results[index].records if (r.question.task, r.question.gallery) == (task, gallery))
+        return next(found, None)
+
+    def _items(self, index: int, record: Record | None) -> dict[str, Any]:
+        return {} if record is None else dict(self.results[index].items_of(record))
 
 
 def _metric(run: RunRecords, gallery: str, key: str) -> float:
@@ -215,79 +193,46 @@ def _html(view: _View) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = lambda panel: Markup(panel.svg)
     template = environment.from_string(files("threetowers.eval").joinpath("report.html").read_text(encoding="utf-8"))
-    metrics = [None if result.metrics_file is None else read_metrics(result.metrics_file) for result in view.results]
+    metrics = [result.metrics for result in view.results]
     unreadable = [(result.name, m.unreadable) for result, m in zip(view.results, metrics, strict=True) if m]
     return template.render(
         view=view,
         run_colours=RUN_COLOURS,
         dashes=DASH_ARRAYS,
         gallery_panels=view.gallery_panels(),
+        recall_panels=view.recall_panels(),
+        task_panels=view.task_panels(),
+        map_panels=view.map_panels(),
         sections=training_panels(metrics),
         window=f"1/{SMOOTHING}",
         unreadable=[(name, lines) for name, lines in unreadable if lines],
-        text_groups=_text_groups(view.results),
-        image_groups=_image_groups(view.results),
+        examples=_examples(view.results),
     )
 
 
-def _text_groups(results: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Text queries, each once, with the answers of every run that was asked it."""
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
+def _examples(results: Sequence[RunResult]) -> dict[str, list[dict[str, Any]]]:
+    """By heading: each query once, with the answers of every run that was asked it."""
+    headings: dict[str, dict[tuple[str, str, str | None], dict[str, Any]]] = {}
     for index, result in enumerate(results):
-        for example in result.text_examples:
-            group = groups.setdefault(
-                (example.gallery, example.query), {"query": example.query, "gallery": example.gallery, "answers": []}
-            )
-            images = [(_data_uri(found.image), found) for found in example.retrieved]
-            group["answers"].append((index, result.name, example.rank, images))
-    return list(groups.values())
+        for record in result.records:
+            for example in record.examples:
+                group = headings.setdefault(example.heading, {}).setdefault(
+                    (record.question.gallery, example.query.text, example.query.picture),
+                    {
+                        "text": example.query.text,
+                        "picture": example.query.picture and result.pictures.get(example.query.picture),
+                        "gallery": record.question.gallery,
+                        "answers": [],
+                    },
+                )
+                group["answers"].append(_answer(index, result, example))
+    return {heading: list(groups.values()) for heading, groups in headings.items()}
 
 
-def _image_groups(results: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Image queries, each once, with the answers of every run that was asked it."""
-    groups: dict[tuple[str, bytes], dict[str, Any]] = {}
-    for index, result in enumerate(results):
-        for example in result.image_examples:
-            group = groups.setdefault(
-                (example.gallery, hashlib.sha256(example.query).digest()),
-                {
-                    "image": _data_uri(example.query),
-                    "label": example.label,
-                    "gallery": example.gallery,
-                    "answers": [],
-                },
-            )
-            group["answers"].append((index, result.name, example.rank, example.retrieved))
-    return list(groups.values())
-
-
-def _data_uri(image: bytes) -> str:
-    media = next((media for media, start in SIGNATURES.items() if image.startswith(start)), None)
-    if media is None or (media == "image/webp" and image[8:12] != b"WEBP"):
-        raise ValueError(
-            f"an example image must be the bytes of a PNG, JPEG or WebP file, "
-            f"got {len(image)} bytes starting {image[:12]!r}"
-        )
-    if len(image) > INLINE_BYTES:
-        media, image = "image/webp", _thumbnail(image)
-    return f"data:{media};base64,{base64.b64encode(image).decode()}"
-
-
-def _thumbnail(image: bytes) -> bytes:
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(image), formats=("PNG", "JPEG", "WEBP")) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(
-                f"an example image of {picture.width} by {picture.height} pixels is above the limit of {MAX_PIXELS:,}: "
-                "leave it out or scale it down"
-            )
-        small: Image.Image = ImageOps.exif_transpose(picture)
-        small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        small = small.convert("RGBA" if small.has_transparency_data else "RGB")
-        buffer = io.BytesIO()
-        small.save(buffer, "WEBP", quality=80)
-        return buffer.getvalue()
+def _answer(index: int, result: RunResult, example: Example) -> dict[str, Any]:
+    shown = [(shown.picture and result.pictures.get(shown.picture), shown) for shown in example.answers]
+    pictures = any(shown.picture is not None for shown in example.answers)
+    return {"run": index, "name": result.name, "rank": example.rank, "shown": shown, "pictures": pictures}
 
 
 def _markdown(view: _View) -> str:
@@ -299,6 +244,8 @@ def _markdown(view: _View) -> str:
         parts.append("\n".join(f"> {markdown_text(warning)}" for warning in view.warnings))
     sections: list[tuple[str, Table | None]] = [
         (f"Retrieval, mean of {len(view.shared)} galleries" if len(view.shared) > 1 else "Retrieval", view.comparison),
+        ("Which differences are real", view.significance.differences),
+        ("Intervals", view.significance.intervals),
         ("By gallery", view.by_gallery),
         ("Other results", view.others),
         ("Time by stage", view.stages),
@@ -308,8 +255,8 @@ def _markdown(view: _View) -> str:
     for heading, table in sections:
         if table is not None:
             parts += [f"## {heading}", table.markdown()]
-            if heading.startswith("Retrieval") and view.error is not None:
-                parts.append(f"Recalls in percent; one standard error of R@1 is at most {100 * view.error:.1f} points.")
+            if table is view.significance.differences:
+                parts.append("Percentage points, 95 % bootstrap intervals; p adjusted for all rows (Holm).")
     for result, facts in zip(view.results, view.provenance, strict=True):
         if facts:
             lines = [f"- {name}: {markdown_text(value)}" for name, value in facts]

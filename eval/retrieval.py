@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from threetowers.eval.ranks import Ranks, group_ids, two_way_ranks
+from threetowers.eval.ranks import NO_POSITIVE, Ranks, group_ids, two_way_ranks
 
 KS = (1, 5, 10)
 
@@ -31,6 +31,18 @@ class Direction:
     queries: int
     excluded: int
     tied: int
+    rank_N: NDArray[np.int64] = field(compare=False, repr=False)  # 0-based, pessimistic; `NO_POSITIVE` where excluded
+
+    def items(self) -> dict[str, NDArray[np.float32]]:
+        """Per query what the means are of, NaN where it is excluded; `rank` counts from 1."""
+        rank_N = np.where(self.rank_N == NO_POSITIVE, np.nan, self.rank_N + 1).astype(np.float32)
+        excluded_N = np.isnan(rank_N)
+        found: dict[str, NDArray[np.float32]] = {
+            f"recall@{k}": np.where(excluded_N, np.nan, rank_N <= k).astype(np.float32) for k in self.recall
+        }
+        found["mean_reciprocal_rank"] = np.reciprocal(rank_N)
+        found["rank"] = rank_N
+        return found
 
     def metrics(self) -> dict[str, float]:
         """The numbers as one flat mapping, e.g. `recall@5`, `recall@5_optimistic`, `chance@5`."""
@@ -50,6 +62,14 @@ class Retrieval:
     captions: int
     groups: int
     duplicates: Mapping[str, int] = field(default_factory=dict)
+
+    def items(self) -> dict[str, NDArray[np.float32]]:
+        """`image_to_text/recall@1` and so on for each query, ready for an answer's items."""
+        return {
+            f"{name}/{key}": values
+            for name, direction in (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
+            for key, values in direction.items().items()
+        }
 
     def metrics(self) -> dict[str, float]:
         """`image_to_text/recall@1`, `text_to_image/median_rank` and so on, ready for a result record."""
@@ -126,6 +146,7 @@ def summarise(ranks: Ranks, ks: Sequence[int] = KS) -> Direction:
         queries=queries,
         excluded=len(answerable_N) - queries,
         tied=int((optimistic != pessimistic).sum()),
+        rank_N=ranks.pessimistic_N,
     )
 
 

@@ -218,24 +218,14 @@ def other_table(names: Sequence[str], records: Sequence[Sequence[Record]]) -> Ta
         for record in run:
             if record.question.task != RETRIEVAL:
                 for metric, value in record.metrics.items():
+                    if re.search(r"_seed\d+$", metric):  # their mean and deviation are there
+                        continue
                     values.setdefault((record.question.task, record.question.gallery, metric), {})[index] = value
     rows = [
         Row(key, tuple(Cell(f"{found[i]:.4g}" if i in found else ABSENT) for i in range(len(names))))
         for key, found in values.items()
     ]
     return Table(("Task", "Data", "Metric"), tuple(names), tuple(rows)) if rows else None
-
-
-def standard_error(runs: Sequence[RunRecords], galleries: Sequence[str]) -> float | None:
-    """Largest binomial standard error of R@1 in any run and gallery, as a fraction; None if nothing was scored."""
-    errors = []
-    for run in runs:
-        for record in (run.galleries[name] for name in galleries if name in run.galleries):
-            for direction in DIRECTIONS:
-                p, n = record.metrics.get(f"{direction}/recall@1"), record.counts.get(f"{direction}/queries")
-                if p is not None and n:
-                    errors.append(math.sqrt(p * (1 - p) / n))
-    return max(errors, default=None)
 
 
 def tie_gap(run: RunRecords, gallery: str, direction: str) -> float:
