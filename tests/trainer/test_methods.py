@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from tests.trainer.test_config import ROOT, RUNS
-from threetowers.trainer.config import CacheTower, Run, load
+from tests.trainer.test_training import SCRIPT, TORCHRUN, launch, metrics
+from threetowers.cache.teacher import load_teacher
+from threetowers.trainer.config import CacheTower, Run, dump, load
 from threetowers.trainer.cost import Teacher, meta_model
 from threetowers.trainer.dryrun import dry_run
 from threetowers.trainer.engine import deepspeed_config
+from threetowers.trainer.export import probes
 from threetowers.trainer.optimizer import parameter_groups
 from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.trained import TrainedModel
 
 CONFIGS = {str(file.relative_to(ROOT / "configs")): file for file in RUNS}
 SMALL = ["duration={steps: 7}", "data.vocab_size=4096"]  # what the small ones read from tars and tokenizer
@@ -75,3 +82,40 @@ def build(run: Run) -> TowerModel:
 
 def count(model: TowerModel) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.distributed
+def test_the_small_ones_train(tars: list[Path], tokenizer: Path, cache: Path, tmp_path: Path) -> None:
+    """Two steps of each on two ranks; of one with shared parameters and one with a frozen tower at all ZeRO stages."""
+
+    def write(file: Path, stage: int, *overrides: str) -> Path:
+        tree = dump(load(file, overrides))
+        for tower in tree["towers"].values():
+            if tower["kind"] == "cache":
+                tower |= {"path": str(cache), "backbone": "test_resnet"}
+        tree["data"] |= {"tars": [str(tar) for tar in tars], "tokenizer": str(tokenizer), "workers": 0}
+        out = tmp_path / f"{file.stem}-{stage}"
+        tree |= {"out": str(out), "batch": 8, "duration": {"steps": 2}, "log": {"every_steps": 1}}
+        tree |= {"engine": {"zero_stage": stage}}
+        out.with_suffix(".yaml").write_text(yaml.safe_dump(tree))
+        return out
+
+    small = {file.stem: file for name, file in CONFIGS.items() if name.startswith("emoji")}
+    shared = [write(small["ms-clip-s"], stage) for stage in range(4)]
+    frozen = [write(small["lit-tuned"], stage, "towers.image.frozen=true") for stage in (1, 3)]
+    others = [write(file, 1) for name, file in small.items() if name not in ("ms-clip-s", "lit-tuned")]
+    outs = [*shared, *frozen, *others]
+    launch([*TORCHRUN, SCRIPT, *(str(out.with_suffix(".yaml")) for out in outs)])
+    for out in outs:
+        assert len(metrics(out)) == 2
+        model = TrainedModel.load(out)
+        images, tokens = probes(model)
+        assert torch.isfinite(model.encode_images(images) @ model.encode_tokens(tokens).T).all()
+    for runs in (shared, frozen):
+        for out in runs[1:]:
+            assert [m["loss"] for m in metrics(out)] == pytest.approx([m["loss"] for m in metrics(runs[0])], rel=1e-4)
+    assert not any(name.startswith("towers.text.blocks.5.mlp") for name in load_file(shared[0] / "model.safetensors"))
+    pretrained = load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0").model.state_dict()
+    for out in frozen:  # neither weights nor running statistics have moved
+        for name, tensor in TrainedModel.load(out).model.towers["image"].model.state_dict().items():  # type: ignore[union-attr]
+            assert tensor.equal(pretrained[name]), name

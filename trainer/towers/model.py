@@ -59,6 +59,7 @@ class TowerModel(nn.Module):
         self.biases = nn.ParameterDict(biases)
         for name in self.frozen:
             self.towers[name].requires_grad_(False)
+        self.train()
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError("nothing is left to train: unfreeze a tower, or give one a linear head")
 

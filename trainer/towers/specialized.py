@@ -22,8 +22,14 @@ class SpecializedViT(nn.Module):
         """Raises ValueError for a timm model that is no plain vision transformer of a width divisible by 16."""
         super().__init__()
         parts = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "forward_head")
-        if not all(hasattr(vit, part) for part in parts) or vit.embed_dim % 2 ** (STAGES - 1):
-            raise ValueError("specialize needs one of timm's vision transformers, with a width divisible by 16")
+        if (
+            not all(hasattr(vit, part) for part in parts)
+            or vit.embed_dim % 2 ** (STAGES - 1)
+            or len(vit.blocks) <= STAGES
+        ):
+            raise ValueError(
+                "specialize needs one of timm's vision transformers, with a width divisible by 16 and 6 blocks or more"
+            )
         patch, grid = vit.patch_embed.patch_size[0], vit.patch_embed.grid_size[0]
         if patch & (patch - 1) or not 2 <= patch <= 2**STAGES:
             raise ValueError(f"specialize needs a patch of 2, 4, 8, 16 or 32 pixels, found {patch}")
