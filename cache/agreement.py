@@ -77,7 +77,7 @@ def agree(
     while place.size(MANIFEST) is None:
         _wait(place, rank, wait_seconds, deadline)
     held = read_contract(place)
-    asked = _offer(teacher, terms, max(held.slot, terms.slot or 0), held.chunk_rows)
+    asked = offer(teacher, terms, max(held.slot, terms.slot or 0), held.chunk_rows)
     contract = settle(place, asked)
     if rank.rank == 0:
         before = read_table(place, empty=True)
@@ -147,10 +147,10 @@ def _fitting(indexes: list[TarIndex], teacher: Teacher, terms: Terms) -> Contrac
     """The contract of a new cache of these tars."""
     rows = terms.slot or max(len(tar.samples) for tar in indexes)
     TarTable(()).missing(indexes, rows)  # refuses copies, and tars larger than the slot
-    return _offer(teacher, terms, *slot_and_chunk(precision(terms.dtype).row_bytes(teacher.dim), rows))
+    return offer(teacher, terms, *slot_and_chunk(precision(terms.dtype).row_bytes(teacher.dim), rows))
 
 
-def _offer(teacher: Teacher, terms: Terms, slot: int, chunk_rows: int) -> Contract:
+def offer(teacher: Teacher, terms: Terms, slot: int, chunk_rows: int) -> Contract:
     return Contract(
         backbone=teacher.backbone,
         weights=teacher.weights,

@@ -58,9 +58,9 @@ def view_pixels(teacher: Teacher, image: Image.Image, view: int, params_5: Param
     return pixels[..., ::-1] if view else pixels
 
 
-def embed(teacher: Teacher, pixels: Sequence[Pixels]) -> npt.NDArray[np.float32]:
+def embed(teacher: Teacher, pixels: Sequence[Pixels], batch_size: int = BATCH) -> npt.NDArray[np.float32]:
     """(n, D) what the teacher says of these (3, H, W) pixels."""
     if not pixels:
         return np.zeros((0, teacher.dim), np.float32)
-    batches = [torch.from_numpy(np.stack(pixels[i : i + BATCH])) for i in range(0, len(pixels), BATCH)]
-    return np.concatenate([teacher.embed(batch).numpy() for batch in batches])
+    batches = (np.stack(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size))
+    return np.concatenate([teacher.embed(torch.from_numpy(batch)).numpy() for batch in batches])

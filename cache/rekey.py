@@ -144,7 +144,8 @@ class _Source:
     def has_key(self, key_n: UInt64) -> npt.NDArray[np.bool_]:
         """(n,) whether there is a row of this key, of whatever image."""
         at = np.minimum(np.searchsorted(self._keys_N, key_n), len(self._keys_N) - 1)
-        return self._keys_N[at] == key_n
+        found_n: npt.NDArray[np.bool_] = self._keys_N[at] == key_n
+        return found_n
 
     def rows(self, tar_id: int) -> Arrays:
         """All arrays of a tar of the old cache; those of the last OPEN_TARS stay in memory."""
