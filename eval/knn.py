@@ -27,8 +27,7 @@ def neighbour_votes(
     weights as in Wu et al. (CVPR 2018), eq. 9, divided by the nearest one's. Raises ValueError for a k beyond the
     training items and for what the index refuses.
     """
-    if max(ks) > len(train_MD) or min(ks) < 1:
-        raise ValueError(f"k-NN with k = {tuple(ks)} over {len(train_MD)} training items: choose k from 1 to that many")
+    check_neighbours(ks, len(train_MD))
     found = build_index(train_MD).search(test_ND, max(ks))
     labels_NK = train_label_M[found.ids_NK]
     weights_NK = np.exp((found.scores_NK - found.scores_NK[:, :1]) / temperature)
@@ -40,6 +39,12 @@ def neighbour_votes(
         votes[f"majority@{k}"] = count_NC + nearness_NC / np.float32(4 * k)
         votes[f"weighted@{k}"] = _added(labels_NK[:, :k], weights_NK[:, :k], classes)
     return votes
+
+
+def check_neighbours(ks: Sequence[int], count: int) -> None:
+    """Raises ValueError for a k that is not in 1..count."""
+    if not ks or not 1 <= min(ks) <= max(ks) <= count:
+        raise ValueError(f"k of {tuple(ks)} over {count} training items: choose each from 1 to that many")
 
 
 def _added(labels_NK: Ints, weights_NK: NDArray[np.float32], classes: int) -> Floats:

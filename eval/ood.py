@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from threetowers.eval.binary import Curve
 from threetowers.eval.classification import Floats, Ints
 from threetowers.eval.index import build_index
+from threetowers.eval.knn import check_neighbours
 
 RECALL = 0.95
 
@@ -59,8 +60,7 @@ def class_scores(cosine_NC: Floats, scale: float) -> dict[str, NDArray[np.float6
 
 def neighbour_score(train_MD: Floats, x_ND: Floats, k: int) -> NDArray[np.float64]:
     """The cosine to the k-th nearest training item (Sun et al., 2022). Embeddings are unit-norm."""
-    if not 1 <= k <= len(train_MD):
-        raise ValueError(f"k = {k} over {len(train_MD)} training items: choose k from 1 to that many")
+    check_neighbours([k], len(train_MD))
     return build_index(train_MD).search(x_ND, k).scores_NK[:, -1].astype(np.float64)
 
 

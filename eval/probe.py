@@ -46,11 +46,7 @@ def linear_probe(
     """
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties {tuple(penalties)}: expected at least one, each above 0")
-    if missing := sorted(set(range(classes)) - set(label_N.tolist())):
-        raise ValueError(
-            f"{len(missing)} of {classes} classes have no training item, the first is class {missing[0]}: restrict the "
-            "classes (subset) or learn from another split"
-        )
+    check_classes(label_N, classes)
     if not np.isfinite(train_ND).all():
         row = int((~np.isfinite(train_ND)).any(axis=1).argmax())
         raise ValueError(f"the features of training item {row} hold NaN or infinity: find what produced them")
@@ -65,6 +61,15 @@ def linear_probe(
     best = max(accuracy, key=lambda penalty: (accuracy[penalty], penalty), default=penalties[0])
     fit = _Fit(train_ND, label_N, classes, tolerance)
     return LinearProbe(fit.at(best), best, accuracy, fit.gradient)
+
+
+def check_classes(label_N: Ints, classes: int) -> None:
+    """Raises ValueError where a class has no training item."""
+    if missing := sorted(set(range(classes)) - set(label_N.tolist())):
+        raise ValueError(
+            f"{len(missing)} of {classes} classes have no training item, the first is class {missing[0]}: restrict the "
+            "classes (subset) or learn from another split"
+        )
 
 
 def held_out(label_N: Ints, seed: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

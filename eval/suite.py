@@ -111,9 +111,9 @@ def questions_of(path: str | Path, tasks: Sequence[str] | None = None, read: Rea
     asked = [Asked(task, open_set(source, task, settings, read), settings) for task, settings in wanted.items()]
     for one in asked:
         try:
-            check(one.task, one.opened, one.settings)
+            check(one.opened, one.settings)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {one.task}: {error}") from error
     return asked
 
 

@@ -20,13 +20,13 @@ from threetowers.eval.classification import (
     reliability,
 )
 from threetowers.eval.dataset import OpenSet, Part, as_gallery
-from threetowers.eval.description import FewShot, Neighbours, Outliers, Probe, Retrieval, Shift, ZeroShot
+from threetowers.eval.description import FewShot, Neighbours, Outliers, Probe, Retrieval, Settings, Shift, ZeroShot
 from threetowers.eval.encoder import Encoder
 from threetowers.eval.fewshot import check_supports, few_shot_probes
 from threetowers.eval.gallery import galleries_of
-from threetowers.eval.knn import neighbour_votes
+from threetowers.eval.knn import check_neighbours, neighbour_votes
 from threetowers.eval.ood import Mahalanobis, class_scores, detection, neighbour_score
-from threetowers.eval.probe import linear_probe
+from threetowers.eval.probe import check_classes, linear_probe
 from threetowers.eval.prompts import ensemble, fill
 from threetowers.eval.record import Answer
 from threetowers.eval.retrieval import Retrieval as Retrieved
@@ -214,21 +214,27 @@ def needs_text(task: str) -> bool:
     return task in ("zeroshot", "shift", "retrieval")
 
 
-def check(task: str, opened: OpenSet, settings: Any) -> None:
+def check(opened: OpenSet, settings: Settings) -> None:
     """Raise ValueError for what a task would refuse after the embeddings are computed."""
-    if isinstance(settings, FewShot):
-        check_supports(_learn(opened).label_N, len(opened.names), settings.shots)
-    elif isinstance(settings, Neighbours | Outliers):
-        k, learn = max(settings.ks) if isinstance(settings, Neighbours) else settings.k, _learn(opened)
-        if k > len(learn.rows):
-            raise ValueError(f"{task}: k = {k} over {len(learn.rows)} training pictures: choose a k of at most as many")
-    elif isinstance(settings, Probe):
-        learn = _learn(opened)
-        if missing := sorted(set(range(len(opened.names))) - set(learn.label_N.tolist())):
-            raise ValueError(
-                f"probe: {len(missing)} of {len(opened.names)} classes have no training picture, the first is "
-                f"{opened.names[missing[0]]!r}: restrict the classes (subset) or learn from another split"
-            )
+    match settings:
+        case Retrieval():
+            as_gallery(opened.test, settings.group_field, settings.max_captions)
+        case Shift(of="retrieval"):
+            for part in (opened.test, *opened.shifted.values()):
+                as_gallery(part, settings.retrieval.group_field, settings.retrieval.max_captions)
+        case Shift():
+            for part in opened.shifted.values():
+                _restricted(opened.test, part.told_apart)
+        case FewShot():
+            check_supports(_learn(opened).label_N, len(opened.names), settings.shots)
+        case Neighbours():
+            check_neighbours(settings.ks, len(_learn(opened).label_N))
+        case Outliers():
+            check_neighbours([settings.k], len(_learn(opened).label_N))
+        case Probe():
+            check_classes(_learn(opened).label_N, len(opened.names))
+        case ZeroShot():
+            pass
 
 
 def images(encoder: Encoder, part: Part) -> Floats:

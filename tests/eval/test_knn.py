@@ -45,7 +45,7 @@ def test_weights_and_tied_majorities_equal_a_loop() -> None:
 def test_bad_input_is_refused() -> None:
     train, label = unit(5, 3, 0), np.zeros(5, int)
     for ks in ((6,), (0, 2)):
-        with pytest.raises(ValueError, match="over 5 training items: choose k from 1"):
+        with pytest.raises(ValueError, match="over 5 training items: choose each from 1"):
             neighbour_votes(train, label, unit(2, 3, 1), 1, ks=ks)
     with pytest.raises(ValueError, match="NaN"):
         neighbour_votes(train, label, np.full((1, 3), np.nan, np.float32), 1, ks=(1,))
