@@ -1,0 +1,185 @@
+"""What a training step costs at the demo's size: the third tower cached and live, waiting for data, memory.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py            # under five minutes; needs `make demo` once
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --memory   # global batches of 1k to 32k; some ten minutes
+
+Steps are whole ones, through DeepSpeed in one process: forward, losses, backward, optimizer. What is compared is
+measured in turns, so that a busy machine slows all alike; ratios are the median over rounds of that within a round,
+and that of the best times. The teachers have random weights: time does not depend on them. Memory is measured in a
+process for each batch: the most that it held while stepping above what it held before (Linux).
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from threetowers.trainer.accumulate import accumulate
+from threetowers.trainer.config import Run, load
+from threetowers.trainer.engine import chunks, deepspeed_config, start_engine, start_ranks
+from threetowers.trainer.objective import objective
+from threetowers.trainer.towers.model import TowerModel
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY, WIDTH = 4096, 1280  # of the demo's tokenizer and teacher
+TEACHERS = (("tf_efficientnet_lite0", 160), ("vit_small_patch16_224", 224), ("vit_base_patch16_224", 224))
+Step = Callable[[], object]
+
+
+def demo(name: str, **changes: Any) -> Run:
+    """A config of the demo, with changes by dotted key."""
+    return load(ROOT / "configs" / "emoji" / f"{name}.yaml", [f"{key}={value}" for key, value in changes.items()])
+
+
+def inputs(run: Run) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    size, context = run.data.image_size, run.data.context
+    made = {
+        "timm": lambda: torch.randint(0, 256, (run.batch, 3, size, size), generator=g, dtype=torch.uint8),
+        "text": lambda: torch.randint(2, VOCABULARY, (run.batch, context), generator=g),
+        "cache": lambda: torch.randn(run.batch, WIDTH, generator=g),
+    }
+    return {name: made[tower.kind]() for name, tower in run.towers.items()}
+
+
+def training_step(run: Run) -> tuple[Step, dict[str, Tensor]]:
+    """A step of the run on the same batch again and again, and that batch, which may be changed in place."""
+    ranks = start_ranks()
+    torch.manual_seed(0)
+    model = TowerModel(run, VOCABULARY, {name: WIDTH for name in run.towers_of("cache")})
+    engine, batch = start_engine(model, run, deepspeed_config(run, ranks.world)), inputs(run)
+    concepts_b = torch.arange(run.batch) % max(2, run.batch * 3 // 10)
+
+    def step() -> None:
+        accumulate(
+            engine,
+            batch,
+            lambda outputs: objective(run, outputs, concepts_b),
+            chunks(run, ranks.world),
+            lambda chunk: None,  # no dropout
+            ranks.device,
+        )
+        engine.step()
+
+    return step, batch
+
+
+def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, by round; one more round goes first and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(seconds: dict[str, list[float]], over: str, under: str) -> str:
+    median = statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+    return f"{median:.3f} (median over rounds), {min(seconds[over]) / min(seconds[under]):.3f} (best times)"
+
+
+def cached_tower(rounds: int) -> None:
+    steps = {name: training_step(demo(name))[0] for name in ("clip", "3t")}
+    seconds = in_turns(steps, rounds)
+    for name, values in seconds.items():
+        print(f"{name:>5}: {min(values):.3f} s a step of 256 at best, {statistics.median(values):.3f} s in the median")
+    print(f"3T with a cache / CLIP on the same two towers: {ratio(seconds, '3t', 'clip')}; at most 1.05 is the aim")
+
+
+def live_teachers(rounds: int, batch: int) -> None:
+    import timm
+
+    step, given = training_step(demo("3t", batch=batch))
+    for name, size in TEACHERS:
+        teacher = timm.create_model(name, pretrained=False, num_classes=0).eval()
+        pictures = torch.randn(batch, 3, size, size)
+
+        def live(teacher: Any = teacher, pictures: Tensor = pictures) -> None:
+            with torch.inference_mode():
+                rows_bD = teacher(pictures)
+            width = min(WIDTH, rows_bD.shape[1])
+            given["third"][:, :width] = rows_bD[:, :width]
+            step()
+
+        seconds = in_turns({"cached": step, "live": live}, rounds)
+        count = sum(p.numel() for p in teacher.parameters()) / 1e6
+        print(f"live / cached, batch {batch}, {name} ({count:.0f} M, {size} px): {ratio(seconds, 'live', 'cached')}")
+
+
+def waiting(steps: int) -> None:
+    """A real run on the demo's data, by the command line, with two workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        changes = [f"out={folder}/run", f"duration={{steps: {steps}}}", "data.workers=2", "log.tensorboard=false"]
+        command = [sys.executable, "-m", "threetowers", "train", "configs/emoji/3t.yaml", *changes]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if result.returncode:
+            print(f"waiting for data: not measured: {result.stderr.strip().splitlines()[-1]}")
+            return
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+    print(
+        f"waiting for data, 3T with two workers: {summary['data_wait']:.1%} of {steps} steps after warm-up, "
+        f"{summary['images_per_s']:.0f} images/s; at most 5 % is the aim"
+    )
+
+
+def resident(field: str) -> float:
+    """MiB of this process: `VmRSS` now, `VmHWM` at its peak (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def memory_of(batch: int, chunk: int) -> tuple[float, float, float]:
+    """MiB before the first step and at the peak of a step, and its seconds."""
+    step, _ = training_step(demo("3t", batch=batch, **{"engine.chunk": chunk}))
+    before, started = resident("VmRSS"), time.perf_counter()
+    step()
+    return before, resident("VmHWM"), time.perf_counter() - started
+
+
+def memory(batches: list[int], chunk: int) -> None:
+    peaks = []
+    for batch in batches:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            before, peak, seconds = pool.apply(memory_of, (batch, chunk))
+        peaks.append(peak)
+        print(
+            f"batch {batch:>6} in chunks of {chunk}: {peak:6.0f} MiB at the peak, {before:6.0f} before, {seconds:.0f} s"
+        )
+    slope, start = np.polyfit(batches, peaks, 1)
+    off = np.abs(np.polyval((slope, start), batches) - peaks).max()
+    print(f"peak = {start:.0f} MiB + {slope * 1024:.1f} KiB a sample; {off:.0f} MiB off that line at most")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="of 3T and CLIP")
+    parser.add_argument("--teacher-rounds", type=int, default=2)
+    parser.add_argument("--teacher-batch", type=int, default=64)
+    parser.add_argument("--wait-steps", type=int, default=60)
+    parser.add_argument("--memory", action="store_true", help="memory against the batch, and nothing else")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--chunk", type=int, default=256)
+    options = parser.parse_args()
+    if options.memory:
+        memory(options.batches, options.chunk)
+        return
+    cached_tower(options.rounds)
+    live_teachers(options.teacher_rounds, options.teacher_batch)
+    waiting(options.wait_steps)
+
+
+if __name__ == "__main__":
+    main()
