@@ -86,6 +86,8 @@ def map_panel(title: str, run: int, images_N2: Floats32, texts_N2: Floats32, exp
     axes.scatter(texts_N2[:, 0], texts_N2[:, 1], s=size, marker="x", color=INK, linewidths=0.6, alpha=0.6)
     axes.scatter(images_N2[:, 0], images_N2[:, 1], s=size, color=run_colour(run), linewidths=0, alpha=0.7)
     axes.set_aspect("equal", adjustable="datalim")
+    axes.set_xticks([])  # the numbers on these axes mean nothing to a reader
+    axes.set_yticks([])
     axes.set_xlabel(f"first axis, {100 * explained_2[0]:.0f} % of the variance")
     axes.set_ylabel(f"second axis, {100 * explained_2[1]:.0f} %")
     return Panel(title, to_svg(figure, f"map {title}"))

@@ -157,7 +157,7 @@ def _differences(groups: Sequence[Group], compared: Sequence[_Compared]) -> Tabl
         )
         cells = tuple(Cell(text, best=real and number == len(texts) - 1) for number, text in enumerate(texts))
         rows.append(Row((*found.heads, f"{names[0]} over {names[1]}"), cells))
-    heads = ("Task", "Data", "Metric", "Difference of")
+    heads = ("Task", "Data", "Metric", "Compared")
     return Table(heads, ("Points", "95 % interval", "p, adjusted", "Verdict"), tuple(rows)) if rows else None
 
 

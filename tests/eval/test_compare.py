@@ -1,6 +1,7 @@
 """The retrieval evaluation on real runs: what is matched, where a LiT run's rows come from, what is written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ from threetowers.cache.contract import ContractError
 from threetowers.cache.tars import index_tar
 from threetowers.eval.compare import Settings, compare
 from threetowers.eval.embed import evaluation_set
-from threetowers.eval.encoder import Loading, load_encoder
+from threetowers.eval.encoder import Loading, Mixing, load_encoder
+from threetowers.eval.report import render
+from threetowers.eval.results import load_results
+from threetowers.eval.significance import grouped
 
 CONCEPTS = Settings(group_field="concept")
+
+
+def reading(cache: Path) -> Loading:
+    return Loading(caches={"third": cache})
 
 
 def test_records_and_report(clip: dict[str, Any], lit: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
@@ -94,8 +102,12 @@ def test_a_lit_run_reads_rows_of_the_right_teacher_only(
     for name, size in (("same", 64), ("other", 96)):
         build([str(heldout)], tmp_path / name, backbone="test_resnet", weights=weights, image_size=size)
     with pytest.raises(ContractError, match=r"not the teacher that .*lit was trained on: preprocessing\.input_size"):
-        compare([path], [str(heldout)], tmp_path / "report", CONCEPTS, caches={"third": tmp_path / "other"})
-    cached = compare([path], [str(heldout)], tmp_path / "report", CONCEPTS, caches={"third": tmp_path / "same"})
+        compare(
+            [path], [str(heldout)], tmp_path / "report", CONCEPTS, loading=Loading(caches={"third": tmp_path / "other"})
+        )
+    cached = compare(
+        [path], [str(heldout)], tmp_path / "report", CONCEPTS, loading=Loading(caches={"third": tmp_path / "same"})
+    )
     assert cached.results[0].records[0].counts["images"] == 12
 
 
@@ -127,3 +139,63 @@ def test_runs_that_cannot_be_compared(clip: dict[str, Any], tars: list[Path], tm
     (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no finished run: model\.safetensors is missing"):
         compare([path], [str(tars[0])], tmp_path / "report", CONCEPTS)
+
+
+def test_what_is_recorded_is_not_computed_again(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    path, out = finished(clip), tmp_path / "report"
+    arguments = ([path], [str(tar) for tar in tars], out, CONCEPTS)
+    first = compare(*arguments)
+    (record,) = first.results[0].records
+    file = out / "records" / record.file_name
+    assert compare(*arguments).results[0].records[0].date == record.date
+    before = file.stat().st_mtime_ns
+    compare(*arguments)
+    assert file.stat().st_mtime_ns == before
+    file.with_suffix(".npz").write_bytes(b"damaged")
+    mended = compare(*arguments).results[0].records[0]
+    assert file.stat().st_mtime_ns > before
+    assert mended.metrics == record.metrics
+    before = file.stat().st_mtime_ns
+    compare(*arguments, again=True)
+    assert file.stat().st_mtime_ns > before
+
+
+def test_the_report_needs_the_records_alone(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    path, out = finished(clip), tmp_path / "report"
+    report = compare([path], [str(tar) for tar in tars], out, CONCEPTS).report
+    page = report.html.read_text()
+    shutil.rmtree(path)
+    shutil.rmtree(out / "embeddings")
+    report.html.unlink()
+    again = render(load_results([out]), tmp_path / "elsewhere", title="Retrieval on held-out data: clip")
+    assert again.html.read_text().count("<img") == page.count("<img") > 20
+    with pytest.raises(ValueError, match="holds no records"):
+        load_results([tmp_path / "elsewhere"])
+    with pytest.raises(ValueError, match=r"no record of \['lit'\] in .*; found \['clip'\]"):
+        load_results([out], ["lit"])
+
+
+def test_a_retrained_run_replaces_its_old_result(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    first = compare([finished(clip)], [str(tar) for tar in tars], out, CONCEPTS).results[0]
+    second = compare([finished(clip, constant=True)], [str(tar) for tar in tars], out, CONCEPTS).results[0]
+    assert first.records[0].question.model != second.records[0].question.model
+    assert second.records[0].metrics["image_to_text/recall@10"] == 0
+    assert "1 older results of the same questions are left out" in second.note
+
+
+def test_mixing_is_swept_and_seeds_are_one_row(three: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    seeds = [finished(three | {"out": str(tmp_path / f"three-{seed}"), "seed": seed}) for seed in (1, 2)]
+    mixings = [Mixing("third", 0.25), Mixing("third", 0.75)]
+    comparison = compare(seeds, [str(tar) for tar in tars], tmp_path / "report", CONCEPTS, mixings=mixings)
+    assert [result.name for result in comparison.results] == [
+        f"three-{seed}{mix}" for seed in (1, 2) for mix in ("", "+third=0.25", "+third=0.75")
+    ]
+    assert [len(group.members) for group in grouped(comparison.results)] == [2, 2, 2]
+    assert "three (2 seeds)" in comparison.report.markdown.read_text()
+
+
+def test_a_model_that_sees_no_text_is_refused_before_the_work(cache: Path, tars: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['cache:cache'\] see images only"):
+        compare([f"cache:{cache}"], [str(tars[0])], tmp_path / "report", CONCEPTS)
+    assert not (tmp_path / "report").exists()

@@ -11,16 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threetowers.eval.curves import MAX_POINTS, gallery_panel, read_metrics, training_panels
-from threetowers.eval.record import Question, Record, TarRef, digest
-from threetowers.eval.report import (
-    ImageExample,
-    RetrievedCaption,
-    RetrievedImage,
-    RunResult,
-    TextExample,
-    render,
-)
+from threetowers.eval.album import Album
+from threetowers.eval.curves import MAX_POINTS, gallery_panel, read_metrics, thinned, training_panels
+from threetowers.eval.record import Example, Question, Record, Shown, TarRef, digest
+from threetowers.eval.report import render
+from threetowers.eval.results import RunResult
 from threetowers.eval.retrieval import evaluate_retrieval
 
 HOSTILE = """</span><script>alert(1)</script><img src="x" onerror='y'> | `$x^2$` & *b* \ud800 font: 3px"""
@@ -33,14 +28,26 @@ def png(colour: int, size: int = 8) -> bytes:
     return buffer.getvalue()
 
 
-def retrieval_record(run: str, gallery: str, noise: float) -> Record:
+Items = dict[str, np.ndarray[Any, Any]]
+
+
+def retrieval_record(run: str, gallery: str, noise: float) -> tuple[Record, Items]:
     rng = np.random.default_rng(len(gallery))
     image = rng.standard_normal((41, 12))
     text = np.repeat(image, 3, axis=0) + noise * rng.standard_normal((123, 12))
     image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
     result = evaluate_retrieval(image, text, np.arange(41), np.repeat(np.arange(41), 3), image_hashes=range(41))
     question = Question("retrieval", gallery, run, f"model-{run}", 90, (TarRef("t.tar", "ff", 41),), "crop", "float32")
-    return Record(question, result.metrics(), result.counts(), digest([gallery]), digest(["c"]), 1.0)
+    record = Record(question, result.metrics(), result.counts(), digest([gallery]), digest(["c"]), 1.0)
+    units = {"image_to_text/unit": np.arange(41), "text_to_image/unit": np.repeat(np.arange(41), 3)}
+    return record, dict(result.items()) | units
+
+
+def with_examples(record: Record, pictures: list[str]) -> Record:
+    answers = tuple(Shown(HOSTILE, pictures[i], 0.5, i == 1) for i in range(5))
+    texts = Example("Caption → images", Shown(HOSTILE), answers, 2)
+    images = Example("Image → captions", Shown(HOSTILE, pictures[5]), (Shown(HOSTILE, None, 0.25, True),), 1)
+    return dataclasses.replace(record, examples=(texts, images))
 
 
 def write_metrics(path: Path, steps: int, terms: tuple[str, ...]) -> Path:
@@ -56,16 +63,18 @@ def write_metrics(path: Path, steps: int, terms: tuple[str, ...]) -> Path:
 
 
 def full_run(name: str, noise: float, folder: Path, galleries: tuple[str, ...] = ("noto", "twemoji")) -> RunResult:
+    album = Album(folder / "pictures")
+    names = [album.add(png(number)) for number in range(6)]
+    found = [retrieval_record(name, gallery, noise) for gallery in galleries]
+    records = [with_examples(found[0][0], names), *(record for record, _ in found[1:])]
     return RunResult(
         name=name,
         method="3T",
-        records=[retrieval_record(name, gallery, noise) for gallery in galleries],
-        metrics_file=write_metrics(folder / f"{name}.jsonl", 40, ("image-text", "text-third")),
+        records=records,
+        items={record.file_name: items for record, (_, items) in zip(records, found, strict=True)},
+        pictures={picture: str(album.data_uri(picture)) for picture in names},
+        metrics=read_metrics(write_metrics(folder / f"{name[:9]}.jsonl", 40, ("image-text", "text-third"))),
         stage_seconds={"cache": 61.0, "train": 3723.0},
-        text_examples=[
-            TextExample(HOSTILE, "noto", [RetrievedImage(png(i), 0.5, i == 1, HOSTILE) for i in range(5)], 2)
-        ],
-        image_examples=[ImageExample(png(9), "noto", [RetrievedCaption(HOSTILE, 0.25, True)], HOSTILE, 1)],
         note=HOSTILE,
     )
 
@@ -161,53 +170,92 @@ def test_different_data_and_missing_galleries_are_said(tmp_path: Path) -> None:
 def test_ties_are_said(tmp_path: Path) -> None:
     collapsed = np.ones((9, 1))
     result = evaluate_retrieval(collapsed, collapsed, np.arange(9), np.arange(9))
-    record = dataclasses.replace(retrieval_record("x", "noto", 1.0), metrics=result.metrics(), counts=result.counts())
+    record = dataclasses.replace(
+        retrieval_record("x", "noto", 1.0)[0], metrics=result.metrics(), counts=result.counts()
+    )
     _, _, markdown = rendered([RunResult("x", "CLIP", [record])], tmp_path)
     assert "Ties decide 100.0 points of x's recall of noto, text → image; they count against it." in markdown
     assert "| noto | x | 9 of 9 | 0.0 | 100.0 | 9 of 9 | 0.0 | 100.0 |" in markdown
     assert "| x | CLIP | 0.0 |" in markdown
 
 
-@pytest.mark.parametrize("missing", ["records", "metrics_file", "stage_seconds", "text_examples", "image_examples"])
+@pytest.mark.parametrize("missing", ["records", "items", "metrics", "stage_seconds", "pictures"])
 def test_any_part_may_be_missing(missing: str, tmp_path: Path) -> None:
-    empty: dict[str, Any] = {"metrics_file": None, "stage_seconds": {}}
+    empty: dict[str, Any] = {"metrics": None, "stage_seconds": {}, "items": {}, "pictures": {}}
     runs = [full_run("one", 1.0, tmp_path), full_run("two", 1.0, tmp_path)]
     lacking = dataclasses.replace(runs[0], **{missing: empty.get(missing, ())})
     sections = []
     for results in ([lacking], [lacking, runs[1]]):
         page, _, _ = rendered(results, tmp_path)
         sections.append({value for tag, name, value in page.attributes if (tag, name) == ("section", "id")})
-    everything = {"retrieval", "galleries", "examples", "training", "time", "definitions"}
-    gone = {"records": {"galleries"}, "metrics_file": {"training"}, "stage_seconds": {"time"}}
+    everything = {"retrieval", "significance", "galleries", "examples", "training", "time", "definitions"}
+    gone = {
+        "records": {"galleries", "significance", "examples"},
+        "items": {"significance"},
+        "metrics": {"training"},
+        "stage_seconds": {"time"},
+    }
     assert sections == [everything - gone.get(missing, set()), everything]
 
 
 def test_a_run_with_nothing_and_metrics_without_lines(tmp_path: Path) -> None:
-    nothing = RunResult("n", "CLIP", [], metrics_file=write_metrics(tmp_path / "empty.jsonl", 0, ()))
+    nothing = RunResult("n", "CLIP", [], metrics=read_metrics(write_metrics(tmp_path / "empty.jsonl", 0, ())))
     page, _, markdown = rendered([nothing], tmp_path)
     assert "No retrieval results to compare." in page.text
     assert "n has no retrieval result." in markdown
 
 
-def test_other_tasks_have_their_table(tmp_path: Path) -> None:
-    record = retrieval_record("a", "noto", 1.0)
-    zero_shot = dataclasses.replace(
-        record, question=dataclasses.replace(record.question, task="zeroshot"), metrics={"accuracy": 0.51234}
-    )
-    _, _, markdown = rendered([RunResult("a", "CLIP", [record, zero_shot])], tmp_path)
-    assert "| zeroshot | noto | accuracy | 0.5123 |" in markdown
+def test_real_differences_are_told_from_chance(tmp_path: Path) -> None:
+    runs = [full_run(name, noise, tmp_path) for name, noise in (("good", 0.5), ("bad", 3.5), ("same", 0.5))]
+    _, html, markdown = rendered(runs, tmp_path)
+    rows = [line for line in markdown.splitlines() if "| text\\_to\\_image/recall@1 |" in line and " over " in line]
+    lines = {line.split(" | ")[3]: line for line in rows}
+    assert "**real**" in lines["good over bad"]
+    assert "**" not in lines["good over same"]
+    assert "| +0.0 |" in lines["good over same"]
+    assert "may be chance" in lines["good over same"]
+    assert "Recall against k" in html
 
 
-def test_large_images_become_thumbnails(tmp_path: Path) -> None:
+def other(task: str, run: str, metrics: dict[str, float]) -> Record:
+    record, _ = retrieval_record(run, "emoji", 1.0)
+    return dataclasses.replace(record, question=dataclasses.replace(record.question, task=task), metrics=metrics)
+
+
+def test_other_tasks_have_their_table_and_plots(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    results = []
+    for name in ("a", "b"):
+        zeroshot = other("zeroshot", name, {"top1": 0.51234})
+        shots = {f"{k}-shot/top1": 0.1 * k for k in (1, 5)} | {"1-shot/top1_deviation": 0.02, "1-shot/top1_seed3": 0.1}
+        fewshot = other("fewshot", name, shots)
+        judged = {"confidence": rng.random(60, np.float32), "top1": (rng.random(60) < 0.5).astype(np.float32)}
+        results.append(RunResult(name, "CLIP", [zeroshot, fewshot], items={zeroshot.file_name: judged}))
+    page, html, markdown = rendered(results, tmp_path)
+    assert "| zeroshot | emoji | top1 | 0.5123 | 0.5123 |" in markdown
+    assert "1-shot/top1\\_deviation" in markdown
+    assert "seed3" not in markdown
+    assert {"Few-shot, emoji", "Calibration of zeroshot, emoji"} <= set(page.text)
+    assert html.count("training images a class") == 1
+
+
+def test_pictures_are_kept_once_and_small(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, "JPEG")
-    run = RunResult(
-        "a", "CLIP", [], text_examples=[TextExample("q", "g", [RetrievedImage(buffer.getvalue(), 1, True)])]
-    )
-    page, html, _ = rendered([run], tmp_path)
-    assert len(html) < 100_000 < len(buffer.getvalue())
-    assert any(value.startswith("data:image/webp;base64,") for tag, name, value in page.attributes if name == "src")
+    album = Album(tmp_path / "pictures")
+    large, small = album.add(buffer.getvalue()), album.add(png(3))
+    assert album.add(png(3)) == small
+    assert sorted(p.name for p in album.folder.iterdir()) == sorted([large, small])
+    uri = album.data_uri(large)
+    assert uri is not None
+    assert uri.startswith("data:image/webp;base64,")
+    assert len(uri) < 100_000 < len(buffer.getvalue())
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        album.add(b"<svg onload='x'/>")
+    (tmp_path / "secret.png").write_bytes(png(1))
+    assert album.data_uri("../secret.png") is None
+    assert album.data_uri("missing.png") is None
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
@@ -219,9 +267,6 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     twice = dataclasses.replace(run, records=[run.records[0], run.records[0]])
     with pytest.raises(ValueError, match="run 'a' has two retrieval records for gallery 'noto'"):
         render([twice], tmp_path)
-    svg = dataclasses.replace(run, image_examples=[ImageExample(b"<svg onload='x'/>", "g", [])])
-    with pytest.raises(ValueError, match="PNG, JPEG or WebP"):
-        render([svg], tmp_path)
 
 
 def test_metrics_are_read_with_gaps_and_unknown_names(tmp_path: Path) -> None:
@@ -248,6 +293,10 @@ def test_every_run_is_in_every_panel_and_long_runs_stay_small(tmp_path: Path) ->
     assert "var(--run-2)" in shared
     assert "var(--run-1)" not in shared
     assert "var(--run-0)" not in panels["Scale", "text-third"]
+    drawn = thinned(long)
+    assert len(drawn["loss"][0]) <= 4 * MAX_POINTS
+    assert "surprise" not in drawn
+    assert "terms/text-third/scale" in drawn
     assert not any("surprise" in title or "unheard" in title for _, title in panels)
     assert all(svg.count(" L ") < 3 * MAX_POINTS for svg in panels.values())
 
