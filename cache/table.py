@@ -72,7 +72,7 @@ class TarTable:
 
     @cached_property
     def _by_location(self) -> dict[str, TarEntry]:
-        return {f"{segment.root}/{entry.path}": entry for segment in self.segments for entry in segment.entries}
+        return {joined(segment.root, entry.path): entry for segment in self.segments for entry in segment.entries}
 
     def at(self, location: str) -> TarEntry | None:
         """The entry of the tar that lay here when it was added, whatever lies there now."""
@@ -134,7 +134,7 @@ class TarTable:
         entries = tuple(
             TarEntry(
                 len(self.entries) + i,
-                absolute(index.location).removeprefix(root).lstrip("/"),
+                absolute(index.location).removeprefix(root + "/" if root else ""),
                 index.size,
                 len(index.samples),
                 index.fingerprint,
@@ -151,7 +151,7 @@ class TarTable:
             if entry is not None and location.endswith("/" + entry.path):
                 moved.setdefault(entry.fingerprint, set()).add(location.removesuffix("/" + entry.path))
         return {
-            f"{root}/{entry.path}": entry.fingerprint
+            joined(root, entry.path): entry.fingerprint
             for segment in self.segments
             for root in {segment.root}.union(*(moved.get(entry.fingerprint, ()) for entry in segment.entries))
             for entry in segment.entries
@@ -170,6 +170,11 @@ def repacked(location: str, expected: Sequence[str], found: str) -> ContractErro
 def absolute(location: str) -> str:
     """A path made absolute; a URL as it is."""
     return location if is_url(location) else os.path.abspath(location.removeprefix("file://"))
+
+
+def joined(root: str, path: str) -> str:
+    """The location of a path in a root; where that is empty, paths are whole locations."""
+    return f"{root}/{path}" if root else path
 
 
 def common_root(locations: Sequence[str]) -> str:

@@ -377,8 +377,13 @@ def _check_strangers(report: Report, contract: Contract, table: TarTable) -> Non
 
 
 def _fix(report: Report, contract: Contract, metadata_sound: bool) -> None:
-    """Remove what is bad, each done record first: without it the rest is as good as absent."""
+    """Remove what is bad, each done record first: without it the rest is as good as absent.
+
+    Tars without a record are left alone: a build may be writing them, and will write them whole in any case.
+    """
     for tar_id in sorted({problem.tar_id for problem in report.found if problem.tar_id is not None}):
+        if report.place.size(record_name(tar_id)) is None:
+            continue
         report.place.delete(record_name(tar_id))
         for path in slot_files(contract, tar_id).values():
             report.place.delete(path)
