@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,15 +62,15 @@ class Retrieval:
     images: int
     captions: int
     groups: int
-    duplicates: Mapping[str, int] = field(default_factory=dict)
+    duplicates: Mapping[str, int]
+    image_group_N: NDArray[np.int64] = field(compare=False, repr=False)
+    text_group_M: NDArray[np.int64] = field(compare=False, repr=False)
 
-    def items(self) -> dict[str, NDArray[np.float32]]:
-        """`image_to_text/recall@1` and so on for each query, ready for an answer's items."""
-        return {
-            f"{name}/{key}": values
-            for name, direction in (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
-            for key, values in direction.items().items()
-        }
+    def items(self) -> dict[str, NDArray[Any]]:
+        """`image_to_text/recall@1` and so on for each query, ready for an answer's items; a group is a unit."""
+        sides = (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
+        found: dict[str, NDArray[Any]] = {f"{n}/{key}": x for n, side in sides for key, x in side.items().items()}
+        return found | {"image_to_text/unit": self.image_group_N, "text_to_image/unit": self.text_group_M}
 
     def metrics(self) -> dict[str, float]:
         """`image_to_text/recall@1`, `text_to_image/median_rank` and so on, ready for a result record."""
@@ -122,6 +123,8 @@ def evaluate_retrieval(
         captions=len(text_groups),
         groups=len(np.union1d(image_groups, text_groups)),
         duplicates=duplicates,
+        image_group_N=image_groups,
+        text_group_M=text_groups,
     )
 
 
