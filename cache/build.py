@@ -188,6 +188,7 @@ def build_all(
             entries = list(
                 pool.map(lambda path, table=agreed.table: table.at(path) or table.find(index_tar(path)), paths)
             )
+            place.clear_dead()
             claims = stack.enter_context(Claims(place, worker, stale_seconds).kept())
             targets.append(Target(place, agreed.contract, teacher, claims, entries, spec.min_cosine))
             notes.append(agreed.notes)

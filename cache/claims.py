@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
-from threetowers.cache.place import Place
+from threetowers.cache.place import Place, process_lives
 
 CLAIMS = "claims"
 
@@ -35,13 +35,7 @@ class Worker:
             return False
         if other.pid == self.pid:
             return True  # an earlier build of this very process
-        try:
-            os.kill(other.pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False
-        return False
+        return not process_lives(other.pid)
 
 
 class Claims:

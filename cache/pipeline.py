@@ -142,13 +142,13 @@ def _prepare(targets: Sequence[Target], key: str, data: bytes) -> _Prepared:
     image_hash = xxhash.xxh3_64_intdigest(data)
     views = []
     try:
-        decoded = {side: decode_rgb(data, min_side=side) for side in {target.teacher.min_side for target in targets}}
+        decoded = {side: decode_rgb(data, min_side=side) for side in set(map(_min_side, targets))}
     except BadImage as error:
         return _Prepared(image_hash, error)
     for target in targets:
         how = target.contract.preprocessing
         pixels, params = target.contract.views.pixels(
-            decoded[target.teacher.min_side],
+            decoded[_min_side(target)],
             key_hash(key),
             target.teacher.transform,
             how.input_size,
@@ -156,6 +156,10 @@ def _prepare(targets: Sequence[Target], key: str, data: bytes) -> _Prepared:
         )
         views.append((torch.from_numpy(pixels), params))
     return _Prepared(image_hash, views)
+
+
+def _min_side(target: Target) -> int | None:
+    return None if target.contract.views.cropped else target.teacher.min_side  # a crop may need every pixel
 
 
 class Stages:

@@ -83,6 +83,10 @@ class Place(Protocol):
         """Remove what killed runs left half written for an owner that is about to be finished."""
         ...
 
+    def clear_dead(self) -> None:
+        """Remove what processes of this machine left half written that are no more."""
+        ...
+
     def local(self, name: str) -> Path | None:
         """The file of an object where it can be mapped into memory, else None."""
         ...
@@ -263,8 +267,26 @@ class LocalPlace:
         for path in (self.folder / STAGING).glob(f"{owner}.*"):
             path.unlink(missing_ok=True)
 
+    def clear_dead(self) -> None:
+        host = re.escape(socket.gethostname())
+        for path in (self.folder / STAGING).glob("*"):
+            writer = re.search(rf"\.{host}\.(\d+)\.\d+$", path.name)
+            if writer is not None and not process_lives(int(writer[1])):
+                path.unlink(missing_ok=True)
+
     def local(self, name: str) -> Path | None:
         return self.folder / name
+
+
+def process_lives(pid: int) -> bool:
+    """Whether this machine has a process of that id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -439,6 +461,9 @@ class RemotePlace:
 
     def clear_staged(self, owner: str) -> None:
         """Nothing is ever staged here."""
+
+    def clear_dead(self) -> None:
+        """Nor here."""
 
     def local(self, name: str) -> Path | None:
         return None

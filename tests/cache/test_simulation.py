@@ -82,6 +82,8 @@ class Bucket:
 
     def clear_staged(self, owner: str) -> None: ...
 
+    def clear_dead(self) -> None: ...
+
     def local(self, name: str) -> Path | None:
         return None
 
