@@ -249,6 +249,27 @@ def test_an_open_cache_crosses_into_workers(method: str, cache: Path) -> None:
     assert len(pickle.dumps(opened)) < 5000
 
 
+def read_epochs(folder: Path, queue: Any) -> None:
+    opened = EmbeddingCache.open(folder, open_tars=3)
+    for _ in range(6):
+        for tar_id in np.random.default_rng(0).permutation(8).tolist():
+            opened.rows([tar_id] * 600, np.arange(600) // 7 * 7)
+        assert sum(len(rows) for rows in stream_rows(opened, range(8))) == 8 * 600
+        lines = Path("/proc/self/status").read_text().splitlines()
+        queue.put(next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")))
+
+
+def test_memory_stays_flat_over_epochs(tmp_path: Path) -> None:
+    make_cache(tmp_path, [600] * 8, 256)  # 0.3 MB a tar: one that is kept each time would be 10 MB in the end
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    worker = context.Process(target=read_epochs, args=(tmp_path, queue))
+    worker.start()
+    kilobytes = [queue.get(timeout=120) for _ in range(6)]
+    worker.join()
+    assert max(kilobytes) < 1.02 * kilobytes[1]
+
+
 def test_a_remote_cache_is_fetched_a_shard_at_a_time(cache: Path, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     local, fetched = EmbeddingCache.open(cache), EmbeddingCache.open(remote)
     requests: list[str] = []

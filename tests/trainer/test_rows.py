@@ -1,7 +1,10 @@
 """Rows of a cache in training: what becomes of a sample without one, views replayed, caches not wholly built."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.conftest import samples_of, write_tar
 from threetowers.cache.build import build
@@ -302,3 +306,25 @@ def test_ranks_agree_on_what_is_finished(growing: Any, tmp_path: Path) -> None:
     finish(3)
     finish(1)
     torch.multiprocessing.spawn(pin, args=(str(tmp_path / "store"), str(tmp_path / "run"), tars, cache), nprocs=2)
+
+
+@pytest.mark.distributed
+def test_a_masked_run_is_the_same_on_two_ranks(three: dict[str, Any], gap: Any, tmp_path: Path) -> None:
+    """Twelve samples, two without a row: one step sees all, whichever rank they fall to."""
+    tar, cache = gap(Views())
+    tree = with_cache(three, tar, cache, on_bad_row="mask", standardize=False)
+    tree["data"]["on_bad"] = "skip"
+    outs = []
+    for ranks in (1, 2):
+        out = tmp_path / f"ranks{ranks}"
+        file = tmp_path / f"{ranks}.yaml"
+        file.write_text(yaml.safe_dump(tree | {"out": str(out), "duration": {"steps": 4}}))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *launcher, "-m", "threetowers", "train", str(file)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert result.returncode == 0, result.stderr[-5000:]
+        assert "without a row: 2, left out of the terms with 'third'" in result.stdout + result.stderr
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        outs.append([[line["loss"], line["terms/image-third/loss"], line["terms/image-text/loss"]] for line in lines])
+    np.testing.assert_allclose(outs[0], outs[1], rtol=1e-3)

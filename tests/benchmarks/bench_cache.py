@@ -1,0 +1,283 @@
+"""The cache against the floor, against peers, and against training without it.
+
+    python tests/benchmarks/bench_cache.py [--clip-retrieval PYTHON] [--only build shard loader memory size]
+
+Prints one line a figure: the ratio of the medians of measurements taken in alternation in this run. Pictures are drawn
+(JPEG, 320 x 240), the teacher is EfficientNet-Lite0 at 160 pixels; nothing is downloaded. `--clip-retrieval` names a
+Python that has clip-retrieval and what it needs (it pins NumPy below 2, so that it cannot live in this environment);
+without it that line says so.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from PIL import Image
+from torch import Tensor
+
+from threetowers.cache.build import build
+from threetowers.cache.contract import Contract, Preprocessing, to_json
+from threetowers.cache.images import decode_rgb
+from threetowers.cache.layout import slot_and_chunk
+from threetowers.cache.place import place_of
+from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.record import record_name
+from threetowers.cache.rows import Made, Rows
+from threetowers.cache.store import fit_to_table
+from threetowers.cache.table import extend
+from threetowers.cache.tars import Member, Sample, Samples, TarIndex, index_tar, read_member
+from threetowers.cache.teacher import load_teacher
+from threetowers.trainer.config import Run, parse
+from threetowers.trainer.data.loader import training_loader
+from threetowers.trainer.data.samples import open_samples
+from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
+
+TEACHER: dict[str, Any] = {"backbone": "tf_efficientnet_lite0", "weights": "package:efficientnet-lite0"}
+SIZE, BATCH, SHARD_ROWS, SHARD_DIM = 160, 64, 10_000, 1024
+PEER = Path(__file__).with_name("peer_clip_retrieval.py")
+
+
+def draw(folder: Path, tars: int, samples: int) -> list[Path]:
+    """Tars of JPEG pictures of blurred noise, as heavy to decode as photographs, with captions."""
+    paths = [folder / f"{i:05d}.tar" for i in range(tars)]
+    for i, path in enumerate(paths):
+        with tarfile.open(path, "w") as archive:
+            for k in range(samples):
+                noise = np.random.default_rng([i, k]).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(noise).resize((320, 240), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+                for extension, data in (("jpg", file.getvalue()), ("txt", f"picture {k} of {i}".encode())):
+                    info = tarfile.TarInfo(f"{k:06d}.{extension}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    return paths
+
+
+def alternate(rounds: int, *ways: Callable[[], float]) -> list[float]:
+    """Median seconds of each way, measured in turns after one round that does not count."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for number in range(rounds + 1):
+        for i in np.random.default_rng(number).permutation(len(ways)):
+            taken = ways[i]()
+            if number:
+                seconds[i].append(taken)
+    return [statistics.median(s) for s in seconds]
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def bare_loop(tars: list[Path], threads: int) -> None:
+    """Decode, transform and forward, and nothing else: no index, no checks, no store."""
+    teacher = load_teacher(TEACHER["backbone"], TEACHER["weights"], SIZE, "cpu")
+    images = [read_member(index, i, "jpg") for index in map(index_tar, tars) for i in range(len(index.samples))]
+
+    def prepare(data: bytes) -> Tensor:
+        return teacher.preprocess(decode_rgb(data))
+
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Tensor]] = deque()
+        for start in range(0, len(images), BATCH):
+            waiting.extend(pool.submit(prepare, data) for data in images[start : start + BATCH])
+            while len(waiting) > 3 * BATCH:
+                teacher.embed(torch.stack([waiting.popleft().result() for _ in range(BATCH)]))
+        while waiting:
+            teacher.embed(torch.stack([waiting.popleft().result() for _ in range(min(BATCH, len(waiting)))]))
+
+
+def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
+    tars = draw(folder, 2, 10 * BATCH)
+    threads, images = len(os.sched_getaffinity(0)), 20 * BATCH
+    outs = iter(range(10**6))
+
+    def ours() -> None:
+        options = {"image_size": SIZE, "batch_size": BATCH, "threads": threads, "device": "cpu"}
+        build(tars, folder / f"built-{next(outs)}", **TEACHER, **options)  # type: ignore[arg-type]
+
+    built, bare = alternate(rounds, lambda: timed(ours), lambda: timed(lambda: bare_loop(tars, threads)))
+    print(
+        f"build / bare loop (rate)           {bare / built:6.3f}  (>= 0.95; {images / built:.0f} images/s)", flush=True
+    )
+    if clip_retrieval is None:
+        print("build / clip-retrieval (rate)           -  (not measured: name a Python that has it, see --help)")
+        return
+
+    def peer() -> float:
+        command = [clip_retrieval, str(PEER), str(folder / f"peer-{next(outs)}"), str(SIZE), str(BATCH), str(threads)]
+        result = subprocess.run([*command, *map(str, tars)], capture_output=True, text=True, check=False)
+        if result.returncode:
+            sys.exit(f"{' '.join(command)}\n{result.stderr[-3000:]}")
+        return float(result.stdout.split()[-1])
+
+    built, theirs = alternate(rounds, lambda: timed(ours), peer)
+    print(
+        f"build / clip-retrieval (rate)      {theirs / built:6.3f}  (>= 1; theirs {images / theirs:.0f} images/s)",
+        flush=True,
+    )
+
+
+def random_cache(folder: Path) -> EmbeddingCache:
+    """A cache of one tar of random rows."""
+    place, n = place_of(folder), SHARD_ROWS
+    slot, chunk_rows = slot_and_chunk(2 * SHARD_DIM, n)
+    transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
+    contract = Contract("b", "w", "d", transform, SHARD_DIM, "float16", slot, chunk_rows, {})
+    index = TarIndex("/0.tar", 1, "0", Samples([Sample(str(k), {"png": Member(0, 1)}) for k in range(n)]), 0)
+    (entry,) = extend(place, [index], slot).entries
+    fit_to_table(place, contract)
+    place.put("manifest.json", to_json(contract), owner="contract")
+    rows = Rows(index, contract)
+    emb_nD = np.random.default_rng(0).normal(size=(n, 1, SHARD_DIM)).astype(np.float32)
+    for k in range(n):
+        rows.note(k, k)
+    rows.put(list(range(n)), emb_nD)
+    record = rows.write(place, entry, "", Made("teacher", 1, "cpu", 0.0))
+    place.put(record_name(0), to_json(record), owner="0.done")
+    return EmbeddingCache.open(folder)
+
+
+def bench_shard(folder: Path, rounds: int) -> None:
+    cache = random_cache(folder)
+    path, array = folder / "store.zarr/emb/c/0/0", zarr.open_array(folder / "store.zarr/emb", mode="r")
+    ours, raw, theirs = alternate(
+        10 * rounds,
+        lambda: timed(lambda: cache.block(0)),
+        lambda: timed(lambda: np.fromfile(path, np.uint8)),
+        lambda: timed(lambda: array[:SHARD_ROWS]),
+    )
+    speed = path.stat().st_size / ours / 1e9
+    print(f"shard read / numpy.fromfile (rate) {raw / ours:6.3f}  (>= 0.5; {speed:.1f} GB/s, digest checked)")
+    print(f"shard read / zarr-python (rate)    {theirs / ours:6.3f}  (>= 2)", flush=True)
+    keys = [str(k) for k in range(SHARD_ROWS)]
+    order = np.random.default_rng(0).permutation(SHARD_ROWS)[:2000]
+    one = timed(lambda: [cache.row(0, int(k), keys[k]) for k in order]) / len(order)
+    print(f"a row by address                   {one * 1e6:6.1f}  us, key compared", flush=True)
+
+
+def bench_size(folder: Path) -> None:
+    cache = random_cache(folder)
+    used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"size on disk / N D 2 bytes         {used / (SHARD_ROWS * cache.dim * 2):6.3f}  (<= 1.03)", flush=True)
+
+
+def run_of(folder: Path, tars: list[Path], cached: bool) -> Run:
+    """A run whose loader gives pictures and captions, and rows if `cached`."""
+    tokenizer, cache = folder / "tokenizer.model", folder / "cache"
+    if not tokenizer.exists():
+        tokenizer.write_bytes(train_tokenizer([f"picture {k} of {i}" for k in range(99) for i in range(9)], 40))
+    if cached and not cache.exists():
+        build(tars, cache, **TEACHER, image_size=SIZE, batch_size=BATCH, device="cpu")
+    towers: dict[str, Any] = {
+        "image": {"kind": "timm", "model": "test_vit"},
+        "text": {"kind": "text", "width": 8, "depth": 1, "heads": 1},
+    }
+    heads, terms = {"f": {"of": "image"}, "g": {"of": "text"}}, {"image-text": {"x": "f", "y": "g"}}
+    if cached:
+        towers["third"] = {"kind": "cache", "path": str(cache)}
+        heads["h"], terms["image-third"] = {"of": "third"}, {"x": "f", "y": "h"}
+    names, model = [str(tar) for tar in tars], str(tokenizer)
+    tree: dict[str, Any] = {
+        "out": str(folder / "run"),
+        "batch": BATCH,
+        "duration": {"epochs": 1},
+        "dim": 8,
+        "data": {"tars": names, "tokenizer": model, "image_size": 112, "workers": 1},
+        "towers": towers,
+        "heads": heads,
+        "terms": terms,
+        "deploy": {"image": "f", "text": "g"},
+    }
+    return parse(tree)
+
+
+def bench_loader(folder: Path, rounds: int) -> None:
+    tars = draw(folder, 2, 10 * BATCH)
+    steps = 18
+
+    def epoch(cached: bool) -> Callable[[], float]:
+        run = run_of(folder, tars, cached)
+        samples, tokenizer = open_samples(run, folder), Tokenizer.load(run.data.tokenizer)
+
+        def once() -> float:
+            loader: Any = training_loader(run, samples, tokenizer, 0, 1, 0, steps + 1)
+            batches = iter(loader)
+            next(batches)  # the worker has started
+            return timed(lambda: list(batches))
+
+        return once
+
+    joined, plain = alternate(3 * rounds, epoch(True), epoch(False))
+    print(
+        f"loader with join / without (rate)  {plain / joined:6.3f}  (>= 0.97; {steps * BATCH / joined:.0f} images/s)",
+        flush=True,
+    )
+
+
+def resident(pid: int) -> float:
+    """MiB of a process (Linux)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def bench_memory(folder: Path, epochs: int = 5) -> None:
+    tars = draw(folder, 2, 10 * BATCH)
+    run = run_of(folder, tars, True)
+    samples, per_epoch = open_samples(run, folder), 20
+    tokenizer = Tokenizer.load(run.data.tokenizer)
+    loader: Any = training_loader(run, samples, tokenizer, 0, 1, 0, epochs * per_epoch)
+    batches, found = iter(loader), []
+    (worker,) = multiprocessing.active_children()
+    for step in range(epochs * per_epoch):
+        next(batches)
+        if step % per_epoch == per_epoch - 5:  # the worker is a few batches ahead, in the same epoch
+            assert worker.pid is not None
+            found.append(resident(worker.pid))
+    grown = max(found[1:]) / found[0] - 1
+    mebibytes = ", ".join(f"{m:.0f}" for m in found)
+    print(f"worker memory, epochs 1 to {epochs}        {100 * grown:+6.2f}% (within 2; MiB: {mebibytes})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clip-retrieval", metavar="PYTHON")
+    parser.add_argument("--only", nargs="+", default=["build", "shard", "loader", "memory", "size"])
+    options = parser.parse_args()
+    for name in options.only:
+        with tempfile.TemporaryDirectory() as folder:
+            where = Path(folder)
+            match name:
+                case "build":
+                    bench_build(where, options.rounds, options.clip_retrieval)
+                case "shard":
+                    bench_shard(where, options.rounds)
+                case "loader":
+                    bench_loader(where, options.rounds)
+                case "memory":
+                    bench_memory(where)
+                case "size":
+                    bench_size(where)
+                case _:
+                    parser.error(f"--only {name}: expected build, shard, loader, memory, size")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""clip-retrieval's inference over tars with our teacher in the place of CLIP. Prints the seconds it took.
+
+    PYTHON tests/benchmarks/peer_clip_retrieval.py OUT IMAGE_SIZE BATCH WORKERS TAR...
+
+For a Python that has clip-retrieval 2.45 with its dependencies and this package; `bench_cache.py` calls it.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from threetowers.cache.teacher import load_teacher
+
+TEACHER = "tf_efficientnet_lite0", "package:efficientnet-lite0"
+
+
+class Wrapped:
+    """The teacher as clip-retrieval expects a CLIP model."""
+
+    def __init__(self, size: int) -> None:
+        self.teacher = load_teacher(*TEACHER, size, "cpu")
+
+    def encode_image(self, images_b3HW: Tensor) -> Tensor:
+        return self.teacher.embed(images_b3HW)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def preprocess(self, image: Any) -> Tensor:
+        return self.teacher.preprocess(image.convert("RGB"))
+
+
+def main() -> None:
+    from clip_retrieval.clip_inference import mapper, worker
+
+    out, size, batch, workers, *tars = sys.argv[1:]
+    torch.set_num_threads(int(workers))
+
+    def load_clip(**options: Any) -> tuple[Wrapped, Any, Any]:
+        wrapped = Wrapped(int(size))
+        return wrapped, wrapped.preprocess, None
+
+    mapper.load_clip = worker.load_clip = load_clip
+    Path(out).mkdir(parents=True)
+    began = time.perf_counter()
+    worker.worker(
+        tasks=[0],
+        input_dataset=list(tars),
+        output_folder=out,
+        output_partition_count=1,
+        input_format="webdataset",
+        batch_size=int(batch),
+        num_prepro_workers=int(workers),
+        enable_text=False,
+        enable_metadata=False,
+        wds_image_key="jpg",
+    )
+    print(time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()
