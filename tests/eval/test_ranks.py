@@ -1,5 +1,6 @@
 """Ranks against a brute-force twin in float64, and against what FAISS and CLIP benchmarks compute."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,19 @@ def clip_benchmark_recalls(image: Floats, text: Floats, owner: Groups, k: int) -
     return recall(scores.T, positive.T), recall(scores, positive)
 
 
+def published(image: Floats, text: Floats, owner: Groups, k: int) -> tuple[float, float]:
+    """The same by the package's own functions, called as its `evaluate` calls them."""
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    scores = torch.from_numpy(text) @ torch.from_numpy(image).T
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(len(text)), torch.from_numpy(owner)] = True
+
+    def recall(scores: torch.Tensor, positive: torch.Tensor) -> float:
+        return float((peer.batchify(peer.recall_at_k, scores, positive, 7, "cpu", k=k) > 0).float().mean())
+
+    return recall(scores.T, positive.T), recall(scores, positive)
+
+
 def test_recalls_equal_clip_benchmark_and_faiss_where_nothing_ties() -> None:
     rng = np.random.default_rng(3)
     owner = np.concatenate([np.repeat(np.arange(83), 3), [0, 1, 2, 5, 5]])
@@ -135,10 +149,27 @@ def test_recalls_equal_clip_benchmark_and_faiss_where_nothing_ties() -> None:
         assert result.image_to_text.recall[k] == pytest.approx(image_to_text, abs=1e-6)
         assert result.text_to_image.recall[k] == pytest.approx(text_to_image, abs=1e-6)
         assert 0 < result.text_to_image.recall[k] < 1
+        assert (image_to_text, text_to_image) == pytest.approx(published(image, text, owner, k), abs=1e-6)
     found = build_index(text, device="cpu").search(image, 10).ids_NK
     assert hit_rate(found, groups, owner) == pytest.approx(result.image_to_text.recall)
     found = build_index(image, device="cpu").search(text, 10).ids_NK
     assert hit_rate(found, owner, groups) == pytest.approx(result.text_to_image.recall)
+
+
+def test_memory_mapped_embeddings_rank_alike(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    image, text = random_unit(rng, 53, 16), random_unit(rng, 131, 16)
+    owner = rng.integers(53, size=131)
+    expected = evaluate_retrieval(image, text, np.arange(53), owner)
+    for name, dtype in (("float32", np.float32), ("float16", np.float16)):
+        np.save(tmp_path / f"image-{name}.npy", image.astype(dtype))
+        np.save(tmp_path / f"text-{name}.npy", text.astype(dtype))
+        mapped = [np.load(tmp_path / f"{side}-{name}.npy", mmap_mode="r") for side in ("image", "text")]
+        found = evaluate_retrieval(*mapped, np.arange(53), owner, chunk=17)
+        same = evaluate_retrieval(*(np.asarray(x, np.float32) for x in mapped), np.arange(53), owner, chunk=17)
+        assert found == same
+        if dtype is np.float32:
+            assert found == expected
 
 
 def test_no_one_or_many_captions_an_image() -> None:
