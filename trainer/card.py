@@ -1,38 +1,49 @@
 """A model card: what was trained, on what, towards which cached teachers, with what result."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import yaml
 
 from threetowers.trainer.config import CacheTower, ImageTower, dump, load
 from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.tokenizer import END, PAD
 from threetowers.trainer.trained import TrainedModel
 
-LOADING = """```python
-from threetowers.trainer.trained import TrainedModel
+Format = Literal["threetowers", "open_clip", "timm"]
+LOADING: dict[Format, str] = {
+    "threetowers": """from threetowers.trainer.trained import TrainedModel
 
 model = TrainedModel.load("this folder")
-images = model.encode_images({images})
-texts = model.encode_texts(["a caption", "another one"])  # unit norm: images @ texts.T are cosines
-```"""
+images = model.encode_images(pixels)  # {images}
+texts = model.encode_texts(["a caption", "another one"])  # unit norm: images @ texts.T are cosines""",
+    "open_clip": """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:this folder")
+# Words become tokens by tokenizer.model (SentencePiece): pieces, then {end}, then {pad} up to {context} tokens.""",
+    "timm": """import timm
+
+image_tower = timm.create_model("local-dir:this folder", pretrained=True)""",
+}
 
 
-def model_card(kept: TrainedModel, run: RunFolder) -> str:
-    """Return a card in Markdown for the deployed model of a run."""
-    return "\n\n".join(_sections(kept, run)) + "\n"
+def model_card(kept: TrainedModel, run: RunFolder, form: Format, results: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a card in Markdown for the deployed model of a run; `results` are metrics by evaluation."""
+    return "\n\n".join(_sections(kept, run, form, results)) + "\n"
 
 
-def _sections(kept: TrainedModel, run: RunFolder) -> Iterator[str]:
+def _sections(
+    kept: TrainedModel, run: RunFolder, form: Format, results: Mapping[str, Mapping[str, float]]
+) -> Iterator[str]:
     whole = load(run.config)
     size, dim = whole.data.image_size, kept.model.widths[whole.deploy.image]
-    images = (
-        "rows of its cached teacher, (n, width)" if kept.sees_cached_rows else f"pictures, (n, 3, {size}, {size}) uint8"
-    )
+    rows = f"rows of its cached teacher, (n, {kept.model.widths[kept.image_tower]})"
+    images = rows if kept.sees_cached_rows else f"(n, 3, {size}, {size}) uint8"
     yield f"# {run.path.name}"
     yield f"Image and text embeddings of {dim} dimensions, trained by threetowers."
-    yield LOADING.format(images="pixels")
-    yield f"`pixels`: {images}."
+    loading = LOADING[form].format(images=images, end=END, pad=PAD, context=whole.data.context)
+    yield f"```python\n{loading}\n```"
     towers = [f"- image: {_image(kept)}", f"- text: {kept.run.towers[kept.text_tower].kind} transformer"]
     terms = [f"- {name}: {t.weight:g} x {t.kind} of ({t.x}, {t.y})" for name, t in whole.terms.items()]
     yield "## Towers\n\n" + "\n".join(towers)
@@ -46,6 +57,8 @@ def _sections(kept: TrainedModel, run: RunFolder) -> Iterator[str]:
             for name, c in contracts.items()
         ]
         yield "## Cached teachers\n\n" + "\n".join(lines)
+    for evaluation, metrics in results.items():
+        yield f"## {evaluation}\n\n" + "\n".join(f"- {name}: {value:.4g}" for name, value in metrics.items())
     if run.summary.exists():
         numbers = json.loads(run.summary.read_text())
         yield "## Training\n\n" + "\n".join(f"- {name}: {value}" for name, value in numbers.items())

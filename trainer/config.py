@@ -395,6 +395,8 @@ def _check_references(run: Run, source: str) -> None:
     if unused := sorted(set(run.heads) - standing):
         refuse(f"heads: {unused} are used by no term; remove them or add a term")
     for name, tower in run.towers.items():
+        if not isinstance(tower, CacheTower) and tower.frozen and tower.init is None:
+            refuse(f"towers.{name}.frozen: a tower that stays as it is needs weights; name them by init")
         if not isinstance(tower, TextTower) or tower.share is None:
             continue
         donor = run.towers.get(tower.share.tower)

@@ -48,7 +48,7 @@ def _deployed_run(run: Run) -> Run:
     towers = {}
     for name, tower in run.towers.items():
         if isinstance(tower, ImageTower | TextTower):
-            tower = replace(tower, init=None)  # the weights are here
+            tower = replace(tower, init=None, frozen=False)  # the weights are here
         if isinstance(tower, TextTower) and tower.share is not None and tower.share.tower not in roots:
             tower = replace(tower, share=None)
         if name in roots:

@@ -1,10 +1,9 @@
 """Leaving: a run's deployed model in our own format, in open_clip's or in timm's, proved by loading it again."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from threetowers.trainer.card import model_card
+from threetowers.trainer.card import Format, model_card
 from threetowers.trainer.config import dump
 from threetowers.trainer.deployed import deployed, parameters_left_out
 from threetowers.trainer.folder import RunFolder
@@ -22,7 +21,6 @@ from threetowers.trainer.tokenizer import END, PAD
 from threetowers.trainer.trained import TrainedModel
 from threetowers.trainer.weights import distinct_state
 
-Format = Literal["threetowers", "open_clip", "timm"]
 # Largest difference of two unit-norm embeddings, per element; the other formats compute attention by other kernels.
 TOLERANCE = {"threetowers": 0.0, "open_clip": 1e-5, "timm": 0.0}
 
@@ -37,28 +35,35 @@ class Exported:
     difference: float
 
 
-def export(run: str | Path, out: str | Path, form: Format = "threetowers") -> Exported:
+def export(
+    run: str | Path,
+    out: str | Path,
+    form: Format = "threetowers",
+    results: Mapping[str, Mapping[str, float]] | None = None,
+) -> Exported:
     """Write the deployed model of a finished run to a new folder, load it from there and compare embeddings.
 
     `threetowers` reads as a run does, with `TrainedModel.load`; `open_clip` by open_clip's `local-dir:FOLDER`; `timm`
-    is the image tower before its head, by timm's `local-dir:FOLDER`. Raises ValueError when the run is not finished,
-    the folder is not empty, the format cannot express the model, or embeddings differ.
+    is the image tower before its head, by timm's `local-dir:FOLDER`. `results`: metrics by evaluation, for the model
+    card. Raises ValueError when the run is not finished, the folder is not empty, the format cannot express the model,
+    or embeddings differ.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; choose another folder, or remove it")
-    trained = TrainedModel.load(run)
+    trained, source = TrainedModel.load(run), RunFolder(Path(run))
     kept = deployed(trained)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        difference = WRITERS[form](kept, RunFolder(Path(run)), partial)
+        difference = WRITERS[form](kept, source, partial)
         if not difference <= TOLERANCE[form]:
             raise ValueError(
                 f"{form}: loaded again, the model gives embeddings that differ by {difference:.1e}, more than "
                 f"{TOLERANCE[form]:.0e}. Has the text tower a norm_eps? Without, it has two, and open_clip knows one"
             )
+        (partial / "README.md").write_text(model_card(kept, source, form, results or {}))
         if out.exists():
             out.rmdir()
         partial.replace(out)
@@ -75,7 +80,6 @@ def _write_own(kept: TrainedModel, run: RunFolder, folder: Path) -> float:
     save_file({name: tensor.contiguous() for name, tensor in distinct_state(kept.model).items()}, own.weights)
     if run.summary.exists():
         shutil.copyfile(run.summary, own.summary)
-    (folder / "README.md").write_text(model_card(kept, run))
     again = TrainedModel.load(folder)
     images, tokens = probes(kept)
     return max(

@@ -89,6 +89,7 @@ def export(
     run: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
     format: Literal["threetowers", "open_clip", "timm"] = "threetowers",
+    records: tuple[Path, ...] = (),
 ) -> None:
     """Write the model of a finished run, without what was there to train it, and prove it by loading it again.
 
@@ -96,10 +97,14 @@ def export(
         run: Folder of a finished run.
         out: Folder to write.
         format: threetowers: read as a run is. open_clip: by `local-dir:OUT`. timm: the image tower, by `local-dir:OUT`.
+        records: Results of evaluations (JSON) that the model card is to show.
     """
+    from threetowers.eval.record import read_record
     from threetowers.trainer.export import export as write
 
-    done = write(run, out, format)
+    found = [read_record(path) for path in records]
+    results = {f"{record.question.task}, {record.question.gallery}": record.metrics for record in found}
+    done = write(run, out, format, results)
     print(
         f"{done.folder}: {done.parameters:,} parameters, {done.left_out:,} left behind; loaded again, its embeddings "
         f"differ by at most {done.difference:.1e}"

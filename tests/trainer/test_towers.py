@@ -90,7 +90,7 @@ def test_a_shared_model_is_stored_once_and_read_whole() -> None:
         ({}, {"args": VIT["args"] | {"embed_dim": 48}}, r"the attn of the two towers differ .*give them one width"),
         ({}, {"model": "test_resnet", "args": {}}, r"'image' is no timm vision transformer"),
         ({"tower": "third"}, {}, r"share\.tower: 'third' is no image tower"),
-        ({}, {"frozen": True}, r"one is frozen; freeze both or none"),
+        ({}, {"frozen": True, "init": "x"}, r"one is frozen; freeze both or none"),
     ],
 )
 def test_what_cannot_be_shared(share: dict[str, Any], image: dict[str, Any], message: str) -> None:
@@ -122,7 +122,9 @@ def test_what_cannot_be_specialised() -> None:
 
 
 def test_a_frozen_tower_stays_as_it_is() -> None:
-    image = {"kind": "timm", "model": "test_resnet", "frozen": True}
+    image = {"kind": "timm", "model": "test_resnet", "frozen": True, "init": "given.safetensors"}
+    with pytest.raises(ConfigError, match=r"towers\.image\.frozen: .* name them by init"):
+        parse(changed("towers.image", image | {"init": None}))
     model = model_of(changed("towers.image", image))
     assert not model.towers["image"].training
     assert not model.train().towers["image"].training
@@ -139,7 +141,8 @@ def test_a_frozen_tower_stays_as_it_is() -> None:
 
 def test_nothing_left_to_train() -> None:
     tree = changed("towers.image.frozen", True)
-    tree["towers"]["text"] |= {"frozen": True}
+    tree["towers"]["image"] |= {"init": "given.safetensors"}
+    tree["towers"]["text"] |= {"frozen": True, "init": "given.safetensors"}
     tree["towers"].pop("third")
     tree["heads"] = {name: {"of": of, "kind": "none"} for name, of in (("f", "image"), ("g", "text"))}
     tree["towers"]["text"]["width"] = 64
