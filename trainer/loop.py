@@ -20,7 +20,7 @@ from threetowers.trainer.accumulate import Measured, accumulate
 from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.clock import Clock
 from threetowers.trainer.config import CacheTower, Run
-from threetowers.trainer.cost import Teacher
+from threetowers.trainer.cost import Teacher, meta_model
 from threetowers.trainer.data.join import CacheJoin
 from threetowers.trainer.data.loader import Batch, training_loader
 from threetowers.trainer.data.samples import BadSample, open_samples
@@ -93,7 +93,8 @@ class Trainer:
         if ranks.first:
             samples, teachers = self.samples, {name: Teacher.of(contract) for name, contract in contracts.items()}
             held = Held(len(samples), samples.total, len(samples.tars), samples.left_out, samples.without_row)
-            for line in startup_page(run, ranks, held, teachers, self.vocab_size, self.steps):
+            shapes = meta_model(run, self.vocab_size, teachers)
+            for line in startup_page(ranks, shapes, teachers, held, self.steps):
                 logger.info(line)
             for difference in changed:
                 logger.info(f"changed since this run began: {difference}")
