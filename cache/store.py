@@ -102,7 +102,7 @@ def write_slot(
 def read_slot(
     place: Place, contract: Contract, entry: TarEntry, record: Record, names: Sequence[str] | None = None
 ) -> Arrays:
-    """The rows of a tar, (slot, ...) of each array (or of those named), decoded by zarr-python, each file read once.
+    """The rows of a tar, (slot, ...) of each array, or of those named, decoded by zarr-python.
 
     Raises:
         ContractError: a file is not the one that was written, or zarr cannot read it.
@@ -111,7 +111,9 @@ def read_slot(
     content: dict[str, Buffer] = {}
     where = f"tar {entry.path} ({entry.id})"
     first = slot_files(contract, 0)  # each is read as if it were the only slot of its array
-    for name, path in slot_files(contract, entry.id).items():
+    files, wanted = slot_files(contract, entry.id), names or list(arrays(contract))
+    for name in wanted:
+        path = files[name]
         try:
             data = place.read(path)
         except FileNotFoundError:
@@ -121,6 +123,6 @@ def read_slot(
         content[first[name].removeprefix(f"{STORE}/")] = buffer.from_bytes(data)
     group: Any = empty_group(contract, 1, MemoryStore(content))
     try:
-        return {name: np.asarray(group[name][:]) for name in names or arrays(contract)}
+        return {name: np.asarray(group[name][:]) for name in wanted}
     except ValueError as error:  # zarr's checksums
         raise ContractError(f"{where}: zarr cannot read it: {error}") from error

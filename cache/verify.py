@@ -213,9 +213,8 @@ class _Check:
         except ContractError as error:
             self.report.found.append(Problem(str(error), entry.id))
             return None
-        wanted = None if self.report.depth != "structure" else ("key_hash", "image_hash")
         try:
-            return record, read_slot(place, contract, entry, record, wanted)
+            return record, read_slot(place, contract, entry, record)
         except ContractError as error:
             self.report.found.append(Problem(str(error), entry.id))
             return None

@@ -19,6 +19,7 @@ from threetowers.cache.reader import EmbeddingCache
 from threetowers.cache.record import FileSum, record_name
 from threetowers.cache.store import write_slot
 from threetowers.cache.verify import verify
+from threetowers.cache.views import Views
 
 Pack = Callable[..., Path]
 MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
@@ -296,3 +297,46 @@ def test_commands_print_and_give_exit_codes(
     printed = capsys.readouterr().out
     assert "2 samples, 0 embedded, 2 undecodable" in printed
     assert "bad.tar: a (ordinal 0): cannot be decoded (1 bytes)" in printed
+
+
+def test_a_cache_and_tars_that_lie_elsewhere(cache: Path, twins: list[Path], file: str) -> None:
+    here, there = place_of(cache), place_of(f"memory://{cache.parent.name}")
+    for name in here.walk():
+        there.put(f"cache/{name}", here.read(name), owner="t")
+    for path in twins:
+        there.put(path.name, path.read_bytes(), owner="t")
+    where, tars = f"{there}/cache", [f"{there}/{path.name}" for path in twins]
+    report = verify(where, tars, depth="meaning", payloads=True, sample=5, weights=file)
+    assert report.ok, report.text()
+    assert report.tars_compared == 3
+    there.put(f"cache/{EMB}", bytes(len(here.read(EMB))), owner="t")
+    assert verify(where, fix=True).fixed == [1]
+    assert there.size("cache/done/1.json") is None
+    assert "1.tar (1): half built" in verify(where).text()
+    assert verify(where, fix=True).fixed == [], "half-built tars are left to their build"
+
+
+def test_a_damaged_crop_or_scale_is_found(twins: list[Path], file: str, tmp_path: Path) -> None:
+    views = Views("crops:2", 1, 0.5)
+    build(twins, tmp_path, backbone="test_vit", weights=file, image_size=64, views=views, dtype="int8")
+    assert verify(tmp_path, twins).ok
+    for name in ("view_params/c/1/0/0", "scale/c/1", "scale_1/c/1", "emb_1/c/1/0", "image_hash/c/1"):
+        path = tmp_path / "store.zarr" / name
+        original = path.read_bytes()
+        flip(path, 5)
+        assert any(f"1.tar (1): store.zarr/{name} is not the file" in problem for problem in verify(tmp_path).problems)
+        path.write_bytes(original)
+    opened = EmbeddingCache.open(tmp_path)
+    group = zarr.open_group(tmp_path / "store.zarr", mode="r")
+    slot = opened.contract.slot
+    rows = {name: np.array(array[slot : slot + 19]) for name, array in group.arrays()}
+    for name, at, value, message in (
+        ("view_params", (3, 1, 2), 1.5, "a crop that is not inside its picture"),
+        ("scale_1", 3, np.nan, "a row with status ok that is not finite"),
+    ):
+        changed = {other: array.copy() for other, array in rows.items()}
+        changed[name][at] = value
+        files, sums = write_slot(place_of(tmp_path), opened.contract, 1, changed)
+        record = dataclasses.replace(opened.record(1), files=files, chunk_crc32c=sums)
+        (tmp_path / record_name(1)).write_bytes(to_json(record))
+        assert any(message in problem for problem in verify(tmp_path).problems)
