@@ -324,32 +324,54 @@ def stream(
     Raises:
         BadTar: the stream and the index disagree, or the tar ends early.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    ordinal = 0
     with open_object(index.location) if file is None else contextlib.nullcontext(file) as file:
         hashed = _Digesting(file, digest if digest is not None else xxhash.xxh3_128())
-        files = tar_file_expander(
-            [{"url": index.location, "stream": hashed}],
-            select_files=lambda name: split_name(name)[1] in IMAGE_EXTENSIONS,
-        )
-        try:
-            for found in group_by_keys(files):
-                expected = index.samples[ordinal] if ordinal < len(index.samples) else None
-                data = found.get(expected.image) if expected else None
-                if expected is None or found["__key__"] != expected.key or data is None:
-                    name = expected.key if expected else "nothing"
-                    raise BadTar(
-                        f"{index.location}: streamed {found['__key__']!r} as sample {ordinal}, indexed {name!r}: "
-                        f"{CHANGED}"
-                    )
-                if len(data) != expected.members[expected.image].size:
-                    raise BadTar(f"{index.location}: sample {expected.key!r} has another size than indexed: {CHANGED}")
-                yield ordinal, expected.key, data
-                ordinal += 1
-        except tarfile.TarError as error:
-            raise BadTar(f"{index.location}: ends early after {ordinal} samples: {error}") from error
-        if ordinal != len(index.samples):
-            raise BadTar(f"{index.location}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}")
+        for ordinal, members in _grouped(index, hashed, 0, IMAGE_EXTENSIONS):
+            sample = index.samples[ordinal]
+            yield ordinal, sample.key, members[sample.image]
         while hashed.read(1 << 20):
             pass
+
+
+def stream_samples(index: TarIndex, first: int = 0) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """Stream the samples of a tar from ordinal `first` on, as `stream` does: (ordinal, image and text members).
+
+    Nothing before the first sample is read.
+
+    Raises:
+        BadTar: the stream and the index disagree, or the tar ends early.
+    """
+    with open_object(index.location) as file:
+        if first:
+            ends = (offset + size for offset, size in index.samples[first - 1].members.values())
+            file.seek(-(-max(ends) // HEADER) * HEADER)
+        yield from _grouped(index, file, first, IMAGE_EXTENSIONS | TEXT_EXTENSIONS)
+
+
+def _grouped(
+    index: TarIndex, file: BinaryIO | _Digesting, first: int, extensions: frozenset[str]
+) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """Samples with their members of these extensions, checked; `file` stands where sample `first` begins."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    ordinal = first
+    files = tar_file_expander(
+        [{"url": index.location, "stream": file}], select_files=lambda name: split_name(name)[1] in extensions
+    )
+    try:
+        for found in group_by_keys(files):
+            expected = index.samples[ordinal] if ordinal < len(index.samples) else None
+            if expected is None or found["__key__"] != expected.key or expected.image not in found:
+                name = expected.key if expected else "nothing"
+                raise BadTar(
+                    f"{index.location}: streamed {found['__key__']!r} as sample {ordinal}, indexed {name!r}: {CHANGED}"
+                )
+            members = {extension: found[extension] for extension in extensions & found.keys()}
+            if any(len(data) != expected.members[extension].size for extension, data in members.items()):
+                raise BadTar(f"{index.location}: sample {expected.key!r} has another size than indexed: {CHANGED}")
+            yield ordinal, members
+            ordinal += 1
+    except tarfile.TarError as error:
+        raise BadTar(f"{index.location}: ends early after {ordinal} samples: {error}") from error
+    if ordinal != len(index.samples):
+        raise BadTar(f"{index.location}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}")
