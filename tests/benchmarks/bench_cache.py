@@ -104,34 +104,30 @@ def bare_loop(tars: list[Path], threads: int) -> None:
 
 
 def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
-    tars = draw(folder, 2, 10 * BATCH)
-    threads, images = len(os.sched_getaffinity(0)), 20 * BATCH
-    outs = iter(range(10**6))
+    tars, images = draw(folder, 2, 6 * BATCH), 12 * BATCH
+    threads, outs = len(os.sched_getaffinity(0)), iter(range(10**6))
 
     def ours() -> None:
-        options = {"image_size": SIZE, "batch_size": BATCH, "threads": threads, "device": "cpu"}
-        build(tars, folder / f"built-{next(outs)}", **TEACHER, **options)  # type: ignore[arg-type]
-
-    built, bare = alternate(rounds, lambda: timed(ours), lambda: timed(lambda: bare_loop(tars, threads)))
-    print(
-        f"build / bare loop (rate)           {bare / built:6.3f}  (>= 0.95; {images / built:.0f} images/s)", flush=True
-    )
-    if clip_retrieval is None:
-        print("build / clip-retrieval (rate)           -  (not measured: name a Python that has it, see --help)")
-        return
+        options: dict[str, Any] = {"image_size": SIZE, "batch_size": BATCH, "threads": threads, "device": "cpu"}
+        build(tars, folder / f"built-{next(outs)}", **TEACHER, **options)
 
     def peer() -> float:
-        command = [clip_retrieval, str(PEER), str(folder / f"peer-{next(outs)}"), str(SIZE), str(BATCH), str(threads)]
-        result = subprocess.run([*command, *map(str, tars)], capture_output=True, text=True, check=False)
+        out = str(folder / f"peer-{next(outs)}")
+        command = [str(clip_retrieval), str(PEER), out, str(SIZE), str(BATCH), str(threads), *map(str, tars)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             sys.exit(f"{' '.join(command)}\n{result.stderr[-3000:]}")
         return float(result.stdout.split()[-1])
 
-    built, theirs = alternate(rounds, lambda: timed(ours), peer)
+    ways = [lambda: timed(ours), lambda: timed(lambda: bare_loop(tars, threads)), *([peer] if clip_retrieval else [])]
+    built, bare, *theirs = alternate(rounds, *ways)
     print(
-        f"build / clip-retrieval (rate)      {theirs / built:6.3f}  (>= 1; theirs {images / theirs:.0f} images/s)",
-        flush=True,
+        f"build / bare loop (rate)           {bare / built:6.3f}  (>= 0.95; {images / built:.0f} images/s)", flush=True
     )
+    if theirs:
+        print(f"build / clip-retrieval (rate)      {theirs[0] / built:6.3f}  (>= 1)", flush=True)
+    else:
+        print("build / clip-retrieval (rate)           -  (not measured: name a Python that has it, see --help)")
 
 
 def random_cache(folder: Path) -> EmbeddingCache:
