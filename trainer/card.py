@@ -48,7 +48,7 @@ def _sections(
     terms = [f"- {name}: {t.weight:g} x {t.kind} of ({t.x}, {t.y})" for name, t in whole.terms.items()]
     yield "## Towers\n\n" + "\n".join(towers)
     yield f"## Trained by\n\n{whole.loss.family}, batch {whole.batch:,}\n\n" + "\n".join(terms)
-    yield "## Data\n\n" + "\n".join(f"- {tar}" for tar in whole.data.tars)
+    yield "## Data\n\n" + "\n".join(f"- {tar}" for tar in whole.data.patterns)
     contracts = run.read_contracts()
     if contracts:
         lines = [

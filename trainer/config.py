@@ -133,13 +133,50 @@ class Loss:
 
 
 @checked(frozen=True, config=STRICT)
-class Data:
+class DataSet:
+    """One of several sets that a run mixes."""
+
     tars: list[str]
+    weight: Annotated[float, Field(gt=0)] = 1.0  # its share of every global batch, relative to the other sets'
+    concept_field: str | None = None  # None: data.concept_field
+
+
+@checked(frozen=True, config=STRICT)
+class Augment:
+    """Random changes to the square of bytes that an image tower sees, after the crop; off where 0."""
+
+    flip: Fraction = 0.0  # probability of the mirror image
+    brightness: Fraction = 0.0  # this and the next two: a factor from 1 - x to 1 + x
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # a turn of the colour circle from -x to x
+    jitter: Fraction = 1.0  # probability that the four changes of colour above are made, in a random order
+    grayscale: Fraction = 0.0  # probability of a grey picture
+    blur: Fraction = 0.0  # probability of a Gaussian blur of 0.1 to 2 pixels' standard deviation
+
+    @property
+    def photometric(self) -> bool:
+        """Whether anything but the geometry may change."""
+        return any((self.brightness, self.contrast, self.saturation, self.hue, self.grayscale, self.blur))
+
+
+@checked(frozen=True, config=STRICT)
+class Data:
     tokenizer: str
     image_size: PositiveInt
+    tars: list[str] = field(default_factory=list)  # or:
+    sets: dict[str, DataSet] = field(default_factory=dict)  # several sets, mixed by weight
+    # indexed: every sample by its place in its tar, in any order. streamed: whole tars in a row through webdataset,
+    # in `lanes`. auto: indexed where all tars are local.
+    read: Literal["auto", "indexed", "streamed"] = "auto"
+    lanes: PositiveInt = (
+        16  # streamed: tars read side by side, over all ranks; a multiple of the ranks, divides `batch`
+    )
+    shuffle_buffer: PositiveInt = 10_000  # streamed: undecoded samples that wait to be drawn, over all lanes
     context: PositiveInt = 32  # tokens per caption, end token included
     vocab_size: PositiveInt | None = None  # rows of the token embedding; None: the tokenizer's pieces
-    crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no augmentation
+    crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no crop
+    augment: Augment = field(default_factory=Augment)
     concept_field: str | None = None  # JSON field naming what a sample shows; None: every sample is its own concept
     on_bad: Literal["error", "skip"] = "error"  # a sample that cannot be read; for rows see CacheTower.on_bad_row
     # Tars whose rows are not all built: error refuses to train, wait waits for them, leave_out begins each epoch with
@@ -147,6 +184,16 @@ class Data:
     unbuilt_tars: Literal["error", "wait", "leave_out"] = "error"
     workers: Annotated[int, Field(ge=0)] = 1
     max_pixels: PositiveInt = 50_000_000
+
+    @property
+    def named_sets(self) -> dict[str, DataSet]:
+        """The sets by name; one without a name where `tars` are given."""
+        return self.sets or {"": DataSet(tars=self.tars)}
+
+    @property
+    def patterns(self) -> list[str]:
+        """What names the tars of all sets."""
+        return [pattern for part in self.named_sets.values() for pattern in part.tars]
 
 
 @checked(frozen=True, config=STRICT)
@@ -365,8 +412,7 @@ def _check_references(run: Run, source: str) -> None:
         raise ConfigError(f"{source}: {message}")
 
     _check_spans(run, refuse)
-    if not run.data.tars:
-        refuse("data.tars: expected at least one tar or pattern, found an empty list")
+    _check_data(run, refuse)
     if not run.terms:
         refuse("terms: expected at least one pair term, found none")
     known = set(run.towers)
@@ -415,10 +461,26 @@ def _check_references(run: Run, source: str) -> None:
                 f"towers.{name}.on_bad_row: mask keeps a sample for the terms without {name!r}, but every term has it; "
                 "use skip"
             )
-    if run.data.crop_scale < 1 and (cached := run.towers_of("cache")):
+
+
+def _check_data(run: Run, refuse: Callable[[str], None]) -> None:
+    data, cached = run.data, run.towers_of("cache")
+    if data.tars and data.sets:
+        refuse("data: tars and sets are both given; name all tars in one of them")
+    for name, part in data.named_sets.items():
+        if not part.tars:
+            refuse(f"data.{f'sets.{name}.' if name else ''}tars: expected at least one tar or pattern, found none")
+    if data.read == "streamed" and run.batch % data.lanes:
+        refuse(f"data.lanes: {data.lanes} does not divide the batch of {run.batch}; change one of them")
+    if data.crop_scale < 1 and cached:
         refuse(
-            f"data.crop_scale: {run.data.crop_scale} asks for random crops, but {cached} hold the embedding of the "
+            f"data.crop_scale: {data.crop_scale} asks for random crops, but {cached} hold the embedding of the "
             "uncropped view only; set crop_scale: 1.0"
+        )
+    if data.augment.flip and cached:
+        refuse(
+            f"data.augment.flip: {data.augment.flip} asks for mirror images at random, but {cached} hold embeddings of "
+            "stated views; set flip: 0 and build the cache with --views center+flip: then every other epoch is mirrored"
         )
 
 

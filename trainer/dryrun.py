@@ -23,7 +23,9 @@ def dry_run(run: Run, world: int = 1) -> list[str]:
     """
     held = _held(run)
     if held is None and run.duration.epochs is not None:
-        raise ConfigError(f"duration.epochs: the length of an epoch is unknown without {run.data.tars}; give examples")
+        raise ConfigError(
+            f"duration.epochs: the length of an epoch is unknown without {run.data.patterns}; give examples"
+        )
     teachers = {name: _teacher(name, tower) for name, tower in run.towers.items() if isinstance(tower, CacheTower)}
     vocab_size = _vocab_size(run)
     steps = run.duration.in_steps(0 if held is None else held.usable, run.batch)
@@ -35,7 +37,7 @@ def dry_run(run: Run, world: int = 1) -> list[str]:
 
 def _held(run: Run) -> Held | None:
     try:
-        tars = [index_tar(path) for path in expand(run.data.tars)]
+        tars = [index_tar(path) for path in expand(run.data.patterns)]
     except (OSError, ValueError):
         return None
     total = sum(len(tar.samples) for tar in tars)
