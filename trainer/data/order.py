@@ -105,3 +105,25 @@ def places(counts: Sequence[int]) -> Indices:
     """Return which set each place of a global batch (batch,) belongs to: spread evenly, so that any part is alike."""
     at = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
     return np.repeat(np.arange(len(counts)), counts)[np.argsort(at, kind="stable")]
+
+
+class RankBatches:
+    """A torch batch sampler: this rank's contiguous share of each global batch, as (epoch, index) addresses."""
+
+    def __init__(
+        self, seed: int, visited: Callable[[int], Indices], batch: int, rank: int, ranks: int, start: int, stop: int
+    ) -> None:
+        if batch % ranks:
+            raise ValueError(f"batch {batch} is not divisible by {ranks} ranks; change `batch` or the launch")
+        self._arguments = (seed, visited, batch, start, stop)
+        local = batch // ranks
+        self._mine = slice(rank * local, (rank + 1) * local)
+        self._steps = stop - start
+        next(global_batches(seed, visited, batch, 0, 1))  # refuse a set that is too small now, not in a worker
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, indices in global_batches(*self._arguments):
+            yield [(epoch, int(i)) for i in indices[self._mine]]
