@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from threetowers.cache.contract import ContractError, Preprocessing, teacher_difference
 from threetowers.eval.embed import EvaluationSet, Picture
 from threetowers.eval.encoder import Loading
+from threetowers.eval.encoders.forward import PixelView, RowView, TeacherTransform
 from threetowers.trainer.config import CacheTower
 from threetowers.trainer.data.join import CacheJoin
-from threetowers.trainer.data.samples import image
 from threetowers.trainer.data.view import center
 from threetowers.trainer.trained import TrainedModel
 
@@ -34,7 +34,7 @@ def image_source(trained: TrainedModel, tower: str, data: EvaluationSet, loading
     config = trained.run.towers[tower]
     if not isinstance(config, CacheTower):
         size, limit = trained.run.data.image_size, loading.max_pixels
-        return Source(lambda p: center(image(data.tars[p.tar], p.ordinal, limit), size))
+        return Source(PixelView(data.tars, partial(center, size=size), limit))
     if loading.live_teacher:
         return _teacher_source(trained, tower, data, loading)
     path = loading.caches.get(tower, Path(config.path))
@@ -46,7 +46,7 @@ def image_source(trained: TrainedModel, tower: str, data: EvaluationSet, loading
             f"of them and give it as --cache {tower}=PATH, or use --live-teacher"
         ) from error
     _check(trained, tower, path, join)
-    return Source(lambda p: torch.from_numpy(join.row(p.tar, p.ordinal)))
+    return Source(RowView(join))
 
 
 def view_of(trained: TrainedModel, tower: str) -> str:
@@ -80,5 +80,5 @@ def _teacher_source(trained: TrainedModel, tower: str, data: EvaluationSet, load
     config = trained.run.towers[tower]
     weights = config.weights if isinstance(config, CacheTower) else None
     teacher = live_teacher(trained.contracts[tower], weights, str(loading.torch_device()))
-    limit = loading.max_pixels
-    return Source(lambda p: teacher.preprocess(image(data.tars[p.tar], p.ordinal, limit)), teacher.embed)
+    view = PixelView(data.tars, TeacherTransform(teacher.transform), loading.max_pixels)
+    return Source(view, teacher.embed)

@@ -3,12 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from threetowers.cache.reader import EmbeddingCache
 from threetowers.eval.embed import EvaluationSet, Floats, Picture
 from threetowers.eval.encoder import Facts, Loading, NoTextTower
-from threetowers.eval.encoders.forward import forward_pictures
+from threetowers.eval.encoders.forward import RowView, forward_pictures
 from threetowers.eval.sources import teacher_view
 from threetowers.trainer.data.join import CacheJoin
 
@@ -35,9 +33,7 @@ class CachedRows:
 
     def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
         join = CacheJoin(self.path, data.tars)
-        return forward_pictures(
-            pictures, lambda p: torch.from_numpy(join.row(p.tar, p.ordinal)), lambda x: x, self.loading.batch_size, 0
-        )
+        return forward_pictures(pictures, RowView(join), lambda rows: rows, self.loading.batch_size, 0)
 
     def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
         raise NoTextTower(f"{self.facts.name} sees images only: leave it out of tasks with captions or prompts")

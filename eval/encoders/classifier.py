@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
 from threetowers.cache.teacher import load_teacher
 from threetowers.eval.embed import EvaluationSet, Floats, Picture
 from threetowers.eval.encoder import Facts, Loading, NoTextTower
-from threetowers.eval.encoders.forward import forward_pictures
+from threetowers.eval.encoders.forward import PixelView, TeacherTransform, forward_pictures
 from threetowers.eval.sources import teacher_view
-from threetowers.trainer.data.samples import image
 
 
 class ClassifierTower:
@@ -37,9 +34,7 @@ class ClassifierTower:
         )
 
     def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
-        def view(p: Picture) -> Tensor:
-            return self.teacher.preprocess(image(data.tars[p.tar], p.ordinal, self.loading.max_pixels))
-
+        view = PixelView(data.tars, TeacherTransform(self.teacher.transform), self.loading.max_pixels)
         return forward_pictures(pictures, view, self.teacher.embed, self.loading.batch_size, self.loading.workers)
 
     def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:

@@ -1,18 +1,54 @@
 """Pictures through a model: read and decoded in worker processes while the model computes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from threetowers.cache.tars import TarIndex
 from threetowers.eval.embed import Floats, Picture
-from threetowers.trainer.data.samples import BadSample
+from threetowers.trainer.data.join import CacheJoin
+from threetowers.trainer.data.samples import BadSample, image
 
 View = Callable[[Picture], Tensor]
-T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PixelView:
+    """The picture itself, by a transform. Like every view it can be pickled: worker processes may be spawned."""
+
+    tars: Sequence[TarIndex]
+    transform: Callable[[Image.Image], Tensor]
+    max_pixels: int
+
+    def __call__(self, picture: Picture) -> Tensor:
+        return self.transform(image(self.tars[picture.tar], picture.ordinal, self.max_pixels))
+
+
+@dataclass(frozen=True)
+class RowView:
+    """The picture's row of a cache."""
+
+    join: CacheJoin
+
+    def __call__(self, picture: Picture) -> Tensor:
+        return torch.from_numpy(self.join.row(picture.tar, picture.ordinal))
+
+
+@dataclass(frozen=True)
+class TeacherTransform:
+    """A teacher's transform alone: the model stays where it computes."""
+
+    transform: Callable[[Image.Image], npt.NDArray[np.uint8]]
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.transform(picture)))
 
 
 class Views(Dataset[Tensor | BadSample]):

@@ -10,8 +10,7 @@ from torch import Tensor
 from threetowers.cache.teacher import state_digest
 from threetowers.eval.embed import EvaluationSet, Floats, Picture
 from threetowers.eval.encoder import Facts, Loading
-from threetowers.eval.encoders.forward import forward_captions, forward_pictures
-from threetowers.trainer.data.samples import image
+from threetowers.eval.encoders.forward import PixelView, forward_captions, forward_pictures
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +54,7 @@ class OpenClipTower:
         )
 
     def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
-        def view(p: Picture) -> Tensor:
-            pixels: Tensor = self.transform(image(data.tars[p.tar], p.ordinal, self.loading.max_pixels))
-            return pixels
-
+        view = PixelView(data.tars, self.transform, self.loading.max_pixels)
         return forward_pictures(
             pictures, view, self._features if raw else self._embed, self.loading.batch_size, self.loading.workers
         )

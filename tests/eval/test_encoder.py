@@ -1,5 +1,6 @@
 """Every kind of model as the tasks see it: shapes, norms, what is kept, what is mixed, what is refused."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from safetensors.torch import save_file
 
 from tests.eval.runs import finished
 from threetowers.cache.tars import index_tar
+from threetowers.cache.teacher import load_teacher
 from threetowers.eval.embed import EvaluationSet, evaluation_set
 from threetowers.eval.encoder import Loading, Mixing, NoTextTower, load_encoder
+from threetowers.eval.encoders.forward import PixelView, TeacherTransform
+from threetowers.eval.sources import image_source
 from threetowers.trainer.data.samples import image
 from threetowers.trainer.data.view import center
 from threetowers.trainer.trained import TrainedModel
@@ -122,3 +126,17 @@ def test_what_names_no_model_is_refused(tmp_path: Path) -> None:
         load_encoder("timm:")
     with pytest.raises(ValueError, match="unknown to timm"):
         load_encoder("timm:no_such_model")
+
+
+def test_views_survive_being_sent_to_another_process(
+    lit: dict[str, Any], clip: dict[str, Any], cache: Path, data: EvaluationSet
+) -> None:
+    picture = data.pictures[7]
+    teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
+    views = [
+        image_source(TrainedModel.load(finished(clip)), "image", data, Loading()).view,
+        image_source(TrainedModel.load(finished(lit)), "third", data, Loading()).view,
+        PixelView(data.tars, TeacherTransform(teacher.transform), 10**6),
+    ]
+    for view in views:
+        assert torch.equal(pickle.loads(pickle.dumps(view))(picture), view(picture))
