@@ -64,8 +64,8 @@ def agree(
 ) -> Agreement:
     """Begin a cache, or add to one what it lacks of these tars: rank 0 writes, the others wait for it.
 
-    `index` reads the headers of tars, which is not
-    needed for those that lie where the table says; whoever embeds a tar compares its fingerprint.
+    `index` reads the headers of tars, which is not needed for those that lie where the table says; whoever embeds a tar
+    compares its fingerprint.
 
     Raises:
         ContractError: a cache under another contract, of tars that were packed again, or not a cache.

@@ -50,9 +50,9 @@ class TierCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rate`: pictures a second of the whole build in one process; `decode_rate` of decoding and transforming in one
-    thread, `forward_rate` of the teacher alone, a view each. `hours`: of all ranks at that rate. `live_hours`: of one
-    epoch with a live teacher in place of the cache, its forward passes alone."""
+    """`rate`: pictures a second of the whole build in one process, `shares` where its time went, largest first;
+    `decode_rate`: of decoding and transforming in one thread. `hours`: of all ranks at that rate. `live_hours`: of one
+    epoch with a live teacher in place of the cache, its forward passes of one view alone."""
 
     n_tars: int
     n_samples: int
@@ -64,7 +64,7 @@ class Plan:
     ranks: int
     rate: float
     decode_rate: float
-    forward_rate: float
+    shares: dict[str, float]
     tiers: tuple[TierCost, ...]
 
     @property
@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def live_hours(self) -> float:
-        return self.n_samples / (self.forward_rate * self.ranks) / 3600
+        return self.hours * self.shares["forward"] / self.views.count
 
     @property
     def break_even(self) -> float:
@@ -97,8 +97,8 @@ class Plan:
             f"tars        {self.n_tars:,}, {self.n_samples:,} samples ({how})",
             f"measured    on {self.sampled} pictures" + (f", {self.bad} more not decodable" if self.bad else ""),
             f"  decode and transform {self.decode_rate:10.1f} img/s a thread",
-            f"  teacher alone        {self.forward_rate:10.1f} img/s",
-            f"  whole build          {self.rate:10.1f} img/s a process, views {self.views}",
+            f"  whole build          {self.rate:10.1f} img/s a process, views {self.views}; time goes to "
+            + ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items()),
             f"time        {self.hours:.2f} hours on {self.ranks} ranks ({self.hours * self.ranks:.2f} rank-hours)",
             f"break-even  {self.break_even:.2f} epochs: a live teacher would cost {self.live_hours:.2f} hours of each",
             f"{'dtype':10}{'bytes':>20}{'files':>12}{'1 - cosine: worst':>20}{'mean':>10}",
@@ -155,12 +155,9 @@ def plan(
     decode_seconds = time.perf_counter() - began
     if len(pixels) < MIN_TIMED:
         raise ValueError(f"{len(pixels)} of {len(look.sample)} sampled pictures can be decoded: expected {MIN_TIMED}")
-    embed(teacher, pixels[:batch_size])  # the first pass allocates
-    began = time.perf_counter()
     rows_nD = embed(teacher, pixels, batch_size)
-    forward_seconds = time.perf_counter() - began
     options = {"views": views, "batch_size": batch_size, "threads": threads, "device": device}
-    rate, record_bytes = _built(look, backbone, weights, image_size, options)
+    rate, shares, record_bytes = _built(look, backbone, weights, image_size, options)
     return Plan(
         n_tars=look.n_tars,
         n_samples=look.n_samples,
@@ -172,21 +169,24 @@ def plan(
         ranks=ranks,
         rate=rate,
         decode_rate=len(look.sample) / decode_seconds,
-        forward_rate=len(pixels) / forward_seconds,
+        shares=shares,
         tiers=tuple(_tier(name, look, teacher, views, rows_nD, record_bytes) for name in PRECISIONS),
     )
 
 
 def _built(
     look: Survey, backbone: str, weights: str, image_size: int | None, options: dict[str, Any]
-) -> tuple[float, int]:
-    """Pictures a second of the real build on the sample, twice: the second tar is timed; and bytes of a done record."""
+) -> tuple[float, dict[str, float], int]:
+    """Of the real build on the sample, packed twice: pictures a second in the second tar, where the time went, and the
+    bytes of a done record."""
     with tempfile.TemporaryDirectory(prefix="threetowers-plan-") as folder:
         tars = [_pack(Path(folder) / f"{i}.tar", look, i) for i in range(2)]
         place = place_of(Path(folder) / "cache")
-        build(tars, place, backbone=backbone, weights=weights, image_size=image_size, dtype="float32", **options)
+        report = build(
+            tars, place, backbone=backbone, weights=weights, image_size=image_size, dtype="float32", **options
+        )
         record = read_record(place, read_contract(place), read_table(place).entries[1])
-        return record.n_samples / max(record.seconds, 1e-3), place.size(record_name(1)) or 0
+        return record.n_samples / max(record.seconds, 1e-3), report.shares, place.size(record_name(1)) or 0
 
 
 def _pack(path: Path, look: Survey, number: int) -> str:

@@ -39,7 +39,7 @@ def test_bytes_and_files_are_those_of_the_cache(
         assert abs(tier.bytes - report.bytes - records) < 3 * 400, "done records differ by some digits"
         assert 0.99 < tier.min_cosine <= tier.mean_cosine <= 1 + 1e-9
     assert found.hours > 0
-    assert found.break_even == pytest.approx(found.forward_rate / found.rate)
+    assert found.break_even == pytest.approx(views.count / found.shares["forward"])
 
 
 def test_more_images_cost_in_proportion(tars: list[Path], options: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def test_commands_print_and_write_json(
     assert "3, 42 samples (counted)" in printed
     assert "1,000,000 samples (estimated" in printed
     told = json.loads((tmp_path / "plan.json").read_text())
-    assert told["break_even_epochs"] == pytest.approx(told["forward_rate"] / told["rate"])
+    assert told["break_even_epochs"] == pytest.approx(1 / told["shares"]["forward"])
     assert command.measure_views(names, **options, sample=9, json=tmp_path / "views.json") == 0
     assert "random crop, crop_scale 0.35" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "views.json").read_text())["rows"]) == 6
