@@ -142,6 +142,9 @@ class _Opening:
         classifies = learns or task == "zeroshot" or (isinstance(settings, Shift) and settings.of == "zeroshot")
         if learns and own.learn is None:
             self.refuse(f"{task} needs pictures to learn from; say where they are under learn")
+        for needs, key, parts in (("shift", "shifted", own.shifted), ("ood", "outliers", own.outliers)):
+            if task == needs and not parts:
+                self.refuse(f"{task} needs at least one set under {key}")
         of_set = self.source.part(None)
         learn = {"learn": self.source.part(own.learn)} if learns else {}
         shifted = {name: self.source.part(part) for name, part in own.shifted.items()} if task == "shift" else {}

@@ -7,12 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from threetowers.eval.album import Album
+from threetowers.eval.card import card_of, write_card
 from threetowers.eval.dataset import OpenSet, Part, Reader, as_gallery, open_set
 from threetowers.eval.description import Description, Settings, Tasks, load_description
 from threetowers.eval.encoder import Encoder, Loading, load_encoder
 from threetowers.eval.prompts import fill, prompts_hash
 from threetowers.eval.record import Question, Record, answered, digest
-from threetowers.eval.tasks import TASKS, check, needs_text
+from threetowers.eval.report import ReportPaths, render
+from threetowers.eval.results import MODELS, PICTURES, RECORDS, load_results
+from threetowers.eval.tasks import TASKS, Showing, check, needs_text
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ class Suite:
 
     records: list[Record]
     left_out: list[str]
+    report: ReportPaths
 
     def text(self) -> str:
         """What a terminal shows: each set's tasks with the metrics they lead with, a column a model."""
@@ -47,7 +52,8 @@ class Suite:
         for row, values in rows.items():
             cells = [f"{100 * values[model]:.1f}" if model in values else "-" for model in models]
             lines.append(f"{row:<{width}}" + "".join(f"  {c:>{size}}" for c, size in zip(cells, columns, strict=True)))
-        return "\n".join([*lines, "in percent; ties count against the model", *self.left_out])
+        notes = ["in percent; ties count against the model", *self.left_out, f"report: {self.report.html}"]
+        return "\n".join([*lines, *notes])
 
 
 def headlines(record: Record) -> dict[str, float]:
@@ -74,10 +80,10 @@ def run_suite(
     loading: Loading | None = None,
     again: bool = False,
 ) -> Suite:
-    """Answer the tasks that the sets' descriptions name (or those given) for each model; records go to `out`/records.
+    """Answer the tasks that the sets' descriptions name (or those given) for each model.
 
-    Every description, set and model is opened and checked before the first embedding is computed. Raises ValueError
-    for what is wrong with them.
+    Records go to `out`, and a report on these models, with what else `out` holds of them. Every description, set and
+    model is opened and checked before the first embedding is computed. Raises ValueError for what is wrong with them.
     """
     if not models or not sets:
         raise ValueError(f"expected at least one model and one data set, got {list(models)} and {list(sets)}")
@@ -89,13 +95,19 @@ def run_suite(
     if len(set(names)) != len(names):
         raise ValueError(f"models must have different names, got {names}")
     records, left_out = [], []
-    for encoder in encoders:
+    show = Showing(Album(out / PICTURES))
+    for model, encoder in zip(models, encoders, strict=True):
+        write_card(card_of(model, encoder), out / MODELS)
         for one in asked:
             if needs_text(one.task) and not encoder.sees_text:
                 left_out.append(f"{encoder.facts.name}: no {one.task}, as it sees images only")
                 continue
-            records.append(_answer(one, encoder, out / "records", again))
-    return Suite(records, left_out)
+            records.append(_answer(one, encoder, out / RECORDS, show, again))
+    if not records:
+        raise ValueError(f"no model can answer what is asked: {'; '.join(left_out)}")
+    answered_by = list(dict.fromkeys(record.question.run for record in records))
+    title = f"Evaluation: {', '.join(answered_by)}"
+    return Suite(records, left_out, render(load_results([out], answered_by), out, title=title))
 
 
 def questions_of(path: str | Path, tasks: Sequence[str] | None = None, read: Reader | None = None) -> list[Asked]:
@@ -125,7 +137,7 @@ def _default(task: str) -> Any:
     return kind()
 
 
-def _answer(one: Asked, encoder: Encoder, folder: Path, again: bool) -> Record:
+def _answer(one: Asked, encoder: Encoder, folder: Path, show: Showing, again: bool) -> Record:
     opened = one.opened
     parts = dict(_parts(opened))
     tars = {tar.location: tar for part in parts.values() for tar in part.data.tars}
@@ -149,7 +161,7 @@ def _answer(one: Asked, encoder: Encoder, folder: Path, again: bool) -> Record:
         question,
         encoder.facts,
         folder,
-        lambda: TASKS[one.task](encoder, opened, one.settings),
+        lambda: TASKS[one.task](encoder, opened, one.settings, show),
         sample_ids=digest(_ids(parts)),
         texts=digest(texts),
         again=again,

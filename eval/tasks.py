@@ -4,11 +4,13 @@ Zero-shot, neighbours and outlier scores use the unit-norm embeddings; the probe
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from threetowers.eval.album import Album
 from threetowers.eval.classification import (
     Floats,
     Ints,
@@ -23,27 +25,37 @@ from threetowers.eval.dataset import OpenSet, Part, as_gallery
 from threetowers.eval.description import FewShot, Neighbours, Outliers, Probe, Retrieval, Settings, Shift, ZeroShot
 from threetowers.eval.encoder import Encoder
 from threetowers.eval.fewshot import check_supports, few_shot_probes
-from threetowers.eval.gallery import galleries_of
+from threetowers.eval.gallery import Gallery, encoded, galleries_of
 from threetowers.eval.knn import check_neighbours, neighbour_votes
 from threetowers.eval.ood import Mahalanobis, class_scores, detection, neighbour_score
 from threetowers.eval.probe import check_classes, linear_probe
 from threetowers.eval.prompts import ensemble, fill
-from threetowers.eval.record import Answer
-from threetowers.eval.retrieval import Retrieval as Retrieved
+from threetowers.eval.record import Answer, Example, Items, Shown
 from threetowers.eval.retrieval import evaluate_retrieval
+from threetowers.eval.search import GallerySearch
 
-Items = dict[str, NDArray[Any]]
 ORIGINAL = "original"
 TOP = (1, 5)
+SHOWN = 5  # classes in an example
 
 
-def zeroshot(encoder: Encoder, opened: OpenSet, settings: ZeroShot) -> Answer:
+@dataclass(frozen=True)
+class Showing:
+    """Which examples a reader is shown: so many of each kind, their pictures kept in the album."""
+
+    album: Album
+    examples: int = 6
+    seed: int = 0
+
+
+def zeroshot(encoder: Encoder, opened: OpenSet, settings: ZeroShot, show: Showing) -> Answer:
     """Classify by the nearest class embedding: `top1`, `top5`, `mean_per_class`, and `calibration_error` at the scale.
 
     With several labels a picture, a hit on any counts, and `mean_average_precision` is given too.
     """
-    classifier = zero_shot_classifier(encoder, opened)
-    return _classified(classifier, images(encoder, opened.test), opened.test, scale=encoder.logit_scale)
+    classifier, x_ND = zero_shot_classifier(encoder, opened), images(encoder, opened.test)
+    answer = _classified(classifier, x_ND, opened.test, scale=encoder.logit_scale)
+    return replace(answer, examples=_class_examples(classifier, x_ND, opened, answer.items, show))
 
 
 def zero_shot_classifier(encoder: Encoder, opened: OpenSet) -> LinearClassifier:
@@ -52,12 +64,12 @@ def zero_shot_classifier(encoder: Encoder, opened: OpenSet) -> LinearClassifier:
     return LinearClassifier(np.ascontiguousarray(ensemble(prompts, len(opened.names)).T))
 
 
-def fewshot(encoder: Encoder, opened: OpenSet, settings: FewShot) -> Answer:
+def fewshot(encoder: Encoder, opened: OpenSet, settings: FewShot, show: Showing) -> Answer:
     """Ridge probes on a few pictures a class: `<k>-shot/top1`, the mean over seeds; its deviation, and each seed's."""
     learn = _learn(opened)
     train_MD, test_ND = features(encoder, learn), features(encoder, opened.test)
     metrics: dict[str, float] = {}
-    items: Items = {}
+    items: dict[str, NDArray[Any]] = {}
     right: dict[int, list[NDArray[np.bool_]]] = {shots: [] for shots in settings.shots}
     per_class: dict[int, list[float]] = {shots: [] for shots in settings.shots}
     for found in few_shot_probes(
@@ -76,7 +88,7 @@ def fewshot(encoder: Encoder, opened: OpenSet, settings: FewShot) -> Answer:
     return Answer(metrics, _counts(opened.test) | {"learned_from": len(learn.rows)}, items)
 
 
-def probe(encoder: Encoder, opened: OpenSet, settings: Probe) -> Answer:
+def probe(encoder: Encoder, opened: OpenSet, settings: Probe, show: Showing) -> Answer:
     """A logistic probe on all training pictures, its penalty chosen on some of them; metrics as of `zeroshot`."""
     learn = _learn(opened)
     found = linear_probe(
@@ -90,7 +102,7 @@ def probe(encoder: Encoder, opened: OpenSet, settings: Probe) -> Answer:
     )
 
 
-def knn(encoder: Encoder, opened: OpenSet, settings: Neighbours) -> Answer:
+def knn(encoder: Encoder, opened: OpenSet, settings: Neighbours, show: Showing) -> Answer:
     """Votes of the nearest training pictures: `<rule>@<k>/top1` and `/mean_per_class`."""
     learn = _learn(opened)
     votes = neighbour_votes(
@@ -102,7 +114,7 @@ def knn(encoder: Encoder, opened: OpenSet, settings: Neighbours) -> Answer:
         temperature=settings.temperature,
     )
     metrics: dict[str, float] = {}
-    items: Items = {}
+    items: dict[str, NDArray[Any]] = {}
     for rule, votes_NC in votes.items():
         judged = judge([votes_NC], opened.test.labels_NL)
         found = accuracies(judged, opened.test.labels_NL)
@@ -111,7 +123,7 @@ def knn(encoder: Encoder, opened: OpenSet, settings: Neighbours) -> Answer:
     return Answer(metrics, _counts(opened.test) | {"learned_from": len(learn.rows)}, items)
 
 
-def shift(encoder: Encoder, opened: OpenSet, settings: Shift) -> Answer:
+def shift(encoder: Encoder, opened: OpenSet, settings: Shift, show: Showing) -> Answer:
     """Each shifted version beside the original: `<version>/top1`, and `<version>/top1_drop` from the original's.
 
     Where a version has fewer classes, the original is classified into these alone (`<version>/top1_original`), and the
@@ -122,7 +134,7 @@ def shift(encoder: Encoder, opened: OpenSet, settings: Shift) -> Answer:
     classifier = zero_shot_classifier(encoder, opened)
     metrics: dict[str, float] = {}
     counts: dict[str, int] = {}
-    items: Items = {}
+    items: dict[str, NDArray[Any]] = {}
     for name, part in {ORIGINAL: opened.test, **opened.shifted}.items():
         answer = _classified(classifier, images(encoder, part), part, scale=encoder.logit_scale)
         metrics |= _prefixed(name, answer.metrics)
@@ -138,37 +150,39 @@ def shift(encoder: Encoder, opened: OpenSet, settings: Shift) -> Answer:
     return Answer(metrics, counts, items)
 
 
-def retrieval(encoder: Encoder, opened: OpenSet, settings: Retrieval) -> Answer:
+def retrieval(encoder: Encoder, opened: OpenSet, settings: Retrieval, show: Showing) -> Answer:
     """Recalls from exact ranks, both ways, between the set's pictures and their captions."""
-    found = _retrieved(encoder, opened.test, settings)
-    return Answer(found.metrics(), found.counts() | {"without_caption": len(opened.test.rows) - found.images})
-
-
-def _retrieved(encoder: Encoder, part: Part, settings: Retrieval) -> Retrieved:
-    (gallery,) = galleries_of(as_gallery(part, settings.group_field, settings.max_captions))
-    return evaluate_retrieval(
-        encoder.images(part.data, gallery.pictures),
-        encoder.texts(gallery.captions),
-        gallery.image_group_N,
-        gallery.text_group_M,
+    gallery, image_ND, text_MD = _gallery(encoder, opened.test, settings)
+    answer = GallerySearch(gallery, image_ND, text_MD, "Flat").answer(
+        opened.test.data, show.album, show.examples, show.seed
     )
+    without = {"without_caption": len(opened.test.rows) - len(gallery.pictures)}
+    return replace(answer, counts={**answer.counts, **opened.test.left_out, **without})
+
+
+def _gallery(encoder: Encoder, part: Part, settings: Retrieval) -> tuple[Gallery, Floats, Floats]:
+    (gallery,) = galleries_of(as_gallery(part, settings.group_field, settings.max_captions))
+    return gallery, encoder.images(part.data, gallery.pictures), encoder.texts(gallery.captions)
 
 
 def _retrieval_shift(encoder: Encoder, opened: OpenSet, settings: Retrieval) -> Answer:
     metrics: dict[str, float] = {}
     counts: dict[str, int] = {}
+    items: dict[str, NDArray[Any]] = {}
     for name, part in {ORIGINAL: opened.test, **opened.shifted}.items():
-        found = _retrieved(encoder, part, settings)
+        gallery, image_ND, text_MD = _gallery(encoder, part, settings)
+        found = evaluate_retrieval(image_ND, text_MD, gallery.image_group_N, gallery.text_group_M)
         metrics |= _prefixed(name, found.metrics())
         counts |= _prefixed(name, found.counts())
+        items |= _prefixed(name, found.items())
         for direction in ("image_to_text", "text_to_image"):
             key = f"{direction}/recall@1"
             if name != ORIGINAL:
                 metrics[f"{name}/{key}_drop"] = metrics[f"{ORIGINAL}/{key}"] - metrics[f"{name}/{key}"]
-    return Answer(metrics, counts)
+    return Answer(metrics, counts, items)
 
 
-def ood(encoder: Encoder, opened: OpenSet, settings: Outliers) -> Answer:
+def ood(encoder: Encoder, opened: OpenSet, settings: Outliers, show: Showing) -> Answer:
     """Tell the set's pictures from each outlier set: `<outliers>/<score>/auroc` and so on (see `ood.detection`).
 
     Without a text tower, or without prompts, there are the k-NN and Mahalanobis scores only.
@@ -189,7 +203,7 @@ def ood(encoder: Encoder, opened: OpenSet, settings: Outliers) -> Answer:
     inside = scores(opened.test)
     metrics: dict[str, float] = {}
     counts = _counts(opened.test) | {"learned_from": len(learn.rows), "mahalanobis_rank": distance.rank}
-    items: Items = {f"inside/{name}": score for name, score in inside.items()}
+    items: dict[str, NDArray[Any]] = {f"inside/{name}": score for name, score in inside.items()}
     for outliers, part in opened.outliers.items():
         counts[f"{outliers}/pictures"] = len(part.rows)
         for name, score in scores(part).items():
@@ -198,7 +212,7 @@ def ood(encoder: Encoder, opened: OpenSet, settings: Outliers) -> Answer:
     return Answer(metrics, counts, items)
 
 
-TASKS: dict[str, Callable[[Encoder, OpenSet, Any], Answer]] = {
+TASKS: dict[str, Callable[[Encoder, OpenSet, Any, Showing], Answer]] = {
     "retrieval": retrieval,
     "zeroshot": zeroshot,
     "fewshot": fewshot,
@@ -279,13 +293,41 @@ def _classified(classifier: LinearClassifier, x_ND: Floats, part: Part, scale: f
         scores_NC = np.concatenate(list(_narrow(classifier, part).scores(x_ND)))
         metrics["mean_average_precision"] = mean_average_precision(scores_NC, labels_NL)
     tied = int((judged.optimistic_N != judged.pessimistic_N).sum())
-    items: Items = {f"top{k}": judged.correct_N(k).astype(np.float32) for k in TOP if k <= judged.classes}
+    items: dict[str, NDArray[Any]] = {
+        f"top{k}": judged.correct_N(k).astype(np.float32) for k in TOP if k <= judged.classes
+    }
     items |= {
         "confidence": judged.confidence_N,
         "predicted": part.told_apart[judged.predicted_N],
         "label": part.labels_NL,
     }
     return Answer(metrics, _counts(part) | {"tied": tied}, items)
+
+
+def _class_examples(
+    classifier: LinearClassifier, x_ND: Floats, opened: OpenSet, items: Items, show: Showing
+) -> list[Example]:
+    """Some pictures, the same for every model, with their best classes; and the model's most confident misses."""
+    part, right_N = opened.test, items["top1"] > 0
+    some = np.random.default_rng(show.seed).permutation(len(part.rows))[: show.examples]
+    missed = [row for row in np.argsort(-items["confidence"], kind="stable") if not right_N[row]][: show.examples]
+    examples = []
+    for heading, rows in (("Picture → classes", some), ("Missed most confidently: picture → classes", missed)):
+        for row in rows:
+            (scores_C,) = next(classifier.scores(x_ND[row : row + 1]))
+            labels = set(part.labels_NL[row].tolist())
+            best = np.argsort(-scores_C, kind="stable")
+            rank = 1 + int(np.isin(best, list(labels)).argmax())
+            picture = part.data.pictures[part.rows[row]]
+            query = Shown(
+                ", ".join(opened.names[label] for label in sorted(labels) if label >= 0),
+                show.album.add(encoded(part.data, picture)),
+            )
+            answers = tuple(
+                Shown(opened.names[c], score=float(scores_C[c]), hit=int(c) in labels) for c in best[:SHOWN]
+            )
+            examples.append(Example(heading, query, answers, rank))
+    return examples
 
 
 def _restricted(part: Part, classes: Ints) -> Part:

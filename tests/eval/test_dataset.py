@@ -273,6 +273,15 @@ def test_sets_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("task", "key"), [("shift", "shifted"), ("ood", "outliers"), ("knn", "learn"), ("fewshot", "learn")]
+)
+def test_a_task_without_its_pictures_is_refused(pets: dict[str, Any], tmp_path: Path, task: str, key: str) -> None:
+    del pets[key]
+    with pytest.raises(BadDescription, match=f"{task} needs .* under {key}"):
+        open_set(described(pets, tmp_path), task, None)
+
+
+@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("test/nshards.txt", "two", "expected test/nshards.txt with the number of its tars, found 'two'"),
