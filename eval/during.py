@@ -52,6 +52,7 @@ class RetrievalLook:
         loading = Loading(workers=0, max_pixels=self.run.data.max_pixels)
         source = image_source(trained, trained.image_tower, self.data, loading)
 
+        @torch.inference_mode()
         def forward(views: Tensor) -> Tensor:
             return model.encode_image({trained.image_tower: source.prepare(views).to(trained.device)})
 

@@ -20,7 +20,7 @@ from threetowers.trainer.accumulate import Measured, accumulate
 from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.clock import Clock
 from threetowers.trainer.config import CacheTower, Run
-from threetowers.trainer.cost import Teacher, meta_model
+from threetowers.trainer.cost import Teacher, meta_model, tower_costs, training_flops
 from threetowers.trainer.data.join import CacheJoin
 from threetowers.trainer.data.loader import Batch, training_loader
 from threetowers.trainer.data.samples import BadSample, open_samples
@@ -94,6 +94,7 @@ class Trainer:
             samples, teachers = self.samples, {name: Teacher.of(contract) for name, contract in contracts.items()}
             held = Held(len(samples), samples.total, len(samples.tars), samples.left_out, samples.without_row)
             shapes = meta_model(run, self.vocab_size, teachers)
+            self.flops = training_flops(shapes, tower_costs(shapes))
             for line in startup_page(ranks, shapes, teachers, held, self.steps):
                 logger.info(line)
             for difference in changed:
@@ -224,6 +225,7 @@ class Trainer:
             "lr": rate,
             "grad_norm": None if norm is None else float(norm),
             "images_per_s": lap.images_per_s,
+            "tflops_per_s": lap.images_per_s * self.flops / 1e12,  # of towers and heads, on all ranks
             "data_wait": lap.data_wait,
             "seconds": self.clock.training,
             "memory_gb": peak_memory(self.ranks.device),

@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="of 3T and CLIP")
     parser.add_argument("--teacher-rounds", type=int, default=2)
-    parser.add_argument("--teacher-batch", type=int, default=64)
+    parser.add_argument("--teacher-batch", type=int, default=32)
     parser.add_argument("--wait-steps", type=int, default=60)
     parser.add_argument("--memory", action="store_true", help="memory against the batch, and nothing else")
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
@@ -176,9 +176,9 @@ def main() -> None:
     if options.memory:
         memory(options.batches, options.chunk)
         return
+    waiting(options.wait_steps)  # first: this process joins no group of ranks before
     cached_tower(options.rounds)
     live_teachers(options.teacher_rounds, options.teacher_batch)
-    waiting(options.wait_steps)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""Whole runs with real processes: layouts agree, a killed run resumes exactly, no teacher is in memory."""
+"""Whole runs with real processes: layouts agree, bad input is one message, no teacher is in memory."""
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,46 +78,6 @@ def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.distributed
-def test_a_killed_run_resumes_exactly(three: dict[str, Any], tmp_path: Path) -> None:
-    """kill -9 in mid-run: the resumed run has the losses and the weights, to the bit, of one left alone."""
-    three["towers"]["text"]["dropout"] = 0.2
-    three["data"]["workers"] = 1
-    three |= {"duration": {"steps": 40}, "checkpoint": {"every_steps": 5}}
-    alone, killed = write(three, tmp_path), write(three, tmp_path)
-    command = [sys.executable, "-m", "threetowers", "train"]
-    launch([*command, alone[0]])
-    victim = subprocess.Popen(
-        [*command, killed[0]],
-        env=ENVIRONMENT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while not (killed[1] / "metrics.jsonl").exists() or len(metrics_so_far(killed[1])) < 12:
-        assert victim.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
-    assert not (killed[1] / "model.safetensors").exists()
-    resumed = launch([*command, killed[0]])
-    assert "trained 40 steps" in resumed.stdout
-    steps = [m["step"] for m in metrics(killed[1])]
-    assert steps == list(range(1, 41))
-    assert losses(killed[1]) == losses(alone[1])
-    for name, tensor in load_file(alone[1] / "model.safetensors").items():
-        assert load_file(killed[1] / "model.safetensors")[name].equal(tensor), name
-    assert len(list((killed[1] / "checkpoints").glob("step-*"))) == 2
-    assert launch([*command, killed[0]]).stdout == resumed.stdout  # finished: nothing is done again
-
-
-def metrics_so_far(out: Path) -> list[str]:
-    return (out / "metrics.jsonl").read_text().splitlines()
-
-
-@pytest.mark.distributed
 def test_the_deepspeed_launcher(lit: dict[str, Any], tmp_path: Path) -> None:
     file, out = write(lit, tmp_path)
     launcher = str(Path(sys.executable).with_name("deepspeed"))
@@ -132,9 +89,9 @@ def test_the_deepspeed_launcher(lit: dict[str, Any], tmp_path: Path) -> None:
     assert metrics(out)[-1]["lr"] < metrics(out)[2]["lr"] < 2e-3
     assert list((out / "tensorboard").glob("events.*"))
     alone = [sys.executable, "-m", "threetowers", "train", file, "optim.lr=2e-3"]
-    refused = subprocess.run(alone, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
-    assert refused.returncode == 2
-    assert "the checkpoint of step 6 was written by 2 ranks, this launch has 1; start 2 ranks" in refused.stderr
+    finished = metrics(out)
+    assert "trained 6 steps" in launch(alone).stdout  # by two ranks: one alone finds nothing left to do
+    assert metrics(out) == finished
 
 
 @pytest.mark.distributed
@@ -163,7 +120,7 @@ def test_a_full_disk_is_one_message(clip: dict[str, Any], tmp_path: Path) -> Non
     assert result.returncode == 2
     assert f"{out}/checkpoints/step-00000006 cannot be written: " in result.stderr
     assert "it goes on from the start" in result.stderr
-    assert not (out / "checkpoints" / "latest").exists()
+    assert not list((out / "checkpoints").iterdir())
     assert not (out / "model.safetensors").exists()
 
 
@@ -190,11 +147,16 @@ def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache
 def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     run = parse(clip)
-    folder.check(run)
+    assert folder.check(run) == []
     folder.create(run, {}, {})
-    folder.check(run)
+    assert folder.check(run) == []
     with pytest.raises(ConfigError, match=r"holds a run with another config:\n  batch: 12 -> 15\nchoose another `out`"):
         folder.check(parse(clip | {"batch": 15}))
+    elsewhere = clip | {"out": "moved", "engine": {"zero_stage": 3, "chunk": 4}, "checkpoint": {"keep": 5}}
+    changed = [d.key for d in folder.check(parse(elsewhere))]
+    assert changed == ["checkpoint.keep", "engine.chunk", "engine.zero_stage", "out"]
+    with pytest.raises(ConfigError, match=r"config:\n  engine.precision: 'float32' -> 'bfloat16'\nchoose"):
+        folder.check(parse(clip | {"engine": {"zero_stage": 3, "precision": "bfloat16"}}))
 
 
 def test_a_cache_of_another_backbone_is_refused(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
