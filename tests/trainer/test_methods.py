@@ -86,7 +86,7 @@ def count(model: TowerModel) -> int:
 
 @pytest.mark.distributed
 def test_the_small_ones_train(tars: list[Path], tokenizer: Path, cache: Path, tmp_path: Path) -> None:
-    """Two steps of each on two ranks; of one with shared parameters and one with a frozen tower at all ZeRO stages."""
+    """Two steps of each on two ranks; of shared parameters and of a frozen tower at several ZeRO stages."""
 
     def write(file: Path, stage: int, *overrides: str) -> Path:
         tree = dump(load(file, overrides))
@@ -101,7 +101,7 @@ def test_the_small_ones_train(tars: list[Path], tokenizer: Path, cache: Path, tm
         return out
 
     small = {file.stem: file for name, file in CONFIGS.items() if name.startswith("emoji")}
-    shared = [write(small["ms-clip-s"], stage) for stage in range(4)]
+    shared = [write(small["ms-clip-s"], stage) for stage in (0, 2, 3)]
     frozen = [write(small["lit-tuned"], stage, "towers.image.frozen=true") for stage in (1, 3)]
     others = [write(file, 1) for name, file in small.items() if name not in ("ms-clip-s", "lit-tuned")]
     outs = [*shared, *frozen, *others]
