@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.conftest import write_tar
@@ -317,6 +318,13 @@ def test_captions_are_needed_for_retrieval(layout: Path) -> None:
         as_gallery(opened.test, None, 5)
     with pytest.raises(ValueError, match="group_field: sample 'test0000' has no field 'concept', only"):
         as_gallery(opened.test, "concept", 5)
+
+
+def test_the_documented_description_is_one() -> None:
+    text = (ROOT / "docs/datasets.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    tasks = parse_description(yaml.safe_load(example), str(ROOT / "docs/set.yaml")).description.tasks
+    assert tasks.fewshot == FewShot(shots=[1, 5], seeds=[0, 1, 2])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/eval").glob("*.yaml")), ids=lambda path: path.stem)

@@ -26,7 +26,7 @@ def written_out(x: np.ndarray, label: np.ndarray, classes: int, test: np.ndarray
 
 
 # Wider than the rows are many (dual), narrower, and both within one run.
-@pytest.mark.parametrize(("classes", "width"), [(7, 200), (13, 24), (5, 60), (2, 3)])
+@pytest.mark.parametrize(("classes", "width"), [(7, 200), (13, 24), (5, 60), (2, 3), (40, 300)])
 def test_equals_the_protocol_and_scikit_learn(classes: int, width: int) -> None:
     x, label = features(classes, width, each=12)
     test, _ = features(classes, width, each=20, seed=1)
