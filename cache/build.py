@@ -32,7 +32,7 @@ from threetowers.cache.place import Place, is_url, place_of
 from threetowers.cache.ranks import Rank
 from threetowers.cache.record import BadSample, read_record, record_name
 from threetowers.cache.rows import MAX_BAD_SHOWN
-from threetowers.cache.table import repacked
+from threetowers.cache.table import refuse_copies, repacked
 from threetowers.cache.tars import expand, index_tar
 from threetowers.cache.teacher import Compute, Decode, load_teacher
 from threetowers.cache.views import CENTER, Views
@@ -189,6 +189,7 @@ def build_all(
                 pool.map(lambda path, table=agreed.table: table.at(path) or table.find(index_tar(path)), paths)
             )
             place.clear_dead()
+            refuse_copies(paths, [entry.fingerprint for entry in entries])
             claims = stack.enter_context(Claims(place, worker, stale_seconds).kept())
             targets.append(Target(place, agreed.contract, teacher, claims, entries, spec.min_cosine))
             notes.append(agreed.notes)

@@ -113,10 +113,7 @@ class TarTable:
             ContractError: two of them are copies of each other, one holds more than `slot` samples, or one is named as
                 a tar of the table, in the same place, and has another fingerprint.
         """
-        first: dict[str, str] = {}
-        for index in indexes:
-            if (other := first.setdefault(index.fingerprint, index.location)) != index.location:
-                raise ContractError(f"tars {index.location} and {other} are copies of each other: name one of them")
+        refuse_copies([index.location for index in indexes], [index.fingerprint for index in indexes])
         new = [index for index in indexes if index.fingerprint not in self.by_fingerprint]
         if not new:
             return None
@@ -156,6 +153,14 @@ class TarTable:
             for root in {segment.root}.union(*(moved.get(entry.fingerprint, ()) for entry in segment.entries))
             for entry in segment.entries
         }
+
+
+def refuse_copies(locations: Sequence[str], fingerprints: Sequence[str]) -> None:
+    """Raise ContractError if two of these tars are one, by fingerprint."""
+    first: dict[str, str] = {}
+    for location, fingerprint in zip(locations, fingerprints, strict=True):
+        if (other := first.setdefault(fingerprint, location)) != location:
+            raise ContractError(f"tars {location} and {other} are copies of each other: name one of them")
 
 
 def repacked(location: str, expected: Sequence[str], found: str) -> ContractError:

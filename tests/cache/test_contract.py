@@ -225,6 +225,8 @@ def test_tars_are_added_to_a_built_cache(
     assert np.array_equal(after.tar(0), row)
     assert [after.tar_id(index_tar(path)) for path in tars] == [1, 0, 2]
     assert verify(out, tars).ok
+    with pytest.raises(ContractError, match=r"copy\.tar and .*1\.tar are copies of each other"):
+        build([tars[1], shutil.copy(tars[1], tmp_path / "copy.tar")], out, **options)
     large = pack(tmp_path / "large.tar", samples(25, 8))
     with pytest.raises(ContractError, match=r"large\.tar: holds 25 samples, a slot of this cache 24 rows"):
         build([large], out, **options)
