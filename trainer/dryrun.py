@@ -37,9 +37,10 @@ def dry_run(run: Run, world: int = 1) -> list[str]:
 
 def _held(run: Run) -> Held | None:
     try:
-        tars = [index_tar(path) for path in expand(run.data.patterns)]
+        paths = expand(run.data.patterns)
     except (OSError, ValueError):
         return None
+    tars = [index_tar(path) for path in paths]
     total = sum(len(tar.samples) for tar in tars)
     return Held(total, total, len(tars), {})
 

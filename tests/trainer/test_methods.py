@@ -71,6 +71,26 @@ def test_every_documented_variant_can_be_built(name: str, tmp_path: Path, monkey
     assert {variant for file, variant in MILLIONS if file == name} <= variants(CONFIGS[name]).keys()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["duration={epochs: 2}"], r"duration\.epochs: the length of an epoch is unknown without .*; give examples"),
+        (["data.vocab_size=null"], r"data\.vocab_size: unknown without runs/emoji/tokenizer\.model"),
+        (["towers.third.backbone=null"], r"towers\.third\.backbone: name it; without the cache"),
+        (["towers.third.backbone=resnet0"], r"backbone 'resnet0' is unknown to timm"),
+        (["batch=9"], r"batch 9 is not divisible by 2 ranks"),
+        (["data.tars=[broken.tar]"], r"broken\.tar"),
+    ],
+)
+def test_what_a_dry_run_must_be_told(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match=message):
+        dry_run(read("emoji/3t.yaml", overrides), 2)
+
+
 def read(name: str, overrides: Sequence[str] = ()) -> Run:
     return load(CONFIGS[name], [*(SMALL if name.startswith("emoji") else []), *overrides])
 
