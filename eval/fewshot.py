@@ -19,7 +19,6 @@ SEEDS = (0, 1, 2)
 L2 = 1024.0
 BIAS = 100.0
 EPSILON = 1e-5  # added to a deviation
-BLOCK = 256  # rows of the Gram matrix computed at a time
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,7 @@ class _Supports:
             weight_DC = _dual((x_KCD.reshape(size, width) - mean_D) / deviation_D, classes, l2) / deviation_D[:, None]
         else:
             new_ND = self.x_KCD[self.in_gram : shots].reshape(-1, width)
-            for start in range(0, width, BLOCK):  # the upper triangle alone is read
-                self.gram_DD[start : start + BLOCK, start:] += new_ND[:, start : start + BLOCK].T @ new_ND[:, start:]
+            self.gram_DD += new_ND.T @ new_ND
             self.in_gram = shots
             normal_DD = self.gram_DD - np.outer(size * mean_D, mean_D)
             normal_DD[np.diag_indices(width)] += l2 * deviation_D**2
@@ -126,7 +124,7 @@ def _dual(z_ND: Floats, classes: int, l2: float) -> Floats:
 
 
 def _solve(positive_NN: Floats, right_NC: Floats) -> Floats:
-    """The solution of a positive definite system of which the upper triangle is given; the matrix is overwritten."""
+    """The solution of a positive definite system; the matrix is overwritten."""
     # LAPACK itself: SciPy's and NumPy's solvers copy the matrix and take four times as long.
     _, solution_NC, info = scipy.linalg.lapack.sposv(positive_NN.T, right_NC, lower=1, overwrite_a=1)
     if info:
