@@ -1,8 +1,10 @@
 """open_clip's models, by name or folder, with local weights, a pretrained tag or random weights."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from threetowers.cache.teacher import state_digest
 from threetowers.eval.embed import EvaluationSet, Floats, Picture
 from threetowers.eval.encoder import Facts, Loading
 from threetowers.eval.encoders.forward import PixelView, forward_captions, forward_pictures
+from threetowers.trainer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ class OpenClipTower:
             )
         try:
             model, _, transform = open_clip.create_model_and_transforms(known, pretrained=weights)
-            tokenizer = open_clip.get_tokenizer(known)
+            tokenizer = _tokenizer(known, folder, model)
         except (RuntimeError, OSError, KeyError) as error:
             raise ValueError(f"open_clip:{name}: weights {weights!r} cannot be loaded: {error}") from error
         self.loading, self.device = loading, loading.torch_device()
@@ -86,3 +89,14 @@ class OpenClipTower:
     def _embed_text(self, captions: Sequence[str]) -> Tensor:
         x_bD: Tensor = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
         return x_bD
+
+
+def _tokenizer(known: str, folder: Path, model: Any) -> Callable[[list[str]], Tensor]:
+    """open_clip's tokenizer of the model; our own where the folder is one of our exports and carries it."""
+    own = folder / "tokenizer.model"
+    if own.is_file():
+        return partial(Tokenizer.load(own).encode, context=model.context_length)
+    import open_clip
+
+    theirs: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(known)
+    return theirs

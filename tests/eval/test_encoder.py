@@ -18,6 +18,7 @@ from threetowers.eval.encoders.forward import PixelView, TeacherTransform
 from threetowers.eval.sources import image_source
 from threetowers.trainer.data.samples import image
 from threetowers.trainer.data.view import center
+from threetowers.trainer.export import export
 from threetowers.trainer.trained import TrainedModel
 
 CAPTIONS = ["a red disc", "a blue bar", "dot, green"]
@@ -140,3 +141,17 @@ def test_views_survive_being_sent_to_another_process(
     ]
     for view in views:
         assert torch.equal(pickle.loads(pickle.dumps(view))(picture), view(picture))
+
+
+def test_an_export_embeds_as_its_run_does(clip: dict[str, Any], data: EvaluationSet, tmp_path: Path) -> None:
+    clip["towers"]["text"] |= {"causal": True, "norm_eps": 1e-5}  # as open_clip can say it
+    path = finished(clip)
+    run = load_encoder(path, Loading(workers=0))
+    own = load_encoder(export(path, tmp_path / "own").folder, Loading(workers=0))
+    theirs = load_encoder(f"open_clip:{export(path, tmp_path / 'oc', 'open_clip').folder}", Loading(workers=0))
+    np.testing.assert_allclose(own.images(data, data.pictures), run.images(data, data.pictures), atol=1e-6)
+    for encoder in (own, theirs):
+        np.testing.assert_allclose(encoder.texts(CAPTIONS), run.texts(CAPTIONS), atol=1e-5)
+        assert encoder.logit_scale == pytest.approx(run.logit_scale)
+    # Their transform resizes before it crops.
+    assert (theirs.images(data, data.pictures) * run.images(data, data.pictures)).sum(1).min() > 0.99
