@@ -85,7 +85,8 @@ def load_teacher(
     """Load a timm backbone in evaluation mode.
 
     Args:
-        backbone: timm's name of the model, e.g. `vit_base_patch16_224.augreg_in21k`.
+        backbone: timm's name of the model, e.g. `vit_base_patch16_224.augreg_in21k`, or a folder that timm saved one
+            to, with its weights and transform.
         weights: `pretrained` (timm's hub), a path to a `.safetensors`, `.pth` or `.pt` state dict (loaded strictly,
             tensors only), or `package:efficientnet-lite0` (1, 2): weights inside a pip package.
         image_size: side of the square input in pixels, by default the model's; position embeddings are resampled.
@@ -101,10 +102,11 @@ def load_teacher(
     import timm
     from timm.data import create_transform, resolve_data_config
 
-    if not timm.is_model(backbone):
+    saved = (Path(backbone) / "config.json").is_file()
+    if not saved and not timm.is_model(backbone):
         close = difflib.get_close_matches(backbone, timm.list_models(pretrained=False), n=3)
         raise ValueError(f"backbone {backbone!r} is unknown to timm {timm.__version__}; close: {close or 'none'}")
-    model, source = _load_model(backbone, weights)
+    model, source = _load_folder(backbone) if saved else _load_model(backbone, weights)
     digest = state_digest(model.state_dict())
     config = resolve_data_config({}, model=model)
     if image_size is not None:
@@ -136,6 +138,15 @@ def state_digest(state: State) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _load_folder(folder: str) -> tuple[nn.Module, str]:
+    import timm
+
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True), folder
+    except (RuntimeError, OSError, KeyError) as error:
+        raise ValueError(f"backbone {folder!r} is a folder, but none that timm saved a model to: {error}") from error
 
 
 def _load_model(backbone: str, weights: str) -> tuple[nn.Module, str]:

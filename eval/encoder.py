@@ -120,7 +120,7 @@ def load_encoder(spec: str | Path, loading: Loading | None = None, mixing: Mixin
 
     a folder                    a finished run, or an export
     open_clip:NAME[:WEIGHTS]    an open_clip model; WEIGHTS a file or one of its pretrained tags, none: random
-    timm:NAME[@SIZE][:WEIGHTS]  a timm model, images only; WEIGHTS as `cache build --weights` takes them
+    timm:NAME[@SIZE][:WEIGHTS]  a timm model or a folder it saved, images only; WEIGHTS as of `cache build --weights`
     cache:PATH                  the rows of a cache as they are, images only
 
     Raises ValueError for a spec or folder that names no model, and for mixing in a model without a third tower.

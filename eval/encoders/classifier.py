@@ -1,6 +1,7 @@
-"""timm's models, images only: the features before the classifier."""
+"""timm's models, by name or folder, images only: the features before the classifier."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from threetowers.cache.teacher import load_teacher
 from threetowers.eval.embed import EvaluationSet, Floats, Picture
@@ -10,7 +11,7 @@ from threetowers.eval.sources import teacher_view
 
 
 class ClassifierTower:
-    """A timm model as the teacher of a cache would be; always in float32. Its embedding is its feature."""
+    """A timm model as the teacher of a cache would be. Its embedding is its feature."""
 
     sees_text = False
     logit_scale = 1.0
@@ -20,16 +21,22 @@ class ClassifierTower:
         name, _, size = name.partition("@")
         if size and not size.isdecimal():
             raise ValueError(f"timm:{name}@{size}: expected the side of the input in pixels after '@'")
-        if loading.precision != "float32":
-            raise ValueError(f"timm:{name}: timm models are run in float32 only, not in {loading.precision}")
+        if loading.precision == "float16":
+            raise ValueError(f"timm:{name}: timm models are run in float32 or bfloat16, not in float16")
         self.loading = loading
-        self.teacher = load_teacher(name, weights or "pretrained", int(size) if size else None, loading.torch_device())
+        self.teacher = load_teacher(
+            name,
+            weights or "pretrained",
+            int(size) if size else None,
+            loading.torch_device(),
+            compute=loading.precision,
+        )
         self.dim = self.teacher.dim
         self.facts = Facts(
-            name=f"timm:{name}",
+            name=f"timm:{Path(name).name}",
             digest=self.teacher.weights_digest,
             step=None,
-            precision="float32",
+            precision=loading.precision,
             preprocessing=teacher_view(self.teacher.preprocessing),
         )
 

@@ -143,6 +143,10 @@ def test_views_survive_being_sent_to_another_process(
         assert torch.equal(pickle.loads(pickle.dumps(view))(picture), view(picture))
 
 
+def unit(x_ND: np.ndarray) -> np.ndarray:
+    return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
+
+
 def test_an_export_embeds_as_its_run_does(clip: dict[str, Any], data: EvaluationSet, tmp_path: Path) -> None:
     clip["towers"]["text"] |= {"causal": True, "norm_eps": 1e-5}  # as open_clip can say it
     path = finished(clip)
@@ -153,5 +157,9 @@ def test_an_export_embeds_as_its_run_does(clip: dict[str, Any], data: Evaluation
     for encoder in (own, theirs):
         np.testing.assert_allclose(encoder.texts(CAPTIONS), run.texts(CAPTIONS), atol=1e-5)
         assert encoder.logit_scale == pytest.approx(run.logit_scale)
-    # Their transform resizes before it crops.
-    assert (theirs.images(data, data.pictures) * run.images(data, data.pictures)).sum(1).min() > 0.99
+    tower = load_encoder(f"timm:{export(path, tmp_path / 'timm', 'timm').folder}", Loading(workers=0))
+    assert not tower.sees_text
+    pairs = [(theirs.images, run.images), (tower.images, lambda *a: unit(run.features(*a)))]
+    # Their transforms resize before they crop.
+    for one, other in pairs:
+        assert (one(data, data.pictures) * other(data, data.pictures)).sum(1).min() > 0.99
