@@ -26,6 +26,7 @@ from threetowers.cache.tars import TarIndex, key_hash
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+OK = int(Status.OK)  # an enum's member is slow to look up, and this is compared at every row
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +41,14 @@ class Slot:
 class EmbeddingCache:
     """A cache, opened for reading. Cheap to open, picklable, safe to use before and after a fork.
 
-    Tars are opened when first touched. At most `open_tars` stay open, and at most about `memory` bytes of rows that had
-    to be fetched (none where the cache is local), the least recently used going first.
+    `n_views` is the number of views of each image, each with its own rows. Tars are opened when first touched. At most
+    `open_tars` stay open, and at most about `memory` bytes of rows that had to be fetched (none where the cache is
+    local), the least recently used going first.
     """
 
     def __init__(self, place: Place, contract: Contract, table: TarTable, open_tars: int, memory: int) -> None:
         self.place, self.contract, self.table = place, contract, table
+        self.n_views = contract.views.count
         self._open_tars, self._memory = open_tars, memory
         self._forget()
 
@@ -80,11 +83,6 @@ class EmbeddingCache:
     def dim(self) -> int:
         """Width D of a row."""
         return self.contract.dim
-
-    @property
-    def n_views(self) -> int:
-        """Views of each image, each with its own rows; view 0 is the first."""
-        return self.contract.views.count
 
     @property
     def tars(self) -> tuple[TarEntry, ...]:
@@ -134,7 +132,7 @@ class EmbeddingCache:
         if (
             not 0 <= ordinal < len(slot.status_n)
             or slot.key_hash_n[ordinal] != key_hash(key)
-            or slot.status_n[ordinal] != Status.OK
+            or slot.status_n[ordinal] != OK
         ):
             raise self._refusal(tar_id, ordinal, key)
         row_D: Float32 = self._decoded(tar_id, view, np.array([ordinal]))[0]

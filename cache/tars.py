@@ -12,7 +12,7 @@ import glob
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, overload
@@ -85,7 +85,11 @@ class Samples(Sequence[Sample]):
         ordinal %= len(self)
         start, end = self._member_ends[ordinal : ordinal + 2]
         members = {self._extensions[self._codes[i]]: Member(*self._places[i].tolist()) for i in range(start, end)}
-        return Sample(self._keys[self._key_ends[ordinal] : self._key_ends[ordinal + 1]].decode(), members)
+        return Sample(self.key(ordinal), members)
+
+    def key(self, ordinal: int) -> str:
+        """The key of a sample, by itself: what a join asks for at every row."""
+        return self._keys[self._key_ends[ordinal] : self._key_ends[ordinal + 1]].decode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,7 +337,7 @@ def stream(
             pass
 
 
-def stream_samples(index: TarIndex, first: int = 0) -> Iterator[tuple[int, dict[str, bytes]]]:
+def stream_samples(index: TarIndex, first: int = 0) -> Generator[tuple[int, dict[str, bytes]], None, None]:
     """Stream the samples of a tar from ordinal `first` on, as `stream` does: (ordinal, image and text members).
 
     Nothing before the first sample is read.
