@@ -89,6 +89,9 @@ def run_suite(
         raise ValueError(f"expected at least one model and one data set, got {list(models)} and {list(sets)}")
     read = Reader()
     asked = [one for path in sets for one in questions_of(path, tasks, read)]
+    called = [(one.opened.source.description.name, one.task) for one in asked]
+    if twice := sorted({name for name, task in called if called.count((name, task)) > 1}):
+        raise ValueError(f"several of the data sets are called {twice[0]!r}: give each a name of its own")
     loading = loading or Loading(embeddings=out / "embeddings")
     encoders = [load_encoder(model, loading) for model in models]
     names = [encoder.facts.name for encoder in encoders]

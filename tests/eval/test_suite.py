@@ -191,6 +191,8 @@ def test_what_is_asked_must_be_there(clip: dict[str, Any], described: Path, tmp_
     with pytest.raises(ValueError, match="'zeroshots' is no task"):
         run_suite(["model"], [described], tmp_path, tasks=["zeroshots"])
     run = finished(clip)
+    with pytest.raises(ValueError, match="several of the data sets are called 'emoji'"):
+        run_suite([run], [described, described], tmp_path, tasks=["retrieval"])
     with pytest.raises(ValueError, match="models must have different names"):
         run_suite([run, str(run)], [described], tmp_path)
 
