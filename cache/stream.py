@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,9 @@ class TarRows:
         return row_D
 
 
-def stream_rows(cache: EmbeddingCache, tar_ids: Sequence[int], view: int = 0, *, depth: int = 1) -> Iterator[TarRows]:
+def stream_rows(
+    cache: EmbeddingCache, tar_ids: Sequence[int], view: int = 0, *, depth: int = 1
+) -> Generator[TarRows, None, None]:
     """The rows of these tars, one tar at a time, in this order; the next `depth` tars are being read meanwhile.
 
     Memory: at most `depth` + 2 tars of rows. Closing the iterator stops the thread.

@@ -60,9 +60,9 @@ def test_a_run_without_an_image_tower_decodes_no_picture(clip: dict[str, Any], t
     clip["towers"]["image"] = {"kind": "text", "width": 16, "depth": 1, "heads": 2}
     run = parse(clip | {"towers": clip["towers"] | {"image": {"kind": "cache", "path": "none"}}})
     samples = SampleSet([index_tar(tar) for tar in run.data.tars], {})
-    from threetowers.trainer.data.loader import TrainingItems
+    from threetowers.trainer.data.loader import IndexedItems
 
-    item = TrainingItems(run, samples)[(0, 3)]
+    item = IndexedItems(run, samples)[(0, 3)]
     assert not isinstance(item, BadSample)
     assert item.image is None
 

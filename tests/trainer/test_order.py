@@ -34,15 +34,15 @@ def test_an_epoch_visits_each_sample_once(seed: int, samples: int, batch: int) -
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_split_the_same_global_batches(ranks: int) -> None:
     batch, samples = 12, 61
-    shares = [list(RankBatches(3, every(samples), batch, rank, ranks, 4, 13)) for rank in range(ranks)]
+    shares = [list(RankBatches(3, [every(samples)], [batch], rank, ranks, 4, 13)) for rank in range(ranks)]
     for step, (epoch, indices) in enumerate(global_batches(3, every(samples), batch, 4, 13)):
         joined = [address for share in shares for address in share[step]]
         assert joined == [(epoch, i) for i in indices.tolist()]
 
 
 def test_a_resumed_order_is_the_tail_of_the_whole() -> None:
-    whole = list(RankBatches(0, every(50), 8, 1, 2, 0, 20))
-    assert list(RankBatches(0, every(50), 8, 1, 2, 13, 20)) == whole[13:]
+    whole = list(RankBatches(0, [every(50)], [8], 1, 2, 0, 20))
+    assert list(RankBatches(0, [every(50)], [8], 1, 2, 13, 20)) == whole[13:]
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -52,7 +52,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_indivisible_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="batch 9 is not divisible by 2 ranks"):
-        RankBatches(0, every(50), 9, 0, 2, 0, 1)
+        RankBatches(0, [every(50)], [9], 0, 2, 0, 1)
 
 
 def test_epochs_may_grow() -> None:

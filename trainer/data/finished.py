@@ -27,17 +27,20 @@ def wait_until_built(joins: Sequence[CacheJoin]) -> None:
     """Return once all tars of these joins are finished."""
     _wait(joins, lambda finished_T: bool(finished_T.all()))
     for join in joins:
-        for tar_id in join.tar_ids:
-            join.cache.record(tar_id)  # raises where it is not valid
+        join.check_built()
 
 
 class FinishedTars:
     """The tars that each epoch visits. Collective: every rank asks for the same epochs in the same order."""
 
-    def __init__(self, path: Path, joins: Sequence[CacheJoin], batch: int) -> None:
-        """`path`: where the sets are pinned. An epoch is not begun before `batch` samples are there."""
+    def __init__(self, path: Path, joins: Sequence[CacheJoin], batch: int, numbers: range | None = None) -> None:
+        """`path`: where the sets are pinned. `numbers`: of the tars in the run's list, where they are not all of it.
+
+        An epoch is not begun before `batch` samples are there.
+        """
         self._path, self._joins, self._batch = path, list(joins), batch
-        tars = joins[0].tars
+        self._numbers = range(len(joins[0].tars)) if numbers is None else numbers
+        tars = [joins[0].tars[number] for number in self._numbers]
         self._tars = [tar.fingerprint for tar in tars]
         self._samples_T = np.array([len(tar.samples) for tar in tars])
         self._known: dict[int, list[int]] = {}
@@ -49,16 +52,17 @@ class FinishedTars:
             ConfigError: the run's list of tars has changed since the epoch was pinned.
         """
         if epoch not in self._known:
-            finished_T = _wait(self._joins, lambda found_T: int(self._samples_T[found_T].sum()) >= self._batch)
+            mine = slice(self._numbers.start, self._numbers.stop)
+            finished_T = _wait(self._joins, lambda found_T: int(self._samples_T[found_T[mine]].sum()) >= self._batch)
             pinned: list[object] = [None]
             if not distributed.is_initialized() or distributed.get_rank() == 0:
-                pinned = [self._pin(epoch, np.flatnonzero(finished_T).tolist())]
+                pinned = [self._pin(epoch, np.flatnonzero(finished_T[mine]).tolist())]
             if distributed.is_initialized():
                 distributed.broadcast_object_list(pinned)
             if isinstance(pinned[0], str):
                 raise ConfigError(pinned[0])
             assert isinstance(pinned[0], list)
-            self._known[epoch] = pinned[0]
+            self._known[epoch] = [self._numbers[place] for place in pinned[0]]
         return self._known[epoch]
 
     def _pin(self, epoch: int, finished: list[int]) -> list[int] | str:

@@ -1,23 +1,23 @@
 """From sample addresses to batches: image bytes, tokens, cached rows, concepts."""
 
-import functools
+import itertools
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from threetowers.trainer.config import Run
-from threetowers.trainer.data.join import NoRow
-from threetowers.trainer.data.order import RankBatches
-from threetowers.trainer.data.samples import BadSample, SampleSet, annotation, concept, image
-from threetowers.trainer.data.view import random_crop
+from threetowers.trainer.data.items import Item, Items
+from threetowers.trainer.data.lanes import LaneStep, RankLanes, Streamed, read_segment
+from threetowers.trainer.data.order import Address, RankBatches
+from threetowers.trainer.data.samples import BadSample, SampleSet
 from threetowers.trainer.tokenizer import Tokenizer
 
 
@@ -44,60 +44,70 @@ class Batch:
         return replace(self, inputs=inputs, present=present, concepts_b=concepts_b)
 
 
-class Item(NamedTuple):
-    image: Tensor | None  # None in a run without an image tower (LiT): the picture is then never decoded
-    caption: str
-    rows: dict[str, npt.NDArray[np.float32] | None]  # by cached tower; None where the sample has no row
-    concept: int
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Return the parts of a batch as one, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    full = [part for part in parts if len(part)] or parts[:1]
+    return Batch(
+        {name: _cat([part.inputs[name] for part in full]) for name in full[0].inputs},
+        {name: _cat([part.present[name] for part in full]) for name in full[0].present},
+        _cat([part.concepts_b for part in full]),
+        tuple(reason for part in parts for reason in part.bad),
+    )
 
 
-class TrainingItems(Dataset[Item | BadSample]):
-    """Reads one sample by (epoch, index). What is random in it depends on (seed, epoch, index) alone.
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
+    out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=tensors[0].is_pinned())
+    return torch.cat(list(tensors), out=out)
 
-    A sample that cannot be read comes back as the reason: raised in a worker, it would arrive wrapped in tracebacks.
-    """
+
+class Failure(NamedTuple):
+    """An error that ends the run, on its way out of a worker."""
+
+    error: Exception
+
+
+Read = Item | BadSample | Failure
+
+
+class IndexedItems(Dataset[Read]):
+    """Reads one sample by (epoch, index), wherever it lies."""
 
     def __init__(self, run: Run, samples: SampleSet) -> None:
-        self._run = run
+        self._items = Items(run, samples)
+
+    def __getitem__(self, address: Address) -> Read:
+        try:
+            return self._items.read(*address)
+        except (OSError, ValueError) as error:
+            return Failure(error)
+
+
+class StreamedItems(Dataset[Read]):
+    """Reads samples in the order of their lanes. What the lanes hold is sent along with the epochs' first steps."""
+
+    def __init__(self, run: Run, samples: SampleSet) -> None:
+        self._items = Items(run, samples)
         self._samples = samples
-        self._sees_images = bool(run.towers_of("timm"))
+        self._buffer = max(1, run.data.shuffle_buffer // run.data.lanes)
+        self._seed = run.seed
+        self._reading: dict[tuple[int, int], Iterator[Streamed]] = {}
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, address: tuple[int, int]) -> Item | BadSample:
-        epoch, index = address
+    def __getitems__(self, works: Sequence[LaneStep]) -> list[Read]:
         try:
-            return self._read(epoch, index)
-        except BadSample as error:
-            return error
+            return [item for work in works for item in self._step(work)]
+        except (OSError, ValueError) as error:
+            return [Failure(error)]
 
-    def _read(self, epoch: int, index: int) -> Item:
-        number, ordinal = self._samples.address(index)
-        tar, data, samples = self._samples.tars[number], self._run.data, self._samples
-        rng = np.random.default_rng([self._run.seed, epoch, index])
-        text = annotation(tar, ordinal)
-        caption = text.captions[rng.integers(len(text.captions))]
-        view = epoch % samples.views.count
-        decode = functools.cache(lambda: image(tar, ordinal, data.max_pixels))
-        pixels = None
-        if self._sees_images:
-            cropped = data.crop_scale < 1
-            pixels = (
-                random_crop(decode(), data.image_size, data.crop_scale, rng)
-                if cropped
-                else samples.picture(index, view, decode(), data.image_size)
-            )
-        try:
-            rows = {name: join.training_row(number, ordinal, view, decode) for name, join in samples.caches.items()}
-        except NoRow as error:
-            raise BadSample(f"{tar.location}: sample {tar.samples[ordinal].key!r}: {error}") from error
-        return Item(pixels, caption, rows, concept_hash(concept(tar, ordinal, text, data.concept_field)))
-
-
-def concept_hash(name: str) -> int:
-    """Return a 64-bit signed hash of a concept's name."""
-    return int(np.uint64(xxhash.xxh3_64_intdigest(name.encode())).astype(np.int64))
+    def _step(self, work: LaneStep) -> Iterator[Item | BadSample]:
+        for part, segment in work.begins.items():
+            rng = np.random.default_rng([self._seed, segment.epoch, part, work.lane, 1])
+            self._reading[work.lane, part] = read_segment(self._samples, segment, self._buffer, rng)
+        for part in work.parts:
+            found = next(self._reading[work.lane, part])
+            yield self._items.make(found.epoch, found.sample, found.members.__getitem__, found.rows.__getitem__)
 
 
 class Collate:
@@ -108,7 +118,10 @@ class Collate:
         self._dims = {name: join.cache.dim for name, join in samples.caches.items()}
         self._tokenizer = tokenizer
 
-    def __call__(self, items: Sequence[Item | BadSample]) -> Batch:
+    def __call__(self, items: Sequence[Read]) -> Batch | Failure:
+        for item in items:
+            if isinstance(item, Failure):
+                return item
         good = [item for item in items if isinstance(item, Item)]
         bad = tuple(str(item) for item in items if isinstance(item, BadSample))
         inputs: dict[str, Tensor] = {}
@@ -135,22 +148,55 @@ class Collate:
         return torch.from_numpy(stacked), torch.tensor([row is not None for row in rows])
 
 
+class Batches:
+    """This rank's batches of some steps, made by `data.workers` processes. Each iteration starts at the first one."""
+
+    def __init__(self, loader: "DataLoader[Read]", parts: int, steps: int) -> None:
+        """`parts`: how many of what the loader gives make up a batch."""
+        self._loader, self._parts, self._steps = loader, parts, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        found = iter(self._loader)
+        while parts := list(itertools.islice(found, self._parts)):
+            for part in parts:
+                if isinstance(part, Failure):
+                    raise part.error
+            yield joined(parts)
+
+
 def training_loader(
     run: Run, samples: SampleSet, tokenizer: Tokenizer, rank: int, ranks: int, start: int, stop: int
-) -> "DataLoader[Item | BadSample]":
-    """Return a loader of this rank's batches for the steps start .. stop-1.
+) -> Batches:
+    """Return this rank's batches of the steps start .. stop-1.
 
     The samples of a step depend on (seed, step) alone; a run resumed at `start` sees what an undisturbed one would.
+    Raises ConfigError for ranks that do not divide the batch, or the lanes of streams. While iterated over, the errors
+    of tars and caches that have changed since they were opened.
     """
-    return DataLoader(
-        TrainingItems(run, samples),
-        batch_sampler=RankBatches(run.seed, samples.visited, run.batch, rank, ranks, start, stop),
+    visited = [partial(samples.visited, part=number) for number in range(len(samples.parts))]
+    counts = [part.share for part in samples.parts] if len(samples.parts) > 1 else [run.batch]
+    dataset: Dataset[Read]
+    sampler: RankBatches | RankLanes
+    if samples.streamed:
+        workers = min(run.data.workers, max(1, run.data.lanes // ranks))
+        sampler = RankLanes(samples, visited, counts, run.seed, run.data.lanes, rank, ranks, workers, start, stop)
+        dataset, parts = StreamedItems(run, samples), max(1, workers)
+    else:
+        sampler = RankBatches(run.seed, visited, counts, rank, ranks, start, stop)
+        dataset, parts, workers = IndexedItems(run, samples), 1, run.data.workers
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
         collate_fn=Collate(run, samples, tokenizer),
-        num_workers=run.data.workers,
+        num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if run.data.workers else None,
+        prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_sigterm_to_the_trainer,
     )
+    return Batches(loader, parts, stop - start)
 
 
 def _leave_sigterm_to_the_trainer(worker: int) -> None:

@@ -34,12 +34,15 @@ def epochs(visited: Callable[[int], Indices], batch: int, start: int, stop: int)
         indices = visited(number)
         steps = len(indices) // batch
         if steps == 0:
-            raise ValueError(
-                f"a batch of {batch} needs at least {batch} samples, the tars hold {len(indices)}; lower `batch`"
-            )
+            raise ValueError(too_few(batch, len(indices)))
         if first + steps > start:
             yield Epoch(number, indices, first, steps)
         number, first = number + 1, first + steps
+
+
+def too_few(batch: int, samples: int) -> str:
+    """Return what is wrong with a set that cannot fill its places in one batch."""
+    return f"a batch of {batch} needs at least {batch} samples, the tars hold {samples}; lower `batch`"
 
 
 def permutation(seed: int, epoch: int, samples: int, *salt: int) -> Indices:
@@ -111,19 +114,35 @@ class RankBatches:
     """A torch batch sampler: this rank's contiguous share of each global batch, as (epoch, index) addresses."""
 
     def __init__(
-        self, seed: int, visited: Callable[[int], Indices], batch: int, rank: int, ranks: int, start: int, stop: int
+        self,
+        seed: int,
+        visited: Sequence[Callable[[int], Indices]],
+        counts: Sequence[int],
+        rank: int,
+        ranks: int,
+        start: int,
+        stop: int,
     ) -> None:
+        """`visited`, `counts`: of each set, the samples of its epochs, and how many of them are in a global batch.
+
+        Raises ValueError for ranks that do not divide the batch.
+        """
+        batch = sum(counts)
         if batch % ranks:
             raise ValueError(f"batch {batch} is not divisible by {ranks} ranks; change `batch` or the launch")
-        self._arguments = (seed, visited, batch, start, stop)
-        local = batch // ranks
-        self._mine = slice(rank * local, (rank + 1) * local)
+        self._arguments = [
+            (seed, part, count, start, stop, i) for i, (part, count) in enumerate(zip(visited, counts, strict=True))
+        ]
+        self._places = places(counts)
+        self._mine = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
         self._steps = stop - start
-        next(global_batches(seed, visited, batch, 0, 1))  # refuse a set that is too small now, not in a worker
 
     def __len__(self) -> int:
         return self._steps
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, indices in global_batches(*self._arguments):
-            yield [(epoch, int(i)) for i in indices[self._mine]]
+    def __iter__(self) -> Iterator[list[Address]]:
+        for drawn in zip(*(global_batches(*arguments) for arguments in self._arguments), strict=True):
+            epochs_b, indices_b = np.empty_like(self._places), np.empty_like(self._places)
+            for number, (epoch, indices) in enumerate(drawn):
+                epochs_b[self._places == number], indices_b[self._places == number] = epoch, indices
+            yield list(zip(epochs_b[self._mine].tolist(), indices_b[self._mine].tolist(), strict=True))

@@ -1,11 +1,12 @@
-"""The samples of a set of tars by address, and what one sample holds: an image, captions, fields."""
+"""The samples of sets of tars by address, and what one sample holds: an image, captions, fields."""
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +14,19 @@ from PIL import Image
 from torch import Tensor
 
 from threetowers.cache.images import BadImage, decode_rgb
-from threetowers.cache.tars import TarIndex, expand, index_tar, read_member
+from threetowers.cache.place import is_url
+from threetowers.cache.tars import TarIndex, read_member
 from threetowers.cache.views import Views
 from threetowers.trainer.config import CacheTower, ConfigError, Run
 from threetowers.trainer.data.finished import FinishedTars, wait_until_built
+from threetowers.trainer.data.index import index_sets
 from threetowers.trainer.data.join import CacheJoin
-from threetowers.trainer.data.order import Indices
+from threetowers.trainer.data.order import Indices, shares, too_few
 from threetowers.trainer.data.view import center, mirrored, stored_crop
 
 DONE_SO = {"mask": "left out of the terms with", "live": "computed by the teacher of"}  # on_bad_row, in words
 Floats = npt.NDArray[np.float32]
+Read = Callable[[str], bytes]  # a sample's member, by its extension
 
 
 class BadSample(ValueError):
@@ -37,19 +41,21 @@ class Annotation:
     fields: Mapping[str, Any]  # the JSON member; empty where there is none
 
 
-def annotation(tar: TarIndex, ordinal: int) -> Annotation:
+def annotation(tar: TarIndex, ordinal: int, read: Read | None = None) -> Annotation:
     """Return a sample's captions and fields, from its `.json` member (`captions` or `caption`) or its `.txt` member.
 
-    Raises BadSample when there is no caption or the member is not what its name says.
+    `read`: where its members are at hand. Raises BadSample when there is no caption or the member is not what its name
+    says.
     """
     members = tar.samples[ordinal].members
+    read = read or partial(read_member, tar, ordinal)
     fields: dict[str, Any] = {}
     captions: Any = []
     try:
         if "txt" in members:
-            captions = [read_member(tar, ordinal, "txt").decode()]
+            captions = [read("txt").decode()]
         if "json" in members:
-            fields = json.loads(read_member(tar, ordinal, "json"))
+            fields = json.loads(read("json"))
             if not isinstance(fields, dict):
                 raise ValueError(f"the json member holds a {type(fields).__name__}, expected an object")
             captions = fields.get("captions", fields.get("caption", captions))
@@ -68,11 +74,11 @@ def annotation(tar: TarIndex, ordinal: int) -> Annotation:
     return Annotation(captions, fields)
 
 
-def image(tar: TarIndex, ordinal: int, max_pixels: int) -> Image.Image:
+def image(tar: TarIndex, ordinal: int, max_pixels: int, read: Read | None = None) -> Image.Image:
     """Return a sample's decoded RGB image. Raises BadSample for one that is broken or larger than `max_pixels`."""
-    sample = tar.samples[ordinal]
+    read = read or partial(read_member, tar, ordinal)
     try:
-        return decode_rgb(read_member(tar, ordinal, sample.image), max_pixels=max_pixels)
+        return decode_rgb(read(tar.samples[ordinal].image), max_pixels=max_pixels)
     except BadImage as error:
         raise BadSample(f"{_name(tar, ordinal)}: {error}") from error
 
@@ -89,56 +95,121 @@ def concept(tar: TarIndex, ordinal: int, text: Annotation, field: str | None) ->
     return str(text.fields[field])
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of the sets of tars that a run mixes."""
+
+    name: str  # empty where it is the only one
+    tars: range  # their numbers in the run's list
+    share: int = 1  # samples of it in every global batch
+    concept_field: str | None = None
+    finished: FinishedTars | None = None  # where its caches are still being built
+
+
+class Visit(NamedTuple):
+    """What an epoch visits of a part, and what became of the rest."""
+
+    numbers: list[int]  # of its tars
+    indices: Indices
+    left_out: Counter[str]
+    without_row: Counter[str]  # visited all the same
+
+
 class SampleSet:
     """The samples of some tars, each with its index: 0 .. total-1 in the order of the tars. Caches by tower name.
 
     Which of them an epoch visits depends on the policy that each cache has for rows without an embedding, and, in a run
-    on a cache that is still being built, on the tars that were finished when the epoch began.
+    on a cache that is still being built, on the tars that were finished when the epoch began. Each part has epochs of
+    its own.
     """
 
     def __init__(
-        self, tars: Sequence[TarIndex], caches: Mapping[str, CacheJoin], finished: FinishedTars | None = None
+        self,
+        tars: Sequence[TarIndex],
+        caches: Mapping[str, CacheJoin],
+        parts: Sequence[Part] | None = None,
+        streamed: bool = False,
     ) -> None:
-        """Raises ConfigError if the caches hold different views."""
+        """`streamed`: not for random access. Raises ConfigError if the caches hold different views."""
         self.tars = list(tars)
         self.caches = dict(caches)
+        self.parts = list(parts) if parts is not None else [Part("", range(len(self.tars)))]
+        self.streamed = streamed
         self.views = _agreed_views(self.caches)
-        self.left_out: Counter[str] = Counter()  # of the epoch last asked for
-        self.without_row: Counter[str] = Counter()  # of the same, but trained on
-        self._finished = finished
         self._firsts = np.cumsum([0, *(len(tar.samples) for tar in self.tars)], dtype=np.int64)
-        self._visited: tuple[list[int], Indices] | None = None
+        self._part_of = np.repeat(np.arange(len(self.parts)), [len(part.tars) for part in self.parts])
+        self._visits: dict[int, Visit] = {}  # the last of each part
 
     @property
     def total(self) -> int:
         """Samples in the tars, usable or not."""
         return int(self._firsts[-1])
 
+    @property
+    def left_out(self) -> Counter[str]:
+        """Samples that the epoch last asked for leaves out, by reason."""
+        return sum((visit.left_out for visit in self._visits.values()), Counter())
+
+    @property
+    def without_row(self) -> Counter[str]:
+        """Samples that it visits though a cache has no row for them, by what is done so."""
+        return sum((visit.without_row for visit in self._visits.values()), Counter())
+
     def __len__(self) -> int:
         """Samples that durations count as an epoch: those that can be used, or all where it is too early to know."""
-        return self.total if self._finished is not None else len(self.visited(0))
+        return sum(map(self.length, range(len(self.parts))))
+
+    def length(self, number: int) -> int:
+        """Those of one part."""
+        part = self.parts[number]
+        if part.finished is None:
+            return len(self.visited(0, number))
+        return int(self._firsts[part.tars.stop] - self._firsts[part.tars.start])
 
     def address(self, index: int) -> tuple[int, int]:
         """Return (tar number, ordinal) of a sample."""
-        number = int(np.searchsorted(self._firsts, index, "right")) - 1
+        number = int(self.tar_numbers(index))
         return number, index - int(self._firsts[number])
 
-    def visited(self, epoch: int) -> Indices:
+    def tar_numbers(self, indices: Indices | int) -> Indices:
+        """Return the number of the tar of each sample."""
+        return np.searchsorted(self._firsts, indices, "right") - 1
+
+    def by_tar(self, indices: Indices) -> Iterator[tuple[int, list[int]]]:
+        """Yield (tar number, ordinals) of each run of samples from one tar."""
+        numbers = self.tar_numbers(indices)
+        for run in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(numbers)) + 1):
+            number = int(numbers[run[0]])
+            yield number, (indices[run] - self._firsts[number]).tolist()
+
+    def index(self, number: int, ordinal: int) -> int:
+        """Return the index of a sample by its address."""
+        return int(self._firsts[number]) + ordinal
+
+    def part_of(self, number: int) -> Part:
+        """Return the part that a tar belongs to."""
+        return self.parts[int(self._part_of[number])]
+
+    def view(self, epoch: int) -> int:
+        """Return the view of the caches that an epoch shows."""
+        return epoch % self.views.count
+
+    def visited(self, epoch: int, part: int = 0) -> Indices:
         """Return the indices of the samples that an epoch visits. Collective where a cache is still being built.
 
         Raises BadSample if a cache holds no good row for some sample and its policy is "error".
         """
-        numbers = self._numbers(epoch)
-        if self._visited is None or self._visited[0] != numbers:
-            self.left_out.clear()
-            self.without_row.clear()
-            usable = [self._firsts[number] + self._usable(number) for number in numbers]
-            self._visited = numbers, np.concatenate([*usable, np.empty(0, np.int64)])
-        return self._visited[1]
+        numbers = self._numbers(epoch, self.parts[part])
+        if part not in self._visits or self._visits[part].numbers != numbers:
+            left_out, without_row = Counter[str](), Counter[str]()
+            usable = [self._firsts[number] + self._usable(number, left_out, without_row) for number in numbers]
+            indices = np.concatenate([*usable, np.empty(0, np.int64)])
+            self._visits[part] = Visit(numbers, indices, left_out, without_row)
+        return self._visits[part].indices
 
     def moments(self, tower: str) -> tuple[Floats, Floats]:
         """Return mean and standard deviation (D,) of a cached tower's features over the tars of the first epoch."""
-        return self.caches[tower].moments(self._numbers(0))
+        return self.caches[tower].moments([n for part in self.parts for n in self._numbers(0, part)])
 
     def picture(self, index: int, view: int, image: Image.Image, size: int) -> Tensor:
         """Return a sample's picture (3, size, size) as the caches saw it in this view; its centre without caches."""
@@ -147,10 +218,10 @@ class SampleSet:
         number, ordinal = self.address(index)
         return stored_crop(image, size, next(iter(self.caches.values())).crop(number, ordinal, view, image.size))
 
-    def _numbers(self, epoch: int) -> list[int]:
-        return list(range(len(self.tars))) if self._finished is None else self._finished.of(epoch)
+    def _numbers(self, epoch: int, part: Part) -> list[int]:
+        return list(part.tars) if part.finished is None else part.finished.of(epoch)
 
-    def _usable(self, number: int) -> Indices:
+    def _usable(self, number: int, left_out: Counter[str], without_row: Counter[str]) -> Indices:
         good = np.ones(len(self.tars[number].samples), bool)
         for name, join in self.caches.items():
             good_rows = join.good_rows(number)
@@ -162,11 +233,11 @@ class SampleSet:
                     f"towers.{name}.on_bad_row: skip, mask or live"
                 )
             if join.on_bad_row in ("mask", "live"):
-                self.without_row[f"{DONE_SO[join.on_bad_row]} {name!r}"] += int(np.count_nonzero(~good_rows))
+                without_row[f"{DONE_SO[join.on_bad_row]} {name!r}"] += int(np.count_nonzero(~good_rows))
                 if join.on_bad_row == "live" and not good_rows.all():
                     join.load_teacher()  # here, before workers start: they share it, and it may be missing
                 continue
-            self.left_out[f"no embedding in {name!r}"] += int(np.count_nonzero(good & ~good_rows))
+            left_out[f"no embedding in {name!r}"] += int(np.count_nonzero(good & ~good_rows))
             good &= good_rows
         return np.flatnonzero(good).astype(np.int64)
 
@@ -177,19 +248,32 @@ def open_samples(run: Run, folder: Path) -> SampleSet:
     `folder`: of the run; where the tars of each epoch are pinned. Raises BadSample, BadTar, ConfigError or
     ContractError for tars and caches that do not fit the run.
     """
-    tars = [index_tar(path) for path in expand(run.data.tars)]
+    data = run.data
+    tars, ranges = index_sets({name: part.tars for name, part in data.named_sets.items()})
     caches = {
-        name: CacheJoin.of(tower, tars, unbuilt=run.data.unbuilt_tars != "error")
+        name: CacheJoin.of(tower, tars, unbuilt=data.unbuilt_tars != "error", sets=list(ranges.values()))
         for name, tower in run.towers.items()
         if isinstance(tower, CacheTower)
     }
-    joins, finished = list(caches.values()), None
-    if joins and run.data.unbuilt_tars == "wait":
+    joins = list(caches.values())
+    if joins and data.unbuilt_tars == "wait":
         wait_until_built(joins)
-    if joins and run.data.unbuilt_tars == "leave_out":
-        finished = FinishedTars(folder / "finished-tars.jsonl", joins, run.batch)
-    samples = SampleSet(tars, caches, finished)
-    samples.visited(0)  # refuses what it must before anything else is set up
+    counts = shares([part.weight for part in data.named_sets.values()], run.batch)
+    parts = []
+    for (name, part), numbers, share in zip(data.named_sets.items(), ranges.values(), counts, strict=True):
+        finished = None
+        if joins and data.unbuilt_tars == "leave_out":
+            pins = folder / f"finished-tars{f'-{name}' if name else ''}.jsonl"
+            finished = FinishedTars(pins, joins, share, numbers)
+        parts.append(Part(name, numbers, share, part.concept_field or data.concept_field, finished))
+    streamed = data.read == "streamed" or (data.read == "auto" and any(is_url(tar.location) for tar in tars))
+    if streamed and run.batch % data.lanes:
+        raise ConfigError(f"data.lanes: {data.lanes} does not divide the batch of {run.batch}; change one of them")
+    samples = SampleSet(tars, caches, parts, streamed)
+    for number, opened in enumerate(parts):  # refuses what it must before anything else is set up
+        if len(samples.visited(0, number)) < opened.share:
+            where = f"data.sets.{opened.name}: " * bool(opened.name)
+            raise ConfigError(where + too_few(opened.share, len(samples.visited(0, number))))
     return samples
 
 
