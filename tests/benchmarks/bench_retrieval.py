@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_retrieval.py                  # all three, under five minutes on two cores
     python tests/benchmarks/bench_retrieval.py disk --queries 2000
 
-metric: 5,000 images x 25,010 captions, both directions, R@1, 5, 10; needs clip-benchmark (`pip install --no-deps clip-benchmark`).
+metric: 5,000 images x 25,010 captions, both directions, R@1, 5, 10; needs `pip install --no-deps clip-benchmark`.
 disk:   the 10 nearest of 1,000,000 vectors of width 512, from a file, for 10,000 queries.
 rate:   images/s of an encoder with decoding in a worker, over the bare model on pixels that are there already.
 
