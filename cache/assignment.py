@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from threetowers.cache.claims import Claims
 from threetowers.cache.record import DONE, record_name
 
-MAX_MISSES = 3  # tars in a row that others were faster at, before a worker looks again at what is left
+MIN_MISSES = 3  # tars in a row that others were faster at, before a worker looks again at what is left
 MAX_LOOKS = 4
 LISTED = 1000  # names that object stores list by one request
 POLL_SECONDS = 0.5, 60  # first and longest wait for the tars of others
@@ -89,11 +89,12 @@ class Assignment:
         self._random = random.Random(seed)
         self._queue = deque(number for number in range(rank, len(ledgers[0].ids), world) if self._lacking(number))
         self._stealing, self._misses = False, 0
+        self._max_misses = max(MIN_MISSES, len(ledgers[0].ids) // LISTED)  # a look costs as much as so many misses
 
     def next(self) -> Work | float | None:
         """The next tar, claimed; or seconds to wait, because others work on all that is left; None when all is done."""
         for _ in range(MAX_LOOKS):
-            while self._queue and self._misses < MAX_MISSES:
+            while self._queue and self._misses < self._max_misses:
                 if work := self._take(self._queue.popleft()):
                     self._misses, self._poll_seconds = 0, POLL_SECONDS[0]
                     return work

@@ -73,7 +73,10 @@ class Claims:
 
     def holds(self, tar_id: int) -> bool:
         """Whether the claim is still this worker's; asked before anything is written."""
-        held = self._owner_of(_name(tar_id)) == self.worker
+        try:
+            held = self.place.read(_name(tar_id)) == self._data
+        except FileNotFoundError:
+            held = False
         if not held:
             with self._lock:
                 self._held.discard(tar_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 
 from PIL import Image, ImageOps
 
@@ -36,8 +35,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = 50_000_000, min_side: int | Non
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise BadImage(f"{width} x {height} pixels, sides more than 1:{MAX_ASPECT} apart")
             if min_side is not None:
-                scale = min_side / min(width, height)
-                image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+                image.draft(None, (width * min_side // min(width, height), height * min_side // min(width, height)))
             image.load()
             return _opaque(ImageOps.exif_transpose(image))
     except (BadImage, MemoryError):

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_decode.py [WORKERS] [SIDE]
 
-Prints pictures per second of decode and resize to SIDE pixels with WORKERS threads and with as many processes (which hand
-their pixels back, as a build needs them), in alternation; then, with `pillow-draft`, its rate over the reference's and the
-cosine of an ImageNet classifier's embeddings of the same pictures decoded both ways. The pictures are the photographs
-that ship with scikit-learn and matplotlib, whole and in random parts of at least half their width and height.
+Prints pictures per second of decode and resize to SIDE pixels with WORKERS threads and with as many processes (which
+hand their pixels back, as a build needs them), in alternation; then, with `pillow-draft`, its rate over the reference's
+and the cosine of an ImageNet classifier's embeddings of the same pictures decoded both ways. The pictures are the
+photographs that ship with scikit-learn and matplotlib, whole and in random parts of at least half their sides.
 """
 
 import io

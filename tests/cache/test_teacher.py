@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from threetowers.cache.images import decode_rgb
+from threetowers.cache.build import build
+from threetowers.cache.contract import ContractError
+from threetowers.cache.images import BadImage, decode_rgb
+from threetowers.cache.reader import EmbeddingCache
 from threetowers.cache.teacher import load_teacher, state_digest
 
 Weights = Callable[..., str]
@@ -120,3 +124,41 @@ def test_a_real_classifier_names_real_photographs() -> None:
         top = teacher.model.get_classifier()(teacher.embed(x_b3HW)).topk(1).indices.tolist()
     found = [names.index_to_description(row[0]) for row in top]
     assert found == ["palace", "daisy"]
+
+
+def test_bfloat16_is_close_and_part_of_the_contract(weights: Weights, tars: list[Path], tmp_path: Path) -> None:
+    options = {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
+    build(tars[:1], tmp_path / "wide", **options)
+    build(tars[:1], tmp_path / "narrow", **options, compute="bfloat16", min_cosine=0.999)
+    wide, narrow = (EmbeddingCache.open(tmp_path / name).tar(0) for name in ("wide", "narrow"))
+    cosine = (wide * narrow).sum(1) / np.linalg.norm(wide, axis=1) / np.linalg.norm(narrow, axis=1)
+    assert (wide != narrow).any()
+    assert cosine.min() > 0.999
+    with pytest.raises(ContractError, match="compute: expected float32, found bfloat16"):
+        build(tars[:1], tmp_path / "wide", **options, compute="bfloat16")
+    with pytest.raises(ContractError, match=r"preprocessing\.decode: expected pillow, found pillow-draft"):
+        build(tars[:1], tmp_path / "wide", **options, decode="pillow-draft")
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same_but_for_rounding(weights: Weights) -> None:
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain, compiled = (
+        load_teacher("test_vit", weights("test_vit"), 64, compiled=c).embed(images) for c in (False, True)
+    )
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_draft_keeps_enough_pixels_and_is_for_large_jpegs_alone(
+    draw: Draw, encode: Callable[..., bytes], weights: Weights
+) -> None:
+    teacher = load_teacher("test_vit", weights("test_vit"), 64, decode="pillow-draft")
+    assert teacher.min_side == math.ceil(2 * 64 / teacher.preprocessing.crop_pct)
+    side = teacher.min_side
+    for factor, kind, expected in ((1, "jpeg", 1), (1.9, "jpeg", 1), (2, "jpeg", 2), (9, "jpeg", 8), (4, "png", 1)):
+        size = (math.ceil(factor * side), math.ceil(1.5 * factor * side))
+        found = decode_rgb(encode(draw(1, size), kind), min_side=teacher.min_side)
+        assert found.size == (math.ceil(size[0] / expected), math.ceil(size[1] / expected)), (factor, kind)
+        assert min(found.size) >= side
+    with pytest.raises(BadImage):
+        decode_rgb(encode(draw(1, (2000, 2000)), "jpeg")[:3000], min_side=side)
