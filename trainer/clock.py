@@ -86,6 +86,8 @@ class Clock:
     def verdict(self) -> str:
         """What to do about the time, in a sentence."""
         wait = self.data_wait
+        if not self.images:
+            return "too short to tell what it was bound by"
         if wait >= DATA_BOUND:
             return f"data-bound: {wait:.0%} of the time waiting for data; raise data.workers or use faster storage"
         return f"compute-bound: {wait:.1%} of the time waiting for data"

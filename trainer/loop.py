@@ -5,8 +5,8 @@ import logging
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,8 @@ class Trainer:
     def train(self) -> Summary:
         log = MetricsLog(self.folder.path, self.start, self.run.log.tensorboard) if self.ranks.first else None
         profile = StepProfile(self.run.log.profile if self.ranks.first else None, self.folder.profile)
-        batches = self._batches()
         saved_at = time.monotonic()
-        with StopRequest().listening() as request:
+        with StopRequest().listening() as request, closing(self._batches()) as batches:
             for step in range(self.start, self.steps):
                 done, last = step + 1, step + 1 == self.steps
                 profile.before(done)
@@ -315,12 +314,13 @@ class Trainer:
     def _bare_model(self) -> TowerModel:
         return TowerModel(self.run, self.vocab_size, self._widths)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
+        """The loader's batches. Its workers end when this is closed; they would not by a signal."""
         ranks = self.ranks
         loader: Any = training_loader(
             self.run, self.samples, self.tokenizer, ranks.rank, ranks.world, self.start, self.steps
         )
-        return iter(loader)
+        yield from loader
 
 
 def seed_dropout(seed: int, step: int, rank: int, chunk: int) -> None:

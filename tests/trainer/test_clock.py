@@ -43,3 +43,9 @@ def test_phases_are_kept_apart_and_over_launches() -> None:
 )
 def test_verdict(data: float, step: float, verdict: str) -> None:
     assert Clock({"data": data, "step": step, "evaluation": 500.0, "images": 7}).verdict().startswith(verdict)
+
+
+def test_no_verdict_on_a_warm_up() -> None:
+    clock = Clock()
+    spend(clock, WARM_UP_STEPS, 0.001, 0.001)
+    assert clock.verdict() == "too short to tell what it was bound by"
