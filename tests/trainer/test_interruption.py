@@ -163,7 +163,7 @@ def test_kill_9_at_any_moment(three: dict[str, Any], tmp_path: Path) -> None:
 def test_sigterm_by_the_command_line(clip: dict[str, Any], tmp_path: Path) -> None:
     """All processes of the run get the signal, its data workers too; exit code 75, and the same command goes on."""
     clip["data"]["workers"] = 2
-    clip |= {"duration": {"steps": 400}, "checkpoint": {"every_minutes": 0.02}}
+    clip |= {"duration": {"steps": 150}, "checkpoint": {"every_minutes": 0.005}}
     file, out = config(clip, tmp_path, "run")
     process = subprocess.Popen(
         [*TRAIN, file],
@@ -183,7 +183,7 @@ def test_sigterm_by_the_command_line(clip: dict[str, Any], tmp_path: Path) -> No
     assert process.returncode == 75, errors[-4000:]
     assert "Interrupted: stopped by SIGTERM after step" in errors
     newest = max((out / "checkpoints").glob("step-*"))
-    assert f"after step {int(newest.name[5:])} of 400" in errors
+    assert f"after step {int(newest.name[5:])} of 150" in errors
     changed = [*TRAIN, file, "engine.zero_stage=3", "data.workers=0", "log.every_steps=50"]
     refused = subprocess.run([*changed, "optim.lr=0.5"], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert refused.returncode == 2
