@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,26 +94,3 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """weights(backbone, seed=0, scale=1): a safetensors file of random weights; `scale` enlarges a ViT's last norm."""
     folder = tmp_path_factory.mktemp("weights")
     return lambda backbone, seed=0, scale=1.0: save_weights(folder, backbone, seed, scale)
-
-
-@pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    """The URL of a bucket of an S3 server on loopback, which also child processes find through the environment."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="towers")
-        yield "s3://towers"
-    server.stop()
