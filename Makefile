@@ -21,6 +21,8 @@ help:  ## show the targets
 	# DeepSpeed's own setup imports torch, so it is installed after it and outside build isolation.
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	# The peer of the evaluation's metrics, of which only pure functions run: what else it depends on is not needed.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps clip-benchmark
 	touch $@
 
 demo: .venv/installed  ## cache a classifier, train CLIP, LiT and 3T on it, compare them on concepts none of them saw

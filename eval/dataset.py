@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from threetowers.cache.tars import BadTar, TarIndex, expand, index_tar, read_member
 from threetowers.eval.classification import Ints, label_matrix
@@ -27,6 +28,7 @@ class Part:
     labels_NL: Ints  # of the rows, as numbers of the set's classes (see `label_matrix`)
     told_apart: Ints  # the classes a picture of this part may be of
     left_out: Mapping[str, int]  # how many, by reason
+    unit_N: Ints | None = None  # equal for pictures that are drawn together in a bootstrap; None: each by itself
 
     @property
     def label_N(self) -> Ints:
@@ -283,7 +285,18 @@ class _Opening:
             self.refuse(f"{what}: none of {len(rows)} pictures has a label in the subset of {len(number)} classes")
         told_apart = np.array(sorted({number[key] for key in to_set.values() if key in number}))
         left_out = {"unreadable": len(data.skipped), "outside_subset": outside, "without_label": without}
-        return Part(data, np.array(kept), label_matrix(labels, len(number)), told_apart, left_out)
+        units = self.units([data.pictures[row] for row in kept], what)
+        return Part(data, np.array(kept), label_matrix(labels, len(number)), told_apart, left_out, units)
+
+    def units(self, pictures: Sequence[Picture], what: str) -> Ints | None:
+        name = self.own.unit
+        if name is None:
+            return None
+        if without := [picture for picture in pictures if name not in picture.fields]:
+            self.refuse(f"{what}: unit: sample {without[0].key!r} has no field {name!r}: {sorted(without[0].fields)}")
+        values = (json.dumps(picture.fields[name], sort_keys=True).encode() for picture in pictures)
+        # Hashed, so that a unit has the same number in every part and record.
+        return np.fromiter((xxhash.xxh3_64_intdigest(value) >> 1 for value in values), np.int64, len(pictures))
 
     def translation(self, here: _Classes, classes: _Classes, what: str) -> dict[str, str]:
         """From the keys of a part's classes to the set's, by name where the lists are not the same."""

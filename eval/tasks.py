@@ -84,7 +84,7 @@ def fewshot(encoder: Encoder, opened: OpenSet, settings: FewShot, show: Showing)
         metrics[f"{shots}-shot/top1_deviation"] = float(np.std(by_seed))
         metrics[f"{shots}-shot/mean_per_class"] = float(np.mean(per_class[shots]))
         metrics |= {f"{shots}-shot/top1_seed{seed}": value for seed, value in zip(settings.seeds, by_seed, strict=True)}
-        items[f"{shots}-shot/top1"] = np.mean(correct, axis=0)
+        items |= _prefixed(f"{shots}-shot", {"top1": np.mean(correct, axis=0), **_units(opened.test)})
     return Answer(metrics, _counts(opened.test) | {"learned_from": len(learn.rows)}, items)
 
 
@@ -119,7 +119,7 @@ def knn(encoder: Encoder, opened: OpenSet, settings: Neighbours, show: Showing) 
         judged = judge([votes_NC], opened.test.labels_NL)
         found = accuracies(judged, opened.test.labels_NL)
         metrics |= {f"{rule}/{key}": found[key] for key in ("top1", "mean_per_class")}
-        items[f"{rule}/top1"] = judged.correct_N().astype(np.float32)
+        items |= _prefixed(rule, {"top1": judged.correct_N().astype(np.float32), **_units(opened.test)})
     return Answer(metrics, _counts(opened.test) | {"learned_from": len(learn.rows)}, items)
 
 
@@ -300,6 +300,7 @@ def _classified(classifier: LinearClassifier, x_ND: Floats, part: Part, scale: f
         "confidence": judged.confidence_N,
         "predicted": part.told_apart[judged.predicted_N],
         "label": part.labels_NL,
+        **_units(part),
     }
     return Answer(metrics, _counts(part) | {"tied": tied}, items)
 
@@ -336,7 +337,12 @@ def _restricted(part: Part, classes: Ints) -> Part:
     kept_N = (labels_NL >= 0).any(axis=1)
     if not kept_N.any():
         raise ValueError(f"none of {len(part.rows)} original pictures is of the shifted set's {len(classes)} classes")
-    return Part(part.data, part.rows[kept_N], labels_NL[kept_N], classes, part.left_out)
+    units_N = None if part.unit_N is None else part.unit_N[kept_N]
+    return Part(part.data, part.rows[kept_N], labels_NL[kept_N], classes, part.left_out, units_N)
+
+
+def _units(part: Part) -> Items:
+    return {} if part.unit_N is None else {"unit": part.unit_N}
 
 
 def _counts(part: Part) -> dict[str, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from threetowers.cache.contract import Contract, ContractError, difference
 from threetowers.trainer.atomic import replace_text
@@ -96,8 +96,15 @@ class RunFolder:
                 )
 
     def read_contracts(self) -> dict[str, Contract]:
-        """What the caches of this run promised, by tower."""
-        return TypeAdapter(dict[str, Contract]).validate_json(self.contracts.read_bytes())
+        """What the caches of this run promised, by tower. Raises ContractError for a file that does not say it."""
+        try:
+            return TypeAdapter(dict[str, Contract]).validate_json(self.contracts.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ContractError(
+                f"{self.contracts}: damaged, or of another version: {first['msg']} at {first['loc']}; "
+                "train the run again"
+            ) from error
 
     def write_contracts(self, contracts: Mapping[str, Contract]) -> None:
         """Write what `read_contracts` reads."""

@@ -264,6 +264,7 @@ def test_bad_descriptions_are_refused(
         ({"where": {"ink": "oil"}}, "where: sample 's000' of test.tar has no field 'ink'"),
         ({"tars": ["nothing.tar"]}, "matches no file"),
         ({"prompts": None}, "zero-shot classification needs templates"),
+        ({"unit": "animal"}, "set: unit: sample 's000' has no field 'animal'"),
     ],
 )
 def test_sets_that_do_not_fit_are_refused(

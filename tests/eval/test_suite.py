@@ -28,6 +28,7 @@ TREE: dict[str, Any] = {
     "where": {"group": GROUPS},
     "learn": {"tars": [str(EMOJI / "test-000000.tar")]},
     "label": "group",
+    "unit": "concept",
     "classes": {group: group.replace("-", " and ") for group in GROUPS},
     "prompts": ["{c}", "a drawing of {c}", "{c} emoji"],
     "metric": "mean_per_class",
@@ -90,6 +91,12 @@ def test_every_task_end_to_end(clip: dict[str, Any], described: Path, tmp_path: 
     items = read_items(found["zeroshot"], out / "records")
     np.testing.assert_array_equal(items["predicted"], expected)
     np.testing.assert_array_equal(items["label"][:, 0], label)
+
+    # The styles of one concept belong together, in every answer that intervals are computed from.
+    concepts = [pictures.pictures[i].fields["concept"] for i in rows]
+    assert len(set(zip(items["unit"].tolist(), concepts, strict=True))) == len(set(concepts)) < len(concepts)
+    for task, prefix in (("fewshot", "5-shot"), ("knn", "majority@1"), ("shift", "original")):
+        np.testing.assert_array_equal(read_items(found[task], out / "records")[f"{prefix}/unit"], items["unit"])
 
 
 def test_what_is_answered_is_not_computed_again(

@@ -170,3 +170,6 @@ def test_a_cache_of_another_backbone_is_refused(three: dict[str, Any], cache: Pa
     folder.check_contracts({"third": began})
     with pytest.raises(ContractError, match=r"tower 'third' is read from another cache .*: weights_digest: expected"):
         folder.check_contracts({"third": replace(began, weights_digest="0" * 64)})
+    folder.contracts.write_text('{"third": {"backbone": "test_resnet"}}')
+    with pytest.raises(ContractError, match=r"contracts\.json: damaged, or of another version: Field required"):
+        folder.read_contracts()
