@@ -8,7 +8,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from threetowers.cache.teacher import load_teacher
 from threetowers.trainer.config import ImageTower, TextTower
 
 
@@ -24,6 +23,8 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> None:
         return
     if config.specialize is not None:
         raise ValueError(f"{key}: {config.init!r} holds a plain {config.model}, the tower is specialized; leave it out")
+    from threetowers.cache.teacher import load_teacher  # a run that reads rows of a cache needs none of it
+
     teacher = load_teacher(config.model, config.init, config.args.get("img_size"))
     classifier = getattr(teacher.model, "pretrained_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
