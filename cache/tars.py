@@ -376,6 +376,6 @@ def _grouped(
             yield ordinal, members
             ordinal += 1
     except tarfile.TarError as error:
-        raise BadTar(f"{index.location}: ends early after {ordinal} samples: {error}") from error
+        raise BadTar(f"{index.location}: ends early after {ordinal} samples: {error.args[0]}: {CHANGED}") from error
     if ordinal != len(index.samples):
         raise BadTar(f"{index.location}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}")

@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from threetowers.trainer.config import CacheTower, Run
 from threetowers.trainer.cost import Teacher, meta_model, tower_costs, training_flops
 from threetowers.trainer.data.join import CacheJoin
 from threetowers.trainer.data.loader import Batch, training_loader
+from threetowers.trainer.data.prefetch import prefetched
 from threetowers.trainer.data.samples import BadSample, open_samples
 from threetowers.trainer.engine import Ranks, chunks, deepspeed_config, start_engine, start_ranks
 from threetowers.trainer.evaluator import Evaluator
@@ -92,7 +92,8 @@ class Trainer:
         config = deepspeed_config(run, ranks.world)
         if ranks.first:
             samples, teachers = self.samples, {name: Teacher.of(contract) for name, contract in contracts.items()}
-            held = Held(len(samples), samples.total, len(samples.tars), samples.left_out, samples.without_row)
+            counts = samples.left_out, samples.without_row
+            held = Held(len(samples), samples.total, len(samples.tars), *counts, samples.notes())
             shapes = meta_model(run, self.vocab_size, teachers)
             self.flops = training_flops(shapes, tower_costs(shapes))
             for line in startup_page(ranks, shapes, teachers, held, self.steps):
@@ -233,6 +234,7 @@ class Trainer:
         }
         for name, term in measured.terms.items():
             metrics |= {f"terms/{name}/{key}": value for key, value in term.metrics().items()}
+        metrics |= self.samples.seen(done)
         log.write(metrics)
         logger.info(step_line(metrics, self.steps))
 
@@ -317,10 +319,10 @@ class Trainer:
     def _batches(self) -> Generator[Batch, None, None]:
         """The loader's batches. Its workers end when this is closed; they would not by a signal."""
         ranks = self.ranks
-        loader: Any = training_loader(
+        loader = training_loader(
             self.run, self.samples, self.tokenizer, ranks.rank, ranks.world, self.start, self.steps
         )
-        yield from loader
+        yield from prefetched(loader, ranks.device) if self.run.engine.chunk is None else loader
 
 
 def seed_dropout(seed: int, step: int, rank: int, chunk: int) -> None:

@@ -1,11 +1,11 @@
 """The start-up page: the arithmetic of a run, before its first step."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 from torch import nn
 
-from threetowers.trainer.config import CacheTower, ImageTower, Run
+from threetowers.trainer.config import Augment, CacheTower, ImageTower, Run
 from threetowers.trainer.cost import (
     LOSS_PRODUCTS,
     Teacher,
@@ -29,6 +29,7 @@ class Held:
     tars: int
     left_out: Mapping[str, int]
     without_row: Mapping[str, int] = field(default_factory=dict)  # trained on all the same, and how
+    notes: Sequence[str] = ()  # which sets are mixed, and how all are read
 
 
 def startup_page(
@@ -59,11 +60,23 @@ def _data(run: Run, ranks: Ranks, held: Held | None, steps: int) -> list[str]:
     per_epoch = max(1, held.usable // run.batch)
     return [
         f"samples: {held.usable:,} usable of {held.total:,} in {held.tars} tars",
+        *held.notes,
+        *_augmentation(run),
         *(f"left out: {count:,}, {reason}" for reason, count in held.left_out.items() if count),
         *(f"without a row: {count:,}, {how}" for how, count in held.without_row.items() if count),
         batch,
         f"{examples} = {steps / per_epoch:.1f} epochs of {per_epoch:,} whole batches",
     ]
+
+
+def _augmentation(run: Run) -> list[str]:
+    options = ((f.name, getattr(run.data.augment, f.name), f.default) for f in fields(Augment))
+    made = [f"{name} {value:g}" for name, value, default in options if value != default]
+    if run.data.crop_scale < 1:
+        made.insert(0, f"crops of {run.data.crop_scale:g} to 1 of the area")
+    cached = run.towers_of("cache")
+    unseen = f"; the rows of {', '.join(cached)} are of pictures without" if cached and made else ""
+    return [f"augmentation: {', '.join(made)}{unseen}"] if made else []
 
 
 def _towers(run: Run, model: TowerModel, costs: Mapping[str, TowerCost], teachers: Mapping[str, Teacher]) -> list[str]:

@@ -166,6 +166,26 @@ class SampleSet:
             return len(self.visited(0, number))
         return int(self._firsts[part.tars.stop] - self._firsts[part.tars.start])
 
+    def notes(self) -> list[str]:
+        """Return lines for the start-up page: which sets are mixed, and how all are read."""
+        batch = sum(part.share for part in self.parts)
+        sets = [
+            f"set {part.name}: {part.share:,} of each batch of {batch:,}, from {self.length(number):,} usable samples "
+            f"in {len(part.tars)} tars"
+            for number, part in enumerate(self.parts)
+            if part.name
+        ]
+        return [*sets, "read: tar after tar, in lanes"] if self.streamed else sets
+
+    def seen(self, steps: int) -> dict[str, float]:
+        """Return metrics of a mixture: samples of each set in so many steps, and epochs of it."""
+        found = {}
+        for number, part in enumerate(self.parts):
+            if part.name:
+                found[f"sets/{part.name}/examples"] = float(steps * part.share)
+                found[f"sets/{part.name}/epoch"] = steps / max(1, self.length(number) // part.share)
+        return found
+
     def address(self, index: int) -> tuple[int, int]:
         """Return (tar number, ordinal) of a sample."""
         number = int(self.tar_numbers(index))
