@@ -105,7 +105,7 @@ def run_suite(
             if needs_text(one.task) and not encoder.sees_text:
                 left_out.append(f"{encoder.facts.name}: no {one.task}, as it sees images only")
                 continue
-            records.append(_answer(one, encoder, out / RECORDS, show, again))
+            records.append(answer(one, encoder, out / RECORDS, show, again))
     if not records:
         raise ValueError(f"no model can answer what is asked: {'; '.join(left_out)}")
     answered_by = list(dict.fromkeys(record.question.run for record in records))
@@ -140,7 +140,8 @@ def _default(task: str) -> Any:
     return kind()
 
 
-def _answer(one: Asked, encoder: Encoder, folder: Path, show: Showing, again: bool) -> Record:
+def answer(one: Asked, encoder: Encoder, folder: Path, show: Showing, again: bool = False) -> Record:
+    """The record of what is asked of a model: the one in `folder` if it is there, else computed and written."""
     opened = one.opened
     parts = dict(_parts(opened))
     tars = {tar.location: tar for part in parts.values() for tar in part.data.tars}
