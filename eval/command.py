@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from threetowers.eval.encoder import Mixing
+    from threetowers.eval.mixing import Mixing
 
 Tars = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAR...")]
 
@@ -100,7 +100,8 @@ def search(
     """
     from threetowers.cache.tars import expand, index_tar
     from threetowers.eval.embed import evaluation_set
-    from threetowers.eval.encoder import Loading, load_encoder
+    from threetowers.eval.encoder import Loading
+    from threetowers.eval.models import load_encoder
     from threetowers.eval.query import find
 
     embeddings = None if out is None else out / "embeddings"
@@ -145,7 +146,7 @@ def compare(
 
 def mixings_of(items: Sequence[str], space: Literal["embedding", "logit"]) -> "list[Mixing]":
     """Parse TOWER=SHARE[,SHARE...]. Raises ValueError for anything else."""
-    from threetowers.eval.encoder import Mixing
+    from threetowers.eval.mixing import Mixing
 
     mixings = []
     for item in items:

@@ -8,8 +8,10 @@ from threetowers.cache.tars import expand, index_tar
 from threetowers.eval.album import Album
 from threetowers.eval.card import card_of, write_card
 from threetowers.eval.embed import EvaluationSet, evaluation_set
-from threetowers.eval.encoder import Encoder, Loading, Mixing, load_encoder
+from threetowers.eval.encoder import Encoder, Loading
 from threetowers.eval.gallery import Gallery, galleries_of
+from threetowers.eval.mixing import Mixing
+from threetowers.eval.models import load_encoder
 from threetowers.eval.record import Answer, Question, Record, answered, digest
 from threetowers.eval.report import ReportPaths, render
 from threetowers.eval.results import MODELS, PICTURES, RECORDS, RunResult, load_results

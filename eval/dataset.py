@@ -3,16 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+import yaml
 
+from threetowers.cache.place import is_url
 from threetowers.cache.tars import BadTar, TarIndex, expand, index_tar, read_member
 from threetowers.eval.classification import Ints, label_matrix
-from threetowers.eval.description import BadDescription, Pictures, Shift, Source
+from threetowers.eval.description import BadDescription, Pictures, Shift, Source, parse_description
 from threetowers.eval.embed import EvaluationSet, Picture
-from threetowers.eval.layout import Layout
+from threetowers.eval.layout import Layout, described
 from threetowers.eval.prompts import PromptError, class_names, prompt_templates
 from threetowers.trainer.data.samples import BadSample, image
 
@@ -74,6 +77,23 @@ class Reader:
         if tars not in self._read:
             self._read[tars] = read_pictures([index_tar(tar) for tar in tars])
         return self._read[tars]
+
+
+def load_description(path: str | Path) -> Source:
+    """Return the described set: of a YAML file, or of a folder or URL in CLIP_benchmark's layout.
+
+    Such a folder serves zero-shot classification, or retrieval if its `dataset_type.txt` says so; and probes and
+    neighbours if it has a `train` split. Raises BadDescription.
+    """
+    if is_url(path) or Path(path).is_dir():
+        return described(str(path))
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadDescription(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise BadDescription(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    return parse_description(tree, str(path))
 
 
 def open_set(source: Source, task: str, settings: object, read: Reader | None = None) -> OpenSet:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
@@ -141,25 +140,6 @@ class Source:
 
 
 _adapter = TypeAdapter(Description)
-
-
-def load_description(path: str | Path) -> Source:
-    """Return the described set: of a YAML file, or of a folder or URL in CLIP_benchmark's layout.
-
-    Such a folder serves zero-shot classification, or retrieval if its `dataset_type.txt` says so; and probes and
-    neighbours if it has a `train` split. Raises BadDescription.
-    """
-    from threetowers.eval.layout import described
-
-    if is_url(path) or Path(path).is_dir():
-        return described(str(path))
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadDescription(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise BadDescription(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
-    return parse_description(tree, str(path))
 
 
 def parse_description(tree: Mapping[str, Any], path: str) -> Source:

@@ -1,20 +1,17 @@
-"""What embeds images and captions: our runs and exports, open_clip and timm models, the rows of a cache."""
+"""What embeds images and captions, as every task sees it, whatever kind of model is behind it."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import xxhash
 
 from threetowers.eval.embed import EvaluationSet, Floats, Picture
 
 Precision = Literal["float32", "bfloat16", "float16"]
-Space = Literal["embedding", "logit"]
-KINDS = ("open_clip", "timm", "cache")
 
 
 class NoTextTower(ValueError):
@@ -93,54 +90,6 @@ class Loading:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How the third tower's image embedding is mixed into the main tower's. `alpha` 0 is the main tower alone.
-
-    embedding: norm((1 - alpha) f(I) + alpha h_g(I)), compared with g(T)
-    logit: (1 - alpha) times the logit of f(I) and g(T), plus alpha times that of h_g(I) and g_h(T)
-    """
-
-    tower: str
-    alpha: float
-    space: Space = "embedding"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"mixing {self.tower}={self.alpha}: the share must lie between 0 and 1")
-
-    def __str__(self) -> str:
-        return f"{self.tower}={self.alpha:g}" + ("" if self.space == "embedding" else " (logits)")
-
-
-def load_encoder(spec: str | Path, loading: Loading | None = None, mixing: Mixing | None = None) -> Encoder:
-    """Return a model by what names it.
-
-    a folder                    a finished run, or an export
-    open_clip:NAME[:WEIGHTS]    an open_clip model; WEIGHTS a file or one of its pretrained tags, none: random
-    timm:NAME[@SIZE][:WEIGHTS]  a timm model or a folder it saved, images only; WEIGHTS as of `cache build --weights`
-    cache:PATH                  the rows of a cache as they are, images only
-
-    Raises ValueError for a spec or folder that names no model, and for mixing in a model without a third tower.
-    """
-    loading = loading or Loading()
-    kind, colon, rest = str(spec).partition(":")
-    if kind in KINDS and colon:
-        if mixing is not None:
-            raise ValueError(f"{spec}: mixing needs a run with a third tower")
-        name, _, weights = rest.partition(":")
-        if not name:
-            raise ValueError(f"{spec!r}: expected {kind}:NAME")
-        return _kept(_other(kind, name, weights or None, loading, rest), loading)
-    path = Path(spec)
-    if not path.is_dir():
-        raise ValueError(f"{spec!r} is no folder of a run or an export; other models: {', '.join(KINDS)}:NAME")
-    from threetowers.eval.encoders.run import main_pair, third_pair
-
-    main = _kept(main_pair(path, loading), loading)
-    return main if mixing is None else Mixed(main, _kept(third_pair(path, mixing.tower, loading), loading), mixing)
 
 
 class Tower(Protocol):
@@ -229,79 +178,7 @@ class Batched:
         return unit_bD
 
 
-class Mixed:
-    """A run's main pair with its third tower mixed in: two encoders as one, by `Mixing`."""
-
-    def __init__(self, main: Encoder, third: Encoder, mixing: Mixing) -> None:
-        self.main, self.third, self.mixing = main, third, mixing
-        # In logit space the weighted sum of two scaled cosines is one scaled cosine of concatenated vectors.
-        weights = (1 - mixing.alpha) * main.logit_scale, mixing.alpha * third.logit_scale
-        self.logit_scale = main.logit_scale if mixing.space == "embedding" else sum(weights)
-        self._shares = [np.float32(np.sqrt(weight / sum(weights))) for weight in weights]
-        self.dim = main.dim if mixing.space == "embedding" else main.dim + third.dim
-        self.sees_text = True
-        parts = (main.facts.digest, third.facts.digest, repr(mixing))
-        self.facts = replace(
-            main.facts,
-            name=f"{main.facts.name}+{mixing}",
-            digest=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
-            preprocessing=f"{main.facts.preprocessing}; third: {third.facts.preprocessing}",
-            cache_contract=third.facts.cache_contract,
-            recipe=f"{main.facts.recipe} {mixing!r}" if main.facts.recipe else None,
-        )
-
-    def images(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
-        main, third = self.main.images(data, pictures), self.third.images(data, pictures)
-        if self.mixing.space == "logit":
-            return self._joined(main, third)
-        mixed = (1 - self.mixing.alpha) * main + self.mixing.alpha * third
-        return np.asarray(mixed / np.linalg.norm(mixed, axis=1, keepdims=True), dtype=np.float32)
-
-    def features(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
-        return self.main.features(data, pictures)
-
-    def texts(self, captions: Sequence[str]) -> Floats:
-        main = self.main.texts(captions)
-        return main if self.mixing.space == "embedding" else self._joined(main, self.third.texts(captions))
-
-    def _joined(self, main: Floats, third: Floats) -> Floats:
-        return np.concatenate([self._shares[0] * main, self._shares[1] * third], axis=1)
-
-
 def file_digest(path: Path) -> str:
     """sha256 of a file of weights."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def pictures_digest(data: EvaluationSet, pictures: Sequence[Picture]) -> str:
-    """Of which pictures, in which order: tars by fingerprint, samples by place and key."""
-    digest = xxhash.xxh3_128()
-    for tar in data.tars:
-        digest.update(f"{tar.fingerprint}\n".encode())
-    for picture in pictures:
-        digest.update(f"{picture.tar}:{picture.ordinal}:{picture.key}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _other(kind: str, name: str, weights: str | None, loading: Loading, rest: str) -> Tower:
-    if kind == "open_clip":
-        from threetowers.eval.encoders.openclip import OpenClipTower
-
-        return OpenClipTower(name, weights, loading)
-    if kind == "timm":
-        from threetowers.eval.encoders.classifier import ClassifierTower
-
-        return ClassifierTower(name, weights, loading)
-    from threetowers.eval.encoders.cached import CachedRows
-
-    return CachedRows(rest, loading)
-
-
-def _kept(tower: Tower, loading: Loading) -> Encoder:
-    encoder = Batched(tower)
-    if loading.embeddings is None:
-        return encoder
-    from threetowers.eval.kept import Kept
-
-    return Kept(encoder, loading.embeddings)

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from threetowers.eval.embed import EvaluationSet, Floats, Picture
-from threetowers.eval.encoder import Batched, Facts, pictures_digest
+from threetowers.eval.encoder import Batched, Facts
 from threetowers.trainer.atomic import replace_text, settle
 
 log = logging.getLogger(__name__)
@@ -115,3 +115,13 @@ def _fill(path: Path, count: int, batches: Callable[[int, int], Iterator[Floats]
     del array
     settle(partial, path)
     progress.unlink(missing_ok=True)
+
+
+def pictures_digest(data: EvaluationSet, pictures: Sequence[Picture]) -> str:
+    """Of which pictures, in which order: tars by fingerprint, samples by place and key."""
+    digest = xxhash.xxh3_128()
+    for tar in data.tars:
+        digest.update(f"{tar.fingerprint}\n".encode())
+    for picture in pictures:
+        digest.update(f"{picture.tar}:{picture.ordinal}:{picture.key}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -9,9 +9,10 @@ from typing import Any
 
 from threetowers.eval.album import Album
 from threetowers.eval.card import card_of, write_card
-from threetowers.eval.dataset import OpenSet, Part, Reader, as_gallery, open_set
-from threetowers.eval.description import Description, Settings, Tasks, load_description
-from threetowers.eval.encoder import Encoder, Loading, load_encoder
+from threetowers.eval.dataset import OpenSet, Part, Reader, as_gallery, load_description, open_set
+from threetowers.eval.description import Description, Settings, Tasks
+from threetowers.eval.encoder import Encoder, Loading
+from threetowers.eval.models import load_encoder
 from threetowers.eval.prompts import fill, prompts_hash
 from threetowers.eval.record import Question, Record, answered, digest
 from threetowers.eval.report import ReportPaths, render

@@ -104,7 +104,8 @@ def embedding_rate(model: str, images: int, size: int) -> tuple[float, float]:
 
     from threetowers.cache.tars import index_tar
     from threetowers.eval.embed import evaluation_set
-    from threetowers.eval.encoder import Loading, load_encoder
+    from threetowers.eval.encoder import Loading
+    from threetowers.eval.models import load_encoder
 
     torch.set_num_threads(1)  # the other core decodes, as a GPU's host would
     with tempfile.TemporaryDirectory() as name:

@@ -15,7 +15,9 @@ from threetowers.cache.contract import ContractError
 from threetowers.cache.tars import index_tar
 from threetowers.eval.compare import Settings, compare
 from threetowers.eval.embed import evaluation_set
-from threetowers.eval.encoder import Loading, Mixing, load_encoder
+from threetowers.eval.encoder import Loading
+from threetowers.eval.mixing import Mixing
+from threetowers.eval.models import load_encoder
 from threetowers.eval.report import render
 from threetowers.eval.results import load_results
 from threetowers.eval.significance import grouped

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import write_tar
-from threetowers.eval.dataset import Part, as_gallery, open_set
+from threetowers.eval.dataset import Part, as_gallery, load_description, open_set
 from threetowers.eval.description import (
     BadDescription,
     Description,
@@ -25,7 +25,6 @@ from threetowers.eval.description import (
     Shift,
     Source,
     ZeroShot,
-    load_description,
     parse_description,
 )
 

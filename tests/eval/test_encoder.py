@@ -13,8 +13,10 @@ from tests.eval.runs import finished
 from threetowers.cache.tars import index_tar
 from threetowers.cache.teacher import load_teacher
 from threetowers.eval.embed import EvaluationSet, evaluation_set
-from threetowers.eval.encoder import Loading, Mixing, NoTextTower, load_encoder
+from threetowers.eval.encoder import Loading, NoTextTower
 from threetowers.eval.encoders.forward import PixelView, TeacherTransform
+from threetowers.eval.mixing import Mixing
+from threetowers.eval.models import load_encoder
 from threetowers.eval.sources import image_source
 from threetowers.trainer.data.samples import image
 from threetowers.trainer.data.view import center

@@ -10,8 +10,9 @@ import pytest
 from tests.eval.runs import finished
 from threetowers.cache.tars import index_tar
 from threetowers.eval.embed import EvaluationSet, Floats, Picture, evaluation_set
-from threetowers.eval.encoder import Batched, Facts, Loading, load_encoder
+from threetowers.eval.encoder import Batched, Facts, Loading
 from threetowers.eval.kept import Kept
+from threetowers.eval.models import load_encoder
 
 
 class Killed(Exception):

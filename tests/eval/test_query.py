@@ -12,8 +12,9 @@ from tests.conftest import samples_of, write_tar
 from tests.eval.runs import finished
 from threetowers.cache.tars import index_tar
 from threetowers.eval.embed import EvaluationSet, evaluation_set
-from threetowers.eval.encoder import Loading, load_encoder
+from threetowers.eval.encoder import Loading
 from threetowers.eval.gallery import encoded
+from threetowers.eval.models import load_encoder
 from threetowers.eval.query import find, half_blocks
 
 QUERIES = ["a red disc", "<b>blue & bar</b>"]

@@ -16,7 +16,8 @@ from threetowers.cache.tars import index_tar
 from threetowers.eval.dataset import read_pictures
 from threetowers.eval.description import BadDescription
 from threetowers.eval.embed import EvaluationSet, Floats, Picture
-from threetowers.eval.encoder import Batched, Loading, load_encoder
+from threetowers.eval.encoder import Batched, Loading
+from threetowers.eval.models import load_encoder
 from threetowers.eval.record import read_items, read_record
 from threetowers.eval.suite import run_suite
 
