@@ -27,7 +27,7 @@ def augmented(image_3hw: Tensor, options: Augment, rng: np.random.Generator) -> 
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     if _happens(options.blur, rng):
         sigma = float(rng.uniform(0.1, 2.0))
-        image = F.gaussian_blur(image, kernel_size=[2 * int(np.ceil(2 * sigma)) + 1], sigma=[sigma])
+        image = F.gaussian_blur(image, [2 * int(np.ceil(2 * sigma)) + 1] * 2, [sigma] * 2)
     return image
 
 

@@ -1,0 +1,173 @@
+"""Several sets in one run: their shares, their epochs, what they need not have in common."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import samples_of, write_tar
+from threetowers.cache.contract import ContractError
+from threetowers.trainer.config import ConfigError, parse
+from threetowers.trainer.data.index import index_sets
+from threetowers.trainer.data.loader import Batch, training_loader
+from threetowers.trainer.data.order import places, shares
+from threetowers.trainer.data.samples import SampleSet, open_samples
+from threetowers.trainer.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> list[Path]:
+    """Two tars of 9 and 13 samples, of a cache's tars neither a copy nor a namesake's location."""
+    return [write_tar(tmp_path / f"{i}.tar", samples_of(100 + 9 * i, 9 + 4 * i)) for i in range(2)]
+
+
+def mix(tree: dict[str, Any], tars: list[Path], other: list[Path], **data: Any) -> dict[str, Any]:
+    """Twice as many samples of `tars` (45) as of `other` (22): 8 and 4 of 12."""
+    sets = {
+        "main": {"tars": [str(tar) for tar in tars], "weight": 1.0},
+        "other": {"tars": [str(tar) for tar in other], "weight": 0.5},
+    }
+    return tree | {"data": tree["data"] | {"tars": [], "sets": sets} | data}
+
+
+def load(
+    tree: dict[str, Any], rank: int = 0, ranks: int = 1, start: int = 0, stop: int = 6
+) -> tuple[SampleSet, list[Batch]]:
+    run = parse(tree)
+    samples = open_samples(run, Path(run.out))
+    loader = training_loader(run, samples, Tokenizer.load(run.data.tokenizer), rank, ranks, start, stop)
+    return samples, list(loader)
+
+
+STREAMED = {"read": "streamed", "lanes": 4, "shuffle_buffer": 20}
+
+
+@pytest.mark.parametrize("reading", [{}, STREAMED], ids=["indexed", "streamed"])
+def test_each_set_has_its_share_and_its_own_epochs(
+    clip: dict[str, Any], tars: list[Path], other: list[Path], reading: dict[str, Any]
+) -> None:
+    clip["data"]["concept_field"] = None
+    samples, found = load(mix(clip, tars, other, **reading), stop=10)
+    assert len(samples) == samples.total == 67
+    (first, *_), (second, *_) = samples.parts[0].tars, samples.parts[1].tars
+    assert (first, second) == (0, 2)
+    from threetowers.trainer.data.items import concept_hash
+
+    of_main = {concept_hash(f"{tar}:{i}") for tar, size in zip(tars, (25, 20), strict=True) for i in range(size)}
+    main = [[c for c in batch.concepts_b.tolist() if c in of_main] for batch in found]
+    rest = [[c for c in batch.concepts_b.tolist() if c not in of_main] for batch in found]
+    assert {len(part) for part in main} == {8}
+    for start in (0, 5):  # epochs of 5 whole shares of 8, of 45
+        assert len({c for part in main[start : start + 5] for c in part}) == 40
+        assert len({c for part in rest[start : start + 5] for c in part}) == 20  # 5 whole shares of 4, of 22
+    for ranks, starts in ((2, (0, 3)), (4, (6,))):
+        for start in starts:
+            parts = [load(mix(clip, tars, other, **reading), rank, ranks, start, 10)[1] for rank in range(ranks)]
+            for step, batch in enumerate(found[start:]):
+                assert torch.cat([part[step].concepts_b for part in parts]).equal(batch.concepts_b)
+                assert torch.cat([part[step].inputs["image"] for part in parts]).equal(batch.inputs["image"])
+
+
+def test_sets_have_concepts_of_their_own(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
+    tree = mix(clip, tars, other)
+    tree["data"] |= {"concept_field": None}
+    tree["data"]["sets"]["other"]["concept_field"] = "concept"
+    _, found = load(tree, stop=5)
+    counts = np.unique(np.concatenate([batch.concepts_b.numpy() for batch in found]), return_counts=True)[1]
+    assert len(counts) > 40  # each of the 40 of main its own, 20 combinations among the others at most
+    tree["data"]["sets"]["other"]["concept_field"] = "kind"
+    _, (batch,) = load(tree, stop=1)
+    assert len(batch.bad) == 4
+    assert "no field 'kind'" in batch.bad[0]
+
+
+def test_a_cache_of_one_set(three: dict[str, Any], tars: list[Path], other: list[Path], tmp_path: Path) -> None:
+    """What its tower says of rows that are missing holds for all of a set that the cache has never seen."""
+    with pytest.raises(ContractError, match=r"0\.tar: not among the 2 tars of this cache"):
+        load(mix(three, tars, other))
+    three["towers"]["third"]["on_bad_row"] = "mask"
+    for reading in ({}, STREAMED):
+        samples, found = load(mix(three, tars, other, **reading))
+        assert samples.without_row == {"left out of the terms with 'third'": 22}
+        for batch in found:
+            present = batch.present["third"]
+            assert int(present.sum()) == 8
+            assert (batch.inputs["third"][~present] == 0).all()
+            assert (batch.inputs["third"][present] != 0).any(1).all()
+    three["towers"]["third"]["on_bad_row"] = "skip"
+    with pytest.raises(ConfigError, match=r"data\.sets\.other: a batch of 4 needs at least 4 samples, the tars hold 0"):
+        load(mix(three, tars, other))
+    three["towers"]["third"]["on_bad_row"] = "mask"
+    three["data"]["tars"] = [str(tar) for tar in other]  # the only set: a wrong path, no gap
+    with pytest.raises(ContractError, match="not among the 2 tars"):
+        load(three)
+
+
+def test_the_page_and_the_metrics_say_what_is_mixed(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
+    samples, _ = load(mix(clip, tars, other), stop=0)
+    assert samples.notes() == [
+        "set main: 8 of each batch of 12, from 45 usable samples in 2 tars",
+        "set other: 4 of each batch of 12, from 22 usable samples in 2 tars",
+    ]
+    assert samples.seen(10) == {
+        "sets/main/examples": 80, "sets/main/epoch": 2, "sets/other/examples": 40, "sets/other/epoch": 2
+    }  # fmt: skip
+    assert load(clip, stop=0)[0].notes() == []
+
+
+def test_shares_are_rounded_to_the_whole_batch() -> None:
+    assert shares([1], 7) == [7]
+    assert shares([2, 1], 12) == [8, 4]
+    assert shares([1, 1, 1], 256) == [86, 85, 85]
+    assert shares([0.7, 0.2, 0.1], 10) == [7, 2, 1]
+    with pytest.raises(ValueError, match=r"set number 2 of weight 1 among \[1000, 1\] has no sample in a batch of 10"):
+        shares([1000, 1], 10)
+
+
+def test_any_part_of_a_batch_is_alike() -> None:
+    for counts in ([12], [8, 4], [7, 3, 2], [1, 11], [86, 85, 85]):
+        found, batch = places(counts), sum(counts)
+        assert np.bincount(found).tolist() == counts
+        for part in np.array_split(found, 4):
+            for number, count in enumerate(counts):
+                assert abs((part == number).sum() - count * len(part) / batch) < 2
+
+
+def test_what_cannot_be_mixed(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
+    tree = mix(clip, tars, other)
+    with pytest.raises(ConfigError, match="tars and sets are both given"):
+        parse(tree | {"data": tree["data"] | {"tars": ["x.tar"]}})
+    tree["data"]["sets"]["other"]["tars"] = []
+    with pytest.raises(ConfigError, match=r"data\.sets\.other\.tars: expected at least one tar"):
+        parse(tree)
+    tree["data"]["sets"]["other"]["weight"] = 0
+    with pytest.raises(ConfigError, match=r"sets\.other\.weight"):
+        parse(tree)
+
+
+def share_the_index(rank: int, store: str, patterns: dict[str, list[str]], bad: str) -> None:
+    import torch.distributed as dist
+
+    from threetowers.cache.tars import BadTar, expand, index_tar
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    alone = [index_tar(path) for part in patterns.values() for path in expand(part)]
+    tars, ranges = index_sets(patterns)
+    assert [(tar.location, tar.fingerprint) for tar in tars] == [(tar.location, tar.fingerprint) for tar in alone]
+    assert [list(tar.samples) for tar in tars] == [list(tar.samples) for tar in alone]
+    assert ranges == {"main": range(2), "other": range(2, 4)}
+    with pytest.raises(BadTar, match="bad"):  # on both, though one of them reads it
+        index_sets({"bad": [*patterns["main"], bad]})
+    with pytest.raises(ValueError, match="matches no file"):
+        index_sets({"none": ["nowhere-*.tar"]})
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_ranks_share_the_index(tars: list[Path], other: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(tars[0].read_bytes()[:-20000])
+    patterns = {"main": [str(tar) for tar in tars], "other": [str(tar) for tar in other]}
+    torch.multiprocessing.spawn(share_the_index, args=(str(tmp_path / "store"), patterns, str(bad)), nprocs=2)
