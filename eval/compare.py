@@ -117,12 +117,13 @@ def compare(
         raise ValueError(
             f"{blind} see images only: retrieval between images and captions needs a text tower; leave out"
         )
+    answers = []
     for spec, encoder in encoders:
         write_card(card_of(spec, encoder), out / MODELS)
         for number, gallery in enumerate(galleries):
             share = settings.examples // len(galleries) + (number < settings.examples % len(galleries))
-            _answer(encoder, data, gallery, replace(settings, examples=share), loading, out, again)
-    results = load_results([out], names)
+            answers.append(_answer(encoder, data, gallery, replace(settings, examples=share), loading, out, again))
+    results = load_results([out], names, answers)
     title = f"Retrieval on held-out data: {', '.join(names)}"
     report = render(results, out, title=title, description=_description(data, settings))
     return Comparison(results, galleries, data.skipped, out / RECORDS, report)

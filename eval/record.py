@@ -161,7 +161,7 @@ class Record:
     seed: int | None = None
     items: tuple[str, ...] = ()  # names of the arrays in the file beside
     examples: tuple[Example, ...] = ()
-    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
     format: int = FORMAT
 

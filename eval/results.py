@@ -40,12 +40,14 @@ class RunResult:
         return self.items.get(record.file_name, {})
 
 
-def load_results(folders: Sequence[Path], names: Sequence[str] = ()) -> list[RunResult]:
+def load_results(folders: Sequence[Path], names: Sequence[str] = (), asked: Sequence[Record] = ()) -> list[RunResult]:
     """Gather the records of evaluation folders by model: those of `names`, in that order, or all.
 
-    Of several answers to one task and gallery by a model of one name the newest counts, and the note says so. Raises
-    ValueError where a folder holds no record, and BadRecord for a damaged one.
+    Of several answers to one task and gallery by a model of one name (other weights, other settings) the one that was
+    `asked` for counts, else the newest, and the note says so. Raises ValueError where a folder holds no record, and
+    BadRecord for a damaged one.
     """
+    wanted = {record.file_name for record in asked}
     newest: dict[tuple[str, str, str], tuple[Record, Path]] = {}
     superseded: dict[str, int] = {}
     cards: dict[tuple[str, str], Card] = {}
@@ -59,7 +61,8 @@ def load_results(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run
             key = (record.question.run, record.question.task, record.question.gallery)
             if key in newest:
                 superseded[key[0]] = superseded.get(key[0], 0) + 1
-            if key not in newest or newest[key][0].date <= record.date:
+            rank = (record.file_name in wanted, record.date)
+            if key not in newest or (newest[key][0].file_name in wanted, newest[key][0].date) <= rank:
                 newest[key] = (record, folder)
     order = list(names) or sorted(dict.fromkeys(run for run, _, _ in newest))
     if missing := [name for name in order if name not in {run for run, _, _ in newest}]:
@@ -86,7 +89,7 @@ def _result(
         pictures |= {picture: uri for picture in wanted if (uri := album.data_uri(picture)) is not None}
     notes = []
     if superseded:
-        notes.append(f"{superseded} older results of the same questions are left out")
+        notes.append(f"{superseded} other results of the same tasks are left out")
     if len(digests) > 1:
         notes.append("its results are of different weights")
     return RunResult(

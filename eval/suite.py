@@ -111,7 +111,7 @@ def run_suite(
         raise ValueError(f"no model can answer what is asked: {'; '.join(left_out)}")
     answered_by = list(dict.fromkeys(record.question.run for record in records))
     title = f"Evaluation: {', '.join(answered_by)}"
-    return Suite(records, left_out, render(load_results([out], answered_by), out, title=title))
+    return Suite(records, left_out, render(load_results([out], answered_by, records), out, title=title))
 
 
 def questions_of(path: str | Path, tasks: Sequence[str] | None = None, read: Reader | None = None) -> list[Asked]:
