@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from threetowers.cache.contract import ContractError
+from threetowers.cache.place import is_url
 from threetowers.cache.reader import EmbeddingCache
 from threetowers.cache.tars import expand, index_tar
 from threetowers.trainer.config import CacheTower, ConfigError, Run
@@ -36,6 +37,8 @@ def dry_run(run: Run, world: int = 1) -> list[str]:
 
 
 def _held(run: Run) -> Held | None:
+    if any(map(is_url, run.data.patterns)):  # to index them is to read all they hold
+        return None
     try:
         paths = expand(run.data.patterns)
     except (OSError, ValueError):

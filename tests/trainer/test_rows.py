@@ -25,7 +25,9 @@ from threetowers.cache.views import Views, as_pixels, replay
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import finished
 from threetowers.trainer.data.finished import FinishedTars
+from threetowers.trainer.data.items import Item, Items
 from threetowers.trainer.data.join import CacheJoin
+from threetowers.trainer.data.lanes import Segment, read_segment
 from threetowers.trainer.data.loader import Batch, training_loader
 from threetowers.trainer.data.samples import BadSample, SampleSet, image, open_samples
 from threetowers.trainer.data.view import center
@@ -328,3 +330,57 @@ def test_a_masked_run_is_the_same_on_two_ranks(three: dict[str, Any], gap: Any, 
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         outs.append([[line["loss"], line["terms/image-third/loss"], line["terms/image-text/loss"]] for line in lines])
     np.testing.assert_allclose(outs[0], outs[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["skip", "mask", "live"])
+@pytest.mark.parametrize("views", [Views("center+flip"), CROPS])
+def test_streams_give_what_random_access_gives(
+    three: dict[str, Any], gap: Any, weights: str, policy: str, views: Views
+) -> None:
+    """Sample by sample: pictures of the stored view, captions, rows, what becomes of missing ones, concepts."""
+    tar, cache = gap(views)
+    run = parse(with_cache(three, tar, cache, on_bad_row=policy, weights=weights))
+    samples = open_samples(run, Path(run.out))
+    items = Items(run, samples)
+    for epoch in range(views.count):
+        segment = Segment(epoch, samples.visited(epoch), 0)
+        streamed = list(read_segment(samples, segment, 4, np.random.default_rng(epoch)))
+        assert sorted(found.sample for found in streamed) == segment.indices.tolist()
+        for found in streamed:
+            item = items.make(epoch, found.sample, found.members.__getitem__, found.rows.__getitem__)
+            twin = items.read(epoch, found.sample)
+            if isinstance(twin, BadSample):
+                assert isinstance(item, BadSample)
+                assert str(item).partition(" 0x")[0] == str(twin).partition(" 0x")[0]  # where Pillow names a buffer
+                continue
+            assert isinstance(item, Item)
+            assert isinstance(item.image, torch.Tensor)
+            assert isinstance(twin.image, torch.Tensor)
+            assert item.image.equal(twin.image)
+            assert (item.caption, item.concept) == (twin.caption, twin.concept)
+            for row, other in zip(item.rows.values(), twin.rows.values(), strict=True):
+                assert (row is None) == (other is None)
+                assert row is None or (row == other).all()
+
+
+def test_streams_visit_what_was_finished_when_their_epoch_began(
+    three: dict[str, Any], growing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars, cache, finish = growing
+    monkeypatch.setattr(finished, "POLL_SECONDS", 0.01)
+    three["data"] |= {"tars": [str(tar) for tar in tars], "unbuilt_tars": "leave_out", "concept_field": None}
+    three["data"] |= {"read": "streamed", "lanes": 2, "shuffle_buffer": 6, "workers": 1}
+    three["towers"]["third"]["path"] = str(cache)
+    run = parse(three | {"batch": 8})
+    finish(2)
+    samples = open_samples(run, Path(run.out))
+    loader = training_loader(run, samples, Tokenizer.load(run.data.tokenizer), 0, 1, 0, 7)
+    samples.visited(0)
+    for tar in (0, 1, 3):
+        finish(tar)
+    whole = [batch.concepts_b for batch in loader]  # one step of tar 2, then epochs of 4 steps of all
+    assert len(set(whole[0].tolist())) == 8
+    assert len(set(torch.cat(whole[1:5]).tolist())) == 32
+    again = training_loader(run, open_samples(run, Path(run.out)), Tokenizer.load(run.data.tokenizer), 0, 1, 3, 7)
+    for batch, expected in zip(again, whole[3:], strict=True):
+        assert batch.concepts_b.equal(expected)
