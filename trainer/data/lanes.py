@@ -7,6 +7,7 @@ first of those samples.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ class RankLanes:
     def __iter__(self) -> Iterator[list[LaneStep]]:
         counts = self._share_nl.sum(1).tolist()
         coming = [epochs(v, n, self._start, self._stop) for v, n in zip(self._visited, counts, strict=True)]
-        now = [next(part) for part in coming]
+        now = [part for found in coming for part in itertools.islice(found, 1)]  # none where there is no step
         for step in range(self._start, self._stop):
             for part, epoch in enumerate(now):
                 if step == epoch.first + epoch.steps:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from threetowers.cache.contract import ContractError
+from threetowers.cache.tars import BadTar
 from threetowers.trainer.config import Run
 from threetowers.trainer.data.items import Item, Items
 from threetowers.trainer.data.lanes import LaneStep, RankLanes, Streamed, read_segment
@@ -64,11 +66,12 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Failure(NamedTuple):
-    """An error that ends the run, on its way out of a worker."""
+    """An error about tars or caches that ends the run. Raised in a worker, it would arrive wrapped in tracebacks."""
 
     error: Exception
 
 
+FATAL = (BadTar, ContractError, OSError)
 Read = Item | BadSample | Failure
 
 
@@ -81,7 +84,7 @@ class IndexedItems(Dataset[Read]):
     def __getitem__(self, address: Address) -> Read:
         try:
             return self._items.read(*address)
-        except (OSError, ValueError) as error:
+        except FATAL as error:
             return Failure(error)
 
 
@@ -98,7 +101,7 @@ class StreamedItems(Dataset[Read]):
     def __getitems__(self, works: Sequence[LaneStep]) -> list[Read]:
         try:
             return [item for work in works for item in self._step(work)]
-        except (OSError, ValueError) as error:
+        except FATAL as error:
             return [Failure(error)]
 
     def _step(self, work: LaneStep) -> Iterator[Item | BadSample]:
