@@ -12,12 +12,13 @@ import glob
 import os
 import re
 import tarfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 from braceexpand import braceexpand
 
@@ -67,6 +68,26 @@ class Samples(Sequence[Sample]):
         self._member_ends = np.cumsum([0, *(len(sample.members) for sample in samples)], dtype=np.int64)
         self._codes = np.array([code[extension] for extension, _ in members], dtype=np.uint32)
         self._places = np.array([place for _, place in members], dtype=np.int64).reshape(-1, 2)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What `of_arrays` makes these samples of; none holds objects."""
+        return {
+            "extensions": np.array(self._extensions, np.str_),
+            "keys": np.frombuffer(self._keys, np.uint8),
+            "key_ends": self._key_ends,
+            "member_ends": self._member_ends,
+            "codes": self._codes,
+            "places": self._places,
+        }
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Samples:
+        """Raises KeyError where one is missing."""
+        samples = cls([])
+        samples._extensions, samples._keys = tuple(arrays["extensions"].tolist()), arrays["keys"].tobytes()
+        samples._key_ends, samples._member_ends = arrays["key_ends"], arrays["member_ends"]
+        samples._codes, samples._places = arrays["codes"], arrays["places"]
+        return samples
 
     def __len__(self) -> int:
         return len(self._key_ends) - 1

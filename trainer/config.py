@@ -173,6 +173,9 @@ class Data:
         16  # streamed: tars read side by side, over all ranks; a multiple of the ranks, divides `batch`
     )
     shuffle_buffer: PositiveInt = 10_000  # streamed: undecoded samples that wait to be drawn, over all lanes
+    # A folder or URL where what the headers of tars say is kept from launch to launch, for any number of runs; without
+    # it they are read at every start, for which a remote tar is streamed from end to end.
+    index: str | None = None
     context: PositiveInt = 32  # tokens per caption, end token included
     vocab_size: PositiveInt | None = None  # rows of the token embedding; None: the tokenizer's pieces
     crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no crop

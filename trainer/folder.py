@@ -23,7 +23,7 @@ from threetowers.trainer.config import ConfigError, Difference, Run, differences
 
 # What a resumed run may change: none of it changes what is computed, beyond rounding.
 CHANGEABLE = (
-    *("out", "data.workers", "engine.zero_stage", "engine.chunk", "engine.activation_checkpointing"),
+    *("out", "data.workers", "data.index", "engine.zero_stage", "engine.chunk", "engine.activation_checkpointing"),
     *("engine.non_finite", "engine.non_finite_limit", "engine.deepspeed_extra.zero_optimization"),
     *("log", "checkpoint", "evaluate"),
 )

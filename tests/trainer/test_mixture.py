@@ -1,5 +1,6 @@
 """Several sets in one run: their shares, their epochs, what they need not have in common."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 
 from tests.conftest import samples_of, write_tar
 from threetowers.cache.contract import ContractError
+from threetowers.cache.place import place_of
+from threetowers.cache.tars import TarIndex, index_tar
 from threetowers.trainer.config import ConfigError, parse
+from threetowers.trainer.data import index
 from threetowers.trainer.data.index import index_sets
 from threetowers.trainer.data.loader import Batch, training_loader
 from threetowers.trainer.data.order import places, shares
@@ -145,6 +149,44 @@ def test_what_cannot_be_mixed(clip: dict[str, Any], tars: list[Path], other: lis
     tree["data"]["sets"]["other"]["weight"] = 0
     with pytest.raises(ConfigError, match=r"sets\.other\.weight"):
         parse(tree)
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_an_index_is_kept_for_the_tar_as_it_is(
+    tars: list[Path], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = str(tmp_path / "index") if where == "folder" else f"memory://{tmp_path.name}/index"
+    copies = [Path(shutil.copy(tar, tmp_path)) for tar in tars]
+    patterns = {"": [str(tar) for tar in copies]}
+    fresh, _ = index_sets(patterns, kept)
+    opened: list[str] = []
+
+    def spied(path: str) -> TarIndex:
+        opened.append(path)
+        return index_tar(path)
+
+    monkeypatch.setattr(index, "index_tar", spied)
+    again, ranges = index_sets(patterns, kept)
+    assert opened == []
+    assert ranges == {"": range(2)}
+    for one, other in zip(fresh, again, strict=True):
+        assert (one.location, one.size, one.fingerprint, one.ignored) == (
+            other.location,
+            other.size,
+            other.fingerprint,
+            other.ignored,
+        )
+        assert list(one.samples) == list(other.samples)
+    write_tar(copies[1], samples_of(7, 5))  # packed again
+    changed, _ = index_sets(patterns, kept)
+    assert opened == [str(copies[1])]
+    assert [sample.key for sample in changed[1].samples] == [f"s{i:04d}" for i in range(7, 12)]
+    place = place_of(kept)
+    for name in place.names():
+        if name.endswith(".npz"):
+            place.put(name, place.read(name)[:50], owner="test")
+    assert len(index_sets(patterns, kept)[0]) == 2  # damaged: read again
+    assert len(opened) == 3
 
 
 def share_the_index(rank: int, store: str, patterns: dict[str, list[str]], bad: str) -> None:

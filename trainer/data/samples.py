@@ -269,7 +269,7 @@ def open_samples(run: Run, folder: Path) -> SampleSet:
     ContractError for tars and caches that do not fit the run.
     """
     data = run.data
-    tars, ranges = index_sets({name: part.tars for name, part in data.named_sets.items()})
+    tars, ranges = index_sets({name: part.tars for name, part in data.named_sets.items()}, data.index)
     caches = {
         name: CacheJoin.of(tower, tars, unbuilt=data.unbuilt_tars != "error", sets=list(ranges.values()))
         for name, tower in run.towers.items()
