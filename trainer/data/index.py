@@ -58,7 +58,7 @@ def kept_index(folder: Place, location: str) -> TarIndex:
             facts = {key: about.pop(key) for key in ("fingerprint", "ignored")}
             if about == now:
                 return TarIndex(location, about["size"], samples=Samples.of_arrays(found), **facts)
-    except (FileNotFoundError, ValueError, KeyError, BadZipFile):
+    except (FileNotFoundError, EOFError, ValueError, KeyError, BadZipFile):
         pass  # not kept yet, or damaged
     index = index_tar(location)
     data = io.BytesIO()
