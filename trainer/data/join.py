@@ -61,7 +61,7 @@ class CacheJoin:
         for numbers in sets or [range(len(self.tars))]:
             absent = sets is not None and len(sets) > 1 and on_bad_row != "error" and self._knows_none(numbers)
             self.tar_ids += [None if absent else self.cache.table.find(self.tars[n]).id for n in numbers]
-        if all(tar_id is None for tar_id in self.tar_ids):
+        if self.tars and all(tar_id is None for tar_id in self.tar_ids):
             raise ContractError(
                 f"{path}: a cache of none of the run's {len(self.tars)} tars; name the one of these tars"
             )
