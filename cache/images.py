@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_ASPECT = 100  # a 1 x 50,000 strip is small, but resizing its short side to 224 px needs gigabytes
@@ -40,6 +40,8 @@ def decode_rgb(data: bytes, *, max_pixels: int = 50_000_000, min_side: int | Non
             return _opaque(ImageOps.exif_transpose(image))
     except (BadImage, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its own message names an address in memory
+        raise BadImage(f"cannot be decoded ({len(data)} bytes): not one of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise a dozen kinds: OSError, SyntaxError, struct.error, bombs, ...
         raise BadImage(f"cannot be decoded ({len(data)} bytes): {error or type(error).__name__}") from error
 
