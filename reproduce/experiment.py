@@ -1,0 +1,121 @@
+"""One experiment: a run of the trainer, evaluated; what it was, took and gave is written down when all is done."""
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reproduce.folder import Folder, read_json, write_json
+from reproduce.plan import BadPlan, Experiment, Plan
+from threetowers.eval.album import Album
+from threetowers.eval.dataset import Reader
+from threetowers.eval.encoder import Loading
+from threetowers.eval.mixing import Mixing
+from threetowers.eval.models import load_encoder
+from threetowers.eval.record import Record
+from threetowers.eval.suite import Asked, answer, questions_of
+from threetowers.eval.tasks import Showing
+from threetowers.trainer.config import Run, load
+from threetowers.trainer.loop import Summary, train
+
+VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS = "validation", "retrieval", "subgroups", "groups"
+CHOSEN_BY = ("image_to_text/mean_reciprocal_rank", "text_to_image/mean_reciprocal_rank")
+
+
+def changes_of(plan: Plan, one: Experiment, rates: dict[str, float]) -> list[str]:
+    """What an experiment changes in its base config, its learning rate included."""
+    rate = one.rate if one.rate is not None else rates.get(one.method)
+    return plan.changes(one) + ([] if rate is None else [f"optim.lr={rate:g}"])
+
+
+def is_finished(folder: Folder, one: Experiment, changes: Sequence[str]) -> bool:
+    """Whether an experiment is done. Raises BadPlan where one of its name was done otherwise."""
+    path = folder.finished(one.name)
+    if not path.exists():
+        return False
+    if (found := read_json(path)["changes"]) != list(changes):
+        differing = sorted(set(found) ^ set(changes))
+        raise BadPlan(f"{path}: made with other settings ({differing}); remove the file, or choose another --out")
+    return True
+
+
+def run_of(plan: Plan, folder: Folder, configs: Path, one: Experiment, changes: Sequence[str]) -> Run:
+    """The experiment as the trainer takes it."""
+    where = [
+        f"out={folder['runs'] / one.name}",
+        f"data.tars=['{folder['data/train.tar']}']",
+        f"data.tokenizer={folder['data/tokenizer.model']}",
+    ]
+    return load(configs / plan.methods[one.method].config, [*where, *map(folder.filled, changes)])
+
+
+def perform(plan: Plan, folder: Folder, configs: Path, one: Experiment, changes: Sequence[str]) -> float:
+    """Train and evaluate an experiment, from where it was left; return the seconds of its training."""
+    if is_finished(folder, one, changes):
+        return float(read_json(folder.finished(one.name))["seconds"])
+    run = run_of(plan, folder, configs, one, changes)
+    summary = train(run)
+    records = evaluated(plan, folder, one, Path(run.out), folder["records"])
+    write_json(folder.finished(one.name), facts(one, changes, summary, records))
+    shutil.rmtree(Path(run.out) / "checkpoints")  # only resuming needs them, and there are many runs
+    return summary.seconds
+
+
+def facts(
+    one: Experiment, changes: Sequence[str], summary: Summary, records: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """What is written down of a finished experiment. `records`: file names by share of the third tower, and set."""
+    return {
+        "method": one.method,
+        "teacher": one.teacher,
+        "variant": one.variant,
+        "seed": one.seed,
+        "rate": one.rate,
+        "changes": list(changes),
+        "steps": summary.steps,
+        "samples": summary.samples,
+        "epochs": summary.epochs,
+        "seconds": summary.seconds,
+        "images_per_s": summary.images_per_s,
+        "records": records,
+    }
+
+
+def evaluated(plan: Plan, folder: Folder, one: Experiment, run: Path, records: Path) -> dict[str, dict[str, str]]:
+    """Answer what is asked of an experiment, into `records`; return file names by share of the third tower, and set.
+
+    A trial sees the validation concepts only; an ablation is not probed.
+    """
+    sets = [VALIDATION] if one.rate is not None else [VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS]
+    if one.variant is not None:
+        sets.remove(GROUPS)
+    asked = {name: question for name, question in _questions(folder.path).items() if name in sets}
+    show = Showing(Album(folder["pictures"]), examples=0)
+    with tempfile.TemporaryDirectory() as embeddings:
+        # Stored crops are of training pictures only: a teacher's own cache has all.
+        caches = {plan.mixing.tower: folder["caches"] / one.teacher} if one.teacher else {}
+        loading = Loading(caches, workers=0, embeddings=Path(embeddings))
+        encoder = load_encoder(run, loading)
+        found = {"0": {n: answer(a, encoder, records, show).file_name for n, a in asked.items()}}
+        mixed = one.method == plan.mixing.method and one.variant is None and one.rate is None
+        for share in plan.mixing.shares if mixed else ():
+            encoder = load_encoder(run, loading, Mixing(plan.mixing.tower, share, "logit"))
+            wanted = {name: asked[name] for name in (VALIDATION, RETRIEVAL)}
+            found[f"{share:g}"] = {n: answer(a, encoder, records, show).file_name for n, a in wanted.items()}
+    return found
+
+
+def validation_score(record: Record) -> float:
+    """What choices are made by: the mean reciprocal rank of validation concepts, over both directions."""
+    return float(np.mean([record.metrics[name] for name in CHOSEN_BY]))
+
+
+@functools.cache  # a process evaluates several runs on the same pictures
+def _questions(folder: Path) -> dict[str, Asked]:
+    read = Reader()
+    names = (VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS)
+    return {name: question for name in names for question in questions_of(folder / "sets" / f"{name}.yaml", read=read)}

@@ -1,0 +1,48 @@
+"""Work done side by side, one core each, in processes that serve several runs each."""
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+
+class Task(NamedTuple):
+    """One piece of work: a function of a module, and its arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def perform_all(tasks: Sequence[Task], workers: int, what: str) -> None:
+    """Perform all tasks, with no workers in this process. The first failure ends it, after the tasks under way."""
+    if not workers:
+        for task in tasks:
+            task.function(*task.arguments)
+    if not workers or not tasks:
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they start
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start) as pool:
+        names = {pool.submit(task.function, *task.arguments): task.name for task in tasks}
+        try:
+            for done, future in enumerate(as_completed(names), 1):
+                future.result()
+                left = (time.monotonic() - started) / done * (len(tasks) - done)
+                logger.info("%s %d/%d: %s; about %.0f min left", what, done, len(tasks), names[future], left / 60)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")

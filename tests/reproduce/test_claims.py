@@ -1,0 +1,105 @@
+"""The verdict rule, line by line and for whole claims, on differences and records made up here."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reproduce.claims import FAILS, HOLDS, OPEN, Verdict, judge, load_claims, parse_claims, together, verdict_of
+from reproduce.folder import Folder
+from reproduce.plan import BadPlan, Experiment, load_plan
+from reproduce.scores import gather
+from tests.reproduce.made import finish
+from threetowers.eval.bootstrap import Difference
+
+CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
+METRICS: dict[str, Any] = {
+    "retrieval": {
+        "title": "R@1",
+        "set": "heldout-retrieval",
+        "task": "shift",
+        "items": ["original/image_to_text/recall@1", "original/text_to_image/recall@1"],
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "asks", "verdict"),
+    [
+        (0.01, 0.05, "better", HOLDS),
+        (-0.05, -0.01, "better", FAILS),
+        (-0.01, 0.05, "better", OPEN),
+        (-0.01, 0.02, "not-worse", HOLDS),
+        (-0.03, 0.02, "not-worse", OPEN),
+        (-0.05, -0.03, "not-worse", FAILS),
+        (-0.05, -0.01, "not-worse", OPEN),
+    ],
+)
+def test_a_line_is_judged_by_its_interval(low: float, high: float, asks: str, verdict: Verdict) -> None:
+    assert verdict_of(Difference((low + high) / 2, low, high, 0.5), asks, margin=0.02) == verdict
+
+
+def test_a_claim_holds_where_all_of_its_lines_do() -> None:
+    assert together([HOLDS, HOLDS], complete=True) == HOLDS
+    assert together([HOLDS, OPEN], complete=True) == OPEN
+    assert together([HOLDS, OPEN, FAILS], complete=True) == FAILS
+    assert together([HOLDS], complete=False) == OPEN
+    assert together([FAILS], complete=False) == FAILS
+    assert together([], complete=True) == OPEN
+
+
+def test_claims_are_judged_by_the_records(tmp_path: Path) -> None:
+    """LiT 0.3, CLIP 0.5, 3T 0.7; with half of the third tower mixed in 0.9, with it alone 0.6."""
+    plan, folder = load_plan(CONFIGS / "experiments.yaml"), Folder(tmp_path)
+    for seed in (0, 1, 2):
+        finish(folder, Experiment("clip", None, None, seed), 0.5)
+        finish(folder, Experiment("lit", "in-domain", None, seed), 0.3)
+        mixed = [("0.25", 0.8), ("0.5", 0.9), ("1", 0.6)]
+        finish(folder, Experiment("3t", "in-domain", None, seed), 0.7, mixed)
+    scores = gather(plan, folder)
+    assert scores.shares == {"in-domain": "0.5"}
+    claims = {
+        "over scratch": ("better", "3t", "clip"),
+        "over LiT": ("better", "3t", "lit"),
+        "LiT over scratch": ("better", "lit", "clip"),
+        "equal": ("not-worse", "clip", "clip"),
+        "undecided": ("better", "clip", "clip"),
+        "mixed": ("better", "3t+mixed", "3t"),
+        "third": ("better", "3t+third", "3t"),
+        "not there": ("better", "3t/no-heads", "3t"),
+    }
+    tree = {
+        "margin": 1.5,
+        "metrics": METRICS,
+        "claims": [
+            {"title": title, "source": "a test", "asks": asks, "first": first, "second": second,
+             "metrics": ["retrieval"], "teachers": ["in-domain"]}
+            for title, (asks, first, second) in claims.items()
+        ],
+    }  # fmt: skip
+    judged = {one.claim.title: one for one in judge(parse_claims(tree), scores)}
+    assert {title: one.verdict for title, one in judged.items()} == {
+        "over scratch": HOLDS,
+        "over LiT": HOLDS,
+        "LiT over scratch": FAILS,
+        "equal": HOLDS,
+        "undecided": OPEN,
+        "mixed": HOLDS,
+        "third": FAILS,
+        "not there": OPEN,
+    }
+    (line,) = judged["over scratch"].lines
+    assert line.difference.mean == pytest.approx(0.2, abs=0.06)
+    assert line.difference.low < line.difference.mean < line.difference.high
+    assert line.seeds == (3, 3)
+    assert judged["not there"].missing == ["retrieval with in-domain"]
+
+
+def test_a_metric_nobody_defined_is_refused() -> None:
+    claim = {"title": "t", "source": "s", "asks": "better", "first": "a", "second": "b", "metrics": ["speed"]}
+    with pytest.raises(BadPlan, match=r"'t': \['speed'\] are no metrics"):
+        parse_claims({"margin": 1, "metrics": METRICS, "claims": [claim]})
+
+
+def test_the_shipped_claims_are_readable() -> None:
+    assert len(load_claims(CONFIGS / "claims.yaml").claims) > 10

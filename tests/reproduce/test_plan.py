@@ -1,0 +1,115 @@
+"""The experiments as data: what is planned, shortened, left out and refused; every run is one the trainer takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reproduce.claims import load_claims
+from reproduce.experiment import changes_of, run_of
+from reproduce.folder import Folder
+from reproduce.plan import BadPlan, Experiment, Plan, load_plan, parse_plan
+from threetowers.eval.description import parse_description
+from threetowers.trainer.config import CacheTower
+
+CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return load_plan(CONFIGS / "experiments.yaml")
+
+
+def tree() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((CONFIGS / "experiments.yaml").read_text())
+    return found
+
+
+def test_every_method_meets_every_teacher_with_three_seeds(plan: Plan) -> None:
+    experiments = plan.experiments()
+    assert len({one.name for one in experiments}) == len(experiments)
+    for method in ("lit", "3t"):
+        for teacher in plan.teachers:
+            seeds = {e.seed for e in experiments if (e.method, e.teacher, e.variant) == (method, teacher, None)}
+            assert len(seeds) >= 3
+    assert {e.method for e in experiments} == set(plan.methods)
+    assert {e.variant for e in experiments} == {None, *plan.ablations.variants}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_run_is_one_that_the_trainer_takes(plan: Plan, quick: bool, tmp_path: Path) -> None:
+    plan = plan.made_quick() if quick else plan
+    folder = Folder(tmp_path)
+    caches = {*plan.teachers, *plan.views}
+    for one in [*plan.experiments(), *plan.trials()]:
+        run = run_of(plan, folder, CONFIGS, one, changes_of(plan, one, {one.method: 0.5}))
+        assert run.seed == one.seed
+        assert run.optim.lr == (0.5 if one.rate is None else one.rate)
+        for tower in run.towers.values():
+            if isinstance(tower, CacheTower):
+                assert Path(tower.path).parent == folder["caches"]
+                assert Path(tower.path).name in caches
+
+
+def test_all_methods_get_the_same_data_steps_and_batch(plan: Plan, tmp_path: Path) -> None:
+    grid = [one for one in plan.experiments() if one.variant is None]
+    runs = [run_of(plan, Folder(tmp_path), CONFIGS, one, changes_of(plan, one, {})) for one in grid]
+    assert len({(str(run.data), run.batch, run.duration) for run in runs}) == 1
+
+
+def test_trials_are_one_a_method_and_rate(plan: Plan) -> None:
+    trials = plan.trials()
+    assert len(trials) == len(plan.methods) * len(plan.sweep.rates)
+    assert {one.teacher for one in trials if one.method == "3t"} == {"in-domain"}
+    assert "epochs: 8" in plan.changes(trials[0])[1]
+    assert plan.made_quick().trials() == []
+
+
+def test_what_needs_a_missing_teacher_is_left_out(plan: Plan) -> None:
+    left = plan.without(["lite0", "fashion"])
+    assert {one.teacher for one in left.experiments()} == {None, *plan.teachers} - {"lite0", "fashion"}
+    assert "two-teachers" not in left.ablations.variants
+    assert "two-teachers" in plan.ablations.variants
+    alone = plan.without(list(plan.teachers))
+    assert {one.method for one in alone.experiments()} == {"clip", "vit-clip", "ms-clip"}
+
+
+def test_claims_ask_for_what_is_planned(plan: Plan) -> None:
+    groups = {(one.method, one.teacher, one.variant) for one in plan.experiments()}
+    for claim in load_claims(CONFIGS / "claims.yaml").claims:
+        for side in (claim.first, claim.second):
+            method, _, variant = side.partition("+")[0].partition("/")
+            for teacher in claim.teachers or [None]:
+                wanted = {(method, teacher, variant or None), (method, None, variant or None)}
+                assert wanted & groups, (claim.title, side)
+
+
+def test_descriptions_are_of_the_plans_styles(plan: Plan) -> None:
+    folder = Folder(Path("elsewhere"))
+    for path in sorted((CONFIGS / "sets").glob("*.yaml")):
+        named = {name: str(getattr(plan.styles, name)) for name in ("contrastive", "teacher", "shift")}
+        text = folder.filled(path.read_text(), emoji=plan.emoji, **named)
+        source = parse_description(yaml.safe_load(text), str(path))
+        assert source.description.where["style"] == plan.styles.contrastive
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 3}, "epoch"),
+        ({"grid": [{"methods": ["clap"]}]}, r"grid.0.methods: \['clap'\] are unknown; known are"),
+        ({"grid": [{"methods": ["3t"]}]}, "methods with a third tower need teachers"),
+        ({"styles": {"contrastive": ["a"], "teacher": ["a"], "shift": ["b"]}}, "one style serves twice"),
+        ({"teachers": {"in-domain": {"arm": "equal"}}}, "unknown|either pretrain, or a package"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadPlan, match=message):
+        parse_plan({**tree(), **change})
+
+
+def test_names_tell_runs_apart() -> None:
+    assert Experiment("3t", "lite0", None, 1).name == "3t-lite0-seed1"
+    assert Experiment("3t", "in-domain", "live", 0).name == "3t-in-domain-live-seed0"
+    assert Experiment("clip", None, None, 0, rate=3e-4).name == "sweep-clip-lr0.0003"
