@@ -78,10 +78,13 @@ def _teachers(plan: Plan, folder: Folder) -> Iterator[Line]:
 
 
 def _methods(plan: Plan, folder: Folder, configs: Path) -> Iterator[Line]:
-    """Each method is trained for some steps, and evaluated in full; its ablations count as the method itself."""
-    counts = Counter(one.method for one in plan.experiments())
+    """Each method is trained for some steps, and evaluated in full; a step of its ablations counts as one of its own."""
+    epochs: dict[str, list[float]] = {}
+    for one in plan.experiments():
+        duration = run_of(plan, folder, configs, one, plan.changes(one)).duration
+        epochs.setdefault(one.method, []).append(duration.epochs or plan.epochs)
     trials = Counter(one.method for one in plan.trials())
-    for method, count in counts.items():
+    for method, each in epochs.items():
         third = plan.methods[method].third
         one = Experiment(method, MEASURED if third else None, None, SEED)
         changes = [*plan.changes(one), f"duration={{steps: {STEPS}}}"]
@@ -91,7 +94,7 @@ def _methods(plan: Plan, folder: Folder, configs: Path) -> Iterator[Line]:
         evaluated(plan, folder, one, Path(run.out), Path(run.out) / "records")  # a process reads the pictures once
         evaluation = time.perf_counter() - started
         shutil.rmtree(run.out)
-        yield Line(f"{method}, trained", count, plan.epochs * summary.samples / summary.images_per_s)
-        yield Line(f"{method}, evaluated", count, evaluation)
+        yield Line(f"{method}, trained", len(each), sum(each) / len(each) * summary.samples / summary.images_per_s)
+        yield Line(f"{method}, evaluated", len(each), evaluation)
         if method in trials:
             yield Line(f"{method}, swept", trials[method], plan.sweep.epochs * summary.samples / summary.images_per_s)

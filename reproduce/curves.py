@@ -31,7 +31,7 @@ def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: Interval
             [100 * p.x for p in ordered], [100 * p.y.mean for p in ordered], color=run_colour(number), linewidth=1
         )
         _scatter(axes, ordered, number, name, 100)
-    axes.set_xlabel("fit of the teacher: its own 10-shot accuracy on validation concepts, percent")
+    axes.set_xlabel("fit of the teacher: subgroups of validation concepts by its nearest neighbours, percent")
     axes.set_ylabel(f"{title}, percent")
     axes.legend(frameon=False)
     return Panel(

@@ -168,7 +168,12 @@ class Report:
     def _plots(self) -> Iterator[Block]:
         yield Heading("Quality against the teacher's fit, and against seconds")
         fits, metrics = self._fits(), self.claims.metrics
-        yield Rows(["Teacher", "Arm", "Fit, percent", "Seconds of its rows"], list(self._teacher_rows(fits)))
+        yield Text(
+            "Fit: subgroups of the validation concepts told by the teacher's own features, from their ten nearest "
+            "training pictures. Own task: accuracy on pictures held back from its pretraining here."
+        )
+        heads = ["Teacher", "Arm", "Fit, percent", "Own task, percent", "Seconds of its rows"]
+        yield Rows(heads, list(self._teacher_rows(fits)))
         for metric in metrics.values():
             series = {
                 method: [
@@ -223,7 +228,10 @@ class Report:
     def _teacher_rows(self, fits: Mapping[str, float]) -> Iterator[list[str]]:
         for name, teacher in self.plan.teachers.items():
             if name in fits:
-                yield [name, teacher.arm, f"{100 * fits[name]:.1f}", f"{self._rows_seconds(name):.0f}"]
+                path = self.folder[f"teachers/{name}/pretraining.json"]
+                own = read_json(path).get("held_back_accuracy") if path.exists() else None
+                accuracy = ABSENT if own is None else f"{100 * own:.1f}"
+                yield [name, teacher.arm, f"{100 * fits[name]:.1f}", accuracy, f"{self._rows_seconds(name):.0f}"]
 
     def _choices(self) -> Iterator[Block]:
         yield Heading("What was chosen, on the validation concepts alone")

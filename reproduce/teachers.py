@@ -24,7 +24,7 @@ CONVERTED: dict[str, Callable[[Path, Path], None]] = {
     "squeezenet": squeezenet.write_weights,
     "saliency-vit": saliency_vit.write_weights,
 }
-FIT = "10-shot/top1"
+FIT = "weighted@10/top1"
 
 
 def fetch(name: str, teacher: Teacher, folder: Folder) -> None:
