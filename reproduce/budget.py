@@ -78,7 +78,7 @@ def _teachers(plan: Plan, folder: Folder) -> Iterator[Line]:
 
 
 def _methods(plan: Plan, folder: Folder, configs: Path) -> Iterator[Line]:
-    """Each method is trained for some steps, and evaluated in full; a step of its ablations counts as one of its own."""
+    """Each method is trained for some steps, and evaluated in full; its ablations are as fast as it is."""
     epochs: dict[str, list[float]] = {}
     for one in plan.experiments():
         duration = run_of(plan, folder, configs, one, plan.changes(one)).duration

@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
+# Then fresh ones: what piles up in a process ends with it. (max_tasks_per_child can hang in Python 3.11.)
+TASKS_A_PROCESS = 8
 
 
 class Task(NamedTuple):
@@ -27,18 +29,20 @@ def perform_all(tasks: Sequence[Task], workers: int, what: str) -> None:
     if not workers or not tasks:
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they start
-    started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start) as pool:
-        names = {pool.submit(task.function, *task.arguments): task.name for task in tasks}
-        try:
-            for done, future in enumerate(as_completed(names), 1):
-                future.result()
-                left = (time.monotonic() - started) / done * (len(tasks) - done)
-                logger.info("%s %d/%d: %s; about %.0f min left", what, done, len(tasks), names[future], left / 60)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    started, done = time.monotonic(), 0
+    for first in range(0, len(tasks), workers * TASKS_A_PROCESS):
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start) as pool:
+            part = tasks[first : first + workers * TASKS_A_PROCESS]
+            names = {pool.submit(task.function, *task.arguments): task.name for task in part}
+            try:
+                for future in as_completed(names):
+                    future.result()
+                    done += 1
+                    left = (time.monotonic() - started) / done * (len(tasks) - done)
+                    logger.info("%s %d/%d: %s; about %.0f min left", what, done, len(tasks), names[future], left / 60)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def _start() -> None:

@@ -1,0 +1,33 @@
+"""Work side by side: all of it is done, and a failure is not lost."""
+
+from pathlib import Path
+
+import pytest
+
+from reproduce import pool
+from reproduce.folder import write_json
+from reproduce.pool import Task, perform_all
+
+
+def work(folder: Path, number: int) -> None:
+    if number < 0:
+        raise ValueError(f"{number} is less than nothing")
+    write_json(folder / f"{number}.json", number)
+
+
+def test_all_is_done_by_processes_that_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "TASKS_A_PROCESS", 2)
+    perform_all([Task(str(n), work, (tmp_path, n)) for n in range(3)], 1, "task")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json", "2.json"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failure_ends_it(tmp_path: Path, workers: int) -> None:
+    tasks = [Task(str(n), work, (tmp_path, n)) for n in (0, -1)]
+    with pytest.raises(ValueError, match="-1 is less than nothing"):
+        perform_all(tasks, workers, "task")
+    assert (tmp_path / "0.json").exists()
+
+
+def test_nothing_to_do_starts_nothing() -> None:
+    perform_all([], 2, "task")
