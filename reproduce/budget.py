@@ -1,12 +1,11 @@
 """What a plan will take, before it is begun: runs times seconds, from one short measured run a method."""
 
-import dataclasses
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +25,14 @@ SEED = 1_000_000  # of measured runs: no plan has it, so that the folder is thei
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Seconds on one core that a method takes for an epoch, and to be evaluated."""
+
+    epoch: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
 class Line:
     """So many pieces of work of so many seconds, on one core each."""
 
@@ -39,13 +46,43 @@ class Line:
 
 
 def measure(plan: Plan, folder: Folder, configs: Path) -> list[Line]:
-    """Return the work of a plan: the lines in the folder where they are there, else measured now, on one core."""
+    """Return the work of a plan. What of it was measured before is in the folder; the rest is measured on one core.
+
+    Ablations are taken to be as fast as their method, and pretraining, a run or two, is left out.
+    """
     path = folder["budget.json"]
-    if not path.exists():
-        torch.set_num_threads(1)
-        lines = [*_teachers(plan, folder), *_methods(plan, folder, configs)]
-        write_json(path, {"lines": [dataclasses.asdict(line) for line in lines]})
-    return [Line(**line) for line in read_json(path)["lines"]]
+    found: dict[str, Any] = read_json(path) if path.exists() else {"caches": {}, "methods": {}}
+    torch.set_num_threads(1)
+    if MEASURED not in found["caches"]:
+        found["caches"][MEASURED] = _own_teacher(plan, folder)
+        write_json(path, found)
+    for name, teacher in plan.teachers.items():
+        if teacher.arm == "large" and name not in found["caches"]:
+            cost = plan_cache(tars_of(plan, folder), sample=SAMPLE, threads=1, **backbone(name, plan, folder))
+            found["caches"][name] = 3600 * cost.hours
+            write_json(path, found)
+    for method in dict.fromkeys(one.method for one in plan.experiments()):
+        if method not in found["methods"]:
+            found["methods"][method] = asdict(_pace(method, plan, folder, configs))
+            write_json(path, found)
+    paces = {method: Pace(**pace) for method, pace in found["methods"].items()}
+    return list(work(plan, folder, configs, found["caches"], paces))
+
+
+def work(
+    plan: Plan, folder: Folder, configs: Path, caches: Mapping[str, float], paces: Mapping[str, Pace]
+) -> Iterator[Line]:
+    """The arithmetic: each kind of work, how often, and its seconds. `caches`: seconds by large teacher, or our own."""
+    for name, teacher in plan.teachers.items():
+        yield Line(f"cache of {name}", 1, caches[MEASURED if teacher.arm == "equal" else name])
+    if plan.views:
+        yield Line("caches of further views", len(plan.views), caches[MEASURED])
+    for what, experiments in (("trials", plan.trials()), ("runs", plan.experiments())):
+        for method in dict.fromkeys(one.method for one in experiments):
+            mine = [one for one in experiments if one.method == method]
+            epochs = [run_of(plan, folder, configs, one, plan.changes(one)).duration.epochs or 0.0 for one in mine]
+            each = sum(epochs) / len(mine) * paces[method].epoch
+            yield Line(f"{what} of {method}", len(mine), each + paces[method].evaluation)
 
 
 def table(lines: Sequence[Line], workers: int, minutes: float) -> str:
@@ -63,38 +100,19 @@ def table(lines: Sequence[Line], workers: int, minutes: float) -> str:
     return "\n".join(rows)
 
 
-def _teachers(plan: Plan, folder: Folder) -> Iterator[Line]:
-    """Pretraining is left out: it is a run or two."""
+def _own_teacher(plan: Plan, folder: Folder) -> float:
     made, cache = folder[f"teachers/{MEASURED}"], folder[f"caches/{MEASURED}"]
     pretrain("nothing", plan.pretraining, folder, made)
-    tars = tars_of(plan, folder)
-    build(tars, cache, backbone=str(made), image_size=plan.pretraining.image_size, threads=1)
-    equal = [name for name, teacher in plan.teachers.items() if teacher.arm == "equal"]
-    yield Line("cache, equal arm", len(equal) + len(plan.views), seconds_of(cache, "*"))
-    for name, teacher in plan.teachers.items():
-        if teacher.arm == "large":
-            cost = plan_cache(tars, sample=SAMPLE, threads=1, **backbone(name, plan, folder))
-            yield Line(f"cache, {name}", 1, 3600 * cost.hours)
+    build(tars_of(plan, folder), cache, backbone=str(made), image_size=plan.pretraining.image_size, threads=1)
+    return seconds_of(cache, "*")
 
 
-def _methods(plan: Plan, folder: Folder, configs: Path) -> Iterator[Line]:
-    """Each method is trained for some steps, and evaluated in full; its ablations are as fast as it is."""
-    epochs: dict[str, list[float]] = {}
-    for one in plan.experiments():
-        duration = run_of(plan, folder, configs, one, plan.changes(one)).duration
-        epochs.setdefault(one.method, []).append(duration.epochs or plan.epochs)
-    trials = Counter(one.method for one in plan.trials())
-    for method, each in epochs.items():
-        third = plan.methods[method].third
-        one = Experiment(method, MEASURED if third else None, None, SEED)
-        changes = [*plan.changes(one), f"duration={{steps: {STEPS}}}"]
-        run = run_of(plan, folder, configs, one, changes)
-        summary = train(run)
-        started = time.perf_counter()
-        evaluated(plan, folder, one, Path(run.out), Path(run.out) / "records")  # a process reads the pictures once
-        evaluation = time.perf_counter() - started
-        shutil.rmtree(run.out)
-        yield Line(f"{method}, trained", len(each), sum(each) / len(each) * summary.samples / summary.images_per_s)
-        yield Line(f"{method}, evaluated", len(each), evaluation)
-        if method in trials:
-            yield Line(f"{method}, swept", trials[method], plan.sweep.epochs * summary.samples / summary.images_per_s)
+def _pace(method: str, plan: Plan, folder: Folder, configs: Path) -> Pace:
+    one = Experiment(method, MEASURED if plan.methods[method].third else None, None, SEED)
+    run = run_of(plan, folder, configs, one, [*plan.changes(one), f"duration={{steps: {STEPS}}}"])
+    summary = train(run)
+    started = time.perf_counter()
+    evaluated(plan, folder, one, Path(run.out), Path(run.out) / "records")
+    evaluation = time.perf_counter() - started
+    shutil.rmtree(run.out)
+    return Pace(summary.samples / summary.images_per_s, evaluation)

@@ -1,0 +1,40 @@
+"""The arithmetic of a plan, on paces made up here."""
+
+from pathlib import Path
+
+from reproduce.budget import MEASURED, Line, Pace, table, work
+from reproduce.folder import Folder
+from reproduce.plan import load_plan
+
+CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
+
+
+def test_work_is_runs_times_seconds(tmp_path: Path) -> None:
+    plan = load_plan(CONFIGS / "experiments.yaml").made_quick()
+    caches = {MEASURED: 5.0, "lite0": 100.0}
+    paces = {"clip": Pace(2.0, 1.0), "lit": Pace(1.0, 1.0), "3t": Pace(3.0, 2.0)}
+    lines = list(work(plan, Folder(tmp_path), CONFIGS, caches, paces))
+    assert lines == [
+        Line("cache of in-domain", 1, 5.0),
+        Line("cache of random", 1, 5.0),
+        Line("cache of lite0", 1, 100.0),
+        Line("runs of clip", 2, 4 * 2.0 + 1),
+        Line("runs of lit", 6, 4 * 1.0 + 1),
+        Line("runs of 3t", 6 + 8, 4 * 3.0 + 2),
+    ]
+
+
+def test_longer_ablations_count_as_long_as_they_are(tmp_path: Path) -> None:
+    plan = load_plan(CONFIGS / "experiments.yaml")
+    paces = {method: Pace(1.0, 0.0) for method in plan.methods}
+    caches = dict.fromkeys([MEASURED, *plan.teachers], 0.0)
+    lines = {line.what: line for line in work(plan, Folder(tmp_path), CONFIGS, caches, paces)}
+    assert lines["runs of clip"].total == 3 * 16 + 2 * (16 + 16 + 8 + 32)
+    assert lines["trials of clip"].total == 3 * 8
+
+
+def test_more_than_the_budget_is_said() -> None:
+    lines = [Line("runs", 10, 60.0)]
+    assert "10 core minutes, 5 min on 2 cores; the budget is 6 min" in table(lines, 2, 6)
+    assert "more than the budget" not in table(lines, 2, 6)
+    assert "more than the budget" in table(lines, 2, 4)
