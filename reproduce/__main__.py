@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -27,7 +28,7 @@ def reproduce(
     out: Path | None = None,
     configs: Path = Path("configs/reproduce"),
     workers: int = 2,
-    only: str = "all",
+    only: Literal["all", "budget", "report"] = "all",
 ) -> None:
     """Train and evaluate what configs/reproduce/experiments.yaml lists, and judge the papers' claims by it.
 
@@ -40,13 +41,11 @@ def reproduce(
         workers: Runs side by side, one core each; 0: one after the other, in this process.
         only: all; budget: print the arithmetic and stop; report: write the report of what is finished.
     """
-    if only not in ("all", "budget", "report"):
-        raise ValueError(f"--only {only}: expected all, budget or report")
     plan, claims = load_plan(configs / "experiments.yaml"), load_claims(configs / "claims.yaml")
     plan = plan.made_quick() if quick else plan
     folder = Folder(out or Path("runs/reproduce-quick" if quick else "runs/reproduce"))
     report = folder.path if quick or out is not None else Path("docs")
-    command = " ".join(["make", "reproduce-quick" if quick else "reproduce"])
+    command = "make reproduce-quick" if quick else "make reproduce"
     if only != "report":
         plan, missing = carry_out(plan, folder, configs, workers, stop=only == "budget")
         if only == "budget":

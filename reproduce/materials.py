@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import yaml
+
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import BadPlan, Plan
 from threetowers.cache.tars import expand, index_tar, read_member
@@ -53,8 +55,6 @@ def filtered(emoji: str, styles: list[str], out: Path) -> int:
 
 def _absolute(text: str) -> str:
     """A description whose relative tars are the repository's: it lies elsewhere than they are looked for."""
-    import yaml
-
     tree = yaml.safe_load(text)
     for part in (tree, tree.get("learn") or {}):
         if "tars" in part:
