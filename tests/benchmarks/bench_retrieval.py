@@ -212,7 +212,8 @@ def main() -> None:
     if "disk" in what:
         bench_disk(options.rows, options.queries, options.width, options.folder)
     if "rate" in what:
-        bare, whole = alone(partial(embedding_rate, options.model, 512, 256))
+        # Here, not `alone`: a spawned process would spawn its workers too, where this one forks them as a user's does.
+        bare, whole = embedding_rate(options.model, 512, 256)
         print(f"rate: {whole:.1f} of {bare:.1f} images/s: {whole / bare:.3f} (to reach: 0.95)")
 
 
