@@ -84,7 +84,9 @@ class Claims:
 
     def abandoned(self, tar_id: int) -> bool:
         """Whether the claim on a tar is stale, or its owner known to have ended."""
-        name = _name(tar_id)
+        return self._abandoned(_name(tar_id))
+
+    def _abandoned(self, name: str) -> bool:
         owner, modified = self._owner_of(name), self.place.modified(name)
         if owner is not None and self.worker.gone(owner):
             return True
@@ -113,10 +115,11 @@ class Claims:
         return {int(name.removesuffix(".json")) for name in self.place.names(CLAIMS) if name.endswith(".json")}
 
     def sweep(self, finished: Collection[int]) -> None:
-        """Remove the claims on finished tars whose owners were killed before they could."""
-        for tar_id in self.claimed():
-            if tar_id in finished and self.abandoned(tar_id):
-                self.place.delete(_name(tar_id))
+        """Remove claims on finished tars, and probes of the clock, whose owners were killed before they could."""
+        for name in self.place.names(CLAIMS):
+            is_claim = name.endswith(".json")
+            if (not is_claim or int(name.removesuffix(".json")) in finished) and self._abandoned(f"{CLAIMS}/{name}"):
+                self.place.delete(f"{CLAIMS}/{name}")
 
     @contextmanager
     def kept(self) -> Iterator[Claims]:
@@ -149,7 +152,7 @@ class Claims:
         """Now, by the clock of the place."""
         if self._ahead is None:
             probe = f"{CLAIMS}/clock.{self.worker.token}"
-            self.place.put(probe, b"", owner="clock")
+            self.place.put(probe, self._data, owner="clock")
             self._ahead = (self.place.modified(probe) or self._now()) - self._now()
             self.place.delete(probe)
         return self._now() + self._ahead

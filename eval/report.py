@@ -141,7 +141,7 @@ def _warnings(runs: Sequence[RunRecords], galleries: Sequence[str], shared: Sequ
         missing = [name for name in galleries if name not in run.galleries]
         if missing and run.galleries:
             warnings.append(f"{run.name} was not evaluated on {', '.join(missing)}; the means leave these out.")
-        elif not run.galleries:
+        elif missing:
             warnings.append(f"{run.name} has no retrieval result.")
     if galleries and not shared:
         warnings.append("No gallery is shared by all runs, so there are no means to compare.")

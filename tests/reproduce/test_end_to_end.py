@@ -1,11 +1,14 @@
 """A whole reproduction in miniature, twice: from nothing to the report, and once more without doing anything again."""
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch import distributed
 
 from reproduce.__main__ import carry_out
 from reproduce.claims import load_claims
@@ -72,6 +75,18 @@ def emoji(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """Training in this process leaves a process group, and its rank in the environment; other tests start anew."""
+    environment = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
 def test_a_reproduction_from_nothing_to_the_report(tmp_path: Path, emoji: Path, configs: Path) -> None:
     plan: Plan = parse_plan(tiny(emoji))
     folder = Folder(tmp_path / "out")
