@@ -28,7 +28,7 @@ class Wrapped:
         return self.teacher.embed(images_b3HW)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("clip-retrieval was told to embed no captions")
 
     def preprocess(self, image: Any) -> Tensor:
         return self.teacher.preprocess(image.convert("RGB"))

@@ -60,7 +60,8 @@ class Bucket:
         return list(self.folders[folder])
 
     def walk(self, folder: str = "") -> list[str]:
-        raise NotImplementedError
+        held = [f"{inside}/{name}" for inside, objects in self.folders.items() for name in objects]
+        return sorted(name for name in held if name.startswith(folder))
 
     def put(self, name: str, data: bytes, owner: str) -> None:
         self.asked["write"] += 1
