@@ -37,8 +37,8 @@ class Facts:
     seed: int | None = None
 
 
-class Encoder(Protocol):
-    """A model as every task sees it.
+class Described(Protocol):
+    """What is known of a model before it is run.
 
     `dim` is the width of an embedding, `logit_scale` the learned exp(log_scale) of image and text (1.0 where there is
     none): cosines times it are the logits whose softmax is calibrated as far as the model is.
@@ -52,6 +52,10 @@ class Encoder(Protocol):
     def sees_text(self) -> bool: ...
     @property
     def logit_scale(self) -> float: ...
+
+
+class Encoder(Described, Protocol):
+    """A model as every task sees it."""
 
     def images(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
         """Unit-norm embeddings (n, dim) float32."""
@@ -92,17 +96,8 @@ class Loading:
         return torch.device(self.device)
 
 
-class Tower(Protocol):
+class Tower(Described, Protocol):
     """What a kind of model gives, batch by batch; `Batched` makes an `Encoder` of it."""
-
-    @property
-    def facts(self) -> Facts: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def sees_text(self) -> bool: ...
-    @property
-    def logit_scale(self) -> float: ...
 
     def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
         """Embeddings, or with `raw` features, of the pictures in order; not yet normalised."""
