@@ -7,6 +7,7 @@ so that `threetowers --help` is quick.
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -158,6 +159,9 @@ def main() -> None:
     try:
         code = app.cli(prog="threetowers", args=arguments)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("threetowers: interrupted; what is finished is kept", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
