@@ -69,7 +69,8 @@ def carry_out(plan: Plan, folder: Folder, configs: Path, workers: int, stop: boo
             logger.warning("teacher %s is left out: %s", name, error)
     write_json(folder["missing.json"], missing)
     plan = plan.without(list(missing))
-    print(budget.table(budget.measure(plan, folder, configs), workers, plan.budget_minutes), flush=True)
+    budget.measure(plan, folder, configs, workers)
+    print(budget.table(budget.lines(plan, folder, configs), workers, plan.budget_minutes), flush=True)
     if not stop:
         new = [name for name in plan.teachers if not folder[f"fits/{name}.json"].exists()]
         perform_all([Task(name, cache_teacher, (name, plan, folder)) for name in new], workers, "teacher")

@@ -6,7 +6,7 @@ packages/    downloaded packages, weights made of them
 teachers/    folders that timm saved, or files of weights       fits/     what each teacher is worth on the data
 caches/      a cache a teacher or view                          runs/     run folders of the trainer
 records/     evaluation records, all runs                       finished/ one a run: what it was, took and left
-rates.json   the learning rate of each method                   budget.json   the arithmetic
+rates.json   the learning rate of each method                   budget/      seconds of what is to be done, measured
 """
 
 import json

@@ -3,6 +3,8 @@
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 logger = logging.getLogger(__name__)
 # Then fresh ones: what piles up in a process ends with it. (max_tasks_per_child can hang in Python 3.11.)
 TASKS_A_PROCESS = 8
+SECONDS_TO_END = 30
 
 
 class Task(NamedTuple):
@@ -48,5 +51,17 @@ def perform_all(tasks: Sequence[Task], workers: int, what: str) -> None:
 def _start() -> None:
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+def _end_with_parent() -> None:
+    """End where the parent was killed, as nobody waits for the work: a trainer by a checkpoint, all else at once."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_TO_END)
+    os._exit(1)

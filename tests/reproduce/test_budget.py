@@ -1,17 +1,18 @@
 """The arithmetic of a plan, on paces made up here."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from reproduce.budget import MEASURED, Line, Pace, table, work
+from reproduce.budget import OWN, Line, Pace, table, work
 from reproduce.folder import Folder
-from reproduce.plan import load_plan
+from reproduce.plan import Variant, load_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
 
 
 def test_work_is_runs_times_seconds(tmp_path: Path) -> None:
     plan = load_plan(CONFIGS / "experiments.yaml").made_quick()
-    caches = {MEASURED: 5.0, "lite0": 100.0}
+    caches = {OWN: 5.0, "lite0": 100.0}
     paces = {"clip": Pace(2.0, 1.0), "lit": Pace(1.0, 1.0), "3t": Pace(3.0, 2.0)}
     lines = list(work(plan, Folder(tmp_path), CONFIGS, caches, paces))
     assert lines == [
@@ -26,10 +27,12 @@ def test_work_is_runs_times_seconds(tmp_path: Path) -> None:
 
 def test_longer_ablations_count_as_long_as_they_are(tmp_path: Path) -> None:
     plan = load_plan(CONFIGS / "experiments.yaml")
+    variants = {"longer": Variant("clip", ["duration={epochs: 24}"]), "other": Variant("clip", ["dim=64"])}
+    plan = replace(plan, epochs=12, ablations=replace(plan.ablations, variants=variants))
     paces = {method: Pace(1.0, 0.0) for method in plan.methods}
-    caches = dict.fromkeys([MEASURED, *plan.teachers], 0.0)
+    caches = dict.fromkeys([OWN, *plan.teachers], 0.0)
     lines = {line.what: line for line in work(plan, Folder(tmp_path), CONFIGS, caches, paces)}
-    assert lines["runs of clip"].total == 3 * 16 + 2 * (16 + 16 + 8 + 32)
+    assert lines["runs of clip"].total == 3 * 12 + 2 * (24 + 12)
     assert lines["trials of clip"].total == 3 * 8
 
 

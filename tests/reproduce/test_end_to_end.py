@@ -1,14 +1,11 @@
 """A whole reproduction in miniature, twice: from nothing to the report, and once more without doing anything again."""
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from torch import distributed
 
 from reproduce.__main__ import carry_out
 from reproduce.claims import load_claims
@@ -24,13 +21,13 @@ CONFIGS = ROOT / "configs/reproduce"
 
 
 def tiny(emoji: Path) -> dict[str, Any]:
-    """The shipped plan with one teacher, one seed, a few steps."""
+    """The shipped plan with one teacher and a few steps; two seeds, for two workers."""
     tree: dict[str, Any] = yaml.safe_load((CONFIGS / "experiments.yaml").read_text())
     return tree | {
         "emoji": str(emoji),
         "vocabulary": 300,
         "epochs": 1,
-        "seeds": [0],
+        "seeds": [0, 1],
         "sweep": {"rates": [2e-3], "epochs": 1, "seed": 0},
         "teachers": {"random": {"arm": "equal", "pretrain": "nothing"}},
         "pretraining": tree["pretraining"] | {"model": "test_resnet", "steps": 1, "image_size": 32},
@@ -75,22 +72,10 @@ def emoji(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    """Training in this process leaves a process group, and its rank in the environment; other tests start anew."""
-    environment = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("group_of_one")
 def test_a_reproduction_from_nothing_to_the_report(tmp_path: Path, emoji: Path, configs: Path) -> None:
     plan: Plan = parse_plan(tiny(emoji))
     folder = Folder(tmp_path / "out")
-    done, missing = carry_out(plan, folder, configs, workers=0, stop=False)
+    done, missing = carry_out(plan, folder, configs, workers=2, stop=False)
     assert (done, missing) == (plan, {})
 
     tar = index_tar(folder["data/train.tar"])
@@ -109,10 +94,10 @@ def test_a_reproduction_from_nothing_to_the_report(tmp_path: Path, emoji: Path, 
 
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.safetensors")}
     before |= {path: path.stat().st_mtime_ns for path in folder["finished"].iterdir()}
-    carry_out(plan, folder, configs, workers=0, stop=False)
+    carry_out(plan, folder, configs, workers=2, stop=False)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     write_report(plan, load_claims(configs / "claims.yaml"), folder, tmp_path / "docs", "make reproduce", missing)
-    assert "1 of 1 runs are finished" in (tmp_path / "docs/RESULTS.md").read_text()
+    assert "2 of 2 runs are finished" in (tmp_path / "docs/RESULTS.md").read_text()
     with pytest.raises(BadPlan, match="made with other settings"):
         is_finished(folder, one, ["seed=5"])

@@ -1,11 +1,13 @@
 """Work side by side: all of it is done, and a failure is not lost."""
 
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
 
 from reproduce import pool
-from reproduce.folder import write_json
+from reproduce.folder import read_json, write_json
 from reproduce.pool import Task, perform_all
 
 
@@ -31,3 +33,24 @@ def test_a_failure_ends_it(tmp_path: Path, workers: int) -> None:
 
 def test_nothing_to_do_starts_nothing() -> None:
     perform_all([], 2, "task")
+
+
+def beat(folder: Path) -> None:
+    while True:
+        write_json(folder / "beat.json", time.time())
+        time.sleep(0.05)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    arguments = ([Task("beats", beat, (tmp_path,))], 1, "task")
+    parent = multiprocessing.get_context("spawn").Process(target=perform_all, args=arguments)
+    parent.start()
+    while not (tmp_path / "beat.json").exists():
+        assert parent.is_alive()
+        time.sleep(0.05)
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 20
+    while time.time() - read_json(tmp_path / "beat.json") < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.time() - read_json(tmp_path / "beat.json") >= 2
