@@ -17,6 +17,7 @@ Verdict = Literal["holds", "does not hold", "cannot be told here"]
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold"
 OPEN: Verdict = "cannot be told here"
+VERDICTS = (HOLDS, FAILS, OPEN)
 RULE = (
     "Each line is the difference of two means, in points, with its 95 % interval from resampling concepts and "
     "seeds. *Better* holds where the whole interval is above zero, does not hold where all of it is "

@@ -1,7 +1,8 @@
 """The plots: quality against how well the teacher fits the data, and against the seconds that were spent."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from threetowers.eval.bootstrap import Interval
 from threetowers.eval.drawing import INK, Panel, new_figure, run_colour, to_svg
@@ -11,12 +12,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 @dataclass(frozen=True)
 class Point:
-    """One group of runs: `x` is its teacher's fit (a fraction), or seconds; `hollow`: an estimate."""
+    """One group of runs: `x` is its teacher's fit (a fraction), or seconds; `live`: seconds estimated with no cache."""
 
     x: float
     y: Interval
     label: str = ""
-    hollow: bool = False
+    live: float | None = None
 
 
 def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: Interval | None) -> Panel:
@@ -25,8 +26,11 @@ def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: Interval
     if level is not None:
         axes.axhspan(100 * level.low, 100 * level.high, color=INK, alpha=0.1, linewidth=0)
         axes.axhline(100 * level.mean, color=INK, linestyle=(0, (6, 2)), linewidth=1)
-    for number, (name, points) in enumerate(series.items()):
-        ordered = sorted(points, key=lambda point: point.x)
+    highest: dict[str, float] = {}
+    for point in (point for points in series.values() for point in points):
+        highest[point.label] = max(point.y.mean, highest.get(point.label, point.y.mean))
+    for number, (name, points) in enumerate(series.items(), 1):  # 0 is the baseline's, as in the other plot
+        ordered = [_named_once(point, highest) for point in sorted(points, key=lambda point: point.x)]
         axes.plot(
             [100 * p.x for p in ordered], [100 * p.y.mean for p in ordered], color=run_colour(number), linewidth=1
         )
@@ -40,25 +44,48 @@ def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: Interval
 
 
 def seconds_panel(title: str, series: Mapping[str, Sequence[Point]]) -> Panel:
-    """A dot a group of runs: filled as measured, hollow with a live teacher as estimated."""
-    figure, axes = new_figure(width=6.4, height=3.6)
+    """A dot a group of runs, filled as measured; dotted from it, hollow, with a live teacher as estimated."""
+    figure, axes = new_figure(width=6.4, height=4.2)
     for number, (name, points) in enumerate(series.items()):
-        _scatter(axes, points, number, name, 1)
-    axes.set_xscale("log")
+        _scatter(axes, [replace(p, label="" if p.live else p.label) for p in points], number, name, 1)
+        for point in points:
+            if point.live is not None:
+                y = 100 * point.y.mean
+                style = {"color": run_colour(number), "linestyle": (0, (1, 2)), "linewidth": 1}
+                axes.plot([point.x, point.live], [y, y], **style)
+                axes.plot([point.live], [y], color=run_colour(number), marker=_marker(number), markerfacecolor="none")
+                _annotate(axes, point.label, point.live, y)
+    axes.set_xscale("log", subs=[2, 5])
+    for kind in ("major", "minor"):
+        getattr(axes.xaxis, f"set_{kind}_formatter")("{x:,.0f}")
     axes.set_xlabel("seconds on one core: the teacher's rows, and training")
     axes.set_ylabel(f"{title}, percent")
-    axes.legend(frameon=False)
-    return Panel(f"{title} against the seconds spent", to_svg(figure, f"seconds {title}"))
+    axes.legend(frameon=False, loc="lower right")
+    return Panel(
+        f"{title} against the seconds spent; hollow: a live teacher, by arithmetic", to_svg(figure, f"seconds {title}")
+    )
 
 
-def _scatter(axes: object, points: Sequence[Point], number: int, name: str, factor: float) -> None:
-    colour, marker = run_colour(number), MARKERS[number % len(MARKERS)]
+def _named_once(point: Point, highest: Mapping[str, float]) -> Point:
+    """Methods with one teacher stand above each other: its name goes to the highest."""
+    return point if point.y.mean == highest[point.label] else replace(point, label="")
+
+
+def _scatter(axes: Any, points: Sequence[Point], number: int, name: str, factor: float) -> None:
+    colour = run_colour(number)
     for place, point in enumerate(points):
         x, y = factor * point.x, 100 * point.y.mean
         bounds = [[max(0.0, y - 100 * point.y.low)], [max(0.0, 100 * point.y.high - y)]]
-        face = "none" if point.hollow else colour
-        axes.errorbar(  # type: ignore[attr-defined]
-            [x], [y], yerr=bounds, color=colour, marker=marker, markerfacecolor=face, markersize=6, linewidth=1,
+        axes.errorbar(
+            [x], [y], yerr=bounds, color=colour, marker=_marker(number), markersize=6, linewidth=1,
             label=name if place == 0 else None,
         )  # fmt: skip
-        axes.annotate(point.label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)  # type: ignore[attr-defined]
+        _annotate(axes, point.label, x, y)
+
+
+def _annotate(axes: Any, label: str, x: float, y: float) -> None:
+    axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+
+
+def _marker(number: int) -> str:
+    return MARKERS[number % len(MARKERS)]

@@ -4,34 +4,40 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from reproduce.claims import RULE, Claims, Judged, judge, measure
+from reproduce.claims import RULE, VERDICTS, Claims, Judged, judge, measure
 from reproduce.curves import Point, fit_panel, seconds_panel
-from reproduce.document import Block, Heading, Plot, Rows, Text, html, markdown
+from reproduce.document import Block, Heading, Plot, Rows, Text, drawings, html, markdown
 from reproduce.folder import Folder, read_json
 from reproduce.plan import Plan
-from reproduce.scores import MIXED, THIRD, Scores, gather
+from reproduce.scores import MIXED, THIRD, Metric, Scores, gather
 from reproduce.teachers import seconds_of
 from threetowers.cache.contract import ContractError
 from threetowers.eval.bootstrap import Interval
 from threetowers.trainer.atomic import replace_text
 
 ABSENT = "-"
+PLOTS = "results"  # folder of the plots, beside RESULTS.md
 PLOTTED = ("lit", "3t")
 BASELINE = "clip"
+LIVE = "live"  # the ablation in which the third tower is not cached
 
 
 def write_report(
     plan: Plan, claims: Claims, folder: Folder, out: Path, command: str, missing: Mapping[str, str]
 ) -> None:
-    """Write RESULTS.md and results.html into `out`. `missing`: teachers that could not be had, with the reason."""
+    """Write RESULTS.md, with its plots in results/, and results.html into `out`.
+
+    missing: Teachers that could not be had, with the reason.
+    """
     blocks = list(Report(plan, claims, folder, command, missing).blocks())
-    out.mkdir(parents=True, exist_ok=True)
+    (out / PLOTS).mkdir(parents=True, exist_ok=True)
+    for name, image in drawings(blocks).items():
+        replace_text(out / PLOTS / name, image)
     replace_text(out / "results.html", html(blocks, "Results"))
-    replace_text(out / "RESULTS.md", markdown(blocks, "results.html"))
+    replace_text(out / "RESULTS.md", markdown(blocks, PLOTS))
 
 
 class Report:
@@ -84,6 +90,10 @@ class Report:
         yield Text(RULE.format(margin=self.claims.margin, lines=lines))
         asked = [judged for judged in self.judged if judged.lines]
         yield Rows(
+            ["Of all claims that were measured", str(len(asked))],
+            [[verdict, str(sum(judged.verdict == verdict for judged in asked))] for verdict in VERDICTS],
+        )
+        yield Rows(
             ["Claim", "Where it is from", "Verdict"],
             [[f"{n}. {j.claim.title}", j.claim.source, _verdict(j)] for n, j in enumerate(asked, 1)],
         )
@@ -135,7 +145,7 @@ class Report:
 
     def _tables(self) -> Iterator[Block]:
         yield Heading("All results")
-        yield Text("In percent, with 95 % intervals over seeds and items.")
+        yield Text(f"In percent, with 95 % intervals over seeds and items. Of {'; '.join(self._sizes())}.")
         grid = [key for key in self.scores.groups if key[2] is None]
         yield self._table([(method, teacher) for method, teacher, _ in grid])
         mixing = self.plan.mixing.method
@@ -152,6 +162,16 @@ class Report:
             )
             base = [(m, t) for m, t, _ in grid if t in (None, self.plan.ablations.teacher) and m in (mixing, BASELINE)]
             yield self._table([*base, *ablated])
+
+    def _sizes(self) -> Iterator[str]:
+        """What each metric is a mean over."""
+        results = [result for group in self.scores.groups.values() for result in group]
+        for metric in self.claims.metrics.values():
+            strata = next((found for result in results if (found := result.strata(metric)) is not None), None)
+            if strata is not None:
+                items = sum(len(stratum.value_N) for stratum in strata)
+                concepts = len(np.unique(np.concatenate([stratum.unit_N for stratum in strata])))
+                yield f"{metric.title}: {items:,} items of {concepts:,} concepts"
 
     def _table(self, groups: Sequence[tuple[str, str | None]]) -> Rows:
         metrics = self.claims.metrics
@@ -174,7 +194,7 @@ class Report:
         )
         heads = ["Teacher", "Arm", "Fit, percent", "Own task, percent", "Seconds of its rows"]
         yield Rows(heads, list(self._teacher_rows(fits)))
-        for metric in metrics.values():
+        for key, metric in metrics.items():
             series = {
                 method: [
                     Point(fits[teacher], y, teacher)
@@ -185,33 +205,33 @@ class Report:
             }
             if any(series.values()):
                 level = self.scores.interval(BASELINE, None, metric)
-                yield Plot(fit_panel(metric.title, {name: s for name, s in series.items() if s}, level))
+                yield Plot(fit_panel(metric.title, {name: s for name, s in series.items() if s}, level), f"fit-{key}")
         yield Text(
-            "Seconds are of one core: the training, and the rows of the teacher's cache, once. Hollow: the same with a "
-            "live teacher in place of the cache, by arithmetic: its rows' seconds, decoding included, once an epoch. "
-            "Where a live teacher was really run, in the ablation `live`, it is a filled dot of its own."
+            "Seconds are of one core, with another run beside it: the training, and the rows of the teacher's cache, "
+            "once. Hollow: the same with a live teacher in place of the cache, by arithmetic: its rows' seconds, "
+            "decoding included, once an epoch. "
+            f"Where a live teacher was really run, in the ablation `{LIVE}`, it is a filled dot of its own."
         )
-        for metric in list(metrics.values())[:1]:
-            spent = dict(self._spent(metric))
-            if spent:
-                yield Plot(seconds_panel(metric.title, spent))
+        key, metric = next(iter(metrics.items()))
+        if spent := dict(self._spent(metric)):
+            yield Plot(seconds_panel(metric.title, spent), f"seconds-{key}")
 
-    def _spent(self, metric: Any) -> Iterator[tuple[str, list[Point]]]:
-        found: dict[str, list[Point]] = {}
-        for (method, teacher, variant), results in self.scores.groups.items():
-            if variant not in (None, "live"):
-                continue
-            name = f"{method}/{variant}" if variant else method
-            y = self.scores.interval(name, teacher, metric)
-            if y is None:
-                continue
-            training = float(np.mean([result.facts["seconds"] for result in results]))
-            rows = 0.0 if variant else self._rows_seconds(teacher)
-            found.setdefault(name, []).append(Point(training + rows, y, teacher or ""))
-            if rows:
-                live = training + rows * self.plan.epochs
-                found.setdefault(f"{name}, live by arithmetic", []).append(Point(live, y, teacher or "", hollow=True))
-        yield from found.items()
+    def _spent(self, metric: Metric) -> Iterator[tuple[str, list[Point]]]:
+        """Seconds of training and of the cache's rows; the baseline, the methods that are plotted, the live teacher."""
+        live = f"{self.plan.mixing.method}/{LIVE}"
+        for name in (BASELINE, *PLOTTED, live):
+            method, _, variant = name.partition("/")
+            points = []
+            for key, results in self.scores.groups.items():
+                if (key[0], key[2] or "") == (method, variant):
+                    y = self.scores.interval(name, key[1], metric)
+                    if y is not None:
+                        training = float(np.mean([result.facts["seconds"] for result in results]))
+                        rows = 0.0 if variant else self._rows_seconds(key[1])
+                        estimate = training + rows * self.plan.epochs if rows else None
+                        points.append(Point(training + rows, y, key[1] or "", estimate))
+            if points:
+                yield name, points
 
     def _rows_seconds(self, teacher: str | None) -> float:
         if teacher is None:

@@ -1,6 +1,7 @@
 """The report from a few results made up here: what it says, in which order, and that nothing is left out."""
 
 import re
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def texts(plan: Plan, folder: Folder, tmp_path_factory: pytest.TempPathFactory) 
     claims, missing = load_claims(CONFIGS / "claims.yaml"), {"lite0": "no such package"}
     docs = tmp_path_factory.mktemp("docs")
     write_report(plan.without(list(missing)), claims, folder, docs, "make reproduce", missing)
+    for name in re.findall(r"\]\((results/.*?)\)", (docs / "RESULTS.md").read_text()):
+        assert ElementTree.parse(docs / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     return (docs / "RESULTS.md").read_text(), (docs / "results.html").read_text()
 
 
@@ -67,6 +70,7 @@ def test_claims_are_in_it_whichever_way_they_went(texts: tuple[str, str]) -> Non
     assert "| holds |" in row(markdown, "3T is not hurt by a useless teacher")
     assert "| does not hold |" in row(markdown, "Dropping the text-third term hurts retrieval")
     assert "cannot be told here" in row(markdown, "3T retrieves better than training from scratch")
+    assert re.search(r"\| Of all claims that were measured \| \d+ \|\n.*\n\| holds \| [1-9]", markdown)
     assert "not measured: retrieval with lite2" in row(markdown, "3T retrieves better than training from scratch")
     assert "Not measured in this run: " in markdown
     assert "MS-CLIP classifies better" in markdown.partition("Not measured in this run: ")[2]
@@ -77,6 +81,7 @@ def test_numbers_are_those_of_the_records(texts: tuple[str, str], folder: Folder
     record = read_json(folder["records"] / facts["records"]["0"]["retrieval"])
     sides = [record["metrics"][f"original/{side}/recall@1"] for side in ("image_to_text", "text_to_image")]
     assert f"| clip | - | {100 * sum(sides) / 2:.1f} \\[" in texts[0]
+    assert re.search(r"Of retrieval, R@1: \d+ items of \d+ concepts; ", texts[0])
     assert "25 of" in texts[0]  # 3 of clip, 2 x 3 x 3, and four ablations
 
 
@@ -90,8 +95,8 @@ def test_the_page_has_the_plots_and_asks_for_nothing(texts: tuple[str, str]) -> 
     markdown, page = texts
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     assert len(titles) == page.count("<svg") == 6
-    assert "retrieval, R@1 against the seconds spent" in titles
-    assert markdown.count("Plot: ") == 6
+    assert "retrieval, R@1 against the seconds spent; hollow: a live teacher, by arithmetic" in titles
+    assert markdown.count("](results/") == 6
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert "<script" not in page
 
