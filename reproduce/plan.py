@@ -9,6 +9,8 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from threetowers.trainer.config import Augment
+
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -56,6 +58,7 @@ class Pretraining:
     batch: PositiveInt
     lr: Positive
     crop_scale: Share = 1.0
+    augment: Augment = field(default_factory=Augment)
     seed: int = 0
 
 

@@ -19,6 +19,7 @@ from reproduce.folder import Folder, write_json
 from reproduce.packages import FASHION_MNIST, member
 from reproduce.plan import Pretraining
 from threetowers.cache.tars import index_tar
+from threetowers.trainer.data.augment import augmented
 from threetowers.trainer.data.samples import annotation, image
 from threetowers.trainer.data.view import center, random_crop
 
@@ -99,7 +100,8 @@ def _train(
     model.train().to(memory_format=torch.channels_last)
     for step in range(how.steps):
         chosen = rng.choice(learned, how.batch)
-        views = [random_crop(pictures[n], how.image_size, how.crop_scale, rng) for n in chosen]
+        crops = [random_crop(pictures[n], how.image_size, how.crop_scale, rng) for n in chosen]
+        views = [augmented(crop, how.augment, rng) for crop in crops]
         loss = F.cross_entropy(logits(views), torch.tensor([labels[n] for n in chosen]), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
