@@ -21,7 +21,7 @@ def test_work_is_runs_times_seconds(tmp_path: Path) -> None:
         Line("cache of lite0", 1, 100.0),
         Line("runs of clip", 2, 4 * 2.0 + 1),
         Line("runs of lit", 6, 4 * 1.0 + 1),
-        Line("runs of 3t", 6 + 8, 4 * 3.0 + 2),
+        Line("runs of 3t", 6 + 4, 4 * 3.0 + 2),
     ]
 
 
