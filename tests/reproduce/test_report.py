@@ -88,7 +88,7 @@ def test_numbers_are_those_of_the_records(texts: tuple[str, str], folder: Folder
 def test_trends_show_what_is_there(texts: tuple[str, str]) -> None:
     rows = texts[0].partition("3T over LiT as training grows")[2].partition("###")[0]
     assert "| twice as many |" in rows
-    assert "| half as many epochs |" not in rows
+    assert "| four cached random crops |" not in texts[0]
 
 
 def test_the_page_has_the_plots_and_asks_for_nothing(texts: tuple[str, str]) -> None:
