@@ -302,14 +302,17 @@ class Report:
 
 
 def _verdict(judged: Judged) -> str:
-    where = "; ".join(f"{_where(line.metric, line.teacher)} {line.verdict}" for line in judged.lines)
+    """The verdict of a claim; where its lines differ, which of them say what."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for line in judged.lines:
+        groups.setdefault((line.metric, line.verdict), []).append(line.teacher or "")
+    where = "; ".join(
+        f"{metric} {verdict}{' with ' if any(teachers) else ''}{', '.join(teachers)}"
+        for (metric, verdict), teachers in groups.items()
+    )
     several = len({line.verdict for line in judged.lines}) > 1
     missing = f" (not measured: {', '.join(judged.missing)})" if judged.missing else ""
     return judged.verdict + (f": {where}" if several else "") + missing
-
-
-def _where(metric: str, teacher: str | None) -> str:
-    return f"{metric} with {teacher}" if teacher else metric
 
 
 def _cell(interval: Interval | None) -> str:
