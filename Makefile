@@ -43,7 +43,7 @@ demo-clean:  ## forget what the demo made, so that it starts over
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,reproduce]'
 	touch $@
 
-reproduce: .venv/reproduce  ## do the papers' claims hold? 2.5 hours on two cores, resumable; ARGS=--quick: 15 minutes
+reproduce: .venv/reproduce  ## do the papers' claims hold? planned for 2.5 hours on two cores, resumable; ARGS=--quick: 15 minutes
 	$(BIN)/python -m reproduce $(ARGS)
 
 reproduce-quick: ARGS = --quick
