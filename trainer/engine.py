@@ -57,6 +57,14 @@ def start_ranks() -> Ranks:
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
+def leave_ranks() -> None:
+    """End this process's part in the group, once every rank is done with it.
+
+    A group that is still there when the interpreter ends has running threads, which now and then abort the process.
+    """
+    torch.distributed.destroy_process_group()
+
+
 def deepspeed_config(run: Run, world: int) -> dict[str, Any]:
     """Return the DeepSpeed config of a run; it is written beside the run, and never by hand.
 

@@ -69,6 +69,7 @@ def train(
 
         print("\n".join(page(load(config, overrides), ranks)))
         return
+    from threetowers.trainer.engine import leave_ranks
     from threetowers.trainer.loop import train as run_training
 
     run = load(config, overrides)
@@ -77,7 +78,12 @@ def train(
         from threetowers.eval.during import RetrievalLook
 
         evaluators.append(RetrievalLook(run, run.evaluate))
-    summary = run_training(run, evaluators)
+    try:
+        summary = run_training(run, evaluators)
+    except Interrupted:  # on every rank; after other errors the others may still be waiting for this one
+        leave_ranks()
+        raise
+    leave_ranks()
     if is_first_rank():
         print(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "

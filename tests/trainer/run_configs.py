@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 from threetowers.trainer.config import load
-from threetowers.trainer.engine import start_ranks
+from threetowers.trainer.engine import leave_ranks, start_ranks
 from threetowers.trainer.loop import Trainer
 
 if __name__ == "__main__":
@@ -18,3 +18,4 @@ if __name__ == "__main__":
         found = {"models": sorted(kinds), "teacher imported": "threetowers.cache.teacher" in sys.modules}
         if trainer.ranks.first:
             print(json.dumps(found), flush=True)
+    leave_ranks()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from threetowers.trainer.accumulate import accumulate
 from threetowers.trainer.checkpoint import save_weights
 from threetowers.trainer.config import parse
-from threetowers.trainer.engine import Ranks, chunks, deepspeed_config, start_engine, start_ranks
+from threetowers.trainer.engine import Ranks, chunks, deepspeed_config, leave_ranks, start_engine, start_ranks
 from threetowers.trainer.loop import seed_dropout
 from threetowers.trainer.objective import objective
 from threetowers.trainer.towers.model import TowerModel
@@ -52,3 +52,4 @@ if __name__ == "__main__":
     here = start_ranks()
     for item in json.loads(Path(sys.argv[1]).read_text()):
         run_job(item, here)
+    leave_ranks()

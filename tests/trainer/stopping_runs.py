@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from threetowers.trainer.config import load
-from threetowers.trainer.engine import Ranks, start_ranks
+from threetowers.trainer.engine import Ranks, leave_ranks, start_ranks
 from threetowers.trainer.interruption import Interrupted
 from threetowers.trainer.loop import Trainer
 from threetowers.trainer.towers.model import TowerModel
@@ -75,3 +75,4 @@ if __name__ == "__main__":
         found = run_job(item, here)
         if here.first:
             print(json.dumps({"job": item["config"]} | found), flush=True)
+    leave_ranks()
