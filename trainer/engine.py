@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import nn
 from threetowers.trainer.adafactor import Adafactor
 from threetowers.trainer.config import ConfigError, Run
 from threetowers.trainer.optimizer import parameter_groups
+
+GRACE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ def start_ranks() -> Ranks:
 def leave_ranks() -> None:
     """End this process's part in the group, once every rank is done with it.
 
-    A group that is still there when the interpreter ends has running threads, which now and then abort the process.
+    Gloo's threads let go of the tensors of the last collective after it is over, and need the interpreter for it. One
+    that asks while the interpreter is ending aborts the process, so they are let in before; the group cannot be waited
+    for, as DeepSpeed keeps references to it.
     """
+    time.sleep(GRACE_SECONDS)
     torch.distributed.destroy_process_group()
 
 
