@@ -2,7 +2,8 @@
 
 A model's scores form strata (the galleries of a set, say), each an array of items, whose means are averaged. Drawn with
 replacement are units, the things that vary independently: items, or groups of items that belong together, in all strata
-and for all models alike. Where a model was trained from several seeds, seeds are drawn too.
+and for all models alike. Where a model was trained from several seeds, seeds are drawn too: for each model on its own,
+or in pairs, for all models alike, as a seed that starts one model well may start the other well.
 """
 
 import math
@@ -62,11 +63,17 @@ class Resampled:
         return Difference(mean, *_bounds(draws_R, level), p)
 
 
-def resample(models: Sequence[Sequence[Sequence[Stratum]]], *, draws: int = DRAWS, seed: int = 0) -> Resampled:
+def resample(
+    models: Sequence[Sequence[Sequence[Stratum]]], *, draws: int = DRAWS, seed: int = 0, paired: bool = False
+) -> Resampled:
     """Draw units, and seeds, and average again. `models[m][s][g]`: model m, trained from seed s, in stratum g.
 
-    Raises ValueError where models or seeds were not scored on the same items.
+    paired: The s-th seed is the same for every model, and they are drawn together.
+
+    Raises ValueError where models or seeds were not scored on the same items, or pairs are incomplete.
     """
+    if paired and len({len(seeds) for seeds in models}) > 1:
+        raise ValueError(f"pairs by seed need as many seeds of each model, found {[len(seeds) for seeds in models]}")
     strata = len(models[0][0])
     units = np.unique(np.concatenate([stratum.unit_N for stratum in models[0][0]]))
     for seeds in models:
@@ -84,10 +91,11 @@ def resample(models: Sequence[Sequence[Sequence[Stratum]]], *, draws: int = DRAW
         drawn.append(_means(weights, sums_UC, counts_UC))
     means_RC = np.concatenate(drawn)
     mean_M, draws_MR, first = [], [], 0
-    for seeds in models:
+    for place, seeds in enumerate(models):
         part_RSG = means_RC[:, first : first + len(seeds) * strata].reshape(-1, len(seeds), strata)
         by_seed_RS = part_RSG.mean(axis=2)
-        picked = rng.integers(len(seeds), size=(draws, len(seeds)))
+        if not paired or place == 0:
+            picked = rng.integers(len(seeds), size=(draws, len(seeds)))
         mean_M.append(by_seed_RS[0].mean())
         draws_MR.append(np.take_along_axis(by_seed_RS[1:], picked, axis=1).mean(axis=1))
         first += len(seeds) * strata

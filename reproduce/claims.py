@@ -19,13 +19,13 @@ FAILS: Verdict = "does not hold"
 OPEN: Verdict = "cannot be told here"
 VERDICTS = (HOLDS, FAILS, OPEN)
 RULE = (
-    "Each line is the difference of two means, in points, with its 95 % interval from resampling concepts and "
-    "seeds. *Better* holds where the whole interval is above zero, does not hold where all of it is "
-    "below, and cannot be told here where zero is inside. *Not worse* holds where the whole interval is above "
-    "-{margin:g} percent of what the second scores, does not hold where all of it is below that, and cannot be told "
-    "here otherwise. A claim over several lines holds where every line does, and does not hold where one does not. "
-    "Intervals are not widened for the number of lines: of {lines}, about one in twenty misses its true value; and few "
-    "seeds make intervals somewhat too narrow."
+    "Each line is the difference of two means, in points, over the seeds that both sides have, with its 95 % interval "
+    "from resampling concepts and seeds, the same for both sides. *Better* holds where the whole interval is above "
+    "zero, does not hold where all of it is below, and cannot be told here where zero is inside. *Not worse* holds "
+    "where the whole interval is above -{margin:g} percent of what the second scores, does not hold where all of it is "
+    "below that, and cannot be told here otherwise. A claim over several lines holds where every line does, and does "
+    "not hold where one does not. Intervals are not widened for the number of lines: of {lines}, about one in twenty "
+    "misses its true value; and few seeds make intervals too narrow: two show half of their variance."
 )
 
 
@@ -62,13 +62,13 @@ class Claims:
 
 @dataclass(frozen=True)
 class Line:
-    """One difference that a claim is judged by. `seeds`: of the first and of the second."""
+    """One difference that a claim is judged by. `seeds`: how many both sides have in common."""
 
     metric: str
     teacher: str | None
     means: tuple[float, float]  # of the first and of the second
     difference: Difference
-    seeds: tuple[int, int]
+    seeds: int
     verdict: Verdict
 
 
@@ -105,14 +105,18 @@ def parse_claims(tree: Mapping[str, Any], source: str = "claims") -> Claims:
 
 def measure(
     scores: Scores, sides: tuple[str, str], teacher: str | None, metric: Metric
-) -> tuple[tuple[float, float], Difference, tuple[int, int]] | None:
-    """The means of two sides, their difference and how many seeds each has; None where one was not measured."""
+) -> tuple[tuple[float, float], Difference, int] | None:
+    """The means of two sides over their common seeds, their difference, and how many seeds; None where there are none.
+
+    In pairs, as the towers that both have start from the same weights and see the same batches.
+    """
     first, second = (scores.find(side, teacher, metric) for side in sides)
-    if first is None or second is None:
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
         return None
-    found = resample([first, second])
+    found = resample([[side[seed] for seed in seeds] for side in (first, second)], paired=True)
     means = float(found.mean_M[0]), float(found.mean_M[1])
-    return means, found.difference(0, 1), (len(first), len(second))
+    return means, found.difference(0, 1), len(seeds)
 
 
 def judge(claims: Claims, scores: Scores) -> list[Judged]:

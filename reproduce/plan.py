@@ -39,10 +39,14 @@ class Sweep:
 
 @checked(frozen=True, config=STRICT)
 class Teacher:
-    """A third tower: pretrained here (`pretrain`), or with the weights of a package."""
+    """A third tower: pretrained here (`pretrain`), or with the weights of a package.
+
+    One that is pretrained here is made as `pretraining` says, but for a `model` or an `image_size` of its own.
+    """
 
     arm: Literal["equal", "large"]
     pretrain: Literal["emoji", "fashion-mnist", "nothing"] | None = None
+    model: str | None = None
     backbone: str | None = None
     package: str | None = None
     image_size: PositiveInt | None = None
@@ -82,10 +86,11 @@ class Method:
 
 @checked(frozen=True, config=STRICT)
 class Cell:
-    """Methods crossed with teachers; methods without a third tower name none."""
+    """Methods crossed with teachers; methods without a third tower name none. `seeds`: where not those of the plan."""
 
     methods: list[str]
     teachers: list[str] = field(default_factory=list)
+    seeds: list[int] | None = None
 
 
 @checked(frozen=True, config=STRICT)
@@ -97,8 +102,11 @@ class Mixing:
 
 @checked(frozen=True, config=STRICT)
 class Variant:
+    """A method with changes; `teacher`: where not that of all ablations."""
+
     method: str
     set: list[str]
+    teacher: str | None = None
 
 
 @checked(frozen=True, config=STRICT)
@@ -165,12 +173,13 @@ class Plan:
             name: variant
             for name, variant in self.ablations.variants.items()
             if not any(f"/{teacher}" in change for teacher in teachers for change in variant.set)
+            and self.teacher_of(name) not in teachers
         }
         return replace(
             self,
             teachers={name: teacher for name, teacher in self.teachers.items() if name not in teachers},
             grid=[cell for cell in left if cell.teachers or not self._reads_rows(cell)],
-            ablations=replace(self.ablations, variants={} if self.ablations.teacher in teachers else variants),
+            ablations=replace(self.ablations, variants=variants),
             views={name: view for name, view in self.views.items() if view.teacher not in teachers},
         )
 
@@ -181,12 +190,21 @@ class Plan:
             for cell in self.grid
             for method in cell.methods
             for teacher in (cell.teachers if self.methods[method].third else [None])
-            for seed in self.seeds
+            for seed in cell.seeds or self.seeds
         ]
         for name, variant in self.ablations.variants.items():
-            teacher = self.ablations.teacher if self.methods[variant.method].third else None
-            found += [Experiment(variant.method, teacher, name, seed) for seed in self.ablations.seeds]
+            found += [Experiment(variant.method, self.teacher_of(name), name, seed) for seed in self.ablations.seeds]
         return list(dict.fromkeys(found))
+
+    def teacher_of(self, name: str) -> str | None:
+        """The teacher of an ablation."""
+        variant = self.ablations.variants[name]
+        return (variant.teacher or self.ablations.teacher) if self.methods[variant.method].third else None
+
+    def pretraining_of(self, name: str) -> Pretraining:
+        """How a teacher is pretrained here."""
+        one, how = self.teachers[name], self.pretraining
+        return replace(how, model=one.model or how.model, image_size=one.image_size or how.image_size)
 
     def trials(self) -> "list[Experiment]":
         """The runs of the sweep: each method with the first of its teachers, at every rate."""
@@ -269,15 +287,22 @@ def _check(plan: Plan, source: str) -> None:
     for name, teacher in plan.teachers.items():
         if (teacher.pretrain is None) == (teacher.package is None) or (teacher.package and not teacher.backbone):
             raise BadPlan(f"{source}: teachers.{name}: give either pretrain, or a package with its backbone")
+        if teacher.model and teacher.package:
+            raise BadPlan(
+                f"{source}: teachers.{name}.model: a package comes with its backbone; give pretrain, or drop it"
+            )
     for name, view in plan.views.items():
         known(f"views.{name}.teacher", [view.teacher], plan.teachers)
     for name, variant in plan.ablations.variants.items():
         known(f"ablations.variants.{name}.method", [variant.method], plan.methods)
+        known(f"ablations.variants.{name}.teacher", [variant.teacher] if variant.teacher else [], plan.teachers)
     known("ablations.teacher", [plan.ablations.teacher], plan.teachers)
     known("mixing.method", [plan.mixing.method], plan.methods)
     known("quick.teachers", plan.quick.teachers, plan.teachers)
     known("quick.methods", plan.quick.methods, plan.methods)
     known("quick.variants", plan.quick.variants, plan.ablations.variants)
+    wanted = filter(None, map(plan.teacher_of, plan.quick.variants))
+    known("quick.variants: teachers", list(wanted), dict.fromkeys(plan.quick.teachers))
     styles = [*plan.styles.contrastive, *plan.styles.teacher, *plan.styles.shift]
     if len(set(styles)) < len(styles):
         raise BadPlan(f"{source}: styles: one style serves twice in {styles}; they must be apart")

@@ -98,6 +98,7 @@ def _train(
         return scores
 
     model.train().to(memory_format=torch.channels_last)
+    started = time.perf_counter()
     for step in range(how.steps):
         chosen = rng.choice(learned, how.batch)
         crops = [random_crop(pictures[n], how.image_size, how.crop_scale, rng) for n in chosen]
@@ -109,6 +110,7 @@ def _train(
         schedule.step()
         if (step + 1) % 50 == 0:
             logger.info("pretraining: step %d/%d, loss %.3f", step + 1, how.steps, loss.item())
+    per_step = (time.perf_counter() - started) / how.steps
     model.eval()
     right = []
     with torch.inference_mode():
@@ -116,4 +118,9 @@ def _train(
             part = held[start : start + how.batch]
             found = logits([center(pictures[n], how.image_size) for n in part]).argmax(1)
             right += (found == torch.tensor([labels[n] for n in part])).tolist()
-    return {"steps": how.steps, "held_back_accuracy": float(np.mean(right)), "held_back": len(right)}
+    return {
+        "steps": how.steps,
+        "seconds_per_step": per_step,
+        "held_back_accuracy": float(np.mean(right)),
+        "held_back": len(right),
+    }

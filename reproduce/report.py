@@ -71,7 +71,7 @@ class Report:
             f"from nothing on {counts['train']:,} emoji drawings of {plan.pretraining.image_size} pixels in the styles "
             f"{_words(plan.styles.contrastive)}, seen {plan.epochs:g} times each: theirs see most pictures once. Their "
             f"contrastive data is many times larger than the teacher's; here it is not. The tested concepts are "
-            f"held out of all training here. Each number is a mean over {len(plan.seeds)} seeds, in the ablations "
+            f"held out of all training here. Each number is a mean over {self._seeds()} seeds, in the ablations "
             f"{len(plan.ablations.seeds)}."
         )
         yield Text(
@@ -83,6 +83,10 @@ class Report:
         )
         for name, reason in self.missing.items():
             yield Text(f"Left out: teacher `{name}`, which could not be had on this machine ({reason}).")
+
+    def _seeds(self) -> str:
+        counts = {len(cell.seeds or self.plan.seeds) for cell in self.plan.grid}
+        return " or ".join(map(str, sorted(counts)))
 
     def _claims(self) -> Iterator[Block]:
         lines = sum(len(judged.lines) for judged in self.judged)
@@ -126,7 +130,7 @@ class Report:
                 *(f"{100 * mean:.1f}" for mean in line.means),
                 f"{100 * d.mean:+.1f}",
                 f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]",
-                f"{line.seeds[0]}, {line.seeds[1]}",
+                str(line.seeds),
                 line.verdict,
             ]
 
@@ -158,7 +162,7 @@ class Report:
         if ablated := [(f"{m}/{v}", t) for m, t, v in self.scores.groups if v is not None]:
             yield Heading("Ablations", 3)
             yield Text(
-                f"Of {len(self.plan.ablations.seeds)} seeds each, with the teacher `{self.plan.ablations.teacher}`."
+                f"Of {len(self.plan.ablations.seeds)} seeds each; the teacher is of the main tower's size in each."
             )
             base = [(m, t) for m, t, _ in grid if t in (None, self.plan.ablations.teacher) and m in (mixing, BASELINE)]
             yield self._table([*base, *ablated])

@@ -49,24 +49,27 @@ class Scores:
     groups: Mapping[tuple[str, str | None, str | None], list[Result]]
     shares: Mapping[str, str] = field(default_factory=dict)  # by teacher
 
-    def find(self, name: str, teacher: str | None, metric: Metric) -> list[list[Stratum]] | None:
-        """The items, by seed, of METHOD, METHOD/VARIANT, METHOD+mixed or METHOD+third; None where there are none.
+    def find(self, name: str, teacher: str | None, metric: Metric) -> dict[int, list[Stratum]]:
+        """The items, by seed, of METHOD, METHOD/VARIANT, METHOD+mixed or METHOD+third; empty where there are none.
 
-        A method without a third tower has no teacher, whichever is asked for.
+        A method without a third tower has no teacher, and a variant may have its own, whichever is asked for.
         """
         base, _, mix = name.partition("+")
         method, _, variant = base.partition("/")
-        results = self.groups.get((method, teacher, variant or None)) or self.groups.get(
-            (method, None, variant or None)
-        )
+        results = [
+            result
+            for (of, by, varied), group in self.groups.items()
+            if (of, varied or "") == (method, variant) and (varied or by in (teacher, None))
+            for result in group
+        ]
         share = {"": "0", MIXED: self.shares.get(teacher or "", ""), THIRD: "1"}[mix]
-        found = [result.strata(metric, share) for result in results or ()]
-        return [strata for strata in found if strata is not None] or None
+        found = {int(result.facts["seed"]): result.strata(metric, share) for result in results}
+        return {seed: strata for seed, strata in found.items() if strata is not None}
 
     def interval(self, name: str, teacher: str | None, metric: Metric) -> Interval | None:
         """The mean over seeds and items with its 95 % interval."""
         found = self.find(name, teacher, metric)
-        return None if found is None else resample([found]).interval(0)
+        return resample([list(found.values())]).interval(0) if found else None
 
 
 def gather(plan: Plan, folder: Folder) -> Scores:

@@ -44,8 +44,9 @@ def backbone(name: str, plan: Plan, folder: Folder) -> dict[str, Any]:
     teacher = plan.teachers[name]
     if teacher.pretrain is not None:
         out = folder[f"teachers/{name}"]
-        pretrain(teacher.pretrain, plan.pretraining, folder, out)
-        return {"backbone": str(out), "image_size": plan.pretraining.image_size}
+        how = plan.pretraining_of(name)
+        pretrain(teacher.pretrain, how, folder, out)
+        return {"backbone": str(out), "image_size": how.image_size}
     converted = teacher.package in CONVERTED
     weights = str(folder[f"teachers/{name}.safetensors"]) if converted else f"package:{teacher.package}"
     return {"backbone": teacher.backbone, "weights": weights, "image_size": teacher.image_size}

@@ -68,6 +68,20 @@ def test_seeds_widen_the_interval() -> None:
     assert found.difference(0, 1).p > 0.5
 
 
+def test_pairs_by_seed_take_the_seeds_out_of_a_difference() -> None:
+    items = np.random.default_rng(6).random(2000)
+    one, other = (
+        [[Stratum(items + shift + more, np.arange(2000))] for shift in (-0.1, 0.0, 0.1)] for more in (0.01, 0.0)
+    )
+    apart, together = resample([one, other]), resample([one, other], paired=True)
+    assert apart.difference(0, 1).low < 0 < apart.difference(0, 1).high
+    found = together.difference(0, 1)
+    assert [found.low, found.mean, found.high] == pytest.approx([0.01] * 3)
+    assert together.interval(0) == apart.interval(0)
+    with pytest.raises(ValueError, match=r"as many seeds of each model, found \[3, 2\]"):
+        resample([one, other[:2]], paired=True)
+
+
 def test_equal_models_are_rarely_called_different() -> None:
     rng = np.random.default_rng(5)
     alarms = 0

@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 
-from reproduce.claims import FAILS, HOLDS, OPEN, Verdict, judge, load_claims, parse_claims, together, verdict_of
+from reproduce.claims import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    Verdict,
+    judge,
+    load_claims,
+    measure,
+    parse_claims,
+    together,
+    verdict_of,
+)
 from reproduce.folder import Folder
 from reproduce.plan import BadPlan, Experiment, load_plan
 from reproduce.scores import gather
@@ -91,8 +102,41 @@ def test_claims_are_judged_by_the_records(tmp_path: Path) -> None:
     (line,) = judged["over scratch"].lines
     assert line.difference.mean == pytest.approx(0.2, abs=0.06)
     assert line.difference.low < line.difference.mean < line.difference.high
-    assert line.seeds == (3, 3)
+    assert line.seeds == 3
     assert judged["not there"].missing == ["retrieval with in-domain"]
+
+
+def test_sides_are_compared_over_their_common_seeds(tmp_path: Path) -> None:
+    """Seeds differ by much more than the methods do, and one side has a seed that the other lacks."""
+    plan, folder = load_plan(CONFIGS / "experiments.yaml"), Folder(tmp_path)
+    for seed, start in enumerate((0.2, 0.5, 0.8)):
+        finish(folder, Experiment("clip", None, None, seed), start)
+        finish(folder, Experiment("3t", "in-domain", "no-heads", seed), start + 0.1)
+    finish(folder, Experiment("3t", "in-domain", None, 1), 0.6)
+    scores, metric = gather(plan, folder), parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics
+    _, paired, seeds = measured(measure(scores, ("3t/no-heads", "clip"), "in-domain", metric["retrieval"]))
+    assert seeds == 2  # of ablations, the plan has no third
+    assert paired.mean == pytest.approx(0.1, abs=0.04)
+    assert paired.low > 0.05
+    means, _, seeds = measured(measure(scores, ("3t/no-heads", "3t"), "in-domain", metric["retrieval"]))
+    assert (seeds, means[0]) == (1, means[1])
+    assert measure(scores, ("3t/live", "3t"), "in-domain", metric["retrieval"]) is None
+
+
+def measured(
+    found: tuple[tuple[float, float], Difference, int] | None,
+) -> tuple[tuple[float, float], Difference, int]:
+    assert found is not None
+    return found
+
+
+def test_an_ablation_with_a_teacher_of_its_own_is_found_by_its_name(tmp_path: Path) -> None:
+    plan, folder = load_plan(CONFIGS / "experiments.yaml"), Folder(tmp_path)
+    finish(folder, Experiment("3t", "in-domain-64px", "64px-3t", 0), 0.9)
+    finish(folder, Experiment("lit", "in-domain-64px", "64px-lit", 0), 0.6)
+    metric = parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
+    means, _, seeds = measured(measure(gather(plan, folder), ("3t/64px-3t", "lit/64px-lit"), "in-domain", metric))
+    assert (means, seeds) == (pytest.approx((0.9, 0.6), abs=0.05), 1)
 
 
 def test_a_metric_nobody_defined_is_refused() -> None:

@@ -11,7 +11,7 @@ from reproduce.experiment import changes_of, run_of
 from reproduce.folder import Folder
 from reproduce.plan import BadPlan, Experiment, Plan, load_plan, parse_plan
 from threetowers.eval.description import parse_description
-from threetowers.trainer.config import CacheTower
+from threetowers.trainer.config import CacheTower, ImageTower
 
 CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
 
@@ -30,7 +30,7 @@ def test_every_method_meets_every_teacher_with_three_seeds(plan: Plan) -> None:
     experiments = plan.experiments()
     assert len({one.name for one in experiments}) == len(experiments)
     for method in ("lit", "3t"):
-        for teacher in plan.teachers:
+        for teacher in {name for cell in plan.grid for name in cell.teachers}:
             seeds = {e.seed for e in experiments if (e.method, e.teacher, e.variant) == (method, teacher, None)}
             assert len(seeds) >= 3
     assert {e.method for e in experiments} == set(plan.methods)
@@ -69,20 +69,35 @@ def test_trials_are_one_a_method_and_rate(plan: Plan) -> None:
 def test_what_needs_a_missing_teacher_is_left_out(plan: Plan) -> None:
     left = plan.without(["lite0", "fashion"])
     assert {one.teacher for one in left.experiments()} == {None, *plan.teachers} - {"lite0", "fashion"}
+    assert {"64px-3t", "64px-lit"} <= plan.ablations.variants.keys()
+    assert not {"64px-3t", "64px-lit"} & plan.without(["in-domain-64px"]).ablations.variants.keys()
     assert "two-teachers" not in left.ablations.variants
     assert "two-teachers" in plan.ablations.variants
     alone = plan.without(list(plan.teachers))
     assert {one.method for one in alone.experiments()} == {"clip", "vit-clip", "ms-clip"}
 
 
-def test_claims_ask_for_what_is_planned(plan: Plan) -> None:
-    groups = {(one.method, one.teacher, one.variant) for one in plan.experiments()}
-    for claim in load_claims(CONFIGS / "claims.yaml").claims:
-        for side in (claim.first, claim.second):
-            method, _, variant = side.partition("+")[0].partition("/")
-            for teacher in claim.teachers or [None]:
-                wanted = {(method, teacher, variant or None), (method, None, variant or None)}
-                assert wanted & groups, (claim.title, side)
+def test_claims_and_trends_ask_for_what_is_planned(plan: Plan) -> None:
+    groups = {(one.method, one.teacher, None) for one in plan.experiments() if one.variant is None}
+    groups |= {(one.method, None, one.variant) for one in plan.experiments()}
+    claims = load_claims(CONFIGS / "claims.yaml")
+    asked = [(side, teacher) for c in claims.claims for side in (c.first, c.second) for teacher in c.teachers or [None]]
+    asked += [(side, trend.teacher) for trend in claims.trends for sides in trend.at.values() for side in sides]
+    for side, teacher in asked:
+        method, _, variant = side.partition("+")[0].partition("/")
+        assert {(method, None if variant else teacher, variant or None), (method, None, variant or None)} & groups, side
+
+
+def test_an_ablation_may_have_a_teacher_of_its_own_size(plan: Plan, tmp_path: Path) -> None:
+    small, large = plan.pretraining_of("in-domain"), plan.pretraining_of("in-domain-resnet18")
+    assert (small.model, large.model, small.steps) == ("resnet10t", "resnet18", large.steps)
+    assert plan.pretraining_of("in-domain-64px").image_size == 64
+    one = next(one for one in plan.experiments() if one.variant == "resnet18-3t")
+    run = run_of(plan, Folder(tmp_path), CONFIGS, one, changes_of(plan, one, {}))
+    image, third = run.towers["image"], run.towers["third"]
+    assert isinstance(image, ImageTower)
+    assert isinstance(third, CacheTower)
+    assert (image.model, Path(third.path).name) == ("resnet18", "in-domain-resnet18")
 
 
 def test_descriptions_are_of_the_plans_styles(plan: Plan) -> None:
@@ -102,6 +117,15 @@ def test_descriptions_are_of_the_plans_styles(plan: Plan) -> None:
         ({"grid": [{"methods": ["3t"]}]}, "methods with a third tower need teachers"),
         ({"styles": {"contrastive": ["a"], "teacher": ["a"], "shift": ["b"]}}, "one style serves twice"),
         ({"teachers": {"in-domain": {"arm": "equal"}}}, "unknown|either pretrain, or a package"),
+        (
+            {"ablations": tree()["ablations"] | {"variants": {"a": {"method": "3t", "set": [], "teacher": "b"}}}},
+            r"ablations.variants.a.teacher: \['b'\] are unknown",
+        ),
+        (
+            {"teachers": tree()["teachers"] | {"lite0": tree()["teachers"]["lite0"] | {"model": "resnet18"}}},
+            "teachers.lite0.model: a package comes with its backbone",
+        ),
+        ({"quick": tree()["quick"] | {"variants": ["64px-3t"]}}, r"quick.variants: teachers: \['in-domain-64px'\]"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(change: dict[str, Any], message: str) -> None:
