@@ -43,11 +43,11 @@ demo-clean:  ## forget what the demo made, so that it starts over
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,reproduce]'
 	touch $@
 
-reproduce: .venv/reproduce  ## do the papers' claims hold? planned for 2.5 hours on two cores, resumable; ARGS=--quick: 15 minutes
+reproduce: .venv/reproduce  ## do the papers' claims hold? two and a half hours on two cores, resumable
 	$(BIN)/python -m reproduce $(ARGS)
 
 reproduce-quick: ARGS = --quick
-reproduce-quick: reproduce  ## the same, shortened
+reproduce-quick: reproduce  ## the same, shortened to 12 minutes
 
 test: .venv/installed  ## the tests, the distributed ones with real processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m 'not slow'

@@ -15,7 +15,7 @@ from reproduce.plan import Plan
 from reproduce.scores import MIXED, THIRD, Metric, Scores, gather
 from reproduce.teachers import seconds_of
 from threetowers.cache.contract import ContractError
-from threetowers.eval.bootstrap import Interval
+from threetowers.eval.bootstrap import Difference, Interval
 from threetowers.trainer.atomic import replace_text
 
 ABSENT = "-"
@@ -121,16 +121,12 @@ class Report:
 
     def _lines(self, number: int, judged: Judged) -> Iterator[list[str]]:
         for line in judged.lines:
-            d = line.difference
             yield [
                 str(number),
                 f"{judged.claim.first} over {judged.claim.second}",
                 self.claims.metrics[line.metric].title,
                 line.teacher or ABSENT,
-                *(f"{100 * mean:.1f}" for mean in line.means),
-                f"{100 * d.mean:+.1f}",
-                f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]",
-                str(line.seeds),
+                *_compared(line.means, line.difference, line.seeds),
                 line.verdict,
             ]
 
@@ -140,12 +136,10 @@ class Report:
             metric, rows = self.claims.metrics[trend.metric], []
             for name, sides in trend.at.items():
                 if (measured := measure(self.scores, sides, trend.teacher, metric)) is not None:
-                    means, d, _ = measured
-                    percents = [f"{100 * mean:.1f}" for mean in means]
-                    rows.append([name, *percents, f"{100 * d.mean:+.1f}", f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"])
+                    rows.append([name, *_compared(*measured)])
             if rows:
                 yield Heading(f"{trend.title}: {metric.title}, teacher {trend.teacher}", 3)
-                yield Rows(["", "First", "Second", "Points", "95 % interval"], rows)
+                yield Rows(["", "First", "Second", "Points", "95 % interval", "Seeds"], rows)
 
     def _tables(self) -> Iterator[Block]:
         yield Heading("All results")
@@ -162,7 +156,8 @@ class Report:
         if ablated := [(f"{m}/{v}", t) for m, t, v in self.scores.groups if v is not None]:
             yield Heading("Ablations", 3)
             yield Text(
-                f"Of {len(self.plan.ablations.seeds)} seeds each; the teacher is of the main tower's size in each."
+                f"Of {len(self.plan.ablations.seeds)} seeds each, beside `{mixing}` and `{BASELINE}` as above. "
+                "The teacher has the main tower's size in each."
             )
             base = [(m, t) for m, t, _ in grid if t in (None, self.plan.ablations.teacher) and m in (mixing, BASELINE)]
             yield self._table([*base, *ablated])
@@ -317,6 +312,12 @@ def _verdict(judged: Judged) -> str:
     several = len({line.verdict for line in judged.lines}) > 1
     missing = f" (not measured: {', '.join(judged.missing)})" if judged.missing else ""
     return judged.verdict + (f": {where}" if several else "") + missing
+
+
+def _compared(means: tuple[float, float], d: Difference, seeds: int) -> list[str]:
+    """Two means, their difference in points, its interval and the seeds."""
+    percents = [f"{100 * mean:.1f}" for mean in means]
+    return [*percents, f"{100 * d.mean:+.1f}", f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]", str(seeds)]
 
 
 def _cell(interval: Interval | None) -> str:
