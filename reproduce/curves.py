@@ -8,20 +8,25 @@ from threetowers.eval.bootstrap import Interval
 from threetowers.eval.drawing import INK, Panel, new_figure, run_colour, to_svg
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = {"equal": "solid", "large": "dashed"}  # by arm
 
 
 @dataclass(frozen=True)
 class Point:
-    """One group of runs: `x` is its teacher's fit (a fraction), or seconds; `live`: seconds estimated with no cache."""
+    """One group of runs: `x` is its teacher's fit (a fraction), or seconds; `live`: seconds estimated with no cache.
+
+    `arm`: of the teacher; only points of one arm can be joined.
+    """
 
     x: float
     y: Interval
     label: str = ""
     live: float | None = None
+    arm: str = ""
 
 
 def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: Interval | None) -> Panel:
-    """A line a method over its teachers, and the level of the baseline that has none."""
+    """A line a method and arm over its teachers, and the level of the baseline that has none."""
     figure, axes = new_figure(width=6.4, height=3.6)
     if level is not None:
         axes.axhspan(100 * level.low, 100 * level.high, color=INK, alpha=0.1, linewidth=0)
@@ -31,16 +36,15 @@ def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: Interval
         highest[point.label] = max(point.y.mean, highest.get(point.label, point.y.mean))
     for number, (name, points) in enumerate(series.items(), 1):  # 0 is the baseline's, as in the other plot
         ordered = [_named_once(point, highest) for point in sorted(points, key=lambda point: point.x)]
-        axes.plot(
-            [100 * p.x for p in ordered], [100 * p.y.mean for p in ordered], color=run_colour(number), linewidth=1
-        )
+        for arm, style in LINES.items():
+            x, y = [100 * p.x for p in ordered if p.arm == arm], [100 * p.y.mean for p in ordered if p.arm == arm]
+            axes.plot(x, y, color=run_colour(number), linewidth=1, linestyle=style)
         _scatter(axes, ordered, number, name, 100)
     axes.set_xlabel("fit of the teacher: subgroups of validation concepts by its nearest neighbours, percent")
     axes.set_ylabel(f"{title}, percent")
-    axes.legend(frameon=False)
-    return Panel(
-        f"{title} against the teacher's fit; the band is training from scratch", to_svg(figure, f"fit {title}")
-    )
+    axes.legend(frameon=False, loc="upper left")
+    caption = "solid: teachers of the main tower's size; dashed: large ones; the band is training from scratch"
+    return Panel(f"{title} against the teacher's fit; {caption}", to_svg(figure, f"fit {title}"))
 
 
 def seconds_panel(title: str, series: Mapping[str, Sequence[Point]]) -> Panel:

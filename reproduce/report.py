@@ -196,7 +196,7 @@ class Report:
         for key, metric in metrics.items():
             series = {
                 method: [
-                    Point(fits[teacher], y, teacher)
+                    Point(fits[teacher], y, teacher, arm=self.plan.teachers[teacher].arm)
                     for teacher in fits
                     if (y := self.scores.interval(method, teacher, metric)) is not None
                 ]
