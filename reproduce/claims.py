@@ -108,7 +108,7 @@ def measure(
 ) -> tuple[tuple[float, float], Difference, int] | None:
     """The means of two sides over their common seeds, their difference, and how many seeds; None where there are none.
 
-    In pairs, as the towers that both have start from the same weights and see the same batches.
+    In pairs, as one seed means the same batches to both, and often the same weights to start from.
     """
     first, second = (scores.find(side, teacher, metric) for side in sides)
     seeds = sorted(first.keys() & second.keys())
