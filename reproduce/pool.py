@@ -3,17 +3,26 @@
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
-# Then fresh ones: what piles up in a process ends with it. (max_tasks_per_child can hang in Python 3.11.)
+# Then a fresh one: what piles up in a process ends with it. (max_tasks_per_child can hang in Python 3.11.)
 TASKS_A_PROCESS = 8
 SECONDS_TO_END = 30
+# Read by the processes when they start. Memory is kept from step to step: given back to the system after each, which
+# is glibc's way with large blocks, it is faulted in again page by page.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 
 class Task(NamedTuple):
@@ -31,21 +40,57 @@ def perform_all(tasks: Sequence[Task], workers: int, what: str) -> None:
             task.function(*task.arguments)
     if not workers or not tasks:
         return
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they start
-    started, done = time.monotonic(), 0
-    for first in range(0, len(tasks), workers * TASKS_A_PROCESS):
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start) as pool:
-            part = tasks[first : first + workers * TASKS_A_PROCESS]
-            names = {pool.submit(task.function, *task.arguments): task.name for task in part}
-            try:
-                for future in as_completed(names):
-                    future.result()
-                    done += 1
-                    left = (time.monotonic() - started) / done * (len(tasks) - done)
-                    logger.info("%s %d/%d: %s; about %.0f min left", what, done, len(tasks), names[future], left / 60)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    os.environ.update(ENVIRONMENT)
+    waiting, finished = _queue(tasks), _Progress(what, len(tasks))
+    with ThreadPoolExecutor(workers) as cores:
+        try:
+            for core in as_completed([cores.submit(_serve, waiting, finished) for _ in range(workers)]):
+                core.result()
+        except BaseException:
+            _drain(waiting)
+            raise
+
+
+def _serve(waiting: "queue.SimpleQueue[Task]", finished: "_Progress") -> None:
+    """One core's work: the next task as long as there is one, none of them waiting for another core's."""
+    while True:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start) as process:
+            for _ in range(TASKS_A_PROCESS):
+                try:
+                    task = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                process.submit(task.function, *task.arguments).result()
+                finished.tell(task.name)
+
+
+def _queue(tasks: Sequence[Task]) -> "queue.SimpleQueue[Task]":
+    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    for task in tasks:
+        waiting.put(task)
+    return waiting
+
+
+def _drain(waiting: "queue.SimpleQueue[Task]") -> None:
+    while not waiting.empty():
+        try:
+            waiting.get_nowait()
+        except queue.Empty:
+            return
+
+
+class _Progress:
+    """What is done of the tasks, told as they end."""
+
+    def __init__(self, what: str, count: int) -> None:
+        self._what, self._count, self._done = what, count, 0
+        self._started, self._lock = time.monotonic(), threading.Lock()
+
+    def tell(self, name: str) -> None:
+        with self._lock:
+            self._done += 1
+            left = (time.monotonic() - self._started) / self._done * (self._count - self._done)
+            logger.info("%s %d/%d: %s; about %.0f min left", self._what, self._done, self._count, name, left / 60)
 
 
 def _start() -> None:
