@@ -7,7 +7,7 @@ or in pairs, for all models alike, as a seed that starts one model well may star
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,11 @@ class Resampled:
     units: int
 
     def interval(self, model: int, level: float = 0.95) -> Interval:
-        return Interval(float(self.mean_M[model]), *_bounds(self.draws_MR[model], level))
+        return self.statistic(lambda mean_MR: mean_MR[model], level)
+
+    def statistic(self, of: Callable[[Floats64], Floats64], level: float = 0.95) -> Interval:
+        """What `of` makes of the models' means: from (models, R) to (R,), R times over."""
+        return Interval(float(of(self.mean_M[:, None])[0]), *_bounds(of(self.draws_MR), level))
 
     def difference(self, first: int, second: int, level: float = 0.95) -> Difference:
         """`first` minus `second`, paired: both saw the same draws."""

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from reproduce.slope import Slope
 from threetowers.eval.bootstrap import Interval
-from threetowers.eval.drawing import INK, Panel, new_figure, run_colour, to_svg
+from threetowers.eval.drawing import DASHES, INK, Panel, new_figure, run_colour, to_svg
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
+FIT = "fit of the teacher: subgroups of validation concepts by its nearest neighbours, percent"
 LINES = {"equal": "solid", "large": "dashed"}  # by arm
 
 
@@ -40,11 +42,26 @@ def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: Interval
             x, y = [100 * p.x for p in ordered if p.arm == arm], [100 * p.y.mean for p in ordered if p.arm == arm]
             axes.plot(x, y, color=run_colour(number), linewidth=1, linestyle=style)
         _scatter(axes, ordered, number, name, 100)
-    axes.set_xlabel("fit of the teacher: subgroups of validation concepts by its nearest neighbours, percent")
+    axes.set_xlabel(FIT)
     axes.set_ylabel(f"{title}, percent")
     axes.legend(frameon=False, loc="upper left")
     caption = "solid: teachers of the main tower's size; dashed: large ones; the band is training from scratch"
     return Panel(f"{title} against the teacher's fit; {caption}", to_svg(figure, f"fit {title}"))
+
+
+def slope_panel(title: str, points: Sequence[Point], lines: Mapping[str, Slope]) -> Panel:
+    """A difference by the fit of the teacher, with lines through some of its points."""
+    figure, axes = new_figure(width=6.4, height=3.6)
+    axes.axhline(0, color=INK, linewidth=1)
+    for number, (name, line) in enumerate(lines.items(), 1):
+        x, y = [100 * end for end in line.ends], [100 * line.at(end) for end in line.ends]
+        axes.plot(x, y, color=INK, linestyle=DASHES[number % len(DASHES)], linewidth=1, label=f"line: {name}")
+    for number, (arm, name) in enumerate({"equal": "of the main tower's size", "large": "large"}.items(), 1):
+        _scatter(axes, [point for point in points if point.arm == arm], number, f"teacher: {name}", 100)
+    axes.set_xlabel(FIT)
+    axes.set_ylabel("difference, points")
+    axes.legend(frameon=False, loc="lower left", fontsize=8)
+    return Panel(f"{title}, against the teacher's fit", to_svg(figure, f"slope {title}"))
 
 
 def seconds_panel(title: str, series: Mapping[str, Sequence[Point]]) -> Panel:

@@ -3,10 +3,10 @@
 import logging
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -41,42 +41,27 @@ def perform_all(tasks: Sequence[Task], workers: int, what: str) -> None:
     if not workers or not tasks:
         return
     os.environ.update(ENVIRONMENT)
-    waiting, finished = _queue(tasks), _Progress(what, len(tasks))
+    waiting, finished = deque(tasks), _Progress(what, len(tasks))
     with ThreadPoolExecutor(workers) as cores:
         try:
             for core in as_completed([cores.submit(_serve, waiting, finished) for _ in range(workers)]):
                 core.result()
         except BaseException:
-            _drain(waiting)
+            waiting.clear()
             raise
 
 
-def _serve(waiting: "queue.SimpleQueue[Task]", finished: "_Progress") -> None:
+def _serve(waiting: deque[Task], finished: "_Progress") -> None:
     """One core's work: the next task as long as there is one, none of them waiting for another core's."""
-    while True:
+    while waiting:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start) as process:
             for _ in range(TASKS_A_PROCESS):
                 try:
-                    task = waiting.get_nowait()
-                except queue.Empty:
+                    task = waiting.popleft()
+                except IndexError:  # another core was faster
                     return
                 process.submit(task.function, *task.arguments).result()
                 finished.tell(task.name)
-
-
-def _queue(tasks: Sequence[Task]) -> "queue.SimpleQueue[Task]":
-    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
-    return waiting
-
-
-def _drain(waiting: "queue.SimpleQueue[Task]") -> None:
-    while not waiting.empty():
-        try:
-            waiting.get_nowait()
-        except queue.Empty:
-            return
 
 
 class _Progress:

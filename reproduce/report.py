@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from reproduce.claims import RULE, VERDICTS, Claims, Judged, judge, measure
-from reproduce.curves import Point, fit_panel, seconds_panel
+from reproduce.claims import RULE, VERDICTS, ByFit, Claims, Judged, judge, measure
+from reproduce.curves import Point, fit_panel, seconds_panel, slope_panel
 from reproduce.document import Block, Heading, Plot, Rows, Text, drawings, html, markdown
 from reproduce.folder import Folder, read_json
 from reproduce.plan import Plan
 from reproduce.scores import MIXED, THIRD, Metric, Scores, gather
+from reproduce.slope import Slope, slope
 from reproduce.teachers import seconds_of
 from threetowers.cache.contract import ContractError
 from threetowers.eval.bootstrap import Difference, Interval
@@ -57,6 +58,7 @@ class Report:
         yield from self._differences()
         yield from self._claims()
         yield from self._trends()
+        yield from self._by_fit()
         yield from self._tables()
         yield from self._plots()
         yield from self._choices()
@@ -141,6 +143,51 @@ class Report:
                 yield Heading(f"{trend.title}: {metric.title}, teacher {trend.teacher}", 3)
                 yield Rows(["", "First", "Second", "Points", "95 % interval", "Seeds"], rows)
 
+    def _by_fit(self) -> Iterator[Block]:
+        """How differences go with how well the teacher fits the data."""
+        fits, metrics = self._fits(), self.claims.metrics
+        yield Heading("By the teacher's fit")
+        yield Text(
+            "Fit: subgroups of the validation concepts told by the teacher's own features, from their ten nearest "
+            "training pictures. Own task: accuracy on pictures held back from its pretraining here."
+        )
+        heads = ["Teacher", "Arm", "Fit, percent", "Own task, percent", "Seconds of its rows"]
+        yield Rows(heads, list(self._teacher_rows(fits)))
+        for number, asked in enumerate(self.claims.by_fit, 1):
+            lines = {key: self._slopes(asked, fits, metrics[key]) for key in asked.metrics}
+            rows = [[name, metrics[k].title, *_sloped(line)] for k, of in lines.items() for name, line in of.items()]
+            if not rows:
+                continue
+            over = f"{asked.first} over {asked.second}"
+            yield Heading(f"{asked.title} by the teacher's fit", 3)
+            yield Text(
+                f"Lines by least squares through teachers. In points: what {asked.first}, {asked.second} and their "
+                "difference change for ten points of fit, and the difference in the mean over these teachers. Even: "
+                "the fit at which the line of the difference crosses zero, where it surely changes. Intervals are of "
+                "concepts and seeds, the teachers taken as given. No verdict is drawn from this: it was asked when "
+                "the claims had their answers."
+            )
+            yield Rows(
+                ["Teachers", "Metric", asked.first, asked.second, over, "Mean", "Even at a fit of", "Seeds"], rows
+            )
+            key = next(key for key in lines if lines[key])
+            points = list(self._differences_by_fit(asked, fits, metrics[key]))
+            yield Plot(slope_panel(f"{over}: {metrics[key].title}", points, lines[key]), f"slope-{number}")
+
+    def _slopes(self, asked: ByFit, fits: Mapping[str, float], metric: Metric) -> dict[str, Slope]:
+        lines = {}
+        for name, teachers in asked.lines.items():
+            known = {teacher: fits[teacher] for teacher in teachers if teacher in fits}
+            if (line := slope(self.scores, (asked.first, asked.second), known, metric)) is not None:
+                lines[name] = line
+        return lines
+
+    def _differences_by_fit(self, asked: ByFit, fits: Mapping[str, float], metric: Metric) -> Iterator[Point]:
+        for name in dict.fromkeys(teacher for teachers in asked.lines.values() for teacher in teachers):
+            measured = measure(self.scores, (asked.first, asked.second), name, metric)
+            if name in fits and measured is not None:
+                yield Point(fits[name], measured[1], name, arm=self.plan.teachers[name].arm)
+
     def _tables(self) -> Iterator[Block]:
         yield Heading("All results")
         yield Text(f"In percent, with 95 % intervals over seeds and items. Of {'; '.join(self._sizes())}.")
@@ -187,12 +234,6 @@ class Report:
     def _plots(self) -> Iterator[Block]:
         yield Heading("Quality against the teacher's fit, and against seconds")
         fits, metrics = self._fits(), self.claims.metrics
-        yield Text(
-            "Fit: subgroups of the validation concepts told by the teacher's own features, from their ten nearest "
-            "training pictures. Own task: accuracy on pictures held back from its pretraining here."
-        )
-        heads = ["Teacher", "Arm", "Fit, percent", "Own task, percent", "Seconds of its rows"]
-        yield Rows(heads, list(self._teacher_rows(fits)))
         for key, metric in metrics.items():
             series = {
                 method: [
@@ -317,7 +358,19 @@ def _verdict(judged: Judged) -> str:
 def _compared(means: tuple[float, float], d: Difference, seeds: int) -> list[str]:
     """Two means, their difference in points, its interval and the seeds."""
     percents = [f"{100 * mean:.1f}" for mean in means]
-    return [*percents, f"{100 * d.mean:+.1f}", f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]", str(seeds)]
+    points, _, bounds = _points(d, 100).partition(" ")
+    return [*percents, points, bounds, str(seeds)]
+
+
+def _sloped(line: Slope) -> list[str]:
+    """Points for each ten points of fit, the mean difference, and the fit at which there is none."""
+    tens = [_points(side, 10) for side in (line.first, line.second, line.difference)]
+    return [*tens, _points(line.mean, 100), _cell(line.even), str(line.seeds)]
+
+
+def _points(interval: Interval, factor: float) -> str:
+    low, high = factor * interval.low, factor * interval.high
+    return f"{factor * interval.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _cell(interval: Interval | None) -> str:

@@ -31,7 +31,12 @@ def _record(folder: Folder, one: Experiment, share: str, name: str, quality: flo
         RETRIEVAL: (
             "shift",
             "heldout-retrieval",
-            [f"{part}/{d}/recall@1" for part in ("original", "unseen-style") for d in DIRECTIONS],
+            [
+                f"{part}/{d}/{metric}"
+                for metric in ("recall@1", "mean_reciprocal_rank")
+                for part in ("original", "unseen-style")
+                for d in DIRECTIONS
+            ],
         ),
         SUBGROUPS: ("shift", "heldout-subgroups", ["original/top1", "unseen-style/top1"]),
         GROUPS: ("fewshot", "heldout-groups", ["10-shot/top1"]),

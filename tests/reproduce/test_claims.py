@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from reproduce.claims import (
@@ -20,6 +21,7 @@ from reproduce.claims import (
 from reproduce.folder import Folder
 from reproduce.plan import BadPlan, Experiment, load_plan
 from reproduce.scores import gather
+from reproduce.slope import slope
 from tests.reproduce.made import finish
 from threetowers.eval.bootstrap import Difference
 
@@ -137,6 +139,35 @@ def test_an_ablation_with_a_teacher_of_its_own_is_found_by_its_name(tmp_path: Pa
     metric = parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
     means, _, seeds = measured(measure(gather(plan, folder), ("3t/64px-3t", "lit/64px-lit"), "in-domain", metric))
     assert (means, seeds) == (pytest.approx((0.9, 0.6), abs=0.05), 1)
+
+
+def test_a_line_through_the_teachers_is_the_least_squares(tmp_path: Path) -> None:
+    """LiT scores what its teacher fits, 3T half of that and 0.2; a teacher that one side lacks is left out."""
+    plan, folder = load_plan(CONFIGS / "experiments.yaml"), Folder(tmp_path)
+    fits = {"random": 0.1, "fashion": 0.3, "in-domain": 0.6, "lite0": 0.9, "lite2": 0.5}
+    for seed in (0, 1):
+        for teacher, fit in fits.items():
+            finish(folder, Experiment("lit", teacher, None, seed), fit)
+            if teacher != "lite2":
+                finish(folder, Experiment("3t", teacher, None, seed), 0.5 * fit + 0.2)
+    metric = parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
+    scores, sides = gather(plan, folder), ("3t", "lit")
+    line = slope(scores, sides, fits, metric)
+    assert line is not None
+    names = [name for name in fits if name != "lite2"]
+    difference = [measured(measure(scores, sides, name, metric))[1].mean for name in names]
+    by_numpy, height = np.polyfit([fits[name] for name in names], difference, 1)
+    assert (line.difference.mean, line.at(0.0)) == pytest.approx((by_numpy, height))
+    assert line.difference.mean == pytest.approx(line.first.mean - line.second.mean)
+    assert (line.first.mean, line.second.mean) == pytest.approx((0.5, 1.0), abs=0.06)
+    assert line.difference.low < by_numpy < line.difference.high < 0
+    assert line.even is not None
+    assert line.at(line.even.mean) == pytest.approx(0)
+    assert (line.even.mean, line.seeds, line.ends) == (pytest.approx(0.4, abs=0.06), 2, (0.1, 0.9))
+    same = slope(scores, ("lit", "lit"), fits, metric)
+    assert same is not None
+    assert (same.difference.low, same.difference.high, same.even) == (pytest.approx(0), pytest.approx(0), None)
+    assert slope(scores, sides, {name: fits[name] for name in ("random", "lite0")}, metric) is None
 
 
 def test_a_metric_nobody_defined_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Work side by side: all of it is done, and a failure is not lost."""
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -14,13 +15,26 @@ from reproduce.pool import Task, perform_all
 def work(folder: Path, number: int) -> None:
     if number < 0:
         raise ValueError(f"{number} is less than nothing")
-    write_json(folder / f"{number}.json", number)
+    write_json(folder / f"{number}.json", os.getpid())
+
+
+def fail(folder: Path) -> None:
+    write_json(folder / "failing.json", 0)
+    raise ValueError("as it should")
+
+
+def outlast(folder: Path) -> None:
+    while not (folder / "failing.json").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    write_json(folder / "outlasted.json", 0)
 
 
 def test_all_is_done_by_processes_that_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "TASKS_A_PROCESS", 2)
     perform_all([Task(str(n), work, (tmp_path, n)) for n in range(3)], 1, "task")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json", "2.json"]
+    first, second, third = (read_json(tmp_path / f"{n}.json") for n in range(3))
+    assert first == second != third
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -29,6 +43,13 @@ def test_a_failure_ends_it(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ValueError, match="-1 is less than nothing"):
         perform_all(tasks, workers, "task")
     assert (tmp_path / "0.json").exists()
+
+
+def test_after_a_failure_what_is_under_way_is_finished_and_no_more_begun(tmp_path: Path) -> None:
+    tasks = [Task("fails", fail, (tmp_path,)), Task("outlasts", outlast, (tmp_path,)), Task("1", work, (tmp_path, 1))]
+    with pytest.raises(ValueError, match="as it should"):
+        perform_all(tasks, 2, "task")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["failing.json", "outlasted.json"]
 
 
 def test_nothing_to_do_starts_nothing() -> None:

@@ -91,12 +91,22 @@ def test_trends_show_what_is_there(texts: tuple[str, str]) -> None:
     assert "| four cached random crops |" not in texts[0]
 
 
+def test_a_line_is_drawn_through_the_teachers(texts: tuple[str, str]) -> None:
+    """Fits 0.6, 0.4, 0.2; 3T 0.7, 0.55, 0.5; LiT 0.6, 0.3, 0.2: for ten points of fit 5, 10 and -5 points."""
+    rows = texts[0].partition("### 3T over LiT by the teacher's fit")[2].partition("##")[0]
+    line = next(line for line in rows.splitlines() if line.startswith("| all | retrieval, R@1 |"))
+    first, second, difference = (float(cell.split()[0]) for cell in line.split(" | ")[2:5])
+    assert (first, second, difference) == pytest.approx((5, 10, -5), abs=0.7)
+    assert first - second == pytest.approx(difference, abs=0.11)
+    assert "| large | " not in rows  # one of them was to be had, which makes no line
+
+
 def test_the_page_has_the_plots_and_asks_for_nothing(texts: tuple[str, str]) -> None:
     markdown, page = texts
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert len(titles) == page.count("<svg") == 6
+    assert len(titles) == page.count("<svg") == 8
     assert "retrieval, R@1 against the seconds spent; hollow: a live teacher, by arithmetic" in titles
-    assert markdown.count("](results/") == 6
+    assert markdown.count("](results/") == 8
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert "<script" not in page
 
