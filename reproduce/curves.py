@@ -56,8 +56,8 @@ def slope_panel(title: str, points: Sequence[Point], lines: Mapping[str, Slope])
     for number, (name, line) in enumerate(lines.items(), 1):
         x, y = [100 * end for end in line.ends], [100 * line.at(end) for end in line.ends]
         axes.plot(x, y, color=INK, linestyle=DASHES[number % len(DASHES)], linewidth=1, label=f"line: {name}")
-    for number, (arm, name) in enumerate({"equal": "of the main tower's size", "large": "large"}.items(), 1):
-        _scatter(axes, [point for point in points if point.arm == arm], number, f"teacher: {name}", 100)
+    for number, arm in enumerate(LINES, 1):
+        _scatter(axes, [point for point in points if point.arm == arm], number, f"teacher of the {arm} arm", 100)
     axes.set_xlabel(FIT)
     axes.set_ylabel("difference, points")
     axes.legend(frameon=False, loc="lower left", fontsize=8)

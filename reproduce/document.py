@@ -14,10 +14,12 @@ COLOURS = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --line: #444; --run-0: #5ab4e5; --run-1: #f0935f;
   --run-2: #6fce82; --run-3: #c68cf0; --run-4: #e0c060; --run-5: #56c8c0; --run-6: #ee7aa8; --run-7: #a8b2bf; } }
 """
+SHORT = 20  # characters
 PAGE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; vertical-align: top; }
+td.short { white-space: nowrap; }
 figure { margin: 1rem 0; max-width: 46rem; } figcaption { font-size: 90%; }
 """
 
@@ -94,12 +96,18 @@ def html(blocks: Sequence[Block], title: str) -> str:
                 parts.append(f"<p>{_inline(text)}</p>")
             case Rows(heads, rows):
                 head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-                body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+                body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
                 parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
             case Plot(panel, _):  # markup of our own drawing
                 parts.append(f"<figure>{panel.svg}<figcaption>{escape(panel.title)}</figcaption></figure>")
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{COLOURS}{PAGE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _cell(text: str) -> str:
+    """Numbers, intervals and verdicts stay on a line; sentences may not."""
+    kind = " class=short" if len(text) <= SHORT else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def _inline(text: str) -> str:

@@ -100,8 +100,8 @@ class Report:
             [[verdict, str(sum(judged.verdict == verdict for judged in asked))] for verdict in VERDICTS],
         )
         yield Rows(
-            ["Claim", "Where it is from", "Verdict"],
-            [[f"{n}. {j.claim.title}", j.claim.source, _verdict(j)] for n, j in enumerate(asked, 1)],
+            ["Claim", "Where it is from", "Verdict", "By metric and teacher, where they differ"],
+            [[f"{n}. {j.claim.title}", j.claim.source, j.verdict, self._parts(j)] for n, j in enumerate(asked, 1)],
         )
         yield Heading("Line by line", 3)
         heads = [
@@ -120,6 +120,20 @@ class Report:
         yield Rows(heads, rows)
         if unasked := [judged.claim.title for judged in self.judged if not judged.lines]:
             yield Text(f"Not measured in this run: {'; '.join(unasked)}.")
+
+    def _parts(self, judged: Judged) -> str:
+        """Where the lines of a claim differ, which of them say what."""
+        groups: dict[str, dict[str, list[str]]] = {}
+        for line in judged.lines:
+            groups.setdefault(line.metric, {}).setdefault(line.verdict, []).append(line.teacher or "")
+        parts = []
+        if len({line.verdict for line in judged.lines}) > 1:
+            for metric, verdicts in groups.items():
+                said = [f"{v}{' with ' if any(t) else ''}{', '.join(t)}" for v, t in verdicts.items()]
+                parts.append(f"{self.claims.metrics[metric].title}: {'; '.join(said)}.")
+        if judged.missing:
+            parts.append(f"Not measured: {', '.join(judged.missing)}.")
+        return " ".join(parts)
 
     def _lines(self, number: int, judged: Judged) -> Iterator[list[str]]:
         for line in judged.lines:
@@ -339,20 +353,6 @@ class Report:
                 for key, group in self.scores.groups.items()
             ],
         )
-
-
-def _verdict(judged: Judged) -> str:
-    """The verdict of a claim; where its lines differ, which of them say what."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for line in judged.lines:
-        groups.setdefault((line.metric, line.verdict), []).append(line.teacher or "")
-    where = "; ".join(
-        f"{metric} {verdict}{' with ' if any(teachers) else ''}{', '.join(teachers)}"
-        for (metric, verdict), teachers in groups.items()
-    )
-    several = len({line.verdict for line in judged.lines}) > 1
-    missing = f" (not measured: {', '.join(judged.missing)})" if judged.missing else ""
-    return judged.verdict + (f": {where}" if several else "") + missing
 
 
 def _compared(means: tuple[float, float], d: Difference, seeds: int) -> list[str]:
