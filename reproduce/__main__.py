@@ -16,7 +16,7 @@ from reproduce.materials import prepare
 from reproduce.packages import NotAvailable
 from reproduce.plan import Experiment, Plan, load_plan
 from reproduce.pool import Task, perform_all
-from reproduce.report import write_report
+from reproduce.report.page import write_report
 from reproduce.sweep import choose_rates
 from reproduce.teachers import cache_teacher, cache_view, fetch, is_built
 

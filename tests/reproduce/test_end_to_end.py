@@ -12,7 +12,7 @@ from reproduce.claims import load_claims
 from reproduce.experiment import is_finished
 from reproduce.folder import Folder, read_json
 from reproduce.plan import BadPlan, Experiment, Plan, parse_plan
-from reproduce.report import write_report
+from reproduce.report.page import write_report
 from tests.conftest import write_tar
 from threetowers.cache.tars import index_tar, read_member
 

@@ -10,7 +10,7 @@ from reproduce.claims import load_claims
 from reproduce.experiment import VALIDATION
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import Experiment, Plan, load_plan
-from reproduce.report import write_report
+from reproduce.report.page import write_report
 from reproduce.sweep import choose_rates
 from tests.reproduce.made import finish
 
