@@ -19,12 +19,16 @@ MIXED, THIRD = "mixed", "third"
 
 @checked(frozen=True, config=STRICT)
 class Metric:
-    """A mean over items of a task of a set; over several kinds of items, the mean of their means."""
+    """A mean over items of a task of a set; over several kinds of items, the mean of their means.
+
+    `note`: what a reader of its verdicts should know.
+    """
 
     title: str
     set: str
     task: str
     items: list[str]
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ def blocks(findings: Findings) -> Iterator[Block]:
     asked = [one for one in judged if one.lines]
     yield Heading("Claims")
     yield Text(RULE.format(margin=claims.margin, lines=sum(len(one.lines) for one in asked)))
+    for metric in findings.metrics.values():
+        if metric.note:
+            yield Text(f"*{metric.title}*: {metric.note}")
     yield Rows(
         ["Of all claims that were measured", str(len(asked))],
         [[verdict, str(sum(one.verdict == verdict for one in asked))] for verdict in VERDICTS],
