@@ -43,7 +43,7 @@ demo-clean:  ## forget what the demo made, so that it starts over
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,reproduce]'
 	touch $@
 
-reproduce: .venv/reproduce  ## do the papers' claims hold? over 2.5 hours on two cores, resumable
+reproduce: .venv/reproduce  ## do the papers' claims hold? 2.5 hours on two cores, resumable
 	$(BIN)/python -m reproduce $(ARGS)
 
 reproduce-quick: ARGS = --quick
