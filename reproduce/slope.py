@@ -11,7 +11,7 @@ from threetowers.eval.bootstrap import Interval, resample
 
 Floats64 = NDArray[np.float64]
 TINY = 1e-12  # of rounding: a difference that no draw moves does not change with the fit
-LEAST = 3  # teachers: through two of them, a line fits whatever they are
+LEAST = 3  # different fits: through two of them, a line goes whatever they are
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Slope:
 
 
 def slope(scores: Scores, sides: tuple[str, str], fits: Mapping[str, float], metric: Metric) -> Slope | None:
-    """Lines by least squares over the teachers of `fits`; None where too few of them were measured.
+    """Lines by least squares over the teachers of `fits`; None where too few, or too alike, were measured.
 
     Intervals are of concepts and seeds, drawn for all teachers and both sides alike; the teachers are taken as given.
     """
     found = [{name: scores.find(side, name, metric) for name in fits} for side in sides]
     names = [name for name in fits if all(side[name] for side in found)]
     seeds = sorted(set[int].intersection(*(set(side[name]) for side in found for name in names))) if names else []
-    if len(names) < LEAST or not seeds:
+    if len({fits[name] for name in names}) < LEAST or not seeds:
         return None
     resampled = resample([[side[name][seed] for seed in seeds] for side in found for name in names], paired=True)
     fit_T = np.array([fits[name] for name in names])

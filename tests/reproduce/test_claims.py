@@ -168,6 +168,7 @@ def test_a_line_through_the_teachers_is_the_least_squares(tmp_path: Path) -> Non
     assert same is not None
     assert (same.difference.low, same.difference.high, same.even) == (pytest.approx(0), pytest.approx(0), None)
     assert slope(scores, sides, {name: fits[name] for name in ("random", "lite0")}, metric) is None
+    assert slope(scores, sides, dict.fromkeys(fits, 0.4), metric) is None
 
 
 def test_a_metric_nobody_defined_is_refused() -> None:
