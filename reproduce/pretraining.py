@@ -22,6 +22,7 @@ from threetowers.cache.tars import index_tar
 from threetowers.trainer.data.augment import augmented
 from threetowers.trainer.data.samples import annotation, image
 from threetowers.trainer.data.view import center, random_crop
+from threetowers.trainer.towers.pointwise import subsample_before_pointwise
 
 logger = logging.getLogger(__name__)
 FASHION = "./usr/share/datasets/fashion-mnist/train-{}-ubyte.gz"
@@ -43,6 +44,7 @@ def pretrain(kind: str, how: Pretraining, folder: Folder, out: Path) -> None:
     classes = max(labels, default=-1) + 1
     torch.manual_seed(how.seed)
     model = timm.create_model(how.model, pretrained=False, num_classes=classes)
+    subsample_before_pointwise(model)
     facts: dict[str, float] = {"pictures": len(pictures), "classes": classes}
     if pictures:
         facts |= _train(model, pictures, labels, how)

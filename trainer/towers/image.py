@@ -6,6 +6,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from threetowers.trainer.config import ImageTower
+from threetowers.trainer.towers.pointwise import subsample_before_pointwise
 from threetowers.trainer.towers.specialized import SpecializedViT
 
 
@@ -27,6 +28,7 @@ class TimmTower(nn.Module):
             self.register_buffer(name, value, persistent=False)
         if config.specialize is not None:
             self.model = SpecializedViT(self.model, config.specialize)
+        subsample_before_pointwise(self.model)
         self.width = self._width(config, image_size)
 
     @property
