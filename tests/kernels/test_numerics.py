@@ -124,7 +124,7 @@ def test_equal_ids_are_no_negatives(small_tiles: str, family: str) -> None:
 
         found = gradients(ours, x_BD, y_BD, 14.3, family)
         for a, b in zip(found, gradients(twin, *double(x_BD, y_BD), 14.3, family), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7, (kinds, error(a, b))
         if kinds == 1 and family == "softmax":
             assert found[0] == 0
 

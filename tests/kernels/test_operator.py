@@ -333,6 +333,7 @@ def test_value_matches_the_dense_twin_with_default_tiles() -> None:
     grads = torch.autograd.grad(loss, leaves)
     twins = [leaf.detach().requires_grad_() for leaf in leaves]
     truth = dense_contrastive_loss(*twins)  # type: ignore[arg-type]
-    torch.testing.assert_close(loss.double(), truth)
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=0)  # a float32 mean of float32 losses
     for a, b in zip(grads, torch.autograd.grad(truth, twins), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+        # In the norm: what sums to nearly nothing is as far off as the sum's terms are rounded.
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()

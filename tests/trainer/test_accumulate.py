@@ -89,14 +89,22 @@ def one_process_group(tmp_path: Path) -> Any:
 
 @pytest.mark.distributed
 def test_two_ranks_in_chunks_are_one_process_at_once(tmp_path: Path) -> None:
-    """Five steps of AdamW with clipping: the parameters agree to 1e-6 of their norm, on ZeRO 0 to 3."""
-    save_file(batch_of(STEPS * BATCH) | {"concepts": torch.arange(STEPS * BATCH) % 40}, tmp_path / "batch.safetensors")
+    """Five steps of AdamW with clipping give the same parameters, on ZeRO 0 to 3, up to the rounding of sums.
 
-    def launch(ranks: int, engines: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        outs = {name: tmp_path / f"{ranks}-{name}.safetensors" for name in engines}
-        common = {"steps": STEPS, "batch": str(tmp_path / "batch.safetensors")}
-        jobs = [common | {"run": tree(**engine), "out": str(outs[name])} for name, engine in engines.items()]
-        (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    How far rounding carries, this processor tells: one process with each batch's samples in another order sums the same
+    numbers otherwise, and Adam, which divides a gradient by its own size, makes as much of that as of any rounding.
+    """
+    inputs = batch_of(STEPS * BATCH) | {"concepts": torch.arange(STEPS * BATCH) % 40}
+    turned = torch.arange(STEPS * BATCH).view(STEPS, BATCH).flip(1).flatten()
+    save_file(inputs, tmp_path / "batch.safetensors")
+    save_file({name: tensor[turned] for name, tensor in inputs.items()}, tmp_path / "turned.safetensors")
+
+    def job(batch: str = "batch", **engine: Any) -> dict[str, Any]:
+        return {"run": tree(**engine), "steps": STEPS, "batch": str(tmp_path / f"{batch}.safetensors")}
+
+    def launch(ranks: int, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        outs = {name: tmp_path / f"{ranks}-{name}.safetensors" for name in jobs}
+        (tmp_path / "jobs.json").write_text(json.dumps([job | {"out": str(outs[name])} for name, job in jobs.items()]))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", SCRIPT]
         result = subprocess.run(
             [*command, str(tmp_path / "jobs.json")], env=ENVIRONMENT, capture_output=True, text=True, timeout=280
@@ -104,23 +112,31 @@ def test_two_ranks_in_chunks_are_one_process_at_once(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr[-8000:]
         return {name: load_file(out) for name, out in outs.items()}
 
-    whole = launch(1, {"whole": {"zero_stage": 0}})["whole"]
+    whole, twin = launch(1, {"whole": job(zero_stage=0), "twin": job("turned", zero_stage=0)}).values()
     start = model_of(tree()).state_dict()
     learned = [name for name, _ in model_of(tree()).named_parameters()]
-    engines: dict[str, dict[str, Any]] = {f"zero {z}": {"zero_stage": z, "chunk": 2} for z in range(4)}
-    engines["odd chunk"] = {"zero_stage": 1, "chunk": 4}  # 6 samples a rank: in two parts of 3
-    engines["at once"] = {"zero_stage": 1}
-    engines["recomputed"] = {"zero_stage": 3, "chunk": 3, "activation_checkpointing": True}
-    engines["half"] = {"zero_stage": 2, "chunk": 2, "precision": "bfloat16"}
-    found = launch(2, engines)
+    jobs = {f"zero {z}": job(zero_stage=z, chunk=2) for z in range(4)}
+    jobs["odd chunk"] = job(zero_stage=1, chunk=4)  # 6 samples a rank: in two parts of 3
+    jobs["at once"] = job(zero_stage=1)
+    jobs["recomputed"] = job(zero_stage=3, chunk=3, activation_checkpointing=True)
+    jobs["half"] = job(zero_stage=2, chunk=2, precision="bfloat16")
+    found = launch(2, jobs)
     half = found.pop("half")
     reference = flat(whole, learned)
-    assert (reference - flat(start, learned)).norm() / reference.norm() > 1e-3  # something was learned
+
+    def away(state: dict[str, Tensor]) -> float:
+        return float((flat(state, learned) - reference).norm() / reference.norm())
+
+    rounding = away(twin)
+    assert 0 < 1000 * rounding < away(start)  # something was learned, by far more
     for name, state in found.items():
-        assert float((flat(state, learned) - reference).norm() / reference.norm()) <= 1e-6, name
-        torch.testing.assert_close(state["log_scales.scale"], whole["log_scales.scale"], rtol=1e-6, atol=0, msg=name)
+        assert away(state) <= 10 * rounding, name
+        # One step rounds the scale once, and its gradient, a sum over all pairs, is nowhere near 0.
+        torch.testing.assert_close(
+            state["log_scales.scale"], whole["log_scales.scale"], rtol=STEPS * 2**-23, atol=0, msg=name
+        )
     assert half["heads.f.weight"].dtype == torch.bfloat16
-    assert float((flat(half, learned) - reference).norm() / reference.norm()) <= 1e-2
+    assert away(half) <= 1e-2  # of bfloat16's gradients, 2^-8 off, Adam makes about the root, of what was learned
 
 
 def flat(state: dict[str, Tensor], names: list[str]) -> Tensor:
