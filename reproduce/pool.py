@@ -60,7 +60,11 @@ def _serve(waiting: deque[Task], finished: "_Progress") -> None:
                     task = waiting.popleft()
                 except IndexError:  # another core was faster
                     return
-                process.submit(task.function, *task.arguments).result()
+                try:
+                    process.submit(task.function, *task.arguments).result()
+                except BaseException:
+                    waiting.clear()  # now: this process may take a while to end, and other cores would begin more
+                    raise
                 finished.tell(task.name)
 
 

@@ -26,7 +26,7 @@ def fail(folder: Path) -> None:
 def outlast(folder: Path) -> None:
     while not (folder / "failing.json").exists():
         time.sleep(0.05)
-    time.sleep(1)
+    time.sleep(2)
     write_json(folder / "outlasted.json", 0)
 
 
