@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.crashes import pytest_handlecrashitem, pytest_runtest_logreport
 from threetowers.trainer.tokenizer import train_tokenizer
+
+__all__ = ["pytest_handlecrashitem", "pytest_runtest_logreport"]  # pytest finds its hooks here
 
 COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
 THINGS = ("disc", "bar", "frame", "dot", "cross")
