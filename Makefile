@@ -9,7 +9,7 @@ RANKS ?= 2
 LAUNCH := $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --module threetowers
 DEMO := runs/emoji
 
-.PHONY: help demo demo-clean reproduce reproduce-quick test test-slow lint types bench
+.PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow lint types bench
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -51,6 +51,9 @@ reproduce-quick: reproduce  ## the same, shortened to 12 minutes
 
 test: .venv/installed  ## the tests, the distributed ones with real processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m 'not slow'
+
+test-isa: .venv/installed  ## what computes, once more as processors with fewer vector instructions would
+	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py --numprocesses 2 -m 'not slow'
 
 test-slow: .venv/installed  ## the long sweeps of the CUDA kernels under emulation
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow

@@ -9,15 +9,18 @@ from torch import Tensor
 
 from threetowers.kernels.tiles import LOG2E, LibraryTiles, Running, SigmoidSums, Tile, Weights
 
+# What ATEN_CPU_CAPABILITY can hold torch back to; the sweep keeps to it, so that both compute as on such a processor.
+ISA_OF_TORCH = {"DEFAULT": 0, "AVX2": 1}
+
 
 class CpuTiles(LibraryTiles):
     """float32, bfloat16 and float16 features on the CPU, computed in float32."""
 
     def __init__(self, library: ctypes.CDLL, isa: int | None = None) -> None:
-        """isa: 0 baseline, 1 AVX2, 2 AVX-512; the processor's best if not given."""
+        """isa: 0 baseline, 1 AVX2, 2 AVX-512; if not given, the best that the processor has and torch uses."""
         super().__init__(torch.float32)
         self._library = library
-        self._isa = library.threetowers_sweep_isa() if isa is None else isa
+        self._isa = best_isa(library) if isa is None else isa
         self._partial_n = torch.empty(0)
 
     def stats(
@@ -62,6 +65,12 @@ class CpuTiles(LibraryTiles):
         if len(self._partial_n) < size:
             self._partial_n = torch.empty(size)
         return self._partial_n
+
+
+def best_isa(library: ctypes.CDLL) -> int:
+    """The processor's best instruction set, as numbered in `CpuTiles`, or torch's if that is held back."""
+    best: int = library.threetowers_sweep_isa()
+    return min(best, ISA_OF_TORCH.get(torch.backends.cpu.get_cpu_capability(), best))
 
 
 def _excluded(tile: Tile) -> tuple[int, int | None, int | None]:

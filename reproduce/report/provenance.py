@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import numpy as np
+import torch
 
 from reproduce.folder import read_json
 from reproduce.report.cells import ABSENT
@@ -44,7 +45,8 @@ def _runs(findings: Findings) -> Iterator[Block]:
     expected = len(findings.plan.experiments())
     yield Text(
         f"{len(results)} of {expected} runs are finished, {seconds / 60:.0f} core minutes of training, on "
-        f"{platform.machine()}, {platform.system()}; {datetime.now(UTC):%d %B %Y}."
+        f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, which decides the last digits, "
+        f"{platform.system()}; {datetime.now(UTC):%d %B %Y}."
     )
     records = [record for result in results for record, _ in result.records.values()]
     if records:

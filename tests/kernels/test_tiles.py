@@ -10,6 +10,7 @@ import torch
 
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.cpu import CpuTiles, library, sweep_library
+from threetowers.kernels.cpu.backend import best_isa
 from threetowers.kernels.tiles import Running, SigmoidSums, Tile, TorchTiles, Weights
 
 SHAPES = [(1, 1), (3, 17), (33, 15), (70, 1029), (129, 64)]
@@ -84,7 +85,10 @@ def test_sigmoid_sweep(sweep: CpuTiles, rows: int, cols: int, labelled: bool) ->
 
 
 def test_small_probabilities_keep_their_relative_accuracy(sweep: CpuTiles) -> None:
-    """softplus and sigmoid of very negative logits are tiny, not 0."""
+    """softplus and sigmoid of very negative logits are tiny, not 0.
+
+    An exponent near 80 is rounded by up to 80 times 2^-24, and its power is off by as large a part of itself.
+    """
     x_rD, y_cD = torch.ones(1, 1), torch.linspace(-80, -1, 80)[:, None]
     for j in range(80):
         sums = SigmoidSums(torch.zeros(1), torch.zeros(1), torch.full((1,), -torch.inf), torch.full((1,), -torch.inf))
@@ -110,6 +114,15 @@ def test_bits_do_not_depend_on_threads(sweep: CpuTiles, monkeypatch: pytest.Monk
         torch.set_num_threads(before)
     assert torch.equal(outcomes[0], outcomes[1])
     assert torch.equal(outcomes[0], outcomes[2])
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("DEFAULT", 0), ("AVX2", 1), ("AVX512", 2), ("another", 2)])
+def test_the_sweep_uses_no_more_than_torch(monkeypatch: pytest.MonkeyPatch, capability: str, expected: int) -> None:
+    library = sweep_library()
+    if library is None:
+        pytest.skip("not built here")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert best_isa(library) == min(expected, library.threetowers_sweep_isa())
 
 
 def test_dispatch() -> None:
