@@ -2,11 +2,12 @@
 
     python tests/instruction_sets.py [PYTEST OPTIONS]
 
-On a machine with AVX-512 that is twice, on one with AVX2 once. Variables that the libraries read at their start hold
-back torch (and with it the sweep of the CPU losses), oneDNN, MKL, NumPy's and SciPy's OpenBLAS, and faiss.
+On an x86 processor with AVX-512 that is twice, on one with AVX2 once. Variables that the libraries read at their start
+hold back torch (and with it the sweep of the CPU losses), oneDNN, MKL, NumPy's and SciPy's OpenBLAS, and faiss.
 """
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -46,6 +47,8 @@ TESTS = {
 
 
 def main(options: list[str]) -> int:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return 0
     best = torch.backends.cpu.get_cpu_capability()
     for name, variables in HELD_BACK.items():
         if name == best:

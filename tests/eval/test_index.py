@@ -24,9 +24,8 @@ def test_flat_search_is_by_inner_product(vectors: NDArray[np.float32]) -> None:
     found = index.search(vectors[:37].astype(np.float64), 5)
     scores = vectors[:37] @ scaled.T
     assert np.array_equal(found.ids_NK, np.argsort(-scores, axis=1)[:, :5])
-    assert found.scores_NK == pytest.approx(
-        -np.sort(-scores, axis=1)[:, :5], abs=2 * 2 * ROUNDING
-    )  # two, of lengths to 2
+    rounding = 2 * 2 * ROUNDING  # of either side, and vectors are up to twice as long
+    assert found.scores_NK == pytest.approx(-np.sort(-scores, axis=1)[:, :5], abs=rounding)
     assert index.exact
     assert recall_against_exact(index, scaled, vectors, 5, sample=50) == 1.0
 
