@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from threetowers.cache.tars import expand, index_tar
-from threetowers.eval.album import Album
-from threetowers.eval.card import card_of, write_card
-from threetowers.eval.embed import EvaluationSet, evaluation_set
-from threetowers.eval.encoder import Encoder, Loading
-from threetowers.eval.gallery import Gallery, galleries_of
-from threetowers.eval.mixing import Mixing
-from threetowers.eval.models import load_encoder
-from threetowers.eval.record import Answer, Question, Record, answered, digest
-from threetowers.eval.report import ReportPaths, render
-from threetowers.eval.results import MODELS, PICTURES, RECORDS, RunResult, load_results
-from threetowers.eval.search import GallerySearch
-from threetowers.eval.tables import ABSENT, Table, by_gallery, comparison_table
+from threetowers.cache.webdataset.tar_index import expand, index_tar
+from threetowers.eval.datasets.evaluation_set import EvaluationSet, evaluation_set
+from threetowers.eval.datasets.gallery import Gallery, galleries_of
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions
+from threetowers.eval.encoders.ensemble import Mixing
+from threetowers.eval.encoders.load import load_encoder
+from threetowers.eval.record import EvalRecord, EvalResult, EvalSpec, answered, digest
+from threetowers.eval.report.model_metadata import card_of, write_card
+from threetowers.eval.report.page import ReportPaths, render
+from threetowers.eval.report.results import MODELS, PICTURES, RECORDS, RunResult, load_results
+from threetowers.eval.report.tables import ABSENT, Table, by_gallery, comparison_table
+from threetowers.eval.report.thumbnails import ThumbnailStore
+from threetowers.eval.tasks.gallery_search import GallerySearch
 
 STAGES = ["cache", "training", "evaluation"]
 EMBEDDINGS = "embeddings"
@@ -89,7 +89,7 @@ def compare(
     out: Path,
     settings: Settings,
     *,
-    loading: Loading | None = None,
+    loading: LoadOptions | None = None,
     mixings: Sequence[Mixing] = (),
     again: bool = False,
 ) -> Comparison:
@@ -106,7 +106,7 @@ def compare(
         max_captions=settings.max_captions,
     )
     galleries = galleries_of(data)
-    loading = replace(loading or Loading(), embeddings=out / EMBEDDINGS)
+    loading = replace(loading or LoadOptions(), embeddings=out / EMBEDDINGS)
     encoders = [
         (spec, load_encoder(spec, loading, mixing)) for spec in models for mixing in (None, *mixings)
     ]  # all before the long work, so that the last cannot fail it
@@ -134,21 +134,21 @@ def _answer(
     data: EvaluationSet,
     gallery: Gallery,
     settings: Settings,
-    loading: Loading,
+    loading: LoadOptions,
     out: Path,
     again: bool,
-) -> Record:
-    def compute() -> Answer:
+) -> EvalRecord:
+    def compute() -> EvalResult:
         image_ND = encoder.images(data, gallery.pictures)
         search = GallerySearch(
             gallery, image_ND, encoder.texts(gallery.captions), settings.index, settings.index_parameters
         )
-        answer = search.answer(data, Album(out / PICTURES), settings.examples, settings.seed)
+        answer = search.answer(data, ThumbnailStore(out / PICTURES), settings.examples, settings.seed)
         return replace(answer, counts={**answer.counts, "skipped samples": len(data.skipped)})
 
     asked = asdict(settings) | {"live_teacher": loading.live_teacher}
     return answered(
-        Question.of("retrieval", gallery.name, encoder.facts, data.tars, asked),
+        EvalSpec.of("retrieval", gallery.name, encoder.facts, data.tars, asked),
         encoder.facts,
         out / RECORDS,
         compute,

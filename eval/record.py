@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from threetowers import __version__
-from threetowers.cache.tars import TarIndex
-from threetowers.eval.encoder import Facts
+from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.eval.encoders.encoder import ModelInfo
 from threetowers.trainer.atomic import replace_text, settle
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class TarRef:
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalSpec:
     """What an evaluation asks, complete before any embedding is computed.
 
     task: "retrieval", "zeroshot", ...            gallery: the part of the data, such as a split or an art style
@@ -76,7 +76,7 @@ class Question:
     tars: tuple[TarRef, ...]
     preprocessing: str
     precision: str
-    cache_contract: str | None = None
+    cache_manifest: str | None = None
     settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
 
     @classmethod
@@ -84,10 +84,10 @@ class Question:
         cls,
         task: str,
         gallery: str,
-        facts: Facts,
+        facts: ModelInfo,
         tars: Iterable[TarIndex],
         settings: Mapping[str, str | int | float | bool | None],
-    ) -> "Question":
+    ) -> "EvalSpec":
         """The question of a task to a model."""
         return cls(
             task=task,
@@ -98,7 +98,7 @@ class Question:
             tars=tuple(TarRef(tar.name, tar.fingerprint, len(tar.samples)) for tar in tars),
             preprocessing=facts.preprocessing,
             precision=facts.precision,
-            cache_contract=facts.cache_contract,
+            cache_manifest=facts.cache_manifest,
             settings=dict(settings),
         )
 
@@ -109,7 +109,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture (its name in the `Album` beside the records) or a text that a reader is shown."""
+    """A picture (its name in the `ThumbnailStore` beside the records) or a text that a reader is shown."""
 
     text: str
     picture: str | None = None
@@ -128,7 +128,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Answer:
+class EvalResult:
     """What a task computes.
 
     `items` holds arrays by name. For a metric that is a mean over items, the array of its name holds the summands (N,)
@@ -144,14 +144,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Record:
+class EvalRecord:
     """A question with its answer. `seconds` is wall time; `date` is UTC in ISO 8601.
 
     `sample_ids` and `texts` (captions, prompts or class names) are `digest`s: two results are comparable where both
     agree. `recipe` and `seed` are the model's: runs of one recipe differ in nothing but their seed.
     """
 
-    question: Question
+    question: EvalSpec
     metrics: Mapping[str, float]
     counts: Mapping[str, int]
     sample_ids: str
@@ -171,7 +171,7 @@ class Record:
         return file_name(self.question)
 
 
-def file_name(question: Question) -> str:
+def file_name(question: EvalSpec) -> str:
     """The name of the file that holds a question's record."""
     readable = re.sub(r"[^A-Za-z0-9._]+", "_", f"{question.task}-{question.gallery}")[:80]
     return f"{readable}-{question.fingerprint()[:16]}.json"
@@ -198,15 +198,15 @@ def library_versions() -> dict[str, str]:
 
 
 def answered(
-    question: Question,
-    facts: Facts,
+    question: EvalSpec,
+    facts: ModelInfo,
     folder: Path,
-    compute: Callable[[], Answer],
+    compute: Callable[[], EvalResult],
     *,
     sample_ids: str,
     texts: str,
     again: bool = False,
-) -> Record:
+) -> EvalRecord:
     """Return the record of a question: the one in `folder` if it is there, else computed and written.
 
     `sample_ids` and `texts`: `digest`s of the keys and of the captions or prompts. `again` computes in any case. A
@@ -223,7 +223,7 @@ def answered(
             log.warning("%s: computed again", error)
     started = time.perf_counter()
     answer = compute()
-    record = Record(
+    record = EvalRecord(
         question=question,
         metrics=answer.metrics,
         counts=answer.counts,
@@ -239,7 +239,7 @@ def answered(
     return record
 
 
-def read_items(record: Record, folder: Path) -> dict[str, NDArray[Any]]:
+def read_items(record: EvalRecord, folder: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of a record of `folder`. Raises BadRecord where their file is missing or damaged."""
     if not record.items:
         return {}
@@ -251,7 +251,7 @@ def read_items(record: Record, folder: Path) -> dict[str, NDArray[Any]]:
         raise BadRecord(f"{path} does not hold the items of {record.file_name}: {error}") from error
 
 
-def write_record(record: Record, folder: Path, items: Items | None = None) -> Path:
+def write_record(record: EvalRecord, folder: Path, items: Items | None = None) -> Path:
     """Write the record into `folder` under its `file_name`, whole or not at all, and return the path.
 
     Raises BadRecord for a metric that is not finite: a result nobody can compare is a failure, not a result.
@@ -273,7 +273,7 @@ def write_record(record: Record, folder: Path, items: Items | None = None) -> Pa
     return path
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> EvalRecord:
     """Read one record. Raises BadRecord, naming the file and the field, for anything a record is not."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -283,7 +283,7 @@ def read_record(path: Path) -> Record:
     if found != FORMAT:
         raise BadRecord(f"{path} has record format {found!r}, this version reads {FORMAT}: evaluate again")
     try:
-        return TypeAdapter(Record).validate_python(content)
+        return TypeAdapter(EvalRecord).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

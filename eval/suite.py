@@ -7,17 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from threetowers.eval.album import Album
-from threetowers.eval.card import card_of, write_card
-from threetowers.eval.dataset import OpenSet, Part, Reader, as_gallery, load_description, open_set
-from threetowers.eval.description import Description, Settings, Tasks
-from threetowers.eval.encoder import Encoder, Loading
-from threetowers.eval.models import load_encoder
-from threetowers.eval.prompts import fill, prompts_hash
-from threetowers.eval.record import Question, Record, answered, digest
-from threetowers.eval.report import ReportPaths, render
-from threetowers.eval.results import MODELS, PICTURES, RECORDS, load_results
-from threetowers.eval.tasks import TASKS, Showing, check, needs_text
+from threetowers.eval.datasets.config import Description, Settings, Tasks
+from threetowers.eval.datasets.dataset import OpenSet, Part, Reader, as_gallery, load_description, open_set
+from threetowers.eval.datasets.prompts import fill, prompts_hash
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions
+from threetowers.eval.encoders.load import load_encoder
+from threetowers.eval.record import EvalRecord, EvalSpec, answered, digest
+from threetowers.eval.report.model_metadata import card_of, write_card
+from threetowers.eval.report.page import ReportPaths, render
+from threetowers.eval.report.results import MODELS, PICTURES, RECORDS, load_results
+from threetowers.eval.report.thumbnails import ThumbnailStore
+from threetowers.eval.tasks.tasks import TASKS, Showing, check, needs_text
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Asked:
 class Suite:
     """What came out. `left_out`: tasks that a model cannot answer, each with the reason."""
 
-    records: list[Record]
+    records: list[EvalRecord]
     left_out: list[str]
     report: ReportPaths
 
@@ -57,7 +57,7 @@ class Suite:
         return "\n".join([*lines, *notes])
 
 
-def headlines(record: Record) -> dict[str, float]:
+def headlines(record: EvalRecord) -> dict[str, float]:
     """The metrics that a table leads with: of `metric`, and what else a task is run for."""
     metric = str(record.question.settings.get("metric", "top1"))
     wanted = {
@@ -78,7 +78,7 @@ def run_suite(
     out: Path,
     *,
     tasks: Sequence[str] | None = None,
-    loading: Loading | None = None,
+    loading: LoadOptions | None = None,
     again: bool = False,
 ) -> Suite:
     """Answer the tasks that the sets' descriptions name (or those given) for each model.
@@ -93,13 +93,13 @@ def run_suite(
     called = [(one.opened.source.description.name, one.task) for one in asked]
     if twice := sorted({name for name, task in called if called.count((name, task)) > 1}):
         raise ValueError(f"several of the data sets are called {twice[0]!r}: give each a name of its own")
-    loading = loading or Loading(embeddings=out / "embeddings")
+    loading = loading or LoadOptions(embeddings=out / "embeddings")
     encoders = [load_encoder(model, loading) for model in models]
     names = [encoder.facts.name for encoder in encoders]
     if len(set(names)) != len(names):
         raise ValueError(f"models must have different names, got {names}")
     records, left_out = [], []
-    show = Showing(Album(out / PICTURES))
+    show = Showing(ThumbnailStore(out / PICTURES))
     for model, encoder in zip(models, encoders, strict=True):
         write_card(card_of(model, encoder), out / MODELS)
         for one in asked:
@@ -141,14 +141,14 @@ def _default(task: str) -> Any:
     return kind()
 
 
-def answer(one: Asked, encoder: Encoder, folder: Path, show: Showing, again: bool = False) -> Record:
+def answer(one: Asked, encoder: Encoder, folder: Path, show: Showing, again: bool = False) -> EvalRecord:
     """The record of what is asked of a model: the one in `folder` if it is there, else computed and written."""
     opened = one.opened
     parts = dict(_parts(opened))
     tars = {tar.location: tar for part in parts.values() for tar in part.data.tars}
     description = opened.source.description
     texts = _texts(one)
-    question = Question.of(
+    question = EvalSpec.of(
         one.task,
         description.name,
         encoder.facts,

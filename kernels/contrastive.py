@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from threetowers.kernels.checks import settle, shape_fault
-from threetowers.kernels.distributed import Ranks, group_name
-from threetowers.kernels.operator import PER_PAIR, contrastive_forward
+from threetowers.kernels.distributed import RankGroup, group_name
+from threetowers.kernels.operators import PER_PAIR, contrastive_forward
+from threetowers.kernels.validation import settle, shape_fault
 
 Family = Literal["softmax", "sigmoid"]
 Reduction = Literal["mean", "sum", "none"]
@@ -56,7 +56,7 @@ def contrastive_losses(
     group = group_name(process_group)
     fault = shape_fault(x, y, log_scale, bias, sample_ids, family, reduction, workspace_bytes)
     if fault:
-        settle(Ranks(group), fault, "", [])
+        settle(RankGroup(group), fault, "", [])
     needs = [_wants(part) for pair in pairs for part in (pair.x, pair.y, pair.log_scale)]
     swapped = [_column_side_is_better_x(pair, family, reduction) for pair in pairs]
     for k, swap in enumerate(swapped):

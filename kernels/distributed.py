@@ -23,7 +23,7 @@ def group_name(group: dist.ProcessGroup | None) -> str:
     return str(group.group_name)
 
 
-class Ranks:
+class RankGroup:
     """One process group, or a single process (group "")."""
 
     def __init__(self, name: str) -> None:
@@ -156,7 +156,9 @@ class Columns(Protocol):
 class GatheredColumns:
     """All ranks' columns in one gather: O(BD) memory, on its way while own rows meet own columns."""
 
-    def __init__(self, ranks: Ranks, shards: Sequence[Shards], own: Sequence[Tensor], packed: Tensor | None) -> None:
+    def __init__(
+        self, ranks: RankGroup, shards: Sequence[Shards], own: Sequence[Tensor], packed: Tensor | None
+    ) -> None:
         """packed: an earlier gather of the same features; None to gather now."""
         self._packing, self._own, self._rank = Packing(shards, own), own, ranks.rank
         self.order = sorted(range(ranks.size), key=lambda rank: (rank != ranks.rank, rank))
@@ -201,7 +203,9 @@ class ReducedGradients:
     waits for its turn.
     """
 
-    def __init__(self, ranks: Ranks, shards: Sequence[Shards], zeros: Sequence[Callable[[int], Tensor] | None]) -> None:
+    def __init__(
+        self, ranks: RankGroup, shards: Sequence[Shards], zeros: Sequence[Callable[[int], Tensor] | None]
+    ) -> None:
         """zeros: for each term a maker of zeroed rows, or None where no gradient is wanted."""
         self.groups = [[k] for k in range(len(shards))]
         self._ranks, self._shards, self._zeros = ranks, shards, zeros

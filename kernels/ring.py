@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.kernels.distributed import Packing, Ranks, Shards
+from threetowers.kernels.distributed import Packing, RankGroup, Shards
 
 
 class RingColumns:
     """`Columns` of which a rank holds its own and two others: one in use, one arriving."""
 
-    def __init__(self, ranks: Ranks, shards: Sequence[Shards], own: Sequence[Tensor]) -> None:
+    def __init__(self, ranks: RankGroup, shards: Sequence[Shards], own: Sequence[Tensor]) -> None:
         self.packed = own[0].new_empty(0, dtype=torch.uint8)  # nothing is kept: backward sends them round again
         self._ranks, self._packing, self._own = ranks, Packing(shards, own), own
         self.order = [(ranks.rank + step) % ranks.size for step in range(ranks.size)]
@@ -45,7 +45,9 @@ class RingColumns:
 class RingGradients:
     """`ColumnGradients` that travel one step behind their columns."""
 
-    def __init__(self, ranks: Ranks, shards: Sequence[Shards], zeros: Sequence[Callable[[int], Tensor] | None]) -> None:
+    def __init__(
+        self, ranks: RankGroup, shards: Sequence[Shards], zeros: Sequence[Callable[[int], Tensor] | None]
+    ) -> None:
         self.groups = [list(range(len(shards)))]
         self._ranks, self._shards = ranks, shards
         makers = {k: make for k, make in enumerate(zeros) if make is not None}

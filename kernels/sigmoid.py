@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from threetowers.kernels.chunked import Block, sigmoid_pass
-from threetowers.kernels.distributed import Columns, Ranks
-from threetowers.kernels.term import (
+from threetowers.kernels.distributed import Columns, RankGroup
+from threetowers.kernels.pair_term import (
     Term,
     column_gradients,
     reduce_totals,
@@ -26,6 +25,7 @@ from threetowers.kernels.term import (
     visit_shards,
 )
 from threetowers.kernels.tiles import LOG2E, SigmoidSums
+from threetowers.kernels.tiling import TileBlock, sigmoid_pass
 
 
 class SigmoidState(NamedTuple):
@@ -42,7 +42,7 @@ class SigmoidState(NamedTuple):
 
 
 def sigmoid_forward(
-    terms: Sequence[Term], columns: Columns, ranks: Ranks, reduction: str, ring: bool
+    terms: Sequence[Term], columns: Columns, ranks: RankGroup, reduction: str, ring: bool
 ) -> list[SigmoidState]:
     """Losses and, but for reduction "none", gradients of all terms."""
     sums = [_empty_sums(term) for term in terms]
@@ -51,7 +51,7 @@ def sigmoid_forward(
     dy = column_gradients(terms, ranks, wanted=reduction != "none", ring=ring)
     ones = [term.vector(term.batch, 1.0) if want else None for term, want in zip(terms, wanted, strict=True)]
 
-    def work(k: int, block: Block, dy_sD: Tensor | None) -> None:
+    def work(k: int, block: TileBlock, dy_sD: Tensor | None) -> None:
         sigmoid_pass(terms[k].backend, block, sums[k], ones[k], dx[k], dy_sD)
 
     visit_shards(terms, columns, dy, work)
@@ -79,7 +79,7 @@ def sigmoid_forward(
 
 
 def sigmoid_backward(
-    terms: Sequence[Term], states: Sequence[SigmoidState], grads: Sequence[Tensor], columns: Columns, ranks: Ranks,
+    terms: Sequence[Term], states: Sequence[SigmoidState], grads: Sequence[Tensor], columns: Columns, ranks: RankGroup,
     reduction: str, ring: bool,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """(dx, dy, d log_scale, d bias) of every term."""
@@ -96,7 +96,7 @@ def sigmoid_backward(
     dx_parts = [term.row_gradient() for term in terms]
     dy_parts = column_gradients(terms, ranks, wanted=True, ring=ring)
 
-    def work(k: int, block: Block, dy_sD: Tensor | None) -> None:
+    def work(k: int, block: TileBlock, dy_sD: Tensor | None) -> None:
         if terms[k].needs_gradient:
             sigmoid_pass(terms[k].backend, block, None, own[k], dx_parts[k], dy_sD)
 
@@ -124,7 +124,7 @@ def _empty_sums(term: Term) -> SigmoidSums:
     )
 
 
-def _reduce_column_max(sums: Sequence[SigmoidSums], ranks: Ranks) -> None:
+def _reduce_column_max(sums: Sequence[SigmoidSums], ranks: RankGroup) -> None:
     if ranks.size == 1:
         return
     max_N = torch.cat([part.col_max_c for part in sums])

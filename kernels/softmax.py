@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from threetowers.kernels.chunked import Block, KeptTiles, softmax_grads, softmax_stats
-from threetowers.kernels.distributed import Columns, Ranks
-from threetowers.kernels.reserve import reserve
-from threetowers.kernels.term import (
+from threetowers.kernels.buffer_pool import reserve
+from threetowers.kernels.distributed import Columns, RankGroup
+from threetowers.kernels.pair_term import (
     Term,
     column_gradients,
     reduce_totals,
@@ -29,6 +28,7 @@ from threetowers.kernels.term import (
     visit_shards,
 )
 from threetowers.kernels.tiles import LOG2E, Running, Weights
+from threetowers.kernels.tiling import KeptTiles, TileBlock, softmax_grads, softmax_stats
 
 
 class SoftmaxState(NamedTuple):
@@ -45,7 +45,7 @@ class SoftmaxState(NamedTuple):
 
 
 def softmax_forward(
-    terms: Sequence[Term], columns: Columns, ranks: Ranks, reduction: str, workspace_bytes: int
+    terms: Sequence[Term], columns: Columns, ranks: RankGroup, reduction: str, workspace_bytes: int
 ) -> list[SoftmaxState]:
     """Losses of all terms: collectives are the columns' gather, two of column statistics, one of totals."""
     rows = [Running.empty(term.batch, term.x_bD, term.backend.dtype) for term in terms]
@@ -92,7 +92,7 @@ def _rooms(terms: Sequence[Term], order: Sequence[int], workspace_bytes: int) ->
 
 
 def _reduce_columns(
-    terms: Sequence[Term], cols: Sequence[Running], positives: Sequence[Tensor], ranks: Ranks
+    terms: Sequence[Term], cols: Sequence[Running], positives: Sequence[Tensor], ranks: RankGroup
 ) -> list[Tensor]:
     """Merge column statistics over ranks in place; returns every column's positive logit, (B,) each."""
     if ranks.size == 1:
@@ -122,7 +122,7 @@ def _half_weights(running: Running, t_n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax_backward(
-    terms: Sequence[Term], states: Sequence[SoftmaxState], grads: Sequence[Tensor], columns: Columns, ranks: Ranks,
+    terms: Sequence[Term], states: Sequence[SoftmaxState], grads: Sequence[Tensor], columns: Columns, ranks: RankGroup,
     reduction: str, ring: bool,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """(dx, dy, d log_scale) of every term."""
@@ -131,7 +131,7 @@ def softmax_backward(
     dx = [term.row_gradient() for term in terms]
     dy = column_gradients(terms, ranks, wanted=True, ring=ring)
 
-    def work(k: int, block: Block, dy_sD: Tensor | None) -> None:
+    def work(k: int, block: TileBlock, dy_sD: Tensor | None) -> None:
         if dx[k] is not None or dy_sD is not None:
             rows, cols, _, _ = weighted[k]
             softmax_grads(terms[k].backend, block, rows, cols, kept[k], dx[k], dy_sD)
@@ -144,7 +144,7 @@ def softmax_backward(
 
 
 def _weighted(
-    term: Term, state: SoftmaxState, grad: Tensor, ranks: Ranks, reduction: str
+    term: Term, state: SoftmaxState, grad: Tensor, ranks: RankGroup, reduction: str
 ) -> tuple[Weights, Weights, Tensor, Tensor]:
     """Row and column weights and the positives' pull, with the samples' weights in them, and a common factor."""
     rows, cols = Weights(state.row_shift_b, state.row_half_b), Weights(state.col_shift_B, state.col_half_B)

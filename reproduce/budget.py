@@ -12,9 +12,9 @@ from reproduce.plan import Experiment, Plan
 from reproduce.pool import Task, perform_all
 from reproduce.pretraining import pretrain
 from reproduce.teachers import backbone, cache_teacher, seconds_of, tars_of
-from threetowers.cache.build import build
-from threetowers.cache.plan import plan as plan_cache
-from threetowers.trainer.loop import train
+from threetowers.cache.builder.build import build
+from threetowers.cache.estimate import estimate as plan_cache
+from threetowers.trainer.train import train
 
 STEPS = 12
 SAMPLE = 32  # pictures that a large teacher is timed on
@@ -145,9 +145,9 @@ def measure_run(kind: str, plan: Plan, folder: Folder, configs: Path) -> None:
     run = run_of(plan, folder, configs, one, [*plan.changes(one), f"duration={{steps: {STEPS}}}"])
     summary = train(run)
     started = time.perf_counter()
-    evaluated(plan, folder, one, Path(run.out), Path(run.out) / "records")
+    evaluated(plan, folder, one, Path(run.output_dir), Path(run.output_dir) / "records")
     evaluation = time.perf_counter() - started
-    shutil.rmtree(run.out)
+    shutil.rmtree(run.output_dir)
     write_json(_path(folder, kind), asdict(Pace(summary.samples / summary.images_per_s, evaluation)))
 
 

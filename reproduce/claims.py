@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from reproduce.plan import STRICT, BadPlan, Positive
 from reproduce.scores import Metric, Scores
-from threetowers.eval.bootstrap import Difference, resample
+from threetowers.eval.metrics.bootstrap import PairedDifference, resample
 
 Verdict = Literal["holds", "does not hold", "cannot be told here"]
 HOLDS: Verdict = "holds"
@@ -80,7 +80,7 @@ class Line:
     metric: str
     teacher: str | None
     means: tuple[float, float]  # of the first and of the second
-    difference: Difference
+    difference: PairedDifference
     seeds: int
     verdict: Verdict
 
@@ -119,7 +119,7 @@ def parse_claims(tree: Mapping[str, Any], source: str = "claims") -> Claims:
 
 def measure(
     scores: Scores, sides: tuple[str, str], teacher: str | None, metric: Metric
-) -> tuple[tuple[float, float], Difference, int] | None:
+) -> tuple[tuple[float, float], PairedDifference, int] | None:
     """The means of two sides over their common seeds, their difference, and how many seeds; None where there are none.
 
     In pairs, as one seed means the same batches to both, and often the same weights to start from.
@@ -138,7 +138,7 @@ def judge(claims: Claims, scores: Scores) -> list[Judged]:
     return [_judged(claim, claims, scores) for claim in claims.claims]
 
 
-def verdict_of(difference: Difference, asks: str, margin: float) -> Verdict:
+def verdict_of(difference: PairedDifference, asks: str, margin: float) -> Verdict:
     """The rule for one line. `margin`: how much may be lost, in the difference's own unit."""
     bound = -margin if asks == "not-worse" else 0.0
     if difference.low > bound:

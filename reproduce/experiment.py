@@ -11,16 +11,16 @@ import numpy as np
 
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import BadPlan, Experiment, Plan
-from threetowers.eval.album import Album
-from threetowers.eval.dataset import Reader
-from threetowers.eval.encoder import Loading
-from threetowers.eval.mixing import Mixing
-from threetowers.eval.models import load_encoder
-from threetowers.eval.record import Record
+from threetowers.eval.datasets.dataset import Reader
+from threetowers.eval.encoders.encoder import LoadOptions
+from threetowers.eval.encoders.ensemble import Mixing
+from threetowers.eval.encoders.load import load_encoder
+from threetowers.eval.record import EvalRecord
+from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.suite import Asked, answer, questions_of
-from threetowers.eval.tasks import Showing
-from threetowers.trainer.config import Run, load
-from threetowers.trainer.loop import Summary, train
+from threetowers.eval.tasks.tasks import Showing
+from threetowers.trainer.config import TrainConfig, load
+from threetowers.trainer.train import TrainSummary, train
 
 VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS = "validation", "retrieval", "subgroups", "groups"
 CHOSEN_BY = ("image_to_text/mean_reciprocal_rank", "text_to_image/mean_reciprocal_rank")
@@ -43,10 +43,10 @@ def is_finished(folder: Folder, one: Experiment, changes: Sequence[str]) -> bool
     return True
 
 
-def run_of(plan: Plan, folder: Folder, configs: Path, one: Experiment, changes: Sequence[str]) -> Run:
+def run_of(plan: Plan, folder: Folder, configs: Path, one: Experiment, changes: Sequence[str]) -> TrainConfig:
     """The experiment as the trainer takes it."""
     where = [
-        f"out={folder['runs'] / one.name}",
+        f"output_dir={folder['runs'] / one.name}",
         f"data.tars=['{folder['data/train.tar']}']",
         f"data.tokenizer={folder['data/tokenizer.model']}",
     ]
@@ -59,14 +59,14 @@ def perform(plan: Plan, folder: Folder, configs: Path, one: Experiment, changes:
         return float(read_json(folder.finished(one.name))["seconds"])
     run = run_of(plan, folder, configs, one, changes)
     summary = train(run)
-    records = evaluated(plan, folder, one, Path(run.out), folder["records"])
+    records = evaluated(plan, folder, one, Path(run.output_dir), folder["records"])
     write_json(folder.finished(one.name), facts(one, changes, summary, records))
-    shutil.rmtree(Path(run.out) / "checkpoints")  # only resuming needs them, and there are many runs
+    shutil.rmtree(Path(run.output_dir) / "checkpoints")  # only resuming needs them, and there are many runs
     return summary.seconds
 
 
 def facts(
-    one: Experiment, changes: Sequence[str], summary: Summary, records: dict[str, dict[str, str]]
+    one: Experiment, changes: Sequence[str], summary: TrainSummary, records: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
     """What is written down of a finished experiment. `records`: file names by share of the third tower, and set."""
     return {
@@ -94,11 +94,11 @@ def evaluated(plan: Plan, folder: Folder, one: Experiment, run: Path, records: P
     if one.variant is not None:
         sets.remove(GROUPS)
     asked = {name: question for name, question in _questions(folder.path).items() if name in sets}
-    show = Showing(Album(folder["pictures"]), examples=0)
+    show = Showing(ThumbnailStore(folder["pictures"]), examples=0)
     with tempfile.TemporaryDirectory() as embeddings:
         # Stored crops are of training pictures only: a teacher's own cache has all.
         caches = {plan.mixing.tower: folder["caches"] / one.teacher} if one.teacher else {}
-        loading = Loading(caches, workers=0, embeddings=Path(embeddings))
+        loading = LoadOptions(caches, workers=0, embeddings=Path(embeddings))
         encoder = load_encoder(run, loading)
         found = {"0": {n: answer(a, encoder, records, show).file_name for n, a in asked.items()}}
         mixed = one.method == plan.mixing.method and one.variant is None and one.rate is None
@@ -109,7 +109,7 @@ def evaluated(plan: Plan, folder: Folder, one: Experiment, run: Path, records: P
     return found
 
 
-def validation_score(record: Record) -> float:
+def validation_score(record: EvalRecord) -> float:
     """What choices are made by: the mean reciprocal rank of validation concepts, over both directions."""
     return float(np.mean([record.metrics[name] for name in CHOSEN_BY]))
 

@@ -7,8 +7,8 @@ import yaml
 
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import BadPlan, Plan
-from threetowers.cache.tars import expand, index_tar, read_member
-from threetowers.trainer.data.samples import annotation
+from threetowers.cache.webdataset.tar_index import expand, index_tar, read_member
+from threetowers.trainer.data.sample_set import read_annotation
 from threetowers.trainer.tokenizer import train_tokenizer
 
 SPLITS = "data/splits.json"
@@ -25,7 +25,7 @@ def prepare(plan: Plan, folder: Folder, configs: Path) -> None:
     tokenizer = folder["data/tokenizer.model"]
     if not tokenizer.exists():
         tar = index_tar(folder["data/train.tar"])
-        captions = dict.fromkeys(c for n in range(len(tar.samples)) for c in annotation(tar, n).captions)
+        captions = dict.fromkeys(c for n in range(len(tar.samples)) for c in read_annotation(tar, n).captions)
         tokenizer.write_bytes(train_tokenizer(list(captions), plan.vocabulary))
     folder["sets"].mkdir(exist_ok=True)
     for source in sorted((configs / "sets").glob("*.yaml")):
@@ -43,7 +43,7 @@ def filtered(emoji: str, styles: list[str], out: Path) -> int:
     with webdataset.TarWriter(str(partial), encoder=False, mtime=0) as writer:
         for tar in map(index_tar, expand([f"{emoji}/train-*.tar"])):
             for ordinal, sample in enumerate(tar.samples):
-                if annotation(tar, ordinal).fields.get("style") in styles:
+                if read_annotation(tar, ordinal).fields.get("style") in styles:
                     members = {extension: read_member(tar, ordinal, extension) for extension in sample.members}
                     writer.write({"__key__": sample.key, **members})
                     count += 1

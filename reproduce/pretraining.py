@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from reproduce.folder import Folder, write_json
 from reproduce.packages import FASHION_MNIST, member
 from reproduce.plan import Pretraining
-from threetowers.cache.tars import index_tar
-from threetowers.trainer.data.augment import augmented
-from threetowers.trainer.data.samples import annotation, image
-from threetowers.trainer.data.view import center, random_crop
-from threetowers.trainer.towers.pointwise import subsample_before_pointwise
+from threetowers.cache.webdataset.tar_index import index_tar
+from threetowers.trainer.data.augmentation import augmented
+from threetowers.trainer.data.crops import center, random_crop
+from threetowers.trainer.data.sample_set import read_annotation, read_image
+from threetowers.trainer.model.pointwise import subsample_before_pointwise
 
 logger = logging.getLogger(__name__)
 FASHION = "./usr/share/datasets/fashion-mnist/train-{}-ubyte.gz"
@@ -58,9 +58,9 @@ def pretrain(kind: str, how: Pretraining, folder: Folder, out: Path) -> None:
 def emoji(folder: Folder) -> Labelled:
     """The training concepts in the teacher's styles, by subgroup."""
     tar = index_tar(folder["data/teacher.tar"])
-    names = [str(annotation(tar, n).fields["subgroup"]) for n in range(len(tar.samples))]
-    number = {name: place for place, name in enumerate(sorted(set(names)))}
-    return [image(tar, n, 1 << 20) for n in range(len(tar.samples))], [number[name] for name in names]
+    names = [str(read_annotation(tar, n).fields["subgroup"]) for n in range(len(tar.samples))]
+    number = {name: storage for storage, name in enumerate(sorted(set(names)))}
+    return [read_image(tar, n, 1 << 20) for n in range(len(tar.samples))], [number[name] for name in names]
 
 
 def fashion(folder: Folder) -> Labelled:

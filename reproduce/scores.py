@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass as checked
 from reproduce.experiment import VALIDATION, validation_score
 from reproduce.folder import Folder, read_json
 from reproduce.plan import STRICT, Experiment, Plan
-from threetowers.eval.bootstrap import Interval, Stratum, resample
-from threetowers.eval.record import Record, read_items, read_record
+from threetowers.eval.metrics.bootstrap import Interval, Stratum, resample
+from threetowers.eval.record import EvalRecord, read_items, read_record
 
 MIXED, THIRD = "mixed", "third"
 
@@ -36,7 +36,7 @@ class Result:
     """One finished experiment: what was written down of it, and its records with their items, by share and set."""
 
     facts: Mapping[str, Any]
-    records: Mapping[tuple[str, str], tuple[Record, Mapping[str, NDArray[Any]]]]
+    records: Mapping[tuple[str, str], tuple[EvalRecord, Mapping[str, NDArray[Any]]]]
 
     def strata(self, metric: Metric, share: str = "0") -> list[Stratum] | None:
         """The items of a metric; None where it was not asked for."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reproduce.scores import Metric, Scores
-from threetowers.eval.bootstrap import Interval, resample
+from threetowers.eval.metrics.bootstrap import Interval, resample
 
 Floats64 = NDArray[np.float64]
 TINY = 1e-12  # of rounding: a difference that no draw moves does not change with the fit

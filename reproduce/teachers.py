@@ -10,15 +10,15 @@ from reproduce.folder import Folder, write_json
 from reproduce.packages import FASHION_MNIST, NotAvailable, fetched
 from reproduce.plan import Plan, Teacher
 from reproduce.pretraining import pretrain
-from threetowers.cache.build import build
-from threetowers.cache.contract import ContractError
-from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.views import CENTER, Views
-from threetowers.eval.album import Album
-from threetowers.eval.encoder import Loading
-from threetowers.eval.models import load_encoder
+from threetowers.cache.builder.build import build
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.format.views import CENTER, Views
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.eval.encoders.encoder import LoadOptions
+from threetowers.eval.encoders.load import load_encoder
+from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.suite import answer, questions_of
-from threetowers.eval.tasks import Showing
+from threetowers.eval.tasks.tasks import Showing
 
 CONVERTED: dict[str, Callable[[Path, Path], None]] = {
     "squeezenet": squeezenet.write_weights,
@@ -57,8 +57,8 @@ def cache_teacher(name: str, plan: Plan, folder: Folder) -> None:
     _build(tars_of(plan, folder), folder[f"caches/{name}"], CENTER, **backbone(name, plan, folder))
     if not folder[f"fits/{name}.json"].exists():
         (asked,) = questions_of(folder["sets/fit.yaml"])
-        encoder = load_encoder(f"cache:{folder[f'caches/{name}']}", Loading(workers=0))
-        record = answer(asked, encoder, folder["records"], Showing(Album(folder["pictures"]), examples=0))
+        encoder = load_encoder(f"cache:{folder[f'caches/{name}']}", LoadOptions(workers=0))
+        record = answer(asked, encoder, folder["records"], Showing(ThumbnailStore(folder["pictures"]), examples=0))
         write_json(folder[f"fits/{name}.json"], {"fit": record.metrics[FIT], "record": record.file_name})
 
 
@@ -73,7 +73,7 @@ def is_built(cache: Path) -> bool:
     """Whether a cache is there, with all of its rows."""
     try:
         return seconds_of(cache, "*") > 0
-    except ContractError:
+    except ManifestError:
         return False
 
 

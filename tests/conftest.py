@@ -80,16 +80,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clip(tars: list[Path], tokenizer: Path, tmp_path: Path) -> dict[str, Any]:
     """A CLIP run on the small tars, as a plain tree."""
     return {
-        "out": str(tmp_path / "clip"),
-        "batch": 12,
+        "output_dir": str(tmp_path / "clip"),
+        "global_batch_size": 12,
         "duration": {"steps": 6},
-        "dim": 16,
+        "embed_dim": 16,
         "data": {
             "tars": [str(tar) for tar in tars],
             "tokenizer": str(tokenizer),
             "image_size": 32,
-            "context": 8,
-            "concept_field": "concept",
+            "context_length": 8,
+            "group_field": "concept",
             "workers": 0,
         },
         "towers": {
@@ -110,7 +110,7 @@ def cache(tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from threetowers.cache.build import build
+    from threetowers.cache.builder.build import build
 
     folder = tmp_path_factory.mktemp("cache")
     torch.manual_seed(5)
@@ -127,7 +127,7 @@ def three(clip: dict[str, Any], cache: Path, tmp_path: Path) -> dict[str, Any]:
     heads = {"f_h": {"of": "f"}, "g_h": {"of": "g"}, "h_f": {"of": "third"}, "h_g": {"of": "third"}}
     terms = {"image-third": {"x": "f_h", "y": "h_f"}, "text-third": {"x": "g_h", "y": "h_g"}}
     return clip | {
-        "out": str(tmp_path / "three"),
+        "output_dir": str(tmp_path / "three"),
         "towers": clip["towers"] | {"third": third},
         "heads": clip["heads"] | heads,
         "terms": clip["terms"] | terms,
@@ -140,7 +140,7 @@ def lit(clip: dict[str, Any], cache: Path, tmp_path: Path) -> dict[str, Any]:
     towers = {"third": {"kind": "cache", "path": str(cache)}, "text": clip["towers"]["text"]}
     heads = {"h": {"of": "third"}, "g": {"of": "text"}}
     return clip | {
-        "out": str(tmp_path / "lit"),
+        "output_dir": str(tmp_path / "lit"),
         "towers": towers,
         "heads": heads,
         "terms": {"image-text": {"x": "h", "y": "g"}},

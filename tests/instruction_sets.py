@@ -33,11 +33,11 @@ HELD_BACK = {
 }
 KERNELS_AND_TOWERS = [
     "tests/kernels",
-    "tests/trainer/test_accumulate.py",
+    "tests/trainer/test_grad_cache.py",
     "tests/trainer/test_masked.py",
     "tests/trainer/test_model.py",
     "tests/trainer/test_pointwise.py",
-    "tests/trainer/test_towers.py",
+    "tests/trainer/test_models.py",
 ]
 # AVX2 is what most machines have; the least is tried where that is cheap.
 TESTS = {

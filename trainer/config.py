@@ -86,7 +86,7 @@ class CacheTower:
     standardize: bool = True
     # A sample whose row has no embedding: error refuses to train, skip leaves the sample out, mask keeps it for the
     # terms without this tower, live computes the row by the teacher (in the loader, on the CPU).
-    on_bad_row: Literal["error", "skip", "mask", "live"] = "error"
+    on_missing_row: Literal["error", "skip", "mask", "live"] = "error"
     weights: str | None = None  # of the teacher, for live; None: from where the cache was built
 
 
@@ -102,7 +102,7 @@ class Head:
 
     of: str
     kind: Literal["linear", "mlp", "none"] = "linear"
-    dim: PositiveInt | None = None  # what it gives; None: the run's dim
+    embed_dim: PositiveInt | None = None  # what it gives; None: the run's dim
     bias: bool = True
     hidden: PositiveInt | None = None  # mlp only: width of its hidden layers; None: that of what it stands on
     depth: PositiveInt = 1  # mlp only: number of hidden layers
@@ -121,24 +121,24 @@ class Term:
 
 @checked(frozen=True, config=STRICT)
 class Loss:
-    family: Literal["softmax", "sigmoid"] = "softmax"
+    kind: Literal["softmax", "sigmoid"] = "softmax"
     scale_init: Annotated[float, Field(gt=0)] = 14.3  # CLIP's 1 / 0.07
     scale_max: Annotated[float, Field(gt=0)] = 100.0
     bias_init: float = -10.0  # sigmoid only; SigLIP's start
     # mask: samples of one concept are no negatives of each other. keep: they are, as in sets without concepts.
-    same_concept: Literal["mask", "keep"] = "mask"
+    mask_false_negatives: bool = True
     # MiB a rank and pair term in which similarity tiles wait for backward: with room for all b x B x 4 bytes a softmax
     # step costs 3 products of that size instead of 4. The sigmoid needs none.
-    workspace: Annotated[int, Field(ge=0)] = 16
+    logit_cache_mib: Annotated[int, Field(ge=0)] = 16
 
 
 @checked(frozen=True, config=STRICT)
-class DataSet:
+class TrainDataset:
     """One of several sets that a run mixes."""
 
     tars: list[str]
     weight: Annotated[float, Field(gt=0)] = 1.0  # its share of every global batch, relative to the other sets'
-    concept_field: str | None = None  # None: data.concept_field
+    group_field: str | None = None  # None: data.group_field
 
 
 @checked(frozen=True, config=STRICT)
@@ -165,33 +165,33 @@ class Data:
     tokenizer: str
     image_size: PositiveInt
     tars: list[str] = field(default_factory=list)  # or:
-    sets: dict[str, DataSet] = field(default_factory=dict)  # several sets, mixed by weight
-    # indexed: every sample by its place in its tar, in any order. streamed: whole tars in a row through webdataset,
-    # in `lanes`. auto: indexed where all tars are local.
-    read: Literal["auto", "indexed", "streamed"] = "auto"
-    lanes: PositiveInt = (
+    datasets: dict[str, TrainDataset] = field(default_factory=dict)  # several sets, mixed by weight
+    # random: every sample by its place in its tar, in any order. sequential: whole tars in a row through webdataset,
+    # in `num_streams` streams. auto: random where all tars are local.
+    access: Literal["auto", "random", "sequential"] = "auto"
+    num_streams: PositiveInt = (
         16  # streamed: tars read side by side, over all ranks; a multiple of the ranks, divides `batch`
     )
     shuffle_buffer: PositiveInt = 10_000  # streamed: undecoded samples that wait to be drawn, over all lanes
     # A folder or URL where what the headers of tars say is kept from launch to launch, for any number of runs; without
     # it they are read at every start, for which a remote tar is streamed from end to end.
-    index: str | None = None
-    context: PositiveInt = 32  # tokens per caption, end token included
+    index_dir: str | None = None
+    context_length: PositiveInt = 32  # tokens per caption, end token included
     vocab_size: PositiveInt | None = None  # rows of the token embedding; None: the tokenizer's pieces
     crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no crop
     augment: Augment = field(default_factory=Augment)
-    concept_field: str | None = None  # JSON field naming what a sample shows; None: every sample is its own concept
-    on_bad: Literal["error", "skip"] = "error"  # a sample that cannot be read; for rows see CacheTower.on_bad_row
-    # Tars whose rows are not all built: error refuses to train, wait waits for them, leave_out begins each epoch with
+    group_field: str | None = None  # JSON field naming what a sample shows; None: every sample is its own concept
+    on_bad: Literal["error", "skip"] = "error"  # a sample that cannot be read; for rows see CacheTower.on_missing_row
+    # Tars whose rows are not all built: error refuses to train, wait waits for them, skip begins each epoch with
     # those that are finished by then. Durations count the samples of all tars in any case.
-    unbuilt_tars: Literal["error", "wait", "leave_out"] = "error"
+    on_incomplete_cache: Literal["error", "wait", "skip"] = "error"
     workers: Annotated[int, Field(ge=0)] = 1
     max_pixels: PositiveInt = 50_000_000
 
     @property
-    def named_sets(self) -> dict[str, DataSet]:
+    def named_sets(self) -> dict[str, TrainDataset]:
         """The sets by name; one without a name where `tars` are given."""
-        return self.sets or {"": DataSet(tars=self.tars)}
+        return self.datasets or {"": TrainDataset(tars=self.tars)}
 
     @property
     def patterns(self) -> list[str]:
@@ -243,12 +243,12 @@ class Optim:
     # Decoupled and, as everywhere in torch, multiplied by the learning rate. Vectors (norms, biases, scales) have none.
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    groups: list[ParameterGroup] = field(default_factory=list)  # the first that matches a parameter counts
+    param_groups: list[ParameterGroup] = field(default_factory=list)  # the first that matches a parameter counts
     schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
     warmup: Fraction | Duration = 0.05  # a share of all steps, or a span
     cooldown: Fraction | Duration = 0.0  # linear to the end rate, after constant or rsqrt
     lr_end: Fraction = 0.0  # share of lr at which a cosine or a cooldown ends
-    clip: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 = off
+    grad_clip_norm: Annotated[float, Field(ge=0)] = 1.0  # global gradient norm; 0 = off
 
 
 @checked(frozen=True, config=STRICT)
@@ -257,10 +257,10 @@ class Engine:
     precision: Literal["float32", "bfloat16"] = "float32"
     # Samples that go forward and backward at a time on a rank; None: all of its batch. The loss is over the global
     # batch in any case. Costs a second forward pass.
-    chunk: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
     activation_checkpointing: bool = False  # keep a block's input alone, compute the rest again in backward
-    non_finite: Literal["stop", "skip"] = "stop"  # when a loss or gradient is NaN or infinite
-    non_finite_limit: PositiveInt = 10  # steps skipped in a row before the run stops after all
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # when a loss or gradient is NaN or infinite
+    nonfinite_limit: PositiveInt = 10  # steps skipped in a row before the run stops after all
     deepspeed_extra: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
 
 
@@ -282,12 +282,12 @@ class Checkpoint:
 
 
 @checked(frozen=True, config=STRICT)
-class Evaluation:
+class OnlineEvaluation:
     """Retrieval on held-out tars while training: a quick look, not the numbers to report."""
 
     tars: list[str]
     every: Duration = field(default_factory=lambda: Duration(percent=10))
-    samples: PositiveInt = 1000  # at most, the first ones
+    max_samples: PositiveInt = 1000  # at most, the first ones
     group_field: str | None = None  # JSON field naming what an image shows; None: its own captions alone match it
 
 
@@ -300,11 +300,11 @@ class Deploy:
 
 
 @checked(frozen=True, config=STRICT)
-class Run:
-    out: str
-    batch: PositiveInt  # global: over all ranks
+class TrainConfig:
+    output_dir: str
+    global_batch_size: PositiveInt  # global: over all ranks
     duration: Duration
-    dim: PositiveInt
+    embed_dim: PositiveInt
     data: Data
     towers: dict[str, Tower]
     heads: dict[str, Head]
@@ -316,7 +316,7 @@ class Run:
     engine: Engine = field(default_factory=Engine)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    evaluate: Evaluation | None = None
+    evaluate: OnlineEvaluation | None = None
 
     def towers_of(self, kind: str) -> list[str]:
         """Names of the towers of one kind, in the config's order."""
@@ -335,7 +335,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ConfigChange:
     key: str
     old: Any
     new: Any
@@ -344,10 +344,10 @@ class Difference:
         return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
-_adapter = TypeAdapter(Run)
+_adapter = TypeAdapter(TrainConfig)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Return the run described by a YAML file, with `key.path=value` overrides applied (values are YAML).
 
     Raises ConfigError for a file that cannot be read, an unknown or mistyped key, or a reference to nothing.
@@ -363,7 +363,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     return parse(tree, source=str(path))
 
 
-def parse(tree: Mapping[str, Any], source: str = "config") -> Run:
+def parse(tree: Mapping[str, Any], source: str = "config") -> TrainConfig:
     """Return the checked run of a plain tree of dicts; see `load`. A tower, head or term that is null is left out."""
     named = {key: tree[key] for key in ("towers", "heads", "terms") if isinstance(tree.get(key), dict)}
     tree = {**tree, **{key: {k: v for k, v in entries.items() if v is not None} for key, entries in named.items()}}
@@ -376,16 +376,16 @@ def parse(tree: Mapping[str, Any], source: str = "config") -> Run:
     return run
 
 
-def dump(run: Run) -> dict[str, Any]:
+def dump(run: TrainConfig) -> dict[str, Any]:
     """Return the plain tree that `parse` turns into an equal run."""
     tree: dict[str, Any] = _adapter.dump_python(run, mode="json")
     return tree
 
 
-def differences(old: Run, new: Run) -> list[Difference]:
+def differences(old: TrainConfig, new: TrainConfig) -> list[ConfigChange]:
     """Return the leaves in which two runs differ, by dotted key."""
     a, b = _leaves(dump(old)), _leaves(dump(new))
-    return [Difference(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    return [ConfigChange(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -410,7 +410,7 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, sub in tree.items() for k, v in _leaves(sub, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _check_references(run: Run, source: str) -> None:
+def _check_references(run: TrainConfig, source: str) -> None:
     def refuse(message: str) -> None:
         raise ConfigError(f"{source}: {message}")
 
@@ -457,24 +457,27 @@ def _check_references(run: Run, source: str) -> None:
         tower = run.towers[name]
         if (
             isinstance(tower, CacheTower)
-            and tower.on_bad_row == "mask"
+            and tower.on_missing_row == "mask"
             and all(name in (run.root_of(term.x), run.root_of(term.y)) for term in run.terms.values())
         ):
             refuse(
-                f"towers.{name}.on_bad_row: mask keeps a sample for the terms without {name!r}, but every term has it; "
-                "use skip"
+                f"towers.{name}.on_missing_row: mask keeps a sample for the terms without {name!r}, but every term has "
+                "it; use skip"
             )
 
 
-def _check_data(run: Run, refuse: Callable[[str], None]) -> None:
+def _check_data(run: TrainConfig, refuse: Callable[[str], None]) -> None:
     data, cached = run.data, run.towers_of("cache")
-    if data.tars and data.sets:
+    if data.tars and data.datasets:
         refuse("data: tars and sets are both given; name all tars in one of them")
     for name, part in data.named_sets.items():
         if not part.tars:
             refuse(f"data.{f'sets.{name}.' if name else ''}tars: expected at least one tar or pattern, found none")
-    if data.read == "streamed" and run.batch % data.lanes:
-        refuse(f"data.lanes: {data.lanes} does not divide the batch of {run.batch}; change one of them")
+    if data.access == "sequential" and run.global_batch_size % data.num_streams:
+        refuse(
+            f"data.num_streams: {data.num_streams} does not divide global_batch_size {run.global_batch_size}; "
+            "change one of them"
+        )
     if data.crop_scale < 1 and cached:
         refuse(
             f"data.crop_scale: {data.crop_scale} asks for random crops, but {cached} hold the embedding of the "
@@ -487,7 +490,7 @@ def _check_data(run: Run, refuse: Callable[[str], None]) -> None:
         )
 
 
-def _check_spans(run: Run, refuse: Callable[[str], None]) -> None:
+def _check_spans(run: TrainConfig, refuse: Callable[[str], None]) -> None:
     spans = {"duration": run.duration, "optim.warmup": run.optim.warmup, "optim.cooldown": run.optim.cooldown}
     if run.evaluate is not None:
         spans["evaluate.every"] = run.evaluate.every

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from threetowers.trainer.adafactor import Adafactor
-from threetowers.trainer.config import ConfigError, Run
-from threetowers.trainer.optimizer import parameter_groups
+from threetowers.trainer.config import ConfigError, TrainConfig
+from threetowers.trainer.optimizer.adafactor import Adafactor
+from threetowers.trainer.optimizer.optimizer import parameter_groups
 
 GRACE_SECONDS = 0.2
 
@@ -32,7 +32,7 @@ class Ranks:
         return self.rank == 0
 
 
-def start_ranks() -> Ranks:
+def join_process_group() -> Ranks:
     """Join the process group of `deepspeed` or `torchrun`, or start one of one, and return this process's place.
 
     NCCL and one GPU a process where there are GPUs, else gloo and an even share of the cores.
@@ -60,7 +60,7 @@ def start_ranks() -> Ranks:
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
-def leave_ranks() -> None:
+def leave_process_group() -> None:
     """End this process's part in the group, once every rank is done with it.
 
     Gloo's threads let go of the tensors of the last collective after it is over, and need the interpreter for it. One
@@ -71,19 +71,19 @@ def leave_ranks() -> None:
     torch.distributed.destroy_process_group()
 
 
-def deepspeed_config(run: Run, world: int) -> dict[str, Any]:
+def deepspeed_config(run: TrainConfig, world: int) -> dict[str, Any]:
     """Return the DeepSpeed config of a run; it is written beside the run, and never by hand.
 
     Raises ValueError for a batch, an optimizer or a precision that the layout cannot hold.
     """
     _check_layout(run, world)
     config: dict[str, Any] = {
-        "train_batch_size": run.batch,
-        "train_micro_batch_size_per_gpu": run.batch // world,
+        "train_batch_size": run.global_batch_size,
+        "train_micro_batch_size_per_gpu": run.global_batch_size // world,
         "gradient_accumulation_steps": 1,
         # backward() only adds gradients, step() ends the step: else ZeRO 1 and 2 take each chunk for a whole batch.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": run.optim.clip,  # always written: DeepSpeed's own default is 1.0, not off
+        "gradient_clipping": run.optim.grad_clip_norm,  # always written: DeepSpeed's own default is 1.0, not off
         "zero_optimization": {"stage": run.engine.zero_stage},
         "steps_per_print": 10**9,  # the trainer logs
     }
@@ -98,10 +98,12 @@ def deepspeed_config(run: Run, world: int) -> dict[str, Any]:
     return _merge(config, run.engine.deepspeed_extra)
 
 
-def _check_layout(run: Run, world: int) -> None:
+def _check_layout(run: TrainConfig, world: int) -> None:
     stage, half = run.engine.zero_stage, run.engine.precision == "bfloat16"
-    if run.batch % world:
-        raise ValueError(f"batch {run.batch} is not divisible by {world} ranks; change `batch` or the launch")
+    if run.global_batch_size % world:
+        raise ValueError(
+            f"batch {run.global_batch_size} is not divisible by {world} ranks; change `batch` or the launch"
+        )
     if run.optim.name == "adafactor" and (stage > 0 or half):
         raise ConfigError(
             f"optim.name: adafactor keeps row and column means of whole matrices, but ZeRO stage {stage} with "
@@ -115,17 +117,19 @@ def _check_layout(run: Run, world: int) -> None:
         )
     if half and stage == 1 and chunks(run, world) > 1:
         raise ConfigError(
-            "engine.chunk: in bfloat16 DeepSpeed's stage 1 adds the gradients of many chunks up in bfloat16, or counts "
-            "the early ones twice; set engine.zero_stage: 2, which adds them in float32"
+            "engine.micro_batch_size: in bfloat16 DeepSpeed's stage 1 adds gradients of many chunks up in bfloat16, "
+            "or counts the early ones twice; set engine.zero_stage: 2, which adds them in float32"
         )
 
 
-def chunks(run: Run, world: int) -> int:
+def chunks(run: TrainConfig, world: int) -> int:
     """Return in how many parts a rank's batch goes forward and backward."""
-    return 1 if run.engine.chunk is None else -(-run.batch // world // run.engine.chunk)
+    return (
+        1 if run.engine.micro_batch_size is None else -(-run.global_batch_size // world // run.engine.micro_batch_size)
+    )
 
 
-def start_engine(model: nn.Module, run: Run, config: Mapping[str, Any]) -> Any:
+def start_engine(model: nn.Module, run: TrainConfig, config: Mapping[str, Any]) -> Any:
     """Return a DeepSpeed engine (`config` as from `deepspeed_config`) with the run's optimizer."""
     import deepspeed
 

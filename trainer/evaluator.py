@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.model.model import TowerModel
 
 
 class Evaluator(Protocol):

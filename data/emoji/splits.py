@@ -22,8 +22,8 @@ def position(concept: str) -> float:
 
 def split_of(concept: str) -> str:
     """Return "test", "val" or "train"."""
-    place = position(concept)
-    return "test" if place < TEST_BELOW else "val" if place < VAL_BELOW else "train"
+    storage = position(concept)
+    return "test" if storage < TEST_BELOW else "val" if storage < VAL_BELOW else "train"
 
 
 def alike_pairs(images: Mapping[str, Image.Image]) -> list[tuple[str, str]]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from threetowers.cache.tars import TarIndex
-from threetowers.eval.embed import Floats, Picture
-from threetowers.trainer.data.join import CacheJoin
-from threetowers.trainer.data.samples import BadSample, image
+from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.eval.datasets.evaluation_set import Floats, Picture
+from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.sample_set import BadSample, read_image
 
 View = Callable[[Picture], Tensor]
 
@@ -28,7 +28,7 @@ class PixelView:
     max_pixels: int
 
     def __call__(self, picture: Picture) -> Tensor:
-        return self.transform(image(self.tars[picture.tar], picture.ordinal, self.max_pixels))
+        return self.transform(read_image(self.tars[picture.tar], picture.ordinal, self.max_pixels))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def _factory(index: int, element: torch.dtype) -> Callable[[], TileBackend] | No
     if element == torch.float64:
         return None
     try:
-        from threetowers.kernels.cuda.backend import DenseTiles, TensorCoreTiles
+        from threetowers.kernels.cuda.cuda_tiles import DenseTiles, TensorCoreTiles
         from threetowers.kernels.cuda.driver import DriverLauncher
 
         launcher = DriverLauncher(index)

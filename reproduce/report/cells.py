@@ -1,6 +1,6 @@
 """Numbers as they stand in the tables: fractions become percents and points."""
 
-from threetowers.eval.bootstrap import Difference, Interval
+from threetowers.eval.metrics.bootstrap import Interval, PairedDifference
 
 ABSENT = "-"
 
@@ -18,7 +18,7 @@ def points(interval: Interval, factor: float = 100) -> str:
     return f"{factor * interval.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def compared(means: tuple[float, float], difference: Difference, seeds: int) -> list[str]:
+def compared(means: tuple[float, float], difference: PairedDifference, seeds: int) -> list[str]:
     """Two means, their difference in points, its interval and the seeds."""
     mean, _, bounds = points(difference).partition(" ")
     return [*(f"{100 * mean:.1f}" for mean in means), mean, bounds, str(seeds)]

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reproduce.slope import Slope
-from threetowers.eval.bootstrap import Interval
-from threetowers.eval.drawing import DASHES, INK, Panel, new_figure, run_colour, to_svg
+from threetowers.eval.metrics.bootstrap import Interval
+from threetowers.eval.report.svg import DASHES, INK, Panel, new_figure, run_colour, to_svg
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 FIT = "fit of the teacher: subgroups of validation concepts by its nearest neighbours, percent"
@@ -94,12 +94,12 @@ def _named_once(point: Point, highest: Mapping[str, float]) -> Point:
 
 def _scatter(axes: Any, points: Sequence[Point], number: int, name: str, factor: float) -> None:
     colour = run_colour(number)
-    for place, point in enumerate(points):
+    for storage, point in enumerate(points):
         x, y = factor * point.x, 100 * point.y.mean
         bounds = [[max(0.0, y - 100 * point.y.low)], [max(0.0, 100 * point.y.high - y)]]
         axes.errorbar(
             [x], [y], yerr=bounds, color=colour, marker=_marker(number), markersize=6, linewidth=1,
-            label=name if place == 0 else None,
+            label=name if storage == 0 else None,
         )  # fmt: skip
         _annotate(axes, point.label, x, y)
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from threetowers.eval.drawing import Panel
-from threetowers.eval.tables import markdown_text
+from threetowers.eval.report.svg import Panel
+from threetowers.eval.report.tables import markdown_text
 
 COLOURS = """
 :root { --ink: #1c1c1c; --line: #d8d8d8; --run-0: #0b6fa4; --run-1: #c4511b; --run-2: #2b8a3e; --run-3: #8a3ab9;

@@ -9,7 +9,7 @@ from reproduce.folder import Folder, read_json
 from reproduce.plan import Plan
 from reproduce.scores import Metric, Scores, gather
 from reproduce.teachers import seconds_of
-from threetowers.cache.contract import ContractError
+from threetowers.cache.format.manifest import ManifestError
 
 BASELINE = "clip"
 PLOTTED = ("lit", "3t")
@@ -43,5 +43,5 @@ class Findings:
             return 0.0
         try:
             return seconds_of(self.folder[f"caches/{teacher}"])
-        except ContractError:  # removed since
+        except ManifestError:  # removed since
             return 0.0

@@ -16,15 +16,15 @@ from typing import Annotated, Literal
 import tyro
 from tyro.extras import SubcommandApp
 
-from threetowers.cache import command
-from threetowers.eval import command as evaluate
+from threetowers.cache import cli as command
+from threetowers.eval import cli as evaluate
 from threetowers.trainer.interruption import EXIT_CODE, Interrupted
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 app = SubcommandApp()
 cache, tokenizer, evaluation = SubcommandApp(), SubcommandApp(), SubcommandApp()
-for function in (command.build, command.info, command.verify, command.rekey, command.plan, command.measure_views):
+for function in (command.build, command.info, command.verify, command.remap, command.estimate, command.measure_views):
     cache.command(function)
 evaluation.command(evaluate.retrieval)
 evaluation.command(evaluate.search)
@@ -65,25 +65,25 @@ def train(
     from threetowers.trainer.config import load
 
     if dry_run:
-        from threetowers.trainer.dryrun import dry_run as page
+        from threetowers.trainer.estimate.dry_run import dry_run as page
 
         print("\n".join(page(load(config, overrides), ranks)))
         return
-    from threetowers.trainer.engine import leave_ranks
-    from threetowers.trainer.loop import train as run_training
+    from threetowers.trainer.engine import leave_process_group
+    from threetowers.trainer.train import train as run_training
 
     run = load(config, overrides)
     evaluators = []
     if run.evaluate is not None:
-        from threetowers.eval.during import RetrievalLook
+        from threetowers.eval.online import RetrievalEvaluator
 
-        evaluators.append(RetrievalLook(run, run.evaluate))
+        evaluators.append(RetrievalEvaluator(run, run.evaluate))
     try:
         summary = run_training(run, evaluators)
     except Interrupted:  # on every rank; after other errors the others may still be waiting for this one
-        leave_ranks()
+        leave_process_group()
         raise
-    leave_ranks()
+    leave_process_group()
     if is_first_rank():
         print(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
@@ -107,7 +107,7 @@ def export(
         records: Results of evaluations (JSON) that the model card is to show.
     """
     from threetowers.eval.record import read_record
-    from threetowers.trainer.export import export as write
+    from threetowers.trainer.export.export import export as write
 
     found = [read_record(path) for path in records]
     results = {f"{record.question.task}, {record.question.gallery}": record.metrics for record in found}
@@ -131,12 +131,14 @@ def tokenizer_train(
         out: The .model file to write.
         vocab_size: Pieces at most; a small corpus yields fewer.
     """
-    from threetowers.cache.tars import expand, index_tar
-    from threetowers.trainer.data.samples import annotation
+    from threetowers.cache.webdataset.tar_index import expand, index_tar
+    from threetowers.trainer.data.sample_set import read_annotation
     from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
 
     indexes = [index_tar(path) for path in expand(tars)]
-    captions = [c for tar in indexes for ordinal in range(len(tar.samples)) for c in annotation(tar, ordinal).captions]
+    captions = [
+        c for tar in indexes for ordinal in range(len(tar.samples)) for c in read_annotation(tar, ordinal).captions
+    ]
     # A caption counts once, however many pictures carry it.
     distinct = list(dict.fromkeys(captions))
     model = train_tokenizer(distinct, vocab_size)

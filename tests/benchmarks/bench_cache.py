@@ -30,21 +30,21 @@ import zarr
 from PIL import Image
 from torch import Tensor
 
-from threetowers.cache.build import build
-from threetowers.cache.contract import Contract, Preprocessing, to_json
-from threetowers.cache.images import decode_rgb
-from threetowers.cache.layout import slot_and_chunk
-from threetowers.cache.place import place_of
-from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.record import record_name
-from threetowers.cache.rows import Made, Rows
-from threetowers.cache.store import fit_to_table
-from threetowers.cache.table import extend
-from threetowers.cache.tars import Member, Sample, Samples, TarIndex, index_tar, read_member
-from threetowers.cache.teacher import load_teacher
-from threetowers.trainer.config import Run, parse
+from threetowers.cache.builder.build import build
+from threetowers.cache.builder.row_buffer import Made, Rows
+from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.format.done_record import done_record_name
+from threetowers.cache.format.layout import slot_and_chunk
+from threetowers.cache.format.manifest import Manifest, Preprocessing, to_json
+from threetowers.cache.format.store import fit_to_table
+from threetowers.cache.format.tar_table import extend
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.storage.storage import open_storage
+from threetowers.cache.webdataset.images import decode_rgb
+from threetowers.cache.webdataset.tar_index import Member, Sample, Samples, TarIndex, index_tar, read_member
+from threetowers.trainer.config import TrainConfig, parse
 from threetowers.trainer.data.loader import training_loader
-from threetowers.trainer.data.samples import open_samples
+from threetowers.trainer.data.sample_set import open_samples
 from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
 
 TEACHER: dict[str, Any] = {"backbone": "tf_efficientnet_lite0", "weights": "package:efficientnet-lite0"}
@@ -132,21 +132,21 @@ def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
 
 def random_cache(folder: Path) -> EmbeddingCache:
     """A cache of one tar of random rows."""
-    place, n = place_of(folder), SHARD_ROWS
+    storage, n = open_storage(folder), SHARD_ROWS
     slot, chunk_rows = slot_and_chunk(2 * SHARD_DIM, n)
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
-    contract = Contract("b", "w", "d", transform, SHARD_DIM, "float16", slot, chunk_rows, {})
+    manifest = Manifest("b", "w", "d", transform, SHARD_DIM, "float16", slot, chunk_rows, {})
     index = TarIndex("/0.tar", 1, "0", Samples([Sample(str(k), {"png": Member(0, 1)}) for k in range(n)]), 0)
-    (entry,) = extend(place, [index], slot).entries
-    fit_to_table(place, contract)
-    place.put("manifest.json", to_json(contract), owner="contract")
-    rows = Rows(index, contract)
+    (entry,) = extend(storage, [index], slot).entries
+    fit_to_table(storage, manifest)
+    storage.put("manifest.json", to_json(manifest), owner="manifest")
+    rows = Rows(index, manifest)
     emb_nD = np.random.default_rng(0).normal(size=(n, 1, SHARD_DIM)).astype(np.float32)
     for k in range(n):
         rows.note(k, k)
     rows.put(list(range(n)), emb_nD)
-    record = rows.write(place, entry, "", Made("teacher", 1, "cpu", 0.0))
-    place.put(record_name(0), to_json(record), owner="0.done")
+    record = rows.write(storage, entry, "", Made("teacher", 1, "cpu", 0.0))
+    storage.put(done_record_name(0), to_json(record), owner="0.done")
     return EmbeddingCache.open(folder)
 
 
@@ -174,7 +174,7 @@ def bench_size(folder: Path) -> None:
     print(f"size on disk / N D 2 bytes         {used / (SHARD_ROWS * cache.dim * 2):6.3f}  (<= 1.03)", flush=True)
 
 
-def run_of(folder: Path, tars: list[Path], cached: bool) -> Run:
+def run_of(folder: Path, tars: list[Path], cached: bool) -> TrainConfig:
     """A run whose loader gives pictures and captions, and rows if `cached`."""
     tokenizer, cache = folder / "tokenizer.model", folder / "cache"
     if not tokenizer.exists():

@@ -17,17 +17,17 @@ import webdataset
 from bench_cache import BATCH, alternate, draw, run_of, timed
 from torch.utils.data import DataLoader
 
-from threetowers.cache.images import decode_rgb
-from threetowers.trainer.config import Run
+from threetowers.cache.webdataset.images import decode_rgb
+from threetowers.trainer.config import TrainConfig
+from threetowers.trainer.data.crops import center
 from threetowers.trainer.data.loader import training_loader
-from threetowers.trainer.data.samples import open_samples
-from threetowers.trainer.data.view import center
+from threetowers.trainer.data.sample_set import open_samples
 from threetowers.trainer.tokenizer import Tokenizer
 
 STEPS = 18
 
 
-def reading(folder: Path, run: Run, start: int, steps: int, skipped: int = 1) -> Callable[[], float]:
+def reading(folder: Path, run: TrainConfig, start: int, steps: int, skipped: int = 1) -> Callable[[], float]:
     """Seconds of so many steps, after `skipped` of them."""
     samples, tokenizer = open_samples(run, folder), Tokenizer.load(run.data.tokenizer)
 
@@ -40,7 +40,7 @@ def reading(folder: Path, run: Run, start: int, steps: int, skipped: int = 1) ->
     return once
 
 
-def plain(run: Run) -> Callable[[], float]:
+def plain(run: TrainConfig) -> Callable[[], float]:
     """Webdataset as it is used alone: tars, shuffle buffer, the same decoding, no rows, no checks, no resume."""
     tokenizer, size = Tokenizer.load(run.data.tokenizer), run.data.image_size
 
@@ -61,8 +61,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = run_of(folder, draw(folder, 4, 5 * BATCH), True)
-        indexed = replace(run, data=replace(run.data, read="indexed"))
-        streamed = replace(run, data=replace(run.data, read="streamed", lanes=8, shuffle_buffer=400))
+        indexed = replace(run, data=replace(run.data, access="random"))
+        streamed = replace(run, data=replace(run.data, access="sequential", num_streams=8, shuffle_buffer=400))
         ways = (reading(folder, r, 0, STEPS) for r in (indexed, streamed))
         at_random, in_lanes, alone = alternate(rounds, *ways, plain(run))
         rate = STEPS * BATCH / in_lanes

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from threetowers.cache.images import decode_rgb
-from threetowers.cache.teacher import Teacher, load_teacher
+from threetowers.cache.encoders.teacher import Teacher, load_teacher
+from threetowers.cache.webdataset.images import decode_rgb
 
 ROUNDS, PARTS = 3, 30
 TEACHER: list[Teacher] = []  # in each worker process, loaded once

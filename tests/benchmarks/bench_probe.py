@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from threetowers.eval.fewshot import L2, SEEDS, SHOTS, few_shot_probes, support
-from threetowers.eval.probe import linear_probe
+from threetowers.eval.metrics.linear_probe import linear_probe
+from threetowers.eval.metrics.ridge_probe import L2, SEEDS, SHOTS, few_shot_probes, support
 
 Predictions = dict[tuple[float, ...], NDArray[np.int64]]
 TOLERANCE = 1e-5

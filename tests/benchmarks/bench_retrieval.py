@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from threetowers.eval.retrieval import KS, evaluate_retrieval
+from threetowers.eval.metrics.recall import KS, evaluate_retrieval
 
 K = 10
 BLOCK = 10_000
@@ -74,7 +74,7 @@ def unit(rng: np.random.Generator, rows: int, width: int) -> np.ndarray[Any, np.
 
 
 def from_disk(path: Path, queries: int, width: int) -> tuple[float, float, Any]:
-    from threetowers.eval.index import exact_search
+    from threetowers.eval.search.index import exact_search
 
     query = unit(np.random.default_rng(1), queries, width)
     forget_peak()
@@ -102,10 +102,10 @@ def embedding_rate(model: str, images: int, size: int) -> tuple[float, float]:
     import timm
     from safetensors.torch import save_file
 
-    from threetowers.cache.tars import index_tar
-    from threetowers.eval.embed import evaluation_set
-    from threetowers.eval.encoder import Loading
-    from threetowers.eval.models import load_encoder
+    from threetowers.cache.webdataset.tar_index import index_tar
+    from threetowers.eval.datasets.evaluation_set import evaluation_set
+    from threetowers.eval.encoders.encoder import LoadOptions
+    from threetowers.eval.encoders.load import load_encoder
 
     torch.set_num_threads(1)  # the other core decodes, as a GPU's host would
     with tempfile.TemporaryDirectory() as name:
@@ -121,7 +121,7 @@ def embedding_rate(model: str, images: int, size: int) -> tuple[float, float]:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         save_file(timm.create_model(model).state_dict(), folder / "w.safetensors")
-        loading = Loading(batch_size=32, workers=1, device="cpu")
+        loading = LoadOptions(batch_size=32, workers=1, device="cpu")
         encoder: Any = load_encoder(f"timm:{model}:{folder / 'w.safetensors'}", loading)
         data = evaluation_set(
             [index_tar(str(folder / "photos.tar"))], group_field=None, part_field=None, max_captions=1

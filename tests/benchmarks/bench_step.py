@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threetowers.trainer.accumulate import accumulate
-from threetowers.trainer.config import Run, load
-from threetowers.trainer.engine import chunks, deepspeed_config, start_engine, start_ranks
-from threetowers.trainer.objective import objective
-from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.config import TrainConfig, load
+from threetowers.trainer.engine import chunks, deepspeed_config, join_process_group, start_engine
+from threetowers.trainer.grad_cache import accumulate
+from threetowers.trainer.loss import objective
+from threetowers.trainer.model.model import TowerModel
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY, WIDTH = 4096, 1280  # of the demo's tokenizer and teacher
@@ -37,29 +37,29 @@ TEACHERS = (("tf_efficientnet_lite0", 160), ("vit_small_patch16_224", 224), ("vi
 Step = Callable[[], object]
 
 
-def demo(name: str, **changes: Any) -> Run:
+def demo(name: str, **changes: Any) -> TrainConfig:
     """A config of the demo, with changes by dotted key."""
     return load(ROOT / "configs" / "emoji" / f"{name}.yaml", [f"{key}={value}" for key, value in changes.items()])
 
 
-def inputs(run: Run) -> dict[str, Tensor]:
+def inputs(run: TrainConfig) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
-    size, context = run.data.image_size, run.data.context
+    size, context = run.data.image_size, run.data.context_length
     made = {
-        "timm": lambda: torch.randint(0, 256, (run.batch, 3, size, size), generator=g, dtype=torch.uint8),
-        "text": lambda: torch.randint(2, VOCABULARY, (run.batch, context), generator=g),
-        "cache": lambda: torch.randn(run.batch, WIDTH, generator=g),
+        "timm": lambda: torch.randint(0, 256, (run.global_batch_size, 3, size, size), generator=g, dtype=torch.uint8),
+        "text": lambda: torch.randint(2, VOCABULARY, (run.global_batch_size, context), generator=g),
+        "cache": lambda: torch.randn(run.global_batch_size, WIDTH, generator=g),
     }
     return {name: made[tower.kind]() for name, tower in run.towers.items()}
 
 
-def training_step(run: Run) -> tuple[Step, dict[str, Tensor]]:
+def training_step(run: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
     """A step of the run on the same batch again and again, and that batch, which may be changed in place."""
-    ranks = start_ranks()
+    ranks = join_process_group()
     torch.manual_seed(0)
     model = TowerModel(run, VOCABULARY, {name: WIDTH for name in run.towers_of("cache")})
     engine, batch = start_engine(model, run, deepspeed_config(run, ranks.world)), inputs(run)
-    concepts_b = torch.arange(run.batch) % max(2, run.batch * 3 // 10)
+    concepts_b = torch.arange(run.global_batch_size) % max(2, run.global_batch_size * 3 // 10)
 
     def step() -> None:
         accumulate(
@@ -122,7 +122,12 @@ def live_teachers(rounds: int, batch: int) -> None:
 def waiting(steps: int) -> None:
     """A real run on the demo's data, by the command line, with two workers."""
     with tempfile.TemporaryDirectory() as folder:
-        changes = [f"out={folder}/run", f"duration={{steps: {steps}}}", "data.workers=2", "log.tensorboard=false"]
+        changes = [
+            f"output_dir={folder}/run",
+            f"duration={{steps: {steps}}}",
+            "data.workers=2",
+            "log.tensorboard=false",
+        ]
         command = [sys.executable, "-m", "threetowers", "train", "configs/emoji/3t.yaml", *changes]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if result.returncode:
@@ -143,7 +148,7 @@ def resident(field: str) -> float:
 
 def memory_of(batch: int, chunk: int) -> tuple[float, float, float]:
     """MiB before the first step and at the peak of a step, and its seconds."""
-    step, _ = training_step(demo("3t", batch=batch, **{"engine.chunk": chunk}))
+    step, _ = training_step(demo("3t", batch=batch, **{"engine.micro_batch_size": chunk}))
     before, started = resident("VmRSS"), time.perf_counter()
     step()
     return before, resident("VmHWM"), time.perf_counter() - started

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.cache.teacher import load_teacher
+from threetowers.cache.encoders.teacher import load_teacher
 
 TEACHER = "tf_efficientnet_lite0", "package:efficientnet-lite0"
 

@@ -18,7 +18,7 @@ import webdataset  # noqa: F401 - imported here, so that no fork has to
 import zarr  # noqa: F401
 from PIL import Image
 
-from threetowers.cache.build import build
+from threetowers.cache.builder.build import build
 
 OPTIONS = {"backbone": "test_vit", "image_size": 64, "batch_size": 5, "threads": 1}
 

@@ -12,14 +12,14 @@ import torch
 import zarr
 from PIL import Image
 
-from threetowers.cache.build import build
-from threetowers.cache.contract import ContractError
-from threetowers.cache.images import BadImage, decode_rgb
-from threetowers.cache.layout import Status
-from threetowers.cache.ranks import Rank
-from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.tars import BadTar, index_tar, key_hash, read_member
-from threetowers.cache.teacher import load_teacher
+from threetowers.cache.builder.build import build
+from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.format.layout import RowStatus
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.webdataset.images import BadImage, decode_rgb
+from threetowers.cache.webdataset.tar_index import BadTar, index_tar, key_hash, read_member
+from threetowers.cache.world import Rank
 
 Weights = Callable[..., str]
 Pack = Callable[..., Path]
@@ -69,10 +69,10 @@ def test_cached_equals_the_live_teacher(
             cosine = row @ live / np.linalg.norm(row) / np.linalg.norm(live)
             assert cosine >= 0.9999
             np.testing.assert_allclose(row, live, rtol=2e-3 if dtype == "float16" else 1e-4, atol=1e-4)
-            at = tar_id * opened.contract.slot + ordinal
+            at = tar_id * opened.manifest.slot + ordinal
             assert np.array_equal(group["emb"][at].astype(np.float32), row)
             assert group["key_hash"][at] == key_hash(sample.key)
-            assert group["status"][at] == Status.OK
+            assert group["status"][at] == RowStatus.OK
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -100,9 +100,9 @@ def test_a_second_run_keeps_what_is_finished(
     folder = shutil.copytree(cache, tmp_path / "cache")
     (folder / "done" / "1.json").unlink()
     (folder / "store.zarr" / "emb" / "c" / "2" / "0").write_bytes(b"cut short")
-    with pytest.raises(ContractError, match=r"tar a/1\.tar \(1\): half built"):
+    with pytest.raises(ManifestError, match=r"tar a/1\.tar \(1\): half built"):
         EmbeddingCache.open(folder).tar_id(index_tar(tars[1]))
-    with pytest.raises(ContractError, match=r"b/0\.tar.*expected \d+ bytes, found 9"):
+    with pytest.raises(ManifestError, match=r"b/0\.tar.*expected \d+ bytes, found 9"):
         EmbeddingCache.open(folder).tar_id(index_tar(tars[2]))
     report = build(tars, folder, **options)
     assert (report.tars_built, report.tars_kept, report.samples) == (2, 1, 19)
@@ -131,7 +131,7 @@ def test_another_contract_is_refused(
     asked = options | change
     asked["weights"] = weights(asked["backbone"], seed=change.get("weights", 0))
     before = files(cache)
-    with pytest.raises(ContractError, match=message):
+    with pytest.raises(ManifestError, match=message):
         build(tars, cache, **asked)
     assert files(cache) == before
 
@@ -148,11 +148,11 @@ def test_other_tars_are_refused(
     tars: list[Path], cache: Path, options: dict[str, Any], pack: Pack, samples: MakeSamples, tmp_path: Path
 ) -> None:
     opened = EmbeddingCache.open(cache)
-    with pytest.raises(ContractError, match="not among the 3 tars of this cache"):
+    with pytest.raises(ManifestError, match="not among the 3 tars of this cache"):
         opened.tar_id(index_tar(pack(tmp_path / "new.tar", samples(3, 9))))
-    with pytest.raises(ContractError, match="packed or downloaded again since"):
+    with pytest.raises(ManifestError, match="packed or downloaded again since"):
         opened.tar_id(index_tar(pack(tmp_path / "b" / "0.tar", samples(12, 2), mtime=1_800_000_000)))
-    with pytest.raises(ContractError, match="copies of each other"):
+    with pytest.raises(ManifestError, match="copies of each other"):
         build([tars[1], shutil.copy(tars[1], tmp_path / "copy.tar")], tmp_path / "out", **options)
 
 
@@ -168,7 +168,7 @@ def test_bad_tars_stop_a_build_before_it_writes(tars: list[Path], options: dict[
 
 def test_foreign_folders_are_left_alone(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ContractError, match=r"neither a cache nor empty, holds .'thesis\.tex'"):
+    with pytest.raises(ManifestError, match=r"neither a cache nor empty, holds .'thesis\.tex'"):
         build([tars[1]], tmp_path, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -184,8 +184,8 @@ def test_bad_images_are_recorded_and_shift_nothing(
     assert (report.samples, report.ok, report.counts) == (23, 20, {"undecodable": 3})
     opened, reference = EmbeddingCache.open(tmp_path / "out"), EmbeddingCache.open(cache).tar(0)
     status = opened.status(0)
-    assert np.flatnonzero(status == Status.UNDECODABLE).tolist() == [0, 4, 11]
-    assert (np.delete(status, [0, 4, 11]) == Status.OK).all()
+    assert np.flatnonzero(status == RowStatus.UNDECODABLE).tolist() == [0, 4, 11]
+    assert (np.delete(status, [0, 4, 11]) == RowStatus.OK).all()
     found = opened.tar(0)
     assert np.isnan(found[[0, 4, 11]]).all()
     np.testing.assert_allclose(
@@ -194,11 +194,11 @@ def test_bad_images_are_recorded_and_shift_nothing(
     record = opened.record(0)
     assert [(bad.ordinal, bad.key, bad.status) for bad in record.bad] == [(i, rows[i][0], 2) for i in (0, 4, 11)]
     assert "cannot be decoded (12 bytes)" in record.bad[1].reason
-    with pytest.raises(ContractError, match=r"ordinal 4.*no embedding: undecodable"):
+    with pytest.raises(ManifestError, match=r"ordinal 4.*no embedding: undecodable"):
         opened.row(0, 4, rows[4][0])
     with pytest.raises(BadImage, match=r"x\.tar: sample 'part/0000000' \(ordinal 0\)"):
         build([path], tmp_path / "strict", **options, on_bad="error")
-    with pytest.raises(ContractError, match="half built"):
+    with pytest.raises(ManifestError, match="half built"):
         EmbeddingCache.open(tmp_path / "strict").tar(0)
 
 
@@ -207,7 +207,7 @@ def test_a_tar_of_bad_images_only(options: dict[str, Any], pack: Pack, tmp_path:
     assert build([path], tmp_path / "out", **options).ok == 0
     opened = EmbeddingCache.open(tmp_path / "out")
     assert np.isnan(opened.tar(0)).all()
-    with pytest.raises(ContractError, match="no row has an embedding"):
+    with pytest.raises(ManifestError, match="no row has an embedding"):
         opened.moments()
 
 
@@ -226,7 +226,7 @@ def test_output_that_is_not_finite_is_recorded(
     assert beyond.sum() == 5
     opened = EmbeddingCache.open(tmp_path / "half")
     assert report.counts == {"non_finite": int(beyond.sum())}
-    assert ((opened.status(0) == Status.NON_FINITE) == beyond.numpy()).all()
+    assert ((opened.status(0) == RowStatus.NON_FINITE) == beyond.numpy()).all()
     assert (np.isnan(opened.tar(0)).all(axis=1) == beyond.numpy()).all()
     assert "overflows float16" in opened.record(0).bad[0].reason
     assert build([path], tmp_path / "single", **large, dtype="float32").ok == 9

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threetowers.cache.images import BadImage, decode_rgb
+from threetowers.cache.webdataset.images import BadImage, decode_rgb
 
 Draw = Callable[..., Image.Image]
 Encode = Callable[..., bytes]

@@ -11,11 +11,11 @@ import pytest
 import torch
 import zarr
 
-from tests.cache.test_reader import TIERS, make_cache
-from threetowers.cache.layout import STORE
-from threetowers.cache.precision import precision
-from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.views import Views
+from tests.cache.test_embedding_cache import TIERS, make_cache
+from threetowers.cache.format.dtypes import precision
+from threetowers.cache.format.layout import STORE
+from threetowers.cache.format.views import Views
+from threetowers.cache.read.embedding_cache import EmbeddingCache
 
 SIZES = [40, 33, 9]
 VIEWS = Views("crops:2", 1, 0.5)
@@ -30,7 +30,7 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def names(cache: Path) -> list[str]:
-    scaled = EmbeddingCache.open(cache).contract.precision.scaled
+    scaled = EmbeddingCache.open(cache).manifest.precision.scaled
     return [*ARRAYS, *(("scale", "scale_1") if scaled else ())]
 
 
@@ -71,7 +71,7 @@ def elsewhere() -> Any:
 def test_everybody_sees_the_same_numbers(read: Callable[[Path, str], np.ndarray], cache: Path, elsewhere: Any) -> None:
     opened = EmbeddingCache.open(cache)
     found = elsewhere.apply(read_all, (read, cache))
-    slot, tier = opened.contract.slot, opened.contract.precision
+    slot, tier = opened.manifest.slot, opened.manifest.precision
     for tar_id, n in enumerate(SIZES):
         rows = slice(tar_id * slot, tar_id * slot + n)
         good = opened.status(tar_id) == 1
@@ -97,7 +97,7 @@ def test_an_array_goes_to_numpy_torch_and_dask(tmp_path: Path) -> None:
     make_cache(tmp_path, SIZES, 7)
     opened = EmbeddingCache.open(tmp_path)
     array = opened.array()
-    rows = array[opened.contract.slot :][: SIZES[1]]
+    rows = array[opened.manifest.slot :][: SIZES[1]]
     assert np.array_equal(rows.astype(np.float32), opened.tar(1), equal_nan=True)
     assert torch.equal(torch.from_numpy(rows).float().nan_to_num(), torch.from_numpy(opened.tar(1)).nan_to_num())
     lazy = dask_array.from_zarr(array)
@@ -107,4 +107,4 @@ def test_an_array_goes_to_numpy_torch_and_dask(tmp_path: Path) -> None:
 
 def test_precision_is_said_in_the_store(cache: Path) -> None:
     opened = EmbeddingCache.open(cache)
-    assert opened.array(1).dtype == np.dtype(precision(opened.contract.dtype).stored)
+    assert opened.array(1).dtype == np.dtype(precision(opened.manifest.dtype).stored)

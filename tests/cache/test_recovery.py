@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from threetowers.cache.build import build
-from threetowers.cache.contract import ContractError
-from threetowers.cache.place import LocalPlace, WriteError
-from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.verify import verify
+from threetowers.cache.builder.build import build
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.storage.storage import LocalStorage, WriteError
+from threetowers.cache.verify.verify import verify
 
 Weights = Callable[..., str]
 N_TARS = 4
 SCRIPT = """
 import sys
 from pathlib import Path
-from threetowers.cache.build import build
+from threetowers.cache.builder.build import build
 report = build([sys.argv[1]], Path(sys.argv[2]), backbone="test_vit", weights=sys.argv[3], image_size=64, batch_size=5)
 print("built", report.tars_built, "kept", report.tars_kept)
 """
@@ -66,11 +66,11 @@ def same(folder: Path, reference: Path) -> None:
 def finished_are_whole(folder: Path, reference: Path) -> int:
     """Every tar with a done record has its final bytes; returns how many there are."""
     if not (folder / "manifest.json").exists():
-        with pytest.raises(ContractError, match="no cache here"):
+        with pytest.raises(ManifestError, match="no cache here"):
             EmbeddingCache.open(folder)
         return 0
     if not (folder / "tars/0.json").exists():
-        with pytest.raises(ContractError, match="a cache without tars"):
+        with pytest.raises(ManifestError, match="a cache without tars"):
             EmbeddingCache.open(folder)
         return 0
     opened, finished = EmbeddingCache.open(folder), 0
@@ -79,7 +79,7 @@ def finished_are_whole(folder: Path, reference: Path) -> int:
             assert (opened.tar(tar_id) == EmbeddingCache.open(reference).tar(tar_id)).all()
             finished += 1
         else:
-            with pytest.raises(ContractError, match="half built"):
+            with pytest.raises(ManifestError, match="half built"):
                 opened.tar(tar_id)
     return finished
 
@@ -191,14 +191,14 @@ def test_a_folder_that_cannot_be_is_named(pattern: str, options: dict[str, Any],
 
 
 def test_a_put_keeps_the_old_file_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = LocalPlace(tmp_path)
-    place.put("deep/x", b"old", owner="t")
+    storage = LocalStorage(tmp_path)
+    storage.put("deep/x", b"old", owner="t")
 
     def fail(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(WriteError, match=r"deep/x \(3 bytes\): Input/output error"):
-        place.put("deep/x", b"new", owner="t")
-    assert place.read("deep/x") == b"old"
+        storage.put("deep/x", b"new", owner="t")
+    assert storage.read("deep/x") == b"old"
     assert not list((tmp_path / "tmp").iterdir())

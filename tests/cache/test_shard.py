@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from threetowers.cache import shard
-from threetowers.cache.layout import slot_and_chunk
+from threetowers.cache.format import shard
+from threetowers.cache.format.layout import slot_and_chunk
 
 
 def zarr_array(store: MemoryStore, slots: int, n_chunks: int, chunk_rows: int, dim: int, dtype: str) -> zarr.Array:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from threetowers.cache.assignment import Assignment, Ledger, Work
-from threetowers.cache.claims import Claims, Worker
-from threetowers.cache.record import record_name
+from threetowers.cache.builder.leases import Claims, Worker
+from threetowers.cache.builder.scheduler import Assignment, Ledger, Work
+from threetowers.cache.format.done_record import done_record_name
 
 LISTED = 1000  # names that one request lists, as S3 does
 STALE_SECONDS = 120
@@ -155,7 +155,7 @@ def simulate(costs: list[float], lives: list[Life], world: int) -> Outcome:
             if claims.holds(work.number):
                 for _ in range(4):  # rows, hashes, statuses
                     bucket.asked["write"] += 1
-                bucket.put(record_name(work.number), b"{}", owner="")
+                bucket.put(done_record_name(work.number), b"{}", owner="")
                 claims.release(work.number)
                 finished[work.number] += 1
             else:

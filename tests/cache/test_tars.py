@@ -10,7 +10,7 @@ import pytest
 import xxhash
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from threetowers.cache.tars import BadTar, expand, index_tar, key_hash, read_member, split_name, stream
+from threetowers.cache.webdataset.tar_index import BadTar, expand, index_tar, key_hash, read_member, split_name, stream
 
 Pack = Callable[..., Path]
 MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
@@ -189,7 +189,7 @@ def test_empty_compressed_and_oversized(tmp_path: Path, tar: Path, monkeypatch: 
     for name in ("empty.tar", "z.tar"):
         with pytest.raises(BadTar, match="not a whole, plain tar"):
             index_tar(tmp_path / name)
-    monkeypatch.setattr("threetowers.cache.tars.MAX_MEMBER_BYTES", 200)
+    monkeypatch.setattr("threetowers.cache.webdataset.tar_index.MAX_MEMBER_BYTES", 200)
     with pytest.raises(BadTar, match="expected at most 200"):
         index_tar(tar)
 

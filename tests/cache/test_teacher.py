@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from threetowers.cache.build import build
-from threetowers.cache.contract import ContractError
-from threetowers.cache.images import BadImage, decode_rgb
-from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.teacher import load_teacher, state_digest
+from threetowers.cache.builder.build import build
+from threetowers.cache.encoders.teacher import load_teacher, state_digest
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.webdataset.images import BadImage, decode_rgb
 
 Weights = Callable[..., str]
 Draw = Callable[..., Image.Image]
@@ -134,9 +134,9 @@ def test_bfloat16_is_close_and_part_of_the_contract(weights: Weights, tars: list
     cosine = (wide * narrow).sum(1) / np.linalg.norm(wide, axis=1) / np.linalg.norm(narrow, axis=1)
     assert (wide != narrow).any()
     assert cosine.min() > 0.999
-    with pytest.raises(ContractError, match="compute: expected float32, found bfloat16"):
+    with pytest.raises(ManifestError, match="compute: expected float32, found bfloat16"):
         build(tars[:1], tmp_path / "wide", **options, compute="bfloat16")
-    with pytest.raises(ContractError, match=r"preprocessing\.decode: expected pillow, found pillow-draft"):
+    with pytest.raises(ManifestError, match=r"preprocessing\.decode: expected pillow, found pillow-draft"):
         build(tars[:1], tmp_path / "wide", **options, decode="pillow-draft")
 
 

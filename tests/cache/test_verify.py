@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import zarr
 
-from threetowers.cache import command
-from threetowers.cache.build import build
-from threetowers.cache.contract import ContractError, to_json
-from threetowers.cache.place import place_of
-from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.record import FileSum, record_name
-from threetowers.cache.store import write_slot
-from threetowers.cache.verify import verify
-from threetowers.cache.views import Views
+from threetowers.cache import cli as command
+from threetowers.cache.builder.build import build
+from threetowers.cache.format.done_record import FileSum, done_record_name
+from threetowers.cache.format.manifest import ManifestError, to_json
+from threetowers.cache.format.store import write_slot
+from threetowers.cache.format.views import Views
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.storage.storage import open_storage
+from threetowers.cache.verify.verify import verify
 
 Pack = Callable[..., Path]
 MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
@@ -100,7 +100,7 @@ def test_damage_is_found_and_named(name: str, cache: Path) -> None:
     assert not report.ok
     assert any("1.tar (1)" in problem or "done/1.json" in problem for problem in report.problems), report.text()
     assert report.tars_sound == (1 if "swapped" in name and "record" not in name else 2)
-    with pytest.raises(ContractError, match=r"1\.tar \(1\)|done/1\.json"):
+    with pytest.raises(ManifestError, match=r"1\.tar \(1\)|done/1\.json"):
         EmbeddingCache.open(cache).tar(1)
 
 
@@ -125,16 +125,16 @@ def test_a_manifest_or_table_that_was_changed_is_refused(cache: Path) -> None:
         ("{}", "damaged, or of another version"),
     ):
         (cache / "tars/0.json").write_text(text)
-        with pytest.raises(ContractError, match=message):
+        with pytest.raises(ManifestError, match=message):
             EmbeddingCache.open(cache)
     (cache / "tars/0.json").write_text(original)
     manifest = json.loads((cache / "manifest.json").read_text())
     old = {name: manifest[name] for name in manifest if name != "views"} | {"tars_digest": "", "format": 1}
     (cache / "manifest.json").write_text(json.dumps(old))
-    with pytest.raises(ContractError, match="format 1, this version reads format 2: remove it and run"):
+    with pytest.raises(ManifestError, match="format 1, this version reads format 2: remove it and run"):
         EmbeddingCache.open(cache)
     (cache / "manifest.json").write_text(json.dumps(manifest | {"dim": 65}))
-    with pytest.raises(ContractError, match=r"done/0\.json is of another tar or cache: contract"):
+    with pytest.raises(ManifestError, match=r"done/0\.json is of another tar or cache: manifest"):
         EmbeddingCache.open(cache).tar(0)
 
 
@@ -142,12 +142,12 @@ def rewrite(cache: Path, tar_id: int, change: Callable[[Any, Any, Any], None]) -
     """Store other rows, with a record whose digests fit them: what a faulty writer would leave."""
     opened = EmbeddingCache.open(cache)
     group = zarr.open_group(cache / "store.zarr", mode="r")
-    slot, n = opened.contract.slot, opened.tars[tar_id].n_samples
+    slot, n = opened.manifest.slot, opened.tars[tar_id].n_samples
     rows = {name: np.array(array[tar_id * slot : tar_id * slot + n]) for name, array in group.arrays()}
     change(rows["emb"], rows["key_hash"], rows["status"])
-    files, sums = write_slot(place_of(cache), opened.contract, tar_id, rows)
+    files, sums = write_slot(open_storage(cache), opened.manifest, tar_id, rows)
     record = dataclasses.replace(opened.record(tar_id), files=files, chunk_crc32c=sums)
-    (cache / record_name(tar_id)).write_bytes(to_json(record))
+    (cache / done_record_name(tar_id)).write_bytes(to_json(record))
 
 
 def put(array: Any, at: Any, value: Any) -> None:
@@ -300,7 +300,7 @@ def test_commands_print_and_give_exit_codes(
 
 
 def test_a_cache_and_tars_that_lie_elsewhere(cache: Path, twins: list[Path], file: str) -> None:
-    here, there = place_of(cache), place_of(f"memory://{cache.parent.name}")
+    here, there = open_storage(cache), open_storage(f"memory://{cache.parent.name}")
     for name in here.walk():
         there.put(f"cache/{name}", here.read(name), owner="t")
     for path in twins:
@@ -328,7 +328,7 @@ def test_a_damaged_crop_or_scale_is_found(twins: list[Path], file: str, tmp_path
         path.write_bytes(original)
     opened = EmbeddingCache.open(tmp_path)
     group = zarr.open_group(tmp_path / "store.zarr", mode="r")
-    slot = opened.contract.slot
+    slot = opened.manifest.slot
     rows = {name: np.array(array[slot : slot + 19]) for name, array in group.arrays()}
     for name, at, value, message in (
         ("view_params", (3, 1, 2), 1.5, "a crop that is not inside its picture"),
@@ -336,7 +336,7 @@ def test_a_damaged_crop_or_scale_is_found(twins: list[Path], file: str, tmp_path
     ):
         changed = {other: array.copy() for other, array in rows.items()}
         changed[name][at] = value
-        files, sums = write_slot(place_of(tmp_path), opened.contract, 1, changed)
+        files, sums = write_slot(open_storage(tmp_path), opened.manifest, 1, changed)
         record = dataclasses.replace(opened.record(1), files=files, chunk_crc32c=sums)
-        (tmp_path / record_name(1)).write_bytes(to_json(record))
+        (tmp_path / done_record_name(1)).write_bytes(to_json(record))
         assert any(message in problem for problem in verify(tmp_path).problems)

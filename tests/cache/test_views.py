@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from threetowers.cache.views import Views, as_pixels, random_box, replay
+from threetowers.cache.format.views import Views, as_pixels, random_box, replay
 
 Draw = Callable[..., Image.Image]
 

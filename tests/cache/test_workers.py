@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from threetowers.cache.agreement import Terms
-from threetowers.cache.build import CacheSpec, build, build_all
-from threetowers.cache.claims import Claims, Worker
-from threetowers.cache.place import LocalPlace, WriteError, place_of
-from threetowers.cache.reader import EmbeddingCache
-from threetowers.cache.verify import verify
-from threetowers.cache.views import Views
+from threetowers.cache.builder.build import CacheSpec, build, build_all
+from threetowers.cache.builder.leases import Claims, Worker
+from threetowers.cache.builder.opening import Terms
+from threetowers.cache.format.views import Views
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.storage.storage import LocalStorage, WriteError, open_storage
+from threetowers.cache.verify.verify import verify
 
 Weights = Callable[..., str]
 N_TARS = 12
@@ -47,13 +47,13 @@ def undisturbed(pattern: str, options: dict[str, Any], tmp_path_factory: pytest.
 
 def same(found: str | Path, expected: Path) -> None:
     """The same objects with the same bytes; done records but for time and host; nothing left behind."""
-    place, reference = place_of(found), place_of(expected)
+    storage, reference = open_storage(found), open_storage(expected)
     names = reference.walk()
-    assert place.walk() == names
+    assert storage.walk() == names
     for name in names:
         if not name.startswith("done/"):
-            assert place.read(name) == reference.read(name), name
-    ours, theirs = EmbeddingCache.open(place), EmbeddingCache.open(reference)
+            assert storage.read(name) == reference.read(name), name
+    ours, theirs = EmbeddingCache.open(storage), EmbeddingCache.open(reference)
     for entry in theirs.tars:
         assert ours.record(entry.id).undated() == theirs.record(entry.id).undated()
 
@@ -78,21 +78,21 @@ def command(pattern: str, out: Path, options: dict[str, Any], *more: str) -> lis
 def test_a_bucket_holds_what_a_folder_would(
     pattern: str, options: dict[str, Any], undisturbed: Path, bucket: str
 ) -> None:
-    tars, out = place_of(f"{bucket}/tars"), f"{bucket}/caches/a"
+    tars, out = open_storage(f"{bucket}/tars"), f"{bucket}/caches/a"
     for path in sorted(Path(pattern).parent.glob("*.tar")):
         tars.put(path.name, path.read_bytes(), owner="t")
     urls = [f"{bucket}/tars/{{00..05}}.tar", f"{bucket}/tars/0[6-9].tar", f"{bucket}/tars/1*.tar"]
     assert build(urls, out, **options).tars_built == N_TARS
-    place = place_of(out)
-    place.delete("done/3.json")
-    place.put("store.zarr/emb/c/5/0", b"torn", owner="t")
+    storage = open_storage(out)
+    storage.delete("done/3.json")
+    storage.put("store.zarr/emb/c/5/0", b"torn", owner="t")
     again = build(urls, out, **options)
     assert (again.tars_built, again.tars_kept) == (2, N_TARS - 2)
     ours, theirs = EmbeddingCache.open(out), EmbeddingCache.open(undisturbed)
     for entry in theirs.tars:
         np.testing.assert_array_equal(ours.tar(entry.id), theirs.tar(entry.id))
         assert ours.record(entry.id).files == theirs.record(entry.id).files
-    assert not place.names("claims")
+    assert not storage.names("claims")
     report = verify(out, urls)
     assert report.ok, report.text()
 
@@ -100,7 +100,7 @@ def test_a_bucket_holds_what_a_folder_would(
 def test_two_caches_are_built_from_one_decode(
     pattern: str, options: dict[str, Any], undisturbed: Path, weights: Weights, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from threetowers.cache import pipeline
+    from threetowers.cache.builder import pipeline
 
     decoded = []
     real = pipeline.decode_rgb
@@ -168,7 +168,7 @@ def test_sigterm_drops_the_tar_and_exits_as_launchers_expect(
     _, errors = worker.communicate(timeout=60)
     assert worker.returncode == 143, errors
     assert "Traceback" not in errors
-    assert not place_of(out).names("claims")
+    assert not open_storage(out).names("claims")
     assert len(list((out / "done").iterdir())) < N_TARS
     build([pattern], out, **options)
     same(out, undisturbed)
@@ -219,9 +219,9 @@ def test_a_store_turned_read_only_is_one_message(
     code = f"""
 import os
 from pathlib import Path
-from threetowers.cache.build import build
-from threetowers.cache.place import WriteError
-from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.builder.build import build
+from threetowers.cache.storage.storage import WriteError
+from threetowers.cache.read.embedding_cache import EmbeddingCache
 try:
     build({pattern!r}.split(), Path({str(out)!r}), **{options!r})
 except WriteError as error:
@@ -257,9 +257,9 @@ print("still read:", EmbeddingCache.open({str(out)!r}).tar(0).shape)
 
 
 def test_claims_keep_workers_apart(tmp_path: Path) -> None:
-    place, now = LocalPlace(tmp_path), time.time()
+    storage, now = LocalStorage(tmp_path), time.time()
     a, b = Worker("a", 1, "a"), Worker("b", 1, "b")
-    one, two = Claims(place, a, 100, now=lambda: now), Claims(place, b, 100, now=lambda: now + 5000)
+    one, two = Claims(storage, a, 100, now=lambda: now), Claims(storage, b, 100, now=lambda: now + 5000)
     assert one.take(7)
     assert not two.take(7), "clocks of workers may differ, that of the place counts"
     assert one.holds(7)
@@ -275,17 +275,19 @@ def test_claims_keep_workers_apart(tmp_path: Path) -> None:
     one.release(7)
     assert two.holds(7), "nobody gives up the claim of another"
     two.release_all()
-    assert place.names("claims") == []
+    assert storage.names("claims") == []
     with pytest.raises(WriteError):
-        Claims(LocalPlace(tmp_path / "claims.txt" / "x"), a).take(1) if (tmp_path / "claims.txt").touch() is None else 0
+        Claims(LocalStorage(tmp_path / "claims.txt" / "x"), a).take(1) if (
+            tmp_path / "claims.txt"
+        ).touch() is None else 0
 
 
 def test_a_claim_of_a_process_that_ended_is_free_at_once(tmp_path: Path) -> None:
-    place = LocalPlace(tmp_path)
+    storage = LocalStorage(tmp_path)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    assert Claims(place, Worker(pid=child.pid)).take(1)
-    assert Claims(place, Worker(host="elsewhere", pid=child.pid)).take(2)
-    mine = Claims(place, Worker())
+    assert Claims(storage, Worker(pid=child.pid)).take(1)
+    assert Claims(storage, Worker(host="elsewhere", pid=child.pid)).take(2)
+    mine = Claims(storage, Worker())
     assert mine.take(1)
     assert not mine.take(2)

@@ -11,7 +11,7 @@ from emulator import LARGE, SMALL, Emulator, Schedule
 from tiles_under_test import Answers, Case, answers, check, emulated
 
 from threetowers.kernels.contrastive import contrastive_loss
-from threetowers.kernels.dense import dense_contrastive_loss
+from threetowers.kernels.reference import dense_contrastive_loss
 from threetowers.kernels.tiles import TorchTiles
 
 ELEMENTS = [torch.bfloat16, torch.float16, torch.float32]
@@ -114,7 +114,7 @@ def test_the_whole_loss_on_emulated_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The public entry point with CUDA tiles under it, near chance and where pairs are confident: as the dense loss."""
-    monkeypatch.setattr("threetowers.kernels.operator.backend_for", lambda x_bD: emulated(Emulator(builds), element))
+    monkeypatch.setattr("threetowers.kernels.operators.backend_for", lambda x_bD: emulated(Emulator(builds), element))
     batch = 150
     x_BD, y_BD = Case(batch, batch, 196).features(element)
     features, log_scale_1 = ((x_BD, x_BD), [3.0]) if confident else ((x_BD, y_BD), [2.5])

@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 
 from threetowers.kernels import cuda
 from threetowers.kernels.cuda.arguments import In, Out, Packed, tensors
-from threetowers.kernels.cuda.backend import DenseTiles, TensorCoreTiles
+from threetowers.kernels.cuda.cuda_tiles import DenseTiles, TensorCoreTiles
 from threetowers.kernels.cuda.launch import (
     Launch,
     Limits,

@@ -10,7 +10,7 @@ from emulator import Emulator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from threetowers.kernels.cuda.backend import GAIN, DenseTiles, TensorCoreTiles
+from threetowers.kernels.cuda.cuda_tiles import GAIN, DenseTiles, TensorCoreTiles
 from threetowers.kernels.tiles import Running, SigmoidSums, Tile, TileBackend, TorchTiles, Weights
 
 

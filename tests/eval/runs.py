@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from threetowers.cache.tars import index_tar
+from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import parse
-from threetowers.trainer.data.join import CacheJoin
-from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
-from threetowers.trainer.towers.model import TowerModel
 
 
 def finished(tree: dict[str, Any], constant: bool = False) -> Path:
@@ -26,8 +26,8 @@ def finished(tree: dict[str, Any], constant: bool = False) -> Path:
     if constant:
         for head in (run.deploy.image, run.deploy.text):
             torch.nn.init.zeros_(model.heads[head].weight)  # type: ignore[arg-type]
-    folder = RunFolder(Path(run.out))
-    folder.create(run, {}, {name: cache.contract for name, cache in caches.items()})
+    folder = RunFolder(Path(run.output_dir))
+    folder.create(run, {}, {name: cache.manifest for name, cache in caches.items()})
     save_file(model.state_dict(), folder.weights)
     folder.summary.write_text(json.dumps({"steps": 3, "seconds": 1.5}))
     return folder.path

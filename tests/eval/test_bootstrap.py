@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from threetowers.eval.bootstrap import Resampled, Stratum, holm, resample
+from threetowers.eval.metrics.bootstrap import Resampled, Stratum, holm, resample
 
 
 def single(values: np.ndarray, units: np.ndarray | None = None) -> list[list[Stratum]]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from threetowers.eval.classification import (
+from threetowers.eval.metrics.classification import (
     NO_LABEL,
     Judgement,
     LinearClassifier,
@@ -15,7 +15,7 @@ from threetowers.eval.classification import (
     mean_average_precision,
     reliability,
 )
-from threetowers.eval.ranks import TIE
+from threetowers.eval.metrics.retrieval_ranks import TIE
 
 CLASSES = 11
 

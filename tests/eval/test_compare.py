@@ -10,23 +10,23 @@ import pytest
 
 from tests.conftest import samples_of, write_tar
 from tests.eval.runs import finished
-from threetowers.cache.build import build
-from threetowers.cache.contract import ContractError
-from threetowers.cache.tars import index_tar
+from threetowers.cache.builder.build import build
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.compare import Settings, compare
-from threetowers.eval.embed import evaluation_set
-from threetowers.eval.encoder import Loading
-from threetowers.eval.mixing import Mixing
-from threetowers.eval.models import load_encoder
-from threetowers.eval.report import render
-from threetowers.eval.results import load_results
-from threetowers.eval.significance import grouped
+from threetowers.eval.datasets.evaluation_set import evaluation_set
+from threetowers.eval.encoders.encoder import LoadOptions
+from threetowers.eval.encoders.ensemble import Mixing
+from threetowers.eval.encoders.load import load_encoder
+from threetowers.eval.metrics.significance import grouped
+from threetowers.eval.report.page import render
+from threetowers.eval.report.results import load_results
 
 CONCEPTS = Settings(group_field="concept")
 
 
-def reading(cache: Path) -> Loading:
-    return Loading(caches={"third": cache})
+def reading(cache: Path) -> LoadOptions:
+    return LoadOptions(caches={"third": cache})
 
 
 def test_records_and_report(clip: dict[str, Any], lit: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
@@ -98,28 +98,34 @@ def test_a_lit_run_reads_rows_of_the_right_teacher_only(
     heldout = write_tar(tmp_path / "heldout.tar", samples_of(100, 12))
     weights = str(cache.parent / "teacher.safetensors")
     with pytest.raises(
-        ContractError, match=r"heldout\.tar: not among the 2 tars.*--cache third=PATH, or use --live-teacher"
+        ManifestError, match=r"heldout\.tar: not among the 2 tars.*--cache third=PATH, or use --live-teacher"
     ):
         compare([path], [str(heldout)], tmp_path / "report", CONCEPTS)
     for name, size in (("same", 64), ("other", 96)):
         build([str(heldout)], tmp_path / name, backbone="test_resnet", weights=weights, image_size=size)
-    with pytest.raises(ContractError, match=r"not the teacher that .*lit was trained on: preprocessing\.input_size"):
+    with pytest.raises(ManifestError, match=r"not the teacher that .*lit was trained on: preprocessing\.input_size"):
         compare(
-            [path], [str(heldout)], tmp_path / "report", CONCEPTS, loading=Loading(caches={"third": tmp_path / "other"})
+            [path],
+            [str(heldout)],
+            tmp_path / "report",
+            CONCEPTS,
+            loading=LoadOptions(caches={"third": tmp_path / "other"}),
         )
     cached = compare(
-        [path], [str(heldout)], tmp_path / "report", CONCEPTS, loading=Loading(caches={"third": tmp_path / "same"})
+        [path], [str(heldout)], tmp_path / "report", CONCEPTS, loading=LoadOptions(caches={"third": tmp_path / "same"})
     )
     assert cached.results[0].records[0].counts["images"] == 12
 
 
 def test_live_and_cached_rows_agree(lit: dict[str, Any], cache: Path, tars: list[Path]) -> None:
     path = finished(lit)
-    contracts = json.loads((path / "contracts.json").read_text())
-    contracts["third"]["weights"] = str(cache.parent / "teacher.safetensors")
-    (path / "contracts.json").write_text(json.dumps(contracts))
+    manifests = json.loads((path / "cache_manifests.json").read_text())
+    manifests["third"]["weights"] = str(cache.parent / "teacher.safetensors")
+    (path / "cache_manifests.json").write_text(json.dumps(manifests))
     data = evaluation_set([index_tar(tars[0])], group_field=None, part_field=None, max_captions=5)
-    rows = [load_encoder(path, Loading(live_teacher=live)).images(data, data.pictures[:9]) for live in (True, False)]
+    rows = [
+        load_encoder(path, LoadOptions(live_teacher=live)).images(data, data.pictures[:9]) for live in (True, False)
+    ]
     assert (rows[0] * rows[1]).sum(1).min() >= 0.9999
 
 
@@ -189,7 +195,7 @@ def test_a_retrained_run_replaces_its_old_result(clip: dict[str, Any], tars: lis
 
 
 def test_mixing_is_swept_and_seeds_are_one_row(three: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
-    seeds = [finished(three | {"out": str(tmp_path / f"three-{seed}"), "seed": seed}) for seed in (1, 2)]
+    seeds = [finished(three | {"output_dir": str(tmp_path / f"three-{seed}"), "seed": seed}) for seed in (1, 2)]
     mixings = [Mixing("third", 0.25), Mixing("third", 0.75)]
     comparison = compare(seeds, [str(tar) for tar in tars], tmp_path / "report", CONCEPTS, mixings=mixings)
     assert [result.name for result in comparison.results] == [

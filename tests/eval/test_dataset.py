@@ -16,8 +16,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import write_tar
-from threetowers.eval.dataset import Part, as_gallery, load_description, open_set
-from threetowers.eval.description import (
+from threetowers.eval.datasets.config import (
     BadDescription,
     Description,
     FewShot,
@@ -27,6 +26,7 @@ from threetowers.eval.description import (
     ZeroShot,
     parse_description,
 )
+from threetowers.eval.datasets.dataset import Part, as_gallery, load_description, open_set
 
 ROOT = Path(__file__).parents[2]
 

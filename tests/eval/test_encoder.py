@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import save_file
 
 from tests.eval.runs import finished
-from threetowers.cache.tars import index_tar
-from threetowers.cache.teacher import load_teacher
-from threetowers.eval.embed import EvaluationSet, evaluation_set
-from threetowers.eval.encoder import Loading, NoTextTower
+from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.webdataset.tar_index import index_tar
+from threetowers.eval.datasets.evaluation_set import EvaluationSet, evaluation_set
+from threetowers.eval.encoders.encoder import LoadOptions, NoTextTower
+from threetowers.eval.encoders.ensemble import Mixing
 from threetowers.eval.encoders.forward import PixelView, TeacherTransform
-from threetowers.eval.mixing import Mixing
-from threetowers.eval.models import load_encoder
-from threetowers.eval.sources import image_source
-from threetowers.trainer.data.samples import image
-from threetowers.trainer.data.view import center
-from threetowers.trainer.export import export
-from threetowers.trainer.trained import TrainedModel
+from threetowers.eval.encoders.image_source import image_source
+from threetowers.eval.encoders.load import load_encoder
+from threetowers.trainer.data.crops import center
+from threetowers.trainer.data.sample_set import read_image
+from threetowers.trainer.export.export import export
+from threetowers.trainer.export.trained_model import TrainedModel
 
 CAPTIONS = ["a red disc", "a blue bar", "dot, green"]
 
@@ -34,9 +34,9 @@ def data(tars: list[Path]) -> EvaluationSet:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_embeds_as_its_model_does(clip: dict[str, Any], data: EvaluationSet, workers: int) -> None:
     path = finished(clip)
-    encoder = load_encoder(path, Loading(batch_size=7, workers=workers))
+    encoder = load_encoder(path, LoadOptions(batch_size=7, workers=workers))
     model = TrainedModel.load(path)
-    pixels = torch.stack([center(image(data.tars[p.tar], p.ordinal, 10**6), 32) for p in data.pictures])
+    pixels = torch.stack([center(read_image(data.tars[p.tar], p.ordinal, 10**6), 32) for p in data.pictures])
     np.testing.assert_allclose(encoder.images(data, data.pictures), model.encode_images(pixels).numpy(), atol=1e-5)
     np.testing.assert_allclose(encoder.texts(CAPTIONS), model.encode_texts(CAPTIONS).numpy(), atol=1e-5)
     with torch.inference_mode():
@@ -44,12 +44,12 @@ def test_a_run_embeds_as_its_model_does(clip: dict[str, Any], data: EvaluationSe
     np.testing.assert_allclose(encoder.features(data, data.pictures), features, atol=1e-4)
     assert encoder.dim == 16
     assert encoder.logit_scale == pytest.approx(14.3)
-    assert (encoder.facts.name, encoder.facts.step, encoder.facts.cache_contract) == ("clip", 3, None)
+    assert (encoder.facts.name, encoder.facts.step, encoder.facts.cache_manifest) == ("clip", 3, None)
 
 
 def test_lower_precision_is_near(clip: dict[str, Any], data: EvaluationSet) -> None:
     path = finished(clip)
-    full, half = (load_encoder(path, Loading(precision=p)) for p in ("float32", "bfloat16"))  # type: ignore[arg-type]
+    full, half = (load_encoder(path, LoadOptions(precision=p)) for p in ("float32", "bfloat16"))  # type: ignore[arg-type]
     cosines = (full.images(data, data.pictures) * half.images(data, data.pictures)).sum(1)
     assert cosines.min() > 0.99
     assert half.facts.precision == "bfloat16"
@@ -90,7 +90,7 @@ def test_mixing_is_refused_where_there_is_nothing_to_mix(clip: dict[str, Any], l
 
 def test_a_timm_model_equals_the_cache_it_would_build(cache: Path, data: EvaluationSet) -> None:
     weights = cache.parent / "teacher.safetensors"
-    live = load_encoder(f"timm:test_resnet@64:{weights}", Loading(workers=0))
+    live = load_encoder(f"timm:test_resnet@64:{weights}", LoadOptions(workers=0))
     rows = load_encoder(f"cache:{cache}")
     assert live.facts.digest == rows.facts.digest
     assert not live.sees_text
@@ -109,9 +109,9 @@ def test_an_open_clip_model_embeds_as_open_clip_does(data: EvaluationSet, tmp_pa
     model, _, transform = open_clip.create_model_and_transforms("RN50", pretrained=None)
     weights = tmp_path / "rn50.safetensors"
     save_file(model.state_dict(), weights)
-    encoder = load_encoder(f"open_clip:RN50:{weights}", Loading(batch_size=2, workers=0))
+    encoder = load_encoder(f"open_clip:RN50:{weights}", LoadOptions(batch_size=2, workers=0))
     pictures = data.pictures[:3]
-    pixels = torch.stack([transform(image(data.tars[p.tar], p.ordinal, 10**6)) for p in pictures])
+    pixels = torch.stack([transform(read_image(data.tars[p.tar], p.ordinal, 10**6)) for p in pictures])
     model.eval()
     with torch.inference_mode():
         expected = model.encode_image(pixels, normalize=True).numpy()
@@ -137,8 +137,8 @@ def test_views_survive_being_sent_to_another_process(
     picture = data.pictures[7]
     teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
     views = [
-        image_source(TrainedModel.load(finished(clip)), "image", data, Loading()).view,
-        image_source(TrainedModel.load(finished(lit)), "third", data, Loading()).view,
+        image_source(TrainedModel.load(finished(clip)), "image", data, LoadOptions()).view,
+        image_source(TrainedModel.load(finished(lit)), "third", data, LoadOptions()).view,
         PixelView(data.tars, TeacherTransform(teacher.transform), 10**6),
     ]
     for view in views:
@@ -152,14 +152,14 @@ def unit(x_ND: np.ndarray) -> np.ndarray:
 def test_an_export_embeds_as_its_run_does(clip: dict[str, Any], data: EvaluationSet, tmp_path: Path) -> None:
     clip["towers"]["text"] |= {"causal": True, "norm_eps": 1e-5}  # as open_clip can say it
     path = finished(clip)
-    run = load_encoder(path, Loading(workers=0))
-    own = load_encoder(export(path, tmp_path / "own").folder, Loading(workers=0))
-    theirs = load_encoder(f"open_clip:{export(path, tmp_path / 'oc', 'open_clip').folder}", Loading(workers=0))
+    run = load_encoder(path, LoadOptions(workers=0))
+    own = load_encoder(export(path, tmp_path / "own").folder, LoadOptions(workers=0))
+    theirs = load_encoder(f"open_clip:{export(path, tmp_path / 'oc', 'open_clip').folder}", LoadOptions(workers=0))
     np.testing.assert_allclose(own.images(data, data.pictures), run.images(data, data.pictures), atol=1e-6)
     for encoder in (own, theirs):
         np.testing.assert_allclose(encoder.texts(CAPTIONS), run.texts(CAPTIONS), atol=1e-5)
         assert encoder.logit_scale == pytest.approx(run.logit_scale)
-    tower = load_encoder(f"timm:{export(path, tmp_path / 'timm', 'timm').folder}", Loading(workers=0))
+    tower = load_encoder(f"timm:{export(path, tmp_path / 'timm', 'timm').folder}", LoadOptions(workers=0))
     assert not tower.sees_text
     pairs = [(theirs.images, run.images), (tower.images, lambda *a: unit(run.features(*a)))]
     # Their transforms resize before they crop.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from threetowers.eval.index import build_index, exact_search, recall_against_exact
+from threetowers.eval.search.index import build_index, exact_search, recall_against_exact
 
 ROUNDING = 16 * 2.0**-24  # of an inner product of unit vectors: 16 products, added in any order
 

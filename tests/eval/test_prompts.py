@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from threetowers.eval.prompts import PromptError, class_names, ensemble, fill, prompt_templates, shipped_prompts
+from threetowers.eval.datasets.prompts import (
+    PromptError,
+    class_names,
+    ensemble,
+    fill,
+    prompt_templates,
+    shipped_prompts,
+)
 
 
 def test_shipped_sets_are_templates() -> None:

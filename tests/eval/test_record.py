@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from threetowers.eval.record import BadRecord, Question, Record, TarRef, digest, read_record, write_record
+from threetowers.eval.record import BadRecord, EvalRecord, EvalSpec, TarRef, digest, read_record, write_record
 
 
-def question(**changes: Any) -> Question:
-    base = Question(
+def question(**changes: Any) -> EvalSpec:
+    base = EvalSpec(
         task="retrieval",
         gallery="noto v1/ß",
         run="3t",
@@ -23,14 +23,14 @@ def question(**changes: Any) -> Question:
         tars=(TarRef("test-00000.tar", "9f86", 77), TarRef("test-00001.tar", "d081", 5)),
         preprocessing="centre crop 64",
         precision="float32",
-        cache_contract="c0ffee",
+        cache_manifest="c0ffee",
         settings={"group": "concept", "captions": 5, "third": True, "margin": 0.5, "part": None},
     )
     return dataclasses.replace(base, **changes)
 
 
-def record(**changes: Any) -> Record:
-    base = Record(
+def record(**changes: Any) -> EvalRecord:
+    base = EvalRecord(
         question=question(),
         metrics={"image_to_text/recall@1": 1 / 3, "image_to_text/median_rank": 2.5},
         counts={"images": 77},
@@ -57,7 +57,7 @@ def test_round_trip(tmp_path: Path) -> None:
         {"step": 1201},
         {"model": "ab13"},
         {"precision": "bfloat16"},
-        {"cache_contract": None},
+        {"cache_manifest": None},
         {"settings": {"group": "concept", "captions": 4}},
         {"tars": (TarRef("test-00000.tar", "9f86", 77),)},
     ],
@@ -74,7 +74,7 @@ def test_fingerprint_is_the_same_in_another_process_and_for_another_order_of_set
         "print(Question('t', 'g', 'r', 'm', 1, (), 'p', 'f', None, {'b': 1, 'a': None}).fingerprint())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert other == Question("t", "g", "r", "m", 1, (), "p", "f", None, {"a": None, "b": 1}).fingerprint()
+    assert other == EvalSpec("t", "g", "r", "m", 1, (), "p", "f", None, {"a": None, "b": 1}).fingerprint()
 
 
 def test_digest_ignores_order_but_nothing_else() -> None:

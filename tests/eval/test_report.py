@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threetowers.eval.album import Album
-from threetowers.eval.curves import MAX_POINTS, gallery_panel, read_metrics, thinned, training_panels
-from threetowers.eval.record import Example, Question, Record, Shown, TarRef, digest
-from threetowers.eval.report import render
-from threetowers.eval.results import RunResult
-from threetowers.eval.retrieval import evaluate_retrieval
+from threetowers.eval.metrics.recall import evaluate_retrieval
+from threetowers.eval.record import EvalRecord, EvalSpec, Example, Shown, TarRef, digest
+from threetowers.eval.report.page import render
+from threetowers.eval.report.results import RunResult
+from threetowers.eval.report.thumbnails import ThumbnailStore
+from threetowers.eval.report.training_curves import MAX_POINTS, gallery_panel, read_metrics, thinned, training_panels
 
 HOSTILE = """</span><script>alert(1)</script><img src="x" onerror='y'> | `$x^2$` & *b* \ud800 font: 3px"""
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -31,19 +31,19 @@ def png(colour: int, size: int = 8) -> bytes:
 Items = dict[str, np.ndarray[Any, Any]]
 
 
-def retrieval_record(run: str, gallery: str, noise: float) -> tuple[Record, Items]:
+def retrieval_record(run: str, gallery: str, noise: float) -> tuple[EvalRecord, Items]:
     rng = np.random.default_rng(len(gallery))
     image = rng.standard_normal((41, 12))
     text = np.repeat(image, 3, axis=0) + noise * rng.standard_normal((123, 12))
     image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
     result = evaluate_retrieval(image, text, np.arange(41), np.repeat(np.arange(41), 3), image_hashes=range(41))
-    question = Question("retrieval", gallery, run, f"model-{run}", 90, (TarRef("t.tar", "ff", 41),), "crop", "float32")
-    record = Record(question, result.metrics(), result.counts(), digest([gallery]), digest(["c"]), 1.0)
+    question = EvalSpec("retrieval", gallery, run, f"model-{run}", 90, (TarRef("t.tar", "ff", 41),), "crop", "float32")
+    record = EvalRecord(question, result.metrics(), result.counts(), digest([gallery]), digest(["c"]), 1.0)
     units = {"image_to_text/unit": np.arange(41), "text_to_image/unit": np.repeat(np.arange(41), 3)}
     return record, dict(result.items()) | units
 
 
-def with_examples(record: Record, pictures: list[str]) -> Record:
+def with_examples(record: EvalRecord, pictures: list[str]) -> EvalRecord:
     answers = tuple(Shown(HOSTILE, pictures[i], 0.5, i == 1) for i in range(5))
     texts = Example("Caption → images", Shown(HOSTILE), answers, 2)
     images = Example("Image → captions", Shown(HOSTILE, pictures[5]), (Shown(HOSTILE, None, 0.25, True),), 1)
@@ -63,8 +63,8 @@ def write_metrics(path: Path, steps: int, terms: tuple[str, ...]) -> Path:
 
 
 def full_run(name: str, noise: float, folder: Path, galleries: tuple[str, ...] = ("noto", "twemoji")) -> RunResult:
-    album = Album(folder / "pictures")
-    names = [album.add(png(number)) for number in range(6)]
+    thumbnails = ThumbnailStore(folder / "pictures")
+    names = [thumbnails.add(png(number)) for number in range(6)]
     found = [retrieval_record(name, gallery, noise) for gallery in galleries]
     records = [with_examples(found[0][0], names), *(record for record, _ in found[1:])]
     return RunResult(
@@ -72,7 +72,7 @@ def full_run(name: str, noise: float, folder: Path, galleries: tuple[str, ...] =
         method="3T",
         records=records,
         items={record.file_name: items for record, (_, items) in zip(records, found, strict=True)},
-        pictures={picture: str(album.data_uri(picture)) for picture in names},
+        pictures={picture: str(thumbnails.data_uri(picture)) for picture in names},
         metrics=read_metrics(write_metrics(folder / f"{name[:9]}.jsonl", 40, ("image-text", "text-third"))),
         stage_seconds={"cache": 61.0, "train": 3723.0},
         note=HOSTILE,
@@ -217,7 +217,7 @@ def test_real_differences_are_told_from_chance(tmp_path: Path) -> None:
     assert "Recall against k" in html
 
 
-def other(task: str, run: str, metrics: dict[str, float]) -> Record:
+def other(task: str, run: str, metrics: dict[str, float]) -> EvalRecord:
     record, _ = retrieval_record(run, "emoji", 1.0)
     return dataclasses.replace(record, question=dataclasses.replace(record.question, task=task), metrics=metrics)
 
@@ -243,19 +243,19 @@ def test_pictures_are_kept_once_and_small(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, "JPEG")
-    album = Album(tmp_path / "pictures")
-    large, small = album.add(buffer.getvalue()), album.add(png(3))
-    assert album.add(png(3)) == small
-    assert sorted(p.name for p in album.folder.iterdir()) == sorted([large, small])
-    uri = album.data_uri(large)
+    thumbnails = ThumbnailStore(tmp_path / "pictures")
+    large, small = thumbnails.add(buffer.getvalue()), thumbnails.add(png(3))
+    assert thumbnails.add(png(3)) == small
+    assert sorted(p.name for p in thumbnails.folder.iterdir()) == sorted([large, small])
+    uri = thumbnails.data_uri(large)
     assert uri is not None
     assert uri.startswith("data:image/webp;base64,")
     assert len(uri) < 100_000 < len(buffer.getvalue())
     with pytest.raises(ValueError, match="cannot be decoded"):
-        album.add(b"<svg onload='x'/>")
+        thumbnails.add(b"<svg onload='x'/>")
     (tmp_path / "secret.png").write_bytes(png(1))
-    assert album.data_uri("../secret.png") is None
-    assert album.data_uri("missing.png") is None
+    assert thumbnails.data_uri("../secret.png") is None
+    assert thumbnails.data_uri("missing.png") is None
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:

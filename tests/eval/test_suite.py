@@ -12,12 +12,12 @@ import yaml
 from sklearn.metrics import balanced_accuracy_score
 
 from tests.eval.test_compare import finished
-from threetowers.cache.tars import index_tar
-from threetowers.eval.dataset import read_pictures
-from threetowers.eval.description import BadDescription
-from threetowers.eval.embed import EvaluationSet, Floats, Picture
-from threetowers.eval.encoder import Batched, Loading
-from threetowers.eval.models import load_encoder
+from threetowers.cache.webdataset.tar_index import index_tar
+from threetowers.eval.datasets.config import BadDescription
+from threetowers.eval.datasets.dataset import read_pictures
+from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats, Picture
+from threetowers.eval.encoders.encoder import Batched, LoadOptions
+from threetowers.eval.encoders.load import load_encoder
 from threetowers.eval.record import read_items, read_record
 from threetowers.eval.suite import run_suite
 
@@ -57,7 +57,7 @@ def described(tmp_path: Path) -> Path:
 def test_every_task_end_to_end(clip: dict[str, Any], described: Path, tmp_path: Path) -> None:
     run = finished(clip)
     out = tmp_path / "out"
-    suite = run_suite([run], [described], out, loading=Loading(workers=0, embeddings=out / "embeddings"))
+    suite = run_suite([run], [described], out, loading=LoadOptions(workers=0, embeddings=out / "embeddings"))
     found = {record.question.task: record for record in suite.records}
     assert list(found) == list(TREE["tasks"])
     assert {"zeroshot", "emoji"} <= set(suite.text().split())
@@ -106,7 +106,7 @@ def test_what_is_answered_is_not_computed_again(
     run, out = finished(clip), tmp_path / "out"
 
     def run_it(**more: Any) -> list[str]:
-        loading = Loading(workers=0, embeddings=out / "embeddings")
+        loading = LoadOptions(workers=0, embeddings=out / "embeddings")
         suite = run_suite([run], [described], out, loading=loading, tasks=["zeroshot", "knn"], **more)
         return [record.date + str(record.seconds) for record in suite.records]
 
@@ -138,7 +138,7 @@ def test_a_model_without_text_is_asked_what_it_can_answer(described: Path, tmp_p
         [described],
         tmp_path / "out",
         tasks=["zeroshot", "ood", "retrieval"],
-        loading=Loading(workers=0, embeddings=tmp_path / "embeddings"),
+        loading=LoadOptions(workers=0, embeddings=tmp_path / "embeddings"),
     )
     (record,) = suite.records
     assert {name.split("/")[1] for name in record.metrics} == {"knn", "mahalanobis"}
@@ -206,7 +206,7 @@ def test_what_is_asked_must_be_there(clip: dict[str, Any], described: Path, tmp_
 
 
 def test_command(clip: dict[str, Any], described: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from threetowers.eval.command import Described, knn
+    from threetowers.eval.cli import Described, knn
 
     flags = Described((str(finished(clip)),), (str(described),), tmp_path / "out", workers=0)
     knn(flags)

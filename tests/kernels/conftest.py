@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from threetowers.kernels import operator
+from threetowers.kernels import operators as operator
 from threetowers.kernels.cpu import CpuTiles, sweep_library
 from threetowers.kernels.tiles import TileBackend, TorchTiles
 

@@ -14,8 +14,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from threetowers.kernels import Pair, contrastive_losses, operator
-from threetowers.kernels.distributed import Ranks
+from threetowers.kernels import Pair, contrastive_losses
+from threetowers.kernels import operators as operator
+from threetowers.kernels.distributed import RankGroup
 from threetowers.kernels.tiles import TorchTiles
 
 FAMILIES = ["softmax", "sigmoid"]
@@ -43,9 +44,9 @@ def logged(log: Log, name: str, wait: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def recorded(log: Log) -> Any:
-    """`Ranks` and a back end that write down what they do, and do it."""
+    """`RankGroup` and a back end that write down what they do, and do it."""
 
-    class RecordedRanks(Ranks):
+    class RecordedRanks(RankGroup):
         def gather_async(self, part_n: Tensor) -> tuple[Tensor, Callable[[], Any]]:
             all_Wn, wait = super().gather_async(part_n)
             return all_Wn, logged(log, "gather", wait) if part_n.dtype == torch.uint8 else wait  # not the header
@@ -78,7 +79,7 @@ def check_overlap(group: Any) -> None:
     size, rank, log = group.size(), group.rank(), list[str]()
     with pytest.MonkeyPatch.context() as patch:
         ranks, backend_for = recorded(log)
-        patch.setattr(operator, "Ranks", ranks)
+        patch.setattr(operator, "RankGroup", ranks)
         patch.setattr(operator, "backend_for", backend_for)
         for family, passes in (("softmax", 2), ("sigmoid", 1)):
             step(group, 8, 4, family=family)

@@ -10,7 +10,7 @@ import torch
 
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.cpu import CpuTiles, library, sweep_library
-from threetowers.kernels.cpu.backend import best_isa
+from threetowers.kernels.cpu.cpu_tiles import best_isa
 from threetowers.kernels.tiles import Running, SigmoidSums, Tile, TorchTiles, Weights
 
 SHAPES = [(1, 1), (3, 17), (33, 15), (70, 1029), (129, 64)]

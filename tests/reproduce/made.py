@@ -7,8 +7,8 @@ import numpy as np
 from reproduce.experiment import GROUPS, RETRIEVAL, SUBGROUPS, VALIDATION
 from reproduce.folder import Folder, write_json
 from reproduce.plan import Experiment
-from threetowers.eval.encoder import Facts
-from threetowers.eval.record import Question, Record, write_record
+from threetowers.eval.encoders.encoder import ModelInfo
+from threetowers.eval.record import EvalRecord, EvalSpec, write_record
 
 CONCEPTS = 400
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -44,9 +44,9 @@ def _record(folder: Folder, one: Experiment, share: str, name: str, quality: flo
     # The same draws for every model: they differ in the threshold, as models differ on the same concepts.
     hard = {metric: np.random.default_rng(number).random(CONCEPTS) for number, metric in enumerate(metrics)}
     items = {metric: (x < quality).astype(np.float32) for metric, x in hard.items()}
-    facts = Facts(f"made-up-{one.name}-{share}", "0" * 64, 10, "float32", "made up by a test", seed=one.seed)
-    record = Record(
-        question=Question.of(task, gallery, facts, [], {}),
+    facts = ModelInfo(f"made-up-{one.name}-{share}", "0" * 64, 10, "float32", "made up by a test", seed=one.seed)
+    record = EvalRecord(
+        question=EvalSpec.of(task, gallery, facts, [], {}),
         metrics={metric: float(values.mean()) for metric, values in items.items()},
         counts={},
         sample_ids="",

@@ -29,7 +29,7 @@ def test_work_is_runs_times_seconds(tmp_path: Path) -> None:
 
 def test_longer_ablations_count_as_long_as_they_are(tmp_path: Path) -> None:
     plan = load_plan(CONFIGS / "experiments.yaml")
-    variants = {"longer": Variant("clip", ["duration={epochs: 24}"]), "other": Variant("clip", ["dim=64"])}
+    variants = {"longer": Variant("clip", ["duration={epochs: 24}"]), "other": Variant("clip", ["embed_dim=64"])}
     plan = replace(plan, epochs=12, ablations=replace(plan.ablations, variants=variants))
     paces = {method: Pace(1.0, 0.0) for method in plan.methods}
     teachers = dict.fromkeys(plan.teachers, TeacherPace(0.0))

@@ -23,7 +23,7 @@ from reproduce.plan import BadPlan, Experiment, load_plan
 from reproduce.scores import gather
 from reproduce.slope import slope
 from tests.reproduce.made import finish
-from threetowers.eval.bootstrap import Difference
+from threetowers.eval.metrics.bootstrap import PairedDifference
 
 CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
 METRICS: dict[str, Any] = {
@@ -49,7 +49,7 @@ METRICS: dict[str, Any] = {
     ],
 )
 def test_a_line_is_judged_by_its_interval(low: float, high: float, asks: str, verdict: Verdict) -> None:
-    assert verdict_of(Difference((low + high) / 2, low, high, 0.5), asks, margin=0.02) == verdict
+    assert verdict_of(PairedDifference((low + high) / 2, low, high, 0.5), asks, margin=0.02) == verdict
 
 
 def test_a_claim_holds_where_all_of_its_lines_do() -> None:
@@ -126,8 +126,8 @@ def test_sides_are_compared_over_their_common_seeds(tmp_path: Path) -> None:
 
 
 def measured(
-    found: tuple[tuple[float, float], Difference, int] | None,
-) -> tuple[tuple[float, float], Difference, int]:
+    found: tuple[tuple[float, float], PairedDifference, int] | None,
+) -> tuple[tuple[float, float], PairedDifference, int]:
     assert found is not None
     return found
 

@@ -14,7 +14,7 @@ from reproduce.folder import Folder, read_json
 from reproduce.plan import BadPlan, Experiment, Plan, parse_plan
 from reproduce.report.page import write_report
 from tests.conftest import write_tar
-from threetowers.cache.tars import index_tar, read_member
+from threetowers.cache.webdataset.tar_index import index_tar, read_member
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/reproduce"
@@ -46,7 +46,7 @@ def configs(tmp_path: Path) -> Path:
     copy = shutil.copytree(CONFIGS, tmp_path / "configs")
     config, groups = copy / "3t.yaml", copy / "sets/groups.yaml"
     tree = yaml.safe_load(config.read_text())
-    tree |= {"batch": 96, "dim": 16}
+    tree |= {"global_batch_size": 96, "embed_dim": 16}
     tree["data"]["image_size"] = 32
     tree["towers"]["image"]["model"] = "test_resnet"
     tree["towers"]["text"] |= {"width": 16, "depth": 1}
@@ -82,8 +82,8 @@ def test_a_reproduction_from_nothing_to_the_report(tmp_path: Path, emoji: Path, 
     source = index_tar(emoji / "train-000000.tar")
     kept = [sample.key for sample in source.samples if sample.key.rpartition("-")[2] in plan.styles.contrastive]
     assert [sample.key for sample in tar.samples] == kept
-    place = [sample.key for sample in source.samples].index(kept[5])
-    assert read_member(tar, 5, "webp") == read_member(source, place, "webp")
+    storage = [sample.key for sample in source.samples].index(kept[5])
+    assert read_member(tar, 5, "webp") == read_member(source, storage, "webp")
 
     one = Experiment("3t", "random", None, 0)
     facts = read_json(folder.finished(one.name))

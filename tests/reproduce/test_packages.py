@@ -13,7 +13,7 @@ import timm
 
 from reproduce import squeezenet
 from reproduce.packages import NotAvailable, Package, fetched, member
-from threetowers.cache.teacher import load_teacher
+from threetowers.cache.encoders.teacher import load_teacher
 
 
 def tarball(path: Path, name: str, data: bytes) -> str:
@@ -54,15 +54,15 @@ def test_squeezenet_arrays_become_a_teacher(tmp_path: Path, monkeypatch: pytest.
     """A pickle as the package has it, with random numbers: all tensors fit, and colours are turned round."""
     rng = np.random.default_rng(0)
     model = timm.create_model("squeezenet1_1", pretrained=False)
-    places = {place: fire for fire, place in squeezenet.FIRES.items()}
+    places = {storage: fire for fire, storage in squeezenet.FIRES.items()}
     arrays = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("weight"):
-            _, place, *part = name.split(".")
+            _, storage, *part = name.split(".")
             kernel = rng.normal(size=tensor.permute(2, 3, 1, 0).shape).astype(np.float32)
             layer = {"features.0.weight": "conv1", "classifier.1.weight": "conv10"}.get(name)
             if layer is None:
-                layer = f"fire{places[int(place)]}/{part[0].replace('squeeze', 'squeeze1x1')}"
+                layer = f"fire{places[int(storage)]}/{part[0].replace('squeeze', 'squeeze1x1')}"
             arrays[layer] = [kernel, rng.normal(size=len(tensor)).astype(np.float32)]
     protocol_3 = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     monkeypatch.setattr(squeezenet, "member", lambda *_: protocol_3)

@@ -10,7 +10,7 @@ from reproduce.claims import load_claims
 from reproduce.experiment import changes_of, run_of
 from reproduce.folder import Folder
 from reproduce.plan import BadPlan, Experiment, Plan, load_plan, parse_plan
-from threetowers.eval.description import parse_description
+from threetowers.eval.datasets.config import parse_description
 from threetowers.trainer.config import CacheTower, ImageTower
 
 CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
@@ -55,7 +55,7 @@ def test_every_run_is_one_that_the_trainer_takes(plan: Plan, quick: bool, tmp_pa
 def test_all_methods_get_the_same_data_steps_and_batch(plan: Plan, tmp_path: Path) -> None:
     grid = [one for one in plan.experiments() if one.variant is None]
     runs = [run_of(plan, Folder(tmp_path), CONFIGS, one, changes_of(plan, one, {})) for one in grid]
-    assert len({(str(run.data), run.batch, run.duration) for run in runs}) == 1
+    assert len({(str(run.data), run.global_batch_size, run.duration) for run in runs}) == 1
 
 
 def test_trials_are_one_a_method_and_rate(plan: Plan) -> None:

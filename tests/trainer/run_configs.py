@@ -7,15 +7,15 @@ import sys
 from torch import nn
 
 from threetowers.trainer.config import load
-from threetowers.trainer.engine import leave_ranks, start_ranks
-from threetowers.trainer.loop import Trainer
+from threetowers.trainer.engine import join_process_group, leave_process_group
+from threetowers.trainer.train import Trainer
 
 if __name__ == "__main__":
     for config in sys.argv[1:]:
-        trainer = Trainer(load(config), start_ranks())
+        trainer = Trainer(load(config), join_process_group())
         trainer.train()
         kinds = {type(module).__module__ for module in gc.get_objects() if isinstance(module, nn.Module)}
-        found = {"models": sorted(kinds), "teacher imported": "threetowers.cache.teacher" in sys.modules}
+        found = {"models": sorted(kinds), "teacher imported": "threetowers.cache.encoders.teacher" in sys.modules}
         if trainer.ranks.first:
             print(json.dumps(found), flush=True)
-    leave_ranks()
+    leave_process_group()

@@ -13,13 +13,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from threetowers.trainer.accumulate import accumulate
-from threetowers.trainer.checkpoint import save_weights
+from threetowers.trainer.checkpoint.checkpoint import save_weights
 from threetowers.trainer.config import parse
-from threetowers.trainer.engine import Ranks, chunks, deepspeed_config, leave_ranks, start_engine, start_ranks
-from threetowers.trainer.loop import seed_dropout
-from threetowers.trainer.objective import objective
-from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.engine import (
+    Ranks,
+    chunks,
+    deepspeed_config,
+    join_process_group,
+    leave_process_group,
+    start_engine,
+)
+from threetowers.trainer.grad_cache import accumulate
+from threetowers.trainer.loss import objective
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.train import seed_dropout
 
 
 def run_job(job: dict[str, Any], ranks: Ranks) -> None:
@@ -30,9 +37,11 @@ def run_job(job: dict[str, Any], ranks: Ranks) -> None:
         model.checkpoint_activations()
     engine = start_engine(model, run, deepspeed_config(run, ranks.world))
     everything = load_file(job["batch"])
-    local = run.batch // ranks.world
+    local = run.global_batch_size // ranks.world
     for step in range(job["steps"]):
-        rows = slice(step * run.batch + ranks.rank * local, step * run.batch + (ranks.rank + 1) * local)
+        rows = slice(
+            step * run.global_batch_size + ranks.rank * local, step * run.global_batch_size + (ranks.rank + 1) * local
+        )
         batch = {name: tensor[rows] for name, tensor in everything.items()}
         concepts = batch.pop("concepts")
         measured = accumulate(
@@ -49,7 +58,7 @@ def run_job(job: dict[str, Any], ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    here = start_ranks()
+    here = join_process_group()
     for item in json.loads(Path(sys.argv[1]).read_text()):
         run_job(item, here)
-    leave_ranks()
+    leave_process_group()

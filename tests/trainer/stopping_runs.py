@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from threetowers.trainer.config import load
-from threetowers.trainer.engine import Ranks, leave_ranks, start_ranks
+from threetowers.trainer.engine import Ranks, join_process_group, leave_process_group
 from threetowers.trainer.interruption import Interrupted
-from threetowers.trainer.loop import Trainer
-from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.train import Trainer
 
 
 class Look:
@@ -70,9 +70,9 @@ def run_job(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    here = start_ranks()
+    here = join_process_group()
     for item in json.loads(Path(sys.argv[1]).read_text()):
         found = run_job(item, here)
         if here.first:
             print(json.dumps({"job": item["config"]} | found), flush=True)
-    leave_ranks()
+    leave_process_group()

@@ -10,10 +10,10 @@ import yaml
 from threetowers.trainer.config import ConfigError, Duration, differences, dump, load, parse
 
 THREE: dict[str, Any] = {
-    "out": "runs/x",
-    "batch": 8,
+    "output_dir": "runs/x",
+    "global_batch_size": 8,
     "duration": {"epochs": 2},
-    "dim": 16,
+    "embed_dim": 16,
     "data": {"tars": ["a.tar"], "tokenizer": "t.model", "image_size": 32},
     "towers": {
         "image": {"kind": "timm", "model": "test_vit"},
@@ -54,7 +54,7 @@ def test_round_trip() -> None:
         ("optim.lrr", 1, r"optim\.lrr: Unexpected keyword"),
         ("optim.lr", "fast", r"optim\.lr: .*number.*'fast'"),
         ("optim.lr", -1.0, r"optim\.lr: .*greater than 0"),
-        ("batch", 0, r"batch: .*greater than or equal to 1"),
+        ("global_batch_size", 0, r"global_batch_size: .*greater than or equal to 1"),
         ("engine.zero_stage", 4, r"engine\.zero_stage: .*0, 1, 2 or 3.*found 4"),
         ("towers.third.kind", "cached", r"towers\.third: .*'cached'"),
         ("towers.text.width", None, r"towers\.text\.text\.width: .*required"),
@@ -118,4 +118,4 @@ def test_durations() -> None:
 def test_shipped_configs_are_valid(file: Path) -> None:
     run = load(file)
     assert str(file.relative_to(ROOT)) in file.read_text().split("\n\n")[0]  # how to run it
-    assert run.out.endswith(file.stem)
+    assert run.output_dir.endswith(file.stem)

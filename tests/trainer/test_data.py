@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 
 from tests.conftest import picture, samples_of, write_tar
-from threetowers.cache.tars import index_tar
+from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import parse
+from threetowers.trainer.data.crops import center, random_crop
 from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.samples import BadSample, SampleSet, annotation, concept, image, open_samples
-from threetowers.trainer.data.view import center, random_crop
+from threetowers.trainer.data.sample_set import BadSample, SampleSet, concept, open_samples, read_annotation, read_image
 from threetowers.trainer.tokenizer import Tokenizer
 
 
 def batches(tree: dict[str, Any], rank: int = 0, ranks: int = 1, start: int = 0, stop: int = 4) -> list[Batch]:
     run = parse(tree)
-    samples = open_samples(run, Path(run.out))
+    samples = open_samples(run, Path(run.output_dir))
     tokenizer = Tokenizer.load(run.data.tokenizer)
     loader: Any = training_loader(run, samples, tokenizer, rank, ranks, start, stop)
     return list(loader)
@@ -94,7 +94,7 @@ def test_bad_samples_are_named_and_counted(clip: dict[str, Any], tmp_path: Path)
 def test_texts_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     tar = index_tar(write_tar(tmp_path / "t.tar", [("k", members)]))
     with pytest.raises(BadSample, match=message):
-        annotation(tar, 0)
+        read_annotation(tar, 0)
 
 
 def test_texts_that_can_be_used(tmp_path: Path) -> None:
@@ -109,25 +109,25 @@ def test_texts_that_can_be_used(tmp_path: Path) -> None:
             ],
         )
     )
-    assert annotation(tar, 0).captions == ("café",)
-    assert annotation(tar, 1).captions == ("from json",)
-    assert annotation(tar, 1).fields["n"] == 3
-    assert annotation(tar, 2).captions == ("x",)
-    assert concept(tar, 1, annotation(tar, 1), "n") == "3"
-    assert concept(tar, 0, annotation(tar, 0), None) != concept(tar, 1, annotation(tar, 1), None)
+    assert read_annotation(tar, 0).captions == ("café",)
+    assert read_annotation(tar, 1).captions == ("from json",)
+    assert read_annotation(tar, 1).fields["n"] == 3
+    assert read_annotation(tar, 2).captions == ("x",)
+    assert concept(tar, 1, read_annotation(tar, 1), "n") == "3"
+    assert concept(tar, 0, read_annotation(tar, 0), None) != concept(tar, 1, read_annotation(tar, 1), None)
     with pytest.raises(BadSample, match=r"no field 'kind' in its json member \(found \['caption', 'n'\]\)"):
-        concept(tar, 1, annotation(tar, 1), "kind")
+        concept(tar, 1, read_annotation(tar, 1), "kind")
 
 
 def test_an_image_too_large_to_decode_is_refused(tmp_path: Path) -> None:
     tar = index_tar(write_tar(tmp_path / "t.tar", [("k", {"png": picture("red", "disc", 0), "txt": b"x"})]))
-    assert image(tar, 0, 32 * 32).size == (32, 32)
+    assert read_image(tar, 0, 32 * 32).size == (32, 32)
     with pytest.raises(BadSample, match=r"t\.tar: sample 'k': .*1023"):
-        image(tar, 0, 32 * 32 - 1)
+        read_image(tar, 0, 32 * 32 - 1)
 
 
 def test_too_few_samples_for_a_batch(clip: dict[str, Any]) -> None:
-    clip["batch"] = 46
+    clip["global_batch_size"] = 46
     with pytest.raises(ValueError, match="a batch of 46 needs at least 46 samples, the tars hold 45; lower `batch`"):
         batches(clip)
 
@@ -148,5 +148,5 @@ def test_random_crops_stay_inside_and_vary() -> None:
 
 
 def test_fields_survive_json(tars: list[Path]) -> None:
-    fields = annotation(index_tar(tars[0]), 0).fields
+    fields = read_annotation(index_tar(tars[0]), 0).fields
     assert json.loads(json.dumps(dict(fields))) == fields

@@ -11,14 +11,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from threetowers.cache.reader import EmbeddingCache
+from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import CacheTower, parse
-from threetowers.trainer.export import export, probes
-from threetowers.trainer.folder import RunFolder
+from threetowers.trainer.export.export import export, probes
+from threetowers.trainer.export.trained_model import TrainedModel
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.model.state_dict import distinct_state
+from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
-from threetowers.trainer.towers.model import TowerModel
-from threetowers.trainer.trained import TrainedModel
-from threetowers.trainer.weights import distinct_state
 
 CAUSAL = {"kind": "text", "width": 16, "depth": 2, "heads": 2, "causal": True, "norm_eps": 1e-5}
 
@@ -26,12 +26,12 @@ CAUSAL = {"kind": "text", "width": 16, "depth": 2, "heads": 2, "causal": True, "
 def finished(tree: dict[str, Any]) -> Path:
     """The folder of a run of random weights, of all of them: biases, norms and scales too."""
     run = parse(tree)
-    contracts = {n: EmbeddingCache.open(t.path).contract for n, t in run.towers.items() if isinstance(t, CacheTower)}
-    folder = RunFolder(Path(run.out))
-    folder.create(run, {}, contracts)
+    manifests = {n: EmbeddingCache.open(t.path).manifest for n, t in run.towers.items() if isinstance(t, CacheTower)}
+    folder = RunFolder(Path(run.output_dir))
+    folder.create(run, {}, manifests)
     torch.manual_seed(3)
     rows = Tokenizer.load(folder.tokenizer).embedding_rows(run.data.vocab_size)
-    model = TowerModel(run, rows, {name: contract.dim for name, contract in contracts.items()})
+    model = TowerModel(run, rows, {name: manifest.dim for name, manifest in manifests.items()})
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -48,7 +48,7 @@ def test_main_towers_alone_embed_as_before_to_the_bit(three: dict[str, Any], tmp
     before, after = TrainedModel.load(folder), TrainedModel.load(tmp_path / "kept")
     assert set(after.model.towers) == {"image", "text"}
     assert set(after.model.heads) == {"f", "g"}
-    assert after.contracts == {}
+    assert after.manifests == {}
     images, _ = probes(before)
     captions = ["a red disc", "cross, blue", ""]
     assert after.encode_images(images).equal(before.encode_images(images))
@@ -75,7 +75,7 @@ def test_lit_keeps_its_cached_tower(lit: dict[str, Any], tmp_path: Path) -> None
     assert export(folder, tmp_path / "kept").difference == 0
     kept = TrainedModel.load(tmp_path / "kept")
     assert kept.sees_cached_rows
-    assert kept.contracts == TrainedModel.load(folder).contracts
+    assert kept.manifests == TrainedModel.load(folder).manifests
     for form in ("open_clip", "timm"):
         with pytest.raises(ValueError, match=r"cannot express .* cached teacher"):
             export(folder, tmp_path / form, form)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def test_lit_keeps_its_cached_tower(lit: dict[str, Any], tmp_path: Path) -> None
 def test_open_clip_embeds_as_we_do(three: dict[str, Any], tmp_path: Path, text: dict[str, Any], family: str) -> None:
     three["towers"] |= {"image": {"kind": "timm", "model": "test_resnet"}, "text": text}
     three["heads"]["g"] |= {"bias": family == "softmax"}
-    three |= {"loss": {"family": family}}
+    three |= {"loss": {"kind": family}}
     folder = finished(three)
     done = export(folder, tmp_path / "kept", "open_clip")
     assert done.difference <= 1e-5

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.trainer.test_config import THREE
 from threetowers.kernels import dense_contrastive_loss
-from threetowers.trainer.config import Run, parse
-from threetowers.trainer.objective import TermResult, objective
-from threetowers.trainer.towers.model import Outputs
+from threetowers.trainer.config import TrainConfig, parse
+from threetowers.trainer.loss import TermResult, objective
+from threetowers.trainer.model.model import Outputs
 
 WIDTH = 6
 SIDES = {"f": "image", "g": "text", "f_h": "image", "h_f": "third", "g_h": "text", "h_o": "other"}
@@ -26,9 +26,9 @@ PRESENT = {
 }
 
 
-def run_of(family: str) -> Run:
+def run_of(family: str) -> TrainConfig:
     """Two third towers, each in a term of its own and together in one."""
-    cached = {"kind": "cache", "path": "c", "on_bad_row": "mask"}
+    cached = {"kind": "cache", "path": "c", "on_missing_row": "mask"}
     terms = {
         "image-text": {"x": "f", "y": "g", "weight": 0.5},
         "image-third": {"x": "f_h", "y": "h_f", "weight": 2.0},
@@ -38,7 +38,7 @@ def run_of(family: str) -> Run:
     }
     heads = {name: {"of": tower} for name, tower in SIDES.items()}
     towers = THREE["towers"] | {"third": cached, "other": cached}
-    return parse(THREE | {"towers": towers, "heads": heads, "terms": terms, "loss": {"family": family}})
+    return parse(THREE | {"towers": towers, "heads": heads, "terms": terms, "loss": {"kind": family}})
 
 
 def leaves() -> dict[str, Tensor]:
@@ -56,12 +56,12 @@ def features() -> dict[str, Tensor]:
 
 
 def ours(
-    run: Run, case: str, concepts_B: Tensor | None, mine: slice, values: dict[str, Tensor]
+    run: TrainConfig, case: str, concepts_B: Tensor | None, mine: slice, values: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, TermResult]]:
     rows = features()
     embeddings = {name: rows[tower][mine] @ values[name] for name, tower in SIDES.items()}
     names = ("scale", "another")
-    biases = {name: values[f"bias {name}"] for name in names} if run.loss.family == "sigmoid" else {}
+    biases = {name: values[f"bias {name}"] for name in names} if run.loss.kind == "sigmoid" else {}
     outputs = Outputs(embeddings, {name: values[f"log {name}"] for name in names}, biases)
     third, other = (torch.tensor(has, dtype=torch.bool)[mine] for has in PRESENT[case])
     for name, tower in SIDES.items():  # what a masked sample holds must not matter
@@ -73,7 +73,7 @@ def ours(
 
 
 def truth(
-    run: Run, case: str, concepts_B: Tensor | None, values: dict[str, Tensor]
+    run: TrainConfig, case: str, concepts_B: Tensor | None, values: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The dense loss of each term over the samples that have it, in float64."""
     rows = {name: value.double() for name, value in features().items()}
@@ -90,13 +90,13 @@ def truth(
         if term.kind == "l2":
             terms[name] = (x - y).square().sum(1).mean()
             continue
-        bias = values[f"bias {term.scale}"].double() if run.loss.family == "sigmoid" else None
+        bias = values[f"bias {term.scale}"].double() if run.loss.kind == "sigmoid" else None
         terms[name] = dense_contrastive_loss(
             x,
             y,
             values[f"log {term.scale}"].double(),
             bias=bias,
-            family=run.loss.family,
+            family=run.loss.kind,
             sample_ids=None if concepts_B is None else concepts_B[keep],
         )
     return torch.stack([run.terms[name].weight * loss for name, loss in terms.items()]).sum(), terms
@@ -146,10 +146,10 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 def test_a_tower_that_every_term_needs_cannot_be_masked() -> None:
     tree: dict[str, Any] = THREE | {"towers": THREE["towers"] | {"third": {"kind": "cache", "path": "c"}}}
-    tree["towers"]["third"]["on_bad_row"] = "mask"
+    tree["towers"]["third"]["on_missing_row"] = "mask"
     parse(tree)
     lit = tree | {"terms": {"t": {"x": "g", "y": "h_f"}}, "deploy": {"image": "h_f", "text": "g"}}
     lit["towers"] = {name: tree["towers"][name] for name in ("text", "third")}
     lit["heads"] = {name: tree["heads"][name] for name in ("g", "h_f")}
-    with pytest.raises(ValueError, match=r"towers\.third\.on_bad_row: mask .* every term .*use skip"):
+    with pytest.raises(ValueError, match=r"towers\.third\.on_missing_row: mask .* every term .*use skip"):
         parse(lit)

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from tests.trainer.test_config import ROOT, RUNS
 from tests.trainer.test_training import SCRIPT, TORCHRUN, launch, metrics
-from threetowers.cache.teacher import load_teacher
-from threetowers.trainer.config import CacheTower, Run, dump, load
-from threetowers.trainer.cost import Teacher, meta_model
-from threetowers.trainer.dryrun import dry_run
+from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.trainer.config import CacheTower, TrainConfig, dump, load
 from threetowers.trainer.engine import deepspeed_config
-from threetowers.trainer.export import probes
-from threetowers.trainer.optimizer import parameter_groups
-from threetowers.trainer.towers.model import TowerModel
-from threetowers.trainer.trained import TrainedModel
+from threetowers.trainer.estimate.cost import TeacherCost, meta_model
+from threetowers.trainer.estimate.dry_run import dry_run
+from threetowers.trainer.export.export import probes
+from threetowers.trainer.export.trained_model import TrainedModel
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.optimizer.optimizer import parameter_groups
 
 CONFIGS = {str(file.relative_to(ROOT / "configs")): file for file in RUNS}
 SMALL = ["duration={steps: 7}", "data.vocab_size=4096"]  # what the small ones read from tars and tokenizer
@@ -51,7 +51,7 @@ def test_dry_run_of_every_config(name: str, tmp_path: Path, monkeypatch: pytest.
     run = read(name)
     page = "\n".join(dry_run(run, 8))
     assert "samples: unknown" in page
-    assert f"= {run.batch:,}\n" in page
+    assert f"= {run.global_batch_size:,}\n" in page
     model = build(run)
     assert f"model: {count(model):,} parameters, each counted once" in page
     for tower in run.towers_of("cache"):
@@ -78,7 +78,7 @@ def test_every_documented_variant_can_be_built(name: str, tmp_path: Path, monkey
         (["data.vocab_size=null"], r"data\.vocab_size: unknown without runs/emoji/tokenizer\.model"),
         (["towers.third.backbone=null"], r"towers\.third\.backbone: name it; without the cache"),
         (["towers.third.backbone=resnet0"], r"backbone 'resnet0' is unknown to timm"),
-        (["batch=9"], r"batch 9 is not divisible by 2 ranks"),
+        (["global_batch_size=9"], r"batch 9 is not divisible by 2 ranks"),
         (["data.tars=[broken.tar]"], r"broken\.tar"),
     ],
 )
@@ -91,12 +91,12 @@ def test_what_a_dry_run_must_be_told(
         dry_run(read("emoji/3t.yaml", overrides), 2)
 
 
-def read(name: str, overrides: Sequence[str] = ()) -> Run:
+def read(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     return load(CONFIGS[name], [*(SMALL if name.startswith("emoji") else []), *overrides])
 
 
-def build(run: Run) -> TowerModel:
-    teachers = {n: Teacher.named(str(t.backbone)) for n, t in run.towers.items() if isinstance(t, CacheTower)}
+def build(run: TrainConfig) -> TowerModel:
+    teachers = {n: TeacherCost.named(str(t.backbone)) for n, t in run.towers.items() if isinstance(t, CacheTower)}
     return meta_model(run, run.data.vocab_size or 0, teachers)
 
 
@@ -115,7 +115,7 @@ def test_the_small_ones_train(tars: list[Path], tokenizer: Path, cache: Path, tm
                 tower |= {"path": str(cache), "backbone": "test_resnet"}
         tree["data"] |= {"tars": [str(tar) for tar in tars], "tokenizer": str(tokenizer), "workers": 0}
         out = tmp_path / f"{file.stem}-{stage}"
-        tree |= {"out": str(out), "batch": 8, "duration": {"steps": 2}, "log": {"every_steps": 1}}
+        tree |= {"output_dir": str(out), "global_batch_size": 8, "duration": {"steps": 2}, "log": {"every_steps": 1}}
         tree |= {"engine": {"zero_stage": stage}}
         out.with_suffix(".yaml").write_text(yaml.safe_dump(tree))
         return out

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.conftest import samples_of, write_tar
-from threetowers.cache.contract import ContractError
-from threetowers.cache.place import place_of
-from threetowers.cache.tars import TarIndex, index_tar
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.storage.storage import open_storage
+from threetowers.cache.webdataset.tar_index import TarIndex, index_tar
 from threetowers.trainer.config import ConfigError, parse
-from threetowers.trainer.data import index
-from threetowers.trainer.data.index import index_sets
+from threetowers.trainer.data import tar_headers as index
 from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.order import places, shares
-from threetowers.trainer.data.samples import SampleSet, open_samples
+from threetowers.trainer.data.sample_set import SampleSet, open_samples
+from threetowers.trainer.data.sampler import places, shares
+from threetowers.trainer.data.tar_headers import index_sets
 from threetowers.trainer.tokenizer import Tokenizer
 
 
@@ -33,26 +33,26 @@ def mix(tree: dict[str, Any], tars: list[Path], other: list[Path], **data: Any) 
         "main": {"tars": [str(tar) for tar in tars], "weight": 1.0},
         "other": {"tars": [str(tar) for tar in other], "weight": 0.5},
     }
-    return tree | {"data": tree["data"] | {"tars": [], "sets": sets} | data}
+    return tree | {"data": tree["data"] | {"tars": [], "datasets": sets} | data}
 
 
 def load(
     tree: dict[str, Any], rank: int = 0, ranks: int = 1, start: int = 0, stop: int = 6
 ) -> tuple[SampleSet, list[Batch]]:
     run = parse(tree)
-    samples = open_samples(run, Path(run.out))
+    samples = open_samples(run, Path(run.output_dir))
     loader = training_loader(run, samples, Tokenizer.load(run.data.tokenizer), rank, ranks, start, stop)
     return samples, list(loader)
 
 
-STREAMED = {"read": "streamed", "lanes": 4, "shuffle_buffer": 20}
+STREAMED = {"access": "sequential", "num_streams": 4, "shuffle_buffer": 20}
 
 
 @pytest.mark.parametrize("reading", [{}, STREAMED], ids=["indexed", "streamed"])
 def test_each_set_has_its_share_and_its_own_epochs(
     clip: dict[str, Any], tars: list[Path], other: list[Path], reading: dict[str, Any]
 ) -> None:
-    clip["data"]["concept_field"] = None
+    clip["data"]["group_field"] = None
     samples, found = load(mix(clip, tars, other, **reading), stop=10)
     assert len(samples) == samples.total == 67
     (first, *_), (second, *_) = samples.parts[0].tars, samples.parts[1].tars
@@ -76,12 +76,12 @@ def test_each_set_has_its_share_and_its_own_epochs(
 
 def test_sets_have_concepts_of_their_own(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
     tree = mix(clip, tars, other)
-    tree["data"] |= {"concept_field": None}
-    tree["data"]["sets"]["other"]["concept_field"] = "concept"
+    tree["data"] |= {"group_field": None}
+    tree["data"]["datasets"]["other"]["group_field"] = "concept"
     _, found = load(tree, stop=5)
     counts = np.unique(np.concatenate([batch.concepts_b.numpy() for batch in found]), return_counts=True)[1]
     assert len(counts) > 40  # each of the 40 of main its own, 20 combinations among the others at most
-    tree["data"]["sets"]["other"]["concept_field"] = "kind"
+    tree["data"]["datasets"]["other"]["group_field"] = "kind"
     _, (batch,) = load(tree, stop=1)
     assert len(batch.bad) == 4
     assert "no field 'kind'" in batch.bad[0]
@@ -89,9 +89,9 @@ def test_sets_have_concepts_of_their_own(clip: dict[str, Any], tars: list[Path],
 
 def test_a_cache_of_one_set(three: dict[str, Any], tars: list[Path], other: list[Path], tmp_path: Path) -> None:
     """What its tower says of rows that are missing holds for all of a set that the cache has never seen."""
-    with pytest.raises(ContractError, match=r"0\.tar: not among the 2 tars of this cache"):
+    with pytest.raises(ManifestError, match=r"0\.tar: not among the 2 tars of this cache"):
         load(mix(three, tars, other))
-    three["towers"]["third"]["on_bad_row"] = "mask"
+    three["towers"]["third"]["on_missing_row"] = "mask"
     for reading in ({}, STREAMED):
         samples, found = load(mix(three, tars, other, **reading))
         assert samples.without_row == {"left out of the terms with 'third'": 22}
@@ -100,12 +100,14 @@ def test_a_cache_of_one_set(three: dict[str, Any], tars: list[Path], other: list
             assert int(present.sum()) == 8
             assert (batch.inputs["third"][~present] == 0).all()
             assert (batch.inputs["third"][present] != 0).any(1).all()
-    three["towers"]["third"]["on_bad_row"] = "skip"
-    with pytest.raises(ConfigError, match=r"data\.sets\.other: a batch of 4 needs at least 4 samples, the tars hold 0"):
+    three["towers"]["third"]["on_missing_row"] = "skip"
+    with pytest.raises(
+        ConfigError, match=r"data\.datasets\.other: a batch of 4 needs at least 4 samples, the tars hold 0"
+    ):
         load(mix(three, tars, other))
-    three["towers"]["third"]["on_bad_row"] = "mask"
+    three["towers"]["third"]["on_missing_row"] = "mask"
     three["data"]["tars"] = [str(tar) for tar in other]  # the only set: a wrong path, no gap
-    with pytest.raises(ContractError, match="not among the 2 tars"):
+    with pytest.raises(ManifestError, match="not among the 2 tars"):
         load(three)
 
 
@@ -143,10 +145,10 @@ def test_what_cannot_be_mixed(clip: dict[str, Any], tars: list[Path], other: lis
     tree = mix(clip, tars, other)
     with pytest.raises(ConfigError, match="tars and sets are both given"):
         parse(tree | {"data": tree["data"] | {"tars": ["x.tar"]}})
-    tree["data"]["sets"]["other"]["tars"] = []
-    with pytest.raises(ConfigError, match=r"data\.sets\.other\.tars: expected at least one tar"):
+    tree["data"]["datasets"]["other"]["tars"] = []
+    with pytest.raises(ConfigError, match=r"data\.datasets\.other\.tars: expected at least one tar"):
         parse(tree)
-    tree["data"]["sets"]["other"]["weight"] = 0
+    tree["data"]["datasets"]["other"]["weight"] = 0
     with pytest.raises(ConfigError, match=r"sets\.other\.weight"):
         parse(tree)
 
@@ -181,10 +183,10 @@ def test_an_index_is_kept_for_the_tar_as_it_is(
     changed, _ = index_sets(patterns, kept)
     assert opened == [str(copies[1])]
     assert [sample.key for sample in changed[1].samples] == [f"s{i:04d}" for i in range(7, 12)]
-    place = place_of(kept)
-    for name in place.names():
+    storage = open_storage(kept)
+    for name in storage.names():
         if name.endswith(".npz"):
-            place.put(name, place.read(name)[:50], owner="test")
+            storage.put(name, storage.read(name)[:50], owner="test")
     assert len(index_sets(patterns, kept)[0]) == 2  # damaged: read again
     assert len(opened) == 3
 
@@ -192,7 +194,7 @@ def test_an_index_is_kept_for_the_tar_as_it_is(
 def share_the_index(rank: int, store: str, patterns: dict[str, list[str]], bad: str) -> None:
     import torch.distributed as dist
 
-    from threetowers.cache.tars import BadTar, expand, index_tar
+    from threetowers.cache.webdataset.tar_index import BadTar, expand, index_tar
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     alone = [index_tar(path) for part in patterns.values() for path in expand(part)]

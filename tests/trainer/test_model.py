@@ -8,10 +8,10 @@ import torch
 
 from tests.trainer.test_config import THREE, changed
 from threetowers.trainer.config import TextTower, parse
-from threetowers.trainer.objective import objective
+from threetowers.trainer.loss import objective
+from threetowers.trainer.model.model import TowerModel, clamp_log_scale
+from threetowers.trainer.model.text import TextTransformer
 from threetowers.trainer.tokenizer import END, PAD
-from threetowers.trainer.towers.model import TowerModel, clamp_log_scale
-from threetowers.trainer.towers.text import TextTransformer
 
 WIDTHS = {"third": 20}
 
@@ -108,7 +108,7 @@ def test_the_workspace_keeps_tiles_and_changes_no_bit(mebibytes: int, kept_terms
         return part
 
     results = []
-    for tree in (changed("loss", {"workspace": mebibytes}), changed("loss", {"workspace": 0})):
+    for tree in (changed("loss", {"logit_cache_mib": mebibytes}), changed("loss", {"logit_cache_mib": 0})):
         saved.clear()
         model = model_of(tree)
         outputs = model(inputs_of(6))
@@ -125,13 +125,13 @@ def test_headless_terms_must_agree_in_width() -> None:
     tree = changed("heads.h_f", {"of": "third", "kind": "none"})
     with pytest.raises(ValueError, match=r"terms\.image-third: 'f_h' has width 16, 'h_f' has 20"):
         model_of(tree)
-    tree["dim"] = 20
+    tree["embed_dim"] = 20
     assert model_of(tree)(inputs_of(3)).embeddings["h_f"].shape == (3, 20)
 
 
 def test_separate_scales_and_sigmoid_biases() -> None:
     tree = changed("terms.image-third.scale", "own")
-    tree["loss"] = {"family": "sigmoid"}
+    tree["loss"] = {"kind": "sigmoid"}
     model = model_of(tree)
     outputs = model(inputs_of(4))
     assert set(outputs.log_scales) == set(outputs.biases) == {"scale", "own"}

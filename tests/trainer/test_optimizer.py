@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.test_accumulate import model_of, tree
-from threetowers.trainer.adafactor import Adafactor, factored_sides
+from tests.trainer.test_grad_cache import model_of, tree
 from threetowers.trainer.config import ConfigError, Duration, Optim, parse
-from threetowers.trainer.optimizer import freeze, parameter_groups
-from threetowers.trainer.schedule import Schedule
+from threetowers.trainer.optimizer.adafactor import Adafactor, factored_sides
+from threetowers.trainer.optimizer.optimizer import freeze, parameter_groups
+from threetowers.trainer.optimizer.schedule import Schedule
 
 
 def rates(total: int = 100, samples: int = 1000, batch: int = 100, **optim: Any) -> list[float]:
@@ -79,10 +79,10 @@ def test_groups_by_name() -> None:
     assert frozen == {name for name in names.values() if name.startswith("towers.image.model.blocks.0.")}
     assert set().union(*groups.values()) | frozen == set(names.values())
     with pytest.raises(
-        ConfigError, match=r"optim\.groups: 'towers\.img\.\*' matches no parameter; there are \d+, such as"
+        ConfigError, match=r"optim\.param_groups: 'towers\.img\.\*' matches no parameter; there are \d+, such as"
     ):
-        parameter_groups(model, Optim(groups=[{"match": "towers.img.*"}]))  # type: ignore[list-item]
-    nothing = Optim(groups=[{"match": "*", "lr": 0}])  # type: ignore[list-item]
+        parameter_groups(model, Optim(param_groups=[{"match": "towers.img.*"}]))  # type: ignore[list-item]
+    nothing = Optim(param_groups=[{"match": "*", "lr": 0}])  # type: ignore[list-item]
     freeze(model, nothing)
     with pytest.raises(ConfigError, match="every parameter is frozen"):
         parameter_groups(model, nothing)

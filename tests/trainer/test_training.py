@@ -15,15 +15,15 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import samples_of, write_tar
-from threetowers.cache.contract import ContractError
-from threetowers.cache.tars import index_tar
-from threetowers.cache.teacher import load_teacher
+from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
-from threetowers.trainer.data.join import CacheJoin
-from threetowers.trainer.data.samples import image
-from threetowers.trainer.folder import RunFolder
-from threetowers.trainer.objective import objective
-from threetowers.trainer.towers.model import TowerModel
+from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.sample_set import read_image
+from threetowers.trainer.loss import objective
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.run_folder import RunFolder
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 SCRIPT = str(Path(__file__).with_name("run_configs.py"))
@@ -40,7 +40,7 @@ def write(tree: dict[str, Any], folder: Path, **changes: Any) -> tuple[str, Path
     """Write a config with its own output folder; returns the file and that folder."""
     name = f"run{len(list(folder.glob('*.yaml')))}"
     file, out = folder / f"{name}.yaml", folder / name
-    file.write_text(yaml.safe_dump(tree | {"out": str(out)} | changes))
+    file.write_text(yaml.safe_dump(tree | {"output_dir": str(out)} | changes))
     return str(file), out
 
 
@@ -108,7 +108,7 @@ def test_bad_input_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
     assert "bad.tar: sample 's0009': " in last
     assert last.endswith("set data.on_bad: skip to train without such samples")
     assert "Traceback" not in result.stderr
-    launch([*command, "data.on_bad=skip", f"out={tmp_path / 'skipping'}"])
+    launch([*command, "data.on_bad=skip", f"output_dir={tmp_path / 'skipping'}"])
     assert sum(m["skipped"] for m in metrics(tmp_path / "skipping")) >= 1
 
 
@@ -130,7 +130,7 @@ def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache
     join = CacheJoin(cache, indexes)
     teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
     addresses = [(0, 3), (1, 0), (1, 19), (0, 24), (0, 0), (1, 7)]
-    live = teacher.embed(torch.stack([teacher.preprocess(image(indexes[t], o, 10**6)) for t, o in addresses]))
+    live = teacher.embed(torch.stack([teacher.preprocess(read_image(indexes[t], o, 10**6)) for t, o in addresses]))
     cached = torch.from_numpy(np.stack([join.row(t, o) for t, o in addresses]))
     assert torch.cosine_similarity(live, cached).min() >= 0.9999
     torch.manual_seed(0)
@@ -151,25 +151,29 @@ def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path:
     folder.create(run, {}, {})
     assert folder.check(run) == []
     with pytest.raises(ConfigError, match=r"holds a run with another config:\n  batch: 12 -> 15\nchoose another `out`"):
-        folder.check(parse(clip | {"batch": 15}))
-    elsewhere = clip | {"out": "moved", "engine": {"zero_stage": 3, "chunk": 4}, "checkpoint": {"keep": 5}}
+        folder.check(parse(clip | {"global_batch_size": 15}))
+    elsewhere = clip | {
+        "output_dir": "moved",
+        "engine": {"zero_stage": 3, "micro_batch_size": 4},
+        "checkpoint": {"keep": 5},
+    }
     changed = [d.key for d in folder.check(parse(elsewhere))]
-    assert changed == ["checkpoint.keep", "engine.chunk", "engine.zero_stage", "out"]
+    assert changed == ["checkpoint.keep", "engine.micro_batch_size", "engine.zero_stage", "output_dir"]
     with pytest.raises(ConfigError, match=r"config:\n  engine.precision: 'float32' -> 'bfloat16'\nchoose"):
         folder.check(parse(clip | {"engine": {"zero_stage": 3, "precision": "bfloat16"}}))
 
 
 def test_a_cache_of_another_backbone_is_refused(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
     indexes = [index_tar(tar) for tar in tars]
-    assert CacheJoin(cache, indexes, "test_resnet").cache.contract.backbone == "test_resnet"
-    with pytest.raises(ContractError, match=r"backbone: expected 'resnet18', found 'test_resnet'"):
+    assert CacheJoin(cache, indexes, "test_resnet").cache.manifest.backbone == "test_resnet"
+    with pytest.raises(ManifestError, match=r"backbone: expected 'resnet18', found 'test_resnet'"):
         CacheJoin(cache, indexes, "resnet18")
-    began = CacheJoin(cache, indexes).cache.contract
-    folder = RunFolder(Path(three["out"]))
+    began = CacheJoin(cache, indexes).cache.manifest
+    folder = RunFolder(Path(three["output_dir"]))
     folder.create(parse(three), {}, {"third": began})
-    folder.check_contracts({"third": began})
-    with pytest.raises(ContractError, match=r"tower 'third' is read from another cache .*: weights_digest: expected"):
-        folder.check_contracts({"third": replace(began, weights_digest="0" * 64)})
-    folder.contracts.write_text('{"third": {"backbone": "test_resnet"}}')
-    with pytest.raises(ContractError, match=r"contracts\.json: damaged, or of another version: Field required"):
-        folder.read_contracts()
+    folder.check_manifests({"third": began})
+    with pytest.raises(ManifestError, match=r"tower 'third' is read from another cache .*: weights_digest: expected"):
+        folder.check_manifests({"third": replace(began, weights_digest="0" * 64)})
+    folder.manifests.write_text('{"third": {"backbone": "test_resnet"}}')
+    with pytest.raises(ManifestError, match=r"cache_manifests\.json: damaged, or of another version: Field required"):
+        folder.read_manifests()

@@ -8,12 +8,12 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
-from threetowers.cache.tars import read_member
-from threetowers.trainer.config import Augment, Run
-from threetowers.trainer.data.augment import augmented
-from threetowers.trainer.data.join import NoRow, Row
-from threetowers.trainer.data.samples import BadSample, Read, SampleSet, annotation, concept, image
-from threetowers.trainer.data.view import random_crop
+from threetowers.cache.webdataset.tar_index import read_member
+from threetowers.trainer.config import Augment, TrainConfig
+from threetowers.trainer.data.augmentation import augmented
+from threetowers.trainer.data.cache_join import NoRow, Row
+from threetowers.trainer.data.crops import random_crop
+from threetowers.trainer.data.sample_set import BadSample, Read, SampleSet, concept, read_annotation, read_image
 
 
 class Item(NamedTuple):
@@ -26,7 +26,7 @@ class Item(NamedTuple):
 class Items:
     """Makes items by (epoch, index). What is random in one depends on (seed, epoch, index) alone."""
 
-    def __init__(self, run: Run, samples: SampleSet) -> None:
+    def __init__(self, run: TrainConfig, samples: SampleSet) -> None:
         self._run = run
         self._samples = samples
         self._sees_images = bool(run.towers_of("timm"))
@@ -56,9 +56,9 @@ class Items:
         number, ordinal = samples.address(index)
         tar, view = samples.tars[number], samples.view(epoch)
         rng = np.random.default_rng([self._run.seed, epoch, index])
-        text = annotation(tar, ordinal, read)
+        text = read_annotation(tar, ordinal, read)
         caption = text.captions[rng.integers(len(text.captions))]
-        decode = functools.cache(lambda: image(tar, ordinal, data.max_pixels, read))
+        decode = functools.cache(lambda: read_image(tar, ordinal, data.max_pixels, read))
         pixels = None
         if self._sees_images:
             cropped = data.crop_scale < 1
@@ -75,7 +75,7 @@ class Items:
             }
         except NoRow as error:
             raise BadSample(f"{tar.location}: sample {tar.samples[ordinal].key!r}: {error}") from error
-        field = samples.part_of(number).concept_field
+        field = samples.part_of(number).group_field
         return Item(pixels, caption, rows, concept_hash(concept(tar, ordinal, text, field)))
 
 

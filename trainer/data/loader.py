@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from threetowers.cache.contract import ContractError
-from threetowers.cache.tars import BadTar
-from threetowers.trainer.config import Run
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.webdataset.tar_index import BadTar
+from threetowers.trainer.config import TrainConfig
 from threetowers.trainer.data.items import Item, Items
-from threetowers.trainer.data.lanes import LaneStep, RankLanes, Streamed, read_segment
-from threetowers.trainer.data.order import Address, RankBatches
-from threetowers.trainer.data.samples import BadSample, SampleSet
+from threetowers.trainer.data.sample_set import BadSample, SampleSet
+from threetowers.trainer.data.sampler import Address, RankBatches
+from threetowers.trainer.data.streaming import LaneStep, RankLanes, Streamed, read_segment
 from threetowers.trainer.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ class Batch:
     """One rank's part of a global batch. `inputs`: one tensor per tower, by its name."""
 
     inputs: dict[str, Tensor]  # images (b, 3, S, S) uint8, tokens (b, L) int64, cached rows (b, D) float32
-    present: dict[str, Tensor]  # (b,) bool for each tower that some samples may lack (on_bad_row: mask)
+    present: dict[str, Tensor]  # (b,) bool for each tower that some samples may lack (on_missing_row: mask)
     concepts_b: Tensor  # int64; equal for samples that show the same thing
     bad: tuple[str, ...]  # samples of this batch that could not be read, each with its reason
 
@@ -71,14 +71,14 @@ class Failure(NamedTuple):
     error: Exception
 
 
-FATAL = (BadTar, ContractError, OSError)
+FATAL = (BadTar, ManifestError, OSError)
 Read = Item | BadSample | Failure
 
 
 class IndexedItems(Dataset[Read]):
     """Reads one sample by (epoch, index), wherever it lies."""
 
-    def __init__(self, run: Run, samples: SampleSet) -> None:
+    def __init__(self, run: TrainConfig, samples: SampleSet) -> None:
         self._items = Items(run, samples)
 
     def __getitem__(self, address: Address) -> Read:
@@ -91,10 +91,10 @@ class IndexedItems(Dataset[Read]):
 class StreamedItems(Dataset[Read]):
     """Reads samples in the order of their lanes. What the lanes hold is sent along with the epochs' first steps."""
 
-    def __init__(self, run: Run, samples: SampleSet) -> None:
+    def __init__(self, run: TrainConfig, samples: SampleSet) -> None:
         self._items = Items(run, samples)
         self._samples = samples
-        self._buffer = max(1, run.data.shuffle_buffer // run.data.lanes)
+        self._buffer = max(1, run.data.shuffle_buffer // run.data.num_streams)
         self._seed = run.seed
         self._reading: dict[tuple[int, int], Iterator[Streamed]] = {}
 
@@ -116,7 +116,7 @@ class StreamedItems(Dataset[Read]):
 class Collate:
     """Puts items into a batch, and names those that could not be read."""
 
-    def __init__(self, run: Run, samples: SampleSet, tokenizer: Tokenizer) -> None:
+    def __init__(self, run: TrainConfig, samples: SampleSet, tokenizer: Tokenizer) -> None:
         self._run = run
         self._dims = {name: join.cache.dim for name, join in samples.caches.items()}
         self._tokenizer = tokenizer
@@ -135,10 +135,10 @@ class Collate:
             if tower.kind == "timm":
                 inputs[name] = torch.stack([item.image for item in good if item.image is not None])
             elif tower.kind == "text":
-                inputs[name] = self._tokenizer.encode([item.caption for item in good], self._run.data.context)
+                inputs[name] = self._tokenizer.encode([item.caption for item in good], self._run.data.context_length)
             else:
                 inputs[name], has_b = self._rows([item.rows[name] for item in good], self._dims[name])
-                if tower.on_bad_row == "mask":
+                if tower.on_missing_row == "mask":
                     present[name] = has_b
         concepts_b = torch.tensor([item.concept for item in good])
         return Batch(inputs, present, concepts_b, bad)
@@ -171,7 +171,7 @@ class Batches:
 
 
 def training_loader(
-    run: Run, samples: SampleSet, tokenizer: Tokenizer, rank: int, ranks: int, start: int, stop: int
+    run: TrainConfig, samples: SampleSet, tokenizer: Tokenizer, rank: int, ranks: int, start: int, stop: int
 ) -> Batches:
     """Return this rank's batches of the steps start .. stop-1.
 
@@ -180,12 +180,12 @@ def training_loader(
     of tars and caches that have changed since they were opened.
     """
     visited = [partial(samples.visited, part=number) for number in range(len(samples.parts))]
-    counts = [part.share for part in samples.parts] if len(samples.parts) > 1 else [run.batch]
+    counts = [part.share for part in samples.parts] if len(samples.parts) > 1 else [run.global_batch_size]
     dataset: Dataset[Read]
     sampler: RankBatches | RankLanes
     if samples.streamed:
-        workers = min(run.data.workers, max(1, run.data.lanes // ranks))
-        sampler = RankLanes(samples, visited, counts, run.seed, run.data.lanes, rank, ranks, workers, start, stop)
+        workers = min(run.data.workers, max(1, run.data.num_streams // ranks))
+        sampler = RankLanes(samples, visited, counts, run.seed, run.data.num_streams, rank, ranks, workers, start, stop)
         dataset, parts = StreamedItems(run, samples), max(1, workers)
     else:
         sampler = RankBatches(run.seed, visited, counts, rank, ranks, start, stop)

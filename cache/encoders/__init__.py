@@ -1,0 +1,1 @@
+"""The frozen encoders whose embeddings a cache holds."""

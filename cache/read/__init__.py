@@ -1,0 +1,1 @@
+"""Reading a cache: rows by address or by key, or tar after tar."""

@@ -1,0 +1,1 @@
+"""Reading webdataset tars: where each member lies, and the images in them."""

@@ -1,0 +1,102 @@
+"""open_clip's models, by name or folder, with local weights, a pretrained tag or random weights."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from threetowers.cache.encoders.teacher import state_digest
+from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats, Picture
+from threetowers.eval.encoders.encoder import LoadOptions, ModelInfo
+from threetowers.eval.encoders.forward import PixelView, forward_captions, forward_pictures
+from threetowers.trainer.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class OpenClipTower:
+    """An open_clip model with its own evaluation transform and tokenizer."""
+
+    sees_text = True
+
+    def __init__(self, name: str, weights: str | None, loading: LoadOptions) -> None:
+        """Raises ValueError for a model or weights open_clip does not have, or cannot load."""
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ValueError(f"open_clip:{name}: run `pip install open_clip_torch` first") from error
+        folder = Path(name)
+        known = f"local-dir:{name}" if folder.is_dir() else name
+        if known == name and weights is None:
+            log.warning(
+                "open_clip:%s has random weights; give a file or a pretrained tag as open_clip:NAME:WEIGHTS", name
+            )
+        try:
+            model, _, transform = open_clip.create_model_and_transforms(known, pretrained=weights)
+            tokenizer = _tokenizer(known, folder, model)
+        except (RuntimeError, OSError, KeyError) as error:
+            raise ValueError(f"open_clip:{name}: weights {weights!r} cannot be loaded: {error}") from error
+        self.loading, self.device = loading, loading.torch_device()
+        digest = state_digest(model.state_dict())
+        self.dtype = getattr(torch, loading.precision)
+        self.model = model.to(self.device, self.dtype).eval()
+        self.transform, self.tokenizer = transform, tokenizer
+        self.logit_scale = float(model.logit_scale.detach().float().exp())
+        self.dim = self._embed_text(["a"]).shape[1]
+        self.facts = ModelInfo(
+            name=f"open_clip:{folder.name}" + (f":{Path(weights).stem}" if weights else ""),
+            digest=digest,
+            step=None,
+            precision=loading.precision,
+            preprocessing="open_clip's: "
+            + ", ".join(str(step) for step in transform.transforms if "<" not in str(step)),
+        )
+
+    def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
+        view = PixelView(data.tars, self.transform, self.loading.max_pixels)
+        return forward_pictures(
+            pictures, view, self._features if raw else self._embed, self.loading.batch_size, self.loading.workers
+        )
+
+    def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
+        return forward_captions(captions, self._embed_text, self.loading.batch_size)
+
+    @torch.inference_mode()
+    def _embed(self, views: Tensor) -> Tensor:
+        x_bD: Tensor = self.model.encode_image(views.to(self.device, self.dtype))
+        return x_bD
+
+    @torch.inference_mode()
+    def _features(self, views: Tensor) -> Tensor:
+        visual = self.model.visual
+        trunk = getattr(visual, "trunk", None)  # a timm model inside open_clip
+        if trunk is not None:
+            features: Tensor = trunk(views.to(self.device, self.dtype))
+            return features
+        # Otherwise the tower's last step is its projection, which open_clip keeps as one matrix.
+        projection, visual.proj = getattr(visual, "proj", None), None
+        try:
+            unprojected: Tensor = visual(views.to(self.device, self.dtype))
+            return unprojected
+        finally:
+            visual.proj = projection
+
+    @torch.inference_mode()
+    def _embed_text(self, captions: Sequence[str]) -> Tensor:
+        x_bD: Tensor = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
+        return x_bD
+
+
+def _tokenizer(known: str, folder: Path, model: Any) -> Callable[[list[str]], Tensor]:
+    """open_clip's tokenizer of the model; our own where the folder is one of our exports and carries it."""
+    own = folder / "tokenizer.model"
+    if own.is_file():
+        return partial(Tokenizer.load(own).encode, context=model.context_length)
+    import open_clip
+
+    theirs: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(known)
+    return theirs

@@ -1,0 +1,1 @@
+"""The tasks: each turns an encoder and a data set into a result."""

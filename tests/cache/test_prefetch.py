@@ -1,0 +1,40 @@
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from threetowers.cache.prefetch import prefetch
+
+
+def test_order_is_kept_and_the_lead_is_bounded() -> None:
+    drawn = []
+
+    def source() -> Iterator[int]:
+        for i in range(50):
+            drawn.append(i)
+            yield i
+
+    for got in prefetch(source(), depth=3):
+        assert got == drawn[got]
+        assert len(drawn) <= got + 1 + 3 + 1  # handed out, queued, and one in the thread's hands
+    assert got == 49
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    def source() -> Iterator[int]:
+        yield from range(3)
+        raise ValueError("the fourth")
+
+    items = prefetch(source(), depth=8)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="the fourth"):
+        next(items)
+
+
+def test_closing_stops_the_thread() -> None:
+    before = threading.active_count()
+    items = prefetch(iter(range(10**9)), depth=2)
+    assert next(items) == 0
+    assert threading.active_count() == before + 1
+    items.close()
+    assert threading.active_count() == before

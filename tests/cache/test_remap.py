@@ -1,0 +1,136 @@
+"""Rows follow their key and image into other tars, bit for bit; nothing else is taken for them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from threetowers.cache import cli as command
+from threetowers.cache.builder.build import build
+from threetowers.cache.format.layout import RowStatus
+from threetowers.cache.format.manifest import ManifestError, read_manifest
+from threetowers.cache.format.views import Views
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.remap import remap
+from threetowers.cache.storage.storage import open_storage
+from threetowers.cache.verify.verify import verify
+from threetowers.cache.webdataset.tar_index import index_tar, key_hash
+
+Pack = Callable[..., Path]
+Made = list[tuple[str, dict[str, bytes]]]
+
+
+@pytest.fixture(scope="module")
+def made(samples: Callable[[int, int], Made]) -> Made:
+    """Thirty samples, one of them not decodable."""
+    rows = samples(19, 0) + samples(11, 1)
+    rows[4] = (rows[4][0], {"png": b"not an image"})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def options(weights: Callable[..., str]) -> dict[str, Any]:
+    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
+
+
+@pytest.fixture(scope="module")
+def old(made: Made, options: dict[str, Any], pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("old")
+    tars = [pack(root / "0.tar", made[:19]), pack(root / "1.tar", made[19:])]
+    build(tars, root / "cache", **options, dtype="int8", views=Views("crops:2", 3, 0.4))
+    return root / "cache"
+
+
+def rows_by_key(cache: Path) -> dict[int, dict[str, bytes]]:
+    """What any Zarr reader finds, by hash of the key."""
+    group = zarr.open_group(cache / "store.zarr", mode="r")
+    arrays = {name: np.asarray(array[:]) for name, array in group.arrays()}
+    at = np.flatnonzero(arrays["status"])
+    return {int(arrays["key_hash"][i]): {name: array[i].tobytes() for name, array in arrays.items()} for i in at}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_follow_their_samples_into_any_sharding(
+    seed: int, made: Made, old: Path, options: dict[str, Any], pack: Pack, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(30)[: 30 - 5 * seed]
+    cuts = np.sort(rng.choice(np.arange(1, len(order)), 2, replace=False))
+    tars = [pack(tmp_path / f"{i}.tar", [made[j] for j in part]) for i, part in enumerate(np.split(order, cuts))]
+    report = remap(old, tmp_path / "new", tars)
+    assert (report.tars, report.kept, report.rows, report.missing, report.changed) == (3, 0, len(order), 0, 0)
+    source, taken = rows_by_key(old), rows_by_key(tmp_path / "new")
+    assert taken == {key_hash(made[j][0]): source[key_hash(made[j][0])] for j in order}
+    found = verify(tmp_path / "new", tars, depth="meaning", payloads=True, sample=9, weights=options["weights"])
+    assert found.ok, found.text()
+    assert found.counts == ({"undecodable": 1} if 4 in order else {})
+    assert EmbeddingCache.open(tmp_path / "new").record(0).source == "remap"
+    (tmp_path / "new/done/1.json").unlink()
+    again = remap(old, tmp_path / "new", tars)
+    assert (again.tars, again.kept) == (1, 2)
+    assert rows_by_key(tmp_path / "new") == taken
+    view = Views("crops:2", 3, 0.4)
+    assert build(tars, tmp_path / "new", **options, dtype="int8", views=view).tars_built == 0
+
+
+def test_a_sample_without_its_row_is_refused_filtered_or_left(
+    made: Made, old: Path, options: dict[str, Any], pack: Pack, encode: Any, draw: Any, tmp_path: Path
+) -> None:
+    changed = (made[1][0], {"png": encode(draw(77))})
+    tars = [
+        pack(tmp_path / "0.tar", [made[0], changed, made[2]]),
+        pack(tmp_path / "1.tar", [made[7], ("new", {"png": encode(draw(78))})]),
+        pack(tmp_path / "2.tar", made[20:24]),
+    ]
+    with pytest.raises(ManifestError, match=r"1 samples have no row of their key in .*, 1 have one of another image"):
+        remap(old, tmp_path / "refused", tars)
+    assert not (tmp_path / "refused").exists()
+    report = remap(old, tmp_path / "filtered", tars, missing="filtered")
+    assert (report.tars, report.rows, report.missing, report.changed) == (3, 7, 1, 1)
+    assert any("0.tar: 'part/0000001': its row is of another image" in name for name in report.names)
+    opened = EmbeddingCache.open(tmp_path / "filtered")
+    assert opened.status(0).tolist() == [RowStatus.OK, RowStatus.FILTERED, RowStatus.OK]
+    assert opened.status(1).tolist() == [RowStatus.OK, RowStatus.FILTERED]
+    assert opened.record(1).bad[0].reason == "rekeyed: no row of this key"
+    assert verify(tmp_path / "filtered", tars, payloads=True).ok
+    report = remap(old, tmp_path / "left", tars, missing="build")
+    assert report.left == tuple(map(str, tars[:2]))
+    view = Views("crops:2", 3, 0.4)
+    assert build(tars, tmp_path / "left", **options, dtype="int8", views=view).tars_built == 2
+    assert verify(tmp_path / "left", tars, depth="meaning", weights=options["weights"]).ok
+
+
+def test_one_key_of_two_images_is_told_apart_by_the_image(
+    made: Made, options: dict[str, Any], pack: Pack, tmp_path: Path
+) -> None:
+    same = [("same", made[0][1]), ("same", made[1][1])]
+    tars = [pack(tmp_path / f"{i}.tar", [sample]) for i, sample in enumerate(same)]
+    build(tars, tmp_path / "old", **options)
+    moved = [pack(tmp_path / "b.tar", [same[1], made[2]]), pack(tmp_path / "a.tar", [same[0]])]
+    with pytest.raises(ManifestError, match="1 samples have no row of their key"):
+        remap(tmp_path / "old", tmp_path / "new", moved)
+    remap(tmp_path / "old", tmp_path / "new", moved, missing="filtered")
+    before, after = EmbeddingCache.open(tmp_path / "old"), EmbeddingCache.open(tmp_path / "new")
+    for tar, old_id in ((moved[0], 1), (moved[1], 0)):
+        new_id = after.tar_id(index_tar(tar))
+        assert np.array_equal(after.row(new_id, 0, "same"), before.row(old_id, 0, "same"))
+
+
+def test_what_is_not_whole_is_refused(
+    made: Made, old: Path, pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = pack(tmp_path / "0.tar", made[:3])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ManifestError, match="neither a cache nor empty"):
+        remap(old, tmp_path / "other", [tar])
+    assert command.remap(str(old), str(tmp_path / "new"), [str(tar)]) == 0
+    assert "1 tars taken over, 0 were finished before; 3 rows" in capsys.readouterr().out
+    manifest = read_manifest(open_storage(tmp_path / "new"))
+    assert manifest.slot < read_manifest(open_storage(old)).slot
+    (tmp_path / "new" / "done" / "0.json").unlink()
+    with pytest.raises(ManifestError, match=r"0\.tar \(0\): half built"):
+        remap(tmp_path / "new", tmp_path / "newer", [tar])

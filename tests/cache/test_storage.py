@@ -1,0 +1,151 @@
+"""Every place behaves alike: a folder, a filesystem in memory, and a real S3 server on loopback."""
+
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from threetowers.cache.storage.storage import (
+    LocalStorage,
+    RemoteStorage,
+    Storage,
+    StorageError,
+    WriteError,
+    open_object,
+    open_storage,
+    split_address,
+)
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "folder":
+        yield open_storage(tmp_path / "cache")
+    elif request.param == "s3":
+        yield open_storage(
+            f"{request.getfixturevalue('bucket')}/{request.node.name}".replace("[", "-").replace("]", "")
+        )
+    else:
+        yield open_storage(f"memory://{tmp_path.name}/cache")
+        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+
+
+def test_objects_are_written_read_listed_and_deleted(storage: Storage) -> None:
+    assert storage.names() == storage.walk() == []
+    assert storage.size("a/x") is None
+    assert storage.modified("a/x") is None
+    with pytest.raises(FileNotFoundError, match="a/x"):
+        storage.read("a/x")
+    storage.put("a/x", b"old", owner="t")
+    storage.put("a/x", b"0123456789", owner="t")
+    storage.put("a/b/y", b"", owner="t")
+    assert storage.read("a/x") == b"0123456789"
+    assert storage.read("a/x", 3, 6) == b"345"
+    assert storage.read("a/x", 7) == b"789"
+    assert (storage.size("a/x"), storage.size("a/b/y"), storage.size("a")) == (10, 0, None)
+    assert isinstance(storage.modified("a/x"), float)
+    assert storage.names("a") == ["b/", "x"]
+    assert set(storage.names()) - {"tmp/"} == {"a/"}
+    assert storage.walk("a") == ["b/y", "x"]
+    storage.delete("a/x")
+    storage.delete("a/x")
+    assert storage.names("a") == ["b/"]
+
+
+def test_of_several_that_create_an_object_one_does(storage: Storage) -> None:
+    start, made = threading.Barrier(8), []
+
+    def create(number: int) -> None:
+        start.wait()
+        if storage.put_new("claims/1", str(number).encode(), owner="t"):
+            made.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if str(storage).startswith("memory:"):  # this one looks, then writes
+        assert 1 <= len(made) <= 8
+    else:
+        assert len(made) == 1
+        assert storage.read("claims/1") == str(made[0]).encode()
+    assert not storage.put_new("claims/1", b"late", owner="t")
+
+
+def test_a_place_is_seen_as_others_changed_it(storage: Storage) -> None:
+    other = open_storage(str(storage))
+    assert storage.names("d") == []
+    other.put("d/1", b"1", owner="t")
+    assert storage.names("d") == ["1"]
+    assert storage.size("d/1") == 1
+    other.put("d/1", b"22", owner="t")
+    other.put("d/2", b"2", owner="t")
+    assert (storage.size("d/1"), storage.names("d"), storage.walk("d")) == (2, ["1", "2"], ["1", "2"])
+    other.delete("d/1")
+    assert (storage.size("d/1"), storage.names("d")) == (None, ["2"])
+
+
+def test_a_place_is_pickled_by_its_address(storage: Storage) -> None:
+    storage.put("x", b"1", owner="t")
+    again = pickle.loads(pickle.dumps(storage))
+    assert again.read("x") == b"1"
+    assert again.url == storage.url
+
+
+def _read_into(storage: Storage, queue: Any) -> None:
+    queue.put(storage.read("x"))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_place_survives_a_fork(storage: Storage) -> None:
+    storage.put("x", b"forked", owner="t")
+    assert storage.read("x") == b"forked"
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_read_into, args=(storage, queue))
+    child.start()
+    assert queue.get(timeout=30) == b"forked"
+    child.join()
+
+
+def test_objects_are_read_as_files(storage: Storage) -> None:
+    data = os.urandom(100_000)
+    storage.put("deep/file", data, owner="t")
+    with open_object(storage.at("deep/file")) as file:
+        assert file.read(10) == data[:10]
+        assert file.seek(-5, os.SEEK_END) == len(data) - 5
+        assert file.read() == data[-5:]
+        file.seek(500)
+        assert file.read(99_000) == data[500:99_500]
+    with pytest.raises(FileNotFoundError):
+        open_object(storage.at("deep/none"))
+    there, name = split_address(storage.at("deep/file"))
+    assert there.read(name, 5, 8) == data[5:8]
+
+
+def test_what_cannot_be_is_one_message(tmp_path: Path, bucket: str) -> None:
+    with pytest.raises(WriteError, match=r"cannot write s3://no-such-bucket-here/x: .*Check the address"):
+        open_storage("s3://no-such-bucket-here").put("x", b"", owner="t")
+    with pytest.raises(ValueError, match="nonsense://x: Protocol not known"):
+        open_storage("nonsense://x")
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=f"cannot write {tmp_path}/file/x"):
+        LocalStorage(tmp_path / "file").put_new("x", b"", owner="t")
+
+
+def test_without_a_server_the_address_is_named(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    try:
+        with pytest.raises(StorageError, match=r"cannot read s3://gone/x: .*Check the address, the credentials"):
+            RemoteStorage("s3://gone").read("x")
+    finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -1,0 +1,211 @@
+"""What a run costs, by arithmetic: a model on the meta device has shapes and no numbers, so any size is priced at once.
+
+FLOPs are counted by torch's own counter (a multiplication and an addition are two). Bytes for backward are those that
+autograd would keep, each storage once, with attention as the fused kernels do it.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from threetowers.cache.format.dtypes import Float16
+from threetowers.cache.format.manifest import Manifest
+from threetowers.trainer.config import CacheTower, ConfigError, ImageTower, TextTower, TrainConfig
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.optimizer.optimizer import freeze
+
+LOSS_PRODUCTS = {"softmax": 4, "sigmoid": 3}  # of 2 B B D operations, forward and backward
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """The backbone behind a cached tower. `flops` of its forward pass on one image; None where timm cannot count it."""
+
+    backbone: str
+    dim: int
+    row_bytes: int
+    flops: int | None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "TeacherCost":
+        """The teacher that a cache was built by."""
+        flops = None
+        with contextlib.suppress(ConfigError):  # a backbone of another timm: its rows are there, its FLOPs are unknown
+            flops = _backbone(manifest.backbone, manifest.preprocessing.input_size)[1]
+        return cls(manifest.backbone, manifest.dim, manifest.precision.row_bytes(manifest.dim), flops)
+
+    @classmethod
+    def named(cls, backbone: str) -> "TeacherCost":
+        """The teacher of a cache yet to be built, at its own image size and in float16. Raises ConfigError."""
+        dim, flops = _backbone(backbone, None)
+        return cls(backbone, dim, Float16().row_bytes(dim), flops)
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """A main tower: its parameters, how many of them belong to an earlier tower too, FLOPs of a forward pass."""
+
+    parameters: int
+    shared: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # moments, and a float32 copy of the weights where the engine keeps one
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def meta_model(run: TrainConfig, vocab_size: int, teachers: Mapping[str, TeacherCost]) -> TowerModel:
+    """Return the run's model without numbers, in the precision it is trained in."""
+    with torch.device("meta"):
+        model = TowerModel(run, vocab_size, {name: teacher.dim for name, teacher in teachers.items()})
+    freeze(model, run.optim)
+    return model.to(torch.bfloat16) if run.engine.precision == "bfloat16" else model
+
+
+def tower_costs(model: TowerModel) -> dict[str, TowerCost]:
+    """Return the cost of each tower that has weights, in the config's order."""
+    costs, counted = {}, set[int]()
+    inputs = meta_inputs(model, 1)
+    training = model.training
+    model.eval()
+    for name, tower in model.towers.items():
+        if model.run.towers[name].kind == "cache":
+            continue
+        sizes = {id(p): p.numel() for p in tower.parameters()}
+        shared = sum(size for key, size in sizes.items() if key in counted)
+        counted |= sizes.keys()
+        costs[name] = TowerCost(sum(sizes.values()), shared, _flops(tower, inputs[name]))
+    model.train(training)
+    return costs
+
+
+def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int:
+    """Return FLOPs of one sample's training step, the loss aside: a backward pass costs two forward passes.
+
+    A frozen tower has none; recomputing activations, and embedding in chunks, cost one forward pass more each.
+    """
+    engine = model.run.engine
+    again = int(engine.activation_checkpointing) + int(engine.micro_batch_size is not None)
+    heads = 2 * sum(p.numel() for p in model.heads.parameters() if p.ndim > 1)
+    towers = sum(cost.flops * (1 if name in model.frozen else 3 + again) for name, cost in costs.items())
+    return towers + heads * (3 + int(engine.micro_batch_size is not None))
+
+
+def loss_flops(run: TrainConfig, widths: Mapping[str, int]) -> int:
+    """Return FLOPs of the pair terms for one sample: products of the global batch with itself."""
+    products = LOSS_PRODUCTS[run.loss.kind]
+    return sum(
+        products * 2 * run.global_batch_size * widths[t.x] for t in run.terms.values() if t.kind == "contrastive"
+    )
+
+
+def state_memory(run: TrainConfig, model: nn.Module, world: int) -> Memory:
+    """Return bytes of weights, gradients and optimizer on one rank, as the ZeRO stage divides them over `world`.
+
+    Buffers of communication and fragmentation come on top.
+    """
+    stage = run.engine.zero_stage
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width = 2 if run.engine.precision == "bfloat16" else 4
+    copy = 4 if stage > 0 or width == 2 else 0
+    moments = 4 if run.optim.name == "adafactor" else 8  # adafactor's second moments are rows and columns: little
+    return Memory(
+        weights=every * width // (world if stage == 3 else 1),
+        gradients=trained * width // (world if stage >= 2 else 1),
+        optimizer=trained * (moments + copy) // (world if stage >= 1 else 1),
+    )
+
+
+def activation_bytes(model: TowerModel) -> int:
+    """Return bytes that one more sample of a batch makes autograd keep for backward."""
+    return (_kept(model, 4) - _kept(model, 2)) // 2
+
+
+def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
+    """Return inputs of a forward pass, by tower, without numbers."""
+    data, inputs = model.run.data, {}
+    for name, tower in model.run.towers.items():
+        match tower:
+            case ImageTower():
+                shape, dtype = [3, data.image_size, data.image_size], torch.uint8
+            case TextTower():
+                shape, dtype = [data.context_length], torch.int64
+            case CacheTower():
+                shape, dtype = [model.widths[name]], torch.float32
+        inputs[name] = torch.empty([samples, *shape], dtype=dtype, device="meta")
+    return inputs
+
+
+class FusedAttention(TorchFunctionMode):
+    """Lets attention keep what the fused kernels keep; on the meta device torch would take it apart."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        mask = kwargs.pop("attn_mask", None)
+        if mask is not None:
+            mask = torch.empty(mask.shape, dtype=args[0].dtype, device="meta")
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(*args, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False), attn_mask=mask)[0]
+
+
+def _kept(model: TowerModel, samples: int) -> int:
+    seen = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept += storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), FusedAttention():
+        outputs = model(meta_inputs(model, samples))
+    del outputs  # until here it kept the storages alive, and with them their addresses distinct
+    return kept
+
+
+def _flops(module: nn.Module, value: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(value)
+    return int(counter.get_total_flops())
+
+
+@cache
+def _backbone(name: str, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the feature width and the forward FLOPs of a timm model at an image size, its own where None."""
+    import timm
+
+    if not timm.is_model(name):
+        raise ConfigError(f"backbone {name!r} is unknown to timm {timm.__version__}")
+    own = tuple(timm.get_pretrained_cfg(name).to_dict()["input_size"][1:])
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0).eval()
+        if size is not None and size != own and hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=size)
+        pixels = torch.empty(1, 3, *(size or own))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            features = model(pixels)
+    return int(features.shape[1]), int(counter.get_total_flops())

@@ -1,0 +1,1 @@
+"""The trained model, for inference and in other tools' formats."""

@@ -1,0 +1,1 @@
+"""The towers, the heads on them, and the model that they make."""

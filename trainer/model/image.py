@@ -1,0 +1,65 @@
+"""The image tower: any timm model, fed with bytes, giving its features before the classifier."""
+
+import timm
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from threetowers.trainer.config import ImageTower
+from threetowers.trainer.model.pointwise import subsample_before_pointwise
+from threetowers.trainer.model.specialized import SpecializedViT
+
+
+class TimmTower(nn.Module):
+    """Images (b, 3, H, W) uint8 -> features (b, width)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ImageTower, image_size: int) -> None:
+        super().__init__()
+        try:
+            self.model = timm.create_model(config.model, pretrained=False, num_classes=0, **config.args)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"image tower: timm cannot make {config.model!r} with {config.args}: {error}") from error
+        for name in ("mean", "std"):
+            # Not persistent: they belong to the architecture's config, not to what was learned.
+            value = torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+        if config.specialize is not None:
+            self.model = SpecializedViT(self.model, config.specialize)
+        subsample_before_pointwise(self.model)
+        self.width = self._width(config, image_size)
+
+    @property
+    def blocks(self) -> nn.ModuleList | None:
+        """The transformer blocks; None in a model that has none, or other ones than timm's vision transformer."""
+        vit = self.model.vit if isinstance(self.model, SpecializedViT) else self.model
+        blocks = getattr(vit, "blocks", None)
+        return blocks if blocks and isinstance(blocks[0], Block) else None
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep less for backward, and compute it again. Raises ValueError for a model that cannot."""
+        try:
+            self.model.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"image tower: this timm model has no activation checkpointing: {error}") from error
+
+    def _width(self, config: ImageTower, image_size: int) -> int:
+        was_training = self.model.training
+        with torch.no_grad():
+            try:
+                probe = self.model.eval()(torch.zeros(1, 3, image_size, image_size))
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(
+                    f"image tower: {config.model!r} does not take {image_size}-pixel images ({error}); "
+                    "change data.image_size or pass img_size in the tower's args"
+                ) from error
+        self.model.train(was_training)
+        return int(probe.shape[1])
+
+    def forward(self, images_b3hw: Tensor) -> Tensor:
+        dtype = next(self.model.parameters()).dtype
+        x_b3hw = (images_b3hw.to(torch.float32) / 255 - self.mean) / self.std
+        features_bw: Tensor = self.model(x_b3hw.to(dtype).contiguous(memory_format=torch.channels_last))
+        return features_bw

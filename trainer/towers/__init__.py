@@ -1,1 +1,0 @@
-"""The main towers and the small heads between them and the third."""
