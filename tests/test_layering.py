@@ -1,5 +1,6 @@
 """The layout that makes four top-level folders one package: real folders, one link each, no second copies."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -58,9 +59,67 @@ def test_a_wheel_holds_the_whole_package(tmp_path: Path) -> None:
 
 
 def test_imports_go_down_only() -> None:
-    """cli -> eval -> trainer -> cache, kernels; the last two know nobody."""
+    """cli -> eval -> trainer -> cache, kernels; the last two import neither of the others."""
     below = {"cache": set(), "kernels": set(), "trainer": {"cache", "kernels"}, "eval": {"cache", "kernels", "trainer"}}
     for folder, allowed in below.items():
         for path in (ROOT / folder).rglob("*.py"):
             used = set(re.findall(r"^\s*(?:from|import) threetowers\.(\w+)", path.read_text(), re.MULTILINE))
             assert used <= allowed | {folder}, path
+
+
+MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_a_public_name_means_one_thing() -> None:
+    """Classes and functions of the whole package; a command may be called like what it runs."""
+    homes: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            is_public = isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+            if is_public and not (path.name == "cli.py" and isinstance(node, ast.FunctionDef)):
+                homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    twice = {name: places for name, places in homes.items() if len(places) > 1}
+    assert not twice
+
+
+def test_a_folder_can_be_taken_in_at_a_glance() -> None:
+    """At most fifteen modules and folders beside each other, and never one alone."""
+    for folder in {path.parent for path in MODULES}:
+        siblings = [
+            entry.name
+            for entry in folder.iterdir()
+            if (entry.suffix == ".py" and entry.name != "__init__.py") or (entry / "__init__.py").exists()
+        ]
+        assert 1 < len(siblings) <= 15, f"{folder.relative_to(ROOT)}: {sorted(siblings)}"
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for path in MODULES:
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert docstring, f"{path.relative_to(ROOT)} has no docstring"
+
+
+def test_every_command_finds_its_file() -> None:
+    """`threetowers eval knn` is in eval/.../knn.py, `threetowers cache build` in a file or folder of that name."""
+    named = {path.stem for path in MODULES} | {path.parent.name for path in MODULES}
+    for command in commands():
+        words = command.split()
+        wanted = words[-1].replace("-", "_") if words[0] in ("cache", "eval") else words[0]
+        places = [name for name in named if name == wanted or name.startswith(f"{wanted}er")]
+        assert places, f"threetowers {command}: no file or folder is called {wanted}"
+
+
+def commands() -> list[str]:
+    """Return every command of the command line, as its help lists them."""
+
+    def listed(*words: str) -> list[str]:
+        command = [sys.executable, "-m", "threetowers", *words, "--help"]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"\{([a-z,\s-]+)\}", usage.partition("options")[0])
+        return [] if found is None else re.sub(r"\s", "", found.group(1)).split(",")
+
+    found = []
+    for command in listed():
+        found += [f"{command} {inner}" for inner in listed(command)] or [command]
+    assert len(found) > 15
+    return found
