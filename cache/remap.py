@@ -27,7 +27,8 @@ from threetowers.cache.format.manifest import MANIFEST, Manifest, ManifestError,
 from threetowers.cache.format.store import Arrays, fit_to_table, read_slot
 from threetowers.cache.format.tar_table import TarEntry, extend, read_table
 from threetowers.cache.storage.storage import Storage, open_storage
-from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, key_hash, stream
+from threetowers.cache.webdataset.sample_stream import stream_images
+from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, key_hash
 
 OPEN_TARS = 64
 SHOWN = 5
@@ -171,7 +172,7 @@ class _Match:
         self.index = index
         digest = xxhash.xxh3_128()
         n = len(index.samples)
-        images = (xxhash.xxh3_64_intdigest(data) for _, _, data in stream(index, digest))
+        images = (xxhash.xxh3_64_intdigest(data) for _, _, data in stream_images(index, digest))
         self.image_n = np.fromiter(images, dtype=np.uint64)
         self.key_n = np.fromiter((key_hash(sample.key) for sample in index.samples), dtype=np.uint64, count=n)
         self.tar_xxh3_128 = digest.hexdigest()

@@ -181,6 +181,7 @@ class Data:
     crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no crop
     augment: Augment = field(default_factory=Augment)
     group_field: str | None = None  # JSON field naming what a sample shows; None: every sample is its own concept
+    caption_per_line: bool = False  # whether each line of a txt member is a caption; otherwise all of it is one
     on_bad: Literal["error", "skip"] = "error"  # a sample that cannot be read; for rows see CacheTower.on_missing_row
     # Tars whose rows are not all built: error refuses to train, wait waits for them, skip begins each epoch with
     # those that are finished by then. Durations count the samples of all tars in any case.

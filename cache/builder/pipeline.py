@@ -33,7 +33,8 @@ from threetowers.cache.format.tar_table import TarEntry
 from threetowers.cache.format.views import Params
 from threetowers.cache.storage.storage import BLOCK, Storage, is_url, open_object
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
-from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, index_tar, key_hash, stream
+from threetowers.cache.webdataset.sample_stream import stream_images
+from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, index_tar, key_hash
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class Source:
         yield _Begin(work, index)
         digest, prepare = xxhash.xxh3_128(), partial(_prepare, targets)
         file.seek(0)
-        for ordinal, key, data in stream(index, digest, file):
+        for ordinal, key, data in stream_images(index, digest, file):
             yield _Image(ordinal, self.pool.submit(prepare, key, data))
         yield _End(digest.hexdigest())
 

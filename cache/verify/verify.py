@@ -30,7 +30,8 @@ from threetowers.cache.storage.storage import STAGING, Storage, open_storage
 from threetowers.cache.verify.recompute import Candidate, compare
 from threetowers.cache.verify.report import Depth, Problem, Report
 from threetowers.cache.verify.statistics import SHOWN
-from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, expand, index_tar, key_hash, stream
+from threetowers.cache.webdataset.sample_stream import stream_images
+from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, expand, index_tar, key_hash
 
 
 def verify(
@@ -156,7 +157,7 @@ class _Check:
         try:
             changed = [
                 key
-                for ordinal, key, data in stream(index, digest)
+                for ordinal, key, data in stream_images(index, digest)
                 if xxhash.xxh3_64_intdigest(data) != rows["image_hash"][ordinal]
             ]
         except BadTar as error:

@@ -109,6 +109,7 @@ class Description(Pictures):
     metric: Literal["top1", "top5", "mean_per_class", "mean_average_precision"] = "top1"
     prompts: list[str] | str | None = None  # templates with a slot {c}, or the name of a shipped prompt set
     unit: str | None = None  # JSON field: pictures of one value (one thing, one scene) are no independent evidence
+    caption_per_line: bool = False  # each line of a .txt member is a caption, as always below a root; else it is one
     subset: list[str] | None = None  # the classes (by name, or by value of the field) that are told apart
     learn: Pictures | None = None  # what probes, neighbours and outlier scores are fitted on
     shifted: dict[str, Pictures] = field(default_factory=dict)  # the same classes, drawn otherwise

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import distributed
 
+from threetowers.cache.world import World
 from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CacheJoin
@@ -55,7 +56,7 @@ class FinishedTars:
             mine = slice(self._numbers.start, self._numbers.stop)
             finished_T = _wait(self._joins, lambda found_T: int(self._samples_T[found_T[mine]].sum()) >= self._batch)
             pinned: list[object] = [None]
-            if not distributed.is_initialized() or distributed.get_rank() == 0:
+            if World.from_process_group().first:
                 pinned = [self._pin(epoch, np.flatnonzero(finished_T[mine]).tolist())]
             if distributed.is_initialized():
                 distributed.broadcast_object_list(pinned)

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.webdataset.sample import BadSample
 from threetowers.cache.webdataset.tar_index import BadTar
 from threetowers.trainer.config import TrainConfig
 from threetowers.trainer.data.items import Item, Items
-from threetowers.trainer.data.sample_set import BadSample, SampleSet
+from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import Address, RankBatches
 from threetowers.trainer.data.streaming import LaneStep, RankLanes, Streamed, read_segment
 from threetowers.trainer.tokenizer import Tokenizer
