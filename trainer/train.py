@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from threetowers.cache.preemption import Interrupted, StopRequest
+from threetowers.cache.storage.atomic import write_atomic
 from threetowers.cache.webdataset.sample import BadSample
 from threetowers.cache.world import World
-from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.checkpoint import checkpoint
 from threetowers.trainer.config import CacheTower, TrainConfig
 from threetowers.trainer.data.cache_join import CacheJoin
@@ -28,7 +29,6 @@ from threetowers.trainer.estimate.cost import TeacherCost, meta_model, tower_cos
 from threetowers.trainer.estimate.summary import Held, startup_page
 from threetowers.trainer.evaluator import Evaluator
 from threetowers.trainer.grad_cache import Measured, accumulate
-from threetowers.trainer.interruption import Interrupted, StopRequest
 from threetowers.trainer.loss import TermResult, objective
 from threetowers.trainer.model.model import Outputs, TowerModel
 from threetowers.trainer.monitoring.metrics import Metrics, MetricsLog, step_line
@@ -296,7 +296,7 @@ class Trainer:
             not_finite=self.counts["not_finite"],
         )
         if self.world.first:
-            replace_text(self.folder.summary, json.dumps(asdict(summary), indent=2))
+            write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
             logger.info(summary.verdict)
         return summary
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from tqdm import tqdm
 
@@ -31,6 +28,7 @@ from threetowers.cache.format.done_record import RejectedSample, done_record_nam
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.tar_table import refuse_copies, repacked
 from threetowers.cache.format.views import CENTER, Views
+from threetowers.cache.preemption import exit_on_sigterm
 from threetowers.cache.prefetch import prefetch
 from threetowers.cache.storage.storage import Storage, is_url, open_storage
 from threetowers.cache.webdataset.tar_index import expand, index_tar
@@ -176,7 +174,7 @@ def build_all(
     device = device or str(world.device)
     worker, stages = Worker(), Stages()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_ends_on_sigterm())
+        stack.enter_context(exit_on_sigterm())
         pool = stack.enter_context(_pool(threads))
         targets, notes = [], []
         for spec, storage in zip(specs, places, strict=True):
@@ -187,7 +185,7 @@ def build_all(
             entries = list(
                 pool.map(lambda path, table=agreed.table: table.at(path) or table.find(index_tar(path)), paths)
             )
-            storage.clear_dead()
+            storage.remove_stale()
             refuse_copies(paths, [entry.fingerprint for entry in entries])
             claims = stack.enter_context(Claims(storage, worker, stale_seconds).kept())
             targets.append(Target(storage, agreed.manifest, teacher, claims, entries, spec.min_cosine))
@@ -208,24 +206,6 @@ def build_all(
         for i, target in enumerate(targets)
         for kept in [sum(number not in unfinished[i] for number in own)]
     )
-
-
-@contextlib.contextmanager
-def _ends_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the process as an exception would, with the exit code that launchers expect; once is enough."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from threetowers.cache.format.manifest import (
 from threetowers.cache.format.store import MANIFEST_OWNER, fit_to_table
 from threetowers.cache.format.tar_table import TARS, TarTable, extend, read_table
 from threetowers.cache.format.views import CENTER, Views
-from threetowers.cache.storage.storage import STAGING, Storage
+from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.cache.world import World
 
@@ -116,7 +116,7 @@ def _wait(storage: Storage, world: World, wait_seconds: float, deadline: float) 
     if time.monotonic() > deadline:
         raise TimeoutError(
             f"rank {world.rank} waited {wait_seconds:.0f} s for rank 0 to index the tars and to write "
-            f"{storage.at(MANIFEST)} and {storage.at(TARS)}/: see the output of rank 0, check that both see the same "
+            f"{storage.uri(MANIFEST)} and {storage.uri(TARS)}/: see the output of rank 0, check that both see the same "
             "files, or raise wait_seconds"
         )
     time.sleep(POLL_SECONDS)
@@ -128,10 +128,10 @@ def begin(storage: Storage, manifest: Manifest) -> None:
     Raises:
         ContractError: something else lies there.
     """
-    foreign = {name.rstrip("/") for name in storage.names()} - {TARS, STORE, STAGING}
+    foreign = {name.rstrip("/") for name in storage.listdir()} - {TARS, STORE, PARTIAL_FOLDER}
     if foreign and storage.size(MANIFEST) is None:
         raise ManifestError(f"{storage}: neither a cache nor empty, holds {sorted(foreign)[:5]}: choose another folder")
-    storage.put_new(MANIFEST, to_json(manifest), owner=MANIFEST_OWNER)
+    storage.create_exclusive(MANIFEST, to_json(manifest), owner=MANIFEST_OWNER)
 
 
 def settle(storage: Storage, asked: Manifest) -> Manifest:

@@ -31,7 +31,8 @@ from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, to_json
 from threetowers.cache.format.tar_table import TarEntry
 from threetowers.cache.format.views import Params
-from threetowers.cache.storage.storage import BLOCK, Storage, is_url, open_object
+from threetowers.cache.storage.object_file import READ_BYTES, open_object
+from threetowers.cache.storage.storage import Storage, is_url
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 from threetowers.cache.webdataset.sample_stream import stream_images
 from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, index_tar, key_hash
@@ -119,7 +120,7 @@ class Source:
             return file
         copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who reads it
         with file:
-            while not self.stopped.is_set() and (block := file.read(BLOCK)):
+            while not self.stopped.is_set() and (block := file.read(READ_BYTES)):
                 copy.write(block)
         copy.seek(0)
         return copy
@@ -295,7 +296,7 @@ class Job:
             return Finished(number, entry, None)
         made = Made("teacher", self.batch_size, target.teacher.device.type, seconds)
         record = rows.write(target.storage, entry, tar_xxh3_128, made)
-        target.storage.clear_staged(str(entry.id))
+        target.storage.remove_partial(str(entry.id))
         target.storage.put(done_record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
         target.claims.release(entry.id)
         return Finished(number, entry, record)

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from threetowers.cache.storage.storage import open_object
+from threetowers.cache.storage.object_file import open_object
 from threetowers.cache.webdataset.tar_index import (
     BLOCK_BYTES,
     CHANGED,

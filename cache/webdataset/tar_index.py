@@ -20,7 +20,9 @@ import numpy.typing as npt
 import xxhash
 from braceexpand import braceexpand
 
-from threetowers.cache.storage.storage import glob_urls, is_url, open_object, split_address
+from threetowers.cache.storage.object_file import open_object
+from threetowers.cache.storage.remote import glob_urls
+from threetowers.cache.storage.storage import is_url, split_address
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif"})
 TEXT_EXTENSIONS = frozenset({"txt", "json", "cls"})

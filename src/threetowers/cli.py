@@ -17,9 +17,9 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from threetowers.cache import cli as command
+from threetowers.cache.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.world import World
 from threetowers.eval import cli as evaluate
-from threetowers.trainer.interruption import EXIT_CODE, Interrupted
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
@@ -176,5 +176,5 @@ def main() -> None:
         # The system's own errors name the file and not the way out.
         hint = "; choose another path for it, or make room" if getattr(error, "errno", None) in UNWRITABLE else ""
         print(f"threetowers: {rank}{type(error).__name__}: {error}{hint}", file=sys.stderr)
-        sys.exit(EXIT_CODE if isinstance(error, Interrupted) else 2)
+        sys.exit(PREEMPTED_EXIT_CODE if isinstance(error, Interrupted) else 2)
     sys.exit(code)

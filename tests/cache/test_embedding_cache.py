@@ -19,7 +19,8 @@ from threetowers.cache.format.tar_table import extend
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import TarRows, stream_rows
-from threetowers.cache.storage.storage import LocalStorage, open_storage
+from threetowers.cache.storage.local import LocalStorage
+from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.webdataset.tar_index import Member, Sample, SampleList, TarIndex
 
 TIERS = sorted(PRECISIONS)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from threetowers.cache.preemption import Interrupted
 from threetowers.cache.world import World
 from threetowers.trainer.config import load
 from threetowers.trainer.engine import join_process_group, leave_process_group
-from threetowers.trainer.interruption import Interrupted
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.train import Trainer
 

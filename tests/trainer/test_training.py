@@ -175,5 +175,7 @@ def test_a_cache_of_another_backbone_is_refused(three: dict[str, Any], cache: Pa
     with pytest.raises(ManifestError, match=r"tower 'third' is read from another cache .*: weights_digest: expected"):
         folder.check_manifests({"third": replace(began, weights_digest="0" * 64)})
     folder.manifests.write_text('{"third": {"backbone": "test_resnet"}}')
-    with pytest.raises(ManifestError, match=r"cache_manifests\.json: damaged, or of another version: Field required"):
+    with pytest.raises(
+        ManifestError, match=r"cache_manifests\.json is damaged, or of another version: .*Field required"
+    ):
         folder.read_manifests()

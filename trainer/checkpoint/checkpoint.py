@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
+from threetowers.cache.storage.atomic import finish_partial, write_atomic
 from threetowers.cache.world import World
-from threetowers.trainer.atomic import replace_text, settle
 from threetowers.trainer.checkpoint.partition import inner_optimizer, pieces, replicated
 from threetowers.trainer.model.state_dict import distinct_state
 
@@ -63,7 +63,7 @@ def save(engine: Any, folder: Path, progress: Progress, keep: int, world: World)
         partial.mkdir(parents=True, exist_ok=True)
         file = partial / f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
         save_file(parts, f"{file}.partial")
-        settle(Path(f"{file}.partial"), file)
+        finish_partial(Path(f"{file}.partial"), file)
     except (OSError, SafetensorError) as problem:
         error = str(problem)
     told: list[str | None] = [None] * world.size
@@ -78,7 +78,7 @@ def save(engine: Any, folder: Path, progress: Progress, keep: int, world: World)
         )
     if world.first:
         about = asdict(progress) | {"ranks": world.size, "zero_stage": int(engine.zero_optimization_stage())}
-        replace_text(partial / ABOUT, json.dumps(about, indent=2))
+        write_atomic(partial / ABOUT, json.dumps(about, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
         for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -214,5 +214,5 @@ def save_weights(engine: Any, path: Path, world: World) -> None:
             state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in distinct_state(module).items()}
             temporary = path.with_name(f".{path.name}.partial")
             save_file(state, temporary)
-            settle(temporary, path)
+            finish_partial(temporary, path)
     distributed.barrier()

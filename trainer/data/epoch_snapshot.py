@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import distributed
 
+from threetowers.cache.storage.atomic import write_atomic
 from threetowers.cache.world import World
-from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CacheJoin
 
@@ -82,7 +82,7 @@ class FinishedTars:
         pin = {"epoch": epoch, "finished": len(finished), "of": len(self._tars)}
         pin["tars"] = [self._tars[storage] for storage in finished]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self._path, "".join(f"{line}\n" for line in [*lines, json.dumps(pin)]))
+        write_atomic(self._path, "".join(f"{line}\n" for line in [*lines, json.dumps(pin)]))
         logger.info("epoch %d: %d of %d tars are finished", epoch, len(finished), len(self._tars))
         return finished
 
