@@ -31,6 +31,7 @@ from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, to_json
 from threetowers.cache.format.tar_table import TarEntry
 from threetowers.cache.format.views import Params
+from threetowers.cache.prefetch import prefetch
 from threetowers.cache.storage.object_file import READ_BYTES, open_object
 from threetowers.cache.storage.storage import Storage, is_url
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
@@ -95,23 +96,17 @@ class Source:
 
     def items(self) -> Iterator[Item]:
         """Iterate over all samples. Raises BadTar where a tar is not the one of the table."""
-        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as fetcher:
-            upcoming = fetcher.submit(self._fetch)
-            while (fetched := upcoming.result()) is not None:
-                upcoming = fetcher.submit(self._fetch)
-                work, file = fetched
+        with contextlib.closing(prefetch(self._fetched(), depth=1)) as fetched:
+            for work, file in fetched:
                 with file:
                     yield from self._tar(work, file)
 
-    def _fetch(self) -> tuple[Work, BinaryIO] | None:
-        while not self.stopped.is_set():
-            work = self.assignment.next()
-            if work is None:
-                return None
+    def _fetched(self) -> Iterator[tuple[Work, BinaryIO]]:
+        while not self.stopped.is_set() and (work := self.assignment.next()) is not None:
             if isinstance(work, Work):
-                return work, self._opened(self.paths[work.number])
-            self.stopped.wait(work)
-        return None
+                yield work, self._opened(self.paths[work.number])
+            else:
+                self.stopped.wait(work)
 
     def _opened(self, path: str) -> BinaryIO:
         """The tar; where it is remote a nameless copy in the folder for temporary files, read once from end to end."""

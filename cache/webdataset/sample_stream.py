@@ -9,9 +9,9 @@ import xxhash
 
 from threetowers.cache.storage.object_file import open_object
 from threetowers.cache.webdataset.tar_index import (
-    BLOCK_BYTES,
     CHANGED,
     IMAGE_EXTENSIONS,
+    TAR_BLOCK,
     TEXT_EXTENSIONS,
     BadTar,
     TarIndex,
@@ -54,7 +54,7 @@ def stream_samples(index: TarIndex, first: int = 0) -> Generator[tuple[int, dict
     with open_object(index.location) as file:
         if first:
             end = max(member.offset + member.size for member in index.samples[first - 1].members.values())
-            file.seek(-(-end // BLOCK_BYTES) * BLOCK_BYTES)
+            file.seek(-(-end // TAR_BLOCK) * TAR_BLOCK)
         yield from _grouped(index, file, first, IMAGE_EXTENSIONS | TEXT_EXTENSIONS)
 
 

@@ -28,7 +28,7 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif"})
 TEXT_EXTENSIONS = frozenset({"txt", "json", "cls"})
 MAX_MEMBER_BYTES = 64 << 20
 MAX_PADDING = 1 << 20  # zeros after the end marker: tar pads to its record size, 10 KiB by default
-BLOCK_BYTES = 512  # of the tar format: headers and payloads begin at its multiples
+TAR_BLOCK = 512  # of the tar format: headers and payloads begin at its multiples
 CHANGED = "the tar has changed since it was indexed"
 
 
@@ -249,8 +249,8 @@ def _headers(path: str, file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo
 def _check_end(path: str, file: BinaryIO, end: int, size: int) -> None:
     """Check the end marker: tarfile stops silently at a bad header and at the end of a truncated file."""
     file.seek(end)
-    marker = file.read(2 * BLOCK_BYTES)
-    if len(marker) < 2 * BLOCK_BYTES:
+    marker = file.read(2 * TAR_BLOCK)
+    if len(marker) < 2 * TAR_BLOCK:
         raise BadTar(f"{path}: truncated: no end-of-archive marker at byte {end} of {size}. Copy or download it again.")
     if any(marker):
         raise BadTar(
