@@ -101,7 +101,7 @@ def build(
 
 
 def _print_built(report: BuildReport) -> None:
-    who = f"rank {report.rank.rank} of {report.rank.world}: " if report.rank.world > 1 else ""
+    who = f"rank {report.world.rank} of {report.world.size}: " if report.world.size > 1 else ""
     rate = report.samples / report.seconds if report.seconds else 0.0
     left = f", {report.tars_left} were left to others" if report.tars_left else ""
     print(f"{who}{report.storage}: {report.tars_built} tars built, {report.tars_kept} were finished before{left}")

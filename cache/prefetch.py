@@ -1,6 +1,4 @@
-"""Run an iterator in a thread, a bounded number of items ahead of its consumer."""
-
-from __future__ import annotations
+"""Reading ahead: an iterator that runs in a thread, a bounded number of items ahead of its consumer."""
 
 import queue
 import threading
@@ -11,38 +9,43 @@ T = TypeVar("T")
 
 
 def prefetch(source: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Yield what `source` yields, in order; it is advanced in a thread, at most `depth` items ahead.
+    """Yield what `source` yields, in order, while a thread computes up to `depth` further items.
 
-    An exception in `source` is raised here, after the items before it. Closing this generator stops the thread.
+    The thread begins item n + `depth` only when item n is taken: with a depth of 1, a source that alternates between
+    two buffers never overwrites the one in use. An exception in `source` is raised here, after the items before it.
+    Closing this generator stops the thread and closes the source.
     """
-    items: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
+    items: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+    free = threading.Semaphore(depth)  # places for items that are computed and not yet taken
     stopped = threading.Event()
 
-    def put(item: tuple[T] | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
     def run() -> None:
+        iterator = iter(source)
         try:
-            for item in source:
-                if not put((item,)):
-                    return
-            put(None)
-        except BaseException as error:  # handed over and raised by the consumer
-            put(error)
+            while True:
+                free.acquire()
+                if stopped.is_set():
+                    break
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    items.put(None)
+                    break
+                items.put((item,))
+            if isinstance(iterator, Generator):
+                iterator.close()
+        except BaseException as error:  # raised by the consumer
+            items.put(error)
 
-    thread = threading.Thread(target=run, daemon=True, name="ahead")
+    thread = threading.Thread(target=run, daemon=True, name="prefetch")
     thread.start()
     try:
         while (item := items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            free.release()
             yield item[0]
     finally:
         stopped.set()
+        free.release()  # the thread may be waiting for a place
         thread.join()

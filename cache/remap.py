@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from cachetools import LRUCache
 
 from threetowers.cache.builder.opening import begin, settle
 from threetowers.cache.builder.row_buffer import Made, Rows
@@ -27,7 +27,8 @@ from threetowers.cache.format.manifest import MANIFEST, Manifest, ManifestError,
 from threetowers.cache.format.store import Arrays, fit_to_table, read_slot
 from threetowers.cache.format.tar_table import TarEntry, extend, read_table
 from threetowers.cache.storage.storage import Storage, open_storage
-from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, key_hash, stream
+from threetowers.cache.webdataset.sample_stream import stream_images
+from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, key_hash
 
 OPEN_TARS = 64
 SHOWN = 5
@@ -121,7 +122,7 @@ class _Source:
     def __init__(self, storage: Storage) -> None:
         self.storage, self.manifest, self.table = storage, read_manifest(storage), read_table(storage)
         self.records = [read_done_record(storage, self.manifest, entry) for entry in self.table.entries]
-        self._open: OrderedDict[int, Arrays] = OrderedDict()
+        self._open: LRUCache[int, Arrays] = LRUCache(OPEN_TARS)
         keys, images, tars, ordinals = [], [], [], []
         for entry, record in zip(self.table.entries, self.records, strict=True):
             rows = read_slot(storage, self.manifest, entry, record, HASHES)
@@ -149,14 +150,11 @@ class _Source:
 
     def rows(self, tar_id: int) -> Arrays:
         """All arrays of a tar of the old cache; those of the last OPEN_TARS stay in memory."""
-        if tar_id not in self._open:
-            if len(self._open) >= OPEN_TARS:
-                self._open.popitem(last=False)
-            self._open[tar_id] = read_slot(
-                self.storage, self.manifest, self.table.entries[tar_id], self.records[tar_id]
-            )
-        self._open.move_to_end(tar_id)
-        return self._open[tar_id]
+        arrays = self._open.get(tar_id)
+        if arrays is None:
+            entry = self.table.entries[tar_id]
+            arrays = self._open[tar_id] = read_slot(self.storage, self.manifest, entry, self.records[tar_id])
+        return arrays
 
 
 def _mixed(key_n: UInt64, image_n: UInt64) -> UInt64:
@@ -171,7 +169,7 @@ class _Match:
         self.index = index
         digest = xxhash.xxh3_128()
         n = len(index.samples)
-        images = (xxhash.xxh3_64_intdigest(data) for _, _, data in stream(index, digest))
+        images = (xxhash.xxh3_64_intdigest(data) for _, _, data in stream_images(index, digest))
         self.image_n = np.fromiter(images, dtype=np.uint64)
         self.key_n = np.fromiter((key_hash(sample.key) for sample in index.samples), dtype=np.uint64, count=n)
         self.tar_xxh3_128 = digest.hexdigest()
@@ -237,6 +235,6 @@ def _take_over(storage: Storage, manifest: Manifest, entry: TarEntry, match: _Ma
     rows.check_complete()
     record = rows.write(storage, entry, match.tar_xxh3_128, Made("remap", 0, "none", time.monotonic() - began))
     inherited = Cosines(min(lows), total / count) if lows else Cosines(None, None)
-    storage.clear_staged(str(entry.id))
+    storage.remove_partial(str(entry.id))
     done = dataclasses.replace(record, cosines=inherited)
     storage.put(done_record_name(entry.id), to_json(done), owner=f"{entry.id}.done")

@@ -1,10 +1,12 @@
-"""Who this process is among those a launcher started."""
-
-from __future__ import annotations
+"""The processes that a launcher started together, and which of them this one is."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import torch
 
 # SLURM_STEP_NUM_TASKS, not SLURM_NTASKS: the latter is also set in a batch script that srun did not start
 LAUNCHERS = (
@@ -15,33 +17,60 @@ LAUNCHERS = (
 
 
 @dataclass(frozen=True)
-class Rank:
-    """Rank of `world` processes; `local` of `local_world` on this machine."""
+class World:
+    """This process's rank among `size` processes, and its local rank among the `local_size` on this machine."""
 
     rank: int
-    world: int
-    local: int
-    local_world: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes and reports for all."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> "torch.device":
+        """The GPU of this local rank where there are GPUs, else the CPU."""
+        import torch  # here, so that `threetowers --help` needs no torch
+
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> Rank:
-        """As torchrun, deepspeed, mpirun or srun say; a single process where none of them does.
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
+        """Return the world that torchrun, deepspeed, mpirun or srun describe; a single process without a launcher.
 
         Raises:
-            ValueError: numbers that cannot be.
+            ValueError: The environment holds no numbers, or a rank outside the world.
         """
-        for rank, world, local, local_world in LAUNCHERS:
-            if rank in env and world in env:
-                try:
-                    found = cls(
-                        *(
-                            int(env.get(name, default))
-                            for name, default in ((rank, ""), (world, ""), (local, "0"), (local_world, "1"))
-                        )
-                    )
-                except ValueError as error:
-                    raise ValueError(f"environment: {rank}={env[rank]!r}, {world}={env[world]!r}: {error}") from None
-                if not 0 <= found.rank < found.world:
-                    raise ValueError(f"environment: {rank}={found.rank} is not below {world}={found.world}")
-                return found
-        return cls(0, 1, 0, 1)
+        for rank, size, local_rank, local_size in LAUNCHERS:
+            if rank not in env or size not in env:
+                continue
+            try:
+                world = cls(
+                    rank=int(env[rank]),
+                    size=int(env[size]),
+                    local_rank=int(env.get(local_rank, "0")),
+                    local_size=int(env.get(local_size, "1")),
+                )
+            except ValueError as error:
+                raise ValueError(f"environment: {rank}={env[rank]!r}, {size}={env[size]!r}: {error}") from None
+            if not 0 <= world.rank < world.size:
+                raise ValueError(f"environment: {rank}={world.rank}, expected a number below {size}={world.size}")
+            return world
+        return cls(rank=0, size=1, local_rank=0, local_size=1)
+
+    @classmethod
+    def from_process_group(cls) -> Self:
+        """Return the world of torch's process group; a single process where none is initialized."""
+        from torch import distributed
+
+        if not distributed.is_initialized():
+            return cls(rank=0, size=1, local_rank=0, local_size=1)
+        return cls(
+            rank=distributed.get_rank(),
+            size=distributed.get_world_size(),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from threetowers.cache.webdataset.tar_index import expand, index_tar
+from threetowers.cache.world import World
 from threetowers.eval.datasets.evaluation_set import Floats, evaluation_set
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.forward import forward_captions, forward_pictures
@@ -33,7 +34,12 @@ class RetrievalEvaluator:
         tars = [index_tar(path) for path in expand(settings.tars)]
         group = settings.group_field
         self.data = evaluation_set(
-            tars, group_field=group, part_field=None, max_captions=5, max_pixels=run.data.max_pixels
+            tars,
+            group_field=group,
+            part_field=None,
+            max_captions=5,
+            max_pixels=run.data.max_pixels,
+            caption_per_line=run.data.caption_per_line,
         )
         self.tokenizer = Tokenizer.load(run.data.tokenizer)
 
@@ -45,8 +51,8 @@ class RetrievalEvaluator:
         """Return recalls in 0..1 of both directions; each rank embeds its share. Collective."""
         manifests = RunFolder(Path(self.run.output_dir)).read_manifests()
         trained = TrainedModel(self.run, model, self.tokenizer, manifests)
-        rank, ranks = distributed.get_rank(), distributed.get_world_size()
-        pictures = self.data.pictures[: self.settings.max_samples][rank::ranks]
+        world = World.from_process_group()
+        pictures = self.data.pictures[: self.settings.max_samples][world.rank :: world.size]
         captions = [caption for picture in pictures for caption in picture.captions]
         # No workers: the training's own are at work beside it, and a second set would have to be forked every time.
         loading = LoadOptions(workers=0, max_pixels=self.run.data.max_pixels)

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
 from threetowers import __version__
+from threetowers.cache.schema import parse_as
+from threetowers.cache.storage.atomic import finish_partial, write_atomic
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.eval.encoders.encoder import ModelInfo
-from threetowers.trainer.atomic import replace_text, settle
 
 log = logging.getLogger(__name__)
 
@@ -267,9 +267,9 @@ def write_record(record: EvalRecord, folder: Path, items: Items | None = None) -
         temporary = path.with_suffix(".npz.partial")
         with temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **dict(items))
-        settle(temporary, path.with_suffix(".npz"))  # before the record that promises them
+        finish_partial(temporary, path.with_suffix(".npz"))  # before the record that promises them
     content = json.dumps(asdict(record), indent=2, allow_nan=False) + "\n"
-    replace_text(path, content)
+    write_atomic(path, content)
     return path
 
 
@@ -282,12 +282,7 @@ def read_record(path: Path) -> EvalRecord:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise BadRecord(f"{path} has record format {found!r}, this version reads {FORMAT}: evaluate again")
-    try:
-        return TypeAdapter(EvalRecord).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BadRecord(f"{path} is not a result record: field {where!r}: {first['msg']}") from error
+    return parse_as(EvalRecord, content, BadRecord, f"{path} is not a result record")
 
 
 def _json(value: object) -> str:

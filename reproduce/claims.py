@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from reproduce.plan import STRICT, BadPlan, Positive
 from reproduce.scores import Metric, Scores
+from threetowers.cache.schema import parse_as
 from threetowers.eval.metrics.bootstrap import PairedDifference, resample
 
 Verdict = Literal["holds", "does not hold", "cannot be told here"]
@@ -105,11 +105,7 @@ def load_claims(path: Path) -> Claims:
 
 def parse_claims(tree: Mapping[str, Any], source: str = "claims") -> Claims:
     """Return the checked claims of a plain tree. Raises BadPlan."""
-    try:
-        found = TypeAdapter(Claims).validate_python(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadPlan(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    found = parse_as(Claims, tree, BadPlan, f"{source} holds no valid claims")
     asked: list[Claim | ByFit] = [*found.claims, *found.by_fit]
     for claim in asked:
         if unknown := sorted(set(claim.metrics) - found.metrics.keys()):

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from threetowers.trainer.atomic import replace_text
+from threetowers.cache.storage.atomic import write_atomic
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Folder:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(content, indent=1) + "\n")
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:

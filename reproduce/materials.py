@@ -7,8 +7,8 @@ import yaml
 
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import BadPlan, Plan
+from threetowers.cache.webdataset.sample import read_annotation
 from threetowers.cache.webdataset.tar_index import expand, index_tar, read_member
-from threetowers.trainer.data.sample_set import read_annotation
 from threetowers.trainer.tokenizer import train_tokenizer
 
 SPLITS = "data/splits.json"

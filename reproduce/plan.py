@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
+from threetowers.cache.schema import parse_as
 from threetowers.trainer.config import Augment
 
 Positive = Annotated[float, Field(gt=0)]
@@ -251,9 +252,6 @@ class Experiment:
         return f"{self.group}-seed{self.seed}"
 
 
-_adapter = TypeAdapter(Plan)
-
-
 def load_plan(path: Path) -> Plan:
     """Return the checked plan of a YAML file. Raises BadPlan."""
     try:
@@ -265,11 +263,7 @@ def load_plan(path: Path) -> Plan:
 
 def parse_plan(tree: Mapping[str, Any], source: str = "plan") -> Plan:
     """Return the checked plan of a plain tree. Raises BadPlan."""
-    try:
-        plan = _adapter.validate_python(tree)
-    except ValidationError as error:
-        lines = (f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors())
-        raise BadPlan(f"{source} is no plan:\n" + "\n".join(lines)) from None
+    plan = parse_as(Plan, tree, BadPlan, f"{source} is not a valid plan")
     _check(plan, source)
     return plan
 

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from reproduce.folder import Folder, write_json
 from reproduce.packages import FASHION_MNIST, member
 from reproduce.plan import Pretraining
+from threetowers.cache.webdataset.sample import read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.data.augmentation import augmented
 from threetowers.trainer.data.crops import center, random_crop
-from threetowers.trainer.data.sample_set import read_annotation, read_image
 from threetowers.trainer.model.pointwise import subsample_before_pointwise
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
+
+from threetowers.cache.schema import parse_as
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -181,6 +183,7 @@ class Data:
     crop_scale: Fraction = 1.0  # smallest area share of a random crop; 1.0 = no crop
     augment: Augment = field(default_factory=Augment)
     group_field: str | None = None  # JSON field naming what a sample shows; None: every sample is its own concept
+    caption_per_line: bool = False  # whether each line of a txt member is a caption; otherwise all of it is one
     on_bad: Literal["error", "skip"] = "error"  # a sample that cannot be read; for rows see CacheTower.on_missing_row
     # Tars whose rows are not all built: error refuses to train, wait waits for them, skip begins each epoch with
     # those that are finished by then. Durations count the samples of all tars in any case.
@@ -344,9 +347,6 @@ class ConfigChange:
         return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
-_adapter = TypeAdapter(TrainConfig)
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Return the run described by a YAML file, with `key.path=value` overrides applied (values are YAML).
 
@@ -367,18 +367,14 @@ def parse(tree: Mapping[str, Any], source: str = "config") -> TrainConfig:
     """Return the checked run of a plain tree of dicts; see `load`. A tower, head or term that is null is left out."""
     named = {key: tree[key] for key in ("towers", "heads", "terms") if isinstance(tree.get(key), dict)}
     tree = {**tree, **{key: {k: v for k, v in entries.items() if v is not None} for key, entries in named.items()}}
-    try:
-        run = _adapter.validate_python(tree)
-    except ValidationError as error:
-        lines = (f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors())
-        raise ConfigError(f"{source} is not a valid run config:\n" + "\n".join(lines)) from None
+    run = parse_as(TrainConfig, tree, ConfigError, f"{source} is not a valid run config")
     _check_references(run, source)
     return run
 
 
 def dump(run: TrainConfig) -> dict[str, Any]:
     """Return the plain tree that `parse` turns into an equal run."""
-    tree: dict[str, Any] = _adapter.dump_python(run, mode="json")
+    tree: dict[str, Any] = TypeAdapter(TrainConfig).dump_python(run, mode="json")
     return tree
 
 

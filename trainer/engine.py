@@ -5,13 +5,13 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from threetowers.cache.world import World
 from threetowers.trainer.config import ConfigError, TrainConfig
 from threetowers.trainer.optimizer.adafactor import Adafactor
 from threetowers.trainer.optimizer.optimizer import parameter_groups
@@ -19,21 +19,8 @@ from threetowers.trainer.optimizer.optimizer import parameter_groups
 GRACE_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-
-def join_process_group() -> Ranks:
-    """Join the process group of `deepspeed` or `torchrun`, or start one of one, and return this process's place.
+def join_process_group() -> World:
+    """Join the process group of `deepspeed` or `torchrun`, or start one of a single process, and return its world.
 
     NCCL and one GPU a process where there are GPUs, else gloo and an even share of the cores.
     """
@@ -46,18 +33,18 @@ def join_process_group() -> Ranks:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+    if not os.environ.get("LOCAL_WORLD_SIZE"):  # DeepSpeed's launcher sets LOCAL_SIZE
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+    world = World.from_env()
     if cuda:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(world.device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    return World.from_process_group()
 
 
 def leave_process_group() -> None:

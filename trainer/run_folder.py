@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from threetowers.cache.format.manifest import Manifest, ManifestError, mismatch
-from threetowers.trainer.atomic import replace_text
+from threetowers.cache.schema import parse_as
+from threetowers.cache.storage.atomic import write_atomic
 from threetowers.trainer.config import ConfigChange, ConfigError, TrainConfig, differences, dump, load
 
 # What a resumed run may change: none of it changes what is computed, beyond rounding.
@@ -104,27 +104,23 @@ class RunFolder:
 
     def read_manifests(self) -> dict[str, Manifest]:
         """What the caches of this run promised, by tower. Raises ContractError for a file that does not say it."""
-        try:
-            return TypeAdapter(dict[str, Manifest]).validate_json(self.manifests.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ManifestError(
-                f"{self.manifests}: damaged, or of another version: {first['msg']} at {first['loc']}; "
-                "train the run again"
-            ) from error
+        headline = f"{self.manifests} is damaged, or of another version"
+        return parse_as(
+            dict[str, Manifest], self.manifests.read_bytes(), ManifestError, headline, "train the run again"
+        )
 
     def write_manifests(self, manifests: Mapping[str, Manifest]) -> None:
         """Write what `read_manifests` reads."""
-        replace_text(self.manifests, json.dumps({name: asdict(c) for name, c in manifests.items()}, indent=2))
+        write_atomic(self.manifests, json.dumps({name: asdict(c) for name, c in manifests.items()}, indent=2))
 
     def create(self, run: TrainConfig, deepspeed: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> None:
         """Write what is known before the first step. Does nothing that a resumed run would change."""
         self.path.mkdir(parents=True, exist_ok=True)
         if Path(run.data.tokenizer).resolve() != self.tokenizer.resolve():
             shutil.copyfile(run.data.tokenizer, self.tokenizer)
-        replace_text(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
+        write_atomic(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
         self.write_manifests(manifests)
-        replace_text(self.config, yaml.safe_dump(dump(run), sort_keys=False))  # last: it marks the folder as a run's
+        write_atomic(self.config, yaml.safe_dump(dump(run), sort_keys=False))  # last: it marks the folder as a run's
 
 
 def _changeable(key: str) -> bool:

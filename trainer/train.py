@@ -14,19 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from threetowers.trainer.atomic import replace_text
+from threetowers.cache.preemption import Interrupted, StopRequest
+from threetowers.cache.storage.atomic import write_atomic
+from threetowers.cache.webdataset.sample import BadSample
+from threetowers.cache.world import World
 from threetowers.trainer.checkpoint import checkpoint
 from threetowers.trainer.config import CacheTower, TrainConfig
 from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.device_prefetch import prefetched
 from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.sample_set import BadSample, open_samples
-from threetowers.trainer.engine import Ranks, chunks, deepspeed_config, join_process_group, start_engine
+from threetowers.trainer.data.sample_set import open_samples
+from threetowers.trainer.engine import chunks, deepspeed_config, join_process_group, start_engine
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model, tower_costs, training_flops
 from threetowers.trainer.estimate.summary import Held, startup_page
 from threetowers.trainer.evaluator import Evaluator
 from threetowers.trainer.grad_cache import Measured, accumulate
-from threetowers.trainer.interruption import Interrupted, StopRequest
 from threetowers.trainer.loss import TermResult, objective
 from threetowers.trainer.model.model import Outputs, TowerModel
 from threetowers.trainer.monitoring.metrics import Metrics, MetricsLog, step_line
@@ -67,16 +69,15 @@ def train(run: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSummar
     first step for a config, cache or tars that do not fit, FloatingPointError when a loss or gradient is not finite
     and the run's policy does not let it go on, and Interrupted after SIGTERM, once a checkpoint is written.
     """
-    ranks = join_process_group()
-    return Trainer(run, ranks, evaluators).train()
+    return Trainer(run, join_process_group(), evaluators).train()
 
 
 class Trainer:
     """One rank's view of a run."""
 
-    def __init__(self, run: TrainConfig, ranks: Ranks, evaluators: Sequence[Evaluator] = ()) -> None:
+    def __init__(self, run: TrainConfig, world: World, evaluators: Sequence[Evaluator] = ()) -> None:
         self.run = run
-        self.ranks = ranks
+        self.world = world
         self.folder = RunFolder(Path(run.output_dir))
         changed = self.folder.check(run)
         self.samples = open_samples(run, self.folder.path)
@@ -89,14 +90,14 @@ class Trainer:
         self.schedule = Schedule.of(run.optim, self.steps, len(self.samples), run.global_batch_size)
         self.evaluators = [(e.every(len(self.samples), run.global_batch_size, self.steps), e) for e in evaluators]
         model = self._model(caches)
-        config = deepspeed_config(run, ranks.world)
-        if ranks.first:
+        config = deepspeed_config(run, world.size)
+        if world.first:
             samples, teachers = self.samples, {name: TeacherCost.of(manifest) for name, manifest in manifests.items()}
             counts = samples.left_out, samples.without_row
             held = Held(len(samples), samples.total, len(samples.tars), *counts, samples.notes())
             shapes = meta_model(run, self.vocab_size, teachers)
             self.flops = training_flops(shapes, tower_costs(shapes))
-            for line in startup_page(ranks, shapes, teachers, held, self.steps):
+            for line in startup_page(world.size, world.device, shapes, teachers, held, self.steps):
                 logger.info(line)
             for difference in changed:
                 logger.info(f"changed since this run began: {difference}")
@@ -114,7 +115,7 @@ class Trainer:
         self.start, self.updates = progress.step, progress.updates
         self.counts: Counter[str] = Counter(progress.counts)
         self.clock = Clock(progress.clock)
-        self.watch = GradientWatch(self.engine.module, ranks.device)
+        self.watch = GradientWatch(self.engine.module, world.device)
         self.failed = 0  # steps in a row that were not finite
 
     @property
@@ -122,8 +123,8 @@ class Trainer:
         return max(1, len(self.samples) // self.run.global_batch_size)
 
     def train(self) -> TrainSummary:
-        log = MetricsLog(self.folder.path, self.start, self.run.log.tensorboard) if self.ranks.first else None
-        profile = StepProfile(self.run.log.profile if self.ranks.first else None, self.folder.profile)
+        log = MetricsLog(self.folder.path, self.start, self.run.log.tensorboard) if self.world.first else None
+        profile = StepProfile(self.run.log.profile if self.world.first else None, self.folder.profile)
         saved_at = time.monotonic()
         with StopRequest().listening() as request, closing(self._batches()) as batches:
             for step in range(self.start, self.steps):
@@ -158,17 +159,17 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
         masked = self.run.loss.mask_false_negatives
-        concepts_b = batch.concepts_b.to(self.ranks.device, non_blocking=True) if masked else None
-        present = {name: has_b.to(self.ranks.device, non_blocking=True) for name, has_b in batch.present.items()}
+        concepts_b = batch.concepts_b.to(self.world.device, non_blocking=True) if masked else None
+        present = {name: has_b.to(self.world.device, non_blocking=True) for name, has_b in batch.present.items()}
 
         def loss(outputs: Outputs) -> tuple[Tensor, dict[str, TermResult]]:
             return objective(self.run, outputs, concepts_b, present=present)
 
         def seed(chunk: int) -> None:
-            seed_dropout(self.run.seed, step, self.ranks.rank, chunk)
+            seed_dropout(self.run.seed, step, self.world.rank, chunk)
 
-        parts = chunks(self.run, self.ranks.world)
-        return accumulate(self.engine, batch.inputs, loss, parts, seed, self.ranks.device), rate
+        parts = chunks(self.run, self.world.size)
+        return accumulate(self.engine, batch.inputs, loss, parts, seed, self.world.device), rate
 
     def _update(self, step: int, measured: Measured, bad: Sequence[str]) -> None:
         """Change the weights; or not, on all ranks, where a loss or gradient is not finite."""
@@ -203,7 +204,7 @@ class Trainer:
 
     def _overdue(self, saved_at: float) -> bool:
         minutes = self.run.checkpoint.every_minutes
-        return minutes is not None and self.ranks.first and time.monotonic() - saved_at >= 60 * minutes
+        return minutes is not None and self.world.first and time.monotonic() - saved_at >= 60 * minutes
 
     def _judge(self, batch: Batch) -> None:
         if not batch.bad:
@@ -229,7 +230,7 @@ class Trainer:
             "tflops_per_s": lap.images_per_s * self.flops / 1e12,  # of towers and heads, on all ranks
             "data_wait": lap.data_wait,
             "seconds": self.clock.training,
-            "memory_gb": peak_memory(self.ranks.device),
+            "memory_gb": peak_memory(self.world.device),
             "skipped": self.counts["skipped"],
             "not_finite": self.counts["not_finite"],
         }
@@ -259,7 +260,7 @@ class Trainer:
         module: TowerModel = self.engine.module
         model = module
         if self.run.engine.zero_stage == 3:
-            model = self._bare_model().to(self.ranks.device)
+            model = self._bare_model().to(self.world.device)
             with deepspeed.zero.GatheredParameters(list(module.parameters())):
                 model.load_state_dict(module.state_dict())
         model.eval()
@@ -272,12 +273,12 @@ class Trainer:
     def _save(self, step: int) -> None:
         with self.clock.during("checkpoint"):
             progress = checkpoint.Progress(step, self.updates, dict(self.counts), self.clock.state())
-            checkpoint.save(self.engine, self.folder.checkpoints, progress, self.run.checkpoint.keep, self.ranks)
+            checkpoint.save(self.engine, self.folder.checkpoints, progress, self.run.checkpoint.keep, self.world)
 
     def _finish(self) -> TrainSummary:
         if self.start == self.steps and self.folder.summary.exists():  # nothing was left to do
             return TrainSummary(**json.loads(self.folder.summary.read_text()))
-        checkpoint.save_weights(self.engine, self.folder.weights, self.ranks)
+        checkpoint.save_weights(self.engine, self.folder.weights, self.world)
         clock = self.clock
         summary = TrainSummary(
             steps=self.steps,
@@ -290,12 +291,12 @@ class Trainer:
             images_per_s=clock.images_per_s,
             data_wait=clock.data_wait,
             verdict=clock.verdict(),
-            memory_gb=peak_memory(self.ranks.device),
+            memory_gb=peak_memory(self.world.device),
             skipped=self.counts["skipped"],
             not_finite=self.counts["not_finite"],
         )
-        if self.ranks.first:
-            replace_text(self.folder.summary, json.dumps(asdict(summary), indent=2))
+        if self.world.first:
+            write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
             logger.info(summary.verdict)
         return summary
 
@@ -319,11 +320,9 @@ class Trainer:
 
     def _batches(self) -> Generator[Batch, None, None]:
         """The loader's batches. Its workers end when this is closed; they would not by a signal."""
-        ranks = self.ranks
-        loader = training_loader(
-            self.run, self.samples, self.tokenizer, ranks.rank, ranks.world, self.start, self.steps
-        )
-        yield from prefetched(loader, ranks.device) if self.run.engine.micro_batch_size is None else loader
+        world = self.world
+        loader = training_loader(self.run, self.samples, self.tokenizer, world.rank, world.size, self.start, self.steps)
+        yield from prefetched(loader, world.device) if self.run.engine.micro_batch_size is None else loader
 
 
 def seed_dropout(seed: int, step: int, rank: int, chunk: int) -> None:

@@ -9,17 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
-import torch
 from tqdm import tqdm
 
 from threetowers.cache.builder.leases import Claims, Worker
@@ -32,10 +28,11 @@ from threetowers.cache.format.done_record import RejectedSample, done_record_nam
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.tar_table import refuse_copies, repacked
 from threetowers.cache.format.views import CENTER, Views
+from threetowers.cache.preemption import exit_on_sigterm
 from threetowers.cache.prefetch import prefetch
 from threetowers.cache.storage.storage import Storage, is_url, open_storage
 from threetowers.cache.webdataset.tar_index import expand, index_tar
-from threetowers.cache.world import Rank
+from threetowers.cache.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +56,7 @@ class BuildReport:
     the time of the embedding thread went, largest first."""
 
     storage: Storage
-    rank: Rank
+    world: World
     tars_built: int
     tars_kept: int
     tars_left: int
@@ -171,62 +168,44 @@ def build_all(
     places = [open_storage(spec.out) for spec in specs]
     if not places or len({str(storage) for storage in places}) != len(places):
         raise ValueError(f"caches to build: expected different places, found {[str(storage) for storage in places]}")
-    began, rank = time.monotonic(), Rank.from_env()
+    began, world = time.monotonic(), World.from_env()
     paths = expand(tars)
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world)
-    device = device or (f"cuda:{rank.local}" if torch.cuda.is_available() else "cpu")
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    device = device or str(world.device)
     worker, stages = Worker(), Stages()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_ends_on_sigterm())
+        stack.enter_context(exit_on_sigterm())
         pool = stack.enter_context(_pool(threads))
         targets, notes = [], []
         for spec, storage in zip(specs, places, strict=True):
             teacher = load_teacher(spec.backbone, spec.weights, spec.image_size, device, compute, decode, compiled)
             agreed = agree(
-                storage, paths, teacher, spec.terms, rank, wait_seconds, lambda p: list(pool.map(index_tar, p))
+                storage, paths, teacher, spec.terms, world, wait_seconds, lambda p: list(pool.map(index_tar, p))
             )
             entries = list(
                 pool.map(lambda path, table=agreed.table: table.at(path) or table.find(index_tar(path)), paths)
             )
-            storage.clear_dead()
+            storage.remove_stale()
             refuse_copies(paths, [entry.fingerprint for entry in entries])
             claims = stack.enter_context(Claims(storage, worker, stale_seconds).kept())
             targets.append(Target(storage, agreed.manifest, teacher, claims, entries, spec.min_cosine))
             notes.append(agreed.notes)
         ledgers = [Ledger(target.claims, [entry.id for entry in target.entries]) for target in targets]
-        own = range(rank.rank, len(paths), rank.world)
+        own = range(world.rank, len(paths), world.size)
         unfinished = [_unfinished(t, ledger, own, paths, pool) for t, ledger in zip(targets, ledgers, strict=True)]
-        assignment = Assignment(ledgers, rank.rank, rank.world, seed=worker.token, unfinished=unfinished)
+        assignment = Assignment(ledgers, world.rank, world.size, seed=worker.token, unfinished=unfinished)
         source = Source(paths, targets, assignment, pool)
         stack.callback(source.stopped.set)
         items = stack.enter_context(contextlib.closing(prefetch(source.items(), depth=4 * batch_size + 2 * threads)))
         stack.callback(source.stopped.set)  # before the thread is joined, and before the pool is shut
-        advanced = stack.enter_context(_bar(targets, unfinished, rank, progress, stages))
+        advanced = stack.enter_context(_bar(targets, unfinished, world, progress, stages))
         finished = list(Job(targets, batch_size, on_bad, stages).run(items, advanced))
     seconds = time.monotonic() - began
     return tuple(
-        _report(target, rank, [done for done in finished if done.target == i], kept, seconds, stages, notes[i])
+        _report(target, world, [done for done in finished if done.target == i], kept, seconds, stages, notes[i])
         for i, target in enumerate(targets)
         for kept in [sum(number not in unfinished[i] for number in own)]
     )
-
-
-@contextlib.contextmanager
-def _ends_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the process as an exception would, with the exit code that launchers expect; once is enough."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -240,18 +219,18 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextlib.contextmanager
 def _bar(
-    targets: Sequence[Target], unfinished: Sequence[set[int]], rank: Rank, progress: bool, stages: Stages
+    targets: Sequence[Target], unfinished: Sequence[set[int]], world: World, progress: bool, stages: Stages
 ) -> Iterator[Callable[[int], object]]:
     """A progress bar over the samples of all tars, with the share of each stage; the first named is the bottleneck."""
     left = set().union(*unfinished)
     sizes = [entry.n_samples for entry in targets[0].entries]
-    alone = rank.world == 1  # others do some of it, nobody knows which
+    alone = world.size == 1  # others do some of it, nobody knows which
     bar = tqdm(
         total=sum(sizes) if alone else None,
         initial=sum(size for number, size in enumerate(sizes) if number not in left) if alone else 0,
         unit="img",
-        desc=f"rank {rank.rank} of {rank.world}",
-        disable=not (progress and rank.rank == 0),
+        desc=f"rank {world.rank} of {world.size}",
+        disable=not (progress and world.first),
     )
 
     def advanced(samples: int) -> None:
@@ -295,7 +274,7 @@ def _unfinished(
 
 def _report(
     target: Target,
-    rank: Rank,
+    world: World,
     finished: Sequence[Finished],
     kept: int,
     seconds: float,
@@ -308,7 +287,7 @@ def _report(
         counts.update(record.counts)
     return BuildReport(
         storage=target.storage,
-        rank=rank,
+        world=world,
         tars_built=len(built),
         tars_kept=kept,
         tars_left=len(finished) - len(built),

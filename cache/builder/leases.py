@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
-from threetowers.cache.storage.storage import Storage, process_lives
+from threetowers.cache.storage.local import process_exists
+from threetowers.cache.storage.storage import Storage
 
 CLAIMS = "claims"
 
@@ -35,7 +36,7 @@ class Worker:
             return False
         if other.pid == self.pid:
             return True  # an earlier build of this very process
-        return not process_lives(other.pid)
+        return not process_exists(other.pid)
 
 
 class Claims:
@@ -57,7 +58,7 @@ class Claims:
     def take(self, tar_id: int) -> bool:
         """Claim a tar: a free one, or one whose owner is gone."""
         name = _name(tar_id)
-        if not self.storage.put_new(name, self._data, owner=_owner(tar_id)):
+        if not self.storage.create_exclusive(name, self._data, owner=_owner(tar_id)):
             if not self.abandoned(tar_id):
                 return False
             self.storage.put(name, self._data, owner=_owner(tar_id))
@@ -112,11 +113,11 @@ class Claims:
 
     def claimed(self) -> set[int]:
         """The tars that somebody claims, by one listing."""
-        return {int(name.removesuffix(".json")) for name in self.storage.names(CLAIMS) if name.endswith(".json")}
+        return {int(name.removesuffix(".json")) for name in self.storage.listdir(CLAIMS) if name.endswith(".json")}
 
     def sweep(self, finished: Collection[int]) -> None:
         """Remove claims on finished tars, and probes of the clock, whose owners were killed before they could."""
-        for name in self.storage.names(CLAIMS):
+        for name in self.storage.listdir(CLAIMS):
             is_claim = name.endswith(".json")
             if (not is_claim or int(name.removesuffix(".json")) in finished) and self._abandoned(f"{CLAIMS}/{name}"):
                 self.storage.delete(f"{CLAIMS}/{name}")

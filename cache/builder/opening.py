@@ -23,9 +23,9 @@ from threetowers.cache.format.manifest import (
 from threetowers.cache.format.store import MANIFEST_OWNER, fit_to_table
 from threetowers.cache.format.tar_table import TARS, TarTable, extend, read_table
 from threetowers.cache.format.views import CENTER, Views
-from threetowers.cache.storage.storage import STAGING, Storage
+from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.cache.world import Rank
+from threetowers.cache.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def agree(
     paths: Sequence[str],
     teacher: Teacher,
     terms: Terms,
-    rank: Rank,
+    world: World,
     wait_seconds: float,
     index: Indexing,
 ) -> Agreement:
@@ -78,24 +78,24 @@ def agree(
         TimeoutError: rank 0 did not write what this rank waits for.
     """
     deadline = time.monotonic() + wait_seconds
-    if rank.rank == 0 and storage.size(MANIFEST) is None:
+    if world.first and storage.size(MANIFEST) is None:
         begin(storage, _fitting(index(paths), teacher, terms))
     while storage.size(MANIFEST) is None:
-        _wait(storage, rank, wait_seconds, deadline)
+        _wait(storage, world, wait_seconds, deadline)
     held = read_manifest(storage)
     asked = offer(teacher, terms, max(held.slot, terms.slot or 0), held.chunk_rows)
     manifest = settle(storage, asked)
-    if rank.rank == 0:
+    if world.first:
         before = read_table(storage, empty=True)
         extend(storage, index([path for path in paths if before.at(path) is None]), manifest.slot)
         table = fit_to_table(storage, manifest)
         _warn_of_namesakes(storage, before, table, paths)
     else:
         while not (table := read_table(storage, empty=True)).entries:
-            _wait(storage, rank, wait_seconds, deadline)
+            _wait(storage, world, wait_seconds, deadline)
         strange = {tar.fingerprint for tar in index([path for path in paths if table.at(path) is None])}
         while not strange <= (table := read_table(storage)).by_fingerprint.keys():
-            _wait(storage, rank, wait_seconds, deadline)
+            _wait(storage, world, wait_seconds, deadline)
     return Agreement(manifest, table, tuple(notes(manifest, asked)))
 
 
@@ -112,11 +112,11 @@ def _warn_of_namesakes(storage: Storage, before: TarTable, table: TarTable, path
         )
 
 
-def _wait(storage: Storage, rank: Rank, wait_seconds: float, deadline: float) -> None:
+def _wait(storage: Storage, world: World, wait_seconds: float, deadline: float) -> None:
     if time.monotonic() > deadline:
         raise TimeoutError(
-            f"rank {rank.rank} waited {wait_seconds:.0f} s for rank 0 to index the tars and to write "
-            f"{storage.at(MANIFEST)} and {storage.at(TARS)}/: see the output of rank 0, check that both see the same "
+            f"rank {world.rank} waited {wait_seconds:.0f} s for rank 0 to index the tars and to write "
+            f"{storage.uri(MANIFEST)} and {storage.uri(TARS)}/: see the output of rank 0, check that both see the same "
             "files, or raise wait_seconds"
         )
     time.sleep(POLL_SECONDS)
@@ -128,10 +128,10 @@ def begin(storage: Storage, manifest: Manifest) -> None:
     Raises:
         ContractError: something else lies there.
     """
-    foreign = {name.rstrip("/") for name in storage.names()} - {TARS, STORE, STAGING}
+    foreign = {name.rstrip("/") for name in storage.listdir()} - {TARS, STORE, PARTIAL_FOLDER}
     if foreign and storage.size(MANIFEST) is None:
         raise ManifestError(f"{storage}: neither a cache nor empty, holds {sorted(foreign)[:5]}: choose another folder")
-    storage.put_new(MANIFEST, to_json(manifest), owner=MANIFEST_OWNER)
+    storage.create_exclusive(MANIFEST, to_json(manifest), owner=MANIFEST_OWNER)
 
 
 def settle(storage: Storage, asked: Manifest) -> Manifest:

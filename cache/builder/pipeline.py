@@ -31,9 +31,12 @@ from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, to_json
 from threetowers.cache.format.tar_table import TarEntry
 from threetowers.cache.format.views import Params
-from threetowers.cache.storage.storage import BLOCK, Storage, is_url, open_object
+from threetowers.cache.prefetch import prefetch
+from threetowers.cache.storage.object_file import READ_BYTES, open_object
+from threetowers.cache.storage.storage import Storage, is_url
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
-from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, index_tar, key_hash, stream
+from threetowers.cache.webdataset.sample_stream import stream_images
+from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, index_tar, key_hash
 
 logger = logging.getLogger(__name__)
 
@@ -93,23 +96,17 @@ class Source:
 
     def items(self) -> Iterator[Item]:
         """Iterate over all samples. Raises BadTar where a tar is not the one of the table."""
-        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as fetcher:
-            upcoming = fetcher.submit(self._fetch)
-            while (fetched := upcoming.result()) is not None:
-                upcoming = fetcher.submit(self._fetch)
-                work, file = fetched
+        with contextlib.closing(prefetch(self._fetched(), depth=1)) as fetched:
+            for work, file in fetched:
                 with file:
                     yield from self._tar(work, file)
 
-    def _fetch(self) -> tuple[Work, BinaryIO] | None:
-        while not self.stopped.is_set():
-            work = self.assignment.next()
-            if work is None:
-                return None
+    def _fetched(self) -> Iterator[tuple[Work, BinaryIO]]:
+        while not self.stopped.is_set() and (work := self.assignment.next()) is not None:
             if isinstance(work, Work):
-                return work, self._opened(self.paths[work.number])
-            self.stopped.wait(work)
-        return None
+                yield work, self._opened(self.paths[work.number])
+            else:
+                self.stopped.wait(work)
 
     def _opened(self, path: str) -> BinaryIO:
         """The tar; where it is remote a nameless copy in the folder for temporary files, read once from end to end."""
@@ -118,7 +115,7 @@ class Source:
             return file
         copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who reads it
         with file:
-            while not self.stopped.is_set() and (block := file.read(BLOCK)):
+            while not self.stopped.is_set() and (block := file.read(READ_BYTES)):
                 copy.write(block)
         copy.seek(0)
         return copy
@@ -133,7 +130,7 @@ class Source:
         yield _Begin(work, index)
         digest, prepare = xxhash.xxh3_128(), partial(_prepare, targets)
         file.seek(0)
-        for ordinal, key, data in stream(index, digest, file):
+        for ordinal, key, data in stream_images(index, digest, file):
             yield _Image(ordinal, self.pool.submit(prepare, key, data))
         yield _End(digest.hexdigest())
 
@@ -294,7 +291,7 @@ class Job:
             return Finished(number, entry, None)
         made = Made("teacher", self.batch_size, target.teacher.device.type, seconds)
         record = rows.write(target.storage, entry, tar_xxh3_128, made)
-        target.storage.clear_staged(str(entry.id))
+        target.storage.remove_partial(str(entry.id))
         target.storage.put(done_record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
         target.claims.release(entry.id)
         return Finished(number, entry, record)

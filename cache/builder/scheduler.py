@@ -43,7 +43,7 @@ class Ledger:
         if len(numbers) <= 1 + len(self.ids) // LISTED:
             left = {number for number in numbers if self._missing(number)}
         else:
-            names = set(self.claims.storage.names(DONE))
+            names = set(self.claims.storage.listdir(DONE))
             left = {number for number in numbers if f"{self.ids[number]}.json" not in names}
         return {number for number in left if not self.claims.has(self.ids[number])}
 

@@ -112,7 +112,7 @@ def read_done_record(storage: Storage, manifest: Manifest, entry: TarEntry) -> D
     Raises:
         ContractError: there is none, it is of another tar or cache, or a file is missing or has another size.
     """
-    path = storage.at(done_record_name(entry.id))
+    path = storage.uri(done_record_name(entry.id))
     again = "run `threetowers cache build` again"
     try:
         record = from_json(DoneRecord, storage, done_record_name(entry.id))
@@ -134,7 +134,7 @@ def read_done_record(storage: Storage, manifest: Manifest, entry: TarEntry) -> D
         expected_size = record.files[name].size if name in record.files else None
         if size is None or size != expected_size:
             raise ManifestError(
-                f"tar {entry.path} ({entry.id}): {storage.at(relative)}: expected {expected_size} bytes, found "
+                f"tar {entry.path} ({entry.id}): {storage.uri(relative)}: expected {expected_size} bytes, found "
                 f"{'no file' if size is None else size}. Delete {path} and {again}"
             )
     return record

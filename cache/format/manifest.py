@@ -13,10 +13,11 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
 import xxhash
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from threetowers.cache.format.dtypes import Precision, Tier, precision
 from threetowers.cache.format.views import CENTER, Views
+from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.storage import Storage
 
 FORMAT = 2
@@ -125,13 +126,8 @@ def from_json(kind: type[T], storage: Storage, name: str) -> T:
         FileNotFoundError: there is no such file.
         ContractError: the file does not hold exactly these fields, or holds values of other types.
     """
-    try:
-        return TypeAdapter(kind).validate_json(storage.read(name))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ManifestError(
-            f"{storage.at(name)}: damaged, or of another version: {first['msg']} at {first['loc'] or 'the top'}"
-        ) from error
+    data = storage.read(name)
+    return parse_as(kind, data, ManifestError, f"{storage.uri(name)} is damaged, or of another version")
 
 
 @dataclass(frozen=True)

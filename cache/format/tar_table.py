@@ -198,8 +198,8 @@ def read_table(storage: Storage, *, empty: bool = False) -> TarTable:
     table = _read(storage)
     if not table.segments and not empty:
         raise ManifestError(
-            f"{storage}: a cache without tars ({storage.at(TARS)}/ is empty): its build was stopped early or copied in "
-            "part. Run `threetowers cache build` again"
+            f"{storage}: a cache without tars ({storage.uri(TARS)}/ is empty): its build was stopped early or copied "
+            "in part. Run `threetowers cache build` again"
         )
     return table
 
@@ -216,7 +216,7 @@ def extend(storage: Storage, indexes: Sequence[TarIndex], slot: int) -> TarTable
         segment = table.missing(indexes, slot)
         if segment is None:
             return table
-        if storage.put_new(_name(len(table.segments)), to_json(segment), owner=OWNER):
+        if storage.create_exclusive(_name(len(table.segments)), to_json(segment), owner=OWNER):
             return TarTable((*table.segments, segment))
 
 
@@ -236,12 +236,14 @@ def _read(storage: Storage) -> TarTable:
         first = segments[-1].entries[-1].id + 1 if segments else 0
         if segment.sealed() != segment or segment.previous != previous or ids != tuple(range(first, first + len(ids))):
             raise ManifestError(
-                f"{storage.at(name)}: changed since it was written, or of another cache: bring the file back, or "
+                f"{storage.uri(name)}: changed since it was written, or of another cache: bring the file back, or "
                 "remove the cache and build it again"
             )
         segments.append(segment)
-    if strange := sorted(set(storage.names(TARS)) - {_name(i).removeprefix(f"{TARS}/") for i in range(len(segments))}):
+    if strange := sorted(
+        set(storage.listdir(TARS)) - {_name(i).removeprefix(f"{TARS}/") for i in range(len(segments))}
+    ):
         raise ManifestError(
-            f"{storage}: {storage.at(_name(len(segments)))} is missing, while {strange} is there: copy it again"
+            f"{storage}: {storage.uri(_name(len(segments)))} is missing, while {strange} is there: copy it again"
         )
     return TarTable(tuple(segments))

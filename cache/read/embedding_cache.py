@@ -6,7 +6,6 @@ bound of memory. A row is handed out only when the hash of its key is the one st
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cachetools import LRUCache
 
 from threetowers.cache.format.done_record import DONE, DoneRecord, done_record_name, read_done_record
 from threetowers.cache.format.layout import STORE, RowStatus, emb_name
@@ -74,9 +74,13 @@ class EmbeddingCache:
         self._forget()
 
     def _forget(self) -> None:
-        self._slots: OrderedDict[int, Slot] = OrderedDict()
-        self._params: OrderedDict[int, Float32] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int], ShardRows | MmapShardRows] = OrderedDict()
+        self._slots: LRUCache[int, Slot] = LRUCache(self._open_tars)
+        self._params: LRUCache[int, Float32] = LRUCache(self._open_tars)
+        # A block counts at least the bytes that let `open_tars` blocks fit in, and one block always fits.
+        memory, least = max(1, self._memory), max(1, self._memory // self._open_tars)
+        self._blocks: LRUCache[tuple[int, int], ShardRows | MmapShardRows] = LRUCache(
+            memory, lambda block: min(memory, max(block.nbytes, least))
+        )
         self._index: tuple[npt.NDArray[np.uint64], Int64] | None = None
 
     @property
@@ -95,7 +99,7 @@ class EmbeddingCache:
 
     def finished(self) -> list[int]:
         """Ids of the tars whose rows are built, by one look at the place; the others are still to come."""
-        names = self.storage.names(DONE)
+        names = self.storage.listdir(DONE)
         return sorted(int(stem) for stem, _, kind in (name.partition(".") for name in names) if kind == "json")
 
     def tar_id(self, index: TarIndex) -> int:
@@ -215,8 +219,8 @@ class EmbeddingCache:
         from zarr.storage import FsspecStore
 
         name = f"{STORE}/{emb_name(self._known(view))}"
-        path = self.storage.local(name)
-        store = path if path is not None else FsspecStore.from_url(self.storage.at(name), read_only=True)
+        path = self.storage.local_path(name)
+        store = path if path is not None else FsspecStore.from_url(self.storage.uri(name), read_only=True)
         return zarr.open_array(store, mode="r")
 
     def view_params(self, tar_id: int, ordinal: int, view: int = 0) -> Float32:
@@ -228,7 +232,6 @@ class EmbeddingCache:
         params = self._params.get(tar_id)
         if params is None:
             params = self._params[tar_id] = np.asarray(self._column(tar_id, "view_params"), np.float32)
-            _shorten(self._params, self._open_tars)
         found: Float32 = params[ordinal, self._known(view)].copy()
         return found
 
@@ -275,8 +278,6 @@ class EmbeddingCache:
             record = self.record(tar_id)
             hashes, status = (self._column(tar_id, name, record) for name in ("key_hash", "status"))
             slot = self._slots[tar_id] = Slot(record, hashes.astype(np.uint64), status.astype(np.uint8))
-            _shorten(self._slots, self._open_tars)
-        self._slots.move_to_end(tar_id)
         return slot
 
     def block(self, tar_id: int, view: int = 0) -> ShardRows:
@@ -296,10 +297,6 @@ class EmbeddingCache:
             block = self._blocks.get(where)
             if block is None:
                 block = self._blocks[where] = open_block(self.storage, self.manifest, self.slot(tar_id).record, view)
-                _shorten(self._blocks, self._open_tars)
-                while len(self._blocks) > 1 and sum(b.nbytes for b in self._blocks.values()) > self._memory:
-                    self._blocks.popitem(last=False)
-            self._blocks.move_to_end(where)
             stored, scale_n = block.take(ordinals), block.scale_n
         except BadShard as error:
             raise self._damaged(tar_id, error) from error
@@ -331,10 +328,5 @@ class EmbeddingCache:
     def _damaged(self, tar_id: int, error: BadShard) -> ManifestError:
         return ManifestError(
             f"{self.storage}: rows of tar {self.tars[tar_id].path} ({tar_id}) are damaged: {error}. Delete "
-            f"{self.storage.at(done_record_name(tar_id))} and run `threetowers cache build` again"
+            f"{self.storage.uri(done_record_name(tar_id))} and run `threetowers cache build` again"
         )
-
-
-def _shorten(kept: OrderedDict[Any, Any], most: int) -> None:
-    while len(kept) > most:
-        kept.popitem(last=False)

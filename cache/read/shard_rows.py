@@ -82,7 +82,7 @@ class MmapShardRows:
 
 def open_block(storage: Storage, manifest: Manifest, record: DoneRecord, view: int) -> ShardRows | MmapShardRows:
     """The rows of one view of a tar: mapped where they lie in a local file, else read whole. Raises BadShard."""
-    path = storage.local(slot_files(manifest, record.tar_id)[emb_name(view)])
+    path = storage.local_path(slot_files(manifest, record.tar_id)[emb_name(view)])
     if path is None:
         return read_block(storage, manifest, record, view)
     return MmapShardRows(path, record.chunk_crc32c[emb_name(view)], manifest, _scale(storage, manifest, record, view))
@@ -96,7 +96,7 @@ def read_block(storage: Storage, manifest: Manifest, record: DoneRecord, view: i
     """
     name, dtype = emb_name(view), _dtype(manifest)
     file, stored = slot_files(manifest, record.tar_id)[name], len(record.chunk_crc32c[name])
-    size, path = manifest.chunk_rows * manifest.dim * dtype.itemsize, storage.local(file)
+    size, path = manifest.chunk_rows * manifest.dim * dtype.itemsize, storage.local_path(file)
     rows_cB = np.empty((stored, size), np.uint8)
     if path is None:
         data = storage.read(file)
@@ -106,7 +106,7 @@ def read_block(storage: Storage, manifest: Manifest, record: DoneRecord, view: i
     else:
         found = _read_chunks(path, rows_cB)
     if found != record.files[name]:
-        raise BadShard(f"{storage.at(file)} is not the file that was written")
+        raise BadShard(f"{storage.uri(file)} is not the file that was written")
     rows_nD = rows_cB.reshape(-1).view(dtype).reshape(-1, manifest.dim)[: record.n_samples]
     return ShardRows(rows_nD, _scale(storage, manifest, record, view))
 
@@ -116,7 +116,7 @@ def read_column(storage: Storage, manifest: Manifest, record: DoneRecord, name: 
     file, spec = slot_files(manifest, record.tar_id)[name], arrays(manifest)[name]
     data = storage.read(file)
     if FileSum.of(data) != record.files[name]:
-        raise BadShard(f"{storage.at(file)} is not the file that was written")
+        raise BadShard(f"{storage.uri(file)} is not the file that was written")
     shape, dtype = (record.n_samples, *spec.row), np.dtype(spec.dtype).newbyteorder("<")
     return np.ndarray(shape, dtype, data)
 

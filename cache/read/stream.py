@@ -53,11 +53,11 @@ class TarRows:
 
 
 def stream_rows(
-    cache: EmbeddingCache, tar_ids: Sequence[int], view: int = 0, *, depth: int = 1
+    cache: EmbeddingCache, tar_ids: Sequence[int], view: int = 0, *, depth: int = 2
 ) -> Generator[TarRows, None, None]:
     """The rows of these tars, one tar at a time, in this order; the next `depth` tars are being read meanwhile.
 
-    Memory: at most `depth` + 2 tars of rows. Closing the iterator stops the thread.
+    Memory: at most `depth` + 1 tars of rows. Closing the iterator stops the thread.
 
     Raises:
         ContractError: half built or damaged; raised when the tar's turn comes.

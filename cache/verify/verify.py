@@ -26,11 +26,12 @@ from threetowers.cache.format.layout import STORE, RowStatus, arrays, emb_name, 
 from threetowers.cache.format.manifest import Manifest, ManifestError, read_manifest
 from threetowers.cache.format.store import Arrays, empty_group, fit_to_table, read_slot
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
-from threetowers.cache.storage.storage import STAGING, Storage, open_storage
+from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage, open_storage
 from threetowers.cache.verify.recompute import Candidate, compare
 from threetowers.cache.verify.report import Depth, Problem, Report
 from threetowers.cache.verify.statistics import SHOWN
-from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, expand, index_tar, key_hash, stream
+from threetowers.cache.webdataset.sample_stream import stream_images
+from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, expand, index_tar, key_hash
 
 
 def verify(
@@ -156,7 +157,7 @@ class _Check:
         try:
             changed = [
                 key
-                for ordinal, key, data in stream(index, digest)
+                for ordinal, key, data in stream_images(index, digest)
                 if xxhash.xxh3_64_intdigest(data) != rows["image_hash"][ordinal]
             ]
         except BadTar as error:
@@ -290,10 +291,14 @@ def _check_strangers(report: Report, manifest: Manifest, table: TarTable) -> Non
     ids = range(len(table.entries))
     expected = {done_record_name(i) for i in ids} | {path for i in ids for path in slot_files(manifest, i).values()}
     expected |= {f"{STORE}/{name}zarr.json" for name in ("", *(f"{array}/" for array in arrays(manifest)))}
-    for top in (DONE, STORE, STAGING):
+    for top in (DONE, STORE, PARTIAL_FOLDER):
         strange = sorted({f"{top}/{name}" for name in report.storage.walk(top)} - expected)
         if strange:
-            why = "left by a build that was killed or still runs" if top == STAGING else "no tar of the table owns them"
+            why = (
+                "left by a build that was killed or still runs"
+                if top == PARTIAL_FOLDER
+                else "no tar of the table owns them"
+            )
             report.warnings.append(f"{len(strange)} files, {why}: {', '.join(strange[:SHOWN])}")
 
 

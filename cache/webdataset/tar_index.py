@@ -1,34 +1,34 @@
-"""Webdataset tars: which files, what is in them, where each member lies, and the checked stream of their images.
+"""The index of a webdataset tar: its samples, and where each member lies.
 
 A tar is indexed from its headers alone and refused when reading it could pair the wrong things: truncation, repeated or
 scattered samples, two images under one key. Payloads are only ever decoded as images or text; whatever else a sample
 carries (`.npy`, `.pkl`, `.pth`, ...) is listed in the index and never opened.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import os
 import re
 import tarfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from braceexpand import braceexpand
 
-from threetowers.cache.storage.storage import glob_urls, is_url, open_object, split_address
+from threetowers.cache.storage.object_file import open_object
+from threetowers.cache.storage.remote import glob_urls
+from threetowers.cache.storage.storage import is_url, split_address
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif"})
 TEXT_EXTENSIONS = frozenset({"txt", "json", "cls"})
 MAX_MEMBER_BYTES = 64 << 20
 MAX_PADDING = 1 << 20  # zeros after the end marker: tar pads to its record size, 10 KiB by default
-HEADER = 512
+TAR_BLOCK = 512  # of the tar format: headers and payloads begin at its multiples
 CHANGED = "the tar has changed since it was indexed"
 
 
@@ -37,7 +37,7 @@ class BadTar(ValueError):
 
 
 class Member(NamedTuple):
-    """Where the bytes of one tar member lie: offset from the start of the tar, and size, in bytes."""
+    """The byte range of one tar member: its offset from the start of the tar, and its size."""
 
     offset: int
     size: int
@@ -51,12 +51,12 @@ class Sample(NamedTuple):
 
     @property
     def image(self) -> str:
-        """The extension of its image member."""
+        """The extension of the image member."""
         return next(extension for extension in self.members if extension in IMAGE_EXTENSIONS)
 
 
-class Samples(Sequence[Sample]):
-    """The samples of a tar in order. Held as a few arrays, so that millions stay small and forks share them."""
+class SampleList(Sequence[Sample]):
+    """The samples of a tar in order, held as a few arrays: millions of samples stay small, and forks share them."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         keys = [sample.key.encode() for sample in samples]
@@ -67,26 +67,33 @@ class Samples(Sequence[Sample]):
         self._key_ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
         self._member_ends = np.cumsum([0, *(len(sample.members) for sample in samples)], dtype=np.int64)
         self._codes = np.array([code[extension] for extension, _ in members], dtype=np.uint32)
-        self._places = np.array([storage for _, storage in members], dtype=np.int64).reshape(-1, 2)
+        self._members = np.array([member for _, member in members], dtype=np.int64).reshape(-1, 2)
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What `of_arrays` makes these samples of; none holds objects."""
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays that `from_arrays` reads; none holds Python objects."""
         return {
             "extensions": np.array(self._extensions, np.str_),
             "keys": np.frombuffer(self._keys, np.uint8),
             "key_ends": self._key_ends,
             "member_ends": self._member_ends,
             "codes": self._codes,
-            "places": self._places,
+            "members": self._members,
         }
 
     @classmethod
-    def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Samples:
-        """Raises KeyError where one is missing."""
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
+        """Return the samples whose `to_arrays` these are.
+
+        Raises:
+            KeyError: An array is missing.
+        """
         samples = cls([])
-        samples._extensions, samples._keys = tuple(arrays["extensions"].tolist()), arrays["keys"].tobytes()
-        samples._key_ends, samples._member_ends = arrays["key_ends"], arrays["member_ends"]
-        samples._codes, samples._places = arrays["codes"], arrays["places"]
+        samples._extensions = tuple(arrays["extensions"].tolist())
+        samples._keys = arrays["keys"].tobytes()
+        samples._key_ends = arrays["key_ends"]
+        samples._member_ends = arrays["member_ends"]
+        samples._codes = arrays["codes"]
+        samples._members = arrays["members"]
         return samples
 
     def __len__(self) -> int:
@@ -105,28 +112,28 @@ class Samples(Sequence[Sample]):
             raise IndexError(f"sample {ordinal} of {len(self)}")
         ordinal %= len(self)
         start, end = self._member_ends[ordinal : ordinal + 2]
-        members = {self._extensions[self._codes[i]]: Member(*self._places[i].tolist()) for i in range(start, end)}
+        members = {self._extensions[self._codes[i]]: Member(*self._members[i].tolist()) for i in range(start, end)}
         return Sample(self.key(ordinal), members)
 
     def key(self, ordinal: int) -> str:
-        """The key of a sample, by itself: what a join asks for at every row."""
+        """Return the key of a sample without its members; joining a cache needs no more."""
         return self._keys[self._key_ends[ordinal] : self._key_ends[ordinal + 1]].decode()
 
 
 @dataclass(frozen=True, eq=False)
 class TarIndex:
-    """What the headers of one tar say.
+    """The samples of one tar, as its headers list them.
 
     `location` is a path or an fsspec URL. `fingerprint` is a digest over the size of the tar and each member's name,
-    place, size, time and header checksum: it survives a copy or a move and changes when a tar is packed or downloaded
-    again. It does not read payloads. `ignored` counts members that belong to no sample (folders, hidden files,
+    offset, size, time and header checksum: it survives a copy or a move and changes when a tar is packed or downloaded
+    again. It does not cover payloads. `ignored` counts members that belong to no sample (folders, hidden files,
     `__meta__` entries), as in webdataset.
     """
 
     location: str
     size: int
     fingerprint: str
-    samples: Samples
+    samples: SampleList
     ignored: int
 
     @property
@@ -134,19 +141,23 @@ class TarIndex:
         """The name of the file, without its folder."""
         return self.location.rpartition("/")[2]
 
+    def describe(self, ordinal: int) -> str:
+        """Return the tar and the key of a sample, for messages."""
+        return f"{self.location}: sample {self.samples.key(ordinal)!r}"
+
 
 def key_hash(key: str) -> int:
-    """xxh3_64 of the key: what the cache stores beside each row."""
+    """Return the xxh3_64 of a key, which a cache stores beside each row."""
     return xxhash.xxh3_64_intdigest(key.encode())
 
 
 def expand(patterns: Sequence[str | Path]) -> list[str]:
-    """Tars named by paths or fsspec URLs, plain, as globs (`*`, `**`, `?`, `[..]`) or brace ranges (`{000..099}.tar`).
+    """Return the tars that match paths or URLs, which may hold globs (`*`, `**`, `?`, `[..]`) or ranges (`{00..99}`).
 
-    Order: as the patterns are given, each glob sorted by name.
+    They come in the order of the patterns, the matches of a glob sorted by name.
 
     Raises:
-        ValueError: no patterns, one that matches nothing, a command (`pipe:`), or a file that is named twice.
+        ValueError: No patterns, one that matches nothing, a command (`pipe:`), or a file that is named twice.
     """
     found: dict[str, tuple[str, str]] = {}
     for pattern in map(str, patterns):
@@ -171,7 +182,7 @@ def _matches(pattern: str) -> list[str]:
     paths: list[str] = []
     for part in parts:
         if is_url(part):
-            matches = glob_urls(part) if glob.has_magic(part) else [part]  # looked at when it is read
+            matches = glob_urls(part) if glob.has_magic(part) else [part]  # opened when it is read
         elif os.path.isfile(part):
             matches = [part]
         else:
@@ -184,16 +195,20 @@ def _matches(pattern: str) -> list[str]:
 
 
 def index_tar(path: Path | str, file: BinaryIO | None = None) -> TarIndex:
-    """Read the headers of a tar once and check that its samples can be trusted. `file`: the tar, where it is open.
+    """Read the headers of a tar once and check that its samples can be trusted.
 
     A member `folder/name.ext` belongs to the sample `folder/name`: the key ends at the first dot of the last path
     component, the extension is lower-cased (webdataset's rule). Every sample has exactly one image member.
 
+    Args:
+        path: Path or URL of the tar.
+        file: The tar, if it is open already.
+
     Raises:
-        BadTar: truncated (also at a member boundary: the end marker is missing), empty, compressed, two archives in one
-            file, a repeated or scattered sample, a repeated member, no image or two in a sample, links or devices,
-            absolute or `..` paths, an image or text over MAX_MEMBER_BYTES.
-        OSError: the file cannot be read.
+        BadTar: The tar is truncated (also at a member boundary, where the end marker is missing), empty, compressed, or
+            two archives in one file; it repeats or scatters a sample, repeats a member, or has a sample with no image
+            or two; it holds links, devices, absolute or `..` paths, or an image or text over MAX_MEMBER_BYTES.
+        OSError: The file cannot be read.
     """
     path = str(path)
     with open_object(path) if file is None else contextlib.nullcontext(file) as file:
@@ -207,7 +222,7 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> TarIndex:
     digest = xxhash.xxh3_128(f"tar index 1: {size}\n".encode())
     for info in infos:
         digest.update(f"{info.name}\0{info.offset_data} {info.size} {info.mtime} {info.chksum}\n".encode())
-    return TarIndex(path, size, digest.hexdigest(), Samples(samples), ignored)
+    return TarIndex(path, size, digest.hexdigest(), SampleList(samples), ignored)
 
 
 def _headers(path: str, file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], int]:
@@ -224,7 +239,7 @@ def _headers(path: str, file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo
             return infos, archive.offset
     except (tarfile.TarError, EOFError) as error:
         raise BadTar(
-            f"{path} ({size} bytes): not a whole, plain tar: {error} after {len(infos)} members. "
+            f"{path} ({size} bytes): not a complete, plain tar: {error} after {len(infos)} members. "
             "Copy or download it again; a compressed tar must be unpacked (gunzip, unzstd) first."
         ) from error
     except UnicodeDecodeError as error:
@@ -232,10 +247,10 @@ def _headers(path: str, file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo
 
 
 def _check_end(path: str, file: BinaryIO, end: int, size: int) -> None:
-    """tarfile stops without a word at a bad header and at the end of the file, so look at what it stopped at."""
+    """Check the end marker: tarfile stops silently at a bad header and at the end of a truncated file."""
     file.seek(end)
-    marker = file.read(2 * HEADER)
-    if len(marker) < 2 * HEADER:
+    marker = file.read(2 * TAR_BLOCK)
+    if len(marker) < 2 * TAR_BLOCK:
         raise BadTar(f"{path}: truncated: no end-of-archive marker at byte {end} of {size}. Copy or download it again.")
     if any(marker):
         raise BadTar(
@@ -253,18 +268,21 @@ def _group(path: str, infos: list[tarfile.TarInfo]) -> tuple[list[Sample], int]:
     seen: set[str] = set()
     ignored = 0
     for info in infos:
+        # What belongs to no sample, as in webdataset
         _check_member(path, info)
         key, extension = split_name(info.name)
         if not info.isreg() or not extension or re.match(r"__[^/]*__($|/)", info.name):
             ignored += 1
             continue
+        # The first member of the next sample
         if not samples or samples[-1].key != key:
             if key in seen:
                 raise BadTar(
                     f"{path}: sample {key!r}: found again at member {info.name!r} after other samples, expected its "
                     "members side by side and its key once. Pack the tar sorted by name (tar --sort=name)."
                 )
-            _check_images(path, samples[-1:])
+            if samples:
+                _check_image(path, samples[-1])
             seen.add(key)
             samples.append(Sample(key, {}))
         if extension in samples[-1].members:
@@ -275,12 +293,13 @@ def _group(path: str, infos: list[tarfile.TarInfo]) -> tuple[list[Sample], int]:
                 f"{MAX_MEMBER_BYTES}. Drop or shrink it."
             )
         samples[-1].members[extension] = Member(info.offset_data, info.size)
-    _check_images(path, samples[-1:])
+    if samples:
+        _check_image(path, samples[-1])
     return samples, ignored
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Webdataset's key and lower-cased extension of a member; the extension is empty where it belongs to no sample.
+    """Return webdataset's key and lower-cased extension of a member; no extension where it belongs to no sample.
 
     Hidden files belong to none, also inside a folder, where webdataset would make them members of a sample `folder/`.
     """
@@ -296,107 +315,30 @@ def _check_member(path: str, info: tarfile.TarInfo) -> None:
         raise BadTar(f"{path}: member {info.name!r} leaves the archive, expected a relative path without '..'.")
 
 
-def _check_images(path: str, last: Sequence[Sample]) -> None:
-    for sample in last:
-        images = sorted(IMAGE_EXTENSIONS & sample.members.keys())
-        if len(images) != 1:
-            raise BadTar(
-                f"{path}: sample {sample.key!r}: found members {sorted(sample.members)}, expected exactly one of "
-                f"{sorted(IMAGE_EXTENSIONS)} (the extension is all that follows the first dot of the name)."
-            )
+def _check_image(path: str, sample: Sample) -> None:
+    images = sorted(IMAGE_EXTENSIONS & sample.members.keys())
+    if len(images) != 1:
+        raise BadTar(
+            f"{path}: sample {sample.key!r}: found members {sorted(sample.members)}, expected exactly one of "
+            f"{sorted(IMAGE_EXTENSIONS)} (the extension is all that follows the first dot of the name)."
+        )
 
 
 def read_member(index: TarIndex, ordinal: int, extension: str) -> bytes:
-    """The bytes of one image or text member, by random access.
+    """Return the bytes of one image or text member, by random access.
 
     Raises:
-        ValueError: an extension that is neither image nor text, or one that the sample lacks.
-        BadTar: the tar has become shorter since it was indexed.
+        ValueError: The extension is neither image nor text, or the sample lacks it.
+        BadTar: The tar is shorter than when it was indexed.
     """
-    key, members = index.samples[ordinal]
+    members = index.samples[ordinal].members
     if extension not in IMAGE_EXTENSIONS | TEXT_EXTENSIONS:
-        raise ValueError(f"{index.location}: sample {key!r}: .{extension} is neither image nor text and is never read")
+        raise ValueError(f"{index.describe(ordinal)}: .{extension} is neither image nor text and is never read")
     if extension not in members:
-        raise ValueError(f"{index.location}: sample {key!r}: has no .{extension} member, only {sorted(members)}")
+        raise ValueError(f"{index.describe(ordinal)}: has no .{extension} member, only {sorted(members)}")
     offset, size = members[extension]
     storage, name = split_address(index.location)
     data = storage.read(name, offset, offset + size)
     if len(data) != size:
-        raise BadTar(f"{index.location}: sample {key!r}: {len(data)} bytes where {size} were indexed: {CHANGED}")
+        raise BadTar(f"{index.describe(ordinal)}: found {len(data)} bytes, expected {size}: {CHANGED}")
     return data
-
-
-class _Digesting:
-    """The read side of a file, hashing what passes."""
-
-    def __init__(self, file: BinaryIO, digest: xxhash.xxh3_128) -> None:
-        self._file, self._digest = file, digest
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._digest.update(data)
-        return data
-
-
-def stream(
-    index: TarIndex, digest: xxhash.xxh3_128 | None = None, file: BinaryIO | None = None
-) -> Iterator[tuple[int, str, bytes]]:
-    """Stream a tar through webdataset's own expander and grouper: (ordinal, key, image bytes), undecoded.
-
-    Each key, and the size of each image, is compared with the index. `digest` is fed every byte of the tar, and holds
-    the hash of the whole file once the iterator is exhausted. `file`: the tar, where it is open, at its beginning.
-
-    Raises:
-        BadTar: the stream and the index disagree, or the tar ends early.
-    """
-    with open_object(index.location) if file is None else contextlib.nullcontext(file) as file:
-        hashed = _Digesting(file, digest if digest is not None else xxhash.xxh3_128())
-        for ordinal, members in _grouped(index, hashed, 0, IMAGE_EXTENSIONS):
-            sample = index.samples[ordinal]
-            yield ordinal, sample.key, members[sample.image]
-        while hashed.read(1 << 20):
-            pass
-
-
-def stream_samples(index: TarIndex, first: int = 0) -> Generator[tuple[int, dict[str, bytes]], None, None]:
-    """Stream the samples of a tar from ordinal `first` on, as `stream` does: (ordinal, image and text members).
-
-    Nothing before the first sample is read.
-
-    Raises:
-        BadTar: the stream and the index disagree, or the tar ends early.
-    """
-    with open_object(index.location) as file:
-        if first:
-            ends = (offset + size for offset, size in index.samples[first - 1].members.values())
-            file.seek(-(-max(ends) // HEADER) * HEADER)
-        yield from _grouped(index, file, first, IMAGE_EXTENSIONS | TEXT_EXTENSIONS)
-
-
-def _grouped(
-    index: TarIndex, file: BinaryIO | _Digesting, first: int, extensions: frozenset[str]
-) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """Samples with their members of these extensions, checked; `file` stands where sample `first` begins."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    ordinal = first
-    files = tar_file_expander(
-        [{"url": index.location, "stream": file}], select_files=lambda name: split_name(name)[1] in extensions
-    )
-    try:
-        for found in group_by_keys(files):
-            expected = index.samples[ordinal] if ordinal < len(index.samples) else None
-            if expected is None or found["__key__"] != expected.key or expected.image not in found:
-                name = expected.key if expected else "nothing"
-                raise BadTar(
-                    f"{index.location}: streamed {found['__key__']!r} as sample {ordinal}, indexed {name!r}: {CHANGED}"
-                )
-            members = {extension: found[extension] for extension in extensions & found.keys()}
-            if any(len(data) != expected.members[extension].size for extension, data in members.items()):
-                raise BadTar(f"{index.location}: sample {expected.key!r} has another size than indexed: {CHANGED}")
-            yield ordinal, members
-            ordinal += 1
-    except tarfile.TarError as error:
-        raise BadTar(f"{index.location}: ends early after {ordinal} samples: {error.args[0]}: {CHANGED}") from error
-    if ordinal != len(index.samples):
-        raise BadTar(f"{index.location}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}")

@@ -39,7 +39,7 @@ class Layout:
                 f"{self.root}: split {split!r}: expected {split}/nshards.txt with the number of its tars, found "
                 f"{'no such file' if count is None else repr(count)}"
             )
-        return [open_storage(self._address).at(f"{split}/{number}.tar") for number in range(int(count))]
+        return [open_storage(self._address).uri(f"{split}/{number}.tar") for number in range(int(count))]
 
     def has(self, split: str) -> bool:
         return self._text(f"{split}/nshards.txt") is not None

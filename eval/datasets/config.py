@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
+from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.storage import is_url
 from threetowers.eval.datasets.prompts import PromptError, prompt_templates
 from threetowers.eval.metrics import linear_probe as probe
@@ -109,6 +110,7 @@ class Description(Pictures):
     metric: Literal["top1", "top5", "mean_per_class", "mean_average_precision"] = "top1"
     prompts: list[str] | str | None = None  # templates with a slot {c}, or the name of a shipped prompt set
     unit: str | None = None  # JSON field: pictures of one value (one thing, one scene) are no independent evidence
+    caption_per_line: bool = False  # each line of a .txt member is a caption, as always below a root; else it is one
     subset: list[str] | None = None  # the classes (by name, or by value of the field) that are told apart
     learn: Pictures | None = None  # what probes, neighbours and outlier scores are fitted on
     shifted: dict[str, Pictures] = field(default_factory=dict)  # the same classes, drawn otherwise
@@ -141,16 +143,9 @@ class Source:
         )
 
 
-_adapter = TypeAdapter(Description)
-
-
 def parse_description(tree: Mapping[str, Any], path: str) -> Source:
     """Return the checked description of a plain tree; relative paths are looked for in the folder of `path`."""
-    try:
-        description = _adapter.validate_python(tree)
-    except ValidationError as error:
-        lines = (f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors())
-        raise BadDescription(f"{path} does not describe a data set:\n" + "\n".join(lines)) from None
+    description = parse_as(Description, tree, BadDescription, f"{path} does not describe a data set")
     description = _anchored(description, Path(path).parent)
     source = Source(path, description)
     _check(source)

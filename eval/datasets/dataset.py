@@ -4,20 +4,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 import yaml
 
 from threetowers.cache.storage.storage import is_url
-from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, expand, index_tar, read_member
+from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
+from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar
 from threetowers.eval.datasets.clip_benchmark import Layout, described
 from threetowers.eval.datasets.config import BadDescription, Pictures, Shift, Source, parse_description
 from threetowers.eval.datasets.evaluation_set import EvaluationSet, Picture
 from threetowers.eval.datasets.prompts import PromptError, class_names, prompt_templates
 from threetowers.eval.metrics.classification import Ints, label_matrix
-from threetowers.trainer.data.sample_set import BadSample, read_image
 
 LEARNING = ("fewshot", "probe", "knn", "ood")
 
@@ -70,13 +69,14 @@ class Reader:
     """Reads the pictures of tars, those that several sets or parts share once."""
 
     def __init__(self) -> None:
-        self._read: dict[tuple[str, ...], EvaluationSet] = {}
+        self._read: dict[tuple[bool, tuple[str, ...]], EvaluationSet] = {}
 
-    def __call__(self, patterns: Sequence[str]) -> EvaluationSet:
+    def __call__(self, patterns: Sequence[str], caption_per_line: bool = False) -> EvaluationSet:
         tars = tuple(expand(patterns))
-        if tars not in self._read:
-            self._read[tars] = read_pictures([index_tar(tar) for tar in tars])
-        return self._read[tars]
+        key = caption_per_line, tars
+        if key not in self._read:
+            self._read[key] = read_pictures([index_tar(tar) for tar in tars], caption_per_line=caption_per_line)
+        return self._read[key]
 
 
 def load_description(path: str | Path) -> Source:
@@ -108,49 +108,26 @@ def open_set(source: Source, task: str, settings: object, read: Reader | None = 
         raise BadDescription(f"{source.path}: {error}") from error
 
 
-def read_pictures(tars: Sequence[TarIndex], max_pixels: int = 50_000_000) -> EvaluationSet:
+def read_pictures(
+    tars: Sequence[TarIndex], max_pixels: int = 50_000_000, caption_per_line: bool = False
+) -> EvaluationSet:
     """Return every picture of the tars with its captions, if it has any, and its fields.
 
-    Fields are those of the .json member, and `cls` for a .cls member. Captions are the .json member's `captions` or
-    `caption`, else the lines of the .txt member. Pictures that cannot be read are listed in `skipped`.
+    Captions and fields are those of `read_annotation`. Pictures that cannot be read are listed in `skipped`.
     """
     pictures, skipped = [], []
     for number, tar in enumerate(tars):
         for ordinal in range(len(tar.samples)):
             try:
-                captions, fields = _annotation(tar, ordinal)
+                annotation = read_annotation(tar, ordinal, caption_per_line=caption_per_line, captions_required=False)
                 read_image(tar, ordinal, max_pixels)
             except BadSample as error:
                 skipped.append(str(error))
                 continue
             key = tar.samples[ordinal].key
             group = f"{tar.location}:{ordinal}"
-            pictures.append(Picture(number, ordinal, key, group, "all", captions, fields))
+            pictures.append(Picture(number, ordinal, key, group, "all", annotation.captions, annotation.fields))
     return EvaluationSet(list(tars), pictures, skipped)
-
-
-def _annotation(tar: TarIndex, ordinal: int) -> tuple[tuple[str, ...], dict[str, Any]]:
-    sample = tar.samples[ordinal]
-    fields: dict[str, Any] = {}
-    captions: Any = []
-    try:
-        if "txt" in sample.members:
-            captions = read_member(tar, ordinal, "txt").decode().splitlines()
-        if "json" in sample.members:
-            fields = json.loads(read_member(tar, ordinal, "json"))
-            if not isinstance(fields, dict):
-                raise ValueError(f"the json member holds a {type(fields).__name__}, expected an object")
-            captions = fields.pop("captions", fields.pop("caption", captions))
-        if "cls" in sample.members:
-            fields["cls"] = [int(word) for word in read_member(tar, ordinal, "cls").decode().replace(",", " ").split()]
-    except BadTar:
-        raise
-    except ValueError as error:  # of UTF-8, JSON or a number
-        raise BadSample(f"{tar.location}: sample {sample.key!r}: {error}") from error
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise BadSample(f"{tar.location}: sample {sample.key!r}: captions are {captions!r}, expected a list of strings")
-    return tuple(caption.strip() for caption in captions if caption.strip()), fields
 
 
 class _Opening:
@@ -200,7 +177,8 @@ class _Opening:
         if part.root is not None:
             tars = Layout(part.root).tars(part.split or "test")
         try:
-            return self.read(tars)
+            # CLIP_benchmark's folders hold several captions in a .txt member, one a line.
+            return self.read(tars, self.own.caption_per_line or part.root is not None)
         except ValueError as error:
             raise BadDescription(f"{self.source.path}: {error}") from error
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.trainer.data.sample_set import Annotation, BadSample, concept, read_annotation, read_image
+from threetowers.trainer.data.sample_set import concept
 
 Floats = npt.NDArray[np.float32]
 
@@ -49,18 +50,19 @@ def evaluation_set(
     max_captions: int,
     max_pixels: int = 50_000_000,
     captions_needed: bool = True,
+    caption_per_line: bool = False,
 ) -> EvaluationSet:
     """Return what the tars hold, read once for every model that is to be compared.
 
     `group_field`: JSON field naming what an image shows (None: each image is its own group, as in COCO). `part_field`:
     JSON field that splits the set into galleries (None: one). Samples that cannot be read are listed in `skipped`, and
-    so are those without a caption where `captions_needed`.
+    so are those without a caption where `captions_needed`. `caption_per_line`: as in `read_annotation`.
     """
 
     def read(number: int, ordinal: int) -> Picture | BadSample:
         tar = tars[number]
         try:
-            text = _annotation(tar, ordinal, captions_needed)
+            text = read_annotation(tar, ordinal, caption_per_line=caption_per_line, captions_required=captions_needed)
             read_image(tar, ordinal, max_pixels)
             part = "all" if part_field is None else concept(tar, ordinal, text, part_field)
             group = concept(tar, ordinal, text, group_field)
@@ -79,10 +81,3 @@ def evaluation_set(
         wanted = "image with a caption" if captions_needed else "image"
         raise ValueError(f"no usable {wanted} in {[tar.location for tar in tars]}{reason}")
     return EvaluationSet(list(tars), pictures, skipped)
-
-
-def _annotation(tar: TarIndex, ordinal: int, captions_needed: bool) -> Annotation:
-    members = tar.samples[ordinal].members
-    if not captions_needed and not {"txt", "json"} & members.keys():
-        return Annotation((), {})
-    return read_annotation(tar, ordinal)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from threetowers.cache.storage.atomic import finish_partial, write_atomic
 from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats, Picture
 from threetowers.eval.encoders.encoder import Batched, ModelInfo
-from threetowers.trainer.atomic import replace_text, settle
 
 log = logging.getLogger(__name__)
 
@@ -106,14 +106,14 @@ def _fill(path: Path, count: int, batches: Callable[[int, int], Iterator[Floats]
         at += len(batch)
         if at - rows >= block:
             array.flush()
-            replace_text(progress, str(at))
+            write_atomic(progress, str(at))
             rows = at
     assert array is not None
     if at != count:
         raise ValueError(f"{path.name}: {at} embeddings came out of {count} inputs")
     array.flush()
     del array
-    settle(partial, path)
+    finish_partial(partial, path)
     progress.unlink(missing_ok=True)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from threetowers.cache.webdataset.sample import BadSample, read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.eval.datasets.evaluation_set import Floats, Picture
 from threetowers.trainer.data.cache_join import CacheJoin
-from threetowers.trainer.data.sample_set import BadSample, read_image
 
 View = Callable[[Picture], Tensor]
 

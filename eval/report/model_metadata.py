@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
+from threetowers.cache.schema import parse_as
+from threetowers.cache.storage.atomic import write_atomic
 from threetowers.eval.encoders.encoder import Encoder
 from threetowers.eval.record import BadRecord
 from threetowers.eval.report.cache_costs import CacheFacts, caches_of
 from threetowers.eval.report.training_curves import TrainingMetrics, read_metrics, thinned
-from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.config import CacheTower, load
 from threetowers.trainer.run_folder import RunFolder
 
@@ -62,7 +61,7 @@ def write_card(card: Card, folder: Path) -> None:
     """Keep a card; one of the same model is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9._=+-]+", "_", card.name)[:80]
-    replace_text(folder / f"{name}-{card.digest[:16]}.json", json.dumps(asdict(card), default=str))
+    write_atomic(folder / f"{name}-{card.digest[:16]}.json", json.dumps(asdict(card), default=str))
 
 
 def read_cards(folder: Path) -> dict[tuple[str, str], Card]:
@@ -72,7 +71,4 @@ def read_cards(folder: Path) -> dict[tuple[str, str], Card]:
 
 
 def _read(path: Path) -> Card:
-    try:
-        return TypeAdapter(Card).validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise BadRecord(f"{path} is not the card of a model: {error.errors()[0]['msg']}; evaluate again") from error
+    return parse_as(Card, path.read_bytes(), BadRecord, f"{path} is not the metadata of a model", "evaluate again")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from threetowers.trainer.atomic import settle
+from threetowers.cache.storage.atomic import write_atomic
 
 THUMBNAIL_PIXELS = 192
 INLINE_BYTES = 24_000  # larger images become thumbnails: a page of photographs must still load
@@ -29,9 +29,7 @@ class ThumbnailStore:
         path = self.folder / name
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".partial")
-            temporary.write_bytes(image)
-            settle(temporary, path)
+            write_atomic(path, image)
         return name
 
     def data_uri(self, name: str) -> str | None:

@@ -3,13 +3,13 @@
 import mmap
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from threetowers.cache.prefetch import prefetch
 from threetowers.eval.datasets.evaluation_set import Floats
 
 
@@ -26,29 +26,22 @@ def blocks(vectors_MD: NDArray[Any], rows: int) -> Iterator[tuple[int, Floats]]:
         return
     path, offset = source
     width, dtype = vectors_MD.shape[1], vectors_MD.dtype
-    with ExitStack() as stack:
-        file = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, file)
-        pool = stack.enter_context(ThreadPoolExecutor(1))
+
+    def read() -> Iterator[tuple[int, Floats]]:
         buffers = [np.empty((min(rows, len(vectors_MD)), width), dtype) for _ in range(2)]
+        with open(path, "rb", buffering=0) as file:
+            for number, start in enumerate(range(0, len(vectors_MD), rows)):
+                part = buffers[number % 2][: min(rows, len(vectors_MD) - start)]
+                view, at = memoryview(part.data).cast("B"), 0
+                while at < len(view):
+                    count = os.preadv(file.fileno(), [view[at:]], offset + start * width * dtype.itemsize + at)
+                    if not count:
+                        raise OSError(f"{path}: ends before row {len(vectors_MD)}: it is damaged; compute it again")
+                    at += count
+                yield start, part.astype(np.float32, copy=False)
 
-        def read(start: int, number: int) -> Floats:
-            part = buffers[number % 2][: min(rows, len(vectors_MD) - start)]
-            view, at = memoryview(part.data).cast("B"), 0
-            while at < len(view):
-                count = os.preadv(file, [view[at:]], offset + start * width * dtype.itemsize + at)
-                if not count:
-                    raise OSError(f"{path}: ends before row {len(vectors_MD)}: it is damaged; compute it again")
-                at += count
-            return part.astype(np.float32, copy=False)
-
-        starts = range(0, len(vectors_MD), rows)
-        ahead = pool.submit(read, 0, 0)
-        for number, start in enumerate(starts):
-            block = ahead.result()
-            if number + 1 < len(starts):
-                ahead = pool.submit(read, starts[number + 1], number + 1)
-            yield start, block
+    with closing(prefetch(read(), depth=1)) as ahead:  # one block in use, one being read: two buffers
+        yield from ahead
 
 
 def _file_of(vectors_MD: NDArray[Any]) -> tuple[str, int] | None:

@@ -9,7 +9,7 @@ from reproduce.plan import Plan
 from reproduce.report import by_fit, by_seconds, provenance, setting, tables, verdicts
 from reproduce.report.document import Block, Heading, Text, drawings, html, markdown
 from reproduce.report.findings import Findings
-from threetowers.trainer.atomic import replace_text
+from threetowers.cache.storage.atomic import write_atomic
 
 PLOTS = "results"  # folder of the plots, beside RESULTS.md
 SECTIONS = (setting, verdicts, by_fit, tables, by_seconds, provenance)
@@ -25,9 +25,9 @@ def write_report(
     blocks = list(_blocks(Findings.gathered(plan, claims, folder, missing), command))
     (out / PLOTS).mkdir(parents=True, exist_ok=True)
     for name, image in drawings(blocks).items():
-        replace_text(out / PLOTS / name, image)
-    replace_text(out / "results.html", html(blocks, "Results"))
-    replace_text(out / "RESULTS.md", markdown(blocks, PLOTS))
+        write_atomic(out / PLOTS / name, image)
+    write_atomic(out / "results.html", html(blocks, "Results"))
+    write_atomic(out / "RESULTS.md", markdown(blocks, PLOTS))
 
 
 def _blocks(findings: Findings, command: str) -> Iterator[Block]:

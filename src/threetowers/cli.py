@@ -17,8 +17,9 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from threetowers.cache import cli as command
+from threetowers.cache.preemption import PREEMPTED_EXIT_CODE, Interrupted
+from threetowers.cache.world import World
 from threetowers.eval import cli as evaluate
-from threetowers.trainer.interruption import EXIT_CODE, Interrupted
 
 UNWRITABLE = {errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
@@ -84,7 +85,7 @@ def train(
         leave_process_group()
         raise
     leave_process_group()
-    if is_first_rank():
+    if World.from_env().first:
         print(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
             f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.verdict}"
@@ -123,6 +124,7 @@ def tokenizer_train(
     tars: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAR...")],
     out: Path,
     vocab_size: int = 4096,
+    caption_per_line: bool = False,
 ) -> None:
     """Make a SentencePiece tokenizer from the captions in tars.
 
@@ -130,15 +132,17 @@ def tokenizer_train(
         tars: Tars, globs or brace ranges; use the training tars only.
         out: The .model file to write.
         vocab_size: Pieces at most; a small corpus yields fewer.
+        caption_per_line: Take each line of a txt member for a caption, as data.caption_per_line does in training.
     """
+    from threetowers.cache.webdataset.sample import read_annotation
     from threetowers.cache.webdataset.tar_index import expand, index_tar
-    from threetowers.trainer.data.sample_set import read_annotation
     from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
 
     indexes = [index_tar(path) for path in expand(tars)]
-    captions = [
-        c for tar in indexes for ordinal in range(len(tar.samples)) for c in read_annotation(tar, ordinal).captions
-    ]
+    captions: list[str] = []
+    for tar in indexes:
+        for ordinal in range(len(tar.samples)):
+            captions += read_annotation(tar, ordinal, caption_per_line=caption_per_line).captions
     # A caption counts once, however many pictures carry it.
     distinct = list(dict.fromkeys(captions))
     model = train_tokenizer(distinct, vocab_size)
@@ -150,21 +154,15 @@ def tokenizer_train(
     )
 
 
-def is_first_rank() -> bool:
-    """Whether this process speaks for its launch."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def main() -> None:
     """Run the command line. Bad input ends in one message and exit code 2, not in a traceback."""
     # The deepspeed launcher puts --local_rank first; LOCAL_RANK in the environment says the same.
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank=", "--local-rank="))]
-    level = logging.INFO if is_first_rank() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("threetowers").setLevel(level)
     # DeepSpeed calls it under its old name, on every rank.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
     try:
+        logging.getLogger("threetowers").setLevel(logging.INFO if World.from_env().first else logging.ERROR)
         code = app.cli(prog="threetowers", args=arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -178,5 +176,5 @@ def main() -> None:
         # The system's own errors name the file and not the way out.
         hint = "; choose another path for it, or make room" if getattr(error, "errno", None) in UNWRITABLE else ""
         print(f"threetowers: {rank}{type(error).__name__}: {error}{hint}", file=sys.stderr)
-        sys.exit(EXIT_CODE if isinstance(error, Interrupted) else 2)
+        sys.exit(PREEMPTED_EXIT_CODE if isinstance(error, Interrupted) else 2)
     sys.exit(code)

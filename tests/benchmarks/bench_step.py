@@ -55,10 +55,10 @@ def inputs(run: TrainConfig) -> dict[str, Tensor]:
 
 def training_step(run: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
     """A step of the run on the same batch again and again, and that batch, which may be changed in place."""
-    ranks = join_process_group()
+    world = join_process_group()
     torch.manual_seed(0)
     model = TowerModel(run, VOCABULARY, {name: WIDTH for name in run.towers_of("cache")})
-    engine, batch = start_engine(model, run, deepspeed_config(run, ranks.world)), inputs(run)
+    engine, batch = start_engine(model, run, deepspeed_config(run, world.size)), inputs(run)
     concepts_b = torch.arange(run.global_batch_size) % max(2, run.global_batch_size * 3 // 10)
 
     def step() -> None:
@@ -66,9 +66,9 @@ def training_step(run: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
             engine,
             batch,
             lambda outputs: objective(run, outputs, concepts_b),
-            chunks(run, ranks.world),
+            chunks(run, world.size),
             lambda chunk: None,  # no dropout
-            ranks.device,
+            world.device,
         )
         engine.step()
 

@@ -19,7 +19,7 @@ from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 from threetowers.cache.webdataset.tar_index import BadTar, index_tar, key_hash, read_member
-from threetowers.cache.world import Rank
+from threetowers.cache.world import World
 
 Weights = Callable[..., str]
 Pack = Callable[..., Path]
@@ -241,15 +241,15 @@ def test_senseless_options_are_refused(tars: list[Path], options: dict[str, Any]
 
 
 def test_ranks_come_from_the_launcher() -> None:
-    assert Rank.from_env({}) == Rank(0, 1, 0, 1)
-    assert Rank.from_env({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == Rank(
+    assert World.from_env({}) == World(0, 1, 0, 1)
+    assert World.from_env({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == World(
         3, 8, 1, 2
     )
-    assert Rank.from_env({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}) == Rank(1, 4, 1, 1)
-    assert Rank.from_env({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == Rank(0, 1, 0, 1)
+    assert World.from_env({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}) == World(1, 4, 1, 1)
+    assert World.from_env({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == World(0, 1, 0, 1)
     for env in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
         with pytest.raises(ValueError, match="RANK="):
-            Rank.from_env(env)
+            World.from_env(env)
 
 
 def test_a_rank_that_waits_says_for_what(

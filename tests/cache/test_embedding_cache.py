@@ -19,8 +19,9 @@ from threetowers.cache.format.tar_table import extend
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import TarRows, stream_rows
-from threetowers.cache.storage.storage import LocalStorage, open_storage
-from threetowers.cache.webdataset.tar_index import Member, Sample, Samples, TarIndex
+from threetowers.cache.storage.local import LocalStorage
+from threetowers.cache.storage.storage import open_storage
+from threetowers.cache.webdataset.tar_index import Member, Sample, SampleList, TarIndex
 
 TIERS = sorted(PRECISIONS)
 
@@ -36,7 +37,7 @@ def make_cache(
     storage = open_storage(where)
     indexes = []
     for i, n in enumerate(sizes):
-        samples = Samples([Sample(f"{i}/{k}", {"png": Member(0, 1)}) for k in range(n)])
+        samples = SampleList([Sample(f"{i}/{k}", {"png": Member(0, 1)}) for k in range(n)])
         indexes.append(TarIndex(f"/tars/{i}.tar", 1, f"print {i}", samples, 0))
     entries = extend(storage, indexes, slot).entries
     fit_to_table(storage, manifest)

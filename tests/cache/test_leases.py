@@ -22,4 +22,4 @@ def test_what_the_dead_leave_is_swept_and_what_the_living_hold_is_not(tmp_path: 
     probe = f"{CLAIMS}/clock.{dead.token}"
     storage.put(probe, json.dumps(dataclasses.asdict(dead)).encode(), owner="clock")
     Claims(storage, Worker(token="another"), stale_seconds=60).sweep({1})
-    assert storage.names(CLAIMS) == ["2.json", "3.json"]  # 2 is not finished: whoever builds it takes it over
+    assert storage.listdir(CLAIMS) == ["2.json", "3.json"]  # 2 is not finished: whoever builds it takes it over

@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ def test_order_is_kept_and_the_lead_is_bounded() -> None:
 
     for got in prefetch(source(), depth=3):
         assert got == drawn[got]
-        assert len(drawn) <= got + 1 + 3 + 1  # handed out, queued, and one in the thread's hands
+        assert len(drawn) <= got + 1 + 3
     assert got == 49
 
 
@@ -38,3 +39,37 @@ def test_closing_stops_the_thread() -> None:
     assert threading.active_count() == before + 1
     items.close()
     assert threading.active_count() == before
+
+
+def test_an_item_is_begun_only_when_one_is_taken() -> None:
+    """A source may reuse two buffers at depth 1."""
+    begun: list[int] = []
+
+    def source() -> Iterator[int]:
+        for i in range(4):
+            begun.append(i)
+            yield i
+
+    items = prefetch(source(), depth=1)
+    assert next(items) == 0
+    for taken in range(1, 4):
+        time.sleep(0.02)  # the thread has time to run further ahead than it may
+        assert begun[-1] == taken
+        assert next(items) == taken
+    assert list(items) == []
+
+
+def test_closing_closes_the_source_while_it_waits_for_a_place() -> None:
+    closed = threading.Event()
+
+    def source() -> Iterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    items = prefetch(source(), depth=2)
+    assert next(items) == 1
+    items.close()
+    assert closed.is_set()

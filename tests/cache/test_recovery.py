@@ -16,7 +16,8 @@ import pytest
 from threetowers.cache.builder.build import build
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.storage.storage import LocalStorage, WriteError
+from threetowers.cache.storage.local import LocalStorage
+from threetowers.cache.storage.storage import WriteError
 from threetowers.cache.verify.verify import verify
 
 Weights = Callable[..., str]

@@ -11,16 +11,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from threetowers.cache.storage.storage import (
-    LocalStorage,
-    RemoteStorage,
-    Storage,
-    StorageError,
-    WriteError,
-    open_object,
-    open_storage,
-    split_address,
-)
+from threetowers.cache.storage.local import LocalStorage
+from threetowers.cache.storage.object_file import open_object
+from threetowers.cache.storage.remote import RemoteStorage
+from threetowers.cache.storage.storage import Storage, StorageError, WriteError, open_storage, split_address
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -37,7 +31,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
 
 
 def test_objects_are_written_read_listed_and_deleted(storage: Storage) -> None:
-    assert storage.names() == storage.walk() == []
+    assert storage.listdir() == storage.walk() == []
     assert storage.size("a/x") is None
     assert storage.modified("a/x") is None
     with pytest.raises(FileNotFoundError, match="a/x"):
@@ -50,12 +44,12 @@ def test_objects_are_written_read_listed_and_deleted(storage: Storage) -> None:
     assert storage.read("a/x", 7) == b"789"
     assert (storage.size("a/x"), storage.size("a/b/y"), storage.size("a")) == (10, 0, None)
     assert isinstance(storage.modified("a/x"), float)
-    assert storage.names("a") == ["b/", "x"]
-    assert set(storage.names()) - {"tmp/"} == {"a/"}
+    assert storage.listdir("a") == ["b/", "x"]
+    assert set(storage.listdir()) - {"tmp/"} == {"a/"}
     assert storage.walk("a") == ["b/y", "x"]
     storage.delete("a/x")
     storage.delete("a/x")
-    assert storage.names("a") == ["b/"]
+    assert storage.listdir("a") == ["b/"]
 
 
 def test_of_several_that_create_an_object_one_does(storage: Storage) -> None:
@@ -63,7 +57,7 @@ def test_of_several_that_create_an_object_one_does(storage: Storage) -> None:
 
     def create(number: int) -> None:
         start.wait()
-        if storage.put_new("claims/1", str(number).encode(), owner="t"):
+        if storage.create_exclusive("claims/1", str(number).encode(), owner="t"):
             made.append(number)
 
     threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
@@ -76,27 +70,27 @@ def test_of_several_that_create_an_object_one_does(storage: Storage) -> None:
     else:
         assert len(made) == 1
         assert storage.read("claims/1") == str(made[0]).encode()
-    assert not storage.put_new("claims/1", b"late", owner="t")
+    assert not storage.create_exclusive("claims/1", b"late", owner="t")
 
 
 def test_a_place_is_seen_as_others_changed_it(storage: Storage) -> None:
     other = open_storage(str(storage))
-    assert storage.names("d") == []
+    assert storage.listdir("d") == []
     other.put("d/1", b"1", owner="t")
-    assert storage.names("d") == ["1"]
+    assert storage.listdir("d") == ["1"]
     assert storage.size("d/1") == 1
     other.put("d/1", b"22", owner="t")
     other.put("d/2", b"2", owner="t")
-    assert (storage.size("d/1"), storage.names("d"), storage.walk("d")) == (2, ["1", "2"], ["1", "2"])
+    assert (storage.size("d/1"), storage.listdir("d"), storage.walk("d")) == (2, ["1", "2"], ["1", "2"])
     other.delete("d/1")
-    assert (storage.size("d/1"), storage.names("d")) == (None, ["2"])
+    assert (storage.size("d/1"), storage.listdir("d")) == (None, ["2"])
 
 
 def test_a_place_is_pickled_by_its_address(storage: Storage) -> None:
     storage.put("x", b"1", owner="t")
     again = pickle.loads(pickle.dumps(storage))
     assert again.read("x") == b"1"
-    assert again.url == storage.url
+    assert str(again) == str(storage)
 
 
 def _read_into(storage: Storage, queue: Any) -> None:
@@ -118,15 +112,15 @@ def test_a_place_survives_a_fork(storage: Storage) -> None:
 def test_objects_are_read_as_files(storage: Storage) -> None:
     data = os.urandom(100_000)
     storage.put("deep/file", data, owner="t")
-    with open_object(storage.at("deep/file")) as file:
+    with open_object(storage.uri("deep/file")) as file:
         assert file.read(10) == data[:10]
         assert file.seek(-5, os.SEEK_END) == len(data) - 5
         assert file.read() == data[-5:]
         file.seek(500)
         assert file.read(99_000) == data[500:99_500]
     with pytest.raises(FileNotFoundError):
-        open_object(storage.at("deep/none"))
-    there, name = split_address(storage.at("deep/file"))
+        open_object(storage.uri("deep/none"))
+    there, name = split_address(storage.uri("deep/file"))
     assert there.read(name, 5, 8) == data[5:8]
 
 
@@ -137,7 +131,7 @@ def test_what_cannot_be_is_one_message(tmp_path: Path, bucket: str) -> None:
         open_storage("nonsense://x")
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=f"cannot write {tmp_path}/file/x"):
-        LocalStorage(tmp_path / "file").put_new("x", b"", owner="t")
+        LocalStorage(tmp_path / "file").create_exclusive("x", b"", owner="t")
 
 
 def test_without_a_server_the_address_is_named(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 import xxhash
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from threetowers.cache.webdataset.tar_index import BadTar, expand, index_tar, key_hash, read_member, split_name, stream
+from threetowers.cache.webdataset.sample_stream import stream_images
+from threetowers.cache.webdataset.tar_index import BadTar, expand, index_tar, key_hash, read_member, split_name
 
 Pack = Callable[..., Path]
 MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
@@ -68,7 +69,7 @@ def test_split_name_is_webdatasets_rule(name: str) -> None:
 
 def test_stream_gives_images_in_order_and_hashes_every_byte(tar: Path) -> None:
     index, digest = index_tar(tar), xxhash.xxh3_128()
-    for expected, (ordinal, key, data) in enumerate(stream(index, digest)):
+    for expected, (ordinal, key, data) in enumerate(stream_images(index, digest)):
         assert ordinal == expected
         assert key == index.samples[ordinal].key
         assert data == read_member(index, ordinal, "png")
@@ -77,7 +78,7 @@ def test_stream_gives_images_in_order_and_hashes_every_byte(tar: Path) -> None:
 
 def test_real_tars_stream_as_indexed() -> None:
     index = index_tar(EMOJI[0])
-    assert [ordinal for ordinal, _, _ in stream(index)] == list(range(len(index.samples)))
+    assert [ordinal for ordinal, _, _ in stream_images(index)] == list(range(len(index.samples)))
 
 
 def test_other_members_are_listed_and_never_read(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_other_members_are_listed_and_never_read(tmp_path: Path) -> None:
     index = index_tar(path)
     assert index.samples[0].members.keys() == {"jpg", "pkl", "seg.png"}
     assert index.ignored == 3
-    assert list(stream(index)) == [(0, "a", b"image")]
+    assert list(stream_images(index)) == [(0, "a", b"image")]
     with pytest.raises(ValueError, match=r"'a': \.pkl is neither image nor text"):
         read_member(index, 0, "pkl")
     with pytest.raises(ValueError, match=r"'a': has no \.txt"):
@@ -112,7 +113,7 @@ def test_long_and_foreign_names(tmp_path: Path) -> None:
         index = index_tar(tmp_path / "x.tar")
         assert [sample.key + ".png" for sample in index.samples] == names
         assert read_member(index, 1, "png") == b"abc"
-        assert len(list(stream(index))) == 2
+        assert len(list(stream_images(index))) == 2
 
 
 def test_truncation_is_noticed_wherever_it_falls(tar: Path) -> None:
@@ -187,7 +188,7 @@ def test_empty_compressed_and_oversized(tmp_path: Path, tar: Path, monkeypatch: 
     with tarfile.open(tmp_path / "z.tar", "w:gz") as archive:
         archive.add(tar, "a.png")
     for name in ("empty.tar", "z.tar"):
-        with pytest.raises(BadTar, match="not a whole, plain tar"):
+        with pytest.raises(BadTar, match="not a complete, plain tar"):
             index_tar(tmp_path / name)
     monkeypatch.setattr("threetowers.cache.webdataset.tar_index.MAX_MEMBER_BYTES", 200)
     with pytest.raises(BadTar, match="expected at most 200"):
@@ -219,10 +220,10 @@ def test_a_tar_that_changes_after_indexing_is_noticed(
     ):
         pack(tar, changed)
         with pytest.raises(BadTar, match="has changed since it was indexed"):
-            list(stream(index))
+            list(stream_images(index))
     tar.write_bytes(tar.read_bytes()[:5000])
     with pytest.raises(BadTar, match=r"ends early|has changed"):
-        list(stream(index))
+        list(stream_images(index))
     with pytest.raises(BadTar, match="has changed since it was indexed"):
         read_member(index, 8, "png")
 

@@ -17,7 +17,8 @@ from threetowers.cache.builder.leases import Claims, Worker
 from threetowers.cache.builder.opening import Terms
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.storage.storage import LocalStorage, WriteError, open_storage
+from threetowers.cache.storage.local import LocalStorage
+from threetowers.cache.storage.storage import WriteError, open_storage
 from threetowers.cache.verify.verify import verify
 
 Weights = Callable[..., str]
@@ -92,7 +93,7 @@ def test_a_bucket_holds_what_a_folder_would(
     for entry in theirs.tars:
         np.testing.assert_array_equal(ours.tar(entry.id), theirs.tar(entry.id))
         assert ours.record(entry.id).files == theirs.record(entry.id).files
-    assert not storage.names("claims")
+    assert not storage.listdir("claims")
     report = verify(out, urls)
     assert report.ok, report.text()
 
@@ -168,7 +169,7 @@ def test_sigterm_drops_the_tar_and_exits_as_launchers_expect(
     _, errors = worker.communicate(timeout=60)
     assert worker.returncode == 143, errors
     assert "Traceback" not in errors
-    assert not open_storage(out).names("claims")
+    assert not open_storage(out).listdir("claims")
     assert len(list((out / "done").iterdir())) < N_TARS
     build([pattern], out, **options)
     same(out, undisturbed)
@@ -275,7 +276,7 @@ def test_claims_keep_workers_apart(tmp_path: Path) -> None:
     one.release(7)
     assert two.holds(7), "nobody gives up the claim of another"
     two.release_all()
-    assert storage.names("claims") == []
+    assert storage.listdir("claims") == []
     with pytest.raises(WriteError):
         Claims(LocalStorage(tmp_path / "claims.txt" / "x"), a).take(1) if (
             tmp_path / "claims.txt"

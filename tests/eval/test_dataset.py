@@ -253,7 +253,10 @@ def test_bad_descriptions_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": "sort"}, r"sample 's000' has no field 'sort' in its .json member \(found \['kind', 'style'\]\)"),
+        (
+            {"label": "sort"},
+            r"sample 's000' has no field 'sort' in its .json member \(found \['captions', 'kind', 'style'\]\)",
+        ),
         ({"label": None}, "labels are numbers"),
         ({"label": None, "classes": ["a"]}, "has no .cls member"),
         ({"classes": ["cat", "dog"]}, "has the label 'emu', which is none of the 2 classes"),

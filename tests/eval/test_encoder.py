@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tests.eval.runs import finished
 from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.datasets.evaluation_set import EvaluationSet, evaluation_set
 from threetowers.eval.encoders.encoder import LoadOptions, NoTextTower
@@ -19,7 +20,6 @@ from threetowers.eval.encoders.forward import PixelView, TeacherTransform
 from threetowers.eval.encoders.image_source import image_source
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.trainer.data.crops import center
-from threetowers.trainer.data.sample_set import read_image
 from threetowers.trainer.export.export import export
 from threetowers.trainer.export.trained_model import TrainedModel
 

@@ -16,6 +16,6 @@ if __name__ == "__main__":
         trainer.train()
         kinds = {type(module).__module__ for module in gc.get_objects() if isinstance(module, nn.Module)}
         found = {"models": sorted(kinds), "teacher imported": "threetowers.cache.encoders.teacher" in sys.modules}
-        if trainer.ranks.first:
+        if trainer.world.first:
             print(json.dumps(found), flush=True)
     leave_process_group()

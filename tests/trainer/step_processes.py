@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from threetowers.cache.world import World
 from threetowers.trainer.checkpoint.checkpoint import save_weights
 from threetowers.trainer.config import parse
 from threetowers.trainer.engine import (
-    Ranks,
     chunks,
     deepspeed_config,
     join_process_group,
@@ -29,18 +29,18 @@ from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.train import seed_dropout
 
 
-def run_job(job: dict[str, Any], ranks: Ranks) -> None:
+def run_job(job: dict[str, Any], world: World) -> None:
     run = parse(job["run"])
     torch.manual_seed(0)
     model = TowerModel(run, vocab_size=48, cache_widths={"third": 20})
     if run.engine.activation_checkpointing:
         model.checkpoint_activations()
-    engine = start_engine(model, run, deepspeed_config(run, ranks.world))
+    engine = start_engine(model, run, deepspeed_config(run, world.size))
     everything = load_file(job["batch"])
-    local = run.global_batch_size // ranks.world
+    local = run.global_batch_size // world.size
     for step in range(job["steps"]):
         rows = slice(
-            step * run.global_batch_size + ranks.rank * local, step * run.global_batch_size + (ranks.rank + 1) * local
+            step * run.global_batch_size + world.rank * local, step * run.global_batch_size + (world.rank + 1) * local
         )
         batch = {name: tensor[rows] for name, tensor in everything.items()}
         concepts = batch.pop("concepts")
@@ -48,13 +48,13 @@ def run_job(job: dict[str, Any], ranks: Ranks) -> None:
             engine,
             batch,
             lambda outputs: objective(run, outputs, concepts),  # noqa: B023  # called within this step
-            chunks(run, ranks.world),
-            lambda chunk: seed_dropout(0, step, ranks.rank, chunk),  # noqa: B023
-            ranks.device,
+            chunks(run, world.size),
+            lambda chunk: seed_dropout(0, step, world.rank, chunk),  # noqa: B023
+            world.device,
         )
         assert not measured.faults
         engine.step()
-    save_weights(engine, Path(job["out"]), ranks)
+    save_weights(engine, Path(job["out"]), world)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from threetowers.cache.preemption import Interrupted
+from threetowers.cache.world import World
 from threetowers.trainer.config import load
-from threetowers.trainer.engine import Ranks, join_process_group, leave_process_group
-from threetowers.trainer.interruption import Interrupted
+from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.train import Trainer
 
@@ -28,22 +29,22 @@ class Look:
 
     name = "look"
 
-    def __init__(self, stop: int | None, ranks: Ranks) -> None:
-        self.stop, self.ranks = stop, ranks
+    def __init__(self, stop: int | None, world: World) -> None:
+        self.stop, self.world = stop, world
 
     def every(self, samples: int, batch: int, steps: int) -> int:
         return 1
 
     def __call__(self, model: TowerModel, step: int) -> Mapping[str, float]:
         assert not model.training
-        if step == self.stop and self.ranks.rank == self.ranks.world - 1:
+        if step == self.stop and self.world.rank == self.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return {"weights": float(sum(p.double().abs().sum() for p in model.parameters()))}
 
 
 def poison(trainer: Trainer, steps: Mapping[str, str]) -> None:
     """Make the gradient of a parameter NaN at given steps, on the last rank."""
-    if trainer.ranks.rank != trainer.ranks.world - 1:
+    if trainer.world.rank != trainer.world.size - 1:
         return
     named = dict(trainer.engine.module.named_parameters())
     for step, name in steps.items():
@@ -54,11 +55,11 @@ def poison(trainer: Trainer, steps: Mapping[str, str]) -> None:
             return grad * torch.nan if done + 1 == due else grad
 
         named[name].register_hook(spoil)
-    trainer.watch = type(trainer.watch)(trainer.engine.module, trainer.ranks.device)  # after the poison
+    trainer.watch = type(trainer.watch)(trainer.engine.module, trainer.world.device)  # after the poison
 
 
-def run_job(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    trainer = Trainer(load(job["config"]), ranks, [Look(job.get("stop"), ranks)])
+def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
+    trainer = Trainer(load(job["config"]), world, [Look(job.get("stop"), world)])
     poison(trainer, job.get("poison", {}))
     start = trainer.start
     try:

@@ -21,6 +21,7 @@ from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.views import Views, as_pixels, replay
 from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.webdataset.sample import BadSample, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import epoch_snapshot as finished
@@ -29,7 +30,7 @@ from threetowers.trainer.data.crops import center
 from threetowers.trainer.data.epoch_snapshot import FinishedTars
 from threetowers.trainer.data.items import Item, Items
 from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.sample_set import BadSample, SampleSet, open_samples, read_image
+from threetowers.trainer.data.sample_set import SampleSet, open_samples
 from threetowers.trainer.data.streaming import Segment, read_segment
 from threetowers.trainer.tokenizer import Tokenizer
 

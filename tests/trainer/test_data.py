@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from tests.conftest import picture, samples_of, write_tar
+from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.crops import center, random_crop
 from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.sample_set import BadSample, SampleSet, concept, open_samples, read_annotation, read_image
+from threetowers.trainer.data.sample_set import SampleSet, concept, open_samples
 from threetowers.trainer.tokenizer import Tokenizer
 
 

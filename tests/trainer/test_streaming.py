@@ -12,7 +12,8 @@ import torch
 
 from tests.conftest import samples_of, write_tar
 from tests.trainer.test_preemption import config, launch, lines
-from threetowers.cache.webdataset.tar_index import BadTar, index_tar, stream_samples
+from threetowers.cache.webdataset.sample_stream import stream_samples
+from threetowers.cache.webdataset.tar_index import BadTar, index_tar
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import streaming as lanes
 from threetowers.trainer.data.items import concept_hash

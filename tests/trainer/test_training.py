@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tests.conftest import samples_of, write_tar
 from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data.cache_join import CacheJoin
-from threetowers.trainer.data.sample_set import read_image
 from threetowers.trainer.loss import objective
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
@@ -175,5 +175,7 @@ def test_a_cache_of_another_backbone_is_refused(three: dict[str, Any], cache: Pa
     with pytest.raises(ManifestError, match=r"tower 'third' is read from another cache .*: weights_digest: expected"):
         folder.check_manifests({"third": replace(began, weights_digest="0" * 64)})
     folder.manifests.write_text('{"third": {"backbone": "test_resnet"}}')
-    with pytest.raises(ManifestError, match=r"cache_manifests\.json: damaged, or of another version: Field required"):
+    with pytest.raises(
+        ManifestError, match=r"cache_manifests\.json is damaged, or of another version: .*Field required"
+    ):
         folder.read_manifests()

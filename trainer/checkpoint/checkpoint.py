@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from threetowers.trainer.atomic import replace_text, settle
+from threetowers.cache.storage.atomic import finish_partial, write_atomic
+from threetowers.cache.world import World
 from threetowers.trainer.checkpoint.partition import inner_optimizer, pieces, replicated
-from threetowers.trainer.engine import Ranks
 from threetowers.trainer.model.state_dict import distinct_state
 
 ABOUT = "checkpoint.json"
@@ -49,7 +49,7 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def save(engine: Any, folder: Path, progress: Progress, keep: int, ranks: Ranks) -> None:
+def save(engine: Any, folder: Path, progress: Progress, keep: int, world: World) -> None:
     """Write a checkpoint of all ranks and remove all but the newest `keep`.
 
     Collective. Raises OSError, on all ranks, when one of them cannot write; the checkpoints before stay.
@@ -57,28 +57,28 @@ def save(engine: Any, folder: Path, progress: Progress, keep: int, ranks: Ranks)
     final = folder / f"step-{progress.step:0{STEP_LENGTH}d}"
     partial = folder / f".{final.name}.partial"
     average_buffers(engine)
-    parts = _parts(engine, ranks)
+    parts = _parts(engine, world)
     error: str | None = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        file = partial / f"state-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
+        file = partial / f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
         save_file(parts, f"{file}.partial")
-        settle(Path(f"{file}.partial"), file)
+        finish_partial(Path(f"{file}.partial"), file)
     except (OSError, SafetensorError) as problem:
         error = str(problem)
-    told: list[str | None] = [None] * ranks.world
+    told: list[str | None] = [None] * world.size
     distributed.all_gather_object(told, error)
     if problems := [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]:
-        if ranks.first:
+        if world.first:
             shutil.rmtree(partial, ignore_errors=True)
         before = newest(folder)
         raise OSError(
             f"{final} cannot be written: {'; '.join(problems)}. Make room or change `out`, then run the same command "
             f"again: it goes on from {before.name if before else 'the start'}"
         )
-    if ranks.first:
-        about = asdict(progress) | {"ranks": ranks.world, "zero_stage": int(engine.zero_optimization_stage())}
-        replace_text(partial / ABOUT, json.dumps(about, indent=2))
+    if world.first:
+        about = asdict(progress) | {"ranks": world.size, "zero_stage": int(engine.zero_optimization_stage())}
+        write_atomic(partial / ABOUT, json.dumps(about, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
         for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -166,13 +166,13 @@ class Saved:
                 optimizer.state[piece.holder]["step"] = torch.tensor(float(self.progress.updates))
 
 
-def _parts(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
+def _parts(engine: Any, world: World) -> dict[str, Tensor]:
     """What this rank writes: its pieces; where all hold all, a share of them; the first also what never changes."""
     import deepspeed
 
     state, parts = inner_optimizer(engine).state, {}
     for number, piece in enumerate(pieces(engine)):
-        if replicated(engine) and number % ranks.world != ranks.rank:
+        if replicated(engine) and number % world.size != world.rank:
             continue
         parts[f"param|{piece.name}|{piece.start}"] = piece.of(piece.holder)
         for kind, tensor in state.get(piece.holder, {}).items():
@@ -182,7 +182,7 @@ def _parts(engine: Any, ranks: Ranks) -> dict[str, Tensor]:
     frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
     sharded = engine.zero_optimization_stage() == 3 and bool(frozen)
     with deepspeed.zero.GatheredParameters(list(frozen.values()), enabled=sharded):
-        if ranks.first:
+        if world.first:
             saved = engine.module.state_dict().keys()
             parts |= {f"param|{name}|0": p.detach().clone() for name, p in frozen.items()}
             parts |= {f"buffer|{name}|0": b.detach() for name, b in engine.module.named_buffers() if name in saved}
@@ -202,7 +202,7 @@ def average_buffers(engine: Any) -> None:
             buffer /= distributed.get_world_size()
 
 
-def save_weights(engine: Any, path: Path, ranks: Ranks) -> None:
+def save_weights(engine: Any, path: Path, world: World) -> None:
     """Write the model's parameters and buffers as one safetensors file, whole also under ZeRO 3. Call on all ranks."""
     import deepspeed
 
@@ -210,9 +210,9 @@ def save_weights(engine: Any, path: Path, ranks: Ranks) -> None:
     module = engine.module
     sharded = engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
-        if ranks.first:
+        if world.first:
             state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in distinct_state(module).items()}
             temporary = path.with_name(f".{path.name}.partial")
             save_file(state, temporary)
-            settle(temporary, path)
+            finish_partial(temporary, path)
     distributed.barrier()

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import distributed
 
-from threetowers.trainer.atomic import replace_text
+from threetowers.cache.storage.atomic import write_atomic
+from threetowers.cache.world import World
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CacheJoin
 
@@ -55,7 +56,7 @@ class FinishedTars:
             mine = slice(self._numbers.start, self._numbers.stop)
             finished_T = _wait(self._joins, lambda found_T: int(self._samples_T[found_T[mine]].sum()) >= self._batch)
             pinned: list[object] = [None]
-            if not distributed.is_initialized() or distributed.get_rank() == 0:
+            if World.from_process_group().first:
                 pinned = [self._pin(epoch, np.flatnonzero(finished_T[mine]).tolist())]
             if distributed.is_initialized():
                 distributed.broadcast_object_list(pinned)
@@ -81,7 +82,7 @@ class FinishedTars:
         pin = {"epoch": epoch, "finished": len(finished), "of": len(self._tars)}
         pin["tars"] = [self._tars[storage] for storage in finished]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self._path, "".join(f"{line}\n" for line in [*lines, json.dumps(pin)]))
+        write_atomic(self._path, "".join(f"{line}\n" for line in [*lines, json.dumps(pin)]))
         logger.info("epoch %d: %d of %d tars are finished", epoch, len(finished), len(self._tars))
         return finished
 

@@ -8,12 +8,13 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
+from threetowers.cache.webdataset.sample import BadSample, ReadMember, read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import read_member
 from threetowers.trainer.config import Augment, TrainConfig
 from threetowers.trainer.data.augmentation import augmented
 from threetowers.trainer.data.cache_join import NoRow, Row
 from threetowers.trainer.data.crops import random_crop
-from threetowers.trainer.data.sample_set import BadSample, Read, SampleSet, concept, read_annotation, read_image
+from threetowers.trainer.data.sample_set import SampleSet, concept
 
 
 class Item(NamedTuple):
@@ -41,7 +42,7 @@ class Items:
             epoch, index, member, lambda name: self._samples.caches[name].stored_row(number, ordinal, view)
         )
 
-    def make(self, epoch: int, index: int, read: Read, stored: Callable[[str], Row | None]) -> Item | BadSample:
+    def make(self, epoch: int, index: int, read: ReadMember, stored: Callable[[str], Row | None]) -> Item | BadSample:
         """Return a sample whose members and stored rows (by tower) are had so; or why it cannot be used.
 
         The reason is returned: raised in a worker, it would arrive wrapped in tracebacks.
@@ -51,12 +52,12 @@ class Items:
         except BadSample as error:
             return error
 
-    def _made(self, epoch: int, index: int, read: Read, stored: Callable[[str], Row | None]) -> Item:
+    def _made(self, epoch: int, index: int, read: ReadMember, stored: Callable[[str], Row | None]) -> Item:
         samples, data = self._samples, self._run.data
         number, ordinal = samples.address(index)
         tar, view = samples.tars[number], samples.view(epoch)
         rng = np.random.default_rng([self._run.seed, epoch, index])
-        text = read_annotation(tar, ordinal, read)
+        text = read_annotation(tar, ordinal, read, caption_per_line=data.caption_per_line)
         caption = text.captions[rng.integers(len(text.captions))]
         decode = functools.cache(lambda: read_image(tar, ordinal, data.max_pixels, read))
         pixels = None

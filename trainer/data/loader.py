@@ -1,7 +1,6 @@
 """From sample addresses to batches: image bytes, tokens, cached rows, concepts."""
 
 import itertools
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.preemption import ignore_sigterm
+from threetowers.cache.webdataset.sample import BadSample
 from threetowers.cache.webdataset.tar_index import BadTar
 from threetowers.trainer.config import TrainConfig
 from threetowers.trainer.data.items import Item, Items
-from threetowers.trainer.data.sample_set import BadSample, SampleSet
+from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import Address, RankBatches
 from threetowers.trainer.data.streaming import LaneStep, RankLanes, Streamed, read_segment
 from threetowers.trainer.tokenizer import Tokenizer
@@ -207,4 +208,4 @@ def _leave_sigterm_to_the_trainer(worker: int) -> None:
 
     They end with the loader, or when their parent is gone.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_sigterm()

@@ -1,12 +1,10 @@
 """The samples of sets of tars by address, and what one sample holds: an image, captions, fields."""
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +13,8 @@ from torch import Tensor
 
 from threetowers.cache.format.views import Views
 from threetowers.cache.storage.storage import is_url
-from threetowers.cache.webdataset.images import BadImage, decode_rgb
-from threetowers.cache.webdataset.tar_index import TarIndex, read_member
+from threetowers.cache.webdataset.sample import Annotation, BadSample
+from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.crops import center, mirrored, stored_crop
@@ -26,61 +24,6 @@ from threetowers.trainer.data.tar_headers import index_sets
 
 DONE_SO = {"mask": "left out of the terms with", "live": "computed by the teacher of"}  # on_missing_row, in words
 Floats = npt.NDArray[np.float32]
-Read = Callable[[str], bytes]  # a sample's member, by its extension
-
-
-class BadSample(ValueError):
-    """A sample that cannot be used. The message names its tar and key."""
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """The text side of one sample."""
-
-    captions: tuple[str, ...]
-    fields: Mapping[str, Any]  # the JSON member; empty where there is none
-
-
-def read_annotation(tar: TarIndex, ordinal: int, read: Read | None = None) -> Annotation:
-    """Return a sample's captions and fields, from its `.json` member (`captions` or `caption`) or its `.txt` member.
-
-    `read`: where its members are at hand. Raises BadSample when there is no caption or the member is not what its name
-    says.
-    """
-    members = tar.samples[ordinal].members
-    read = read or partial(read_member, tar, ordinal)
-    fields: dict[str, Any] = {}
-    captions: Any = []
-    try:
-        if "txt" in members:
-            captions = [read("txt").decode()]
-        if "json" in members:
-            fields = json.loads(read("json"))
-            if not isinstance(fields, dict):
-                raise ValueError(f"the json member holds a {type(fields).__name__}, expected an object")
-            captions = fields.get("captions", fields.get("caption", captions))
-    except ValueError as error:  # of UTF-8 or JSON
-        raise BadSample(f"{_name(tar, ordinal)}: {error}") from error
-    if isinstance(captions, str):
-        captions = [captions]
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise BadSample(f"{_name(tar, ordinal)}: captions are {captions!r}, expected a list of strings")
-    captions = tuple(c.strip() for c in captions if c.strip())
-    if not captions:
-        raise BadSample(
-            f"{_name(tar, ordinal)}: no caption; expected a .txt member, or a .json member with `captions`, "
-            f"found members {sorted(members)}"
-        )
-    return Annotation(captions, fields)
-
-
-def read_image(tar: TarIndex, ordinal: int, max_pixels: int, read: Read | None = None) -> Image.Image:
-    """Return a sample's decoded RGB image. Raises BadSample for one that is broken or larger than `max_pixels`."""
-    read = read or partial(read_member, tar, ordinal)
-    try:
-        return decode_rgb(read(tar.samples[ordinal].image), max_pixels=max_pixels)
-    except BadImage as error:
-        raise BadSample(f"{_name(tar, ordinal)}: {error}") from error
 
 
 def concept(tar: TarIndex, ordinal: int, text: Annotation, field: str | None) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from threetowers.cache.prefetch import prefetch
-from threetowers.cache.webdataset.tar_index import stream_samples
+from threetowers.cache.webdataset.sample_stream import stream_samples
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import Row
 from threetowers.trainer.data.sample_set import SampleSet

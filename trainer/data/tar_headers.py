@@ -14,7 +14,8 @@ import xxhash
 from torch import distributed
 
 from threetowers.cache.storage.storage import Storage, open_storage, split_address
-from threetowers.cache.webdataset.tar_index import Samples, TarIndex, expand, index_tar
+from threetowers.cache.webdataset.tar_index import SampleList, TarIndex, expand, index_tar
+from threetowers.cache.world import World
 
 THREADS = 8  # remote tars wait for the network; local ones neither gain nor lose
 
@@ -27,12 +28,11 @@ def index_sets(
     `kept`: the folder or URL where indexes stay for the next time. Raises ValueError, BadTar or OSError, the same on
     all ranks, for a tar that cannot be found or trusted.
     """
-    together = distributed.is_initialized()
-    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-    listed = _gathered(lambda: [expand(part) for part in patterns.values()] if rank == 0 else [])[0]  # one listing
+    world = World.from_process_group()
+    listed = _gathered(lambda: [expand(part) for part in patterns.values()] if world.first else [])[0]  # one listing
     locations = [location for part in listed for location in part]
-    shares = _gathered(lambda: _indexed(locations[rank::ranks], kept))
-    tars = [shares[number % ranks][number // ranks] for number in range(len(locations))]
+    shares = _gathered(lambda: _indexed(locations[world.rank :: world.size], kept))
+    tars = [shares[number % world.size][number // world.size] for number in range(len(locations))]
     ends = [sum(map(len, listed[:count])) for count in range(len(listed) + 1)]
     return tars, dict(zip(patterns, (range(*ends) for ends in pairwise(ends)), strict=True))
 
@@ -57,13 +57,13 @@ def kept_index(folder: Storage, location: str) -> TarIndex:
             about = json.loads(str(found["about"]))
             facts = {key: about.pop(key) for key in ("fingerprint", "ignored")}
             if about == now:
-                return TarIndex(location, about["size"], samples=Samples.of_arrays(found), **facts)
+                return TarIndex(location, about["size"], samples=SampleList.from_arrays(found), **facts)
     except (FileNotFoundError, EOFError, ValueError, KeyError, BadZipFile):
         pass  # not kept yet, or damaged
     index = index_tar(location)
     data = io.BytesIO()
     about = json.dumps(now | {"fingerprint": index.fingerprint, "ignored": index.ignored})
-    np.savez(data, about=np.array(about), **index.samples.arrays())  # type: ignore[arg-type]
+    np.savez(data, about=np.array(about), **index.samples.to_arrays())  # type: ignore[arg-type]
     folder.put(file, data.getvalue(), owner="index")
     return index
 

@@ -9,7 +9,7 @@ from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.storage import is_url
 from threetowers.cache.webdataset.tar_index import expand, index_tar
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
-from threetowers.trainer.engine import Ranks, deepspeed_config
+from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
 from threetowers.trainer.estimate.summary import Held, startup_page
 from threetowers.trainer.optimizer.optimizer import parameter_groups
@@ -33,7 +33,7 @@ def dry_run(run: TrainConfig, world: int = 1) -> list[str]:
     deepspeed_config(run, world)
     model = meta_model(run, vocab_size, teachers)
     parameter_groups(model, run.optim)
-    return startup_page(Ranks(0, world, torch.device("meta")), model, teachers, held, steps)
+    return startup_page(world, torch.device("meta"), model, teachers, held, steps)
 
 
 def _held(run: TrainConfig) -> Held | None:

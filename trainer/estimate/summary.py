@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+import torch
 from torch import nn
 
 from threetowers.trainer.config import Augment, CacheTower, ImageTower, TrainConfig
-from threetowers.trainer.engine import Ranks
 from threetowers.trainer.estimate.cost import (
     LOSS_PRODUCTS,
     TeacherCost,
@@ -33,7 +33,12 @@ class Held:
 
 
 def startup_page(
-    ranks: Ranks, model: TowerModel, teachers: Mapping[str, TeacherCost], held: Held | None, steps: int
+    world_size: int,
+    device: torch.device,
+    model: TowerModel,
+    teachers: Mapping[str, TeacherCost],
+    held: Held | None,
+    steps: int,
 ) -> list[str]:
     """Return the lines that say what will be trained, on what, for how long, and what it costs.
 
@@ -42,18 +47,18 @@ def startup_page(
     run, costs = model.run, tower_costs(model)
     return [
         f"run {run.output_dir}",
-        *_data(run, ranks, held, steps),
+        *_data(run, world_size, device, held, steps),
         *_towers(run, model, costs, teachers),
         *_terms(run, model),
         *_compute(run, model, costs, teachers, steps),
-        *_memory(run, model, ranks),
+        *_memory(run, model, world_size),
     ]
 
 
-def _data(run: TrainConfig, ranks: Ranks, held: Held | None, steps: int) -> list[str]:
-    local = run.global_batch_size // ranks.world
+def _data(run: TrainConfig, world_size: int, device: torch.device, held: Held | None, steps: int) -> list[str]:
+    local = run.global_batch_size // world_size
     chunk = f", {run.engine.micro_batch_size:,} at a time" if run.engine.micro_batch_size is not None else ""
-    batch = f"batch: {local:,} on each of {ranks.world} ranks ({ranks.device.type}){chunk} = {run.global_batch_size:,}"
+    batch = f"batch: {local:,} on each of {world_size} ranks ({device.type}){chunk} = {run.global_batch_size:,}"
     examples = f"steps: {steps:,} x {run.global_batch_size:,} = {steps * run.global_batch_size:,} examples"
     if held is None:
         return ["samples: unknown, the tars are not at hand", batch, examples]
@@ -135,9 +140,9 @@ def _compute(
     return lines
 
 
-def _memory(run: TrainConfig, model: TowerModel, ranks: Ranks) -> list[str]:
-    memory = state_memory(run, model, ranks.world)
-    at_once = min(run.global_batch_size // ranks.world, run.engine.micro_batch_size or run.global_batch_size)
+def _memory(run: TrainConfig, model: TowerModel, world_size: int) -> list[str]:
+    memory = state_memory(run, model, world_size)
+    at_once = min(run.global_batch_size // world_size, run.engine.micro_batch_size or run.global_batch_size)
     if run.engine.activation_checkpointing:
         activations = "activations recomputed, not estimated"
     else:
@@ -145,7 +150,7 @@ def _memory(run: TrainConfig, model: TowerModel, ranks: Ranks) -> list[str]:
         activations = f"activations {at_once:,} x {size(each)} = {size(at_once * each)}"
     return [
         f"memory of a rank: weights {size(memory.weights)} + gradients {size(memory.gradients)} + {run.optim.name} "
-        f"{size(memory.optimizer)} = {size(memory.total)} (ZeRO {run.engine.zero_stage} over {ranks.world} ranks, "
+        f"{size(memory.optimizer)} = {size(memory.total)} (ZeRO {run.engine.zero_stage} over {world_size} ranks, "
         f"{run.engine.precision}); {activations}; buffers of communication and the loss on top",
     ]
 
