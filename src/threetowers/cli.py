@@ -74,10 +74,10 @@ def train(
 
     run = load(config, overrides)
     evaluators = []
-    if run.evaluate is not None:
+    if run.evaluation is not None:
         from threetowers.eval.online import RetrievalEvaluator
 
-        evaluators.append(RetrievalEvaluator(run, run.evaluate))
+        evaluators.append(RetrievalEvaluator(run, run.evaluation))
     try:
         summary = run_training(run, evaluators)
     except Interrupted:  # on every rank; after other errors the others may still be waiting for this one

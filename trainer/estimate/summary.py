@@ -54,9 +54,9 @@ def _data(run: TrainConfig, ranks: Ranks, held: Held | None, steps: int) -> list
     local = run.global_batch_size // ranks.world
     chunk = f", {run.engine.micro_batch_size:,} at a time" if run.engine.micro_batch_size is not None else ""
     batch = f"batch: {local:,} on each of {ranks.world} ranks ({ranks.device.type}){chunk} = {run.global_batch_size:,}"
-    examples = f"steps: {steps:,} x {run.global_batch_size:,} = {steps * run.global_batch_size:,} examples"
+    samples = f"steps: {steps:,} x {run.global_batch_size:,} = {steps * run.global_batch_size:,} samples"
     if held is None:
-        return ["samples: unknown, the tars are not at hand", batch, examples]
+        return ["samples: unknown, the tars are not at hand", batch, samples]
     per_epoch = max(1, held.usable // run.global_batch_size)
     return [
         f"samples: {held.usable:,} usable of {held.total:,} in {held.tars} tars",
@@ -65,7 +65,7 @@ def _data(run: TrainConfig, ranks: Ranks, held: Held | None, steps: int) -> list
         *(f"left out: {count:,}, {reason}" for reason, count in held.left_out.items() if count),
         *(f"without a row: {count:,}, {how}" for how, count in held.without_row.items() if count),
         batch,
-        f"{examples} = {steps / per_epoch:.1f} epochs of {per_epoch:,} whole batches",
+        f"{samples} = {steps / per_epoch:.1f} epochs of {per_epoch:,} whole batches",
     ]
 
 
