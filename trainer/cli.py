@@ -1,7 +1,7 @@
-"""The commands `threetowers train`, `export` and `tokenizer train`: typed functions, whose flags and help come from
-their signatures.
+"""The commands `threetowers train`, `export` and `tokenizer train`.
 
-Modules that are slow to import are imported in the command that needs them.
+They are typed functions, whose flags and help come from their signatures. Modules that are slow to import are imported
+in the command that needs them.
 """
 
 import os

@@ -191,6 +191,7 @@ def test_variants_are_merged_over_the_file_and_below_overrides(tmp_path: Path) -
         (["l2"], r"variants: expected a mapping from names to changes, found \['l2'\]"),
         ({"l2": "terms.image-third.kind=l2"}, r"variants\.l2: expected a mapping of keys, found 'terms"),
         ({"l2": {"base": "other.yaml"}}, r"base: Unexpected keyword"),
+        ({16: {"embed_dim": 32}}, "expected a text as the name of a variant, found 16; quote it"),
     ],
 )
 def test_variants_that_cannot_be_used(variants: Any, message: str, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ _adapter = TypeAdapter(TrainConfig)
 def load(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> TrainConfig:
     """Return the checked config in a YAML file.
 
-    Two keys of a file concern the file itself. `base` names another config, relative to the file, over which the keys
-    of this one are merged; a base has no base. `variants` holds named changes, of which `variant` is merged over all
-    of that. To merge is to go through mappings key by key and to replace everything else. A tower, head or term that is
-    null is left out. The variants of a base are not inherited.
+    Two keys concern the file itself. `base` names another config, relative to the file, over which the keys of this one
+    are merged; a base has no base. `variants` holds named changes, of which `variant` is merged over the result.
+    Mappings are merged key by key, everything else is replaced. A tower, head or term that is null is left out. The
+    variants of a base are not inherited.
 
     Args:
         path: The YAML file, as in configs/.
@@ -40,11 +40,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), variant: str | None = 
     path = Path(path)
     tree = _read(path)
     base = tree.pop("base", None)
-    variants = tree.pop("variants", {})
+    variants = _check_variants(path, tree.pop("variants", {}))
+    if variant is not None and variant not in variants:
+        known = ", ".join(variants) or "none"
+        raise ConfigError(f"{path}: unknown variant {variant!r}; its variants are: {known}")
     if base is not None:
         tree = _merge(_read_base(path, base), tree)
     if variant is not None:
-        tree = _merge(tree, _find_variant(path, variants, variant))
+        tree = _merge(tree, variants[variant])
     for override in overrides:
         _override(tree, override)
     return parse(tree, source=str(path))
@@ -102,16 +105,15 @@ def _read_base(path: Path, base: Any) -> dict[str, Any]:
     return tree
 
 
-def _find_variant(path: Path, variants: Any, name: str) -> dict[str, Any]:
+def _check_variants(path: Path, variants: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(variants, dict):
         raise ConfigError(f"{path}: variants: expected a mapping from names to changes, found {variants!r}")
-    if name not in variants:
-        known = ", ".join(map(str, variants)) or "none"
-        raise ConfigError(f"{path}: unknown variant {name!r}; its variants are: {known}")
-    changes = variants[name]
-    if not isinstance(changes, dict):
-        raise ConfigError(f"{path}: variants.{name}: expected a mapping of keys, found {changes!r}")
-    return changes
+    for name, changes in variants.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: variants: expected a text as the name of a variant, found {name!r}; quote it")
+        if not isinstance(changes, dict):
+            raise ConfigError(f"{path}: variants.{name}: expected a mapping of keys, found {changes!r}")
+    return variants
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
