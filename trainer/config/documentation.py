@@ -80,8 +80,9 @@ def _nested(schema: JsonSchema, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _section_lines(path: str, schema: JsonSchema) -> Iterator[str]:
-    kind = schema["properties"].get("kind", {}).get("const")
-    heading = f"`{path}` with `kind: {kind}`" if kind else f"`{path}`" if path else "Top level"
+    heading = f"`{path}`" if path else "Top level"
+    if kind := schema["properties"].get("kind", {}).get("const"):
+        heading += f" with `kind: {kind}`"
     yield f"## {heading}\n"
     yield f"{_wrap(schema['description'])}\n"
     for key, value in schema["properties"].items():
