@@ -65,5 +65,8 @@ lint: .venv/installed  ## style
 types: .venv/installed  ## strict static types
 	$(BIN)/mypy
 
+docs/config.md: trainer/config/schema.py trainer/config/documentation.py .venv/installed
+	$(BIN)/python -m threetowers.trainer.config.documentation > $@
+
 bench: .venv/installed  ## measure against the floor and against peers; prints ratios
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

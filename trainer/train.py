@@ -222,7 +222,7 @@ class Trainer:
         metrics: Metrics = {
             "step": done,
             "epoch": done / self.steps_per_epoch,
-            "examples": done * self.run.global_batch_size,
+            "samples": done * self.run.global_batch_size,
             "loss": measured.loss,
             "lr": rate,
             "grad_norm": None if norm is None else float(norm),

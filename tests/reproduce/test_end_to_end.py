@@ -47,7 +47,7 @@ def configs(tmp_path: Path) -> Path:
     config, groups = copy / "3t.yaml", copy / "sets/groups.yaml"
     tree = yaml.safe_load(config.read_text())
     tree |= {"global_batch_size": 96, "embed_dim": 16}
-    tree["data"]["image_size"] = 32
+    tree["data"] = {"image_size": 32}
     tree["towers"]["image"]["model"] = "test_resnet"
     tree["towers"]["text"] |= {"width": 16, "depth": 1}
     config.write_text(yaml.safe_dump(tree, sort_keys=False))

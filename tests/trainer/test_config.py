@@ -1,13 +1,19 @@
-"""Configs: what is refused and how it is said, what survives a round trip."""
+"""Configs: what is refused and with which message, bases, variants and overrides, and the reference of keys."""
 
 import copy
+import doctest
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
-from threetowers.trainer.config import ConfigError, Duration, differences, dump, load, parse
+from tests.trainer.shipped_configs import ROOT, RUNS
+from threetowers.trainer.config import ConfigError, Duration, TrainConfig, dump, load, parse, parsing
+from threetowers.trainer.config.documentation import config_reference
+from threetowers.trainer.run_folder import config_changes
 
 THREE: dict[str, Any] = {
     "output_dir": "runs/x",
@@ -26,11 +32,8 @@ THREE: dict[str, Any] = {
 }
 
 
-ROOT = Path(__file__).parents[2]
-RUNS = sorted([*ROOT.glob("configs/emoji/*.yaml"), *ROOT.glob("configs/papers/*.yaml")])
-
-
 def changed(path: str, value: Any) -> dict[str, Any]:
+    """Return THREE with one key changed, or removed if the value is None."""
     tree = copy.deepcopy(THREE)
     *keys, last = path.split(".")
     node = tree
@@ -44,8 +47,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_round_trip() -> None:
-    run = parse(THREE)
-    assert parse(yaml.safe_load(yaml.safe_dump(dump(run)))) == run
+    config = parse(THREE)
+    assert parse(yaml.safe_load(yaml.safe_dump(dump(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -58,16 +61,28 @@ def test_round_trip() -> None:
         ("engine.zero_stage", 4, r"engine\.zero_stage: .*0, 1, 2 or 3.*found 4"),
         ("towers.third.kind", "cached", r"towers\.third: .*'cached'"),
         ("towers.text.width", None, r"towers\.text\.text\.width: .*required"),
-        ("heads.f.of", "img", r"heads\.f\.of: 'img' is no tower and no earlier head; known here: "),
-        ("heads.image", {"of": "text"}, r"heads\.image: a tower has that name"),
-        ("terms.image-text.y", "h", r"terms\.image-text\.y: 'h' is no head; heads are "),
-        ("terms.image-text.y", "f", "a pair needs two heads"),
-        ("deploy.text", "f", "does not stand on a text tower"),
-        ("deploy.image", "g", "stands on a text tower"),
-        ("duration.steps", 3, r"exactly one of .*found \['epochs', 'steps'\]"),
+        ("heads.f.of", "img", r"heads\.f\.of: found 'img', expected a tower or an earlier head: \['image', "),
+        ("heads.image", {"of": "text"}, r"heads\.image: a tower has the same name"),
+        ("terms", {}, r"terms: expected at least one pair term"),
+        ("terms.image-text.y", "h", r"terms\.image-text\.y: found 'h', expected one of the heads \["),
+        ("terms.image-text.y", "f", "expected two different heads"),
+        ("terms.image-text.weight", "1/0", r"terms\.image-text\.weight: .*a fraction of two integers.*found '1/0'"),
+        ("terms.image-text.weight", "a/3", r"terms\.image-text\.weight: .*a fraction of two integers.*found 'a/3'"),
+        ("deploy.text", "f", "is not on a text tower"),
+        ("deploy.image", "g", "is on a text tower"),
+        ("duration.steps", 3, r"duration: found epochs, steps, expected exactly one of"),
         ("terms.image-third", None, r"towers: \['third'\] are used by no term"),
+        ("heads.other", {"of": "f"}, r"heads: \['other'\] are used by no term"),
         ("data.tars", [], r"data\.tars: expected at least one"),
+        ("data.datasets", {"a": {"tars": ["a.tar"]}}, "tars and datasets are both given"),
         ("data.crop_scale", 0.5, r"\['third'\] hold the embedding of the uncropped view only; set crop_scale: 1\.0"),
+        ("towers.image.frozen", True, r"towers\.image\.frozen: .* name them by towers\.image\.init"),
+        (
+            "towers.text.share",
+            {"tower": "third"},
+            r"towers\.text\.share\.tower: found 'third', expected an image ",
+        ),
+        ("base", "other.yaml", r"base: Unexpected keyword"),
     ],
 )
 def test_refused(path: str, value: Any, message: str) -> None:
@@ -79,18 +94,110 @@ def test_numbers_that_yaml_reads_as_text() -> None:
     assert parse(yaml.safe_load(yaml.safe_dump(THREE) + "optim: {lr: 1e-4}")).optim.lr == 1e-4
 
 
+@pytest.mark.parametrize(("given", "weight"), [("1/3", 1 / 3), ("2/6", 1 / 3), (0.25, 0.25), ("0.25", 0.25), (2, 2.0)])
+def test_weights_may_be_fractions(given: Any, weight: float) -> None:
+    config = parse(changed("terms.image-text.weight", given))
+    assert config.terms["image-text"].weight == weight
+    assert parse(dump(config)) == config
+    mixed = changed("data.tars", None)
+    mixed["data"]["datasets"] = {"a": {"tars": ["a.tar"], "weight": given}}
+    assert parse(mixed).data.datasets["a"].weight == weight
+
+
+def write(path: Path, tree: dict[str, Any]) -> Path:
+    """Write a config and return its path."""
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
 def test_overrides(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(THREE))
-    run = load(file, ["optim.lr=3e-4", "data.tars=[x.tar, y.tar]", "engine.zero_stage=3"])
-    assert (run.optim.lr, run.data.tars, run.engine.zero_stage) == (3e-4, ["x.tar", "y.tar"], 3)
+    file = write(tmp_path / "run.yaml", THREE)
+    config = load(file, ["optim.lr=3e-4", "data.tars=[x.tar, y.tar]", "engine.zero_stage=3"])
+    assert (config.optim.lr, config.data.tars, config.engine.zero_stage) == (3e-4, ["x.tar", "y.tar"], 3)
     for wrong, message in [
         ("optim.lr", "expected key.path=value"),
-        ("batch.x=1", "holds a value"),
+        ("global_batch_size.x=1", "holds a value"),
         ("a=[", "not YAML"),
     ]:
         with pytest.raises(ConfigError, match=message):
             load(file, [wrong])
+
+
+def test_an_override_of_one_alias_leaves_the_other(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    third = "towers: {image: &vit {kind: timm, model: test_vit}, other: *vit}"
+    file.write_text(yaml.safe_dump({key: value for key, value in THREE.items() if key != "towers"}) + third)
+    with pytest.raises(ConfigError, match="'text'"):
+        load(file)
+    text = "towers.text={kind: text, width: 16, depth: 1, heads: 2}"
+    heads = ["heads.h_f.of=other", "towers.other.model=test_vit2"]
+    config = dump(load(file, [text, *heads]))
+    assert config["towers"]["image"]["model"] == "test_vit"
+    assert config["towers"]["other"]["model"] == "test_vit2"
+
+
+def test_a_base_is_merged_below_the_file(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    write(tmp_path / "bases" / "three.yaml", THREE | {"variants": {"faster": {"optim": {"lr": 1.0}}}})
+    own = {
+        "base": "bases/three.yaml",
+        "duration": {"epochs": None, "steps": 5},
+        "data": {"tars": ["b.tar"]},
+        "towers": {"third": None, "text": {"depth": 2}},
+        "heads": {"f_h": None, "h_f": None},
+        "terms": {"image-third": None},
+    }
+    expected = copy.deepcopy(THREE)
+    expected["duration"] = {"steps": 5}
+    expected["data"]["tars"] = ["b.tar"]
+    expected["towers"]["text"]["depth"] = 2
+    for section, names in {"towers": ["third"], "heads": ["f_h", "h_f"], "terms": ["image-third"]}.items():
+        for name in names:
+            del expected[section][name]
+    file = write(tmp_path / "run.yaml", own)
+    assert load(file) == parse(expected)
+    assert "base" not in dump(load(file))
+    with pytest.raises(ConfigError, match="unknown variant 'faster'; its variants are: none"):
+        load(file, variant="faster")
+
+
+def test_a_base_that_cannot_be_used(tmp_path: Path) -> None:
+    write(tmp_path / "first.yaml", THREE)
+    write(tmp_path / "second.yaml", {"base": "first.yaml"})
+    for base, message in [
+        ("second.yaml", r"base: second\.yaml itself has the base 'first\.yaml', but a base may not have one; choose"),
+        ("no.yaml", r"no\.yaml: cannot be read as YAML"),
+        (["first.yaml"], r"base: expected the path of a config, relative to this file, found \['first\.yaml'\]"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load(write(tmp_path / "third.yaml", {"base": base}))
+
+
+def test_variants_are_merged_over_the_file_and_below_overrides(tmp_path: Path) -> None:
+    changes = {"optim": {"lr": 0.5, "weight_decay": 0.0}, "terms": {"image-third": {"kind": "l2"}}}
+    file = write(tmp_path / "run.yaml", THREE | {"variants": {"l2": changes, "none": {}}})
+    assert load(file) == load(file, variant="none") == parse(THREE)
+    config = load(file, ["optim.lr=0.25"], variant="l2")
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.betas) == (0.25, 0.0, (0.9, 0.98))
+    assert (config.terms["image-third"].kind, config.terms["image-third"].y) == ("l2", "h_f")
+    assert "variants" not in dump(config)
+    with pytest.raises(ConfigError, match=r"run\.yaml: unknown variant 'l1'; its variants are: l2, none"):
+        load(file, variant="l1")
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        (["l2"], r"variants: expected a mapping from names to changes, found \['l2'\]"),
+        ({"l2": "terms.image-third.kind=l2"}, r"variants\.l2: expected a mapping of keys, found 'terms"),
+        ({"l2": {"base": "other.yaml"}}, r"base: Unexpected keyword"),
+        ({16: {"embed_dim": 32}}, "expected a text as the name of a variant, found 16; quote it"),
+    ],
+)
+def test_variants_that_cannot_be_used(variants: Any, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", THREE | {"variants": variants})
+    with pytest.raises(ConfigError, match=message):
+        load(file, variant="l2")
 
 
 @pytest.mark.parametrize("content", ["a: [", "- a\n- b\n", ""])
@@ -103,19 +210,62 @@ def test_file_that_is_no_config(tmp_path: Path, content: str) -> None:
         load(tmp_path / "no.yaml")
 
 
-def test_differences_name_the_leaves() -> None:
-    found = differences(parse(THREE), parse(changed("optim.lr", 0.5)))
-    assert [str(d) for d in found] == ["optim.lr: 0.001 -> 0.5"]
+def test_config_changes_name_the_leaves() -> None:
+    found = config_changes(parse(THREE), parse(changed("optim.lr", 0.5)))
+    assert [str(change) for change in found] == ["optim.lr: 0.001 -> 0.5"]
 
 
 def test_durations() -> None:
     assert Duration(steps=7).in_steps(100, 32) == 7
-    assert Duration(examples=1000).in_steps(100, 32) == 31
-    assert Duration(epochs=2.5).in_steps(100, 32) == 8  # 2.5 x 3 whole batches
+    assert Duration(samples=1000).in_steps(100, 32) == 31
+    assert Duration(epochs=2.5).in_steps(100, 32) == 8  # 2.5 x 3 complete batches
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_shipped_configs_are_valid(file: Path) -> None:
-    run = load(file)
+    config = load(file)
     assert str(file.relative_to(ROOT)) in file.read_text().split("\n\n")[0]  # how to run it
-    assert run.output_dir.endswith(file.stem)
+    assert config.output_dir.endswith(file.stem)
+
+
+def test_examples_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = doctest.testmod(parsing)
+    assert (result.failed, result.attempted) == (0, 2)
+
+
+def keys(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each key of each section, as SECTION.KEY, with its JSON schema."""
+    for section in [schema, *schema["$defs"].values()]:
+        for key, value in section["properties"].items():
+            yield f"{section['title']}.{key}", value
+
+
+def test_every_key_has_a_description_and_is_in_the_reference() -> None:
+    schema = TypeAdapter(TrainConfig).json_schema()
+    page = config_reference()
+    for name, value in keys(schema):
+        section = schema["$defs"][value["$ref"].rpartition("/")[2]] if "$ref" in value else {}
+        assert value.get("description") or section.get("description"), name
+        assert f"\n- `{name.partition('.')[2]}` (" in page, name
+    for section in schema["$defs"].values():
+        assert " ".join(section["description"].split()) in " ".join(page.split()), section["title"]
+    assert page.count("\n- `") == len(list(keys(schema))) + 2  # base and variants
+
+
+def test_the_reference_in_docs_is_up_to_date() -> None:
+    written = (ROOT / "docs/config.md").read_text()
+    assert written == config_reference(), "run `make docs/config.md`"
+
+
+def test_sections_of_the_reference() -> None:
+    page = config_reference(["optim", "data"])
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        "## `data`",
+        "## `data.datasets.NAME`",
+        "## `data.augment`",
+        "## `optim`",
+        "## `optim.param_groups`",
+    ]
+    with pytest.raises(ConfigError, match="--help-config: found optimizer, expected sections among duration, data, "):
+        config_reference(["optimizer"])

@@ -118,7 +118,7 @@ def test_the_page_and_the_metrics_say_what_is_mixed(clip: dict[str, Any], tars: 
         "set other: 4 of each batch of 12, from 22 usable samples in 2 tars",
     ]
     assert samples.seen(10) == {
-        "sets/main/examples": 80, "sets/main/epoch": 2, "sets/other/examples": 40, "sets/other/epoch": 2
+        "datasets/main/samples": 80, "datasets/main/epoch": 2, "datasets/other/samples": 40, "datasets/other/epoch": 2
     }  # fmt: skip
     assert load(clip, stop=0)[0].notes() == []
 
@@ -143,7 +143,7 @@ def test_any_part_of_a_batch_is_alike() -> None:
 
 def test_what_cannot_be_mixed(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
     tree = mix(clip, tars, other)
-    with pytest.raises(ConfigError, match="tars and sets are both given"):
+    with pytest.raises(ConfigError, match="tars and datasets are both given"):
         parse(tree | {"data": tree["data"] | {"tars": ["x.tar"]}})
     tree["data"]["datasets"]["other"]["tars"] = []
     with pytest.raises(ConfigError, match=r"data\.datasets\.other\.tars: expected at least one tar"):

@@ -89,8 +89,8 @@ def test_a_shared_model_is_stored_once_and_read_whole() -> None:
         ({"blocks": 4}, {}, r"share\.blocks: 4, but the towers have 3 and 4 blocks"),
         ({}, {"args": VIT["args"] | {"embed_dim": 48}}, r"the attn of the two towers differ .*give them one width"),
         ({}, {"model": "test_resnet", "args": {}}, r"'image' is no timm vision transformer"),
-        ({"tower": "third"}, {}, r"share\.tower: 'third' is no image tower"),
-        ({}, {"frozen": True, "init": "x"}, r"one is frozen; freeze both or none"),
+        ({"tower": "third"}, {}, r"share\.tower: found 'third', expected an image tower"),
+        ({}, {"frozen": True, "init": "x"}, r"one of the two towers .* is frozen; freeze both or neither"),
     ],
 )
 def test_what_cannot_be_shared(share: dict[str, Any], image: dict[str, Any], message: str) -> None:
@@ -123,7 +123,7 @@ def test_what_cannot_be_specialised() -> None:
 
 def test_a_frozen_tower_stays_as_it_is() -> None:
     image = {"kind": "timm", "model": "test_resnet", "frozen": True, "init": "given.safetensors"}
-    with pytest.raises(ConfigError, match=r"towers\.image\.frozen: .* name them by init"):
+    with pytest.raises(ConfigError, match=r"towers\.image\.frozen: .* name them by towers\.image\.init"):
         parse(changed("towers.image", image | {"init": None}))
     model = model_of(changed("towers.image", image))
     assert not model.towers["image"].training

@@ -19,7 +19,7 @@ from threetowers.trainer.export.trained_model import TrainedModel
 def test_evaluation_and_trace(kind: str, tars: list[Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """What two ranks at ZeRO 3 say of the model on the way is what one process says of the weights it left."""
     tree: dict[str, Any] = request.getfixturevalue(kind)
-    tree["evaluate"] = {"tars": [str(tars[0])], "every": {"percent": 50}, "group_field": "concept", "max_samples": 21}
+    tree["evaluation"] = {"tars": [str(tars[0])], "every": {"percent": 50}, "group_field": "concept", "max_samples": 21}
     tree["log"] = {"every_steps": 2, "profile": [2, 3]}
     file, out = config(tree, tmp_path, kind, zero_stage=3)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "threetowers"]
@@ -37,8 +37,8 @@ def test_evaluation_and_trace(kind: str, tars: list[Path], tmp_path: Path, reque
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         trained = TrainedModel.load(out)
-        assert trained.run.evaluate is not None
-        look = RetrievalEvaluator(trained.run, trained.run.evaluate)
+        assert trained.run.evaluation is not None
+        look = RetrievalEvaluator(trained.run, trained.run.evaluation)
         assert len(look.data.pictures) == 25
         for name, value in look(trained.model, 6).items():
             assert lines(out, f"retrieval/{name}")[-1] == pytest.approx(value), name

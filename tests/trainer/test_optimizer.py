@@ -24,7 +24,7 @@ def test_warmup_and_cosine() -> None:
     np.testing.assert_allclose(found[:10], 2.0 * np.arange(1, 11) / 10)
     np.testing.assert_allclose(found[10:], [1 + math.cos(math.pi * k / 90) for k in range(90)])
     np.testing.assert_allclose(rates(warmup=0.0, lr_end=0.5)[50], 1.5)
-    for span in (Duration(steps=10), Duration(examples=1000), Duration(epochs=1), Duration(percent=10)):
+    for span in (Duration(steps=10), Duration(samples=1000), Duration(epochs=1), Duration(percent=10)):
         assert rates(warmup=span) == found
 
 
@@ -40,11 +40,14 @@ def test_constant_and_rsqrt_with_cooldown() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optim": {"warmup": {"steps": 3, "epochs": 1}}}, r"optim\.warmup: give exactly one of .*'epochs', 'steps'"),
-        ({"optim": {"cooldown": 0.1}}, r"a cosine comes down by itself"),
-        ({"duration": {"percent": 5}}, "percent of what"),
-        ({"evaluate": {"tars": ["a.tar"], "every": {}}}, r"evaluate\.every: give exactly one of"),
-        ({"log": {"profile": [7, 3]}}, r"expected \(first, last\) step, found \(7, 3\)"),
+        (
+            {"optim": {"warmup": {"steps": 3, "epochs": 1}}},
+            r"optim\.warmup: found epochs, steps, expected exactly one",
+        ),
+        ({"optim": {"cooldown": 0.1}}, r"a cosine decays by itself"),
+        ({"duration": {"percent": 5}}, "percent, which is relative to the run"),
+        ({"evaluation": {"tars": ["a.tar"], "every": {}}}, r"evaluation\.every: found none, expected exactly one of"),
+        ({"log": {"profile": [7, 3]}}, r"expected the first and the last step, found \(7, 3\)"),
     ],
 )
 def test_spans_that_say_nothing(change: dict[str, Any], message: str) -> None:

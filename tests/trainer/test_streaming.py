@@ -290,5 +290,5 @@ def test_a_streamed_mixture_goes_on_elsewhere(three: dict[str, Any], tars: list[
     assert (rest["start"], rest["end"]) == (4, "finished")
     for key in ("loss", "terms/image-third/loss"):
         np.testing.assert_allclose(lines(stopped[1], key), lines(alone[1], key), rtol=2e-4)
-    assert lines(alone[1], "sets/a/examples") == [8 * step for step in range(1, 7)]
-    assert lines(alone[1], "sets/b/epoch") == [step / 5 for step in range(1, 7)]
+    assert lines(alone[1], "datasets/a/samples") == [8 * step for step in range(1, 7)]
+    assert lines(alone[1], "datasets/b/epoch") == [step / 5 for step in range(1, 7)]

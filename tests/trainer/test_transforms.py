@@ -74,7 +74,7 @@ def test_workers_and_resume_change_nothing_and_neither_do_captions(clip: dict[st
 
 def test_beside_a_cache(three: dict[str, Any], clip: dict[str, Any]) -> None:
     three["data"]["augment"] = {"flip": 0.5}
-    with pytest.raises(ConfigError, match=r"data\.augment\.flip: 0\.5 asks for mirror images .*--views center\+flip"):
+    with pytest.raises(ConfigError, match=r"data\.augment\.flip: found 0\.5, .*--views center\+flip"):
         parse(three)
     three["data"]["augment"] = {"hue": 0.1, "grayscale": 0.2}
     (line,) = _augmentation(parse(three))

@@ -76,7 +76,7 @@ class FinishedTars:
                 if lost := [fingerprint for fingerprint in pin["tars"] if fingerprint not in places]:
                     return (
                         f"{self._path}: epoch {epoch} was begun with {len(lost)} tars that data.tars no longer names "
-                        f"(fingerprints {lost[:3]}); name them again, or choose another `out`"
+                        f"(fingerprints {lost[:3]}); name them again, or choose another `output_dir`"
                     )
                 return [places[fingerprint] for fingerprint in pin["tars"]]
         pin = {"epoch": epoch, "finished": len(finished), "of": len(self._tars)}

@@ -125,8 +125,8 @@ class SampleSet:
         found = {}
         for number, part in enumerate(self.parts):
             if part.name:
-                found[f"sets/{part.name}/examples"] = float(steps * part.share)
-                found[f"sets/{part.name}/epoch"] = steps / max(1, self.length(number) // part.share)
+                found[f"datasets/{part.name}/samples"] = float(steps * part.share)
+                found[f"datasets/{part.name}/epoch"] = steps / max(1, self.length(number) // part.share)
         return found
 
     def address(self, index: int) -> tuple[int, int]:

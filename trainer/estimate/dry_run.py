@@ -25,7 +25,7 @@ def dry_run(run: TrainConfig, world: int = 1) -> list[str]:
     held = _held(run)
     if held is None and run.duration.epochs is not None:
         raise ConfigError(
-            f"duration.epochs: the length of an epoch is unknown without {run.data.patterns}; give examples"
+            f"duration.epochs: the length of an epoch is unknown without {run.data.patterns}; give samples"
         )
     teachers = {name: _teacher(name, tower) for name, tower in run.towers.items() if isinstance(tower, CacheTower)}
     vocab_size = _vocab_size(run)

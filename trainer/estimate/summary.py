@@ -59,9 +59,9 @@ def _data(run: TrainConfig, world_size: int, device: torch.device, held: Held | 
     local = run.global_batch_size // world_size
     chunk = f", {run.engine.micro_batch_size:,} at a time" if run.engine.micro_batch_size is not None else ""
     batch = f"batch: {local:,} on each of {world_size} ranks ({device.type}){chunk} = {run.global_batch_size:,}"
-    examples = f"steps: {steps:,} x {run.global_batch_size:,} = {steps * run.global_batch_size:,} examples"
+    samples = f"steps: {steps:,} x {run.global_batch_size:,} = {steps * run.global_batch_size:,} samples"
     if held is None:
-        return ["samples: unknown, the tars are not at hand", batch, examples]
+        return ["samples: unknown, the tars are not at hand", batch, samples]
     per_epoch = max(1, held.usable // run.global_batch_size)
     return [
         f"samples: {held.usable:,} usable of {held.total:,} in {held.tars} tars",
@@ -70,7 +70,7 @@ def _data(run: TrainConfig, world_size: int, device: torch.device, held: Held | 
         *(f"left out: {count:,}, {reason}" for reason, count in held.left_out.items() if count),
         *(f"without a row: {count:,}, {how}" for how, count in held.without_row.items() if count),
         batch,
-        f"{examples} = {steps / per_epoch:.1f} epochs of {per_epoch:,} whole batches",
+        f"{samples} = {steps / per_epoch:.1f} epochs of {per_epoch:,} whole batches",
     ]
 
 

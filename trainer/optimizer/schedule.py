@@ -8,7 +8,7 @@ from threetowers.trainer.config import Duration, Optim
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run's learning rate, with its spans resolved to steps."""
+    """The learning rate of a run, with its spans resolved to steps."""
 
     optim: Optim
     total: int
@@ -17,7 +17,14 @@ class Schedule:
 
     @classmethod
     def of(cls, optim: Optim, total: int, samples: int, batch: int) -> "Schedule":
-        """Resolve the spans for a run of `total` steps over `samples` with a global batch of `batch`."""
+        """Resolve the spans of a schedule.
+
+        Args:
+            optim: The section of the config.
+            total: Steps of the run.
+            samples: Samples of one epoch.
+            batch: The global batch size.
+        """
 
         def steps(span: float | Duration) -> int:
             return span.in_steps(samples, batch, total) if isinstance(span, Duration) else round(span * total)
@@ -25,15 +32,17 @@ class Schedule:
         return cls(optim, total, steps(optim.warmup), steps(optim.cooldown))
 
     def rate(self, step: int) -> float:
-        """Return the rate of step `step` (0-based)."""
-        optim, end = self.optim, self.optim.lr_end
+        """Return the learning rate of a step, counted from 0."""
+        optim = self.optim
+        end = optim.lr_end
         if step < self.warmup:
             return optim.lr * (step + 1) / self.warmup
         if optim.schedule == "cosine":
             progress = (step - self.warmup) / max(1, self.total - self.warmup)
             return optim.lr * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress)))
+        # A level relative to lr, which the cooldown brings down to its end.
         level = 1.0 if optim.schedule == "constant" else math.sqrt(max(1, self.warmup) / (step + 1))
-        left = self.total - step  # steps to go, this one included
+        left = self.total - step  # steps to go, including this one
         if left < self.cooldown:
             level *= end + (1 - end) * left / self.cooldown
         return optim.lr * level

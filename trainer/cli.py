@@ -1,0 +1,135 @@
+"""The commands `threetowers train`, `export` and `tokenizer train`.
+
+They are typed functions, whose flags and help come from their signatures. Modules that are slow to import are imported
+in the command that needs them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def train(
+    config_file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = None,
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE...")] = (),
+    variant: str | None = None,
+    dry_run: bool = False,
+    ranks: int = 1,
+    help_config: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[SECTION...]")] = None,
+) -> None:
+    """Train a run, or resume it from its folder.
+
+    Start one process a GPU with `deepspeed --module threetowers train CONFIG` or `torchrun --nproc-per-node N -m
+    threetowers train CONFIG`; without a launcher, the run is a single process.
+
+    Args:
+        config_file: The config of the run, as in configs/.
+        overrides: Changes to the config, as key.path=value: optim.lr=3e-4 engine.zero_stage=2
+        variant: One of the named changes under the config's key `variants`.
+        dry_run: Build everything without numbers, print the arithmetic of the run, and stop. Needs no data.
+        ranks: World size for which a dry run counts.
+        help_config: Print the reference of the config's keys, of all sections or of some, and stop.
+    """
+    from threetowers.trainer.config import ConfigError, load
+
+    if help_config is not None:
+        from threetowers.trainer.config.documentation import config_reference
+
+        print(config_reference(help_config), end="")
+        return
+    if config_file is None:
+        raise ConfigError("train: no config is given; name a YAML file as in configs/, or ask for --help-config")
+    config = load(config_file, overrides, variant)
+    if dry_run:
+        from threetowers.trainer.estimate.dry_run import dry_run as page
+
+        print("\n".join(page(config, ranks)))
+        return
+
+    from threetowers.cache.preemption import Interrupted
+    from threetowers.cache.world import World
+    from threetowers.trainer.engine import leave_process_group
+    from threetowers.trainer.train import train as run_training
+
+    evaluators = []
+    if config.evaluation is not None:
+        from threetowers.eval.online import RetrievalEvaluator
+
+        evaluators.append(RetrievalEvaluator(config, config.evaluation))
+    try:
+        summary = run_training(config, evaluators)
+    except Interrupted:  # on every rank; after other errors the others may still be waiting for this one
+        leave_process_group()
+        raise
+    leave_process_group()
+    if World.from_env().first:
+        print(
+            f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
+            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.verdict}"
+        )
+
+
+def export(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    output_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT_DIR")],
+    format: Literal["threetowers", "open_clip", "timm"] = "threetowers",
+    records: tuple[Path, ...] = (),
+) -> None:
+    """Write the deployed model of a finished run, and check it by loading it again.
+
+    Args:
+        run: Folder of a finished run.
+        output_dir: Folder to write.
+        format: threetowers: read like a run. open_clip: read as `local-dir:OUTPUT_DIR`. timm: the image tower, read as
+            `local-dir:OUTPUT_DIR`.
+        records: Results of evaluations (JSON) that the model card shows.
+    """
+    from threetowers.eval.record import read_record
+    from threetowers.trainer.export.export import export as write
+
+    results = {}
+    for path in records:
+        record = read_record(path)
+        results[f"{record.question.task}, {record.question.gallery}"] = record.metrics
+    done = write(run, output_dir, format, results)
+    print(
+        f"{done.folder}: {done.parameters:,} parameters, {done.left_out:,} left out; loaded again, its embeddings "
+        f"differ by at most {done.difference:.1e}"
+    )
+
+
+def train_tokenizer(
+    tars: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAR...")],
+    output: Path,
+    vocab_size: int = 4096,
+    caption_per_line: bool = False,
+) -> None:
+    """Train a SentencePiece tokenizer on the captions in tars.
+
+    Args:
+        tars: Tars, globs or brace ranges; use the training tars only.
+        output: The .model file to write.
+        vocab_size: Number of pieces at most; a small corpus yields fewer.
+        caption_per_line: Take each line of a txt member for a caption, as data.caption_per_line does in training.
+    """
+    from threetowers.cache.webdataset.sample import read_annotation
+    from threetowers.cache.webdataset.tar_index import expand, index_tar
+    from threetowers.trainer.tokenizer import Tokenizer
+    from threetowers.trainer.tokenizer import train_tokenizer as train_on_captions
+
+    indexes = [index_tar(path) for path in expand(tars)]
+    captions: list[str] = []
+    for tar in indexes:
+        for ordinal in range(len(tar.samples)):
+            captions += read_annotation(tar, ordinal, caption_per_line=caption_per_line).captions
+    # A caption counts once, however many images have it.
+    distinct = list(dict.fromkeys(captions))
+    model = train_on_captions(distinct, vocab_size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(model)
+    pieces = Tokenizer(model).vocab_size
+    print(
+        f"{output}: {pieces:,} pieces from {len(distinct):,} distinct of {len(captions):,} captions "
+        f"in {len(indexes)} tars"
+    )

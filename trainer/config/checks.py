@@ -1,0 +1,171 @@
+"""What the types of a config cannot express: references between keys, and combinations that cannot be run.
+
+Each check yields its messages: the key, what was found, what was expected, and what to change.
+"""
+
+from collections.abc import Iterator
+
+from threetowers.trainer.config.schema import CacheTower, Duration, ImageTower, TextTower, TrainConfig
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message names the key, what it holds and what is expected."""
+
+
+def check_config(config: TrainConfig, source: str) -> None:
+    """Check a config beyond its types.
+
+    Args:
+        config: A config whose types are right.
+        source: Where it comes from, for messages.
+
+    Raises:
+        ConfigError: With the first problem.
+    """
+    # The order matters: later checks rely on the references that earlier ones have found valid.
+    checks = (
+        _durations,
+        _cooldown,
+        _profile,
+        _data,
+        _random_views,
+        _heads,
+        _terms,
+        _deployed_heads,
+        _unused,
+        _frozen,
+        _shared_parameters,
+        _masked_rows,
+    )
+    for problems in checks:
+        for message in problems(config):
+            raise ConfigError(f"{source}: {message}")
+
+
+def _durations(config: TrainConfig) -> Iterator[str]:
+    spans = {"duration": config.duration, "optim.warmup": config.optim.warmup, "optim.cooldown": config.optim.cooldown}
+    if config.evaluation is not None:
+        spans["evaluation.every"] = config.evaluation.every
+    for key, span in spans.items():
+        if isinstance(span, Duration) and len(span.units()) != 1:
+            found = ", ".join(span.units()) or "none"
+            yield f"{key}: found {found}, expected exactly one of epochs, samples, steps, percent; set others to null"
+    if config.duration.percent is not None:
+        yield "duration: found percent, which is relative to the run; give its length in epochs, samples or steps"
+
+
+def _cooldown(config: TrainConfig) -> Iterator[str]:
+    if config.optim.schedule == "cosine" and config.optim.cooldown != 0.0:
+        yield (
+            "optim.cooldown: a cosine decays by itself, without a cooldown; set optim.schedule to constant or rsqrt, "
+            "or optim.cooldown to 0"
+        )
+
+
+def _profile(config: TrainConfig) -> Iterator[str]:
+    if config.log.profile is not None and config.log.profile[0] > config.log.profile[1]:
+        yield f"log.profile: expected the first and the last step, found {config.log.profile}"
+
+
+def _data(config: TrainConfig) -> Iterator[str]:
+    data = config.data
+    if data.tars and data.datasets:
+        yield "data: tars and datasets are both given; name all tars in one of them"
+    for name, dataset in data.named_sets.items():
+        if not dataset.tars:
+            key = f"data.datasets.{name}.tars" if name else "data.tars"
+            yield f"{key}: expected at least one tar or pattern, found none"
+    if data.access == "sequential" and config.global_batch_size % data.num_streams:
+        yield (
+            f"data.num_streams: {data.num_streams} does not divide global_batch_size {config.global_batch_size}; "
+            "change one of them"
+        )
+
+
+def _random_views(config: TrainConfig) -> Iterator[str]:
+    data = config.data
+    cached = config.towers_of("cache")
+    if data.crop_scale < 1 and cached:
+        yield (
+            f"data.crop_scale: found {data.crop_scale}, but the cached towers {cached} hold the embedding of the "
+            "uncropped view only; set crop_scale: 1.0"
+        )
+    if data.augment.flip and cached:
+        yield (
+            f"data.augment.flip: found {data.augment.flip}, but the cached towers {cached} hold embeddings of declared "
+            "views; set flip: 0 and build the cache with --views center+flip: then every other epoch is mirrored"
+        )
+
+
+def _heads(config: TrainConfig) -> Iterator[str]:
+    known = set(config.towers)
+    for name, head in config.heads.items():
+        if name in config.towers:
+            yield f"heads.{name}: a tower has the same name; rename the head"
+        if head.of not in known:
+            yield f"heads.{name}.of: found {head.of!r}, expected a tower or an earlier head: {sorted(known)}"
+        known.add(name)
+
+
+def _terms(config: TrainConfig) -> Iterator[str]:
+    if not config.terms:
+        yield "terms: expected at least one pair term, found none"
+    for key, name in _head_references(config).items():
+        if name not in config.heads:
+            yield f"{key}: found {name!r}, expected one of the heads {sorted(config.heads)}"
+    for name, term in config.terms.items():
+        if term.x == term.y:
+            yield f"terms.{name}: x and y are both {term.x!r}, expected two different heads"
+
+
+def _deployed_heads(config: TrainConfig) -> Iterator[str]:
+    deploy = config.deploy
+    if config.towers[config.root_of(deploy.text)].kind != "text":
+        yield f"deploy.text: the head {deploy.text!r} is not on a text tower; name one that is"
+    if config.towers[config.root_of(deploy.image)].kind == "text":
+        yield f"deploy.image: the head {deploy.image!r} is on a text tower; name one on an image tower or a cache"
+
+
+def _unused(config: TrainConfig) -> Iterator[str]:
+    used = set(_head_references(config).values())
+    towers = {config.root_of(name) for name in used}
+    heads = used | {head.of for head in config.heads.values()}
+    for key, unused in {"towers": set(config.towers) - towers, "heads": set(config.heads) - heads}.items():
+        if unused:
+            yield f"{key}: {sorted(unused)} are used by no term; remove them or add a term"
+
+
+def _frozen(config: TrainConfig) -> Iterator[str]:
+    for name, tower in config.towers.items():
+        if not isinstance(tower, CacheTower) and tower.frozen and tower.init is None:
+            yield f"towers.{name}.frozen: a tower that is never updated needs weights; name them by towers.{name}.init"
+
+
+def _shared_parameters(config: TrainConfig) -> Iterator[str]:
+    for name, tower in config.towers.items():
+        if not isinstance(tower, TextTower) or tower.share is None:
+            continue
+        image_tower = config.towers.get(tower.share.tower)
+        if not isinstance(image_tower, ImageTower):
+            yield f"towers.{name}.share.tower: found {tower.share.tower!r}, expected an image tower of kind timm"
+        elif image_tower.frozen != tower.frozen:
+            yield f"towers.{name}.share: one of the two towers that share parameters is frozen; freeze both or neither"
+
+
+def _masked_rows(config: TrainConfig) -> Iterator[str]:
+    for name, tower in config.towers.items():
+        if not isinstance(tower, CacheTower) or tower.on_missing_row != "mask":
+            continue
+        if all(name in (config.root_of(term.x), config.root_of(term.y)) for term in config.terms.values()):
+            yield (
+                f"towers.{name}.on_missing_row: mask keeps a sample for the terms without {name!r}, but every term "
+                "uses it; use skip"
+            )
+
+
+def _head_references(config: TrainConfig) -> dict[str, str]:
+    references = {"deploy.image": config.deploy.image, "deploy.text": config.deploy.text}
+    for name, term in config.terms.items():
+        references[f"terms.{name}.x"] = term.x
+        references[f"terms.{name}.y"] = term.y
+    return references

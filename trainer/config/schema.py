@@ -1,0 +1,481 @@
+"""The keys of a run's config: frozen dataclasses, checked strictly, in which the string below a key describes it.
+
+A run is a set of named towers, of heads on them, and of pair terms between heads. CLIP, LiT, 3T and MS-CLIP differ in
+this data alone. `docs/config.md` and `threetowers train --help-config` are generated from this file.
+"""
+
+import fractions
+from dataclasses import field, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+
+def _divided(value: object) -> object:
+    """Return the float nearest to a fraction such as "1/3", and everything else as it is."""
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    try:
+        return float(fractions.Fraction(value))
+    except (ValueError, ZeroDivisionError):
+        message = "Input should be a valid number or a fraction of two integers, as in 1/3"
+        raise PydanticCustomError("fraction", message) from None
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+UnitFloat = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, BeforeValidator(_divided)]
+
+SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, config=SECTION)
+class Duration:
+    """A span of training, in exactly one unit."""
+
+    epochs: PositiveFloat | None = None
+    """Passes over the data. An epoch is the complete global batches of all tars."""
+    samples: PositiveInt | None = None
+    """Samples, counted over all ranks and rounded down to complete global batches."""
+    steps: PositiveInt | None = None
+    """Optimizer steps."""
+    percent: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Percentage of the run's steps. The length of the run itself cannot be given in it."""
+
+    def units(self) -> list[str]:
+        """Return the units that are given."""
+        return [unit.name for unit in fields(self) if getattr(self, unit.name) is not None]
+
+    def in_steps(self, samples: int, batch: int, total: int = 0) -> int:
+        """Return the span in optimizer steps, at least one.
+
+        Args:
+            samples: Samples of one epoch.
+            batch: The global batch size.
+            total: Steps of the run, of which a percentage is taken.
+        """
+        if self.steps is not None:
+            return self.steps
+        if self.samples is not None:
+            return max(1, self.samples // batch)
+        if self.percent is not None:
+            return max(1, round(total * self.percent / 100))
+        assert self.epochs is not None
+        return max(1, round(self.epochs * (samples // batch)))
+
+
+@dataclass(frozen=True, config=SECTION)
+class TrainDataset:
+    """One of several data sets that a run mixes."""
+
+    tars: list[str]
+    """Tars of the data set: paths, URLs, globs or brace ranges."""
+    weight: Annotated[Weight, Field(gt=0)] = 1.0
+    """Its share of every global batch, relative to the weights of the other data sets. A fraction such as `1/3` is
+    accepted."""
+    group_field: str | None = None
+    """JSON field that names the group of a sample; null: `data.group_field`."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Augment:
+    """Random changes to the image that an image tower sees, after the crop. A change is off where its key is 0."""
+
+    flip: UnitFloat = 0.0
+    """Probability of mirroring the image."""
+    brightness: UnitFloat = 0.0
+    """x: multiply the brightness by a random factor from 1 - x to 1 + x."""
+    contrast: UnitFloat = 0.0
+    """x: multiply the contrast by a random factor from 1 - x to 1 + x."""
+    saturation: UnitFloat = 0.0
+    """x: multiply the saturation by a random factor from 1 - x to 1 + x."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """x: shift the hue by a random share of the colour circle from -x to x."""
+    jitter: UnitFloat = 1.0
+    """Probability that the four changes of colour above are applied, in a random order."""
+    grayscale: UnitFloat = 0.0
+    """Probability of converting the image to grey."""
+    blur: UnitFloat = 0.0
+    """Probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Data:
+    """The training data and how it is read. Give either `tars` or `datasets`."""
+
+    tokenizer: str
+    """SentencePiece model (.model), as written by `threetowers tokenizer train`."""
+    image_size: PositiveInt
+    """Side of the square image that the image towers see, in pixels."""
+    tars: list[str] = field(default_factory=list)
+    """Tars of a single data set: paths, URLs, globs or brace ranges."""
+    datasets: dict[str, TrainDataset] = field(default_factory=dict)
+    """Several data sets by name, mixed by weight."""
+    access: Literal["auto", "random", "sequential"] = "auto"
+    """random: read each sample by its position in its tar, in any order. sequential: read complete tars one after the
+    other through webdataset, in `num_streams` streams. auto: random if all tars are local, otherwise sequential."""
+    num_streams: PositiveInt = 16
+    """Sequential access: tars read side by side, over all ranks. A multiple of the world size that divides
+    `global_batch_size`."""
+    shuffle_buffer: PositiveInt = 10_000
+    """Sequential access: undecoded samples that wait to be drawn, over all streams."""
+    index_dir: str | None = None
+    """Folder or URL that keeps the indexes of tars between launches; any number of runs may share it. null: index the
+    tars at every start, for which a remote tar is streamed from end to end."""
+    context_length: PositiveInt = 32
+    """Tokens per caption, including the end token; longer captions are cut."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the token embedding; null: the number of pieces of the tokenizer."""
+    crop_scale: UnitFloat = 1.0
+    """Smallest share of the image's area that a random crop covers; 1.0: no random crop."""
+    augment: Augment = field(default_factory=Augment)
+    """Random changes to the image, after the crop."""
+    group_field: str | None = None
+    """JSON field that names the group of a sample, i.e. what it shows; null: each sample is its own group."""
+    caption_per_line: bool = False
+    """Read each line of a `txt` member as a caption of its own. Otherwise a `txt` member is a single caption."""
+    on_bad: Literal["error", "skip"] = "error"
+    """A sample that cannot be read: error stops the run, skip leaves the sample out. Missing rows of a cache are
+    handled by the tower's `on_missing_row`."""
+    on_incomplete_cache: Literal["error", "wait", "skip"] = "error"
+    """Tars whose rows are not all built: error refuses to train, wait waits for them, skip begins each epoch with the
+    tars that are built by then. Durations count the samples of all tars in any case."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Processes per rank that read and decode samples; 0: the training process itself does."""
+    max_pixels: PositiveInt = 50_000_000
+    """Images with more pixels are bad samples, a protection against decompression bombs."""
+
+    @property
+    def named_sets(self) -> dict[str, TrainDataset]:
+        """The data sets by name; `tars` are a single one with an empty name."""
+        return self.datasets or {"": TrainDataset(tars=self.tars)}
+
+    @property
+    def patterns(self) -> list[str]:
+        """The paths and patterns of the tars of all data sets."""
+        return [pattern for dataset in self.named_sets.values() for pattern in dataset.tars]
+
+
+@dataclass(frozen=True, config=SECTION)
+class Specialize:
+    """The image-specific layers that MS-CLIP-S adds to a vision transformer (arXiv 2207.12661)."""
+
+    stem: bool = True
+    """Early specialization: convolutions in place of the patch embedding and of the first block."""
+    branch: bool = True
+    """A parallel convolutional branch, whose features adapters add to the tokens at five depths."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class ImageTower:
+    """An image tower: any timm model, used up to the features before its classifier."""
+
+    kind: Literal["timm"]
+    """The kind of tower."""
+    model: str
+    """Name of the model in timm."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `timm.create_model`."""
+    specialize: Specialize | None = None
+    """MS-CLIP-S's image-specific layers, for timm's plain vision transformers only; null: none."""
+    init: str | None = None
+    """Initial weights. null: random. `pretrained`: timm's own. `package:NAME`: those in an installed Python package.
+    FILE.safetensors, or FILE.safetensors#PREFIX for the part whose names begin with PREFIX, as in
+    `runs/a/model.safetensors#towers.image`."""
+    frozen: bool = False
+    """Never update the tower; it stays in evaluation mode. Needs `init`."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Share:
+    """Parameters that a text tower has in common with an image tower, block by block counted from the last."""
+
+    tower: str
+    """Name of the image tower, a timm vision transformer of the same width."""
+    modules: tuple[Literal["attn", "mlp", "norm1", "norm2"], ...] = ("attn", "mlp")
+    """The modules of a block that are shared."""
+    blocks: PositiveInt | None = None
+    """Number of blocks, counted from the last; null: as many as the shallower tower has."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class TextTower:
+    """A text tower: a transformer of timm blocks over SentencePiece tokens."""
+
+    kind: Literal["text"]
+    """The kind of tower."""
+    width: PositiveInt
+    """Width of the token embeddings and of the blocks."""
+    depth: PositiveInt
+    """Number of blocks."""
+    heads: PositiveInt
+    """Attention heads of a block; they divide `width`."""
+    mlp_ratio: float = 4.0
+    """Width of a block's hidden layer relative to `width`."""
+    dropout: UnitFloat = 0.0
+    """Dropout probability."""
+    pool: Literal["eos", "mean", "last"] = "eos"
+    """The feature of a caption: eos, the end token; mean, the mean of all tokens but padding; last, the last
+    position."""
+    causal: bool = False
+    """Let a token attend only to itself and to tokens before it."""
+    mask_padding: bool = True
+    """Exclude padding from attention."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Activation function of the blocks; quick_gelu is that of OpenAI's CLIP."""
+    norm_eps: PositiveFloat | None = None
+    """Epsilon of the layer norms; null: 1e-6 in the blocks, 1e-5 in the final norm."""
+    share: Share | None = None
+    """Parameters in common with an image tower, as in MS-CLIP; null: none."""
+    init: str | None = None
+    """Initial weights. null: random. FILE.safetensors, or FILE.safetensors#PREFIX for the part whose names begin with
+    PREFIX."""
+    frozen: bool = False
+    """Never update the tower; it stays in evaluation mode. Needs `init`."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class CacheTower:
+    """A frozen pretrained classifier, as the rows of an embedding cache: no parameters and no forward pass."""
+
+    kind: Literal["cache"]
+    """The kind of tower."""
+    path: str
+    """Folder or URL of the cache."""
+    backbone: str | None = None
+    """The timm model that the cache must hold; null: any. A dry run without the cache needs it."""
+    # A linear head with bias can express the same map; starting from there, it need not first learn away a large
+    # common offset.
+    standardize: bool = True
+    """Standardize each feature by its mean and standard deviation over the cache."""
+    on_missing_row: Literal["error", "skip", "mask", "live"] = "error"
+    """A sample without an embedding in the cache: error refuses to train, skip leaves the sample out, mask keeps it
+    for the terms without this tower, live computes its embedding with the teacher (in the loader, on the CPU)."""
+    weights: str | None = None
+    """Weights of the teacher for `on_missing_row: live`; null: those that the cache was built with."""
+
+
+Tower = Annotated[ImageTower | TextTower | CacheTower, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, config=SECTION)
+class Head:
+    """A map from a tower, or from another head before its normalization, to the shared space.
+
+    One head may serve several terms.
+    """
+
+    of: str
+    """The tower or the earlier head whose features are mapped."""
+    kind: Literal["linear", "mlp", "none"] = "linear"
+    """linear: one layer. mlp: `depth` hidden layers. none: the features as they are."""
+    embed_dim: PositiveInt | None = None
+    """Width of its output; null: the `embed_dim` of the run."""
+    bias: bool = True
+    """Give its layers a bias."""
+    hidden: PositiveInt | None = None
+    """mlp: width of the hidden layers; null: the width of its input."""
+    depth: PositiveInt = 1
+    """mlp: number of hidden layers."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Term:
+    """A loss between two heads. Contrastive terms that name the same scale share one learned temperature."""
+
+    x: str
+    """The first head."""
+    y: str
+    """The second head."""
+    kind: Literal["contrastive", "l2"] = "contrastive"
+    """contrastive: the loss of the section `loss`. l2: the mean squared distance of the normalized embeddings."""
+    weight: Weight = 1.0
+    """Factor of the term in the sum of all terms. A fraction such as `1/3` is accepted."""
+    scale: str = "scale"
+    """contrastive: name of the learned scale (inverse temperature)."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Deploy:
+    """The two heads that make the model kept for inference."""
+
+    image: str
+    """The image head, on an image tower or on a cache."""
+    text: str
+    """The text head, on a text tower."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Loss:
+    """The contrastive loss, over the global batch."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: InfoNCE, as in CLIP. sigmoid: as in SigLIP."""
+    scale_init: PositiveFloat = 14.3  # CLIP's 1 / 0.07
+    """Initial scale (inverse temperature)."""
+    scale_max: PositiveFloat = 100.0
+    """Largest scale; a larger one is clamped."""
+    bias_init: float = -10.0  # SigLIP's
+    """sigmoid: initial bias of the logits."""
+    mask_false_negatives: bool = True
+    """Leave pairs of samples of one group out of the negatives."""
+    logit_cache_mib: Annotated[int, Field(ge=0)] = 16
+    """Memory in which similarity tiles wait for the backward pass, in MiB per rank and term. With room for all b x B x
+    4 bytes a softmax step costs 3 products of that size instead of 4. The sigmoid loss needs none."""
+    ring: bool = False
+    """Pass column features from rank to rank instead of gathering them: O(b·D) memory a rank instead of O(B·D), for a
+    global batch B and a local batch b. Features are sent again in the backward pass."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class ParameterGroup:
+    """Parameters, chosen by name, with a learning rate or weight decay of their own."""
+
+    match: str
+    """Shell pattern of parameter names as in model.safetensors, such as `towers.image.*`."""
+    lr: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of the scheduled learning rate; 0 freezes the parameters."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of its matrices; null: `optim.weight_decay`."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Optim:
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """The optimizer. adafactor needs `engine.zero_stage: 0` and `engine.precision: float32`."""
+    lr: PositiveFloat = 1e-3
+    """Learning rate after warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay, multiplied by the learning rate as everywhere in torch. Vectors (norms, biases, scales)
+    have none."""
+    betas: tuple[UnitFloat, UnitFloat] = (0.9, 0.98)
+    """Decay rates of the running means of the gradient and of its square."""
+    param_groups: list[ParameterGroup] = field(default_factory=list)
+    """Settings for some parameters; the first group that matches a parameter counts."""
+    schedule: Literal["cosine", "constant", "rsqrt"] = "cosine"
+    """The learning rate after warm-up: a cosine to its end, constant, or proportional to 1 / sqrt(step)."""
+    warmup: UnitFloat | Duration = 0.05
+    """Linear warm-up: a share of all steps, or a duration."""
+    cooldown: UnitFloat | Duration = 0.0
+    """Linear decay at the end, after `constant` or `rsqrt`: a share of all steps, or a duration."""
+    lr_end: UnitFloat = 0.0
+    """Learning rate at the end of a cosine or of a cooldown, as a share of `lr`."""
+    grad_clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global norm of the gradient; a larger gradient is scaled down. 0: no clipping."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Engine:
+    """The execution of a step: DeepSpeed, precision, memory."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: partition nothing (0), optimizer state (1), gradients too (2), parameters too (3)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the towers."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples that go forward and backward at a time on a rank (gradient caching); null: the complete local batch. The
+    loss is over the global batch in any case. Costs a second forward pass."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and recompute the rest in the backward pass."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient: stop the run, or skip the step."""
+    nonfinite_limit: PositiveInt = 10
+    """skip: consecutive skipped steps after which the run stops."""
+    deepspeed_extra: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed settings, merged last into the generated DeepSpeed config."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Log:
+    """What a run records of itself."""
+
+    every_steps: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step, counted from 1, of a torch.profiler trace in the run folder; null: no trace."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class Checkpoint:
+    """When checkpoints are written, in addition to the end of the run and SIGTERM."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between two checkpoints; null: not by steps."""
+    every_minutes: PositiveFloat | None = None
+    """Minutes between two checkpoints; null: not by time."""
+    keep: PositiveInt = 2
+    """Number of checkpoints kept, the newest ones."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class OnlineEvaluation:
+    """Retrieval on held-out tars while training, to follow progress; not for final numbers."""
+
+    tars: list[str]
+    """Held-out tars: paths, URLs, globs or brace ranges."""
+    every: Duration = field(default_factory=lambda: Duration(percent=10))
+    """Span between two evaluations; by default 10 percent of the run."""
+    max_samples: PositiveInt = 1000
+    """Samples used at most, the first ones."""
+    group_field: str | None = None
+    """JSON field that names the group of a sample; null: only its own captions match an image."""
+
+
+@dataclass(frozen=True, config=SECTION)
+class TrainConfig:
+    """A run: its data, towers, heads, pair terms and settings."""
+
+    output_dir: str
+    """The run folder. A run that was interrupted resumes from it."""
+    global_batch_size: PositiveInt
+    """Samples of a step, over all ranks; a multiple of the world size."""
+    duration: Duration
+    """Length of the run, in epochs, samples or steps."""
+    embed_dim: PositiveInt
+    """Width of the embeddings that heads produce."""
+    data: Data
+    """The training data and how it is read."""
+    towers: dict[str, Tower]
+    """Towers by name. A tower that is null is left out."""
+    heads: dict[str, Head]
+    """Heads by name, each after the head it is built on. A head that is null is left out."""
+    terms: dict[str, Term]
+    """Pair terms by name; the loss is their weighted sum. A term that is null is left out."""
+    deploy: Deploy
+    """The two heads that make the model kept for inference."""
+    seed: int = 0
+    """Seed of the initial weights, the order of samples and the augmentation."""
+    loss: Loss = field(default_factory=Loss)
+    """The contrastive loss."""
+    optim: Optim = field(default_factory=Optim)
+    """The optimizer and its learning-rate schedule."""
+    engine: Engine = field(default_factory=Engine)
+    """The execution of a step: DeepSpeed, precision, memory."""
+    log: Log = field(default_factory=Log)
+    """What a run records of itself."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """When checkpoints are written."""
+    evaluation: OnlineEvaluation | None = None
+    """Retrieval on held-out tars while training; null: none."""
+
+    def towers_of(self, kind: str) -> list[str]:
+        """Return the names of the towers of one kind, in the config's order."""
+        return [name for name, tower in self.towers.items() if tower.kind == kind]
+
+    def root_of(self, head: str) -> str:
+        """Return the name of the tower below a head or a chain of heads."""
+        name = head
+        while name in self.heads:
+            name = self.heads[name].of
+        return name
+
+    def scales(self) -> list[str]:
+        """Return the names of the learned scales, in the order of the terms."""
+        return list(dict.fromkeys(term.scale for term in self.terms.values() if term.kind == "contrastive"))
