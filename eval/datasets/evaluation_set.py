@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.trainer.data.sample_set import Annotation, BadSample, concept, read_annotation, read_image
+from threetowers.trainer.data.sample_set import Annotation, BadSample, group_of, read_annotation, read_image
 
 Floats = npt.NDArray[np.float32]
 
@@ -62,8 +62,8 @@ def evaluation_set(
         try:
             text = _annotation(tar, ordinal, captions_needed)
             read_image(tar, ordinal, max_pixels)
-            part = "all" if part_field is None else concept(tar, ordinal, text, part_field)
-            group = concept(tar, ordinal, text, group_field)
+            part = "all" if part_field is None else group_of(tar, ordinal, text, part_field)
+            group = group_of(tar, ordinal, text, group_field)
         except BadSample as error:
             return error
         return Picture(number, ordinal, tar.samples[ordinal].key, group, part, text.captions[:max_captions])
