@@ -20,7 +20,8 @@ from threetowers.trainer.config import CacheTower, TrainConfig
 from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.loader import training_loader
-from threetowers.trainer.data.sample_set import BadSample, open_samples
+from threetowers.trainer.data.run_samples import open_samples
+from threetowers.trainer.data.sample_set import BadSample
 from threetowers.trainer.engine import Ranks, chunks, deepspeed_config, join_process_group, start_engine
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model, tower_costs, training_flops
 from threetowers.trainer.estimate.summary import Held, startup_page

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from threetowers.cache.webdataset.images import decode_rgb
 from threetowers.trainer.config import TrainConfig
 from threetowers.trainer.data.loader import training_loader
-from threetowers.trainer.data.sample_set import open_samples
+from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.tokenizer import Tokenizer
 

@@ -6,7 +6,8 @@ from typing import Any
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.batch import Batch
 from threetowers.trainer.data.loader import TrainingBatches, training_loader
-from threetowers.trainer.data.sample_set import SampleSet, open_samples
+from threetowers.trainer.data.run_samples import open_samples
+from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.tokenizer import Tokenizer
 
 

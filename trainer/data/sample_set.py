@@ -1,11 +1,10 @@
-"""The samples of a run: the tars of its data sets, the caches of their embeddings, and what each epoch visits."""
+"""The samples of some tars with the rows of their caches: their addresses, and which of them each epoch visits."""
 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,15 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from threetowers.cache.format.views import Views
-from threetowers.cache.storage.storage import is_url
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 from threetowers.cache.webdataset.tar_index import TarIndex, read_member
-from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
+from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CachedRow, CacheJoin
-from threetowers.trainer.data.epoch_snapshot import EpochSnapshots, wait_until_built
-from threetowers.trainer.data.mixture import MixtureComponent, samples_per_batch
-from threetowers.trainer.data.sampler import Indices, too_few_samples
-from threetowers.trainer.data.tar_headers import index_datasets
+from threetowers.trainer.data.mixture import MixtureComponent
+from threetowers.trainer.data.sampler import Indices
 from threetowers.trainer.data.transforms import center_crop, stored_crop
 
 Read = Callable[[str], bytes]  # a sample's member, by its extension
@@ -149,8 +145,6 @@ class SampleSet:
         self._component_of_tar = np.repeat(np.arange(len(self.components)), tar_counts)
         self._latest: dict[int, EpochSamples] = {}  # by component, the epoch last asked for
 
-    # ---- counts
-
     @property
     def total(self) -> int:
         """Number of samples in the tars, usable or not."""
@@ -204,8 +198,6 @@ class SampleSet:
                 metrics[f"datasets/{component.name}/epoch"] = steps / steps_per_epoch
         return metrics
 
-    # ---- addresses
-
     def address(self, index: int) -> tuple[int, int]:
         """Return (tar number, ordinal) of a sample."""
         tar_number = int(self.tar_numbers(index))
@@ -230,8 +222,6 @@ class SampleSet:
     def component_of(self, tar_number: int) -> MixtureComponent:
         """Return the mixture component that a tar belongs to."""
         return self.components[int(self._component_of_tar[tar_number])]
-
-    # ---- epochs
 
     def view(self, epoch: int) -> int:
         """Return the view of the caches that an epoch uses."""
@@ -301,74 +291,13 @@ class SampleSet:
         return np.flatnonzero(usable).astype(np.int64)
 
 
-def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
-    """Return the samples of a run with their caches, built as far as `data.on_incomplete_cache` requires. Collective.
-
-    Args:
-        config: The run's config.
-        folder: The run folder, in which the tars of each epoch are recorded.
-
-    Raises:
-        BadSample, BadTar, ConfigError, ManifestError: The tars or caches do not fit the run.
-    """
-    data = config.data
-
-    # The tars, and the caches of their embeddings
-    patterns = {name: dataset.tars for name, dataset in data.named_sets.items()}
-    tars, tar_numbers = index_datasets(patterns, data.index_dir)
-    caches = {}
-    for name, tower in config.towers.items():
-        if isinstance(tower, CacheTower):
-            caches[name] = CacheJoin(
-                tower.path,
-                tars,
-                tower.backbone,
-                on_missing_row=tower.on_missing_row,
-                weights=tower.weights,
-                allow_incomplete=data.on_incomplete_cache != "error",
-                datasets=list(tar_numbers.values()),
-            )
-    joins = list(caches.values())
-    if joins and data.on_incomplete_cache == "wait":
-        wait_until_built(joins)
-
-    # The mixture
-    weights = [dataset.weight for dataset in data.named_sets.values()]
-    counts = samples_per_batch(weights, config.global_batch_size)
-    components = []
-    for (name, dataset), count in zip(data.named_sets.items(), counts, strict=True):
-        snapshots = None
-        if joins and data.on_incomplete_cache == "skip":
-            file = f"epoch-snapshots-{name}.jsonl" if name else "epoch-snapshots.jsonl"
-            snapshots = EpochSnapshots(folder / file, joins, count, tar_numbers[name])
-        group_field = dataset.group_field or data.group_field
-        components.append(MixtureComponent(name, tar_numbers[name], count, group_field, snapshots))
-
-    # The access
-    sequential = data.access == "sequential" or (data.access == "auto" and any(is_url(tar.location) for tar in tars))
-    if sequential and config.global_batch_size % data.num_streams:
-        raise ConfigError(
-            f"data.num_streams: {data.num_streams} does not divide global_batch_size {config.global_batch_size}; "
-            "change one of them"
-        )
-
-    # Refuse a data set that is too small before anything else is set up
-    samples = SampleSet(tars, caches, components, sequential)
-    for number, component in enumerate(components):
-        usable = len(samples.epoch_indices(0, number))
-        if usable < component.samples_per_batch:
-            key = f"data.datasets.{component.name}: " if component.name else ""
-            raise ConfigError(key + too_few_samples(component.samples_per_batch, usable))
-    return samples
-
-
 def _common_views(caches: Mapping[str, CacheJoin]) -> Views:
     views = {name: join.cache.manifest.views for name, join in caches.items()}
     if len(set(views.values())) > 1:
         found = ", ".join(f"{name}: {of_cache}" for name, of_cache in views.items())
         raise ConfigError(
-            f"towers: found caches of different views: {found}; expected equal ones, as the image tower gets one view an "
-            "epoch: build the caches with the same --views, seed and scale"
+            f"towers: found caches of different views: {found}; expected equal ones, as the image tower gets one view "
+            "an epoch: build the caches with the same --views, seed and scale"
         )
     return next(iter(views.values()), Views())
 
