@@ -58,9 +58,9 @@ def test_each_data_set_has_its_part_of_every_batch_and_its_own_epochs(
     main = [[c for c in batch.groups_b.tolist() if c in of_main] for batch in found]
     rest = [[c for c in batch.groups_b.tolist() if c not in of_main] for batch in found]
     assert {len(part) for part in main} == {8}
-    for start in (0, 5):  # epochs of 5 whole shares of 8, of 45
+    for start in (0, 5):  # epochs of 5 full parts of 8, of 45
         assert len({c for part in main[start : start + 5] for c in part}) == 40
-        assert len({c for part in rest[start : start + 5] for c in part}) == 20  # 5 whole shares of 4, of 22
+        assert len({c for part in rest[start : start + 5] for c in part}) == 20  # 5 full parts of 4, of 22
     for ranks, starts in ((2, (0, 3)), (4, (6,))):
         for start in starts:
             parts = [

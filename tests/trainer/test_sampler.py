@@ -32,9 +32,9 @@ def test_an_epoch_visits_each_sample_once(seed: int, samples: int, batch: int) -
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_split_the_same_global_batches(ranks: int) -> None:
     batch, samples = 12, 61
-    shares = [list(RandomAccessSampler(3, [every(samples)], [batch], rank, ranks, 4, 13)) for rank in range(ranks)]
+    parts = [list(RandomAccessSampler(3, [every(samples)], [batch], rank, ranks, 4, 13)) for rank in range(ranks)]
     for step, (epoch, indices) in enumerate(global_batches(3, every(samples), batch, 4, 13)):
-        addresses = [address for share in shares for address in share[step]]
+        addresses = [address for part in parts for address in part[step]]
         assert addresses == [(epoch, i) for i in indices.tolist()]
 
 

@@ -68,11 +68,11 @@ def test_ranks_workers_and_resume_do_not_change_the_samples(streamed: dict[str, 
     whole = load_batches(streamed, stop=11)
     streamed["data"]["workers"] = workers
     for start in (0, 5, 9):  # 9: in the second epoch
-        shares = [load_batches(streamed, rank, ranks, start, stop=11) for rank in range(ranks)]
+        parts = [load_batches(streamed, rank, ranks, start, stop=11) for rank in range(ranks)]
         for step, batch in enumerate(whole[start:]):
             for name, tensor in batch.inputs.items():
-                assert torch.cat([share[step].inputs[name] for share in shares]).equal(tensor), (start, step, name)
-            assert torch.cat([share[step].groups_b for share in shares]).equal(batch.groups_b)
+                assert torch.cat([part[step].inputs[name] for part in parts]).equal(tensor), (start, step, name)
+            assert torch.cat([part[step].groups_b for part in parts]).equal(batch.groups_b)
 
 
 def test_streams_that_ranks_or_batch_do_not_divide_are_refused(streamed: dict[str, Any]) -> None:

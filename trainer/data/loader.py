@@ -41,15 +41,14 @@ class TrainingSample(NamedTuple):
 
 
 class LoaderFailure(NamedTuple):
-    """An error of tars or caches, which ends the run.
-
-    It is returned by a worker, because an exception would arrive wrapped in the worker's traceback.
-    """
+    """An error of tars or caches, which ends the run."""
 
     error: Exception
 
 
 FATAL = (BadTar, ManifestError, OSError)
+
+# Workers return errors, because an exception would arrive wrapped in the worker's traceback
 LoadedSample = TrainingSample | BadSample | LoaderFailure
 
 
@@ -63,8 +62,12 @@ class TrainingSampleReader:
         self._needs_image = bool(config.towers_of("timm"))
         self._augments = config.data.augment != Augment()
 
-    def read(self, epoch: int, index: int) -> TrainingSample | BadSample:
-        """Return a sample by random access, or why it cannot be used."""
+    def read(self, epoch: int, index: int) -> TrainingSample:
+        """Return a sample by random access.
+
+        Raises:
+            BadSample: The sample cannot be used.
+        """
         samples = self._samples
         tar_number, ordinal = samples.address(index)
         view = samples.view(epoch)
@@ -77,25 +80,18 @@ class TrainingSampleReader:
 
     def prepare(
         self, epoch: int, index: int, read: Callable[[str], bytes], stored_row: Callable[[str], CachedRow | None]
-    ) -> TrainingSample | BadSample:
-        """Return a sample from its members, or why it cannot be used.
-
-        The reason is returned for the sake of workers, see `LoaderFailure`.
+    ) -> TrainingSample:
+        """Return a sample from its members.
 
         Args:
             epoch: Epoch of the sample's component.
             index: Index of the sample.
             read: Gives the bytes of a member by its extension.
             stored_row: Gives the stored row of a cached tower, or None.
-        """
-        try:
-            return self._prepare(epoch, index, read, stored_row)
-        except BadSample as error:
-            return error
 
-    def _prepare(
-        self, epoch: int, index: int, read: Callable[[str], bytes], stored_row: Callable[[str], CachedRow | None]
-    ) -> TrainingSample:
+        Raises:
+            BadSample: The sample cannot be used.
+        """
         samples, data = self._samples, self._config.data
         tar_number, ordinal = samples.address(index)
         tar = samples.tars[tar_number]
@@ -143,6 +139,8 @@ class RandomAccessDataset(Dataset[LoadedSample]):
         """Return the sample at an address."""
         try:
             return self._reader.read(*address)
+        except BadSample as error:
+            return error
         except FATAL as error:
             return LoaderFailure(error)
 
@@ -161,22 +159,23 @@ class SequentialDataset(Dataset[LoadedSample]):
     def __getitems__(self, steps: Sequence[StreamStep]) -> list[LoadedSample]:
         """Return the next samples of some streams."""
         try:
-            loaded: list[LoadedSample] = []
-            for step in steps:
-                loaded += self._read(step)
-            return loaded
+            return list(itertools.chain.from_iterable(map(self._read, steps)))
         except FATAL as error:
             return [LoaderFailure(error)]
 
-    def _read(self, step: StreamStep) -> Iterator[TrainingSample | BadSample]:
+    def _read(self, step: StreamStep) -> list[LoadedSample]:
         for component, segment in step.segments.items():
             rng = np.random.default_rng([self._seed, segment.epoch, component, step.stream, 1])
             self._open[step.stream, component] = read_segment(self._samples, segment, self._buffer_size, rng)
+        loaded: list[LoadedSample] = []
         for component in step.components:
             sample = next(self._open[step.stream, component])
-            yield self._reader.prepare(
-                sample.epoch, sample.sample_index, read=sample.members.__getitem__, stored_row=sample.rows.__getitem__
-            )
+            read, stored_row = sample.members.__getitem__, sample.rows.__getitem__
+            try:
+                loaded.append(self._reader.prepare(sample.epoch, sample.sample_index, read, stored_row))
+            except BadSample as error:
+                loaded.append(error)
+        return loaded
 
 
 class Collator:

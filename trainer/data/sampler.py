@@ -14,7 +14,7 @@ SampleAddress = tuple[int, int]  # epoch of the sample's component, index of the
 
 
 class Epoch(NamedTuple):
-    """One pass over a component, as a number of whole batches.
+    """One pass over a component, as a number of complete batches.
 
     Attributes:
         number: Counted from 0.
