@@ -20,8 +20,7 @@ from reproduce.packages import FASHION_MNIST, member
 from reproduce.plan import Pretraining
 from threetowers.cache.webdataset.sample import read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
-from threetowers.trainer.data.augmentation import augmented
-from threetowers.trainer.data.crops import center, random_crop
+from threetowers.trainer.data.transforms import augment, center_crop, random_crop
 from threetowers.trainer.model.pointwise import subsample_before_pointwise
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ def _train(
     for step in range(how.steps):
         chosen = rng.choice(learned, how.batch)
         crops = [random_crop(pictures[n], how.image_size, how.crop_scale, rng) for n in chosen]
-        views = [augmented(crop, how.augment, rng) for crop in crops]
+        views = [augment(crop, how.augment, rng) for crop in crops]
         loss = F.cross_entropy(logits(views), torch.tensor([labels[n] for n in chosen]), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -118,7 +117,7 @@ def _train(
     with torch.inference_mode():
         for start in range(0, len(held), how.batch):
             part = held[start : start + how.batch]
-            found = logits([center(pictures[n], how.image_size) for n in part]).argmax(1)
+            found = logits([center_crop(pictures[n], how.image_size) for n in part]).argmax(1)
             right += (found == torch.tensor([labels[n] for n in part])).tolist()
     return {
         "steps": how.steps,

@@ -1,20 +1,33 @@
-"""SentencePiece tokens: train a model from the captions in tars, encode captions to fixed-length rows."""
+"""The SentencePiece tokenizer: train it on captions, encode captions as rows of tokens of equal length."""
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import sentencepiece
 import torch
 from torch import Tensor
 
-PAD, UNKNOWN, END = 0, 1, 2
+PAD, UNKNOWN, END = 0, 1, 2  # ids of the special tokens
 
 
 class Tokenizer:
-    """Captions to token rows. Pickles by its model bytes, so that data workers can hold one."""
+    """A SentencePiece model that turns captions into rows of tokens.
+
+    It is pickled as the bytes of its model, so that data workers can have a copy.
+
+    Attributes:
+        model: The bytes of the `.model` file.
+    """
 
     def __init__(self, model: bytes) -> None:
+        """Load a tokenizer from the bytes of its model.
+
+        Raises:
+            RuntimeError: The bytes are not a SentencePiece model.
+            ValueError: Its special tokens are not those of `train_tokenizer`.
+        """
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         found = (self._processor.pad_id(), self._processor.unk_id(), self._processor.eos_id())
@@ -25,8 +38,12 @@ class Tokenizer:
             )
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Return the tokenizer of a `.model` file. Raises ValueError naming the file if it is none."""
+    def load(cls, path: str | Path) -> Self:
+        """Return the tokenizer of a `.model` file.
+
+        Raises:
+            ValueError: The file is missing or is not a tokenizer. The message names it.
+        """
         try:
             return cls(Path(path).read_bytes())
         except FileNotFoundError as error:
@@ -35,33 +52,53 @@ class Tokenizer:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
+        """Pickle as the bytes of the model."""
         return Tokenizer, (self.model,)
 
     @property
     def vocab_size(self) -> int:
+        """Number of pieces, special tokens included."""
         return int(self._processor.vocab_size())
 
-    def embedding_rows(self, stated: int | None) -> int:
-        """Return the rows of a token embedding: as many as stated, or one a piece. Raises ValueError if too few."""
-        if stated is not None and stated < self.vocab_size:
-            raise ValueError(
-                f"data.vocab_size: {stated} rows for the tokenizer's {self.vocab_size} pieces; give at least as many"
-            )
-        return self.vocab_size if stated is None else stated
+    def embedding_rows(self, vocab_size: int | None) -> int:
+        """Return the number of rows of a token embedding: `data.vocab_size`, or one row per piece where it is None.
 
-    def encode(self, captions: Sequence[str], context: int) -> Tensor:
-        """Return int64 tokens (len(captions), context): pieces, one end token, padding; long captions are cut."""
-        tokens_bL = torch.full((len(captions), context), PAD)
+        Raises:
+            ValueError: `vocab_size` is less than the number of pieces.
+        """
+        if vocab_size is None:
+            return self.vocab_size
+        if vocab_size < self.vocab_size:
+            raise ValueError(
+                f"data.vocab_size: found {vocab_size}, expected at least {self.vocab_size}, one row for each piece of "
+                "the tokenizer; raise it"
+            )
+        return vocab_size
+
+    def encode(self, captions: Sequence[str], context_length: int) -> Tensor:
+        """Return the tokens of captions: (b, context_length) int64.
+
+        A row holds the pieces of a caption, one end token, and padding. A long caption is cut before its end token.
+        """
+        tokens_bL = torch.full((len(captions), context_length), PAD)
         for row, pieces in enumerate(self._processor.encode(list(captions))):
-            ids = [*pieces[: context - 1], END]
-            tokens_bL[row, : len(ids)] = torch.tensor(ids)
+            tokens = [*pieces[: context_length - 1], END]
+            tokens_bL[row, : len(tokens)] = torch.tensor(tokens)
         return tokens_bL
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> bytes:
-    """Return a SentencePiece unigram model (lower-cased, NFKC) of at most `vocab_size` pieces. Deterministic.
+    """Train a SentencePiece unigram model on lower-cased captions, normalised by NFKC. Deterministic.
 
-    Raises ValueError when there are no captions or too few to tell `vocab_size` pieces apart from nothing.
+    Args:
+        captions: The captions, in a fixed order.
+        vocab_size: At most so many pieces; a small corpus gives fewer.
+
+    Returns:
+        The bytes of the model, for `Tokenizer` or a `.model` file.
+
+    Raises:
+        ValueError: There are no captions, or `vocab_size` is too small for their characters.
     """
     model = io.BytesIO()
     try:

@@ -20,10 +20,10 @@ from threetowers.cache.webdataset.sample import BadSample
 from threetowers.cache.world import World
 from threetowers.trainer.checkpoint import checkpoint
 from threetowers.trainer.config import CacheTower, TrainConfig
+from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.cache_join import CacheJoin
-from threetowers.trainer.data.device_prefetch import prefetched
-from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.sample_set import open_samples
+from threetowers.trainer.data.loader import training_loader
+from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.engine import chunks, deepspeed_config, join_process_group, start_engine
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model, tower_costs, training_flops
 from threetowers.trainer.estimate.summary import Held, startup_page
@@ -159,7 +159,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
         masked = self.run.loss.mask_false_negatives
-        concepts_b = batch.concepts_b.to(self.world.device, non_blocking=True) if masked else None
+        concepts_b = batch.groups_b.to(self.world.device, non_blocking=True) if masked else None
         present = {name: has_b.to(self.world.device, non_blocking=True) for name, has_b in batch.present.items()}
 
         def loss(outputs: Outputs) -> tuple[Tensor, dict[str, TermResult]]:
@@ -236,7 +236,7 @@ class Trainer:
         }
         for name, term in measured.terms.items():
             metrics |= {f"terms/{name}/{key}": value for key, value in term.metrics().items()}
-        metrics |= self.samples.seen(done)
+        metrics |= self.samples.mixture_metrics(done)
         log.write(metrics)
         logger.info(step_line(metrics, self.steps))
 
@@ -322,7 +322,7 @@ class Trainer:
         """The loader's batches. Its workers end when this is closed; they would not by a signal."""
         world = self.world
         loader = training_loader(self.run, self.samples, self.tokenizer, world.rank, world.size, self.start, self.steps)
-        yield from prefetched(loader, world.device) if self.run.engine.micro_batch_size is None else loader
+        yield from prefetch_to_device(loader, world.device) if self.run.engine.micro_batch_size is None else loader
 
 
 def seed_dropout(seed: int, step: int, rank: int, chunk: int) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.trainer.data.sample_set import concept
+from threetowers.trainer.data.sample_set import group_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -64,8 +64,8 @@ def evaluation_set(
         try:
             text = read_annotation(tar, ordinal, caption_per_line=caption_per_line, captions_required=captions_needed)
             read_image(tar, ordinal, max_pixels)
-            part = "all" if part_field is None else concept(tar, ordinal, text, part_field)
-            group = concept(tar, ordinal, text, group_field)
+            part = "all" if part_field is None else group_of(tar, ordinal, text, part_field)
+            group = group_of(tar, ordinal, text, group_field)
         except BadSample as error:
             return error
         return Picture(number, ordinal, tar.samples[ordinal].key, group, part, text.captions[:max_captions])

@@ -13,7 +13,7 @@ from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.forward import PixelView, RowView, TeacherTransform
 from threetowers.trainer.config import CacheTower
 from threetowers.trainer.data.cache_join import CacheJoin
-from threetowers.trainer.data.crops import center
+from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.trained_model import TrainedModel
 
 
@@ -34,7 +34,7 @@ def image_source(trained: TrainedModel, tower: str, data: EvaluationSet, loading
     config = trained.run.towers[tower]
     if not isinstance(config, CacheTower):
         size, limit = trained.run.data.image_size, loading.max_pixels
-        return Source(PixelView(data.tars, partial(center, size=size), limit))
+        return Source(PixelView(data.tars, partial(center_crop, size=size), limit))
     if loading.live_teacher:
         return _teacher_source(trained, tower, data, loading)
     path = loading.caches.get(tower, Path(config.path))

@@ -95,7 +95,7 @@ def _tokenizer(known: str, folder: Path, model: Any) -> Callable[[list[str]], Te
     """open_clip's tokenizer of the model; our own where the folder is one of our exports and carries it."""
     own = folder / "tokenizer.model"
     if own.is_file():
-        return partial(Tokenizer.load(own).encode, context=model.context_length)
+        return partial(Tokenizer.load(own).encode, context_length=model.context_length)
     import open_clip
 
     theirs: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(known)

@@ -44,7 +44,7 @@ from threetowers.cache.webdataset.images import decode_rgb
 from threetowers.cache.webdataset.tar_index import Member, Sample, SampleList, TarIndex, index_tar, read_member
 from threetowers.trainer.config import TrainConfig, parse
 from threetowers.trainer.data.loader import training_loader
-from threetowers.trainer.data.sample_set import open_samples
+from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
 
 TEACHER: dict[str, Any] = {"backbone": "tf_efficientnet_lite0", "weights": "package:efficientnet-lite0"}

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_decode.py [WORKERS] [SIDE]
 
-Prints pictures per second of decode and resize to SIDE pixels with WORKERS threads and with as many processes (which
-hand their pixels back, as a build needs them), in alternation; then, with `pillow-draft`, its rate over the reference's
-and the cosine of an ImageNet classifier's embeddings of the same pictures decoded both ways. The pictures are the
-photographs that ship with scikit-learn and matplotlib, whole and in random parts of at least half their sides.
+Prints images per second of decode and resize to SIDE pixels with WORKERS threads and with as many processes (which
+return their pixels, as a build needs them), in alternation; then, with `pillow-draft`, its rate over the reference's
+and the cosine of an ImageNet classifier's embeddings of the same images decoded both ways. The images are the
+photographs that ship with scikit-learn and matplotlib, complete and in random crops of at least half their sides.
 """
 
 import io
@@ -25,13 +25,15 @@ from PIL import Image
 from threetowers.cache.encoders.teacher import Teacher, load_teacher
 from threetowers.cache.webdataset.images import decode_rgb
 
-ROUNDS, PARTS = 3, 30
+ROUNDS = 3
+CROPS = 30  # of each photograph
 TEACHER: list[Teacher] = []  # in each worker process, loaded once
 
 
 def photographs() -> list[bytes]:
-    """Real JPEGs, and JPEGs of their parts."""
-    rng, found = np.random.default_rng(0), []
+    """Return real JPEGs, and JPEGs of random crops of them."""
+    rng = np.random.default_rng(0)
+    found = []
     for package, files in (
         ("sklearn", ("datasets/images/china.jpg", "datasets/images/flower.jpg")),
         ("matplotlib", ("mpl-data/sample_data/grace_hopper.jpg",)),
@@ -43,7 +45,7 @@ def photographs() -> list[bytes]:
             data = (Path(spec.origin).parent / file).read_bytes()
             found.append(data)
             image = Image.open(io.BytesIO(data)).convert("RGB")
-            for _ in range(PARTS):
+            for _ in range(CROPS):
                 width, height = (int(side * rng.uniform(0.5, 1)) for side in image.size)
                 left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
                 buffer = io.BytesIO()
@@ -53,25 +55,27 @@ def photographs() -> list[bytes]:
 
 
 def prepare(side: int, min_side: int | None, data: bytes) -> npt.NDArray[np.uint8]:
-    """Decode and resize one picture, as a build does."""
+    """Decode and resize one image, as a build does."""
     if not TEACHER:
         TEACHER.append(load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0", side))
     return np.ascontiguousarray(TEACHER[0].transform(decode_rgb(data, min_side=min_side)))
 
 
 def rate(pool: Executor, work: Callable[[bytes], npt.NDArray[np.uint8]], data: list[bytes]) -> float:
-    """Pictures per second."""
-    began = time.perf_counter()
+    """Return images per second."""
+    started = time.perf_counter()
     for _ in pool.map(work, data):
         pass
-    return len(data) / (time.perf_counter() - began)
+    return len(data) / (time.perf_counter() - started)
 
 
 def main(workers: int, side: int) -> None:
+    """Measure and print."""
     data = photographs()
     reference = load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0", side)
     draft = load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0", side, decode="pillow-draft")
-    full, fast = partial(prepare, side, None), partial(prepare, side, draft.min_side)
+    full = partial(prepare, side, None)
+    fast = partial(prepare, side, draft.min_side)
     with ThreadPoolExecutor(workers) as threads, ProcessPoolExecutor(workers, get_context("spawn")) as processes:
         for pool in (threads, processes):
             list(pool.map(full, data[: 4 * workers]))  # load the teacher everywhere
@@ -89,7 +93,7 @@ def main(workers: int, side: int) -> None:
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     reduced = sum(bool((x != y).any()) for x, y in zip(*pixels, strict=True))
     print(
-        f"pillow-draft, sides from {draft.min_side} px: {by_draft / by_thread:.2f} x the rate; {reduced} pictures",
+        f"pillow-draft, sides from {draft.min_side} px: {by_draft / by_thread:.2f} x the rate; {reduced} images",
         end=" ",
     )
     print(f"differ, cosine of embeddings min {cosine.min():.5f}, mean {cosine.mean():.6f}")

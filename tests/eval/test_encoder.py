@@ -19,7 +19,7 @@ from threetowers.eval.encoders.ensemble import Mixing
 from threetowers.eval.encoders.forward import PixelView, TeacherTransform
 from threetowers.eval.encoders.image_source import image_source
 from threetowers.eval.encoders.load import load_encoder
-from threetowers.trainer.data.crops import center
+from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.export import export
 from threetowers.trainer.export.trained_model import TrainedModel
 
@@ -36,7 +36,7 @@ def test_a_run_embeds_as_its_model_does(clip: dict[str, Any], data: EvaluationSe
     path = finished(clip)
     encoder = load_encoder(path, LoadOptions(batch_size=7, workers=workers))
     model = TrainedModel.load(path)
-    pixels = torch.stack([center(read_image(data.tars[p.tar], p.ordinal, 10**6), 32) for p in data.pictures])
+    pixels = torch.stack([center_crop(read_image(data.tars[p.tar], p.ordinal, 10**6), 32) for p in data.pictures])
     np.testing.assert_allclose(encoder.images(data, data.pictures), model.encode_images(pixels).numpy(), atol=1e-5)
     np.testing.assert_allclose(encoder.texts(CAPTIONS), model.encode_texts(CAPTIONS).numpy(), atol=1e-5)
     with torch.inference_mode():

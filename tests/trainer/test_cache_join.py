@@ -1,7 +1,8 @@
-"""Rows of a cache in training: what becomes of a sample without one, views replayed, caches not wholly built."""
+"""Rows of a cache in training: samples without one, views, and caches that are still being built."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from tests.conftest import samples_of, write_tar
+from tests.trainer.loading import loader_of, open_run
 from threetowers.cache.builder.build import build
 from threetowers.cache.encoders.live import embed, view_pixels
 from threetowers.cache.encoders.teacher import load_teacher
@@ -24,22 +26,21 @@ from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.sample import BadSample, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
-from threetowers.trainer.data import epoch_snapshot as finished
+from threetowers.trainer.data import epoch_snapshot
+from threetowers.trainer.data.batch import Batch
 from threetowers.trainer.data.cache_join import CacheJoin
-from threetowers.trainer.data.crops import center
-from threetowers.trainer.data.epoch_snapshot import FinishedTars
-from threetowers.trainer.data.items import Item, Items
-from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.sample_set import SampleSet, open_samples
-from threetowers.trainer.data.streaming import Segment, read_segment
-from threetowers.trainer.tokenizer import Tokenizer
+from threetowers.trainer.data.epoch_snapshot import EpochSnapshots
+from threetowers.trainer.data.loader import TrainingSampleReader
+from threetowers.trainer.data.sample_set import SampleSet
+from threetowers.trainer.data.streaming import StreamSegment, read_segment
+from threetowers.trainer.data.transforms import center_crop
 
 CROPS = Views("crops:3", seed=4, scale=0.4)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A teacher whose features overflow float16 on bright pictures: a residual network with large last gains."""
+    """A teacher whose features overflow float16 on bright images: a residual network with large last gains."""
     import timm
     from safetensors.torch import save_file
 
@@ -64,11 +65,11 @@ def built(tars: list[Path], weights: str, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def gap(tmp_path: Path, weights: str) -> Callable[..., tuple[Path, Path]]:
-    """gap(views): a tar whose samples 3 and 6 have no embedding, though 3 has a picture; and its cache."""
+    """gap(views): a tar whose samples 3 and 6 have no embedding, though 3 has an image; and its cache."""
 
     def make(views: Views = CROPS) -> tuple[Path, Path]:
         samples = samples_of(0, 12)
-        samples[6][1]["png"] = b"no picture"
+        samples[6][1]["png"] = b"no image"
         tar, out = write_tar(tmp_path / "gap.tar", samples), tmp_path / "gap"
         build([tar], out, backbone="test_resnet", weights=weights, image_size=64, views=views)
         leave_out(out, 3)
@@ -101,30 +102,28 @@ def with_cache(tree: dict[str, Any], tar: Path, cache: Path, **third: Any) -> di
     return tree | {"towers": towers, "data": tree["data"] | {"tars": [str(tar)]}, "global_batch_size": 6}
 
 
-def batches(tree: dict[str, Any], stop: int) -> tuple[SampleSet, list[Batch]]:
-    run = parse(tree)
-    samples = open_samples(run, Path(run.output_dir))
-    loader: Any = training_loader(run, samples, Tokenizer.load(run.data.tokenizer), 0, 1, 0, stop)
-    return samples, list(loader)
+def load(tree: dict[str, Any], stop: int) -> tuple[SampleSet, list[Batch]]:
+    samples = open_run(tree)
+    return samples, list(loader_of(tree, samples, stop=stop))
 
 
-def test_error_names_the_first_sample_and_the_knob(three: dict[str, Any], gap: Any) -> None:
+def test_error_names_the_first_sample_and_the_config_key(three: dict[str, Any], gap: Any) -> None:
     with pytest.raises(BadSample, match=r"'s0003': the cache of tower 'third' .*\(2 such.*third\.on_missing_row: skip"):
-        batches(with_cache(three, *gap()), 1)
+        load(with_cache(three, *gap()), 1)
 
 
-def test_skip_leaves_the_samples_out(three: dict[str, Any], gap: Any) -> None:
-    samples, (batch,) = batches(with_cache(three, *gap(), on_missing_row="skip"), 1)
-    assert samples.visited(0).tolist() == [i for i in range(12) if i not in (3, 6)]
+def test_skip_leaves_samples_without_a_row_out(three: dict[str, Any], gap: Any) -> None:
+    samples, (batch,) = load(with_cache(three, *gap(), on_missing_row="skip"), 1)
+    assert samples.epoch_indices(0).tolist() == [i for i in range(12) if i not in (3, 6)]
     assert samples.left_out == {"no embedding in 'third'": 2}
     assert len(samples) == 10
     assert batch.present == {}
 
 
-def test_mask_keeps_them_for_the_other_terms(three: dict[str, Any], gap: Any) -> None:
+def test_mask_keeps_samples_without_a_row_for_the_other_terms(three: dict[str, Any], gap: Any) -> None:
     tree = with_cache(three, *gap(), on_missing_row="mask")
-    tree["data"]["on_bad"] = "skip"  # the picture of sample 6 cannot be decoded for the image tower either
-    samples, found = batches(tree, 4)
+    tree["data"]["on_bad"] = "skip"  # the image of sample 6 cannot be decoded for the image tower either
+    samples, found = load(tree, 4)
     assert samples.without_row == {"left out of the terms with 'third'": 2}
     for epoch in range(2):
         one, two = found[2 * epoch : 2 * epoch + 2]
@@ -140,21 +139,23 @@ def test_mask_keeps_them_for_the_other_terms(three: dict[str, Any], gap: Any) ->
 
 
 @pytest.mark.parametrize("views", [Views("center+flip"), CROPS])
-def test_live_computes_what_the_cache_lacks(three: dict[str, Any], gap: Any, weights: str, views: Views) -> None:
+def test_live_computes_the_rows_that_the_cache_lacks(
+    three: dict[str, Any], gap: Any, weights: str, views: Views
+) -> None:
     tar, cache = gap(views)
     tree = with_cache(three, tar, cache, on_missing_row="live", weights=weights)
     tree["data"]["on_bad"] = "skip"
     whole = cache.parent / "whole"  # what the build would have given
     build([tar], whole, backbone="test_resnet", weights=weights, image_size=64, views=views)
-    samples, _ = batches(tree, 1)
+    samples, _ = load(tree, 1)
     join, index = samples.caches["third"], index_tar(tar)
     assert samples.without_row == {"computed by the teacher of 'third'": 2}
     for view in range(views.count):
-        row = join.training_row(0, 3, view, lambda: read_image(index, 3, 10**6))
+        row = join.with_fallback(None, 0, 3, view, lambda: read_image(index, 3, 10**6))
         assert row is not None
         expected = EmbeddingCache.open(whole).row(0, 3, "s0003", view)
         np.testing.assert_allclose(row, expected, rtol=2e-3, atol=2e-3)
-    _, found = batches(tree, 6)
+    _, found = load(tree, 6)
     assert all(batch.present == {} for batch in found)
     assert sum(len(batch.bad) for batch in found) == 3  # sample 6, in each of three epochs: there is nothing to embed
 
@@ -165,12 +166,12 @@ def test_live_needs_the_teacher_of_the_cache(three: dict[str, Any], gap: Any, tm
 
     tar, cache = gap()
     with pytest.raises(ValueError, match=r"weights came from 'teacher\.safetensors': say where it is"):
-        batches(with_cache(three, tar, cache, on_missing_row="live"), 1)
+        load(with_cache(three, tar, cache, on_missing_row="live"), 1)
     other = tmp_path / "other.safetensors"
     torch.manual_seed(6)
     save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), other)
     with pytest.raises(ManifestError, match="not the one of the cache: weights_digest: expected"):
-        batches(with_cache(three, tar, cache, on_missing_row="live", weights=str(other)), 1)
+        load(with_cache(three, tar, cache, on_missing_row="live", weights=str(other)), 1)
 
 
 def test_the_image_tower_sees_the_crop_that_the_teacher_saw(
@@ -182,16 +183,16 @@ def test_the_image_tower_sees_the_crop_that_the_teacher_saw(
     three["data"]["tars"] = [str(tars[0])]
     teacher, index = load_teacher("test_resnet", weights, 64), index_tar(tars[0])
     rows = [cache.tar(0, view) for view in range(3)]
-    _, found = batches(three, 8)  # two batches of 12 in an epoch of 25
+    _, found = load(three, 8)  # two batches of 12 in an epoch of 25
     for step, batch in enumerate(found):
         view = step // 2 % 3
         for shown, row in zip(batch.inputs["image"], batch.inputs["third"].numpy(), strict=True):
             (ordinal,) = np.flatnonzero((rows[view] == row).all(1)).tolist()
-            picture, params_5 = read_image(index, ordinal, 10**6), cache.view_params(0, ordinal, view)
-            assert shown.equal(torch.from_numpy(as_pixels(replay(picture, params_5, (32, 32), "bicubic"))))
-            (seen,) = embed(teacher, [view_pixels(teacher, picture, view, params_5)])
+            image, params_5 = read_image(index, ordinal, 10**6), cache.view_params(0, ordinal, view)
+            assert shown.equal(torch.from_numpy(as_pixels(replay(image, params_5, (32, 32), "bicubic"))))
+            (seen,) = embed(teacher, [view_pixels(teacher, image, view, params_5)])
             assert np.linalg.norm(seen - row) < 1e-3 * np.linalg.norm(row)  # float16
-            (mirrored,) = embed(teacher, [view_pixels(teacher, picture.transpose(0), view, params_5)])
+            (mirrored,) = embed(teacher, [view_pixels(teacher, image.transpose(0), view, params_5)])
             assert np.linalg.norm(mirrored - row) > 1e-3 * np.linalg.norm(row)
 
 
@@ -200,21 +201,21 @@ def test_mirrored_epochs_read_the_mirrored_rows(three: dict[str, Any], tars: lis
     three["towers"]["third"]["path"] = str(cache.storage)
     three["data"]["tars"] = [str(tars[0])]
     index = index_tar(tars[0])
-    pictures = torch.stack([center(read_image(index, i, 10**6), 32) for i in range(25)]).flatten(1)
-    _, found = batches(three, 8)
+    images = torch.stack([center_crop(read_image(index, i, 10**6), 32) for i in range(25)]).flatten(1)
+    _, found = load(three, 8)
     for step, batch in enumerate(found):
         view = step // 2 % 2
         rows = cache.tar(0, view)
-        for picture, row in zip(batch.inputs["image"], batch.inputs["third"].numpy(), strict=True):
-            shown = picture.flip(-1) if view else picture
-            ordinals = torch.nonzero((pictures == shown.flatten()).all(1)).flatten().tolist()
+        for image, row in zip(batch.inputs["image"], batch.inputs["third"].numpy(), strict=True):
+            shown = image.flip(-1) if view else image
+            ordinals = torch.nonzero((images == shown.flatten()).all(1)).flatten().tolist()
             assert [(rows[i] == row).all() for i in ordinals] == [True]
 
 
 def test_augmentation_that_the_cache_does_not_hold_is_refused(three: dict[str, Any], built: Any) -> None:
     three["towers"]["third"]["path"] = str(built(CROPS))
     three["data"]["crop_scale"] = 0.4
-    with pytest.raises(ConfigError, match=r"data\.crop_scale: found 0\.4, .* set crop_scale: 1\.0"):
+    with pytest.raises(ConfigError, match=r"data\.crop_scale: 0\.4 asks for .* set crop_scale: 1\.0"):
         parse(three)
 
 
@@ -224,7 +225,7 @@ def test_caches_of_different_views_are_refused(three: dict[str, Any], built: Any
     three["heads"]["h_o"] = {"of": "other"}
     three["terms"]["image-other"] = {"x": "f_h", "y": "h_o"}
     with pytest.raises(ConfigError, match=r"caches of different views: third: .*crops:3.*other: .*center"):
-        batches(three, 1)
+        load(three, 1)
 
 
 @pytest.fixture
@@ -238,42 +239,48 @@ def growing(tmp_path: Path, weights: str) -> tuple[list[Path], Path, Callable[[i
     return tars, out, lambda i: Path(shutil.copy(tmp_path / f"held/{i}.json", out / "done")) and None
 
 
-def test_epochs_visit_what_was_finished_when_they_began(
+def test_epochs_visit_the_tars_that_were_built_when_they_began(
     three: dict[str, Any], growing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tars, cache, finish = growing
-    monkeypatch.setattr(finished, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(epoch_snapshot, "POLL_SECONDS", 0.01)
     three["data"] |= {"tars": [str(tar) for tar in tars], "on_incomplete_cache": "skip"}
     three["towers"]["third"]["path"] = str(cache)
-    run = parse(three | {"global_batch_size": 8})
+    tree = three | {"global_batch_size": 8}
     with pytest.raises(ManifestError, match="half built"):
-        open_samples(parse(three | {"data": three["data"] | {"on_incomplete_cache": "error"}}), Path(run.output_dir))
+        open_run(three | {"data": three["data"] | {"on_incomplete_cache": "error"}})
     finish(2)
-    samples = open_samples(run, Path(run.output_dir))
+    samples = open_run(tree)
     assert (len(samples), samples.total) == (32, 32)
-    assert samples.visited(0).tolist() == list(range(16, 24))
+    assert samples.epoch_indices(0).tolist() == list(range(16, 24))
     moments = samples.moments("third")
     finish(0)
-    assert samples.visited(0).tolist() == list(range(16, 24))
-    assert samples.visited(1).tolist() == [*range(8), *range(16, 24)]
+    assert samples.epoch_indices(0).tolist() == list(range(16, 24))
+    assert samples.epoch_indices(1).tolist() == [*range(8), *range(16, 24)]
     finish(1)
     finish(3)
-    again = open_samples(run, Path(run.output_dir))  # a resumed run
-    assert again.visited(0).tolist() == list(range(16, 24))
+    again = open_run(tree)  # a resumed run
+    assert again.epoch_indices(0).tolist() == list(range(16, 24))
     assert all((a == b).all() for a, b in zip(again.moments("third"), moments, strict=True))
-    assert len(again.visited(1)) == 16
-    assert len(again.visited(2)) == 32
-    pins = [json.loads(line) for line in (Path(run.output_dir) / "finished-tars.jsonl").read_text().splitlines()]
-    assert [(pin["epoch"], pin["finished"], pin["of"]) for pin in pins] == [(0, 1, 4), (1, 2, 4), (2, 4, 4)]
-    loader: Any = training_loader(run, again, Tokenizer.load(run.data.tokenizer), 0, 1, 0, 7)
-    found = list(loader)  # 1 + 2 + 4 steps: epochs 0, 1, 2
+    assert len(again.epoch_indices(1)) == 16
+    assert len(again.epoch_indices(2)) == 32
+    file = Path(three["output_dir"]) / "epoch-snapshots.jsonl"
+    recorded = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(record["epoch"], record["built"], record["total"]) for record in recorded] == [
+        (0, 1, 4),
+        (1, 2, 4),
+        (2, 4, 4),
+    ]
+    found = list(loader_of(tree, again, stop=7))  # 1 + 2 + 4 steps: epochs 0, 1, 2
     assert [len(batch) for batch in found] == [8] * 7
     fewer = three | {"data": three["data"] | {"tars": [str(tar) for tar in tars[1:]]}}
     with pytest.raises(ConfigError, match=r"epoch 1 was begun with 1 tars that data\.tars no longer names"):
-        open_samples(parse(fewer | {"global_batch_size": 8}), Path(run.output_dir)).visited(1)
+        open_run(fewer | {"global_batch_size": 8}).epoch_indices(1)
 
 
-def test_waiting_for_the_whole_cache(three: dict[str, Any], growing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_waits_until_all_tars_are_built(
+    three: dict[str, Any], growing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tars, cache, finish = growing
     todo, looks = [0, 1, 2, 3], []
 
@@ -284,36 +291,38 @@ def test_waiting_for_the_whole_cache(three: dict[str, Any], growing: Any, monkey
     monkeypatch.setattr("threetowers.trainer.data.epoch_snapshot.time.sleep", sleep)
     three["data"] |= {"tars": [str(tar) for tar in tars], "on_incomplete_cache": "wait"}
     three["towers"]["third"]["path"] = str(cache)
-    samples = open_samples(parse(three), Path(three["output_dir"]))
+    samples = open_run(three)
     assert len(looks) == 4
-    assert len(samples.visited(0)) == 32
-    assert not (Path(three["output_dir"]) / "finished-tars.jsonl").exists()
+    assert len(samples.epoch_indices(0)) == 32
+    assert not (Path(three["output_dir"]) / "epoch-snapshots.jsonl").exists()
 
 
-def pin(rank: int, store: str, folder: str, tars: list[Path], cache: Path) -> None:
-    """Rank 1 sees more of the cache than rank 0 did: what rank 0 saw counts."""
+def check_snapshots(rank: int, store: str, folder: str, tars: list[Path], cache: Path) -> None:
+    """Rank 1 finds more tars built than rank 0, whose tars count."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    join = CacheJoin(cache, [index_tar(tar) for tar in tars], unbuilt=True)
+    join = CacheJoin(cache, [index_tar(tar) for tar in tars], allow_incomplete=True)
     if rank == 1:
-        join.finished = lambda: np.ones(4, np.bool_)  # type: ignore[method-assign]
-    sets = FinishedTars(Path(folder) / "pins.jsonl", [join], 8)
-    assert [sets.of(epoch) for epoch in (0, 1, 0)] == [[1, 3], [1, 3], [1, 3]]
+        join.built = lambda: np.ones(4, np.bool_)  # type: ignore[method-assign]
+    snapshots = EpochSnapshots(Path(folder) / "snapshots.jsonl", [join], 8)
+    assert [snapshots.tar_numbers(epoch) for epoch in (0, 1, 0)] == [[1, 3], [1, 3], [1, 3]]
     dist.destroy_process_group()
 
 
 @pytest.mark.distributed
-def test_ranks_agree_on_what_is_finished(growing: Any, tmp_path: Path) -> None:
+def test_ranks_agree_on_the_tars_of_an_epoch(growing: Any, tmp_path: Path) -> None:
     tars, cache, finish = growing
     finish(3)
     finish(1)
-    torch.multiprocessing.spawn(pin, args=(str(tmp_path / "store"), str(tmp_path / "run"), tars, cache), nprocs=2)
+    torch.multiprocessing.spawn(
+        check_snapshots, args=(str(tmp_path / "store"), str(tmp_path / "run"), tars, cache), nprocs=2
+    )
 
 
 @pytest.mark.distributed
 def test_a_masked_run_is_the_same_on_two_ranks(three: dict[str, Any], gap: Any, tmp_path: Path) -> None:
-    """Twelve samples, two without a row: one step sees all, whichever rank they fall to."""
+    """Two of twelve samples have no row; the loss does not depend on the ranks that they fall to."""
     tar, cache = gap(Views())
     tree = with_cache(three, tar, cache, on_missing_row="mask", standardize=False)
     tree["data"]["on_bad"] = "skip"
@@ -335,55 +344,55 @@ def test_a_masked_run_is_the_same_on_two_ranks(three: dict[str, Any], gap: Any, 
 
 @pytest.mark.parametrize("policy", ["skip", "mask", "live"])
 @pytest.mark.parametrize("views", [Views("center+flip"), CROPS])
-def test_streams_give_what_random_access_gives(
+def test_sequential_and_random_access_give_equal_samples(
     three: dict[str, Any], gap: Any, weights: str, policy: str, views: Views
 ) -> None:
-    """Sample by sample: pictures of the stored view, captions, rows, what becomes of missing ones, concepts."""
+    """Compare images of the stored view, captions, rows, missing rows and groups, sample by sample."""
     tar, cache = gap(views)
-    run = parse(with_cache(three, tar, cache, on_missing_row=policy, weights=weights))
-    samples = open_samples(run, Path(run.output_dir))
-    items = Items(run, samples)
+    tree = with_cache(three, tar, cache, on_missing_row=policy, weights=weights)
+    samples = open_run(tree)
+    reader = TrainingSampleReader(parse(tree), samples)
     for epoch in range(views.count):
-        segment = Segment(epoch, samples.visited(epoch), 0)
+        segment = StreamSegment(epoch, samples.epoch_indices(epoch), 0)
         streamed = list(read_segment(samples, segment, 4, np.random.default_rng(epoch)))
-        assert sorted(found.sample for found in streamed) == segment.indices.tolist()
+        assert sorted(found.sample_index for found in streamed) == segment.indices.tolist()
         for found in streamed:
-            item = items.make(epoch, found.sample, found.members.__getitem__, found.rows.__getitem__)
-            twin = items.read(epoch, found.sample)
-            if isinstance(twin, BadSample):
-                assert isinstance(item, BadSample)
-                assert str(item).partition(" 0x")[0] == str(twin).partition(" 0x")[0]  # where Pillow names a buffer
+            members, rows = found.members.__getitem__, found.rows.__getitem__
+            try:
+                expected = reader.read(epoch, found.sample_index)
+            except BadSample as error:
+                message = str(error).partition(" 0x")[0]  # Pillow names a buffer
+                with pytest.raises(BadSample, match=re.escape(message)):
+                    reader.prepare(epoch, found.sample_index, members, rows)
                 continue
-            assert isinstance(item, Item)
-            assert isinstance(item.image, torch.Tensor)
-            assert isinstance(twin.image, torch.Tensor)
-            assert item.image.equal(twin.image)
-            assert (item.caption, item.concept) == (twin.caption, twin.concept)
-            for row, other in zip(item.rows.values(), twin.rows.values(), strict=True):
+            sample = reader.prepare(epoch, found.sample_index, members, rows)
+            assert isinstance(sample.image, torch.Tensor)
+            assert isinstance(expected.image, torch.Tensor)
+            assert sample.image.equal(expected.image)
+            assert (sample.caption, sample.group) == (expected.caption, expected.group)
+            for row, other in zip(sample.rows.values(), expected.rows.values(), strict=True):
                 assert (row is None) == (other is None)
                 assert row is None or (row == other).all()
 
 
-def test_streams_visit_what_was_finished_when_their_epoch_began(
+def test_streams_visit_the_tars_that_were_built_when_their_epoch_began(
     three: dict[str, Any], growing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tars, cache, finish = growing
-    monkeypatch.setattr(finished, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(epoch_snapshot, "POLL_SECONDS", 0.01)
     three["data"] |= {"tars": [str(tar) for tar in tars], "on_incomplete_cache": "skip", "group_field": None}
     three["data"] |= {"access": "sequential", "num_streams": 2, "shuffle_buffer": 6, "workers": 1}
     three["towers"]["third"]["path"] = str(cache)
-    run = parse(three | {"global_batch_size": 8})
+    tree = three | {"global_batch_size": 8}
     finish(2)
-    samples = open_samples(run, Path(run.output_dir))
-    loader = training_loader(run, samples, Tokenizer.load(run.data.tokenizer), 0, 1, 0, 7)
-    samples.visited(0)
+    samples = open_run(tree)
+    loader = loader_of(tree, samples, stop=7)
+    samples.epoch_indices(0)
     for tar in (0, 1, 3):
         finish(tar)
-    whole = [batch.concepts_b for batch in loader]  # one step of tar 2, then epochs of 4 steps of all
+    whole = [batch.groups_b for batch in loader]  # one step of tar 2, then epochs of 4 steps of all
     assert len(set(whole[0].tolist())) == 8
     assert len(set(torch.cat(whole[1:5]).tolist())) == 32
-    again = training_loader(
-        run, open_samples(run, Path(run.output_dir)), Tokenizer.load(run.data.tokenizer), 0, 1, 3, 7
-    )
+    again = loader_of(tree, open_run(tree), start=3, stop=7)
     for batch, expected in zip(again, whole[3:], strict=True):
-        assert batch.concepts_b.equal(expected)
+        assert batch.groups_b.equal(expected)

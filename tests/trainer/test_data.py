@@ -1,4 +1,4 @@
-"""Samples and batches: what is read, what is refused and how it is said, what is counted."""
+"""Samples and batches: what they hold, which samples are refused and how, and the transforms of images."""
 
 import json
 from pathlib import Path
@@ -10,62 +10,47 @@ import torch
 from PIL import Image
 
 from tests.conftest import picture, samples_of, write_tar
+from tests.trainer.loading import load_batches, same
 from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import parse
-from threetowers.trainer.data.crops import center, random_crop
-from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.sample_set import SampleSet, concept, open_samples
-from threetowers.trainer.tokenizer import Tokenizer
+from threetowers.trainer.data.loader import RandomAccessDataset, TrainingSample
+from threetowers.trainer.data.sample_set import SampleSet, group_of
+from threetowers.trainer.data.transforms import center_crop, random_crop
 
 
-def batches(tree: dict[str, Any], rank: int = 0, ranks: int = 1, start: int = 0, stop: int = 4) -> list[Batch]:
-    run = parse(tree)
-    samples = open_samples(run, Path(run.output_dir))
-    tokenizer = Tokenizer.load(run.data.tokenizer)
-    loader: Any = training_loader(run, samples, tokenizer, rank, ranks, start, stop)
-    return list(loader)
-
-
-def same(a: Batch, b: Batch) -> bool:
-    tensors = all(a.inputs[name].equal(b.inputs[name]) for name in a.inputs)
-    return tensors and a.inputs.keys() == b.inputs.keys() and a.concepts_b.equal(b.concepts_b)
-
-
-def test_batches_hold_what_the_towers_take(clip: dict[str, Any]) -> None:
-    batch = batches(clip)[0]
+def test_batches_hold_the_inputs_of_all_towers(clip: dict[str, Any]) -> None:
+    batch = load_batches(clip, stop=1)[0]
     assert batch.inputs["image"].shape == (12, 3, 32, 32)
     assert batch.inputs["image"].dtype == torch.uint8
     assert batch.inputs["text"].shape == (12, 8)
-    assert batch.concepts_b.dtype == torch.int64
-    assert len(set(batch.concepts_b.tolist())) < 12  # 20 concepts, 12 of 45 samples: this batch has repeats
+    assert batch.groups_b.dtype == torch.int64
+    assert len(set(batch.groups_b.tolist())) < 12  # 20 groups, 12 of 45 samples: this batch has repeats
     assert batch.bad == ()
 
 
 def test_ranks_workers_and_resume_do_not_change_the_samples(clip: dict[str, Any]) -> None:
     clip["data"]["crop_scale"] = 0.5
-    whole = batches(clip)
+    whole = load_batches(clip, stop=4)
     assert not whole[0].inputs["image"].equal(whole[3].inputs["image"])
-    assert all(same(a, b) for a, b in zip(batches(clip, start=2), whole[2:], strict=True))
-    halves = [batches(clip, rank, 2) for rank in range(2)]
+    assert all(same(a, b) for a, b in zip(load_batches(clip, start=2, stop=4), whole[2:], strict=True))
+    halves = [load_batches(clip, rank, 2, stop=4) for rank in range(2)]
     for step, batch in enumerate(whole):
         for name, tensor in batch.inputs.items():
             assert torch.cat([half[step].inputs[name] for half in halves]).equal(tensor)
     clip["data"]["workers"] = 2
-    assert all(same(a, b) for a, b in zip(batches(clip), whole, strict=True))
+    assert all(same(a, b) for a, b in zip(load_batches(clip, stop=4), whole, strict=True))
 
 
-def test_a_run_without_an_image_tower_decodes_no_picture(clip: dict[str, Any], tmp_path: Path) -> None:
-    blind = [(key, members | {"png": b"not a picture"}) for key, members in samples_of(0, 12)]
+def test_a_run_without_an_image_tower_decodes_no_image(clip: dict[str, Any], tmp_path: Path) -> None:
+    blind = [(key, members | {"png": b"not an image"}) for key, members in samples_of(0, 12)]
     clip["data"]["tars"] = [str(write_tar(tmp_path / "blind.tar", blind))]
     clip["towers"]["image"] = {"kind": "text", "width": 16, "depth": 1, "heads": 2}
-    run = parse(clip | {"towers": clip["towers"] | {"image": {"kind": "cache", "path": "none"}}})
-    samples = SampleSet([index_tar(tar) for tar in run.data.tars], {})
-    from threetowers.trainer.data.loader import IndexedItems
-
-    item = IndexedItems(run, samples)[(0, 3)]
-    assert not isinstance(item, BadSample)
-    assert item.image is None
+    config = parse(clip | {"towers": clip["towers"] | {"image": {"kind": "cache", "path": "none"}}})
+    samples = SampleSet([index_tar(tar) for tar in config.data.tars], {})
+    sample = RandomAccessDataset(config, samples)[(0, 3)]
+    assert isinstance(sample, TrainingSample)
+    assert sample.image is None
 
 
 def test_bad_samples_are_named_and_counted(clip: dict[str, Any], tmp_path: Path) -> None:
@@ -73,12 +58,12 @@ def test_bad_samples_are_named_and_counted(clip: dict[str, Any], tmp_path: Path)
     samples[4][1]["png"] = samples[4][1]["png"][:60]
     samples[7][1]["json"] = b'{"captions": []}'
     clip["data"]["tars"] = [str(write_tar(tmp_path / "bad.tar", samples))]
-    (batch,) = batches(clip, stop=1)
+    (batch,) = load_batches(clip, stop=1)
     assert len(batch) == len(batch.inputs["image"]) == 10
     assert len(batch.bad) == 2
-    broken, silent = sorted(batch.bad, key=lambda reason: "s0007" in reason)
+    broken, without_caption = sorted(batch.bad, key=lambda reason: "s0007" in reason)
     assert "bad.tar: sample 's0004': " in broken
-    assert "bad.tar: sample 's0007': no caption; expected a .txt member" in silent
+    assert "bad.tar: sample 's0007': no caption; expected a .txt member" in without_caption
 
 
 @pytest.mark.parametrize(
@@ -92,13 +77,13 @@ def test_bad_samples_are_named_and_counted(clip: dict[str, Any], tmp_path: Path)
         ({"png": b"", "json": b'{"captions": [1]}'}, r"captions are \[1\], expected a list of strings"),
     ],
 )
-def test_texts_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+def test_annotations_that_cannot_be_used_are_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     tar = index_tar(write_tar(tmp_path / "t.tar", [("k", members)]))
     with pytest.raises(BadSample, match=message):
         read_annotation(tar, 0)
 
 
-def test_texts_that_can_be_used(tmp_path: Path) -> None:
+def test_captions_and_fields_are_read_from_txt_and_json(tmp_path: Path) -> None:
     both = {"png": b"", "txt": b"from txt", "json": b'{"caption": "from json", "n": 3}'}
     tar = index_tar(
         write_tar(
@@ -114,10 +99,10 @@ def test_texts_that_can_be_used(tmp_path: Path) -> None:
     assert read_annotation(tar, 1).captions == ("from json",)
     assert read_annotation(tar, 1).fields["n"] == 3
     assert read_annotation(tar, 2).captions == ("x",)
-    assert concept(tar, 1, read_annotation(tar, 1), "n") == "3"
-    assert concept(tar, 0, read_annotation(tar, 0), None) != concept(tar, 1, read_annotation(tar, 1), None)
+    assert group_of(tar, 1, read_annotation(tar, 1), "n") == "3"
+    assert group_of(tar, 0, read_annotation(tar, 0), None) != group_of(tar, 1, read_annotation(tar, 1), None)
     with pytest.raises(BadSample, match=r"no field 'kind' in its json member \(found \['caption', 'n'\]\)"):
-        concept(tar, 1, read_annotation(tar, 1), "kind")
+        group_of(tar, 1, read_annotation(tar, 1), "kind")
 
 
 def test_an_image_too_large_to_decode_is_refused(tmp_path: Path) -> None:
@@ -127,17 +112,19 @@ def test_an_image_too_large_to_decode_is_refused(tmp_path: Path) -> None:
         read_image(tar, 0, 32 * 32 - 1)
 
 
-def test_too_few_samples_for_a_batch(clip: dict[str, Any]) -> None:
+def test_fewer_samples_than_a_batch_are_refused(clip: dict[str, Any]) -> None:
     clip["global_batch_size"] = 46
-    with pytest.raises(ValueError, match="a batch of 46 needs at least 46 samples, the tars hold 45; lower `batch`"):
-        batches(clip)
+    with pytest.raises(
+        ValueError, match="a batch of 46 needs at least 46 samples, the tars hold 45; lower global_batch_size"
+    ):
+        load_batches(clip, stop=4)
 
 
-def test_center_view_is_the_central_square() -> None:
+def test_center_crop_is_the_central_square() -> None:
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, 10:30] = 255
-    assert center(Image.fromarray(pixels), 20).eq(255).all()
-    assert center(Image.fromarray(pixels), 7).shape == (3, 7, 7)
+    assert center_crop(Image.fromarray(pixels), 20).eq(255).all()
+    assert center_crop(Image.fromarray(pixels), 7).shape == (3, 7, 7)
 
 
 def test_random_crops_stay_inside_and_vary() -> None:

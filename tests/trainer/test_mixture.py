@@ -1,4 +1,4 @@
-"""Several sets in one run: their shares, their epochs, what they need not have in common."""
+"""Mixtures of data sets in one run: their samples in each batch, their epochs, groups and caches; the kept index."""
 
 import shutil
 from pathlib import Path
@@ -9,21 +9,22 @@ import pytest
 import torch
 
 from tests.conftest import samples_of, write_tar
+from tests.trainer.loading import load_batches, loader_of, open_run
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.webdataset.tar_index import TarIndex, index_tar
 from threetowers.trainer.config import ConfigError, parse
-from threetowers.trainer.data import tar_headers as index
-from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.sample_set import SampleSet, open_samples
-from threetowers.trainer.data.sampler import places, shares
-from threetowers.trainer.data.tar_headers import index_sets
-from threetowers.trainer.tokenizer import Tokenizer
+from threetowers.trainer.data import tar_headers
+from threetowers.trainer.data.batch import Batch
+from threetowers.trainer.data.loader import group_hash
+from threetowers.trainer.data.mixture import batch_layout, samples_per_batch
+from threetowers.trainer.data.sample_set import SampleSet
+from threetowers.trainer.data.tar_headers import index_datasets
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> list[Path]:
-    """Two tars of 9 and 13 samples, of a cache's tars neither a copy nor a namesake's location."""
+    """Two tars of 9 and 13 samples that no cache holds, by fingerprint or by name."""
     return [write_tar(tmp_path / f"{i}.tar", samples_of(100 + 9 * i, 9 + 4 * i)) for i in range(2)]
 
 
@@ -36,50 +37,46 @@ def mix(tree: dict[str, Any], tars: list[Path], other: list[Path], **data: Any) 
     return tree | {"data": tree["data"] | {"tars": [], "datasets": sets} | data}
 
 
-def load(
-    tree: dict[str, Any], rank: int = 0, ranks: int = 1, start: int = 0, stop: int = 6
-) -> tuple[SampleSet, list[Batch]]:
-    run = parse(tree)
-    samples = open_samples(run, Path(run.output_dir))
-    loader = training_loader(run, samples, Tokenizer.load(run.data.tokenizer), rank, ranks, start, stop)
-    return samples, list(loader)
+def load(tree: dict[str, Any], stop: int = 6) -> tuple[SampleSet, list[Batch]]:
+    samples = open_run(tree)
+    return samples, list(loader_of(tree, samples, stop=stop))
 
 
-STREAMED = {"access": "sequential", "num_streams": 4, "shuffle_buffer": 20}
+SEQUENTIAL = {"access": "sequential", "num_streams": 4, "shuffle_buffer": 20}
 
 
-@pytest.mark.parametrize("reading", [{}, STREAMED], ids=["indexed", "streamed"])
-def test_each_set_has_its_share_and_its_own_epochs(
-    clip: dict[str, Any], tars: list[Path], other: list[Path], reading: dict[str, Any]
+@pytest.mark.parametrize("access", [{}, SEQUENTIAL], ids=["random", "sequential"])
+def test_each_data_set_has_its_part_of_every_batch_and_its_own_epochs(
+    clip: dict[str, Any], tars: list[Path], other: list[Path], access: dict[str, Any]
 ) -> None:
     clip["data"]["group_field"] = None
-    samples, found = load(mix(clip, tars, other, **reading), stop=10)
+    samples, found = load(mix(clip, tars, other, **access), stop=10)
     assert len(samples) == samples.total == 67
-    (first, *_), (second, *_) = samples.parts[0].tars, samples.parts[1].tars
+    (first, *_), (second, *_) = samples.components[0].tars, samples.components[1].tars
     assert (first, second) == (0, 2)
-    from threetowers.trainer.data.items import concept_hash
-
-    of_main = {concept_hash(f"{tar}:{i}") for tar, size in zip(tars, (25, 20), strict=True) for i in range(size)}
-    main = [[c for c in batch.concepts_b.tolist() if c in of_main] for batch in found]
-    rest = [[c for c in batch.concepts_b.tolist() if c not in of_main] for batch in found]
+    of_main = {group_hash(f"{tar}:{i}") for tar, size in zip(tars, (25, 20), strict=True) for i in range(size)}
+    main = [[c for c in batch.groups_b.tolist() if c in of_main] for batch in found]
+    rest = [[c for c in batch.groups_b.tolist() if c not in of_main] for batch in found]
     assert {len(part) for part in main} == {8}
-    for start in (0, 5):  # epochs of 5 whole shares of 8, of 45
+    for start in (0, 5):  # epochs of 5 full parts of 8, of 45
         assert len({c for part in main[start : start + 5] for c in part}) == 40
-        assert len({c for part in rest[start : start + 5] for c in part}) == 20  # 5 whole shares of 4, of 22
+        assert len({c for part in rest[start : start + 5] for c in part}) == 20  # 5 full parts of 4, of 22
     for ranks, starts in ((2, (0, 3)), (4, (6,))):
         for start in starts:
-            parts = [load(mix(clip, tars, other, **reading), rank, ranks, start, 10)[1] for rank in range(ranks)]
+            parts = [
+                load_batches(mix(clip, tars, other, **access), rank, ranks, start, stop=10) for rank in range(ranks)
+            ]
             for step, batch in enumerate(found[start:]):
-                assert torch.cat([part[step].concepts_b for part in parts]).equal(batch.concepts_b)
+                assert torch.cat([part[step].groups_b for part in parts]).equal(batch.groups_b)
                 assert torch.cat([part[step].inputs["image"] for part in parts]).equal(batch.inputs["image"])
 
 
-def test_sets_have_concepts_of_their_own(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
+def test_each_data_set_can_have_its_own_group_field(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
     tree = mix(clip, tars, other)
     tree["data"] |= {"group_field": None}
     tree["data"]["datasets"]["other"]["group_field"] = "concept"
     _, found = load(tree, stop=5)
-    counts = np.unique(np.concatenate([batch.concepts_b.numpy() for batch in found]), return_counts=True)[1]
+    counts = np.unique(np.concatenate([batch.groups_b.numpy() for batch in found]), return_counts=True)[1]
     assert len(counts) > 40  # each of the 40 of main its own, 20 combinations among the others at most
     tree["data"]["datasets"]["other"]["group_field"] = "kind"
     _, (batch,) = load(tree, stop=1)
@@ -87,13 +84,15 @@ def test_sets_have_concepts_of_their_own(clip: dict[str, Any], tars: list[Path],
     assert "no field 'kind'" in batch.bad[0]
 
 
-def test_a_cache_of_one_set(three: dict[str, Any], tars: list[Path], other: list[Path], tmp_path: Path) -> None:
-    """What its tower says of rows that are missing holds for all of a set that the cache has never seen."""
+def test_a_cache_of_one_data_set_lacks_the_rows_of_the_other(
+    three: dict[str, Any], tars: list[Path], other: list[Path], tmp_path: Path
+) -> None:
+    """The tower's on_missing_row decides about all samples of a data set that the cache does not hold."""
     with pytest.raises(ManifestError, match=r"0\.tar: not among the 2 tars of this cache"):
         load(mix(three, tars, other))
     three["towers"]["third"]["on_missing_row"] = "mask"
-    for reading in ({}, STREAMED):
-        samples, found = load(mix(three, tars, other, **reading))
+    for access in ({}, SEQUENTIAL):
+        samples, found = load(mix(three, tars, other, **access))
         assert samples.without_row == {"left out of the terms with 'third'": 22}
         for batch in found:
             present = batch.present["third"]
@@ -111,37 +110,44 @@ def test_a_cache_of_one_set(three: dict[str, Any], tars: list[Path], other: list
         load(three)
 
 
-def test_the_page_and_the_metrics_say_what_is_mixed(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
+def test_the_startup_page_and_the_metrics_report_the_mixture(
+    clip: dict[str, Any], tars: list[Path], other: list[Path]
+) -> None:
     samples, _ = load(mix(clip, tars, other), stop=0)
     assert samples.notes() == [
-        "set main: 8 of each batch of 12, from 45 usable samples in 2 tars",
-        "set other: 4 of each batch of 12, from 22 usable samples in 2 tars",
+        "data set main: 8 of each batch of 12, from 45 usable samples in 2 tars",
+        "data set other: 4 of each batch of 12, from 22 usable samples in 2 tars",
     ]
-    assert samples.seen(10) == {
-        "datasets/main/samples": 80, "datasets/main/epoch": 2, "datasets/other/samples": 40, "datasets/other/epoch": 2
-    }  # fmt: skip
+    assert samples.mixture_metrics(10) == {
+        "datasets/main/samples": 80,
+        "datasets/main/epoch": 2,
+        "datasets/other/samples": 40,
+        "datasets/other/epoch": 2,
+    }
     assert load(clip, stop=0)[0].notes() == []
 
 
-def test_shares_are_rounded_to_the_whole_batch() -> None:
-    assert shares([1], 7) == [7]
-    assert shares([2, 1], 12) == [8, 4]
-    assert shares([1, 1, 1], 256) == [86, 85, 85]
-    assert shares([0.7, 0.2, 0.1], 10) == [7, 2, 1]
-    with pytest.raises(ValueError, match=r"set number 2 of weight 1 among \[1000, 1\] has no sample in a batch of 10"):
-        shares([1000, 1], 10)
+def test_weights_are_rounded_to_a_full_batch() -> None:
+    assert samples_per_batch([1], 7) == [7]
+    assert samples_per_batch([2, 1], 12) == [8, 4]
+    assert samples_per_batch([1, 1, 1], 256) == [86, 85, 85]
+    assert samples_per_batch([0.7, 0.2, 0.1], 10) == [7, 2, 1]
+    with pytest.raises(
+        ValueError, match=r"number 2 has no sample in a global batch of 10, as its weight is 1 among \[1000, 1\]"
+    ):
+        samples_per_batch([1000, 1], 10)
 
 
-def test_any_part_of_a_batch_is_alike() -> None:
+def test_every_part_of_a_batch_has_about_the_same_mixture() -> None:
     for counts in ([12], [8, 4], [7, 3, 2], [1, 11], [86, 85, 85]):
-        found, batch = places(counts), sum(counts)
+        found, batch = batch_layout(counts), sum(counts)
         assert np.bincount(found).tolist() == counts
         for part in np.array_split(found, 4):
             for number, count in enumerate(counts):
                 assert abs((part == number).sum() - count * len(part) / batch) < 2
 
 
-def test_what_cannot_be_mixed(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
+def test_faulty_mixtures_are_refused(clip: dict[str, Any], tars: list[Path], other: list[Path]) -> None:
     tree = mix(clip, tars, other)
     with pytest.raises(ConfigError, match="tars and datasets are both given"):
         parse(tree | {"data": tree["data"] | {"tars": ["x.tar"]}})
@@ -154,21 +160,21 @@ def test_what_cannot_be_mixed(clip: dict[str, Any], tars: list[Path], other: lis
 
 
 @pytest.mark.parametrize("where", ["folder", "memory"])
-def test_an_index_is_kept_for_the_tar_as_it_is(
+def test_a_kept_index_is_used_until_the_tar_changes(
     tars: list[Path], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = str(tmp_path / "index") if where == "folder" else f"memory://{tmp_path.name}/index"
     copies = [Path(shutil.copy(tar, tmp_path)) for tar in tars]
     patterns = {"": [str(tar) for tar in copies]}
-    fresh, _ = index_sets(patterns, kept)
+    fresh, _ = index_datasets(patterns, kept)
     opened: list[str] = []
 
     def spied(path: str) -> TarIndex:
         opened.append(path)
         return index_tar(path)
 
-    monkeypatch.setattr(index, "index_tar", spied)
-    again, ranges = index_sets(patterns, kept)
+    monkeypatch.setattr(tar_headers, "index_tar", spied)
+    again, ranges = index_datasets(patterns, kept)
     assert opened == []
     assert ranges == {"": range(2)}
     for one, other in zip(fresh, again, strict=True):
@@ -180,14 +186,14 @@ def test_an_index_is_kept_for_the_tar_as_it_is(
         )
         assert list(one.samples) == list(other.samples)
     write_tar(copies[1], samples_of(7, 5))  # packed again
-    changed, _ = index_sets(patterns, kept)
+    changed, _ = index_datasets(patterns, kept)
     assert opened == [str(copies[1])]
     assert [sample.key for sample in changed[1].samples] == [f"s{i:04d}" for i in range(7, 12)]
     storage = open_storage(kept)
     for name in storage.names():
         if name.endswith(".npz"):
             storage.put(name, storage.read(name)[:50], owner="test")
-    assert len(index_sets(patterns, kept)[0]) == 2  # damaged: read again
+    assert len(index_datasets(patterns, kept)[0]) == 2  # damaged: read again
     assert len(opened) == 3
 
 
@@ -198,19 +204,19 @@ def share_the_index(rank: int, store: str, patterns: dict[str, list[str]], bad: 
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     alone = [index_tar(path) for part in patterns.values() for path in expand(part)]
-    tars, ranges = index_sets(patterns)
+    tars, ranges = index_datasets(patterns)
     assert [(tar.location, tar.fingerprint) for tar in tars] == [(tar.location, tar.fingerprint) for tar in alone]
     assert [list(tar.samples) for tar in tars] == [list(tar.samples) for tar in alone]
     assert ranges == {"main": range(2), "other": range(2, 4)}
     with pytest.raises(BadTar, match="bad"):  # on both, though one of them reads it
-        index_sets({"bad": [*patterns["main"], bad]})
+        index_datasets({"bad": [*patterns["main"], bad]})
     with pytest.raises(ValueError, match="matches no file"):
-        index_sets({"none": ["nowhere-*.tar"]})
+        index_datasets({"none": ["nowhere-*.tar"]})
     dist.destroy_process_group()
 
 
 @pytest.mark.distributed
-def test_ranks_share_the_index(tars: list[Path], other: list[Path], tmp_path: Path) -> None:
+def test_ranks_share_the_indexing(tars: list[Path], other: list[Path], tmp_path: Path) -> None:
     bad = tmp_path / "bad.tar"
     bad.write_bytes(tars[0].read_bytes()[:-20000])
     patterns = {"main": [str(tar) for tar in tars], "other": [str(tar) for tar in other]}

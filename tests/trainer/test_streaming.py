@@ -1,4 +1,4 @@
-"""Streams: the same samples whatever the layout, each once an epoch, and on from any step."""
+"""Sequential access: each sample once an epoch, the same on any layout of ranks and workers, resumed at any step."""
 
 import shutil
 from collections.abc import Callable
@@ -11,17 +11,16 @@ import pytest
 import torch
 
 from tests.conftest import samples_of, write_tar
+from tests.trainer.loading import load_batches, loader_of, open_run
 from tests.trainer.test_preemption import config, launch, lines
 from threetowers.cache.webdataset.sample_stream import stream_samples
 from threetowers.cache.webdataset.tar_index import BadTar, index_tar
 from threetowers.trainer.config import ConfigError, parse
-from threetowers.trainer.data import streaming as lanes
-from threetowers.trainer.data.items import concept_hash
-from threetowers.trainer.data.loader import Batch, training_loader
-from threetowers.trainer.data.sample_set import SampleSet, open_samples
-from threetowers.trainer.data.sampler import buffered, by_tar
-from threetowers.trainer.data.streaming import read_segment
-from threetowers.trainer.tokenizer import Tokenizer
+from threetowers.trainer.data import streaming
+from threetowers.trainer.data.batch import Batch
+from threetowers.trainer.data.loader import group_hash
+from threetowers.trainer.data.sample_set import SampleSet
+from threetowers.trainer.data.streaming import StreamSegment, read_segment, shuffle_buffer_order, tar_order
 
 SIZES = (25, 7, 19, 1, 13, 31)  # 96 samples: 8 steps of 12
 
@@ -37,7 +36,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def streamed(clip: dict[str, Any], uneven: list[Path]) -> dict[str, Any]:
-    """A CLIP run on the uneven tars, each sample its own concept, streamed in four lanes."""
+    """A CLIP run on the uneven tars, each sample its own group, read in four streams."""
     clip["data"] |= {
         "tars": [str(tar) for tar in uneven],
         "access": "sequential",
@@ -48,55 +47,46 @@ def streamed(clip: dict[str, Any], uneven: list[Path]) -> dict[str, Any]:
     return clip
 
 
-def batches(tree: dict[str, Any], rank: int = 0, ranks: int = 1, start: int = 0, stop: int = 8) -> list[Batch]:
-    run = parse(tree)
-    samples = open_samples(run, Path(run.output_dir))
-    return list(training_loader(run, samples, Tokenizer.load(run.data.tokenizer), rank, ranks, start, stop))
+def groups(batches: list[Batch]) -> list[int]:
+    return torch.cat([batch.groups_b for batch in batches]).tolist()
 
 
-def same(a: Batch, b: Batch) -> bool:
-    tensors = all(a.inputs[name].equal(b.inputs[name]) for name in a.inputs)
-    return tensors and a.inputs.keys() == b.inputs.keys() and a.concepts_b.equal(b.concepts_b) and a.bad == b.bad
-
-
-def concepts(found: list[Batch]) -> list[int]:
-    return [concept for batch in found for concept in batch.concepts_b.tolist()]
-
-
-def test_each_sample_comes_once_an_epoch(streamed: dict[str, Any]) -> None:
-    found = batches(streamed, stop=24)
-    epochs = [concepts(found[i : i + 8]) for i in (0, 8, 16)]
+def test_each_sample_is_visited_once_an_epoch(streamed: dict[str, Any]) -> None:
+    found = load_batches(streamed, stop=24)
+    epochs = [groups(found[i : i + 8]) for i in (0, 8, 16)]
     assert [len(set(epoch)) for epoch in epochs] == [96] * 3
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2]
     streamed["global_batch_size"] = 28  # 3 steps of 28: 12 samples are left over, others in each epoch
-    parts = [concepts(batches(streamed, start=i, stop=i + 3)) for i in (0, 3)]
+    parts = [groups(load_batches(streamed, start=i, stop=i + 3)) for i in (0, 3)]
     assert [len(set(part)) for part in parts] == [84, 84]
     assert set(parts[0]) != set(parts[1])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # as many workers as it takes, on any machine
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 3), (2, 0), (2, 2), (4, 1)])
-def test_the_layout_changes_nothing(streamed: dict[str, Any], ranks: int, workers: int) -> None:
-    whole = batches(streamed, stop=11)
+def test_ranks_workers_and_resume_do_not_change_the_samples(streamed: dict[str, Any], ranks: int, workers: int) -> None:
+    whole = load_batches(streamed, stop=11)
     streamed["data"]["workers"] = workers
     for start in (0, 5, 9):  # 9: in the second epoch
-        shares = [batches(streamed, rank, ranks, start, 11) for rank in range(ranks)]
+        parts = [load_batches(streamed, rank, ranks, start, stop=11) for rank in range(ranks)]
         for step, batch in enumerate(whole[start:]):
             for name, tensor in batch.inputs.items():
-                assert torch.cat([share[step].inputs[name] for share in shares]).equal(tensor), (start, step, name)
-            assert torch.cat([share[step].concepts_b for share in shares]).equal(batch.concepts_b)
+                assert torch.cat([part[step].inputs[name] for part in parts]).equal(tensor), (start, step, name)
+            assert torch.cat([part[step].groups_b for part in parts]).equal(batch.groups_b)
 
 
-def test_layouts_that_do_not_divide_are_refused(streamed: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="4 streams cannot be dealt out to 3 ranks; start a number of ranks that div"):
-        batches(streamed, 0, 3)
+def test_streams_that_ranks_or_batch_do_not_divide_are_refused(streamed: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match="4 streams cannot be divided among 3 ranks; start a number of ranks that div"
+    ):
+        load_batches(streamed, 0, 3, stop=8)
     with pytest.raises(ConfigError, match=r"data\.num_streams: 5 does not divide global_batch_size 12"):
         parse(streamed | {"data": streamed["data"] | {"num_streams": 5}})
 
 
 def test_the_order_is_that_of_a_plain_shuffle_buffer() -> None:
-    """Against one that really holds what it is given; and how far it may move a sample."""
+    """Compare with a buffer that really holds its samples, and bound how far a sample moves."""
 
     def slow(samples: int, buffer: int, rng: np.random.Generator) -> list[int]:
         arriving, held, order = iter(range(samples)), [], []
@@ -111,16 +101,16 @@ def test_the_order_is_that_of_a_plain_shuffle_buffer() -> None:
         return [*order, *(held[i] for i in rng.permutation(len(held)))]
 
     for samples, buffer in ((0, 3), (2, 5), (5, 5), (40, 1), (97, 10), (500, 64)):
-        fast = buffered(samples, buffer, np.random.default_rng(3))
+        fast = shuffle_buffer_order(samples, buffer, np.random.default_rng(3))
         assert fast.tolist() == slow(samples, buffer, np.random.default_rng(3))
         assert sorted(fast.tolist()) == list(range(samples))
         assert (fast < np.arange(samples) + buffer).all()
-    assert buffered(40, 1, np.random.default_rng(0)).tolist() == list(range(40))
+    assert shuffle_buffer_order(40, 1, np.random.default_rng(0)).tolist() == list(range(40))
 
 
-def test_tars_stay_whole_and_their_order_is_the_epochs_own() -> None:
+def test_tars_stay_whole_and_each_epoch_has_its_own_order_of_them() -> None:
     tars = np.repeat([3, 5, 8, 9], [4, 1, 6, 2])
-    found = [by_tar(0, epoch, np.arange(100, 113), tars) for epoch in range(6)]
+    found = [tar_order(0, epoch, np.arange(100, 113), tars) for epoch in range(6)]
     for order in found:
         assert sorted(order.tolist()) == list(range(100, 113))
         runs = np.split(order, np.flatnonzero(np.diff(tars[order - 100])) + 1)
@@ -129,39 +119,39 @@ def test_tars_stay_whole_and_their_order_is_the_epochs_own() -> None:
     assert len({tuple(order) for order in found}) > 3
 
 
-def test_memory_is_the_buffer_and_a_little(
+def test_undecoded_samples_in_memory_are_bounded_by_the_buffer(
     streamed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, uneven: list[Path]
 ) -> None:
-    """What has been read and not given yet never exceeds the buffer, what a thread reads ahead and one on its way."""
-    monkeypatch.setattr(lanes, "AHEAD", 3)
+    """Samples read but not yielded are at most the buffer, those read ahead and two on their way."""
+    monkeypatch.setattr(streaming, "READ_AHEAD", 3)
     arrived: list[int] = []
-    through = lanes._arrivals
+    read_tars = streaming._read_tars
 
     def counted(*arguments: Any) -> Any:
-        for found in through(*arguments):
-            arrived.append(found.sample)
+        for found in read_tars(*arguments):
+            arrived.append(found.sample_index)
             yield found
 
-    monkeypatch.setattr(lanes, "_arrivals", counted)
+    monkeypatch.setattr(streaming, "_read_tars", counted)
     samples = SampleSet([index_tar(tar) for tar in uneven], {})
-    segment = lanes.Segment(0, np.arange(90), 0)
+    segment = StreamSegment(0, np.arange(90), 0)
     for given, _ in enumerate(read_segment(samples, segment, 10, np.random.default_rng(0)), start=1):
         assert len(arrived) - given <= 10 + 3 + 2
     assert arrived == list(range(90))
 
 
-def test_a_resumed_lane_reads_nothing_twice_that_is_done(uneven: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_stream_opens_no_tar_that_is_done(uneven: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     samples = SampleSet([index_tar(tar) for tar in uneven], {})
     rng = lambda: np.random.default_rng(5)  # noqa: E731
-    whole = [found.sample for found in read_segment(samples, lanes.Segment(0, np.arange(96), 0), 8, rng())]
+    whole = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 0), 8, rng())]
     opened: list[tuple[str, int]] = []
 
     def spied(tar: Any, first: int = 0) -> Any:
         opened.append((tar.name, first))
         return stream_samples(tar, first)
 
-    monkeypatch.setattr(lanes, "stream_samples", spied)
-    rest = [found.sample for found in read_segment(samples, lanes.Segment(0, np.arange(96), 70), 8, rng())]
+    monkeypatch.setattr(streaming, "stream_samples", spied)
+    rest = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 70), 8, rng())]
     assert rest == whole[70:]
     first = min(rest)
     starts = np.cumsum((0, *SIZES)).tolist()
@@ -171,9 +161,9 @@ def test_a_resumed_lane_reads_nothing_twice_that_is_done(uneven: list[Path], mon
     assert [name for name, _ in opened] == [f"{i}.tar" for i in range(begun, 6)]
 
 
-def test_a_stream_starts_at_any_sample(tmp_path: Path) -> None:
+def test_a_tar_is_read_from_any_sample_on(tmp_path: Path) -> None:
     samples = samples_of(0, 6)
-    for number in (1, 4):  # names that need headers of their own, and members that nobody reads
+    for number in (1, 4):  # names that need headers of their own, and members that are not read
         key, members = samples[number]
         samples[number] = "long/" + "x" * 180 + f"/{key}", members | {"npy": b"n" * 700}
     tar = index_tar(write_tar(tmp_path / "t.tar", samples))
@@ -185,31 +175,31 @@ def test_a_stream_starts_at_any_sample(tmp_path: Path) -> None:
             assert members == expected
 
 
-def test_a_tar_that_changed_is_named_once(streamed: dict[str, Any], uneven: list[Path], tmp_path: Path) -> None:
+def test_an_error_in_a_worker_names_the_changed_tar_without_a_traceback(
+    streamed: dict[str, Any], uneven: list[Path], tmp_path: Path
+) -> None:
     tars = [Path(shutil.copy(tar, tmp_path)) for tar in uneven]
     streamed["data"] |= {"tars": [str(tar) for tar in tars], "workers": 1}
-    run = parse(streamed)
-    samples = open_samples(run, Path(run.output_dir))
+    samples = open_run(streamed)
     write_tar(tars[5], samples_of(0, 31))
-    loader = training_loader(run, samples, Tokenizer.load(run.data.tokenizer), 0, 1, 0, 8)
     with pytest.raises(BadTar, match=r"5\.tar: .*the tar has changed since it was indexed") as error:
-        list(loader)
+        list(loader_of(streamed, samples, stop=8))
     assert "Traceback" not in str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_bad_samples_are_counted_in_streams_too(streamed: dict[str, Any], tmp_path: Path) -> None:
+def test_bad_samples_are_named_under_sequential_access(streamed: dict[str, Any], tmp_path: Path) -> None:
     samples = samples_of(0, 12)
     samples[4][1]["png"] = samples[4][1]["png"][:60]
     streamed["data"] |= {"tars": [str(write_tar(tmp_path / "bad.tar", samples))], "workers": 4}
-    (batch,) = batches(streamed, stop=1)
+    (batch,) = load_batches(streamed, stop=1)
     assert len(batch) == len(batch.inputs["image"]) == 11
     assert ["bad.tar: sample 's0004': " in reason for reason in batch.bad] == [True]
 
 
 @pytest.fixture(params=["memory", "file", "s3"])
 def remote(request: pytest.FixtureRequest, uneven: list[Path], tmp_path: Path) -> Callable[[], str]:
-    """Puts the uneven tars somewhere and returns the pattern that names them."""
+    """put(): copy the uneven tars to another storage and return the pattern that names them."""
 
     def put() -> str:
         if request.param == "file":
@@ -225,53 +215,54 @@ def remote(request: pytest.FixtureRequest, uneven: list[Path], tmp_path: Path) -
     return put
 
 
-def test_where_the_tars_lie_changes_nothing(streamed: dict[str, Any], remote: Callable[[], str]) -> None:
-    local = batches(streamed, stop=3)
+def test_remote_tars_give_the_same_batches_as_local_ones(streamed: dict[str, Any], remote: Callable[[], str]) -> None:
+    local = load_batches(streamed, stop=3)
     streamed["data"]["tars"] = [remote()]
     streamed["data"]["workers"] = 2  # after a fork, too
-    run = parse(streamed)
-    samples = open_samples(run, Path(run.output_dir))
+    assert open_run(streamed).total == 96
     streamed["data"]["access"] = "auto"
-    auto = open_samples(parse(streamed), Path(run.output_dir))
-    assert auto.streamed == (not streamed["data"]["tars"][0].startswith("file:"))
+    assert open_run(streamed).sequential == (not streamed["data"]["tars"][0].startswith("file:"))
     streamed["data"]["access"] = "sequential"
-    found = batches(streamed, start=1, stop=3)
-    assert samples.total == 96
+    found = load_batches(streamed, start=1, stop=3)
     for batch, expected in zip(found, local[1:], strict=True):
         for name, tensor in expected.inputs.items():
             assert batch.inputs[name].equal(tensor)
 
 
-def test_remote_tars_can_be_read_at_random_too(streamed: dict[str, Any], uneven: list[Path], tmp_path: Path) -> None:
+def test_remote_tars_give_the_same_batches_under_random_access(
+    streamed: dict[str, Any], uneven: list[Path], tmp_path: Path
+) -> None:
     streamed["data"]["access"] = "random"
-    local = batches(streamed, stop=2)
+    local = load_batches(streamed, stop=2)
     for tar in uneven:
         with fsspec.open(f"memory://{tmp_path.name}/{tar.name}", "wb") as file:
             file.write(tar.read_bytes())
     streamed["data"]["tars"] = [f"memory://{tmp_path.name}/*.tar"]
-    found = batches(streamed, stop=2)
+    found = load_batches(streamed, stop=2)
     assert all(a.inputs["image"].equal(b.inputs["image"]) for a, b in zip(found, local, strict=True))
 
 
-def test_rows_come_with_their_samples(three: dict[str, Any], tars: list[Path]) -> None:
-    """Streamed rows are those that random access gives, sample by sample."""
+def test_sequential_access_joins_each_sample_with_its_row(three: dict[str, Any], tars: list[Path]) -> None:
+    """Compare the rows with those of random access, sample by sample."""
     three["data"] |= {"access": "sequential", "num_streams": 2, "shuffle_buffer": 10, "group_field": None}
-    samples = open_samples(parse(three), Path(three["output_dir"]))
-    join, by_concept = samples.caches["third"], {}
+    samples = open_run(three)
+    join, by_group = samples.caches["third"], {}
     for index in range(samples.total):
         number, ordinal = samples.address(index)
         tar = samples.tars[number]
-        by_concept[concept_hash(f"{tar.location}:{ordinal}")] = join.row(number, ordinal)
-    found = batches(three, stop=6)
-    assert [len(set(concepts(found[i : i + 3]))) for i in (0, 3)] == [36, 36]
+        by_group[group_hash(f"{tar.location}:{ordinal}")] = join.row(number, ordinal)
+    found = load_batches(three, stop=6)
+    assert [len(set(groups(found[i : i + 3]))) for i in (0, 3)] == [36, 36]
     for batch in found:
-        expected = np.stack([by_concept[concept] for concept in batch.concepts_b.tolist()])
+        expected = np.stack([by_group[group] for group in batch.groups_b.tolist()])
         assert (batch.inputs["third"].numpy() == expected).all()
 
 
 @pytest.mark.distributed
-def test_a_streamed_mixture_goes_on_elsewhere(three: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
-    """Two ranks with two workers each stop; one rank without any goes on with the same samples."""
+def test_a_mixture_under_sequential_access_resumes_on_other_ranks(
+    three: dict[str, Any], tars: list[Path], tmp_path: Path
+) -> None:
+    """Two ranks with a worker each stop; one rank without workers resumes with the same samples."""
     sets = {"a": {"tars": [str(tars[0])], "weight": 2}, "b": {"tars": [str(tars[1])]}}
     three["data"] |= {
         "tars": [],

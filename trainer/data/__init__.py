@@ -1,1 +1,1 @@
-"""Samples on their way from tars to batches."""
+"""The data of a run: from tars to batches."""

@@ -1,6 +1,6 @@
-"""The join of a cache to tars: by address (tar, ordinal), verified by the hash of the key.
+"""The join of a cache to the tars of a run: by address (tar, ordinal), checked by the hash of the sample's key.
 
-No teacher runs here, unless a tower asks for the rows that its cache lacks to be computed (`on_missing_row: live`).
+No teacher runs, except for rows that the cache lacks in a run with `on_missing_row: live`.
 """
 
 import contextlib
@@ -17,20 +17,19 @@ from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import stream_rows
 from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
-from threetowers.trainer.config import CacheTower
 
 if TYPE_CHECKING:
     from threetowers.cache.encoders.teacher import Teacher
 
-Row = npt.NDArray[np.float32]
+CachedRow = npt.NDArray[np.float32]  # one embedding, (D,)
 
 
-class NoRow(ValueError):
-    """A row that neither the cache nor the teacher has. The message says why."""
+class MissingRow(ValueError):
+    """A row that neither the cache nor the teacher can give. The message has the reason."""
 
 
 class CacheJoin:
-    """The rows of one cache for a list of tars."""
+    """The rows of one cache for the tars of a run, each of which has a number: its position in the run's list."""
 
     def __init__(
         self,
@@ -40,136 +39,176 @@ class CacheJoin:
         *,
         on_missing_row: str = "error",
         weights: str | None = None,
-        unbuilt: bool = False,
-        sets: Sequence[range] | None = None,
+        allow_incomplete: bool = False,
+        datasets: Sequence[range] | None = None,
     ) -> None:
-        """`on_missing_row`, `weights`: see CacheTower. `unbuilt`: tars whose rows are still to come are welcome.
+        """Open the cache and find the tars in it.
 
-        `sets`: where the tars are of several sets, the numbers of each. A set of which the cache has no tar at all has
-        no rows; on_missing_row says what becomes of its samples.
+        Args:
+            path: Folder or URL of the cache.
+            tars: The run's list.
+            backbone: The backbone that the cache must be of; None accepts any.
+            on_missing_row: See `CacheTower.on_missing_row`.
+            weights: See `CacheTower.weights`.
+            allow_incomplete: Accept tars whose rows are not built yet.
+            datasets: The tar numbers of each data set of a mixture. A data set of which the cache holds no tar has no
+                rows, unless `on_missing_row` is error.
 
         Raises:
-            ContractError: the cache is missing, half built, of other tars, or not of the `backbone` named.
+            ManifestError: The cache is missing, not built completely, of other tars or of another backbone.
         """
         self.cache = EmbeddingCache.open(path)
         found = self.cache.manifest.backbone
         if backbone is not None and found != backbone:
-            raise ManifestError(f"{path}: backbone: expected {backbone!r}, found {found!r}; build a cache of that one")
-        self.on_missing_row, self._weights = on_missing_row, weights
+            raise ManifestError(
+                f"{path}: backbone: expected {backbone!r}, found {found!r}; build a cache with the expected one, or "
+                "change the tower's backbone"
+            )
+        self.on_missing_row = on_missing_row
         self.tars = list(tars)
+        self._weights = weights
+        self._teacher: Teacher | None = None
+        # The id of each tar in the cache; None where the cache holds no tar of a data set
         self.tar_ids: list[int | None] = []
-        for numbers in sets or [range(len(self.tars))]:
-            absent = sets is not None and len(sets) > 1 and on_missing_row != "error" and self._knows_none(numbers)
-            self.tar_ids += [None if absent else self.cache.table.find(self.tars[n]).id for n in numbers]
+        may_lack = on_missing_row != "error" and datasets is not None and len(datasets) > 1
+        for tar_numbers in datasets or [range(len(self.tars))]:
+            if may_lack and not self._holds_any(tar_numbers):
+                self.tar_ids += [None] * len(tar_numbers)
+            else:
+                self.tar_ids += [self.cache.table.find(self.tars[number]).id for number in tar_numbers]
         if self.tars and all(tar_id is None for tar_id in self.tar_ids):
             raise ManifestError(
-                f"{path}: a cache of none of the run's {len(self.tars)} tars; name the one of these tars"
+                f"{path}: holds none of the run's {len(self.tars)} tars; give the path of a cache of these tars"
             )
-        self._teacher: Teacher | None = None
-        if not unbuilt:
+        if not allow_incomplete:
             self.check_built()
 
-    @classmethod
-    def of(cls, tower: CacheTower, tars: Sequence[TarIndex], *, unbuilt: bool, sets: Sequence[range]) -> "CacheJoin":
-        """The join that a tower of a run asks for."""
-        options: dict[str, Any] = {"on_missing_row": tower.on_missing_row, "weights": tower.weights, "unbuilt": unbuilt}
-        return cls(tower.path, tars, tower.backbone, **options, sets=sets)
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the teacher, which every process loads itself."""
+        return self.__dict__ | {"_teacher": None}
 
-    def _knows_none(self, numbers: range) -> bool:
+    def _holds_any(self, tar_numbers: range) -> bool:
         table = self.cache.table
-        tars = [self.tars[number] for number in numbers]
-        return not any(tar.fingerprint in table.by_fingerprint or table.at(tar.location) for tar in tars)
+        tars = [self.tars[number] for number in tar_numbers]
+        return any(tar.fingerprint in table.by_fingerprint or table.at(tar.location) for tar in tars)
 
     def check_built(self) -> None:
-        """Raise ContractError unless the rows of all tars are built that the cache is to have."""
+        """Check that the cache is built as far as it holds the run's tars.
+
+        Raises:
+            ManifestError: The rows of a tar are not built.
+        """
         for tar_id in self.tar_ids:
             if tar_id is not None:
                 self.cache.record(tar_id)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_teacher": None}
-
-    def finished(self) -> npt.NDArray[np.bool_]:
-        """Return which tars of the list have their rows built by now."""
+    def built(self) -> npt.NDArray[np.bool_]:
+        """Return for each tar of the run, (T,) bool, whether its rows are built by now, or never will be."""
         built = set(self.cache.finished())
         return np.array([tar_id is None or tar_id in built for tar_id in self.tar_ids])
 
-    def good_rows(self, number: int) -> npt.NDArray[np.bool_]:
-        """Return which samples of the tar at place `number` of the list have an embedding."""
-        tar_id = self.tar_ids[number]
+    def has_rows(self, tar_number: int) -> npt.NDArray[np.bool_]:
+        """Return for each sample of a tar, (n,) bool, whether it has an embedding."""
+        tar_id = self.tar_ids[tar_number]
         if tar_id is None:
-            return np.zeros(len(self.tars[number].samples), np.bool_)
+            return np.zeros(len(self.tars[tar_number].samples), np.bool_)
         record = self.cache.record(tar_id)
         if record.n_ok == record.n_samples:
             return np.ones(record.n_samples, np.bool_)
-        good_n: npt.NDArray[np.bool_] = self.cache.status(tar_id) == RowStatus.OK
-        return good_n
+        return np.equal(self.cache.status(tar_id), RowStatus.OK)
 
-    def moments(self, numbers: Sequence[int] | None = None) -> tuple[Row, Row]:
-        """Return mean and standard deviation (D,) of the features over tars of the list, by default over all of it."""
-        ids = [self.tar_ids[i] for i in (range(len(self.tars)) if numbers is None else numbers)]
-        return self.cache.moments([tar_id for tar_id in ids if tar_id is not None])
+    def moments(self, tar_numbers: Sequence[int]) -> tuple[CachedRow, CachedRow]:
+        """Return the mean and the standard deviation (D,) of the features over some tars."""
+        tar_ids = [self.tar_ids[number] for number in tar_numbers]
+        return self.cache.moments([tar_id for tar_id in tar_ids if tar_id is not None])
 
-    def row(self, number: int, ordinal: int, view: int = 0) -> Row:
-        """Return one embedding (D,). Raises ContractError when the cached row belongs to another key."""
-        tar, tar_id = self.tars[number], self.tar_ids[number]
+    def row(self, tar_number: int, ordinal: int, view: int = 0) -> CachedRow:
+        """Return one embedding (D,).
+
+        Raises:
+            ManifestError: The cached row belongs to another key, or there is none.
+        """
+        tar, tar_id = self.tars[tar_number], self.tar_ids[tar_number]
         if tar_id is None:
             raise ManifestError(f"{self.cache.storage}: has no rows of {tar.location}")
         return self.cache.row(tar_id, ordinal, tar.samples[ordinal].key, view)
 
-    def stored_row(self, number: int, ordinal: int, view: int) -> Row | None:
-        """Return one embedding (D,), None where there is none and `on_missing_row` has an answer. Raises as `row`."""
-        tar_id = self.tar_ids[number]
-        missing = tar_id is None or self.cache.slot(tar_id).status_n[ordinal] != RowStatus.OK
-        return None if missing and self.on_missing_row in ("mask", "live") else self.row(number, ordinal, view)
+    def stored_row(self, tar_number: int, ordinal: int, view: int) -> CachedRow | None:
+        """Return one embedding (D,), or None where it is missing and `with_fallback` can do without.
 
-    def streamed_rows(self, numbers: Sequence[int], view: int) -> Generator[Callable[[int], Row | None], None, None]:
-        """Yield, tar after tar, what gives the embedding (D,) of an ordinal, or None. The next tar is read meanwhile.
-
-        Memory: that of `cache.stream.stream_rows`. Raises ContractError as `row` does, and for a damaged shard.
+        Raises:
+            ManifestError: As `row` does.
         """
-        ids = [self.tar_ids[number] for number in numbers]
-        with contextlib.closing(stream_rows(self.cache, [i for i in ids if i is not None], view)) as found:
-            for number, tar_id in zip(numbers, ids, strict=True):
+        if self.on_missing_row in ("mask", "live"):
+            tar_id = self.tar_ids[tar_number]
+            if tar_id is None or self.cache.slot(tar_id).status_n[ordinal] != RowStatus.OK:
+                return None
+        return self.row(tar_number, ordinal, view)
+
+    def streamed_rows(
+        self, tar_numbers: Sequence[int], view: int
+    ) -> Generator[Callable[[int], CachedRow | None], None, None]:
+        """Yield, tar after tar, a function from an ordinal to its stored embedding (D,) or None.
+
+        A thread reads the rows of the next tar meanwhile; for the memory see `cache.read.stream.stream_rows`.
+
+        Raises:
+            ManifestError: As `row` does, and for a damaged shard.
+        """
+        tar_ids = [self.tar_ids[number] for number in tar_numbers]
+        cached_ids = [tar_id for tar_id in tar_ids if tar_id is not None]
+        with contextlib.closing(stream_rows(self.cache, cached_ids, view)) as rows_of_tars:
+            for tar_number, tar_id in zip(tar_numbers, tar_ids, strict=True):
                 if tar_id is None:
                     yield lambda ordinal: None
-                else:
-                    rows, tar = next(found), self.tars[number]
-                    yield lambda ordinal, rows=rows, tar=tar: rows.row(ordinal, tar.samples[ordinal].key)  # type: ignore[misc]
+                    continue
+                rows = next(rows_of_tars)
+                tar = self.tars[tar_number]
+                yield lambda ordinal, rows=rows, tar=tar: rows.row(ordinal, tar.samples[ordinal].key)  # type: ignore[misc]
 
-    def filled(
-        self, row: Row | None, number: int, ordinal: int, view: int, picture: Callable[[], Image.Image]
-    ) -> Row | None:
-        """Return a stored row as `on_missing_row` has it: None under mask where there is none, and computed under live.
+    def with_fallback(
+        self, row: CachedRow | None, tar_number: int, ordinal: int, view: int, read_image: Callable[[], Image.Image]
+    ) -> CachedRow | None:
+        """Return a stored row or, where there is none, what `on_missing_row` puts in its place.
 
-        `picture` is asked for under live alone. Raises NoRow where the teacher cannot help either.
+        Args:
+            row: The stored row, None where there is none.
+            tar_number: The tar of the sample.
+            ordinal: Its ordinal.
+            view: The view of the row.
+            read_image: Gives the decoded image; called only where the teacher has to embed it.
+
+        Returns:
+            The row (D,); None under `mask` where it is missing.
+
+        Raises:
+            MissingRow: The teacher's embedding is not finite.
+            ManifestError: The row is missing and there is no fallback: the cache has changed.
         """
         if row is not None or self.on_missing_row == "mask":
             return row
         if self.on_missing_row == "live":
-            return self._live_row(number, ordinal, view, picture())
-        return self.row(number, ordinal, view)  # it was there when the epoch began: this says what has become of it
+            return self._embed(tar_number, ordinal, view, read_image())
+        return self.row(tar_number, ordinal, view)  # it existed when the epoch began: this raises what has changed
 
-    def training_row(self, number: int, ordinal: int, view: int, picture: Callable[[], Image.Image]) -> Row | None:
-        """Return `stored_row`, `filled`."""
-        return self.filled(self.stored_row(number, ordinal, view), number, ordinal, view, picture)
-
-    def crop(self, number: int, ordinal: int, view: int, size: tuple[int, int]) -> Row:
-        """Return where a view of crops was cut from the picture of this (width, height): (5,) for `views.replay`."""
-        tar_id = self.tar_ids[number]
+    def crop_params(self, tar_number: int, ordinal: int, view: int, size: tuple[int, int]) -> CachedRow:
+        """Return the crop parameters (5,) of one view of an image of this (width, height), for `views.replay`."""
+        tar_id = self.tar_ids[tar_number]
         if tar_id is not None:
-            params_5 = self.cache.view_params(tar_id, ordinal, view)
-            if np.isfinite(params_5).all():
-                return params_5
-        drawn_5: Row = self.cache.manifest.views.params(key_hash(self.tars[number].samples[ordinal].key), *size)[view]
-        return drawn_5  # a picture that the build left out, or never had: as it would have been cut
+            stored_5 = self.cache.view_params(tar_id, ordinal, view)
+            if np.isfinite(stored_5).all():
+                return stored_5
+        # The build left this image out, or never had it: draw the crops that it would have drawn
+        key = self.tars[tar_number].samples[ordinal].key
+        drawn_5: CachedRow = self.cache.manifest.views.params(key_hash(key), *size)[view]
+        return drawn_5
 
     def load_teacher(self) -> "Teacher":
-        """Return the teacher of the cache, on the CPU; loaded at the first call.
+        """Return the teacher of the cache, on the CPU. It is loaded at the first call.
 
         Raises:
-            ContractError: the one at hand is not that of the cache.
-            ValueError: its weights are no longer where they were: name them in the tower's `weights`.
+            ManifestError: The teacher at hand is not that of the cache.
+            ValueError: Its weights are not where they were at the build; set the tower's `weights`.
         """
         if self._teacher is None:
             from threetowers.cache.encoders.live import live_teacher
@@ -177,12 +216,14 @@ class CacheJoin:
             self._teacher = live_teacher(self.cache.manifest, self._weights)
         return self._teacher
 
-    def _live_row(self, number: int, ordinal: int, view: int, picture: Image.Image) -> Row:
+    def _embed(self, tar_number: int, ordinal: int, view: int, image: Image.Image) -> CachedRow:
         from threetowers.cache.encoders.live import embed, view_pixels
 
-        teacher, cropped = self.load_teacher(), self.cache.manifest.views.cropped
-        params_5 = self.crop(number, ordinal, view, picture.size) if cropped else None
-        row_D: Row = embed(teacher, [view_pixels(teacher, picture, view, params_5)])[0]
+        teacher = self.load_teacher()
+        params_5 = None
+        if self.cache.manifest.views.cropped:
+            params_5 = self.crop_params(tar_number, ordinal, view, image.size)
+        row_D: CachedRow = embed(teacher, [view_pixels(teacher, image, view, params_5)])[0]
         if not np.isfinite(row_D).all():
-            raise NoRow(f"the teacher {teacher.backbone!r} gives an embedding that is not finite")
+            raise MissingRow(f"the embedding by teacher {teacher.backbone!r} is not finite")
         return row_D

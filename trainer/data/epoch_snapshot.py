@@ -1,7 +1,7 @@
-"""Training while a cache is still being built: the tars that were finished when each epoch began.
+"""Training while a cache is still being built: the tars whose rows were built when each epoch began.
 
-The set is pinned in the run's folder before the first sample of the epoch is drawn, so that a resumed run, on any
-number of ranks, sees the samples that an undisturbed one would.
+They are recorded in the run's folder before the first sample of the epoch is drawn, so that a resumed run, on any
+number of ranks, sees the same samples as an uninterrupted one.
 """
 
 import functools
@@ -25,74 +25,96 @@ POLL_SECONDS = 2.0
 
 
 def wait_until_built(joins: Sequence[CacheJoin]) -> None:
-    """Return once all tars of these joins are finished."""
-    _wait(joins, lambda finished_T: bool(finished_T.all()))
+    """Return once the rows of all tars of these joins are built."""
+    _wait(joins, lambda built_T: bool(built_T.all()))
     for join in joins:
         join.check_built()
 
 
-class FinishedTars:
+class EpochSnapshots:
     """The tars that each epoch visits. Collective: every rank asks for the same epochs in the same order."""
 
-    def __init__(self, path: Path, joins: Sequence[CacheJoin], batch: int, numbers: range | None = None) -> None:
-        """`path`: where the sets are pinned. `numbers`: of the tars in the run's list, where they are not all of it.
+    def __init__(
+        self, path: Path, joins: Sequence[CacheJoin], samples_per_batch: int, tar_numbers: range | None = None
+    ) -> None:
+        """Set up the snapshots of one data set.
 
-        An epoch is not begun before `batch` samples are there.
+        Args:
+            path: File in which they are recorded.
+            joins: All caches of the run.
+            samples_per_batch: An epoch does not begin before so many samples have their rows.
+            tar_numbers: The data set's tars in the run's list; None for all of them.
         """
-        self._path, self._joins, self._batch = path, list(joins), batch
-        self._numbers = range(len(joins[0].tars)) if numbers is None else numbers
-        tars = [joins[0].tars[number] for number in self._numbers]
-        self._tars = [tar.fingerprint for tar in tars]
-        self._samples_T = np.array([len(tar.samples) for tar in tars])
-        self._known: dict[int, list[int]] = {}
+        self._path = path
+        self._joins = list(joins)
+        self._samples_per_batch = samples_per_batch
+        self._tar_numbers = range(len(joins[0].tars)) if tar_numbers is None else tar_numbers
+        tars = [joins[0].tars[number] for number in self._tar_numbers]
+        self._fingerprints = [tar.fingerprint for tar in tars]
+        self._sizes_T = np.array([len(tar.samples) for tar in tars])
+        self._snapshots: dict[int, list[int]] = {}
 
-    def of(self, epoch: int) -> list[int]:
-        """Return the places of an epoch's tars in the run's list.
+    def tar_numbers(self, epoch: int) -> list[int]:
+        """Return the numbers of an epoch's tars in the run's list.
 
         Raises:
-            ConfigError: the run's list of tars has changed since the epoch was pinned.
+            ConfigError: The run's list of tars has changed since the snapshot was recorded.
         """
-        if epoch not in self._known:
-            mine = slice(self._numbers.start, self._numbers.stop)
-            finished_T = _wait(self._joins, lambda found_T: int(self._samples_T[found_T[mine]].sum()) >= self._batch)
-            pinned: list[object] = [None]
+        if epoch not in self._snapshots:
+            own = slice(self._tar_numbers.start, self._tar_numbers.stop)
+            built_T = _wait(
+                self._joins, lambda built_T: int(self._sizes_T[built_T[own]].sum()) >= self._samples_per_batch
+            )
+            # What rank 0 has seen holds for all; others may have seen more
+            snapshot: list[object] = [None]
             if World.from_process_group().first:
-                pinned = [self._pin(epoch, np.flatnonzero(finished_T[mine]).tolist())]
+                snapshot = [self._record(epoch, np.flatnonzero(built_T[own]).tolist())]
             if distributed.is_initialized():
-                distributed.broadcast_object_list(pinned)
-            if isinstance(pinned[0], str):
-                raise ConfigError(pinned[0])
-            assert isinstance(pinned[0], list)
-            self._known[epoch] = [self._numbers[storage] for storage in pinned[0]]
-        return self._known[epoch]
+                distributed.broadcast_object_list(snapshot)
+            if isinstance(snapshot[0], str):
+                raise ConfigError(snapshot[0])
+            assert isinstance(snapshot[0], list)
+            self._snapshots[epoch] = [self._tar_numbers[position] for position in snapshot[0]]
+        return self._snapshots[epoch]
 
-    def _pin(self, epoch: int, finished: list[int]) -> list[int] | str:
-        """The pinned set of an epoch, by fingerprint in the file; or what is wrong, to be raised by all ranks."""
+    def _record(self, epoch: int, built: list[int]) -> list[int] | str:
+        """Return the recorded positions of an epoch's tars, recording those that are built if there is no record.
+
+        An error is returned as its message, so that all ranks can raise it.
+        """
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        places = {fingerprint: storage for storage, fingerprint in enumerate(self._tars)}
+        positions = {fingerprint: position for position, fingerprint in enumerate(self._fingerprints)}
         for line in lines:
-            pin = json.loads(line)
-            if pin["epoch"] == epoch:
-                if lost := [fingerprint for fingerprint in pin["tars"] if fingerprint not in places]:
-                    return (
-                        f"{self._path}: epoch {epoch} was begun with {len(lost)} tars that data.tars no longer names "
-                        f"(fingerprints {lost[:3]}); name them again, or choose another `output_dir`"
-                    )
-                return [places[fingerprint] for fingerprint in pin["tars"]]
-        pin = {"epoch": epoch, "finished": len(finished), "of": len(self._tars)}
-        pin["tars"] = [self._tars[storage] for storage in finished]
+            record = json.loads(line)
+            if record["epoch"] != epoch:
+                continue
+            lost = [fingerprint for fingerprint in record["tars"] if fingerprint not in positions]
+            if lost:
+                return (
+                    f"{self._path}: epoch {epoch} was begun with {len(lost)} tars that data.tars no longer names "
+                    f"(fingerprints {lost[:3]}); name them again, or choose another output_dir"
+                )
+            return [positions[fingerprint] for fingerprint in record["tars"]]
+        record = {
+            "epoch": epoch,
+            "built": len(built),
+            "total": len(self._fingerprints),
+            "tars": [self._fingerprints[position] for position in built],
+        }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._path, "".join(f"{line}\n" for line in [*lines, json.dumps(pin)]))
-        logger.info("epoch %d: %d of %d tars are finished", epoch, len(finished), len(self._tars))
-        return finished
+        write_atomic(self._path, "".join(f"{line}\n" for line in [*lines, json.dumps(record)]))
+        logger.info("epoch %d: %d of %d tars are built", epoch, len(built), len(self._fingerprints))
+        return built
 
 
 def _wait(joins: Sequence[CacheJoin], enough: Callable[[npt.NDArray[np.bool_]], bool]) -> npt.NDArray[np.bool_]:
-    """Which tars are finished in all caches, as soon as they are enough."""
-    told = False
-    while not enough(finished_T := functools.reduce(np.logical_and, (join.finished() for join in joins))):
-        if not told:
-            logger.info("waiting for the cache: %d of %d tars are finished", finished_T.sum(), len(finished_T))
-            told = True
+    """Return which tars are built in all caches, as soon as they are enough."""
+    logged = False
+    while True:
+        built_T = functools.reduce(np.logical_and, (join.built() for join in joins))
+        if enough(built_T):
+            return built_T
+        if not logged:
+            logger.info("waiting for the cache: %d of %d tars are built", built_T.sum(), len(built_T))
+            logged = True
         time.sleep(POLL_SECONDS)
-    return finished_T

@@ -1,206 +1,285 @@
-"""From sample addresses to batches: image bytes, tokens, cached rows, concepts."""
+"""From sample addresses to the batches of one rank: reading, decoding, augmentation, tokens, cached rows, groups."""
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.preemption import ignore_sigterm
-from threetowers.cache.webdataset.sample import BadSample
-from threetowers.cache.webdataset.tar_index import BadTar
-from threetowers.trainer.config import TrainConfig
-from threetowers.trainer.data.items import Item, Items
-from threetowers.trainer.data.sample_set import SampleSet
-from threetowers.trainer.data.sampler import Address, RankBatches
-from threetowers.trainer.data.streaming import LaneStep, RankLanes, Streamed, read_segment
+from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
+from threetowers.cache.webdataset.tar_index import BadTar, read_member
+from threetowers.trainer.config import Augment, TrainConfig
+from threetowers.trainer.data.batch import Batch, concatenate_batches
+from threetowers.trainer.data.cache_join import CachedRow, MissingRow
+from threetowers.trainer.data.sample_set import SampleSet, group_of
+from threetowers.trainer.data.sampler import RandomAccessSampler, SampleAddress
+from threetowers.trainer.data.streaming import StreamedSample, StreamSampler, StreamStep, read_segment
+from threetowers.trainer.data.transforms import augment, random_crop
 from threetowers.trainer.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One rank's part of a global batch. `inputs`: one tensor per tower, by its name."""
+class TrainingSample(NamedTuple):
+    """One sample, ready for a batch.
 
-    inputs: dict[str, Tensor]  # images (b, 3, S, S) uint8, tokens (b, L) int64, cached rows (b, D) float32
-    present: dict[str, Tensor]  # (b,) bool for each tower that some samples may lack (on_missing_row: mask)
-    concepts_b: Tensor  # int64; equal for samples that show the same thing
-    bad: tuple[str, ...]  # samples of this batch that could not be read, each with its reason
+    Attributes:
+        image: (3, S, S) uint8; None in a run without an image tower, such as LiT, which decodes no image.
+        caption: One of its captions.
+        rows: By cached tower, its embedding (D,); None where it has none.
+        group: Hash of the name of its group.
+    """
 
-    def __len__(self) -> int:
-        return len(self.concepts_b)
-
-    def pin_memory(self) -> "Batch":
-        return replace(self, inputs={n: t.pin_memory() for n, t in self.inputs.items()})
-
-    def to(self, device: torch.device) -> "Batch":
-        inputs, present = (
-            {n: t.to(device, non_blocking=True) for n, t in part.items()} for part in (self.inputs, self.present)
-        )
-        concepts_b = self.concepts_b.to(device, non_blocking=True)
-        return replace(self, inputs=inputs, present=present, concepts_b=concepts_b)
+    image: Tensor | None
+    caption: str
+    rows: dict[str, CachedRow | None]
+    group: int
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
-    """Return the parts of a batch as one, in their order."""
-    if len(parts) == 1:
-        return parts[0]
-    full = [part for part in parts if len(part)] or parts[:1]
-    return Batch(
-        {name: _cat([part.inputs[name] for part in full]) for name in full[0].inputs},
-        {name: _cat([part.present[name] for part in full]) for name in full[0].present},
-        _cat([part.concepts_b for part in full]),
-        tuple(reason for part in parts for reason in part.bad),
-    )
-
-
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
-    out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=tensors[0].is_pinned())
-    return torch.cat(list(tensors), out=out)
-
-
-class Failure(NamedTuple):
-    """An error about tars or caches that ends the run. Raised in a worker, it would arrive wrapped in tracebacks."""
+class LoaderFailure(NamedTuple):
+    """An error of tars or caches, which ends the run."""
 
     error: Exception
 
 
 FATAL = (BadTar, ManifestError, OSError)
-Read = Item | BadSample | Failure
+
+# Workers return errors, because an exception would arrive wrapped in the worker's traceback
+LoadedSample = TrainingSample | BadSample | LoaderFailure
 
 
-class IndexedItems(Dataset[Read]):
-    """Reads one sample by (epoch, index), wherever it lies."""
+class TrainingSampleReader:
+    """Reads and prepares samples. What is random in a sample depends on (seed, epoch, index) alone."""
 
-    def __init__(self, run: TrainConfig, samples: SampleSet) -> None:
-        self._items = Items(run, samples)
-
-    def __getitem__(self, address: Address) -> Read:
-        try:
-            return self._items.read(*address)
-        except FATAL as error:
-            return Failure(error)
-
-
-class StreamedItems(Dataset[Read]):
-    """Reads samples in the order of their lanes. What the lanes hold is sent along with the epochs' first steps."""
-
-    def __init__(self, run: TrainConfig, samples: SampleSet) -> None:
-        self._items = Items(run, samples)
+    def __init__(self, config: TrainConfig, samples: SampleSet) -> None:
+        """Set up the reader of a run's samples."""
+        self._config = config
         self._samples = samples
-        self._buffer = max(1, run.data.shuffle_buffer // run.data.num_streams)
-        self._seed = run.seed
-        self._reading: dict[tuple[int, int], Iterator[Streamed]] = {}
+        self._needs_image = bool(config.towers_of("timm"))
+        self._augments = config.data.augment != Augment()
 
-    def __getitems__(self, works: Sequence[LaneStep]) -> list[Read]:
+    def read(self, epoch: int, index: int) -> TrainingSample:
+        """Return a sample by random access.
+
+        Raises:
+            BadSample: The sample cannot be used.
+        """
+        samples = self._samples
+        tar_number, ordinal = samples.address(index)
+        view = samples.view(epoch)
+        return self.prepare(
+            epoch,
+            index,
+            read=functools.partial(read_member, samples.tars[tar_number], ordinal),
+            stored_row=lambda tower: samples.caches[tower].stored_row(tar_number, ordinal, view),
+        )
+
+    def prepare(
+        self, epoch: int, index: int, read: Callable[[str], bytes], stored_row: Callable[[str], CachedRow | None]
+    ) -> TrainingSample:
+        """Return a sample from its members.
+
+        Args:
+            epoch: Epoch of the sample's component.
+            index: Index of the sample.
+            read: Gives the bytes of a member by its extension.
+            stored_row: Gives the stored row of a cached tower, or None.
+
+        Raises:
+            BadSample: The sample cannot be used.
+        """
+        samples, data = self._samples, self._config.data
+        tar_number, ordinal = samples.address(index)
+        tar = samples.tars[tar_number]
+        view = samples.view(epoch)
+        rng = np.random.default_rng([self._config.seed, epoch, index])
+
+        annotation = read_annotation(tar, ordinal, read, caption_per_line=data.caption_per_line)
+        caption = annotation.captions[rng.integers(len(annotation.captions))]
+
+        # Decoded at most once, and only if a tower or a teacher needs it
+        decode = functools.cache(lambda: read_image(tar, ordinal, data.max_pixels, read))
+        image = None
+        if self._needs_image:
+            if data.crop_scale < 1:
+                image = random_crop(decode(), data.image_size, data.crop_scale, rng)
+            else:
+                image = samples.view_image(index, view, decode(), data.image_size)
+            if self._augments:
+                image = augment(image, data.augment, rng)
+
+        rows = {}
+        for tower, join in samples.caches.items():
+            try:
+                rows[tower] = join.with_fallback(stored_row(tower), tar_number, ordinal, view, decode)
+            except MissingRow as error:
+                raise BadSample(f"{tar.location}: sample {tar.samples[ordinal].key!r}: {error}") from error
+
+        group = group_of(tar, ordinal, annotation, samples.component_of(tar_number).group_field)
+        return TrainingSample(image, caption, rows, group_hash(group))
+
+
+def group_hash(name: str) -> int:
+    """Return the 64-bit signed hash of a group's name."""
+    return int(np.uint64(xxhash.xxh3_64_intdigest(name.encode())).astype(np.int64))
+
+
+class RandomAccessDataset(Dataset[LoadedSample]):
+    """A torch dataset of single samples by their address."""
+
+    def __init__(self, config: TrainConfig, samples: SampleSet) -> None:
+        """Set up the dataset of a run's samples."""
+        self._reader = TrainingSampleReader(config, samples)
+
+    def __getitem__(self, address: SampleAddress) -> LoadedSample:
+        """Return the sample at an address."""
         try:
-            return [item for work in works for item in self._step(work)]
+            return self._reader.read(*address)
+        except BadSample as error:
+            return error
         except FATAL as error:
-            return [Failure(error)]
-
-    def _step(self, work: LaneStep) -> Iterator[Item | BadSample]:
-        for part, segment in work.begins.items():
-            rng = np.random.default_rng([self._seed, segment.epoch, part, work.lane, 1])
-            self._reading[work.lane, part] = read_segment(self._samples, segment, self._buffer, rng)
-        for part in work.parts:
-            found = next(self._reading[work.lane, part])
-            yield self._items.make(found.epoch, found.sample, found.members.__getitem__, found.rows.__getitem__)
+            return LoaderFailure(error)
 
 
-class Collate:
-    """Puts items into a batch, and names those that could not be read."""
+class SequentialDataset(Dataset[LoadedSample]):
+    """A torch dataset of the samples of streams, which it keeps open from step to step."""
 
-    def __init__(self, run: TrainConfig, samples: SampleSet, tokenizer: Tokenizer) -> None:
-        self._run = run
+    def __init__(self, config: TrainConfig, samples: SampleSet) -> None:
+        """Set up the dataset of a run's samples."""
+        self._reader = TrainingSampleReader(config, samples)
+        self._samples = samples
+        self._buffer_size = max(1, config.data.shuffle_buffer // config.data.num_streams)
+        self._seed = config.seed
+        self._open: dict[tuple[int, int], Iterator[StreamedSample]] = {}  # by stream and component
+
+    def __getitems__(self, steps: Sequence[StreamStep]) -> list[LoadedSample]:
+        """Return the next samples of some streams."""
+        try:
+            return list(itertools.chain.from_iterable(map(self._read, steps)))
+        except FATAL as error:
+            return [LoaderFailure(error)]
+
+    def _read(self, step: StreamStep) -> list[LoadedSample]:
+        for component, segment in step.segments.items():
+            rng = np.random.default_rng([self._seed, segment.epoch, component, step.stream, 1])
+            self._open[step.stream, component] = read_segment(self._samples, segment, self._buffer_size, rng)
+        loaded: list[LoadedSample] = []
+        for component in step.components:
+            sample = next(self._open[step.stream, component])
+            read, stored_row = sample.members.__getitem__, sample.rows.__getitem__
+            try:
+                loaded.append(self._reader.prepare(sample.epoch, sample.sample_index, read, stored_row))
+            except BadSample as error:
+                loaded.append(error)
+        return loaded
+
+
+class Collator:
+    """Puts samples into a batch, and lists those that cannot be used."""
+
+    def __init__(self, config: TrainConfig, samples: SampleSet, tokenizer: Tokenizer) -> None:
+        """Set up the collator of a run's samples."""
+        self._config = config
         self._dims = {name: join.cache.dim for name, join in samples.caches.items()}
         self._tokenizer = tokenizer
 
-    def __call__(self, items: Sequence[Read]) -> Batch | Failure:
-        for item in items:
-            if isinstance(item, Failure):
-                return item
-        good = [item for item in items if isinstance(item, Item)]
-        bad = tuple(str(item) for item in items if isinstance(item, BadSample))
+    def __call__(self, loaded: Sequence[LoadedSample]) -> Batch | LoaderFailure:
+        """Return the batch of some samples, or the first failure."""
+        for sample in loaded:
+            if isinstance(sample, LoaderFailure):
+                return sample
+        good = [sample for sample in loaded if isinstance(sample, TrainingSample)]
+        bad = tuple(str(sample) for sample in loaded if isinstance(sample, BadSample))
         inputs: dict[str, Tensor] = {}
         present: dict[str, Tensor] = {}
         if not good:
             return Batch(inputs, present, torch.empty(0, dtype=torch.int64), bad)
-        for name, tower in self._run.towers.items():
+        for name, tower in self._config.towers.items():
             if tower.kind == "timm":
-                inputs[name] = torch.stack([item.image for item in good if item.image is not None])
+                inputs[name] = torch.stack([sample.image for sample in good if sample.image is not None])
             elif tower.kind == "text":
-                inputs[name] = self._tokenizer.encode([item.caption for item in good], self._run.data.context_length)
+                captions = [sample.caption for sample in good]
+                inputs[name] = self._tokenizer.encode(captions, self._config.data.context_length)
             else:
-                inputs[name], has_b = self._rows([item.rows[name] for item in good], self._dims[name])
+                rows = [sample.rows[name] for sample in good]
+                zeros_D = np.zeros(self._dims[name], np.float32)  # in place of a missing row
+                inputs[name] = torch.from_numpy(np.stack([zeros_D if row is None else row for row in rows]))
                 if tower.on_missing_row == "mask":
-                    present[name] = has_b
-        concepts_b = torch.tensor([item.concept for item in good])
-        return Batch(inputs, present, concepts_b, bad)
-
-    @staticmethod
-    def _rows(rows: Sequence[npt.NDArray[np.float32] | None], dim: int) -> tuple[Tensor, Tensor]:
-        """(b, D) rows, zeros where there is none, and (b,) bool which are there."""
-        nothing = np.zeros(dim, np.float32)
-        stacked = np.stack([nothing if row is None else row for row in rows])
-        return torch.from_numpy(stacked), torch.tensor([row is not None for row in rows])
+                    present[name] = torch.tensor([row is not None for row in rows])
+        groups_b = torch.tensor([sample.group for sample in good])
+        return Batch(inputs, present, groups_b, bad)
 
 
-class Batches:
-    """This rank's batches of some steps, made by `data.workers` processes. Each iteration starts at the first one."""
+class TrainingBatches:
+    """The batches of one rank for some steps, made by `data.workers` processes. Each iteration begins at the first."""
 
-    def __init__(self, loader: "DataLoader[Read]", parts: int, steps: int) -> None:
-        """`parts`: how many of what the loader gives make up a batch."""
-        self._loader, self._parts, self._steps = loader, parts, steps
+    def __init__(self, loader: "DataLoader[LoadedSample]", parts: int, steps: int) -> None:
+        """Set up the batches of so many steps, each of which the loader gives in `parts` parts."""
+        self._loader = loader
+        self._parts = parts
+        self._steps = steps
 
     def __len__(self) -> int:
+        """Return the number of steps."""
         return self._steps
 
     def __iter__(self) -> Iterator[Batch]:
-        found = iter(self._loader)
-        while parts := list(itertools.islice(found, self._parts)):
+        """Yield the batch of each step.
+
+        Raises:
+            BadTar, ManifestError, OSError: Tars or caches have changed since they were opened, or cannot be read.
+        """
+        loaded = iter(self._loader)
+        while parts := list(itertools.islice(loaded, self._parts)):
             for part in parts:
-                if isinstance(part, Failure):
+                if isinstance(part, LoaderFailure):
                     raise part.error
-            yield joined(parts)
+            yield concatenate_batches(parts)
 
 
 def training_loader(
-    run: TrainConfig, samples: SampleSet, tokenizer: Tokenizer, rank: int, ranks: int, start: int, stop: int
-) -> Batches:
+    config: TrainConfig, samples: SampleSet, tokenizer: Tokenizer, rank: int, world_size: int, start: int, stop: int
+) -> TrainingBatches:
     """Return this rank's batches of the steps start .. stop-1.
 
-    The samples of a step depend on (seed, step) alone; a run resumed at `start` sees what an undisturbed one would.
-    Raises ConfigError for ranks that do not divide the batch, or the lanes of streams. While iterated over, the errors
-    of tars and caches that have changed since they were opened.
+    The samples of a step depend on (seed, step) alone: a run that is resumed at `start` sees the same samples as an
+    uninterrupted one.
+
+    Raises:
+        ConfigError: The streams of sequential access cannot be divided among the ranks.
+        ValueError: The global batch cannot be divided among the ranks.
     """
-    visited = [partial(samples.visited, part=number) for number in range(len(samples.parts))]
-    counts = [part.share for part in samples.parts] if len(samples.parts) > 1 else [run.global_batch_size]
-    dataset: Dataset[Read]
-    sampler: RankBatches | RankLanes
-    if samples.streamed:
-        workers = min(run.data.workers, max(1, run.data.num_streams // ranks))
-        sampler = RankLanes(samples, visited, counts, run.seed, run.data.num_streams, rank, ranks, workers, start, stop)
-        dataset, parts = StreamedItems(run, samples), max(1, workers)
+    data = config.data
+    dataset: Dataset[LoadedSample]
+    sampler: RandomAccessSampler | StreamSampler
+    if samples.sequential:
+        workers = min(data.workers, max(1, data.num_streams // world_size))
+        parts = max(1, workers)
+        sampler = StreamSampler(samples, config.seed, data.num_streams, rank, world_size, workers, start, stop)
+        dataset = SequentialDataset(config, samples)
     else:
-        sampler = RankBatches(run.seed, visited, counts, rank, ranks, start, stop)
-        dataset, parts, workers = IndexedItems(run, samples), 1, run.data.workers
+        workers = data.workers
+        parts = 1
+        numbers = range(len(samples.components))
+        indices_of = [functools.partial(samples.epoch_indices, component=number) for number in numbers]
+        counts = [component.samples_per_batch for component in samples.components]
+        sampler = RandomAccessSampler(config.seed, indices_of, counts, rank, world_size, start, stop)
+        dataset = RandomAccessDataset(config, samples)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=Collate(run, samples, tokenizer),
+        collate_fn=Collator(config, samples, tokenizer),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_sigterm_to_the_trainer,
     )
-    return Batches(loader, parts, stop - start)
+    return TrainingBatches(loader, parts, stop - start)
 
 
 def _leave_sigterm_to_the_trainer(worker: int) -> None:

@@ -1,256 +1,246 @@
-"""The samples of sets of tars by address, and what one sample holds: an image, captions, fields."""
+"""The samples of some tars with the rows of their caches: their addresses, and which of them each epoch visits."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
 from threetowers.cache.format.views import Views
-from threetowers.cache.storage.storage import is_url
 from threetowers.cache.webdataset.sample import Annotation, BadSample
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
-from threetowers.trainer.data.cache_join import CacheJoin
-from threetowers.trainer.data.crops import center, mirrored, stored_crop
-from threetowers.trainer.data.epoch_snapshot import FinishedTars, wait_until_built
-from threetowers.trainer.data.sampler import Indices, shares, too_few
-from threetowers.trainer.data.tar_headers import index_sets
-
-DONE_SO = {"mask": "left out of the terms with", "live": "computed by the teacher of"}  # on_missing_row, in words
-Floats = npt.NDArray[np.float32]
+from threetowers.trainer.config import ConfigError
+from threetowers.trainer.data.cache_join import CachedRow, CacheJoin
+from threetowers.trainer.data.mixture import MixtureComponent
+from threetowers.trainer.data.sampler import Indices
+from threetowers.trainer.data.transforms import center_crop, stored_crop
 
 
-def concept(tar: TarIndex, ordinal: int, text: Annotation, field: str | None) -> str:
-    """Return the name of what a sample shows: its `field`, or its own key where no field is asked for."""
+def group_of(tar: TarIndex, ordinal: int, annotation: Annotation, field: str | None) -> str:
+    """Return the name of a sample's group: its `field`, or a name of its own where no field is asked for.
+
+    Raises:
+        BadSample: The sample has no such field.
+    """
     if field is None:
         return f"{tar.location}:{ordinal}"
-    if field not in text.fields:
+    if field not in annotation.fields:
         raise BadSample(
-            f"{_name(tar, ordinal)}: no field {field!r} in its json member (found {sorted(text.fields)}); "
+            f"{_name(tar, ordinal)}: no field {field!r} in its json member (found {sorted(annotation.fields)}); "
             "see data.group_field"
         )
-    return str(text.fields[field])
+    return str(annotation.fields[field])
 
 
-@dataclass(frozen=True)
-class Part:
-    """One of the sets of tars that a run mixes."""
+class EpochSamples(NamedTuple):
+    """The samples of one mixture component that an epoch visits.
 
-    name: str  # empty where it is the only one
-    tars: range  # their numbers in the run's list
-    share: int = 1  # samples of it in every global batch
-    group_field: str | None = None
-    finished: FinishedTars | None = None  # where its caches are still being built
+    Attributes:
+        tar_numbers: The tars that it visits.
+        indices: The samples that it visits.
+        left_out: How many samples of these tars it leaves out, by reason.
+        without_row: How many it visits though a cache has no row for them, by what is done about it.
+    """
 
-
-class Visit(NamedTuple):
-    """What an epoch visits of a part, and what became of the rest."""
-
-    numbers: list[int]  # of its tars
+    tar_numbers: list[int]
     indices: Indices
     left_out: Counter[str]
-    without_row: Counter[str]  # visited all the same
+    without_row: Counter[str]
 
 
 class SampleSet:
-    """The samples of some tars, each with its index: 0 .. total-1 in the order of the tars. Caches by tower name.
+    """The samples of all tars of a run. A sample's index, 0 .. total-1, follows the order of the tars.
 
-    Which of them an epoch visits depends on the policy that each cache has for rows without an embedding, and, in a run
-    on a cache that is still being built, on the tars that were finished when the epoch began. Each part has epochs of
-    its own.
+    Which samples an epoch visits depends on the `on_missing_row` of each cache and, in a run on a cache that is still
+    being built, on the tars that were built when the epoch began. Each mixture component has epochs of its own.
+
+    Attributes:
+        tars: The run's list of tars; a tar's number is its position in it.
+        caches: The joins of the caches to these tars, by the name of their tower.
+        components: The mixture of data sets that the tars make up.
+        sequential: Whether the samples are read by sequential access.
+        views: The views of the caches.
     """
 
     def __init__(
         self,
         tars: Sequence[TarIndex],
         caches: Mapping[str, CacheJoin],
-        parts: Sequence[Part] | None = None,
-        streamed: bool = False,
+        components: Sequence[MixtureComponent] | None = None,
+        sequential: bool = False,
     ) -> None:
-        """`streamed`: not for random access. Raises ConfigError if the caches hold different views."""
+        """Set up the samples; without `components` all tars are one data set.
+
+        Raises:
+            ConfigError: The caches hold different views.
+        """
         self.tars = list(tars)
         self.caches = dict(caches)
-        self.parts = list(parts) if parts is not None else [Part("", range(len(self.tars)))]
-        self.streamed = streamed
-        self.views = _agreed_views(self.caches)
-        self._firsts = np.cumsum([0, *(len(tar.samples) for tar in self.tars)], dtype=np.int64)
-        self._part_of = np.repeat(np.arange(len(self.parts)), [len(part.tars) for part in self.parts])
-        self._visits: dict[int, Visit] = {}  # the last of each part
+        self.components = [MixtureComponent("", range(len(self.tars)))] if components is None else list(components)
+        self.sequential = sequential
+        self.views = _common_views(self.caches)
+        self._first_indices = np.cumsum([0, *(len(tar.samples) for tar in self.tars)], dtype=np.int64)
+        tar_counts = [len(component.tars) for component in self.components]
+        self._component_of_tar = np.repeat(np.arange(len(self.components)), tar_counts)
+        self._latest: dict[int, EpochSamples] = {}  # by component, the epoch last asked for
 
     @property
     def total(self) -> int:
-        """Samples in the tars, usable or not."""
-        return int(self._firsts[-1])
+        """Number of samples in the tars, usable or not."""
+        return int(self._first_indices[-1])
 
     @property
     def left_out(self) -> Counter[str]:
         """Samples that the epoch last asked for leaves out, by reason."""
-        return sum((visit.left_out for visit in self._visits.values()), Counter())
+        return sum((latest.left_out for latest in self._latest.values()), Counter())
 
     @property
     def without_row(self) -> Counter[str]:
-        """Samples that it visits though a cache has no row for them, by what is done so."""
-        return sum((visit.without_row for visit in self._visits.values()), Counter())
+        """Samples that it visits though a cache has no row for them, by what is done about it."""
+        return sum((latest.without_row for latest in self._latest.values()), Counter())
 
     def __len__(self) -> int:
-        """Samples that durations count as an epoch: those that can be used, or all where it is too early to know."""
-        return sum(map(self.length, range(len(self.parts))))
+        """Return the number of samples of an epoch, in which durations are counted.
 
-    def length(self, number: int) -> int:
-        """Those of one part."""
-        part = self.parts[number]
-        if part.finished is None:
-            return len(self.visited(0, number))
-        return int(self._firsts[part.tars.stop] - self._firsts[part.tars.start])
+        These are the usable samples, or all of them where a cache is still being built.
+        """
+        return sum(self.component_length(number) for number in range(len(self.components)))
+
+    def component_length(self, number: int) -> int:
+        """Return the number of samples of an epoch that are of one component."""
+        component = self.components[number]
+        if component.snapshots is None:
+            return len(self.epoch_indices(0, number))
+        return int(self._first_indices[component.tars.stop] - self._first_indices[component.tars.start])
 
     def notes(self) -> list[str]:
-        """Return lines for the start-up page: which sets are mixed, and how all are read."""
-        batch = sum(part.share for part in self.parts)
-        sets = [
-            f"set {part.name}: {part.share:,} of each batch of {batch:,}, from {self.length(number):,} usable samples "
-            f"in {len(part.tars)} tars"
-            for number, part in enumerate(self.parts)
-            if part.name
-        ]
-        return [*sets, "read: tar after tar, in lanes"] if self.streamed else sets
+        """Return lines for the start-up page: the data sets of a mixture, and sequential access."""
+        lines = []
+        batch_size = sum(component.samples_per_batch for component in self.components)
+        for number, component in enumerate(self.components):
+            if component.name:
+                lines.append(
+                    f"data set {component.name}: {component.samples_per_batch:,} of each batch of {batch_size:,}, from "
+                    f"{self.component_length(number):,} usable samples in {len(component.tars)} tars"
+                )
+        if self.sequential:
+            lines.append("access: sequential, tar after tar in several streams")
+        return lines
 
-    def seen(self, steps: int) -> dict[str, float]:
-        """Return metrics of a mixture: samples of each set in so many steps, and epochs of it."""
-        found = {}
-        for number, part in enumerate(self.parts):
-            if part.name:
-                found[f"datasets/{part.name}/samples"] = float(steps * part.share)
-                found[f"datasets/{part.name}/epoch"] = steps / max(1, self.length(number) // part.share)
-        return found
+    def mixture_metrics(self, steps: int) -> dict[str, float]:
+        """Return the samples and the epochs of each data set of a mixture that so many steps take."""
+        metrics = {}
+        for number, component in enumerate(self.components):
+            if component.name:
+                steps_per_epoch = max(1, self.component_length(number) // component.samples_per_batch)
+                metrics[f"datasets/{component.name}/samples"] = float(steps * component.samples_per_batch)
+                metrics[f"datasets/{component.name}/epoch"] = steps / steps_per_epoch
+        return metrics
 
     def address(self, index: int) -> tuple[int, int]:
         """Return (tar number, ordinal) of a sample."""
-        number = int(self.tar_numbers(index))
-        return number, index - int(self._firsts[number])
+        tar_number = int(self.tar_numbers(index))
+        return tar_number, index - int(self._first_indices[tar_number])
+
+    def index(self, tar_number: int, ordinal: int) -> int:
+        """Return the index of a sample by its address."""
+        return int(self._first_indices[tar_number]) + ordinal
 
     def tar_numbers(self, indices: Indices | int) -> Indices:
-        """Return the number of the tar of each sample."""
-        return np.searchsorted(self._firsts, indices, "right") - 1
+        """Return the tar number of each sample."""
+        return np.searchsorted(self._first_indices, indices, "right") - 1
 
     def by_tar(self, indices: Indices) -> Iterator[tuple[int, list[int]]]:
-        """Yield (tar number, ordinals) of each run of samples from one tar."""
-        numbers = self.tar_numbers(indices)
-        for run in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(numbers)) + 1):
-            number = int(numbers[run[0]])
-            yield number, (indices[run] - self._firsts[number]).tolist()
+        """Yield (tar number, ordinals) of each series of consecutive samples from one tar."""
+        tar_numbers = self.tar_numbers(indices)
+        cuts = np.flatnonzero(np.diff(tar_numbers)) + 1
+        for series in np.split(np.arange(len(indices)), cuts):
+            tar_number = int(tar_numbers[series[0]])
+            yield tar_number, (indices[series] - self._first_indices[tar_number]).tolist()
 
-    def index(self, number: int, ordinal: int) -> int:
-        """Return the index of a sample by its address."""
-        return int(self._firsts[number]) + ordinal
-
-    def part_of(self, number: int) -> Part:
-        """Return the part that a tar belongs to."""
-        return self.parts[int(self._part_of[number])]
+    def component_of(self, tar_number: int) -> MixtureComponent:
+        """Return the mixture component that a tar belongs to."""
+        return self.components[int(self._component_of_tar[tar_number])]
 
     def view(self, epoch: int) -> int:
-        """Return the view of the caches that an epoch shows."""
+        """Return the view of the caches that an epoch uses."""
         return epoch % self.views.count
 
-    def visited(self, epoch: int, part: int = 0) -> Indices:
-        """Return the indices of the samples that an epoch visits. Collective where a cache is still being built.
+    def epoch_indices(self, epoch: int, component: int = 0) -> Indices:
+        """Return the samples of a component that an epoch visits. Collective where a cache is still being built.
 
-        Raises BadSample if a cache holds no good row for some sample and its policy is "error".
+        Raises:
+            BadSample: A cache lacks the row of a sample and its `on_missing_row` is error.
         """
-        numbers = self._numbers(epoch, self.parts[part])
-        if part not in self._visits or self._visits[part].numbers != numbers:
+        tar_numbers = self._epoch_tars(epoch, self.components[component])
+        latest = self._latest.get(component)
+        if latest is None or latest.tar_numbers != tar_numbers:
             left_out, without_row = Counter[str](), Counter[str]()
-            usable = [self._firsts[number] + self._usable(number, left_out, without_row) for number in numbers]
-            indices = np.concatenate([*usable, np.empty(0, np.int64)])
-            self._visits[part] = Visit(numbers, indices, left_out, without_row)
-        return self._visits[part].indices
+            usable = [np.empty(0, np.int64)]
+            for tar_number in tar_numbers:
+                ordinals = self._usable_ordinals(tar_number, left_out, without_row)
+                usable.append(self._first_indices[tar_number] + ordinals)
+            latest = EpochSamples(tar_numbers, np.concatenate(usable), left_out, without_row)
+            self._latest[component] = latest
+        return latest.indices
 
-    def moments(self, tower: str) -> tuple[Floats, Floats]:
+    def moments(self, tower: str) -> tuple[CachedRow, CachedRow]:
         """Return mean and standard deviation (D,) of a cached tower's features over the tars of the first epoch."""
-        return self.caches[tower].moments([n for part in self.parts for n in self._numbers(0, part)])
+        tar_numbers: list[int] = []
+        for component in self.components:
+            tar_numbers += self._epoch_tars(0, component)
+        return self.caches[tower].moments(tar_numbers)
 
-    def picture(self, index: int, view: int, image: Image.Image, size: int) -> Tensor:
-        """Return a sample's picture (3, size, size) as the caches saw it in this view; its centre without caches."""
-        if not self.views.cropped:
-            return mirrored(center(image, size)) if view else center(image, size)
-        number, ordinal = self.address(index)
-        return stored_crop(image, size, next(iter(self.caches.values())).crop(number, ordinal, view, image.size))
+    def view_image(self, index: int, view: int, image: Image.Image, size: int) -> Tensor:
+        """Return a view of a sample's image as the teachers of the caches saw it: (3, size, size) uint8.
 
-    def _numbers(self, epoch: int, part: Part) -> list[int]:
-        return list(part.tars) if part.finished is None else part.finished.of(epoch)
+        Without caches it is the center.
+        """
+        if self.views.cropped:
+            tar_number, ordinal = self.address(index)
+            join = next(iter(self.caches.values()))
+            return stored_crop(image, size, join.crop_params(tar_number, ordinal, view, image.size))
+        image_3hw = center_crop(image, size)
+        return image_3hw.flip(-1) if view else image_3hw
 
-    def _usable(self, number: int, left_out: Counter[str], without_row: Counter[str]) -> Indices:
-        good = np.ones(len(self.tars[number].samples), bool)
+    def _epoch_tars(self, epoch: int, component: MixtureComponent) -> list[int]:
+        return list(component.tars) if component.snapshots is None else component.snapshots.tar_numbers(epoch)
+
+    def _usable_ordinals(self, tar_number: int, left_out: Counter[str], without_row: Counter[str]) -> Indices:
+        """Return the ordinals of a tar that an epoch visits, and count the others."""
+        tar = self.tars[tar_number]
+        usable = np.ones(len(tar.samples), bool)
         for name, join in self.caches.items():
-            good_rows = join.good_rows(number)
-            if join.on_missing_row == "error" and not good_rows.all():
-                ordinal = int(np.flatnonzero(~good_rows)[0])
+            missing = ~join.has_rows(tar_number)
+            if join.on_missing_row == "error" and missing.any():
                 raise BadSample(
-                    f"{_name(self.tars[number], ordinal)}: the cache of tower {name!r} has no embedding for it "
-                    f"({np.count_nonzero(~good_rows)} such samples in this tar); repair the tar and rebuild, or set "
-                    f"towers.{name}.on_missing_row: skip, mask or live"
+                    f"{_name(tar, int(np.argmax(missing)))}: the cache of tower {name!r} has no embedding for it "
+                    f"({np.count_nonzero(missing)} such samples in this tar); repair the tar and build it again, or "
+                    f"set towers.{name}.on_missing_row: skip, mask or live"
                 )
-            if join.on_missing_row in ("mask", "live"):
-                without_row[f"{DONE_SO[join.on_missing_row]} {name!r}"] += int(np.count_nonzero(~good_rows))
-                if join.on_missing_row == "live" and not good_rows.all():
-                    join.load_teacher()  # here, before workers start: they share it, and it may be missing
-                continue
-            left_out[f"no embedding in {name!r}"] += int(np.count_nonzero(good & ~good_rows))
-            good &= good_rows
-        return np.flatnonzero(good).astype(np.int64)
+            if join.on_missing_row == "mask":
+                without_row[f"left out of the terms with {name!r}"] += int(np.count_nonzero(missing))
+            elif join.on_missing_row == "live":
+                without_row[f"computed by the teacher of {name!r}"] += int(np.count_nonzero(missing))
+                if missing.any():
+                    join.load_teacher()  # before the workers start: they share it, and it may be unavailable
+            else:
+                left_out[f"no embedding in {name!r}"] += int(np.count_nonzero(usable & missing))
+                usable &= ~missing
+        return np.flatnonzero(usable).astype(np.int64)
 
 
-def open_samples(run: TrainConfig, folder: Path) -> SampleSet:
-    """Return the samples of a run with their caches, once as much is built as `data.on_incomplete_cache` asks for.
-
-    Collective. `folder`: of the run; where the tars of each epoch are pinned. Raises BadSample, BadTar, ConfigError or
-    ContractError for tars and caches that do not fit the run.
-    """
-    data = run.data
-    tars, ranges = index_sets({name: part.tars for name, part in data.named_sets.items()}, data.index_dir)
-    caches = {
-        name: CacheJoin.of(tower, tars, unbuilt=data.on_incomplete_cache != "error", sets=list(ranges.values()))
-        for name, tower in run.towers.items()
-        if isinstance(tower, CacheTower)
-    }
-    joins = list(caches.values())
-    if joins and data.on_incomplete_cache == "wait":
-        wait_until_built(joins)
-    counts = shares([part.weight for part in data.named_sets.values()], run.global_batch_size)
-    parts = []
-    for (name, part), numbers, share in zip(data.named_sets.items(), ranges.values(), counts, strict=True):
-        finished = None
-        if joins and data.on_incomplete_cache == "skip":
-            pins = folder / f"finished-tars{f'-{name}' if name else ''}.jsonl"
-            finished = FinishedTars(pins, joins, share, numbers)
-        parts.append(Part(name, numbers, share, part.group_field or data.group_field, finished))
-    streamed = data.access == "sequential" or (data.access == "auto" and any(is_url(tar.location) for tar in tars))
-    if streamed and run.global_batch_size % data.num_streams:
+def _common_views(caches: Mapping[str, CacheJoin]) -> Views:
+    views = {name: join.cache.manifest.views for name, join in caches.items()}
+    if len(set(views.values())) > 1:
+        found = ", ".join(f"{name}: {of_cache}" for name, of_cache in views.items())
         raise ConfigError(
-            f"data.num_streams: {data.num_streams} does not divide global_batch_size {run.global_batch_size}; "
-            "change one of them"
+            f"towers: found caches of different views: {found}; expected equal ones, as the image tower gets one view "
+            "an epoch: build the caches with the same --views, seed and scale"
         )
-    samples = SampleSet(tars, caches, parts, streamed)
-    for number, opened in enumerate(parts):  # refuses what it must before anything else is set up
-        if len(samples.visited(0, number)) < opened.share:
-            where = f"data.sets.{opened.name}: " * bool(opened.name)
-            raise ConfigError(where + too_few(opened.share, len(samples.visited(0, number))))
-    return samples
-
-
-def _agreed_views(caches: Mapping[str, CacheJoin]) -> Views:
-    found = {name: join.cache.manifest.views for name, join in caches.items()}
-    if len(set(found.values())) > 1:
-        raise ConfigError(
-            f"towers: caches of different views: {', '.join(f'{name}: {views}' for name, views in found.items())}; the "
-            "picture of an epoch can be that of one only: build them with the same --views, seed and scale"
-        )
-    return next(iter(found.values()), Views())
+    return next(iter(views.values()), Views())
 
 
 def _name(tar: TarIndex, ordinal: int) -> str:

@@ -1,14 +1,14 @@
-"""Streams: each lane reads its tars one after the other, through a shuffle buffer.
+"""Sequential access: several streams, each of which reads its tars one after the other, through a shuffle buffer.
 
-Tars in a seeded order, end to end, are cut into lanes of equal length, so all lanes take the same number of steps and a
-tar at a cut is read by two. Lane l owns the same places of every global batch, whichever rank and worker reads it. What
-a lane gives is a pure function of (seed, epoch, lane): a resumed run knows what its buffer held, and reads on from the
-first of those samples.
+The tars of an epoch in a seeded order, end to end, are cut into streams of equal length, so all streams take the same
+number of steps, and a tar at a cut is read by two of them. A stream owns the same positions of every global batch,
+whichever rank and worker reads it. Its samples are a pure function of (seed, epoch, stream): a resumed run computes
+what the shuffle buffer held, and continues reading at the first of those samples.
 """
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,136 +16,202 @@ import numpy as np
 from threetowers.cache.prefetch import prefetch
 from threetowers.cache.webdataset.sample_stream import stream_samples
 from threetowers.trainer.config import ConfigError
-from threetowers.trainer.data.cache_join import Row
+from threetowers.trainer.data.cache_join import CachedRow
+from threetowers.trainer.data.mixture import batch_layout
 from threetowers.trainer.data.sample_set import SampleSet
-from threetowers.trainer.data.sampler import Epoch, Indices, buffered, by_tar, epochs, places
+from threetowers.trainer.data.sampler import Epoch, Indices, epochs
 
-AHEAD = 64  # samples of a lane that its thread has read before they are asked for
+READ_AHEAD = 64  # samples that the thread of a stream reads before they are needed
 
 
-class Segment(NamedTuple):
-    """The samples of one set that a lane visits in one epoch, in the order of its tars; so many of them are done."""
+class StreamSegment(NamedTuple):
+    """The part of one epoch of one component that a stream reads.
+
+    Attributes:
+        epoch: Number of the epoch.
+        indices: Its samples, in the order of the tars.
+        done: How many of them, in shuffled order, earlier steps have used.
+    """
 
     epoch: int
     indices: Indices
     done: int
 
 
-class LaneStep(NamedTuple):
-    """What a lane does in one step."""
+class StreamStep(NamedTuple):
+    """The work of one stream in one step.
 
-    lane: int
-    parts: list[int]  # the sets that its places belong to
-    begins: dict[int, Segment]  # by set: the epochs that begin, or are resumed, with this step
+    Attributes:
+        stream: Number of the stream.
+        components: The component of each position of the batch that the stream fills.
+        segments: By component, the segment that begins, or is resumed, with this step.
+    """
+
+    stream: int
+    components: list[int]
+    segments: dict[int, StreamSegment]
 
 
-class Streamed(NamedTuple):
-    """A sample as it came out of a lane."""
+class StreamedSample(NamedTuple):
+    """A sample as it was read from its tar, with its rows by cached tower. Nothing is decoded."""
 
     epoch: int
-    sample: int
+    sample_index: int
     members: Mapping[str, bytes]
-    rows: Mapping[str, Row | None]  # by cached tower
+    rows: Mapping[str, CachedRow | None]
 
 
-class RankLanes:
-    """A torch batch sampler: the steps of this rank's lanes, each step in as many parts as there are workers.
+class StreamSampler:
+    """A torch batch sampler: the steps of this rank's streams. Each step comes in one part for each worker.
 
-    Relies on the loader giving its batches to its workers in turn: a lane stays with the worker that reads it.
+    A stream stays with one worker, because torch's DataLoader hands its batches to its workers in turn.
     """
 
     def __init__(
         self,
         samples: SampleSet,
-        visited: Sequence[Callable[[int], Indices]],
-        counts: Sequence[int],
         seed: int,
-        lanes: int,
+        num_streams: int,
         rank: int,
-        ranks: int,
+        world_size: int,
         workers: int,
         start: int,
         stop: int,
     ) -> None:
-        """`visited`, `counts`: as for RankBatches. Raises ConfigError for ranks that do not divide the lanes."""
-        if lanes % ranks:
+        """Set up the sampler for the steps start .. stop-1.
+
+        Raises:
+            ConfigError: The streams cannot be divided among the ranks.
+        """
+        if num_streams % world_size:
             raise ConfigError(
-                f"data.num_streams: {lanes} streams cannot be dealt out to {ranks} ranks; start a number of ranks that "
-                "divides them, or, in a new run, change data.num_streams"
+                f"data.num_streams: {num_streams} streams cannot be divided among {world_size} ranks; start a number "
+                "of ranks that divides them, or, in a new run, change data.num_streams"
             )
-        self._samples, self._visited, self._seed = samples, list(visited), seed
-        self._start, self._stop = start, stop
-        self._parts_lb = places(counts).reshape(lanes, -1)
-        # samples of each set (row) in a step of each lane, and in those of the lanes before it
-        self._share_nl = np.stack([(self._parts_lb == part).sum(1) for part in range(len(counts))])
-        self._before_nl = np.cumsum(self._share_nl, axis=1) - self._share_nl
-        mine = range(rank * lanes // ranks, (rank + 1) * lanes // ranks)
-        self._workers = [chunk.tolist() for chunk in np.array_split(mine, max(1, workers))]
+        self._samples = samples
+        self._seed = seed
+        self._steps = range(start, stop)
+        counts = [component.samples_per_batch for component in samples.components]
+        self._layout_sb = batch_layout(counts).reshape(num_streams, -1)  # by stream, the component of its positions
+        # By component (row): its samples in one step of each stream, and in one step of all streams before that one.
+        self._counts_cs = np.stack([(self._layout_sb == number).sum(1) for number in range(len(counts))])
+        self._before_cs = np.cumsum(self._counts_cs, axis=1) - self._counts_cs
+        per_rank = num_streams // world_size
+        own = range(rank * per_rank, (rank + 1) * per_rank)
+        self._streams_of_workers = [streams.tolist() for streams in np.array_split(own, max(1, workers))]
 
     def __len__(self) -> int:
-        return (self._stop - self._start) * len(self._workers)
+        """Return the number of parts of all steps."""
+        return len(self._steps) * len(self._streams_of_workers)
 
-    def __iter__(self) -> Iterator[list[LaneStep]]:
-        counts = self._share_nl.sum(1).tolist()
-        coming = [epochs(v, n, self._start, self._stop) for v, n in zip(self._visited, counts, strict=True)]
-        now = [part for found in coming for part in itertools.islice(found, 1)]  # none where there is no step
-        for step in range(self._start, self._stop):
-            for part, epoch in enumerate(now):
-                if step == epoch.first + epoch.steps:
-                    now[part] = next(coming[part])
-            fresh = {
-                part: self._in_order(part, epoch)
-                for part, epoch in enumerate(now)
-                if step in (self._start, epoch.first)
-            }
-            for lanes in self._workers:
-                yield [self._lane_step(lane, step, now, fresh) for lane in lanes]
+    def __iter__(self) -> Iterator[list[StreamStep]]:
+        """Yield the work of each worker in turn, step after step."""
+        start, stop = self._steps.start, self._steps.stop
+        if start == stop:
+            return
+        coming = [
+            epochs(partial(self._samples.epoch_indices, component=number), int(count), start, stop)
+            for number, count in enumerate(self._counts_cs.sum(1))
+        ]
+        current = [next(component_epochs) for component_epochs in coming]
+        for step in self._steps:
+            # Components have epochs of their own: which of them begin, or are resumed, with this step?
+            orders: dict[int, Indices] = {}
+            for number, epoch in enumerate(current):
+                if step == epoch.first_step + epoch.steps:
+                    epoch = current[number] = next(coming[number])
+                if step in (start, epoch.first_step):
+                    tar_numbers = self._samples.tar_numbers(epoch.indices)
+                    orders[number] = tar_order(self._seed, epoch.number, epoch.indices, tar_numbers, number)
+            for streams in self._streams_of_workers:
+                yield [self._stream_step(stream, step, current, orders) for stream in streams]
 
-    def _in_order(self, part: int, epoch: Epoch) -> Indices:
-        return by_tar(self._seed, epoch.number, epoch.visited, self._samples.tar_numbers(epoch.visited), part)
+    def _stream_step(
+        self, stream: int, step: int, current: Sequence[Epoch], orders: Mapping[int, Indices]
+    ) -> StreamStep:
+        segments = {}
+        for number, indices in orders.items():
+            epoch = current[number]
+            count = int(self._counts_cs[number, stream])
+            first = epoch.steps * int(self._before_cs[number, stream])
+            own = indices[first : first + epoch.steps * count]
+            segments[number] = StreamSegment(epoch.number, own, (step - epoch.first_step) * count)
+        return StreamStep(stream, self._layout_sb[stream].tolist(), segments)
 
-    def _lane_step(self, lane: int, step: int, now: Sequence[Epoch], fresh: Mapping[int, Indices]) -> LaneStep:
-        begins = {}
-        for part, indices in fresh.items():
-            epoch, share = now[part], int(self._share_nl[part, lane])
-            first = epoch.steps * int(self._before_nl[part, lane])
-            mine = indices[first : first + epoch.steps * share]
-            begins[part] = Segment(epoch.number, mine, (step - epoch.first) * share)
-        return LaneStep(lane, self._parts_lb[lane].tolist(), begins)
 
+def tar_order(seed: int, epoch: int, indices: Indices, tar_numbers: Indices, component: int = 0) -> Indices:
+    """Return `indices` with their tars in a random order of the epoch, and their own order inside each tar.
 
-def read_segment(samples: SampleSet, segment: Segment, buffer: int, rng: np.random.Generator) -> Iterator[Streamed]:
-    """Yield the samples of a segment that are not done, through a shuffle buffer of so many. A thread reads ahead.
-
-    Raises BadTar or ContractError for tars and caches that have changed.
+    Args:
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        indices: Samples of one component, (n,).
+        tar_numbers: The tar of each of them, (n,).
+        component: Number of the component.
     """
-    order = buffered(len(segment.indices), buffer, rng)[segment.done :]
-    arriving = segment.indices[np.sort(order)]
-    held: dict[int, Streamed] = {}
-    with contextlib.closing(prefetch(_arrivals(samples, segment.epoch, arriving), AHEAD)) as source:
+    tars, tar_of = np.unique(tar_numbers, return_inverse=True)
+    positions = np.random.default_rng([seed, epoch, component]).permutation(len(tars))
+    return indices[np.argsort(positions[tar_of], kind="stable")]
+
+
+def shuffle_buffer_order(samples: int, buffer_size: int, rng: np.random.Generator) -> Indices:
+    """Return the order (samples,) in which a shuffle buffer yields the samples 0, 1, 2, ... that are put into it.
+
+    It holds at most `buffer_size` samples: entry i of the order is one of the first i + buffer_size samples.
+    """
+    held = list(range(min(buffer_size, samples)))
+    order = []
+    slots = rng.integers(0, buffer_size, max(0, samples - buffer_size)).tolist()
+    for arriving, slot in enumerate(slots, start=buffer_size):
+        order.append(held[slot])
+        held[slot] = arriving
+    return np.array([*order, *rng.permutation(held)], np.int64)
+
+
+def read_segment(
+    samples: SampleSet, segment: StreamSegment, buffer_size: int, rng: np.random.Generator
+) -> Iterator[StreamedSample]:
+    """Yield the remaining samples of a segment in shuffled order. A thread reads ahead.
+
+    Args:
+        samples: All samples of the run.
+        segment: The samples to read, and how many are done.
+        buffer_size: Samples that the shuffle buffer holds.
+        rng: Random numbers of the shuffle buffer.
+
+    Raises:
+        BadTar: A tar has changed since it was indexed.
+        ManifestError: A cache has changed since it was opened, or is damaged.
+    """
+    order = shuffle_buffer_order(len(segment.indices), buffer_size, rng)[segment.done :]
+    to_read = segment.indices[np.sort(order)]
+    held: dict[int, StreamedSample] = {}
+    with contextlib.closing(prefetch(_read_tars(samples, segment.epoch, to_read), READ_AHEAD)) as arriving:
         for index in segment.indices[order].tolist():
             while index not in held:
-                found = next(source)
-                held[found.sample] = found
+                sample = next(arriving)
+                held[sample.sample_index] = sample
             yield held.pop(index)
 
 
-def _arrivals(samples: SampleSet, epoch: int, indices: Indices) -> Iterator[Streamed]:
-    """Samples in the order of their tars, with their rows; nothing is decoded."""
-    runs = list(samples.by_tar(indices))
+def _read_tars(samples: SampleSet, epoch: int, indices: Indices) -> Iterator[StreamedSample]:
+    """Yield samples, which are sorted by tar, with their rows."""
+    by_tar = list(samples.by_tar(indices))
+    tar_numbers = [tar_number for tar_number, _ in by_tar]
     view = samples.view(epoch)
     with contextlib.ExitStack() as stack:
-        rows = {
-            name: stack.enter_context(contextlib.closing(join.streamed_rows([number for number, _ in runs], view)))
+        # One generator a cache, each of which reads the rows of the next tar while this one is in use
+        rows_of_tars = {
+            name: stack.enter_context(contextlib.closing(join.streamed_rows(tar_numbers, view)))
             for name, join in samples.caches.items()
         }
-        for number, ordinals in runs:
-            row_of = {name: next(found) for name, found in rows.items()}
+        for tar_number, ordinals in by_tar:
+            row_of = {name: next(rows) for name, rows in rows_of_tars.items()}
             wanted = set(ordinals)
-            with contextlib.closing(stream_samples(samples.tars[number], ordinals[0])) as found:
-                for ordinal, members in found:
+            with contextlib.closing(stream_samples(samples.tars[tar_number], ordinals[0])) as tar_samples:
+                for ordinal, members in tar_samples:
                     if ordinal in wanted:
-                        stored = {name: row(ordinal) for name, row in row_of.items()}
-                        yield Streamed(epoch, samples.index(number, ordinal), members, stored)
+                        rows = {name: row(ordinal) for name, row in row_of.items()}
+                        yield StreamedSample(epoch, samples.index(tar_number, ordinal), members, rows)
                     if ordinal == ordinals[-1]:
                         break

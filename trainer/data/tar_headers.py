@@ -1,11 +1,10 @@
-"""The index of a run's tars, made once: each rank reads the headers of its share, and all get the whole."""
+"""The indexes of a run's tars: each rank reads the headers of its share of the tars, and all get all indexes."""
 
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from typing import Any
 from zipfile import BadZipFile
 
@@ -20,66 +19,82 @@ from threetowers.cache.world import World
 THREADS = 8  # remote tars wait for the network; local ones neither gain nor lose
 
 
-def index_sets(
-    patterns: Mapping[str, Sequence[str]], kept: str | None = None
+def index_datasets(
+    patterns: Mapping[str, Sequence[str]], index_dir: str | None = None
 ) -> tuple[list[TarIndex], dict[str, range]]:
-    """Return the indexed tars of all sets in order, and the numbers of each set's tars. Collective.
+    """Return the indexed tars of all data sets in order, and the numbers of each data set's tars. Collective.
 
-    `kept`: the folder or URL where indexes stay for the next time. Raises ValueError, BadTar or OSError, the same on
-    all ranks, for a tar that cannot be found or trusted.
+    An error on one rank is raised on all.
+
+    Args:
+        patterns: Paths, globs, brace ranges or URLs of the tars, by data set.
+        index_dir: Folder or URL where indexes are kept for the next launch; None keeps none.
+
+    Raises:
+        BadTar: A tar is damaged.
+        OSError: A tar cannot be read, or an index cannot be kept.
+        ValueError: A pattern matches no file.
     """
     world = World.from_process_group()
-    listed = _gathered(lambda: [expand(part) for part in patterns.values()] if world.first else [])[0]  # one listing
-    locations = [location for part in listed for location in part]
-    shares = _gathered(lambda: _indexed(locations[world.rank :: world.size], kept))
-    tars = [shares[number % world.size][number // world.size] for number in range(len(locations))]
-    ends = [sum(map(len, listed[:count])) for count in range(len(listed) + 1)]
-    return tars, dict(zip(patterns, (range(*ends) for ends in pairwise(ends)), strict=True))
+
+    # One listing for all ranks, which may see a shared file system differently
+    (listed, *_) = _all_gather(lambda: [expand(tars) for tars in patterns.values()] if world.first else [])
+    locations = [location for tars in listed for location in tars]
+
+    # Rank r of W indexes the tars r, r + W, r + 2 W, ...
+    by_rank = _all_gather(lambda: _index_tars(locations[world.rank :: world.size], index_dir))
+    tars = [by_rank[number % world.size][number // world.size] for number in range(len(locations))]
+
+    tar_numbers = {}
+    first = 0
+    for name, of_dataset in zip(patterns, listed, strict=True):
+        tar_numbers[name] = range(first, first + len(of_dataset))
+        first += len(of_dataset)
+    return tars, tar_numbers
 
 
-def _indexed(locations: Sequence[str], kept: str | None) -> list[TarIndex]:
+def _index_tars(locations: Sequence[str], index_dir: str | None) -> list[TarIndex]:
     with ThreadPoolExecutor(THREADS) as pool:
-        if kept is None:
+        if index_dir is None:
             return list(pool.map(index_tar, locations))
-        return list(pool.map(partial(kept_index, open_storage(kept)), locations))
+        return list(pool.map(partial(_kept_index, open_storage(index_dir)), locations))
 
 
-def kept_index(folder: Storage, location: str) -> TarIndex:
-    """Return the index of a tar as it is kept for a tar of this size and time, else from its headers, and keep it.
-
-    Raises BadTar or OSError as `index_tar` does, PlaceError where nothing can be kept.
-    """
+def _kept_index(folder: Storage, location: str) -> TarIndex:
+    """Return the index of a tar: the one kept for a tar of this size and time, else a new one, which is then kept."""
     storage, name = split_address(location)
-    now = {"location": location, "size": storage.size(name), "modified": storage.modified(name)}
+    tar = {"location": location, "size": storage.size(name), "modified": storage.modified(name)}
     file = f"{xxhash.xxh3_64_hexdigest(location.encode())}.npz"
     try:
-        with np.load(io.BytesIO(folder.read(file)), allow_pickle=False) as found:
-            about = json.loads(str(found["about"]))
-            facts = {key: about.pop(key) for key in ("fingerprint", "ignored")}
-            if about == now:
-                return TarIndex(location, about["size"], samples=SampleList.from_arrays(found), **facts)
+        with np.load(io.BytesIO(folder.read(file)), allow_pickle=False) as kept:
+            about = json.loads(str(kept["about"]))
+            fingerprint = about.pop("fingerprint")
+            ignored = about.pop("ignored")
+            if about == tar:
+                samples = SampleList.from_arrays(kept)
+                return TarIndex(location, about["size"], samples=samples, fingerprint=fingerprint, ignored=ignored)
     except (FileNotFoundError, EOFError, ValueError, KeyError, BadZipFile):
         pass  # not kept yet, or damaged
     index = index_tar(location)
+    about = json.dumps(tar | {"fingerprint": index.fingerprint, "ignored": index.ignored})
     data = io.BytesIO()
-    about = json.dumps(now | {"fingerprint": index.fingerprint, "ignored": index.ignored})
     np.savez(data, about=np.array(about), **index.samples.to_arrays())  # type: ignore[arg-type]
     folder.put(file, data.getvalue(), owner="index")
     return index
 
 
-def _gathered(make: Callable[[], Any]) -> list[Any]:
-    """What each rank makes; an error of one is raised on all."""
-    made: Any
+def _all_gather(compute: Callable[[], Any]) -> list[Any]:
+    """Return the result of each rank. An error on one of them is raised on all."""
+    result: Any
     try:
-        made = make()
+        result = compute()
     except (OSError, ValueError) as error:
-        made = error
-    every = [made]
+        result = error
+    results = [result]
     if distributed.is_initialized():
-        every = [None] * distributed.get_world_size()
-        distributed.all_gather_object(every, made)
-    for one in every:
-        if isinstance(one, Exception):
-            raise one
-    return every
+        results = [None] * distributed.get_world_size()
+        distributed.all_gather_object(results, result)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results

@@ -1,0 +1,73 @@
+"""The samples of a run: its tars, the caches of their embeddings, the mixture of data sets and the access to them."""
+
+from pathlib import Path
+
+from threetowers.cache.storage.storage import is_url
+from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
+from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.epoch_snapshot import EpochSnapshots, wait_until_built
+from threetowers.trainer.data.mixture import MixtureComponent, samples_per_batch
+from threetowers.trainer.data.sample_set import SampleSet
+from threetowers.trainer.data.sampler import too_few_samples
+from threetowers.trainer.data.tar_headers import index_datasets
+
+
+def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
+    """Return the samples of a run with their caches, built as far as `data.on_incomplete_cache` requires. Collective.
+
+    Args:
+        config: The run's config.
+        folder: The run folder, in which the tars of each epoch are recorded.
+
+    Raises:
+        BadSample, BadTar, ConfigError, ManifestError: The tars or caches do not fit the run.
+    """
+    data = config.data
+
+    # The tars, and the caches of their embeddings
+    patterns = {name: dataset.tars for name, dataset in data.named_sets.items()}
+    tars, tar_numbers = index_datasets(patterns, data.index_dir)
+    caches = {}
+    for name, tower in config.towers.items():
+        if isinstance(tower, CacheTower):
+            caches[name] = CacheJoin(
+                tower.path,
+                tars,
+                tower.backbone,
+                on_missing_row=tower.on_missing_row,
+                weights=tower.weights,
+                allow_incomplete=data.on_incomplete_cache != "error",
+                datasets=list(tar_numbers.values()),
+            )
+    joins = list(caches.values())
+    if joins and data.on_incomplete_cache == "wait":
+        wait_until_built(joins)
+
+    # The mixture
+    weights = [dataset.weight for dataset in data.named_sets.values()]
+    counts = samples_per_batch(weights, config.global_batch_size)
+    components = []
+    for (name, dataset), count in zip(data.named_sets.items(), counts, strict=True):
+        snapshots = None
+        if joins and data.on_incomplete_cache == "skip":
+            file = f"epoch-snapshots-{name}.jsonl" if name else "epoch-snapshots.jsonl"
+            snapshots = EpochSnapshots(folder / file, joins, count, tar_numbers[name])
+        group_field = dataset.group_field or data.group_field
+        components.append(MixtureComponent(name, tar_numbers[name], count, group_field, snapshots))
+
+    # The access
+    sequential = data.access == "sequential" or (data.access == "auto" and any(is_url(tar.location) for tar in tars))
+    if sequential and config.global_batch_size % data.num_streams:
+        raise ConfigError(
+            f"data.num_streams: {data.num_streams} does not divide global_batch_size {config.global_batch_size}; "
+            "change one of them"
+        )
+
+    # Refuse a data set that is too small before anything else is set up
+    samples = SampleSet(tars, caches, components, sequential)
+    for number, component in enumerate(components):
+        usable = len(samples.epoch_indices(0, number))
+        if usable < component.samples_per_batch:
+            key = f"data.datasets.{component.name}: " if component.name else ""
+            raise ConfigError(key + too_few_samples(component.samples_per_batch, usable))
+    return samples
