@@ -1,13 +1,15 @@
-"""The large-batch similarity matrix and the contrastive losses made of it."""
+"""Contrastive losses over a global batch, in memory linear in the batch."""
 
-from threetowers.kernels.contrastive import Pair, PairResult, contrastive_loss, contrastive_losses
-from threetowers.kernels.reference import dense_accuracies, dense_contrastive_loss
+from threetowers.kernels.contrastive import contrastive_loss, contrastive_losses
+from threetowers.kernels.pair import LossKind, Pair, PairResult
+from threetowers.kernels.reference import reference_accuracies, reference_contrastive_loss
 
 __all__ = [
+    "LossKind",
     "Pair",
     "PairResult",
     "contrastive_loss",
     "contrastive_losses",
-    "dense_accuracies",
-    "dense_contrastive_loss",
+    "reference_accuracies",
+    "reference_contrastive_loss",
 ]

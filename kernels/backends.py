@@ -1,6 +1,4 @@
-"""Which back end computes the tiles of given features: the one point of dispatch."""
-
-from __future__ import annotations
+"""The choice of the back end that computes the tiles of given features."""
 
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from threetowers.kernels.tiles import TileBackend, TorchTiles
 
 
 def backend_for(x_bD: Tensor) -> TileBackend:
-    """The fastest back end that serves this tensor's device and dtype; plain torch ops where no other does."""
+    """Return the fastest back end that serves this tensor's device and dtype; plain torch where no other does."""
     if x_bD.device.type == "cuda":
         backend = cuda_backend(x_bD)  # None: no kernel serves this dtype or architecture
         if backend is not None:

@@ -1,4 +1,4 @@
-"""The bidirectional softmax loss (InfoNCE) over tiles: one unit forward, three backward, less the kept tiles.
+"""The bidirectional softmax loss (InfoNCE) over tiles: one pass forward, three backward, less the logit cache.
 
 ``loss_i = ½ (softplus(r_i - s_ii) + softplus(c_i - s_ii))`` with r and c the log-sum-exp of a row's and a column's
 *negatives*. The positive enters no tile, so a loss of 1e-20 and its gradient keep their relative accuracy, where
@@ -6,33 +6,22 @@
 offsets common to all logits then cancel, and a row's probabilities sum to 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from threetowers.kernels.buffer_pool import reserve
-from threetowers.kernels.distributed import Columns, RankGroup
-from threetowers.kernels.pair_term import (
-    Term,
-    column_gradients,
-    reduce_totals,
-    reduced_loss,
-    sample_weights,
-    softplus,
-    totals_of,
-    uniform_gain,
-    visit_shards,
-)
-from threetowers.kernels.tiles import LOG2E, Running, Weights
-from threetowers.kernels.tiling import KeptTiles, TileBlock, softmax_grads, softmax_stats
+from threetowers.kernels.buffer_pool import buffer_pool
+from threetowers.kernels.columns import ColumnExchange
+from threetowers.kernels.distributed import RankGroup
+from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
+from threetowers.kernels.tiles import LOG2E, OnlineLogSumExp, SoftmaxWeights, softplus
+from threetowers.kernels.tiling import CachedTiles, softmax_gradients, softmax_statistics
 
 
-class SoftmaxState(NamedTuple):
-    """Forward's results of one term; from row_shift_b on, what backward reads."""
+class SoftmaxOutputs(NamedTuple):
+    """Forward's results for one pair; from row_shift_b on, what backward reads."""
 
     loss: Tensor
     accuracy_2: Tensor
@@ -40,117 +29,127 @@ class SoftmaxState(NamedTuple):
     row_half_b: Tensor  # ½ / Σ_j 2^(t_ij - shift_i), positive included
     col_shift_B: Tensor
     col_half_B: Tensor
-    pull_b: Tensor  # ½ (1 - P_ii of the row) + ½ (1 - P_ii of the column)
-    kept_n: Tensor
+    attraction_b: Tensor  # ½ (1 - P_ii of the row) + ½ (1 - P_ii of the column)
+    cache_n: Tensor
 
 
 def softmax_forward(
-    terms: Sequence[Term], columns: Columns, ranks: RankGroup, reduction: str, workspace_bytes: int
-) -> list[SoftmaxState]:
-    """Losses of all terms: collectives are the columns' gather, two of column statistics, one of totals."""
-    rows = [Running.empty(term.batch, term.x_bD, term.backend.dtype) for term in terms]
-    cols = [Running.empty(term.shards.total, term.x_bD, term.backend.dtype) for term in terms]
-    rooms = _rooms(terms, columns.order, workspace_bytes)
-    kept = [KeptTiles(room_n) for room_n in rooms]
-    for rank in columns.order:
-        for k, term in enumerate(terms):
-            block = term.block(columns, rank)
-            softmax_stats(term.backend, block, rows[k], cols[k], kept[k])
-    positives = []
-    for term in terms:
-        dot_b, margin_b = term.positives()
-        factor = torch.tensor(term.scale * LOG2E, dtype=dot_b.dtype).item()  # rounded as the tiles round it
-        positives.append((dot_b.double() * factor, margin_b))
-    positives_B = _reduce_columns(terms, cols, [t_b for t_b, _ in positives], ranks)
+    pairs: Sequence[PairState], exchange: ColumnExchange, ranks: RankGroup, logit_cache_bytes: int
+) -> list[SoftmaxOutputs]:
+    """Return the results of all pairs.
 
-    finished, totals = [], []
-    for term, (t_b, margin_b), row, col in zip(terms, positives, rows, cols, strict=True):
-        own = col.part(term.shards.own.start, term.shards.own.stop)
-        z_rows_b, z_cols_b = ((side.max_n.double() - t_b + side.sum_n.double().log2()) / LOG2E for side in (row, own))
+    Collectives: the exchange of columns, two for the columns' statistics, one for totals.
+    """
+    # All tiles: log-sum-exps of the negatives, by row and by column.
+    rows_b = [OnlineLogSumExp.empty(len(pair.x_bD), pair.x_bD, pair.backend.dtype) for pair in pairs]
+    cols_B = [OnlineLogSumExp.empty(pair.layout.total, pair.x_bD, pair.backend.dtype) for pair in pairs]
+    cache_n = _allocate_caches(pairs, exchange.order, logit_cache_bytes)
+    caches = [CachedTiles(flat_n) for flat_n in cache_n]
+    for rank in exchange.order:
+        for k, pair in enumerate(pairs):
+            softmax_statistics(pair, exchange.columns(k, rank), rank, rows_b[k], cols_B[k], caches[k])
+
+    # The positives' logits in base 2, and every column's statistics over all ranks.
+    positives_b, margins_b = [], []
+    for pair in pairs:
+        dot_b, margin_b = pair.positives()
+        factor = torch.tensor(pair.scale * LOG2E, dtype=dot_b.dtype).item()  # rounded as the tiles round it
+        positives_b.append(dot_b.double() * factor)
+        margins_b.append(margin_b)
+    positives_B = _reduce_columns(pairs, cols_B, positives_b, ranks)
+
+    # Losses of the own samples, in O(b).
+    attractions_b, totals = [], []
+    for pair, rows, cols, t_b, margin_b in zip(pairs, rows_b, cols_B, positives_b, margins_b, strict=True):
+        own_cols = cols.part(pair.layout.own)
+        z_rows_b = (rows.max_n.double() - t_b + rows.sum_n.double().log2()) / LOG2E
+        z_cols_b = (own_cols.max_n.double() - t_b + own_cols.sum_n.double().log2()) / LOG2E
         loss_b = (softplus(z_rows_b) + softplus(z_cols_b)) / 2
-        finished.append((loss_b, (torch.sigmoid(z_rows_b) + torch.sigmoid(z_cols_b)) / 2))
-        totals.append(totals_of(loss_b, t_b - row.max_n > margin_b, t_b - own.max_n > margin_b))
-    states = []
-    for k, total_3 in enumerate(reduce_totals(totals, ranks)):
-        dtype, (loss_b, pull_b) = terms[k].backend.dtype, finished[k]
-        loss, accuracy_2 = reduced_loss(terms[k], loss_b.to(dtype), total_3, reduction)
-        sides = (*_half_weights(rows[k], positives[k][0]), *_half_weights(cols[k], positives_B[k]))
-        states.append(SoftmaxState(loss, accuracy_2, *sides, pull_b.to(dtype), rooms[k]))
-    return states
+        attractions_b.append((torch.sigmoid(z_rows_b) + torch.sigmoid(z_cols_b)) / 2)
+        totals.append(sample_totals(loss_b, t_b - rows.max_n > margin_b, t_b - own_cols.max_n > margin_b))
+
+    outputs = []
+    for k, (loss, accuracy_2) in enumerate(mean_losses(pairs, totals, ranks)):
+        row_weights = _half_weights(rows_b[k], positives_b[k])
+        col_weights = _half_weights(cols_B[k], positives_B[k])
+        output = SoftmaxOutputs(
+            loss=loss,
+            accuracy_2=accuracy_2,
+            row_shift_b=row_weights.shift_n,
+            row_half_b=row_weights.factor_n,
+            col_shift_B=col_weights.shift_n,
+            col_half_B=col_weights.factor_n,
+            attraction_b=attractions_b[k].to(pairs[k].backend.dtype),
+            cache_n=cache_n[k],
+        )
+        outputs.append(output)
+    return outputs
 
 
-def _rooms(terms: Sequence[Term], order: Sequence[int], workspace_bytes: int) -> list[Tensor]:
-    """Memory for kept tiles: terms take from the budget in turn."""
-    rooms = []
-    for term in terms:
-        sizes = [term.shards.sizes[rank] for rank in order]
-        budget = workspace_bytes if term.needs_gradient else 0
-        room = KeptTiles.room(term.backend, term.batch, sizes, budget)
-        workspace_bytes -= room * term.backend.kept_dtype.itemsize
-        rooms.append(reserve().take(room, term.backend.kept_dtype, term.x_bD.device))
-    return rooms
+def _allocate_caches(pairs: Sequence[PairState], order: Sequence[int], budget_bytes: int) -> list[Tensor]:
+    """Return the memory of each pair's logit cache: pairs take from the budget in turn."""
+    caches = []
+    for pair in pairs:
+        ranks_cols = [pair.layout.sizes[rank] for rank in order]
+        size = 0
+        if pair.needs_gradient:
+            size = CachedTiles.size_within(budget_bytes, pair.backend, len(pair.x_bD), ranks_cols)
+        budget_bytes -= size * pair.backend.cache_dtype.itemsize
+        caches.append(buffer_pool().take(size, pair.backend.cache_dtype, pair.x_bD.device))
+    return caches
 
 
 def _reduce_columns(
-    terms: Sequence[Term], cols: Sequence[Running], positives: Sequence[Tensor], ranks: RankGroup
+    pairs: Sequence[PairState], cols_B: Sequence[OnlineLogSumExp], positives_b: Sequence[Tensor], ranks: RankGroup
 ) -> list[Tensor]:
-    """Merge column statistics over ranks in place; returns every column's positive logit, (B,) each."""
+    """Merge column statistics over ranks in place, and return every column's positive logit, (B,) each."""
     if ranks.size == 1:
-        return list(positives)
-    max_N = torch.cat([col.max_n for col in cols])
+        return list(positives_b)
+
+    # First the maxima, to which every rank then brings its sums.
+    max_N = torch.cat([cols.max_n for cols in cols_B])
     ranks.max_(max_N)
-    sums, lengths = [], [len(col.max_n) for col in cols]
-    for term, col, new_B, t_b in zip(terms, cols, torch.split(max_N, lengths), positives, strict=True):
-        base_B = torch.where(new_B == -torch.inf, 0, new_B)
-        t_B = torch.zeros_like(col.sum_n, dtype=torch.float64)
-        t_B[term.shards.own] = t_b
-        sums += [col.sum_n * torch.exp2(col.max_n - base_B), t_B]
-        col.max_n.copy_(new_B)
-    sums_N = torch.cat(sums)
+    lengths = [len(cols.max_n) for cols in cols_B]
+    parts: list[Tensor] = []
+    for pair, cols, max_B, t_b in zip(pairs, cols_B, torch.split(max_N, lengths), positives_b, strict=True):
+        base_B = torch.where(max_B == -torch.inf, 0, max_B)
+        t_B = torch.zeros_like(cols.sum_n, dtype=torch.float64)
+        t_B[pair.layout.own] = t_b
+        parts += [cols.sum_n * torch.exp2(cols.max_n - base_B), t_B]
+        cols.max_n.copy_(max_B)
+
+    # The sums, and with them the positives of all ranks.
+    sums_N = torch.cat(parts)
     ranks.sum_(sums_N)
-    parts = torch.split(sums_N, [length for length in lengths for _ in range(2)])
-    for col, sum_B in zip(cols, parts[::2], strict=True):
-        col.sum_n.copy_(sum_B)
-    return list(parts[1::2])
+    summed = torch.split(sums_N, [len(part) for part in parts])
+    for cols, sum_B in zip(cols_B, summed[::2], strict=True):
+        cols.sum_n.copy_(sum_B)
+    return list(summed[1::2])
 
 
-def _half_weights(running: Running, t_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and ½ / sum of the softmax over negatives and the positive t, float64."""
-    shift_n = torch.maximum(running.max_n, t_n.to(running.max_n.dtype))
-    total_n = running.sum_n * torch.exp2(running.max_n.double() - shift_n) + torch.exp2(t_n - shift_n)
-    return shift_n, (0.5 / total_n).to(shift_n.dtype)
+def _half_weights(negatives: OnlineLogSumExp, t_n: Tensor) -> SoftmaxWeights:
+    """Return shift and ½ / sum of the softmax over the negatives and the positive t, which is float64."""
+    shift_n = torch.maximum(negatives.max_n, t_n.to(negatives.max_n.dtype))
+    total_n = negatives.sum_n * torch.exp2(negatives.max_n.double() - shift_n) + torch.exp2(t_n - shift_n)
+    return SoftmaxWeights(shift_n, (0.5 / total_n).to(shift_n.dtype))
 
 
 def softmax_backward(
-    terms: Sequence[Term], states: Sequence[SoftmaxState], grads: Sequence[Tensor], columns: Columns, ranks: RankGroup,
-    reduction: str, ring: bool,
-) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """(dx, dy, d log_scale) of every term."""
-    weighted = [_weighted(*parts, ranks, reduction) for parts in zip(terms, states, grads, strict=True)]
-    kept = [KeptTiles(state.kept_n) for state in states]
-    dx = [term.row_gradient() for term in terms]
-    dy = column_gradients(terms, ranks, wanted=True, ring=ring)
+    pairs: Sequence[PairState], outputs: Sequence[SoftmaxOutputs], grads: Sequence[Tensor], exchange: ColumnExchange
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return (dx, dy, d log_scale) of every pair; empty where not wanted. grads: one 0-d gradient a pair."""
+    dx_bD = [pair.zero_row_gradient() for pair in pairs]
+    rows_b = [SoftmaxWeights(part.row_shift_b, part.row_half_b) for part in outputs]
+    cols_B = [SoftmaxWeights(part.col_shift_B, part.col_half_B) for part in outputs]
+    caches = [CachedTiles(part.cache_n) for part in outputs]
 
-    def work(k: int, block: TileBlock, dy_sD: Tensor | None) -> None:
-        if dx[k] is not None or dy_sD is not None:
-            rows, cols, _, _ = weighted[k]
-            softmax_grads(terms[k].backend, block, rows, cols, kept[k], dx[k], dy_sD)
+    def add(k: int, rank: int, y_sD: Tensor, dy_sD: Tensor | None) -> None:
+        if dx_bD[k] is not None or dy_sD is not None:
+            softmax_gradients(pairs[k], y_sD, rank, rows_b[k], cols_B[k], caches[k], dx_bD[k], dy_sD)
 
-    visit_shards(terms, columns, dy, work)
-    return [
-        term.gradients(dx[k], dy.own(k), pull_b, gain)
-        for k, (term, (_, _, pull_b, gain)) in enumerate(zip(terms, weighted, strict=True))
-    ]
-
-
-def _weighted(
-    term: Term, state: SoftmaxState, grad: Tensor, ranks: RankGroup, reduction: str
-) -> tuple[Weights, Weights, Tensor, Tensor]:
-    """Row and column weights and the positives' pull, with the samples' weights in them, and a common factor."""
-    rows, cols = Weights(state.row_shift_b, state.row_half_b), Weights(state.col_shift_B, state.col_half_B)
-    if reduction != "none":
-        return rows, cols, state.pull_b, uniform_gain(term, grad, reduction)
-    weights_B, gain = sample_weights(term, grad, ranks)
-    weights_b = weights_B[term.shards.own]
-    rows = Weights(rows.shift_n, rows.factor_n * weights_b)
-    return rows, Weights(cols.shift_n, cols.factor_n * weights_B), state.pull_b * weights_b, gain
+    exchange.accumulate_gradients(add)
+    results = []
+    for k, pair in enumerate(pairs):
+        factor = pair.gradient_factor(grads[k])
+        results.append(pair.finish_gradients(dx_bD[k], exchange.own_gradient(k), outputs[k].attraction_b, factor))
+    return results

@@ -1,25 +1,24 @@
-"""Tiles of the similarity matrix: what the chunk loop asks of a back end, and the plain torch back end.
+"""Tiles of the similarity matrix: what the loop over tiles asks of a back end, and the back end in plain torch.
 
 A tile is the block of logits between r rows of x and c columns of y. Every back end computes
 ``dot = x_rD @ y_cD.T`` with at least float32 accumulation and works on ``t = (scale * dot + bias) * log2(e)``: logits
 in base 2. Two kinds of entries are *excluded* from a tile, as if they were not there: the samples' own pairs (the
-positives, which the chunk loop treats apart in O(B)), found at ``(i, i + tile.diagonal)``, and, where labels are given,
-all entries of equal labels.
+positives, which are treated apart in O(B)), found at ``(i, i + tile.diagonal)``, and, where labels are given, all
+entries of equal labels.
 
-The chunk loop gives tiles in a fixed order from one thread (one stream), with r, c >= 1 and never larger than
-``backend.rows`` x ``backend.cols``. Statistics are merged into the slices given, in place. A back end must give the
-same bits for the same sequence of calls, and must round ``t - shift`` in `softmax_grad` as ``t - max`` in `stats` (both
-fused, or both from a rounded t): else probabilities would not sum to 1 where logits are large. Gradient tiles may live
-in the back end's scratch: they are consumed before the next tile is asked for.
+Tiles come in a fixed order from one thread (one stream), with r, c >= 1 and never larger than ``backend.rows`` x
+``backend.cols``. Statistics are merged into the slices given, in place. A back end must give the same bits for the same
+sequence of calls, and must round ``t - shift`` in `softmax_grad` as ``t - max`` in `stats` (both fused, or both from a
+rounded t): else probabilities would not sum to 1 where logits are large. Gradient tiles may live in the back end's
+scratch memory: they are consumed before the next tile is asked for.
 
 A new back end implements `TileBackend` and is chosen in `backends.backend_for`, nowhere else.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,32 +26,50 @@ from torch import Tensor
 LOG2E = math.log2(math.e)
 
 
+def spans(n: int, most: int) -> Iterator[slice]:
+    """Yield 0..n in near-equal spans of at most ``most``, whole multiples of 64 where there is more than one."""
+    if n == 0:
+        return
+    size = -(-n // -(-n // most))
+    size = min(most, -(-size // 64) * 64)
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
+
+
+def softplus(z_n: Tensor) -> Tensor:
+    """Return log(1 + exp(z)) with full relative accuracy at both ends; 0 at -inf."""
+    return z_n.clamp(min=0) + torch.log1p(torch.exp(-z_n.abs()))
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Where a tile lies and how dots become logits."""
+    """Where a tile lies, and how its dots become logits."""
 
     scale: float  # natural units: logit = scale * dot + bias; finite, > 0
-    bias: float  # 0 in the softmax family
+    bias: float  # 0 for softmax
     diagonal: int  # entry (i, i + diagonal) is the sample's own pair; any integer, often outside the tile
     row_labels_r: Tensor | None = None  # int32, contiguous; both or none
     col_labels_c: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """Log-sum-exp2 in two parts: 2^max * sum. Empty is (-inf, 0). Contiguous slices, updated in place."""
+class OnlineLogSumExp:
+    """OnlineLogSumExp log-sum-exps in base 2, each in two parts: ``2^max * sum``. Empty is (-inf, 0).
+
+    Both parts are contiguous, and updated in place.
+    """
 
     max_n: Tensor
     sum_n: Tensor
 
-    @staticmethod
-    def empty(n: int, like: Tensor, dtype: torch.dtype) -> Running:
-        """n empty accumulators on the device of ``like``."""
-        return Running(torch.full((n,), -torch.inf, dtype=dtype, device=like.device), like.new_zeros(n, dtype=dtype))
+    @classmethod
+    def empty(cls, n: int, like: Tensor, dtype: torch.dtype) -> Self:
+        """Return n empty ones on the device of ``like``."""
+        return cls(torch.full((n,), -torch.inf, dtype=dtype, device=like.device), like.new_zeros(n, dtype=dtype))
 
-    def part(self, start: int, stop: int) -> Running:
-        """A view of the accumulators of these positions."""
-        return Running(self.max_n[start:stop], self.sum_n[start:stop])
+    def part(self, positions: slice) -> Self:
+        """Return a view of those at these positions."""
+        return type(self)(self.max_n[positions], self.sum_n[positions])
 
     def merge(self, max_n: Tensor, sum_n: Tensor) -> None:
         """Add other partial results, in place."""
@@ -63,7 +80,7 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class SoftmaxWeights:
     """Softmax along one side: the probability of an entry, times its loss weight, is ``factor * 2^(t - shift)``.
 
     ``shift`` is at least every t of its row (column), so nothing overflows. Factors are such that a row's and a
@@ -74,14 +91,14 @@ class Weights:
     shift_n: Tensor
     factor_n: Tensor
 
-    def part(self, start: int, stop: int) -> Weights:
-        """A view of the weights of these positions."""
-        return Weights(self.shift_n[start:stop], self.factor_n[start:stop])
+    def part(self, positions: slice) -> Self:
+        """Return a view of the weights at these positions."""
+        return type(self)(self.shift_n[positions], self.factor_n[positions])
 
 
 @dataclass(frozen=True, slots=True)
 class SigmoidSums:
-    """Running results of the sigmoid family over admissible entries, z the natural logit. Updated in place."""
+    """OnlineLogSumExp results of the sigmoid loss over admissible entries, z the natural logit. Updated in place."""
 
     loss_r: Tensor  # += Σ_j softplus(z_ij)
     prob_r: Tensor  # += Σ_j σ(z_ij)
@@ -90,72 +107,87 @@ class SigmoidSums:
 
 
 class TileBackend(Protocol):
-    """See the module's docstring for the contract."""
+    """What computes tiles on one kind of device; the module's docstring has the rules."""
 
     rows: int
     cols: int
     dtype: torch.dtype  # of statistics, weights and gradients: float32, or float64 for float64 features
-    kept_dtype: torch.dtype  # of kept tiles
+    cache_dtype: torch.dtype  # of tiles in the logit cache
 
     def features(self, z_nD: Tensor) -> Tensor:
-        """Rows in the form that the methods below take them (dtype, contiguity). Called once per chunk and tile."""
+        """Return rows in the form that the methods below take: dtype, contiguity."""
         ...
 
     def stats(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        cache_rc: Tensor | None,
     ) -> None:
-        """Merge the tile's row and column (max, sum) into rows and cols; if keep_rc is given, store the dots in it.
+        """Merge the tile's row and column (max, sum) into rows and cols; if cache_rc is given, store the dots in it.
 
         The sample's own pair may be left as -inf there.
         """
         ...
 
     def softmax_grad(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: SoftmaxWeights,
+        cols: SoftmaxWeights,
+        cache_rc: Tensor | None,
     ) -> Tensor:
-        """``rows.factor_i 2^(t - rows.shift_i) + cols.factor_j 2^(t - cols.shift_j)``, excluded entries 0.
+        """Return ``rows.factor_i 2^(t - rows.shift_i) + cols.factor_j 2^(t - cols.shift_j)``, excluded entries 0.
 
-        kept_rc holds the dots that `stats` stored (read only): then no dot needs computing.
+        cache_rc holds the dots that `stats` stored (read only): then no dot needs computing.
         """
         ...
 
     def sigmoid(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
-        """Merge into sums where given; where weights_r (at most 1 in magnitude) is given return ``weights_i σ(z_ij)``,
-        excluded entries 0."""
+        """Merge into sums; where weights_r (at most 1 in magnitude) is given return ``weights_i σ(z_ij)``.
+
+        Excluded entries are 0 there.
+        """
         ...
 
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
-        """``dx += grad @ y``, accumulated in ``dtype``."""
+        """Do ``dx += grad @ y``, accumulated in ``dtype``."""
         ...
 
     def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
-        """``dy += grad.T @ x``, accumulated in ``dtype``."""
+        """Do ``dy += grad.T @ x``, accumulated in ``dtype``."""
         ...
 
 
 class LibraryTiles:
-    """What library GEMMs do for a back end: dots into a scratch buffer, gradient products accumulated."""
+    """Base of back ends that multiply with library GEMMs: dots into a scratch buffer, gradients accumulated."""
 
     def __init__(self, dtype: torch.dtype, rows: int = 2048, cols: int = 2048) -> None:
-        self.rows, self.cols = rows, cols
-        self.dtype = self.kept_dtype = dtype
+        self.rows = rows
+        self.cols = cols
+        self.dtype = self.cache_dtype = dtype
         self._scratch_n = torch.empty(0, dtype=dtype)
 
     def features(self, z_nD: Tensor) -> Tensor:
         return z_nD.to(self.dtype)
 
     def scratch(self, x_rD: Tensor, y_cD: Tensor) -> Tensor:
-        """An (r, c) buffer, the same memory at every call."""
+        """Return an (r, c) buffer, the same memory at every call."""
         size = len(x_rD) * len(y_cD)
         if self._scratch_n.numel() < size:
             self._scratch_n = x_rD.new_empty(size)
         return self._scratch_n[:size].view(len(x_rD), len(y_cD))
 
-    def dots(self, x_rD: Tensor, y_cD: Tensor, keep_rc: Tensor | None = None) -> Tensor:
-        """``x @ y.T`` in keep_rc, or else in the scratch buffer."""
-        return torch.mm(x_rD, y_cD.T, out=self.scratch(x_rD, y_cD) if keep_rc is None else keep_rc)
+    def dots(self, x_rD: Tensor, y_cD: Tensor, out_rc: Tensor | None = None) -> Tensor:
+        """Return ``x @ y.T`` in out_rc, or else in the scratch buffer."""
+        return torch.mm(x_rD, y_cD.T, out=self.scratch(x_rD, y_cD) if out_rc is None else out_rc)
 
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
         dx_rD.addmm_(grad_rc, y_cD)
@@ -165,13 +197,13 @@ class LibraryTiles:
 
 
 class TorchTiles(LibraryTiles):
-    """Any device, float32 or float64, in plain torch ops: the reference for other back ends, and their stand-in."""
+    """Tiles on any device, float32 or float64, in plain torch ops: the other back ends' reference and replacement."""
 
     def __init__(self, dtype: torch.dtype, rows: int = 1024, cols: int = 2048) -> None:
         super().__init__(dtype, rows, cols)
 
     def _logits(self, dot_rc: Tensor, tile: Tile, factor: float, offset: float = 0.0) -> Tensor:
-        """``dot * factor + offset`` with -inf in excluded places; a new tensor."""
+        """Return ``dot * factor + offset`` as a new tensor, with -inf where excluded."""
         t_rc = dot_rc * factor
         if offset:
             t_rc += offset
@@ -182,30 +214,41 @@ class TorchTiles(LibraryTiles):
         return t_rc
 
     def stats(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        cache_rc: Tensor | None,
     ) -> None:
-        t_rc = self._logits(self.dots(x_rD, y_cD, keep_rc), tile, tile.scale * LOG2E)
-        for running, dim in ((rows, 1), (cols, 0)):
+        t_rc = self._logits(self.dots(x_rD, y_cD, cache_rc), tile, tile.scale * LOG2E)
+        for side, dim in ((rows, 1), (cols, 0)):
             max_n = t_rc.amax(dim)
             base_n = torch.where(max_n == -torch.inf, 0, max_n)
-            running.merge(max_n, torch.exp2(t_rc - base_n.unsqueeze(dim)).sum(dim))
+            side.merge(max_n, torch.exp2(t_rc - base_n.unsqueeze(dim)).sum(dim))
 
     def softmax_grad(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: SoftmaxWeights,
+        cols: SoftmaxWeights,
+        cache_rc: Tensor | None,
     ) -> Tensor:
-        dot_rc = self.dots(x_rD, y_cD) if kept_rc is None else kept_rc
+        dot_rc = self.dots(x_rD, y_cD) if cache_rc is None else cache_rc
         t_rc = self._logits(dot_rc, tile, tile.scale * LOG2E)
         grad_rc = torch.exp2(t_rc - rows.shift_n[:, None]).mul_(rows.factor_n[:, None])
         return grad_rc.add_(torch.exp2(t_rc - cols.shift_n).mul_(cols.factor_n))
 
     def sigmoid(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
         z_rc = self._logits(self.dots(x_rD, y_cD), tile, tile.scale, tile.bias)
         prob_rc = torch.sigmoid(z_rc)
-        if sums is not None:
-            sums.loss_r.add_((z_rc.clamp(min=0) + torch.log1p(torch.exp(-z_rc.abs()))).sum(1))
-            sums.prob_r.add_(prob_rc.sum(1))
-            torch.maximum(sums.row_max_r, z_rc.amax(1) * LOG2E, out=sums.row_max_r)
-            torch.maximum(sums.col_max_c, z_rc.amax(0) * LOG2E, out=sums.col_max_c)
+        sums.loss_r.add_(softplus(z_rc).sum(1))
+        sums.prob_r.add_(prob_rc.sum(1))
+        torch.maximum(sums.row_max_r, z_rc.amax(1) * LOG2E, out=sums.row_max_r)
+        torch.maximum(sums.col_max_c, z_rc.amax(0) * LOG2E, out=sums.col_max_c)
         return None if weights_r is None else prob_rc.mul_(weights_r[:, None])

@@ -64,10 +64,9 @@ def objective(
             continue
         found = contrastive_losses(
             list(pairs.values()),
-            family=run.loss.kind,
-            sample_ids=ids_b,
-            process_group=group,
-            workspace_bytes=run.loss.logit_cache_mib * len(pairs) * 2**20,
+            kind=run.loss.kind,
+            group_ids=ids_b,
+            logit_cache_bytes=run.loss.logit_cache_mib * len(pairs) * 2**20,
         )
         losses |= {name: result.loss for name, result in zip(pairs, found, strict=True)}
         accuracies |= {n: (r.accuracy_xy + r.accuracy_yx) / 2 for n, r in zip(pairs, found, strict=True)}

@@ -1,42 +1,52 @@
-"""Tiles on the CPU: a library product into a reused buffer, then one pass of the C++ sweep over it."""
-
-from __future__ import annotations
+"""Tiles on the CPU: a library product into a reused buffer, then one C++ sweep over it."""
 
 import ctypes
 
 import torch
 from torch import Tensor
 
-from threetowers.kernels.tiles import LOG2E, LibraryTiles, Running, SigmoidSums, Tile, Weights
+from threetowers.kernels.tiles import LOG2E, LibraryTiles, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile
 
 # What ATEN_CPU_CAPABILITY can hold torch back to; the sweep keeps to it, so that both compute as on such a processor.
 ISA_OF_TORCH = {"DEFAULT": 0, "AVX2": 1}
 
 
 class CpuTiles(LibraryTiles):
-    """float32, bfloat16 and float16 features on the CPU, computed in float32."""
+    """Tiles of float32, bfloat16 and float16 features on the CPU, computed in float32."""
 
     def __init__(self, library: ctypes.CDLL, isa: int | None = None) -> None:
-        """isa: 0 baseline, 1 AVX2, 2 AVX-512; if not given, the best that the processor has and torch uses."""
+        """Use instruction set 0 (baseline), 1 (AVX2) or 2 (AVX-512); None: the best that torch uses here."""
         super().__init__(torch.float32)
         self._library = library
         self._isa = best_isa(library) if isa is None else isa
         self._partial_n = torch.empty(0)
 
     def stats(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        cache_rc: Tensor | None,
     ) -> None:
-        dot_rc = self.dots(x_rD, y_cD, keep_rc)
+        dot_rc = self.dots(x_rD, y_cD, cache_rc)
         outputs = (rows.max_n, rows.sum_n, cols.max_n, cols.sum_n, self._partial(dot_rc))
         self._library.threetowers_sweep_stats(
             *self._head(dot_rc, tile.scale * LOG2E), *_excluded(tile), *map(_address, outputs)
         )
 
     def softmax_grad(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: SoftmaxWeights,
+        cols: SoftmaxWeights,
+        cache_rc: Tensor | None,
     ) -> Tensor:
-        dot_rc = self.dots(x_rD, y_cD) if kept_rc is None else kept_rc
-        grad_rc = dot_rc if kept_rc is None else self.scratch(x_rD, y_cD)
+        dot_rc = self.dots(x_rD, y_cD) if cache_rc is None else cache_rc
+        grad_rc = dot_rc if cache_rc is None else self.scratch(x_rD, y_cD)  # the cache is read only
         vectors = (rows.shift_n, rows.factor_n, cols.shift_n, cols.factor_n, grad_rc)
         self._library.threetowers_sweep_softmax_grad(
             *self._head(dot_rc, tile.scale * LOG2E), *_excluded(tile), *map(_address, vectors)
@@ -44,10 +54,10 @@ class CpuTiles(LibraryTiles):
         return grad_rc
 
     def sigmoid(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
         dot_rc = self.dots(x_rD, y_cD)
-        results = [None] * 4 if sums is None else [sums.loss_r, sums.prob_r, sums.row_max_r, sums.col_max_c]
+        results = (sums.loss_r, sums.prob_r, sums.row_max_r, sums.col_max_c)
         grad_rc = None if weights_r is None else dot_rc
         vectors = (*results, weights_r, grad_rc, self._partial(dot_rc))
         self._library.threetowers_sweep_sigmoid(
@@ -60,7 +70,7 @@ class CpuTiles(LibraryTiles):
         return self._isa, torch.get_num_threads(), dot_rc.data_ptr(), rows, cols, factor
 
     def _partial(self, dot_rc: Tensor) -> Tensor:
-        """Room for the columns' partial results."""
+        """Return memory for the columns' partial results."""
         size = self._library.threetowers_sweep_scratch(*dot_rc.shape)
         if len(self._partial_n) < size:
             self._partial_n = torch.empty(size)
@@ -68,7 +78,7 @@ class CpuTiles(LibraryTiles):
 
 
 def best_isa(library: ctypes.CDLL) -> int:
-    """The processor's best instruction set, as numbered in `CpuTiles`, or torch's if that is held back."""
+    """Return the processor's best instruction set, as numbered in `CpuTiles`, or torch's if that is held back."""
     best: int = library.threetowers_sweep_isa()
     return min(best, ISA_OF_TORCH.get(torch.backends.cpu.get_cpu_capability(), best))
 
@@ -78,9 +88,9 @@ def _excluded(tile: Tile) -> tuple[int, int | None, int | None]:
 
 
 def _address(vector: Tensor | None) -> int | None:
-    """Where a contiguous tensor lies in memory; null for none."""
+    """Return where a contiguous tensor lies in memory; None, a null pointer, for None."""
     if vector is None:
         return None
     if not vector.is_contiguous():
-        raise ValueError(f"tile vectors must be contiguous, got strides {vector.stride()}")
+        raise ValueError(f"a vector of a tile has strides {vector.stride()}; expected a contiguous one")
     return vector.data_ptr()

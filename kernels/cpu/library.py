@@ -1,19 +1,17 @@
 """The compiled sweep, if this installation has one that fits."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 from functools import cache
 from pathlib import Path
 
-VERSION = 4  # of sweep.cpp's C interface
+INTERFACE_VERSION = 4  # of sweep.cpp's C interface
 logger = logging.getLogger(__name__)
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _TILE = [_I, _I, _P, _L, _L, _F]  # isa, threads, dots, rows, cols, factor
 _EXCLUDED = [_L, _P, _P]  # diagonal, row labels, column labels
-SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+C_FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
     "threetowers_sweep_version": ([], _I),
     "threetowers_sweep_isa": ([], _I),
     "threetowers_sweep_scratch": ([_L, _L], _L),
@@ -25,15 +23,15 @@ SIGNATURES: dict[str, tuple[list[type], type | None]] = {
 
 @cache
 def sweep_library() -> ctypes.CDLL | None:
-    """The loaded library; None, said once in the log, where there is none (losses then run in torch ops)."""
+    """Return the loaded library; None, with one warning in the log, where there is none (torch ops then take over)."""
     fault = "it was not built: this installation had no C++ compiler"
     for path in sorted(Path(__file__).parent.glob("sweep*.so")):
         try:
             library = ctypes.CDLL(str(path))
-            for name, (arguments, result) in SIGNATURES.items():
+            for name, (arguments, result) in C_FUNCTIONS.items():
                 function = getattr(library, name)
                 function.argtypes, function.restype = arguments, result
-            if library.threetowers_sweep_version() == VERSION:
+            if library.threetowers_sweep_version() == INTERFACE_VERSION:
                 return library
             fault = f"{path.name} is from an older build"
         except (OSError, AttributeError) as error:

@@ -1,7 +1,7 @@
-// One pass over a tile of dot products that lies in memory: softmax statistics, gradient tiles, sigmoid sums.
+// Sweeps over a tile of dot products in memory: softmax statistics, gradient tiles, sigmoid sums.
 //
 // Plain C interface, no torch. Tiles are row-major float32 without gaps. Rows are cut into bands of a fixed height, bands
-// are shared out among threads, and what bands leave for a column is merged by one thread in the order of the bands: the
+// are divided among threads, and the bands' results for a column are merged by one thread in the order of the bands: the
 // result has the same bits whatever the number of threads. The instruction set is chosen when the program runs.
 
 #include <dlfcn.h>
@@ -20,7 +20,7 @@ namespace {
 
 constexpr std::int64_t BAND = 32;     // rows a thread takes at once
 constexpr std::int64_t BLOCK = 1024;  // columns: BAND x BLOCK floats stay in a core's second-level cache
-constexpr std::int64_t PAD = 16;      // widest vector: bands' column results are padded to whole vectors
+constexpr std::int64_t PAD = 16;      // widest SIMD width: bands' column results are padded to complete vectors
 constexpr float LOG2E = 1.44269504f;
 // 2^f on [-1/2, 1/2], minimax in relative error (2e-9 before rounding).
 constexpr float EXP2_C0 = 1.0f, EXP2_C1 = 0.693147182f, EXP2_C2 = 0.240226462f, EXP2_C3 = 0.0555032864f,
@@ -44,9 +44,9 @@ struct Sweeps {
 };
 
 namespace baseline {
-#define LANES 4
+#define SIMD_WIDTH 4
 #include "sweep_isa.h"
-#undef LANES
+#undef SIMD_WIDTH
 }  // namespace baseline
 
 #if defined(__x86_64__)
@@ -57,9 +57,9 @@ namespace baseline {
 #pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
-#define LANES 8
+#define SIMD_WIDTH 8
 #include "sweep_isa.h"
-#undef LANES
+#undef SIMD_WIDTH
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -70,9 +70,9 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,fma,prefer-vector-width=512")
 #endif
 namespace avx512 {
-#define LANES 16
+#define SIMD_WIDTH 16
 #include "sweep_isa.h"
-#undef LANES
+#undef SIMD_WIDTH
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -154,7 +154,7 @@ void over_bands(const Tile& tile, int threads, const Work& work) {
 
 extern "C" {
 
-// Raised with every change of this interface, so that a library left from an older build is not used.
+// Increased with every change of this interface, so that a library of an older build is not used.
 int threetowers_sweep_version() { return 4; }
 
 int threetowers_sweep_isa() { return best_isa(); }

@@ -1,10 +1,10 @@
 // The sweeps for one instruction set. sweep.cpp includes this once for each, inside a namespace and under its compiler
-// target, with LANES defined: code is written once, in the compilers' vector types, and nothing here is a template.
+// target, with SIMD_WIDTH defined (floats in a vector): written once, in the compilers' vector types, without templates.
 //
 // "t" is a logit in base 2, "z" one in base e. Excluded entries are -inf, and 2^-inf is exactly 0 here.
 
-typedef float vf __attribute__((vector_size(LANES * 4)));
-typedef std::int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef float vf __attribute__((vector_size(SIMD_WIDTH * 4)));
+typedef std::int32_t vi __attribute__((vector_size(SIMD_WIDTH * 4)));
 
 static inline vf splat(float value) { return value - vf{}; }
 
@@ -16,24 +16,24 @@ static inline vf load(const float* from) {
 
 static inline void store(float* to, vf v) { std::memcpy(to, &v, sizeof v); }
 
-// The last lanes of a row may lie beyond its end: they read as `fill` and are not written.
+// The last vector of a row may extend beyond its end: those elements read as `fill` and are not written.
 static inline vf load_some(const float* from, std::int64_t n, float fill) {
-  if (n >= LANES) return load(from);
+  if (n >= SIMD_WIDTH) return load(from);
   vf v = splat(fill);
   std::memcpy(&v, from, n * sizeof(float));
   return v;
 }
 
 static inline void store_some(float* to, vf v, std::int64_t n) {
-  std::memcpy(to, &v, (n >= LANES ? LANES : n) * sizeof(float));
+  std::memcpy(to, &v, (n >= SIMD_WIDTH ? SIMD_WIDTH : n) * sizeof(float));
 }
 
 // a * b + c with one rounding where the processor can. Written out, and contraction switched off in the build, because
 // statistics and gradients must round a logit in the same way: else probabilities no longer sum to 1.
 static inline vf fused(vf a, vf b, vf c) {
-#if LANES == 16
+#if SIMD_WIDTH == 16
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif LANES == 8
+#elif SIMD_WIDTH == 8
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
@@ -46,13 +46,13 @@ static inline vf above(vf a, float floor) { return larger(a, splat(floor)); }
 
 static inline float sum(vf v) {
   float total = 0;
-  for (int lane = 0; lane < LANES; ++lane) total += v[lane];
+  for (int k = 0; k < SIMD_WIDTH; ++k) total += v[k];
   return total;
 }
 
 static inline float largest(vf v) {
   float top = v[0];
-  for (int lane = 1; lane < LANES; ++lane) top = top > v[lane] ? top : v[lane];
+  for (int k = 1; k < SIMD_WIDTH; ++k) top = top > v[k] ? top : v[k];
   return top;
 }
 
@@ -92,7 +92,7 @@ static inline vf dots_at(const Tile& tile, std::int64_t i, std::int64_t j) {
   const vf dot = load_some(tile.dots + i * tile.cols + j, n, -INFINITY);
   if (!tile.row_labels) return dot;
   vi labels = vi{};
-  std::memcpy(&labels, tile.col_labels + j, (n >= LANES ? LANES : n) * sizeof(std::int32_t));
+  std::memcpy(&labels, tile.col_labels + j, (n >= SIMD_WIDTH ? SIMD_WIDTH : n) * sizeof(std::int32_t));
   return labels == tile.row_labels[i] ? splat(-INFINITY) : dot;
 }
 
@@ -107,28 +107,28 @@ static inline void merge(float& max, float& sum, float other_max, float other_su
 }
 
 // Statistics of one band of rows. Rows are merged into row_max/row_sum; columns are left in col_max/col_sum (this
-// band's own, padded to whole vectors). Blocks of columns are read twice, the second time from cache.
+// band's own, padded to complete vectors). Blocks of columns are read twice, the second time from the CPU's cache.
 static void stats_band(const Tile& tile, std::int64_t first, std::int64_t last, float* row_max, float* row_sum,
                        float* col_max, float* col_sum) {
   const vf factor = splat(tile.factor);
   float top[BAND];
   for (std::int64_t block = 0; block < tile.cols; block += BLOCK) {
     const std::int64_t end = block + BLOCK < tile.cols ? block + BLOCK : tile.cols;
-    for (std::int64_t j = block; j < end; j += LANES) store(col_max + j, splat(-INFINITY));
+    for (std::int64_t j = block; j < end; j += SIMD_WIDTH) store(col_max + j, splat(-INFINITY));
     for (std::int64_t i = first; i < last; ++i) {
       vf row = splat(-INFINITY);
-      for (std::int64_t j = block; j < end; j += LANES) {
+      for (std::int64_t j = block; j < end; j += SIMD_WIDTH) {
         const vf t = dots_at(tile, i, j) * factor;
         row = larger(row, t);
         store(col_max + j, larger(load(col_max + j), t));
       }
       top[i - first] = largest(row);
     }
-    for (std::int64_t j = block; j < end; j += LANES) store(col_sum + j, vf{});
+    for (std::int64_t j = block; j < end; j += SIMD_WIDTH) store(col_sum + j, vf{});
     for (std::int64_t i = first; i < last; ++i) {
       const float base = finite_or_zero(top[i - first]);
       vf row = vf{};
-      for (std::int64_t j = block; j < end; j += LANES) {
+      for (std::int64_t j = block; j < end; j += SIMD_WIDTH) {
         const vf dot = dots_at(tile, i, j);
         row += exp2_of(fused(dot, factor, splat(-base)));
         const vf col = load(col_max + j);
@@ -143,7 +143,7 @@ static void stats_band(const Tile& tile, std::int64_t first, std::int64_t last, 
 // Merge the bands' column statistics, in the order of the bands.
 static void merge_columns(std::int64_t cols, std::int64_t bands, std::int64_t stride, const float* partial,
                           float* col_max, float* col_sum) {
-  for (std::int64_t j = 0; j < cols; j += LANES) {
+  for (std::int64_t j = 0; j < cols; j += SIMD_WIDTH) {
     const std::int64_t n = cols - j;
     vf top = load_some(col_max + j, n, -INFINITY);
     const vf old = top;
@@ -163,7 +163,7 @@ static void softmax_grad_band(const Tile& tile, std::int64_t first, std::int64_t
                               const float* row_factor, const float* col_shift, const float* col_factor, float* grad) {
   const vf factor = splat(tile.factor);
   for (std::int64_t i = first; i < last; ++i) {
-    for (std::int64_t j = 0; j < tile.cols; j += LANES) {
+    for (std::int64_t j = 0; j < tile.cols; j += SIMD_WIDTH) {
       const std::int64_t n = tile.cols - j;
       const vf dot = dots_at(tile, i, j);
       const vf by_row = exp2_of(fused(dot, factor, splat(-row_shift[i]))) * row_factor[i];
@@ -177,10 +177,10 @@ static void softmax_grad_band(const Tile& tile, std::int64_t first, std::int64_t
 static void sigmoid_band(const Tile& tile, std::int64_t first, std::int64_t last, float* loss, float* prob,
                          float* row_max, float* col_max, const float* weights, float* grad) {
   if (loss)
-    for (std::int64_t j = 0; j < tile.cols; j += LANES) store(col_max + j, splat(-INFINITY));
+    for (std::int64_t j = 0; j < tile.cols; j += SIMD_WIDTH) store(col_max + j, splat(-INFINITY));
   for (std::int64_t i = first; i < last; ++i) {
     vf losses = vf{}, probs = vf{}, top = splat(-INFINITY);
-    for (std::int64_t j = 0; j < tile.cols; j += LANES) {
+    for (std::int64_t j = 0; j < tile.cols; j += SIMD_WIDTH) {
       const vf z = fused(dots_at(tile, i, j), splat(tile.factor), splat(tile.offset));
       const vf u = exp2_of((z > vf{} ? -z : z) * LOG2E);
       const vf sigma = (z > vf{} ? splat(1.0f) : u) / (u + 1.0f);
@@ -202,7 +202,7 @@ static void sigmoid_band(const Tile& tile, std::int64_t first, std::int64_t last
 
 static void merge_maxima(std::int64_t cols, std::int64_t bands, std::int64_t stride, const float* partial,
                          float* col_max) {
-  for (std::int64_t j = 0; j < cols; j += LANES) {
+  for (std::int64_t j = 0; j < cols; j += SIMD_WIDTH) {
     vf top = load_some(col_max + j, cols - j, -INFINITY);
     for (std::int64_t band = 0; band < bands; ++band) top = larger(top, load(partial + band * stride + j));
     store_some(col_max + j, top, cols - j);

@@ -1,6 +1,4 @@
-"""CUDA C++ kernels for tiles of the similarity matrix, compiled at first use. See README.md beside this file."""
-
-from __future__ import annotations
+"""The CUDA back ends: C++ kernels for tiles of the similarity matrix, compiled at first use; README.md has more."""
 
 import functools
 import logging
@@ -16,11 +14,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def cuda_backend(x_bD: Tensor) -> TileBackend | None:
-    """The fastest CUDA back end that serves these features' device and dtype.
+def cuda_backend(x_bD: Tensor) -> "TileBackend | None":
+    """Return the fastest CUDA back end that serves these features' device and dtype.
 
     Tensor cores for bf16 and fp16 from compute capability 8.0 on, else library GEMMs in float32. None where neither
-    works: float64, no driver, no cuda-bindings, a compiler that fails. What fails is logged once a device and dtype.
+    works: float64, no driver, no cuda-bindings, a compiler that fails. Each failure is logged once a device and dtype.
     """
     index = torch.cuda.current_device() if x_bD.device.index is None else x_bD.device.index
     make = _factory(index, x_bD.dtype)
@@ -28,7 +26,7 @@ def cuda_backend(x_bD: Tensor) -> TileBackend | None:
 
 
 @functools.cache
-def _factory(index: int, element: torch.dtype) -> Callable[[], TileBackend] | None:
+def _factory(index: int, element: torch.dtype) -> "Callable[[], TileBackend] | None":
     if element == torch.float64:
         return None
     try:
@@ -37,7 +35,7 @@ def _factory(index: int, element: torch.dtype) -> Callable[[], TileBackend] | No
 
         launcher = DriverLauncher(index)
     except (ImportError, RuntimeError) as error:
-        logger.warning("the contrastive loss runs without CUDA kernels on cuda:%d: %s", index, error)
+        logger.warning("contrastive loss: no CUDA kernels on cuda:%d, plain torch instead: %s", index, error)
         return None
     for make in (functools.partial(TensorCoreTiles, launcher, element), functools.partial(DenseTiles, launcher)):
         if element == torch.float32 and make.func is TensorCoreTiles:
@@ -46,5 +44,5 @@ def _factory(index: int, element: torch.dtype) -> Callable[[], TileBackend] | No
             launcher.prepare(make().kernels())
             return make
         except (RuntimeError, ValueError) as error:
-            logger.warning("the contrastive loss cannot use %s on cuda:%d: %s", make.func.__name__, index, error)
+            logger.warning("contrastive loss: cannot use %s on cuda:%d: %s", make.func.__name__, index, error)
     return None

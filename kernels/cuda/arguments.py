@@ -1,6 +1,4 @@
-"""Kernel arguments as the CUDA driver wants them: values laid out like the C++ parameters, and a table of pointers."""
-
-from __future__ import annotations
+"""Kernel arguments as the CUDA driver takes them: values laid out like the C++ parameters, and a table of pointers."""
 
 import ctypes
 import itertools
@@ -30,8 +28,8 @@ Argument = Scalar | tuple[Scalar, ...]
 """int is C++ int, float is float, and a tuple a struct of its parts, passed by value."""
 
 
-class Packed:
-    """Arguments in memory of their own, for as long as this object lives. Costs microseconds: it is on every launch."""
+class PackedArguments:
+    """Arguments in their own memory, for as long as this object lives. Takes microseconds: it is on every launch."""
 
     def __init__(self, arguments: Sequence[Argument]) -> None:
         parts = [argument if isinstance(argument, tuple) else (argument,) for argument in arguments]
@@ -45,8 +43,8 @@ class Packed:
         self.table = (ctypes.c_void_p * len(parts))(*[base + start for start in starts[:-1]])
 
 
-def tensors(arguments: Sequence[Argument]) -> Iterator[In | Out]:
-    """Every tensor among the arguments, those inside structs included."""
+def tensor_arguments(arguments: Sequence[Argument]) -> Iterator[In | Out]:
+    """Yield every tensor among the arguments, those inside structs included."""
     for argument in arguments:
         for part in argument if isinstance(argument, tuple) else (argument,):
             if isinstance(part, In | Out):
@@ -54,8 +52,10 @@ def tensors(arguments: Sequence[Argument]) -> Iterator[In | Out]:
 
 
 def _code(part: Scalar) -> str:
-    """Its letter in `struct`, whose native alignment is that of C++."""
-    return "P" if isinstance(part, In | Out) else "i" if isinstance(part, int) else "f"
+    """Return the part's letter in `struct`, whose native alignment is that of C++."""
+    if isinstance(part, In | Out):
+        return "P"
+    return "i" if isinstance(part, int) else "f"
 
 
 def _value(part: Scalar) -> int | float:

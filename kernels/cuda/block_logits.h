@@ -1,8 +1,8 @@
 // One thread block computes a 128 x 128 piece of a tile's logits: 8 warps as 2 x 4, each 64 x 32 in its registers.
 //
 // The inner dimension is cut in slices of 32. A ring of kStages slices in shared memory lets the copies of later slices
-// run under the multiplication of the current one. One barrier a slice says both "everybody's copies of this slice have
-// landed" and "everybody has left the slice before", whose stage is filled next.
+// run under the multiplication of the current one. One barrier a slice ensures both that all threads' copies of this slice
+// have landed and that all threads have left the slice before, whose stage is filled next.
 #pragma once
 #include "tensor_core.h"
 #include "tile.h"

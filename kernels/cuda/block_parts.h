@@ -1,4 +1,4 @@
-// What the warps of a block say of its rows (or columns), joined through shared memory in the warps' order.
+// The warps' results for the rows (or columns) of a block, joined through shared memory in the order of the warps.
 #pragma once
 #include "block_logits.h"
 

@@ -1,6 +1,4 @@
-"""CUDA C++ to machine code by NVRTC, which comes with torch's wheel and needs neither a toolkit nor a GPU."""
-
-from __future__ import annotations
+"""Compiling CUDA C++ to machine code with NVRTC, which comes with torch's wheel: no toolkit or GPU is needed."""
 
 import contextlib
 import hashlib
@@ -20,7 +18,7 @@ class CompileError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class KernelProgram:
     """One kernel for one architecture."""
 
     kernel: str  # the file's name and the entry point's
@@ -29,21 +27,26 @@ class Program:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The compiler's command line."""
+        """The compiler's options."""
         defines = (f"--define-macro={define}" for define in self.defines)
         return (f"--gpu-architecture={self.arch}", "--std=c++17", "-default-device", "--ptxas-options=-v", *defines)
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled:
+class CompiledKernel:
     """A cubin, and the log of the compiler and assembler: warnings, registers, spills."""
 
     cubin: bytes
     log: str
 
 
-def compile_program(program: Program) -> Compiled:
-    """Compile without a cache. Raises CompileError with the compiler's log, ImportError without cuda-bindings."""
+def compile_program(program: KernelProgram) -> CompiledKernel:
+    """Compile without a cache.
+
+    Raises:
+        CompileError: the compiler refused the kernel; the message holds its log.
+        ImportError: cuda-bindings is not installed.
+    """
     nvrtc = _nvrtc()
     headers = sorted(SOURCES.glob("*.h"))
     source = (SOURCES / f"{program.kernel}.cu").read_bytes()
@@ -59,25 +62,23 @@ def compile_program(program: Program) -> Compiled:
     try:
         options = [option.encode() for option in program.options]
         (result,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
-        log = (
-            _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, handle)
-            .decode(errors="replace")
-            .strip("\0\n ")
-        )
+        raw_log = _read_text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, handle)
+        log = raw_log.decode(errors="replace").strip("\0\n ")
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompileError(
                 f"NVRTC could not compile {program.kernel}.cu for {program.arch} ({result.name}):\n{log}"
             )
-        return Compiled(_text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, handle), log)
+        return CompiledKernel(_read_text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, handle), log)
     finally:
         nvrtc.nvrtcDestroyProgram(handle)
 
 
-def cached_cubin(program: Program) -> bytes:
-    """The program's machine code, from disk where this source, compiler and these options have met before.
+def cached_cubin(program: KernelProgram) -> bytes:
+    """Return the program's machine code, from disk where it was compiled before from this source with these options.
 
-    The folder is ``$THREETOWERS_CUDA_CACHE``, or else ``~/.cache/threetowers/cuda``. Files are written whole and
-    renamed into place, so that any number of processes may start at once. A folder that cannot be written costs time.
+    The folder is ``$THREETOWERS_CUDA_CACHE``, or else ``~/.cache/threetowers/cuda``. Files are completed before they
+    are renamed into place, so that any number of processes may start at once. A folder that cannot be written costs
+    time only.
     """
     path = cache_folder() / f"{program.kernel}-{program.arch}-{_digest(program)}.cubin"
     try:
@@ -85,17 +86,17 @@ def cached_cubin(program: Program) -> bytes:
     except OSError:
         cubin = compile_program(program).cubin
     with contextlib.suppress(OSError):  # compiled again next time
-        _write_whole(path, cubin)
+        _write_atomically(path, cubin)
     return cubin
 
 
 def cache_folder() -> Path:
-    """Where cubins are kept."""
+    """Return the folder of cached cubins."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "threetowers" / "cuda")
 
 
-def _digest(program: Program) -> str:
+def _digest(program: KernelProgram) -> str:
     digest = hashlib.sha256(repr((program.options, _nvrtc().nvrtcVersion())).encode())
     for path in (SOURCES / f"{program.kernel}.cu", *sorted(SOURCES.glob("*.h"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -106,7 +107,7 @@ def _nvrtc() -> Any:
     return importlib.import_module("cuda.bindings.nvrtc")  # untyped, and optional
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def _write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
@@ -125,7 +126,7 @@ def _checked(answer: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def _text(size_of: Any, read: Any, handle: Any) -> bytes:
+def _read_text(size_of: Any, read: Any, handle: Any) -> bytes:
     buffer = b" " * int(_checked(size_of(handle)))
     _checked(read(handle, buffer))
     return buffer

@@ -1,6 +1,4 @@
-"""The two CUDA back ends of kernels/tiles.py: tensor cores for bf16 and fp16 features, library GEMMs for the rest."""
-
-from __future__ import annotations
+"""Tiles on CUDA devices: tensor cores for bf16 and fp16 features, library GEMMs for the rest."""
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from threetowers.kernels.cuda.launch import (
     Launch,
     Launcher,
     block_launch,
-    blocks,
+    blocks_over,
     check_operands,
     check_torch,
     clipped_diagonal,
@@ -21,13 +19,13 @@ from threetowers.kernels.cuda.launch import (
     pairs_launch,
     rows_launch,
 )
-from threetowers.kernels.tiles import LOG2E, LibraryTiles, Running, SigmoidSums, Tile, Weights
+from threetowers.kernels.tiles import LOG2E, LibraryTiles, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile
 
 GAIN = {torch.bfloat16: 1.0, torch.float16: 2.0**14}  # gradient tiles hold this multiple: kGain in tensor_core.h
 
 
 class TensorCoreTiles:
-    """bf16 or fp16 features on sm_80 and later: dots never leave the chip unless they are to be kept.
+    """Tiles of bf16 or fp16 features on sm_80 and later: dots leave the chip only for the logit cache.
 
     Statistics and weights are float32; gradient tiles have the features' dtype and go to library GEMMs that accumulate
     in float32. The features' width is padded to a multiple of 8.
@@ -35,15 +33,16 @@ class TensorCoreTiles:
 
     rows = cols = 4096  # a gradient tile of 32 MiB: fits the cache of an A100 or H100
     dtype = torch.float32
-    kept_dtype = torch.float32
+    cache_dtype = torch.float32
 
     def __init__(self, launcher: Launcher, element: torch.dtype) -> None:
         check_torch(torch.__version__)
-        self._launcher, self._element = launcher, element
+        self._launcher = launcher
+        self._element = element
         self._scratch_n = torch.empty(0, dtype=element)
 
     def kernels(self) -> list[Launch]:
-        """One launch of every kernel in use, to be prepared."""
+        """Return one launch of every kernel in use, to be prepared."""
         limits = self._launcher.limits
         block_kernels = ("stats", "softmax_gradient", "sigmoid")
         return [
@@ -53,42 +52,56 @@ class TensorCoreTiles:
         ]
 
     def features(self, z_nD: Tensor) -> Tensor:
-        """Rows as the kernels read them: padded to whole chunks, contiguous, aligned to 16 bytes."""
-        z_nD, missing = z_nD.to(self._element), -z_nD.shape[1] % CHUNK
+        """Return rows as the kernels read them: padded to whole chunks, contiguous, aligned to 16 bytes."""
+        z_nD = z_nD.to(self._element)
+        missing = -z_nD.shape[1] % CHUNK
         if missing or z_nD.data_ptr() % 16:
             z_nD = pad(z_nD, (0, missing))  # a copy, also where nothing is missing
         return z_nD.contiguous()
 
     def stats(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        cache_rc: Tensor | None,
     ) -> None:
-        row_parts, col_parts = self._row_parts(x_rD, y_cD, 2), self._row_parts(y_cD, x_rD, 2)
-        self._run("stats", x_rD, y_cD, tile, Out(row_parts), Out(col_parts), Out(keep_rc))
+        row_parts = self._row_parts(x_rD, y_cD, 2)
+        col_parts = self._row_parts(y_cD, x_rD, 2)
+        self._run("stats", x_rD, y_cD, tile, Out(row_parts), Out(col_parts), Out(cache_rc))
         merge_parts(self._launcher, row_parts, rows)
         merge_parts(self._launcher, col_parts, cols)
 
     def softmax_grad(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: SoftmaxWeights,
+        cols: SoftmaxWeights,
+        cache_rc: Tensor | None,
     ) -> Tensor:
         gradient = self._gradient(x_rD, y_cD)
-        if kept_rc is None:
+        if cache_rc is None:
             self._run("softmax_gradient", x_rD, y_cD, tile, _weights(rows), _weights(cols), _gradient(gradient))
         else:
-            softmax_gradient_of(self._launcher, kept_rc, tile, rows, cols, gradient)
+            softmax_gradient_of(self._launcher, cache_rc, tile, rows, cols, gradient)
         return gradient[:, : len(y_cD)]
 
     def sigmoid(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
-        row_parts, col_max = self._row_parts(x_rD, y_cD, 3), self._row_parts(y_cD, x_rD, 1)
+        row_parts = self._row_parts(x_rD, y_cD, 3)
+        col_max = self._row_parts(y_cD, x_rD, 1)
         gradient = None if weights_r is None else self._gradient(x_rD, y_cD)
         outputs = _gradient(gradient), Out(row_parts), Out(col_max)
         self._run("sigmoid", x_rD, y_cD, tile, In(weights_r), *outputs)
-        if sums is not None:
-            sums.loss_r.add_(row_parts[..., 0].sum(0))
-            sums.prob_r.add_(row_parts[..., 1].sum(0))
-            torch.maximum(sums.row_max_r, row_parts[..., 2].amax(0), out=sums.row_max_r)
-            torch.maximum(sums.col_max_c, col_max[..., 0].amax(0), out=sums.col_max_c)
+        sums.loss_r.add_(row_parts[..., 0].sum(0))
+        sums.prob_r.add_(row_parts[..., 1].sum(0))
+        torch.maximum(sums.row_max_r, row_parts[..., 2].amax(0), out=sums.row_max_r)
+        torch.maximum(sums.col_max_c, col_max[..., 0].amax(0), out=sums.col_max_c)
         return None if gradient is None else gradient[:, : len(y_cD)]
 
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
@@ -109,21 +122,22 @@ class TensorCoreTiles:
 
     @staticmethod
     def _row_parts(own_nD: Tensor, other_kD: Tensor, numbers: int) -> Tensor:
-        """Room for what every thread block says of its rows, one line for each block along the other side."""
-        return own_nD.new_empty(blocks(len(other_kD)), len(own_nD), numbers, dtype=torch.float32)
+        """Return memory for every thread block's results for its rows, one line a block along the other side."""
+        return own_nD.new_empty(blocks_over(len(other_kD)), len(own_nD), numbers, dtype=torch.float32)
 
     def _gradient(self, x_rD: Tensor, y_cD: Tensor) -> Tensor:
-        """(r, c rounded up to whole chunks), the same memory at every call."""
-        rows, stride = len(x_rD), blocks(len(y_cD), CHUNK) * CHUNK
+        """Return (r, c rounded up to whole chunks), the same memory at every call."""
+        rows = len(x_rD)
+        stride = blocks_over(len(y_cD), CHUNK) * CHUNK
         if self._scratch_n.numel() < rows * stride:
             self._scratch_n = x_rD.new_empty(rows * stride)
         return self._scratch_n[: rows * stride].view(rows, stride)
 
 
 class DenseTiles(LibraryTiles):
-    """Any CUDA device, float32: a library GEMM leaves a tile's dots in memory, simple kernels read them.
+    """Tiles on any CUDA device, in float32: a library GEMM leaves a tile's dots in memory, simple kernels read them.
 
-    The stand-in where `TensorCoreTiles` cannot serve, and what it is compared with.
+    Replaces `TensorCoreTiles` where they cannot serve, and is what they are compared with.
     """
 
     def __init__(self, launcher: Launcher) -> None:
@@ -131,7 +145,7 @@ class DenseTiles(LibraryTiles):
         self._launcher = launcher
 
     def kernels(self) -> list[Launch]:
-        """One launch of every kernel in use, to be prepared."""
+        """Return one launch of every kernel in use, to be prepared."""
         limits = self._launcher.limits
         return [
             rows_launch("dense_row_stats", 1, limits),
@@ -142,29 +156,40 @@ class DenseTiles(LibraryTiles):
         ]
 
     def stats(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Running, cols: Running, keep_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        cache_rc: Tensor | None,
     ) -> None:
-        dots_rc = self.dots(x_rD, y_cD, keep_rc)
+        dots_rc = self.dots(x_rD, y_cD, cache_rc)
         self._run_rows("dense_row_stats", dots_rc, tile, Out(rows.max_n), Out(rows.sum_n))
         merge_parts(self._launcher, self._column_parts(dots_rc, tile), cols)
 
     def softmax_grad(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, rows: Weights, cols: Weights, kept_rc: Tensor | None
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: SoftmaxWeights,
+        cols: SoftmaxWeights,
+        cache_rc: Tensor | None,
     ) -> Tensor:
-        dots_rc = self.dots(x_rD, y_cD) if kept_rc is None else kept_rc
+        dots_rc = self.dots(x_rD, y_cD) if cache_rc is None else cache_rc
         grad_rc = torch.empty_like(dots_rc)
         softmax_gradient_of(self._launcher, dots_rc, tile, rows, cols, grad_rc)
         return grad_rc
 
     def sigmoid(
-        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums | None, weights_r: Tensor | None
+        self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
         dots_rc = self.dots(x_rD, y_cD)
         grad_rc = None if weights_r is None else torch.empty_like(dots_rc)
-        row_sums = (None,) * 3 if sums is None else (sums.loss_r, sums.prob_r, sums.row_max_r)
-        self._run_rows("dense_sigmoid", dots_rc, tile, In(weights_r), Out(grad_rc), *map(Out, row_sums))
-        if sums is not None:
-            torch.maximum(sums.col_max_c, self._column_parts(dots_rc, tile)[..., 0].amax(0), out=sums.col_max_c)
+        row_sums = Out(sums.loss_r), Out(sums.prob_r), Out(sums.row_max_r)
+        self._run_rows("dense_sigmoid", dots_rc, tile, In(weights_r), Out(grad_rc), *row_sums)
+        torch.maximum(sums.col_max_c, self._column_parts(dots_rc, tile)[..., 0].amax(0), out=sums.col_max_c)
         return grad_rc
 
     def _run_rows(self, kernel: str, dots_rc: Tensor, tile: Tile, *arguments: Argument) -> None:
@@ -172,23 +197,23 @@ class DenseTiles(LibraryTiles):
         self._launcher.run(launch, (In(dots_rc), _tile(tile, *dots_rc.shape), *arguments))
 
     def _column_parts(self, dots_rc: Tensor, tile: Tile) -> Tensor:
-        """(bands of rows, c, 2): every column's maximum and sum over a band."""
+        """Return (bands of rows, c, 2): every column's maximum and sum over a band."""
         rows, cols = dots_rc.shape
-        launch = columns_launch("dense_column_stats", cols, blocks(rows, BAND), self._launcher.limits)
+        launch = columns_launch("dense_column_stats", cols, blocks_over(rows, BAND), self._launcher.limits)
         parts = dots_rc.new_empty(launch.grid[1], cols, 2)
         self._launcher.run(launch, (In(dots_rc), _tile(tile, rows, cols), Out(parts)))
         return parts
 
 
-def merge_parts(launcher: Launcher, parts_pn2: Tensor, running: Running) -> None:
-    """Fold p parts (max, sum) of every position into the running pair, in order, in place."""
+def merge_parts(launcher: Launcher, parts_pn2: Tensor, running: OnlineLogSumExp) -> None:
+    """Merge p parts (max, sum) of every position into the running one, in order, in place."""
     count, length, _ = parts_pn2.shape
     launch = columns_launch("merge", length, 1, launcher.limits)
     launcher.run(launch, (In(parts_pn2), count, length, Out(running.max_n), Out(running.sum_n)))
 
 
 def softmax_gradient_of(
-    launcher: Launcher, dots_rc: Tensor, tile: Tile, rows: Weights, cols: Weights, gradient: Tensor
+    launcher: Launcher, dots_rc: Tensor, tile: Tile, rows: SoftmaxWeights, cols: SoftmaxWeights, gradient: Tensor
 ) -> None:
     """Fill gradient (r, at least c) from dots in memory, in its dtype."""
     r, c = dots_rc.shape
@@ -206,7 +231,7 @@ def _tile(tile: Tile, rows: int, cols: int) -> Argument:
     return (*labels, rows, cols, diagonal, tile.scale * LOG2E, tile.bias * LOG2E)
 
 
-def _weights(weights: Weights) -> Argument:
+def _weights(weights: SoftmaxWeights) -> Argument:
     return (In(weights.shift_n), In(weights.factor_n), len(weights.shift_n))
 
 

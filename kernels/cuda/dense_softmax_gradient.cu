@@ -1,4 +1,4 @@
-// As softmax_gradient.cu, from dots in memory: those of a library GEMM, or those that stats.cu kept. One thread a pair.
+// As softmax_gradient.cu, from dots in memory: those of a library GEMM, or those that stats.cu cached. One thread a pair.
 #include "tile.h"
 
 #ifdef FP32

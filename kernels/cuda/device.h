@@ -1,5 +1,5 @@
-// What a kernel asks of the machine, by name. One source, two machines: a GPU (compiled by NVRTC) and the emulator of
-// tests/emulation, whose header stands in for everything below and checks every access. Kernels therefore touch memory
+// The machine's operations that kernels use, by name. One source, two machines: a GPU (compiled by NVRTC) and the
+// emulator of tests/emulation, whose header replaces everything below and checks every access. Kernels therefore touch memory
 // only through In, Out and Shared, and other threads only through barrier, shuffle_xor and tensor_core.h.
 #pragma once
 

@@ -1,6 +1,4 @@
-"""Runs kernels on a GPU through the CUDA driver, on torch's current stream."""
-
-from __future__ import annotations
+"""Launching kernels on a GPU through the CUDA driver, on torch's current stream."""
 
 import ctypes
 import importlib
@@ -9,9 +7,9 @@ from typing import Any
 
 import torch
 
-from threetowers.kernels.cuda.arguments import Argument, Packed
-from threetowers.kernels.cuda.compiler import Program, cached_cubin
-from threetowers.kernels.cuda.launch import THREADS, Launch, Limits
+from threetowers.kernels.cuda.arguments import Argument, PackedArguments
+from threetowers.kernels.cuda.compiler import KernelProgram, cached_cubin
+from threetowers.kernels.cuda.launch import BLOCK_THREADS, Launch, Limits
 
 SHARED_WITHOUT_ASKING = 48 * 1024
 
@@ -21,7 +19,7 @@ class DriverError(RuntimeError):
 
 
 class DriverLauncher:
-    """One device's kernels, loaded when they are first asked for. Needs torch to have initialised the device."""
+    """Launcher of one device, which torch must have initialised. Kernels are loaded at first use."""
 
     def __init__(self, device_index: int) -> None:
         self._driver: Any = importlib.import_module("cuda.bindings.driver")  # untyped, and optional
@@ -41,18 +39,18 @@ class DriverLauncher:
                 self._kernel(launch)
 
     def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
-        packed = Packed(arguments)
+        packed = PackedArguments(arguments)
         with torch.cuda.device(self._index):
             stream = torch.cuda.current_stream().cuda_stream
             table = ctypes.addressof(packed.table)
-            shape = (*launch.grid, 1, THREADS, 1, 1)
+            shape = (*launch.grid, 1, BLOCK_THREADS, 1, 1)
             _checked(self._driver.cuLaunchKernel(self._kernel(launch), *shape, launch.shared_bytes, stream, table, 0))
 
     def _kernel(self, launch: Launch) -> Any:
         key = launch.kernel, launch.defines
         if key not in self._kernels:
             arch = "sm_{}{}".format(*self.limits.capability)
-            cubin = cached_cubin(Program(launch.kernel, arch, launch.defines))
+            cubin = cached_cubin(KernelProgram(launch.kernel, arch, launch.defines))
             library = _checked(self._driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
             kernel = _checked(self._driver.cuLibraryGetKernel(library, launch.kernel.encode()))
             if launch.shared_bytes > SHARED_WITHOUT_ASKING:
@@ -68,5 +66,5 @@ class DriverLauncher:
 def _checked(answer: tuple[Any, ...]) -> Any:
     result, *values = answer
     if result.value != 0:
-        raise DriverError(f"the CUDA driver answered {result.name}")
+        raise DriverError(f"the CUDA driver returned {result.name}")
     return values[0] if values else None

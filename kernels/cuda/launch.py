@@ -1,6 +1,4 @@
-"""What to launch for a tile of given size, and whether a device can run it. Plain functions, tested without a GPU."""
-
-from __future__ import annotations
+"""The launches that a tile of given size takes, and whether a device can run them. Tested without a GPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +10,24 @@ from torch import Tensor
 from threetowers.kernels.cuda.arguments import Argument
 
 # As in block_logits.h and the dense kernels.
-BLOCK = 128  # rows and columns of a thread block's piece of a tile
+BLOCK_SIZE = 128  # rows and columns of a thread block's piece of a tile
 CHUNK = 8  # elements that are copied together: the inner dimension is a multiple of it
 STAGE_BYTES = 16 * 1024
 BAND = 128  # rows that one thread of dense_column_stats walks
-THREADS = 256  # of every kernel
-WARPS = THREADS // 32
+BLOCK_THREADS = 256  # of every kernel
+WARPS = BLOCK_THREADS // 32
 
 GRID_LIMITS = 2**31 - 1, 65535  # blocks along x and y, on every architecture
 SHARED_RESERVED = 1024  # bytes that the system takes of every block's shared memory
 
 
 class UnsupportedError(ValueError):
-    """A device or a tensor that the kernels cannot serve."""
+    """The kernels cannot serve a device or a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a device offers."""
+    """A device's compute capability and shared memory."""
 
     capability: tuple[int, int]
     shared_per_block: int  # bytes, after opting in
@@ -47,12 +45,12 @@ class Launch:
 
 
 class Launcher(Protocol):
-    """Runs kernels: a GPU's driver, or an emulator."""
+    """What launches kernels: a GPU's driver, or an emulator."""
 
     limits: Limits
 
     def prepare(self, launches: Sequence[Launch]) -> None:
-        """Compile and load these kernels now, so that what is missing shows here. Grids do not matter."""
+        """Compile and load these kernels now, so that any failure is raised here. Grids do not matter."""
         ...
 
     def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
@@ -61,59 +59,63 @@ class Launcher(Protocol):
 
 
 def element_defines(element: torch.dtype) -> tuple[str, ...]:
-    """The macros that compile a kernel for this element type."""
+    """Return the macros that compile a kernel for this element type."""
     defines = {torch.bfloat16: (), torch.float16: ("FP16",), torch.float32: ("FP32",)}
     if element not in defines:
-        raise UnsupportedError(f"no kernel for {element}: expected bfloat16, float16 or float32 features")
+        raise UnsupportedError(f"no kernel for {element} features; expected bfloat16, float16 or float32")
     return defines[element]
 
 
 def stages(limits: Limits) -> int:
-    """Slices in flight: 4 where two blocks of 4 fit on one processor (sm_80, 90, 100), else 3 (sm_86, 89, 120)."""
+    """Return the slices in flight: 4 where two blocks fit on a processor (sm_80, 90, 100), else 3 (sm_86, 89, 120)."""
     return 4 if limits.shared_per_processor >= 2 * (4 * STAGE_BYTES + SHARED_RESERVED) else 3
 
 
 def block_launch(kernel: str, element: torch.dtype, rows: int, columns: int, limits: Limits) -> Launch:
-    """A tensor-core kernel over a tile: one block per 128 x 128 piece."""
+    """Return the launch of a tensor-core kernel over a tile: one block per 128 x 128 piece."""
     if limits.capability < (8, 0):
-        raise UnsupportedError(f"{kernel} needs compute capability 8.0 or later, got {limits.capability}")
+        raise UnsupportedError(f"{kernel} needs compute capability 8.0 or later; got {limits.capability}")
     if element == torch.float32:
-        raise UnsupportedError(f"{kernel} multiplies bfloat16 or float16 features, got {element}")
+        raise UnsupportedError(f"{kernel} multiplies bfloat16 or float16 features; got {element}")
     slices = stages(limits)
     defines = (*element_defines(element), f"STAGES={slices}")
-    return checked(Launch(kernel, defines, (blocks(columns), blocks(rows)), slices * STAGE_BYTES), limits)
+    return checked(Launch(kernel, defines, (blocks_over(columns), blocks_over(rows)), slices * STAGE_BYTES), limits)
 
 
 def rows_launch(kernel: str, rows: int, limits: Limits) -> Launch:
-    """A kernel with one warp a row."""
-    return checked(Launch(kernel, (), (blocks(rows, WARPS), 1)), limits)
+    """Return the launch of a kernel with one warp a row."""
+    return checked(Launch(kernel, (), (blocks_over(rows, WARPS), 1)), limits)
 
 
 def columns_launch(kernel: str, columns: int, bands: int, limits: Limits) -> Launch:
-    """A kernel with one thread a column, for each of several bands of rows."""
-    return checked(Launch(kernel, (), (blocks(columns, THREADS), bands)), limits)
+    """Return the launch of a kernel with one thread a column, for each of several bands of rows."""
+    return checked(Launch(kernel, (), (blocks_over(columns, BLOCK_THREADS), bands)), limits)
 
 
 def pairs_launch(kernel: str, element: torch.dtype, rows: int, columns: int, limits: Limits) -> Launch:
-    """A kernel with one thread a pair."""
-    return checked(Launch(kernel, element_defines(element), (blocks(columns, THREADS), rows)), limits)
+    """Return the launch of a kernel with one thread an entry of the tile."""
+    return checked(Launch(kernel, element_defines(element), (blocks_over(columns, BLOCK_THREADS), rows)), limits)
 
 
-def blocks(n: int, size: int = BLOCK) -> int:
-    """How many of a size cover n."""
+def blocks_over(n: int, size: int = BLOCK_SIZE) -> int:
+    """Return how many blocks of this size cover n."""
     return -(-n // size)
 
 
 def checked(launch: Launch, limits: Limits) -> Launch:
-    """The launch, if this device can run it; raises UnsupportedError."""
+    """Return the launch.
+
+    Raises:
+        UnsupportedError: this device cannot run it.
+    """
     for axis, got, most in zip("xy", launch.grid, GRID_LIMITS, strict=True):
         if not 1 <= got <= most:
             raise UnsupportedError(
-                f"{launch.kernel}: {got} blocks along {axis}, expected 1 to {most}; use smaller tiles"
+                f"{launch.kernel}: {got} blocks along {axis}; expected 1 to {most}: use smaller tiles"
             )
     if launch.shared_bytes > limits.shared_per_block:
         raise UnsupportedError(
-            f"{launch.kernel} needs {launch.shared_bytes} bytes of shared memory a block, "
+            f"{launch.kernel} needs {launch.shared_bytes} bytes of shared memory a block; "
             f"the device has {limits.shared_per_block}"
         )
     return launch
@@ -123,7 +125,7 @@ def check_operands(x_rD: Tensor, y_cD: Tensor) -> None:
     """Raise UnsupportedError unless the tensor-core kernels can copy both in chunks of 16 bytes."""
     for name, z_nD in (("x", x_rD), ("y", y_cD)):
         if z_nD.dtype not in (torch.bfloat16, torch.float16) or z_nD.dtype != x_rD.dtype:
-            raise UnsupportedError(f"{name} has {z_nD.dtype}, expected bfloat16 or float16 on both sides")
+            raise UnsupportedError(f"{name} is {z_nD.dtype}; expected bfloat16 or float16 on both sides")
         if not z_nD.is_contiguous() or z_nD.data_ptr() % 16 or z_nD.shape[1] % CHUNK or z_nD.shape[1] != x_rD.shape[1]:
             raise UnsupportedError(
                 f"{name} has shape {tuple(z_nD.shape)}, strides {z_nD.stride()}, address {z_nD.data_ptr()}; expected "
@@ -134,11 +136,9 @@ def check_operands(x_rD: Tensor, y_cD: Tensor) -> None:
 def check_torch(version: torch.torch_version.TorchVersion) -> None:
     """Raise UnsupportedError where torch.addmm cannot add a product of 16-bit matrices to a float32 matrix."""
     if version < "2.10":  # compared as versions
-        raise UnsupportedError(
-            f"gradients of 16-bit tiles are summed in float32 by torch 2.10 and later, got {version}"
-        )
+        raise UnsupportedError(f"summing gradients of 16-bit tiles in float32 needs torch 2.10 or later; got {version}")
 
 
 def clipped_diagonal(diagonal: int, rows: int, columns: int) -> int:
-    """The same diagonal as a small integer: one that misses the tile is moved just outside it."""
+    """Return the diagonal as a small integer: one that misses the tile is moved just outside it."""
     return max(-rows, min(columns, diagonal))

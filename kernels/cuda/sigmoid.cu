@@ -28,7 +28,7 @@ DEVICE RowPart sigmoid_row(BlockLogits& logits, int d, int half, float weight) {
   return part;
 }
 
-// row_parts (blocks across, rows) and column_max (blocks down, columns). The gradient is absent where nobody needs it.
+// row_parts (blocks across, rows) and column_max (blocks down, columns). The gradient is absent where none is wanted.
 KERNEL(kThreads, 2)
 sigmoid(Operands in, Tile tile, In<float> row_weight, Gradient gradient, Out<RowPart> row_parts, Out<Max> column_max) {
   BlockLogits logits = block_dots(in, tile);

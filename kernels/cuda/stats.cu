@@ -5,17 +5,17 @@
 using RowParts = BlockParts<LogSum, kWarpsAcross>;
 using ColumnParts = BlockParts<LogSum, kWarpsDown>;
 
-DEVICE void keep_dots(BlockLogits& dots, const Tile& tile, Out<float> kept) {
+DEVICE void cache_dots(BlockLogits& dots, const Tile& tile, Out<float> cache) {
   dots.each([&](float& dot, int i, int j) {
-    if (i < tile.rows && j < tile.columns) kept.put(static_cast<i64>(i) * tile.columns + j, dot);
+    if (i < tile.rows && j < tile.columns) cache.put(static_cast<i64>(i) * tile.columns + j, dot);
   });
 }
 
-// row_parts (blocks across, rows), column_parts (blocks down, columns); kept (rows, columns), or absent, gets the dots.
+// row_parts (blocks across, rows), column_parts (blocks down, columns); cache (rows, columns), or absent, gets the dots.
 KERNEL(kThreads, 2)
-stats(Operands in, Tile tile, Out<LogSum> row_parts, Out<LogSum> column_parts, Out<float> kept) {
+stats(Operands in, Tile tile, Out<LogSum> row_parts, Out<LogSum> column_parts, Out<float> cache) {
   BlockLogits logits = block_dots(in, tile);
-  if (kept.given()) keep_dots(logits, tile, kept);
+  if (cache.given()) cache_dots(logits, tile, cache);
   to_logits(logits, tile);
 
   const RowParts rows = RowParts::at(0);

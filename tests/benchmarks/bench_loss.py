@@ -14,8 +14,6 @@ process an implementation and width; a point that would not fit in memory or tak
 said to be.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import json
@@ -32,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from threetowers.kernels import contrastive_loss, dense_contrastive_loss
+from threetowers.kernels import contrastive_loss, reference_contrastive_loss
 from threetowers.kernels.backends import backend_for
 
 Step = Callable[[], object]
@@ -146,9 +144,9 @@ def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clo
         "floor of 4 units": floor(x_BD, y_BD, True),
         "softmax": training_step(x_BD, y_BD, contrastive_loss),
         "floor of 3 units": floor(x_BD, y_BD, False),
-        "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, workspace_bytes=GIB),
+        "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, logit_cache_bytes=GIB),
         "floor of 3 units, fresh memory": floor(x_BD, y_BD, False, fresh=True),
-        "sigmoid": training_step(x_BD, y_BD, contrastive_loss, family="sigmoid", bias=torch.tensor([-10.0])),
+        "sigmoid": training_step(x_BD, y_BD, contrastive_loss, kind="sigmoid", bias=torch.tensor([-10.0])),
     }
     floors = [("softmax", "floor of 4 units"), ("softmax, 1 GiB workspace", "floor of 3 units")]
     floors.append(("softmax, 1 GiB workspace", "floor of 3 units, fresh memory"))
@@ -164,9 +162,9 @@ def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clo
     eighth = f"softmax, {GIB // 8 // 2**20} MiB workspace"
     steps = {
         "softmax": training_step(x_BD, y_BD, contrastive_loss),
-        eighth: training_step(x_BD, y_BD, contrastive_loss, workspace_bytes=GIB // 8),
-        "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, workspace_bytes=GIB),
-        "sigmoid": training_step(x_BD, y_BD, contrastive_loss, family="sigmoid", bias=torch.tensor([-10.0])),
+        eighth: training_step(x_BD, y_BD, contrastive_loss, logit_cache_bytes=GIB // 8),
+        "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, logit_cache_bytes=GIB),
+        "sigmoid": training_step(x_BD, y_BD, contrastive_loss, kind="sigmoid", bias=torch.tensor([-10.0])),
     }
     steps |= {name: training_step(x_BD, y_BD, loss) for name, loss in rivals.items() if loss is not None}
     softmax = ["softmax", eighth, "softmax, 1 GiB workspace"]
@@ -193,19 +191,19 @@ def extra_bytes(step: Step, gradient_bytes: int) -> int:
     return process_bytes("VmHWM") - before - gradient_bytes
 
 
-def measure_memory(total: int, width: int, family: str) -> None:
+def measure_memory(total: int, width: int, kind: str) -> None:
     """Print the extra memory of one step, in a process of its own."""
-    options: dict[str, Any] = {"family": family} | ({"bias": torch.tensor([-10.0])} if family == "sigmoid" else {})
+    options: dict[str, Any] = {"kind": kind} | ({"bias": torch.tensor([-10.0])} if kind == "sigmoid" else {})
     training_step(*features(256, width), contrastive_loss, **options)()  # libraries make their own buffers at first use
     x_BD, y_BD = features(total, width)
     extra = extra_bytes(training_step(x_BD, y_BD, contrastive_loss, **options), 2 * x_BD.nbytes) / 2**20
-    print(f"  {family:8s} B = {total}, D = {width}: {extra:.0f} MiB beyond inputs and gradients")
+    print(f"  {kind:8s} B = {total}, D = {width}: {extra:.0f} MiB beyond inputs and gradients")
 
 
 def bench_memory(total: int, width: int, threads: int) -> None:
     print("\nMemory of forward and backward", flush=True)
-    for family in ("softmax", "sigmoid"):
-        command = [sys.executable, __file__, "--memory", family, "--batch", str(total), "--width", str(width)]
+    for kind in ("softmax", "sigmoid"):
+        command = [sys.executable, __file__, "--memory", kind, "--batch", str(total), "--width", str(width)]
         subprocess.run([*command, "--threads", str(threads)], check=True)
 
 
@@ -218,7 +216,7 @@ def bench_error() -> None:
         for loss, dtype in (
             (contrastive_loss, torch.float32),
             (dense, torch.float32),
-            (dense_contrastive_loss, torch.float64),
+            (reference_contrastive_loss, torch.float64),
         ):
             leaf = x_BD.to(dtype).requires_grad_()
             log_scale = torch.tensor([scale], dtype=torch.float32).log().to(dtype)

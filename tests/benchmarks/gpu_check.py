@@ -12,8 +12,6 @@ time       forward and backward against open_clip, torch's linear_cross_entropy,
 The last two peers are optional: pip install memeff inf-cl. What is missing is named, never silently left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import math
@@ -33,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "emulation"))
 
 from tiles_under_test import Case, answers, check
 
-from threetowers.kernels import contrastive_loss, dense_contrastive_loss
+from threetowers.kernels import contrastive_loss, reference_contrastive_loss
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.tiles import TorchTiles
 
@@ -65,24 +63,24 @@ def check_tiles(device: str) -> None:
 def check_loss(sizes: list[tuple[int, int]], device: str) -> None:
     """Raise AssertionError where the loss or a gradient is off; print the errors. sizes: (batch, width)."""
     for batch, width in sizes:
-        for family in ("softmax", "sigmoid"):
+        for kind in ("softmax", "sigmoid"):
             for element in ELEMENTS:
-                errors = loss_errors(batch, width, family, element, device)
+                errors = loss_errors(batch, width, kind, element, device)
                 told = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
-                print(f"B {batch} D {width} {family} {element}: {told}")
+                print(f"B {batch} D {width} {kind} {element}: {told}")
                 bound = 1e-4 if element == torch.float32 else 5e-3
                 assert max(errors.values()) <= bound, f"an error is above {bound}"
 
 
-def loss_errors(batch: int, width: int, family: str, element: torch.dtype, device: str) -> dict[str, float]:
+def loss_errors(batch: int, width: int, kind: str, element: torch.dtype, device: str) -> dict[str, float]:
     """Relative errors (norms) of the loss and its gradients against a dense float64 loss on the same features."""
     results = []
-    for loss_of, dtype in ((contrastive_loss, element), (dense_contrastive_loss, torch.float64)):
+    for loss_of, dtype in ((contrastive_loss, element), (reference_contrastive_loss, torch.float64)):
         x_BD, y_BD = (z.to(dtype, copy=True).requires_grad_() for z in features(batch, width, element, device))
         log_scale = torch.tensor([math.log(50.0)], device=device, dtype=torch.promote_types(dtype, torch.float32))
         log_scale.requires_grad_()
-        bias = torch.full_like(log_scale, -8.0).requires_grad_() if family == "sigmoid" else None
-        loss = loss_of(x_BD, y_BD, log_scale, bias=bias, family=family)
+        bias = torch.full_like(log_scale, -8.0).requires_grad_() if kind == "sigmoid" else None
+        loss = loss_of(x_BD, y_BD, log_scale, bias=bias, kind=kind)
         (loss * 2.0**14).backward()  # as mixed precision training does: fp16 cannot hold smaller gradients
         parts = {"loss": loss.detach(), "dx": x_BD.grad, "dy": y_BD.grad, "dscale": log_scale.grad}
         results.append({**parts, "dbias": bias.grad} if bias is not None else parts)

@@ -1,7 +1,5 @@
 """The emulator's builds live in pytest's cache folder, keyed by what they are made of."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Every tensor that a kernel gets is registered with its size, so that an access outside of all of them is found.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os
@@ -15,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from threetowers.kernels.cuda.arguments import Argument, Out, Packed, tensors
+from threetowers.kernels.cuda.arguments import Argument, Out, PackedArguments, tensor_arguments
 from threetowers.kernels.cuda.compiler import SOURCES
-from threetowers.kernels.cuda.launch import THREADS, Launch, Limits
+from threetowers.kernels.cuda.launch import BLOCK_THREADS, Launch, Limits
 
 ENGINE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
@@ -70,14 +68,14 @@ class Emulator:
             self._library(launch)
 
     def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
-        library, packed = self._library(launch), Packed(arguments)
+        library, packed = self._library(launch), PackedArguments(arguments)
         library.emulator_forget_buffers()
-        for argument in tensors(arguments):
+        for argument in tensor_arguments(arguments):
             if argument.tensor is not None:
                 assert argument.tensor.is_contiguous()
                 at, size = argument.tensor.data_ptr(), argument.tensor.nbytes
                 library.emulator_buffer(ctypes.c_void_p(at), ctypes.c_size_t(size), isinstance(argument, Out))
-        shape = (*launch.grid, THREADS, launch.shared_bytes, self.last_block_only)
+        shape = (*launch.grid, BLOCK_THREADS, launch.shared_bytes, self.last_block_only)
         error = library.emulator_launch(*shape, self.schedule, packed.table)
         if error is not None:
             raise EmulationError(f"{launch.kernel} under {self.schedule!r}: {error.decode()}")

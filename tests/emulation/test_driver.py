@@ -1,7 +1,5 @@
 """What the launcher says to the CUDA driver through cuda-bindings, heard by a library that stands in for the driver."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -55,6 +53,6 @@ def test_calls_reach_the_driver_as_meant(tmp_path: Path) -> None:
             *[launch, arguments] * 2,  # loaded once, launched twice
             launch.replace("grid 2", "grid 3"),
             arguments,
-            "the CUDA driver answered CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
+            "the CUDA driver returned CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
         ]
     )

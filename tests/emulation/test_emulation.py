@@ -1,7 +1,5 @@
 """The CUDA kernels, run thread by thread on the CPU, against float64: shapes, schedules, and the whole loss."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 
@@ -10,8 +8,7 @@ import torch
 from emulator import LARGE, SMALL, Emulator, Schedule
 from tiles_under_test import Answers, Case, answers, check, emulated
 
-from threetowers.kernels.contrastive import contrastive_loss
-from threetowers.kernels.reference import dense_contrastive_loss
+from threetowers.kernels import contrastive_loss, reference_contrastive_loss
 from threetowers.kernels.tiles import TorchTiles
 
 ELEMENTS = [torch.bfloat16, torch.float16, torch.float32]
@@ -40,7 +37,7 @@ def name_of(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def twin_of(case: Case, element: torch.dtype) -> Answers:
+def reference_of(case: Case, element: torch.dtype) -> Answers:
     return answers(TorchTiles(torch.float64), case, element)
 
 
@@ -50,7 +47,7 @@ def test_tiles_equal_float64_and_touch_nothing_they_should_not(case: Case, eleme
     """Both ring sizes, every access judged by bounds, alignment, ownership and happens-before."""
     for limits in (SMALL, LARGE):
         got = answers(emulated(Emulator(builds, limits, RACES), element), case, element)
-        check(got, twin_of(case, element), case, element)
+        check(got, reference_of(case, element), case, element)
 
 
 @pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
@@ -58,7 +55,7 @@ def test_all_schedules_give_the_same_bits(element: torch.dtype, builds: Path) ->
     """Orders of threads, of blocks, and of copies: none of them may show in the result."""
     case = Case(130, 140, 104, diagonal=2, labels=True)
     first = answers(emulated(Emulator(builds, SMALL, RACES), element), case, element)
-    check(first, twin_of(case, element), case, element)
+    check(first, reference_of(case, element), case, element)
     for schedule in ADVERSARIES:
         again = answers(emulated(Emulator(builds, SMALL, schedule), element), case, element)
         assert again.bits() == first.bits(), f"{schedule!r} changes the result"
@@ -69,9 +66,11 @@ def test_all_schedules_give_the_same_bits(element: torch.dtype, builds: Path) ->
 def test_many_shapes_under_many_schedules(element: torch.dtype, builds: Path) -> None:
     for rows, cols, width in itertools.product([1, 127, 300], [2, 128, 257], [8, 136, 512]):
         case = Case(rows, cols, width, diagonal=cols - rows, scale=50.0, labels=rows % 2 == 1)
-        twin = twin_of(case, element)
+        reference = reference_of(case, element)
         for limits, schedule in itertools.product((SMALL, LARGE), [RACES, *ADVERSARIES[::2]]):
-            check(answers(emulated(Emulator(builds, limits, schedule), element), case, element), twin, case, element)
+            check(
+                answers(emulated(Emulator(builds, limits, schedule), element), case, element), reference, case, element
+            )
 
 
 def test_an_overflowing_scale_stays_finite(builds: Path) -> None:
@@ -102,13 +101,13 @@ def test_the_portable_fibers_give_the_same_bits(builds: Path) -> None:
 
 
 @pytest.mark.parametrize("confident", [False, True])
-@pytest.mark.parametrize("family", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("workspace_bytes", [0, 2**30])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("logit_cache_bytes", [0, 2**30])
 @pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
 def test_the_whole_loss_on_emulated_kernels(
-    family: str,
+    kind: str,
     confident: bool,
-    workspace_bytes: int,
+    logit_cache_bytes: int,
     element: torch.dtype,
     builds: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -120,14 +119,12 @@ def test_the_whole_loss_on_emulated_kernels(
     features, log_scale_1 = ((x_BD, x_BD), [3.0]) if confident else ((x_BD, y_BD), [2.5])
     ids = None if confident else torch.arange(batch) % 149  # two samples with one id
     results = []
-    for loss_of, dtype in ((contrastive_loss, element), (dense_contrastive_loss, torch.float64)):
+    for loss_of, dtype in ((contrastive_loss, element), (reference_contrastive_loss, torch.float64)):
         x_bD, y_bD = (z.detach().to(dtype, copy=True).requires_grad_() for z in features)
         log_scale = torch.tensor(log_scale_1, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
-        bias = (
-            torch.full_like(log_scale, -14.0 if confident else -4.0).requires_grad_() if family == "sigmoid" else None
-        )
-        options = {"workspace_bytes": workspace_bytes} if loss_of is contrastive_loss else {}
-        loss = loss_of(x_bD, y_bD, log_scale, bias=bias, family=family, sample_ids=ids, **options)
+        bias = torch.full_like(log_scale, -14.0 if confident else -4.0).requires_grad_() if kind == "sigmoid" else None
+        options = {"logit_cache_bytes": logit_cache_bytes} if loss_of is contrastive_loss else {}
+        loss = loss_of(x_bD, y_bD, log_scale, bias=bias, kind=kind, group_ids=ids, **options)
         (loss * 2.0**14 if confident else loss).backward()  # fp16 features cannot hold smaller gradients
         results.append([loss, x_bD.grad, y_bD.grad, log_scale.grad, None if bias is None else bias.grad])
     assert (results[1][0].item() < 0.01) == confident

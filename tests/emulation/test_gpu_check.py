@@ -1,7 +1,5 @@
 """The script for the day a GPU is at hand: all of it that can run without one."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os
@@ -72,7 +70,7 @@ def test_a_wrong_tile_is_found(gpu_check: Any, monkeypatch: pytest.MonkeyPatch) 
         return backend
 
     monkeypatch.setattr(gpu_check, "backend_for", scaled)
-    with pytest.raises(AssertionError, match="kept dots"):
+    with pytest.raises(AssertionError, match="cached dots"):
         gpu_check.check_tiles("cpu")
 
 

@@ -3,8 +3,6 @@
 Needs neither a GPU nor a toolkit: the compiler comes with torch, the disassembler with Triton.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import itertools
@@ -15,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from threetowers.kernels.cuda.compiler import SOURCES, Compiled, CompileError, Program, cached_cubin, compile_program
+from threetowers.kernels.cuda.compiler import (
+    SOURCES,
+    CompiledKernel,
+    CompileError,
+    KernelProgram,
+    cached_cubin,
+    compile_program,
+)
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 BLOCK_KERNELS = ["stats", "softmax_gradient", "sigmoid"]
@@ -29,18 +34,20 @@ compiled = functools.cache(compile_program)
 def block_programs() -> Iterator[object]:
     """The tensor-core kernels on every architecture; fp16 differs from bf16 in a few instructions' names only."""
     for arch, kernel, element in itertools.product(ARCHITECTURES, BLOCK_KERNELS, ((), ("FP16",))):
-        program = Program(kernel, arch, (*element, f"STAGES={STAGES.get(arch, 3)}"))
+        program = KernelProgram(kernel, arch, (*element, f"STAGES={STAGES.get(arch, 3)}"))
         yield parameter(program, slow=bool(element) and arch not in ("sm_80", "sm_120"))
 
 
 def dense_programs() -> Iterator[object]:
     """The generic kernels on every architecture, in each type that the back ends ask for."""
     for arch in ARCHITECTURES:
-        yield from (parameter(Program(kernel, arch)) for kernel in DENSE_KERNELS)
-        yield from (parameter(Program("dense_softmax_gradient", arch, (element,))) for element in ("FP16", "FP32"))
+        yield from (parameter(KernelProgram(kernel, arch)) for kernel in DENSE_KERNELS)
+        yield from (
+            parameter(KernelProgram("dense_softmax_gradient", arch, (element,))) for element in ("FP16", "FP32")
+        )
 
 
-def parameter(program: Program, slow: bool = False) -> object:
+def parameter(program: KernelProgram, slow: bool = False) -> object:
     name = "-".join((program.kernel, program.arch, *program.defines))
     return pytest.param(program, id=name, marks=[pytest.mark.slow] if slow else [])
 
@@ -50,7 +57,7 @@ def test_every_kernel_is_listed() -> None:
 
 
 @pytest.mark.parametrize("program", [*block_programs(), *dense_programs()])
-def test_compiles_without_warnings_or_spills(program: Program) -> None:
+def test_compiles_without_warnings_or_spills(program: KernelProgram) -> None:
     log = compiled(program).log
     assert "warning" not in log.lower(), log
     (registers,) = re.findall(r"Used (\d+) registers", log)
@@ -61,7 +68,7 @@ def test_compiles_without_warnings_or_spills(program: Program) -> None:
 
 
 @pytest.mark.parametrize("program", [*block_programs()])
-def test_uses_tensor_cores_and_asynchronous_copies(program: Program, tmp_path: Path) -> None:
+def test_uses_tensor_cores_and_asynchronous_copies(program: KernelProgram, tmp_path: Path) -> None:
     listing = disassembled(compiled(program), tmp_path)
     instructions = {text.split()[0] for _, text in listing}
     assert not {name for name in instructions if name.startswith(("LDL", "STL", "ATOM", "RED."))}
@@ -76,14 +83,14 @@ def test_uses_tensor_cores_and_asynchronous_copies(program: Program, tmp_path: P
 
 @pytest.mark.parametrize("kernel", ["merge", "dense_row_stats", "dense_column_stats", "dense_sigmoid"])
 def test_the_generic_path_compiles_for_older_devices(kernel: str) -> None:
-    assert compiled(Program(kernel, "sm_75")).cubin
-    assert compiled(Program("dense_softmax_gradient", "sm_75", ("FP32",))).cubin
+    assert compiled(KernelProgram(kernel, "sm_75")).cubin
+    assert compiled(KernelProgram("dense_softmax_gradient", "sm_75", ("FP32",))).cubin
 
 
 Listing = list[tuple[int, str]]  # address and instruction, predicates left out
 
 
-def disassembled(program: Compiled, folder: Path) -> Listing:
+def disassembled(program: CompiledKernel, folder: Path) -> Listing:
     spec = importlib.util.find_spec("triton")
     assert spec is not None
     assert spec.origin is not None
@@ -109,23 +116,23 @@ def innermost_loop_around(listing: Listing, name: str) -> list[str]:
 
 def test_a_compile_error_shows_the_compilers_words() -> None:
     with pytest.raises(CompileError, match=r"(?s)stats\.cu for sm_80.*STAGES"):
-        compile_program(Program("stats", "sm_80", ("STAGES=none",)))
+        compile_program(KernelProgram("stats", "sm_80", ("STAGES=none",)))
 
 
 def test_cubins_are_cached_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THREETOWERS_CUDA_CACHE", str(tmp_path / "cubins"))
-    program = Program("merge", "sm_80")
+    program = KernelProgram("merge", "sm_80")
     first = cached_cubin(program)
     (path,) = (tmp_path / "cubins").iterdir()
     assert path.read_bytes() == first
     path.write_bytes(b"kept")
     assert cached_cubin(program) == b"kept"
-    cached_cubin(Program("merge", "sm_90"))
-    cached_cubin(Program("merge", "sm_80", ("FP16",)))
+    cached_cubin(KernelProgram("merge", "sm_90"))
+    cached_cubin(KernelProgram("merge", "sm_80", ("FP16",)))
     assert len(list((tmp_path / "cubins").iterdir())) == 3
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("THREETOWERS_CUDA_CACHE", str(tmp_path / "file" / "cubins"))
-    assert cached_cubin(Program("merge", "sm_80"))
+    assert cached_cubin(KernelProgram("merge", "sm_80"))

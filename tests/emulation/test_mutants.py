@@ -4,8 +4,6 @@ Two judges look at each. `races` follows who touched what since the last barrier
 results with float64 under adversarial schedules; the table says which of them must notice.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,27 +159,27 @@ BUGS = {
 
 
 @pytest.fixture(scope="module")
-def twins() -> dict[Case, Answers]:
+def references() -> dict[Case, Answers]:
     return {case: answers(TorchTiles(torch.float64), case, torch.bfloat16) for case in (CASE, LONELY)}
 
 
-def judge(bug: Bug, schedule: Schedule, builds: Path, twin: Answers, planted: bool = True) -> None:
+def judge(bug: Bug, schedule: Schedule, builds: Path, reference: Answers, planted: bool = True) -> None:
     emulator = Emulator(builds, schedule=schedule, mutation=bug.mutation if planted else None)
-    check(answers(emulated(emulator, torch.bfloat16), bug.case, torch.bfloat16), twin, bug.case, torch.bfloat16)
+    check(answers(emulated(emulator, torch.bfloat16), bug.case, torch.bfloat16), reference, bug.case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_caught(name: str, builds: Path, twins: dict[Case, Answers]) -> None:
+def test_planted_bug_is_caught(name: str, builds: Path, references: dict[Case, Answers]) -> None:
     bug = BUGS[name]
     with pytest.raises(EmulationError if bug.message else AssertionError, match=bug.message or None):
-        judge(bug, RACES, builds, twins[bug.case])
+        judge(bug, RACES, builds, references[bug.case])
     for schedule in bug.schedules:
         with pytest.raises(AssertionError):
-            judge(bug, SCHEDULES[schedule], builds, twins[bug.case])
+            judge(bug, SCHEDULES[schedule], builds, references[bug.case])
 
 
 @pytest.mark.parametrize("case", [CASE, LONELY])
-def test_without_a_bug_all_judges_are_silent(case: Case, builds: Path, twins: dict[Case, Answers]) -> None:
+def test_without_a_bug_all_judges_are_silent(case: Case, builds: Path, references: dict[Case, Answers]) -> None:
     clean = Bug(Mutation("", "", ""), case=case)
     for schedule in (RACES, *SCHEDULES.values()):
-        judge(clean, schedule, builds, twins[case], planted=False)
+        judge(clean, schedule, builds, references[case], planted=False)

@@ -5,8 +5,6 @@ buffers of up to a terabyte, of which only the touched pages exist. Both must gi
 product of the sources is narrowed to 32 bits, and that must be found.
 """
 
-from __future__ import annotations
-
 import mmap
 import re
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ from threetowers.kernels.cuda.launch import (
     BAND,
     Launch,
     block_launch,
-    blocks,
+    blocks_over,
     columns_launch,
     pairs_launch,
     rows_launch,
@@ -66,14 +64,14 @@ def weights(before: int, count: int) -> Argument:
     return (In(filled(numbers(count), before)), In(filled(numbers(count).abs(), before)), before + count)
 
 
-def stats(down: int, right: int, depth: int, keep: bool = False) -> Job:
+def stats(down: int, right: int, depth: int, cache: bool = False) -> Job:
     rows, cols = down + ROWS, right + COLS
     x_rD, y_cD = filled(numbers(ROWS, depth, dtype=BF16), down, 0), filled(numbers(COLS, depth, dtype=BF16), right, 0)
-    row_parts, col_parts = zeros(blocks(cols), rows, 2), zeros(blocks(rows), cols, 2)
-    kept_rc = zeros(rows, cols) if keep else None
-    outputs = Out(row_parts), Out(col_parts), Out(kept_rc)
+    row_parts, col_parts = zeros(blocks_over(cols), rows, 2), zeros(blocks_over(rows), cols, 2)
+    cached_rc = zeros(rows, cols) if cache else None
+    outputs = Out(row_parts), Out(col_parts), Out(cached_rc)
     results = [row_parts[-1, -ROWS:], col_parts[-1, -COLS:]] + (
-        [kept_rc[-ROWS:, -COLS:]] if kept_rc is not None else []
+        [cached_rc[-ROWS:, -COLS:]] if cached_rc is not None else []
     )
     launch = block_launch("stats", BF16, rows, cols, SMALL)
     return launch, ((In(x_rD), In(y_cD), depth), tile(rows, cols), *outputs), results
@@ -99,9 +97,9 @@ def dense_row_stats(down: int, right: int, _: int) -> Job:
 
 def dense_column_stats(down: int, right: int, _: int) -> Job:
     rows, cols = down + ROWS, right + COLS
-    parts = zeros(blocks(rows, BAND), cols, 2)
+    parts = zeros(blocks_over(rows, BAND), cols, 2)
     arguments = In(filled(numbers(ROWS, COLS), down, right)), tile(rows, cols), Out(parts)
-    launch = columns_launch("dense_column_stats", cols, blocks(rows, BAND), SMALL)
+    launch = columns_launch("dense_column_stats", cols, blocks_over(rows, BAND), SMALL)
     return launch, arguments, [parts[-1, -COLS:]]
 
 
@@ -141,8 +139,8 @@ class Far:
     depth: int = 8
 
 
-def kept(down: int, right: int, depth: int) -> Job:
-    return stats(down, right, depth, keep=True)
+def cached_stats(down: int, right: int, depth: int) -> Job:
+    return stats(down, right, depth, cache=True)
 
 
 M = 2**20
@@ -150,7 +148,7 @@ FARS = {
     "rows of x": Far(stats, M, 0, "block_logits.h", "static_cast<i64>(first + r) * depth", 2048),
     "rows of y": Far(stats, 0, M, "block_logits.h", "static_cast<i64>(first + r) * depth", 2048),
     "parts of rows": Far(stats, M, 2**18, "block_parts.h", "static_cast<i64>(block) * count"),
-    "kept dots": Far(kept, M, 2048, "stats.cu", "static_cast<i64>(i) * tile.columns"),
+    "cached dots": Far(cached_stats, M, 2048, "stats.cu", "static_cast<i64>(i) * tile.columns"),
     "gradient": Far(softmax_gradient, M, 2**14, "block_gradient.h", "static_cast<i64>(row) * stride"),
     "dense rows": Far(dense_row_stats, M, 2048, "dense_row_stats.cu", "static_cast<i64>(i) * tile.columns"),
     "dense columns": Far(dense_column_stats, M, 2048, "dense_column_stats.cu", "static_cast<i64>(i) * tile.columns"),

@@ -1,6 +1,4 @@
-"""One tile's inputs, and what the CUDA back ends, run by the emulator, and float64 make of it."""
-
-from __future__ import annotations
+"""One tile's inputs, and the results of the CUDA back ends, run by the emulator, and of float64."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from threetowers.kernels.cuda.cuda_tiles import GAIN, DenseTiles, TensorCoreTiles
-from threetowers.kernels.tiles import Running, SigmoidSums, Tile, TileBackend, TorchTiles, Weights
+from threetowers.kernels.tiles import OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile, TileBackend, TorchTiles
 
 
 class EmulatedTensorCoreTiles(TensorCoreTiles):
@@ -52,13 +50,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Answers:
-    """Everything that a back end says of one tile."""
+    """Everything that a back end computes of one tile."""
 
-    rows: Running
-    cols: Running
-    kept_rc: Tensor
+    rows: OnlineLogSumExp
+    cols: OnlineLogSumExp
+    cached_rc: Tensor
     grad_rc: Tensor
-    grad_from_kept_rc: Tensor
+    grad_from_cached_rc: Tensor
     sums: SigmoidSums
     sigmoid_grad_rc: Tensor
     dx_rD: Tensor
@@ -66,7 +64,7 @@ class Answers:
 
     def bits(self) -> bytes:
         """All numbers of the tile, to be compared bit by bit."""
-        tensors = (self.kept_rc, self.grad_rc, self.grad_from_kept_rc, self.sigmoid_grad_rc, self.dx_rD, self.dy_cD)
+        tensors = (self.cached_rc, self.grad_rc, self.grad_from_cached_rc, self.sigmoid_grad_rc, self.dx_rD, self.dy_cD)
         sums = (self.sums.loss_r, self.sums.prob_r, self.sums.row_max_r, self.sums.col_max_c)
         running = (self.rows.max_n, self.rows.sum_n, self.cols.max_n, self.cols.sum_n)
         return b"".join(
@@ -74,16 +72,16 @@ class Answers:
         )
 
 
-def weights_of(case: Case, element: torch.dtype) -> tuple[Weights, Weights]:
+def weights_of(case: Case, element: torch.dtype) -> tuple[SoftmaxWeights, SoftmaxWeights]:
     """Softmax weights as the chunk loop would make them, in float64: from the true statistics, varied in size."""
     rows, cols = _empty(case, torch.float64)
-    twin, (x_rD, y_cD) = TorchTiles(torch.float64), case.features(element)
-    twin.stats(x_rD.double(), y_cD.double(), case.tile(), rows, cols, None)
+    reference, (x_rD, y_cD) = TorchTiles(torch.float64), case.features(element)
+    reference.stats(x_rD.double(), y_cD.double(), case.tile(), rows, cols, None)
     sides = []
     for side in (rows, cols):
         shift_n = torch.where(side.max_n == -torch.inf, 0, side.max_n)
         varied_n = torch.linspace(0.2, 1, len(shift_n), dtype=torch.float64)
-        sides.append(Weights(shift_n, 0.5 * varied_n / (side.sum_n + 0.1)))
+        sides.append(SoftmaxWeights(shift_n, 0.5 * varied_n / (side.sum_n + 0.1)))
     return sides[0], sides[1]
 
 
@@ -91,16 +89,18 @@ def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
     """Run all that a back end can do. What a kernel should write is filled with NaN before."""
     dtype, (x_rD, y_cD) = backend.dtype, (backend.features(z) for z in case.features(element))
     rows, cols = _empty(case, dtype)
-    kept_rc = torch.full((case.rows, case.cols), math.nan, dtype=backend.kept_dtype)
+    cached_rc = torch.full((case.rows, case.cols), math.nan, dtype=backend.cache_dtype)
     for _ in range(2):  # merged twice: sums double, maxima stay
-        backend.stats(x_rD, y_cD, case.tile(), rows, cols, kept_rc)
+        backend.stats(x_rD, y_cD, case.tile(), rows, cols, cached_rc)
     gain = GAIN.get(element, 1.0) if isinstance(backend, TensorCoreTiles) else 1.0
 
-    row_weights, col_weights = (Weights(w.shift_n.to(dtype), w.factor_n.to(dtype)) for w in weights_of(case, element))
+    row_weights, col_weights = (
+        SoftmaxWeights(w.shift_n.to(dtype), w.factor_n.to(dtype)) for w in weights_of(case, element)
+    )
     tile, sigmoid_tile = case.tile(), case.tile(bias=-3.0)
     grads = []
-    for kept in (kept_rc, None):
-        grad_rc = backend.softmax_grad(x_rD, y_cD, tile, row_weights, col_weights, kept)
+    for cached in (cached_rc, None):
+        grad_rc = backend.softmax_grad(x_rD, y_cD, tile, row_weights, col_weights, cached)
         grads.append(grad_rc.to(dtype) / gain)
     dx_rD, dy_cD = (torch.ones(n, case.width, dtype=dtype) for n in (case.rows, case.cols))
     backend.add_rows(dx_rD, grad_rc, y_cD)
@@ -113,29 +113,31 @@ def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
     assert sigmoid_grad_rc is not None
     sigmoid_grad_rc = sigmoid_grad_rc.to(dtype) / gain
     backend.sigmoid(x_rD, y_cD, sigmoid_tile, sums, None)
-    return Answers(rows, cols, kept_rc, grads[1], grads[0], sums, sigmoid_grad_rc, dx_rD, dy_cD)
+    return Answers(rows, cols, cached_rc, grads[1], grads[0], sums, sigmoid_grad_rc, dx_rD, dy_cD)
 
 
-def check(got: Answers, twin: Answers, case: Case, element: torch.dtype) -> None:
+def check(got: Answers, reference: Answers, case: Case, element: torch.dtype) -> None:
     """Raise AssertionError unless the answers agree, each within what its arithmetic allows."""
     logit = 1e-5 + 5e-7 * case.scale  # fp32 dots of unit vectors, and logits as large as the scale
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[element] + logit
     index_r, index_c = torch.arange(case.rows)[:, None], torch.arange(case.cols)
     unused_rc = (index_c - index_r == case.diagonal) & (
-        got.kept_rc == -math.inf
+        got.cached_rc == -math.inf
     )  # a back end may note what it excludes
-    close(torch.where(unused_rc, twin.kept_rc, got.kept_rc), twin.kept_rc, "kept dots", absolute=1e-6)
+    close(torch.where(unused_rc, reference.cached_rc, got.cached_rc), reference.cached_rc, "cached dots", absolute=1e-6)
     for name in ("rows", "cols"):
-        close(_log_sum(getattr(got, name)), _log_sum(getattr(twin, name)), f"log-sum-exps of {name}", absolute=logit)
-        close(getattr(got, name).max_n, getattr(twin, name).max_n, f"maxima of {name}", absolute=logit)
-    for name in ("grad_rc", "grad_from_kept_rc", "sigmoid_grad_rc"):
-        close(getattr(got, name), getattr(twin, name), name, relative=rounding, absolute=1e-8)
+        close(
+            _log_sum(getattr(got, name)), _log_sum(getattr(reference, name)), f"log-sum-exps of {name}", absolute=logit
+        )
+        close(getattr(got, name).max_n, getattr(reference, name).max_n, f"maxima of {name}", absolute=logit)
+    for name in ("grad_rc", "grad_from_cached_rc", "sigmoid_grad_rc"):
+        close(getattr(got, name), getattr(reference, name), name, relative=rounding, absolute=1e-8)
     for name in ("loss_r", "prob_r"):
-        close(getattr(got.sums, name), getattr(twin.sums, name), name, relative=logit, absolute=1e-12)
+        close(getattr(got.sums, name), getattr(reference.sums, name), name, relative=logit, absolute=1e-12)
     for name in ("row_max_r", "col_max_c"):
-        close(getattr(got.sums, name), getattr(twin.sums, name), name, absolute=logit)
+        close(getattr(got.sums, name), getattr(reference.sums, name), name, absolute=logit)
     for name in ("dx_rD", "dy_cD"):
-        close(getattr(got, name), getattr(twin, name), name, absolute=4 * rounding)
+        close(getattr(got, name), getattr(reference, name), name, absolute=4 * rounding)
 
 
 def close(got: Tensor, expected: Tensor, name: str, relative: float = 0.0, absolute: float = 0.0) -> None:
@@ -145,10 +147,10 @@ def close(got: Tensor, expected: Tensor, name: str, relative: float = 0.0, absol
     )
 
 
-def _log_sum(running: Running) -> Tensor:
+def _log_sum(running: OnlineLogSumExp) -> Tensor:
     return running.max_n.double() + torch.log2(running.sum_n.double())
 
 
-def _empty(case: Case, dtype: torch.dtype) -> tuple[Running, Running]:
+def _empty(case: Case, dtype: torch.dtype) -> tuple[OnlineLogSumExp, OnlineLogSumExp]:
     like = torch.empty(0)
-    return Running.empty(case.rows, like, dtype), Running.empty(case.cols, like, dtype)
+    return OnlineLogSumExp.empty(case.rows, like, dtype), OnlineLogSumExp.empty(case.cols, like, dtype)

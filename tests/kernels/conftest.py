@@ -1,14 +1,12 @@
 """Back ends under test, and batches that are hard in one known way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from threetowers.kernels import operators as operator
+from threetowers.kernels import operators
 from threetowers.kernels.cpu import CpuTiles, sweep_library
 from threetowers.kernels.tiles import TileBackend, TorchTiles
 
@@ -32,5 +30,5 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
             return _small(TorchTiles(torch.promote_types(x_bD.dtype, torch.float32)))
         return _small(CpuTiles(library))
 
-    monkeypatch.setattr(operator, "backend_for", backend_for)
+    monkeypatch.setattr(operators, "backend_for", backend_for)
     return str(request.param)

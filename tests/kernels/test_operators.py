@@ -1,7 +1,5 @@
 """The registered operator: what torch expects of one, what it saves, and what it costs in products."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 from typing import Any
@@ -12,11 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from threetowers.kernels import Pair, contrastive_loss, contrastive_losses, dense_contrastive_loss
-from threetowers.kernels import operators as operator
+from threetowers.kernels import Pair, contrastive_loss, contrastive_losses, operators, reference_contrastive_loss
 from threetowers.kernels.tiles import TorchTiles
 
-FAMILIES = ["softmax", "sigmoid"]
+KINDS = ["softmax", "sigmoid"]
 
 
 def batch(total: int = 100, width: int = 16, **options: Any) -> list[Tensor]:
@@ -26,87 +23,90 @@ def batch(total: int = 100, width: int = 16, **options: Any) -> list[Tensor]:
     return [(part / width**0.5).to(**options).requires_grad_() for part in (x_BD, y_BD)]
 
 
-def scalars(family: str) -> list[Tensor]:
-    values = [2.0, -3.0] if family == "sigmoid" else [2.0]
+def scalars(kind: str) -> list[Tensor]:
+    values = [2.0, -3.0] if kind == "sigmoid" else [2.0]
     return [torch.tensor([value], requires_grad=True) for value in values]
 
 
 def loss_of(x: Tensor, y: Tensor, log_scale: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    return contrastive_loss(x, y, log_scale, bias=bias, family="softmax" if bias is None else "sigmoid", **options)
+    return contrastive_loss(x, y, log_scale, bias=bias, kind="softmax" if bias is None else "sigmoid", **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("reduction", "workspace"), [("mean", 0), ("none", 0), ("mean", 2000)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache_bytes", [0, 2000])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own reading
-def test_opcheck(family: str, reduction: str, workspace: int) -> None:
+def test_opcheck(kind: str, cache_bytes: int) -> None:
     x_BD, y_BD = batch(20)
     z_BD, w_BD = batch(20, 8)
-    (log_scale, *bias), (other_scale, *other_bias) = scalars(family), scalars(family)
+    (log_scale, *bias), (other_scale, *other_bias) = scalars(kind), scalars(kind)
+    sides = [x_BD, z_BD], [y_BD, w_BD.detach()]
+    needs = [True, True], [True, False], [True, True]
     args = (
-        [x_BD, z_BD], [y_BD, w_BD.detach()], [log_scale, other_scale], bias + other_bias, torch.arange(20) // 2,
-        family, reduction, "", workspace, False, [True, True, True, True, False, True],
-    )  # fmt: skip
-    torch.library.opcheck(operator.contrastive_forward, args)
+        *sides,
+        [log_scale, other_scale],
+        bias + other_bias,
+        torch.arange(20) // 2,
+        kind,
+        cache_bytes,
+        False,
+        *needs,
+    )
+    torch.library.opcheck(operators.contrastive_forward, args)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck_of_backward(family: str, reduction: str) -> None:
-    """Schema and shapes, also with kept tiles. Its autograd formula refuses by design, so opcheck cannot run it."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_of_backward(kind: str) -> None:
+    """Schema and shapes, also with a logit cache. Its autograd formula refuses by design, so opcheck cannot run it."""
     x_BD, y_BD = (part.detach() for part in batch(20))
-    scales = [part.detach() for part in scalars(family)]
-    options = family, reduction, ""
-    needs = [True, False, True]
-    saved = operator.contrastive_forward([x_BD], [y_BD], scales[:1], scales[1:], None, *options, 2000, False, needs)
-    args = [torch.ones_like(saved[0])], [x_BD], [y_BD], saved, *options, False, needs
-    torch.library.opcheck(operator.contrastive_backward, args, test_utils=["test_schema", "test_faketensor"])
+    scales = [part.detach() for part in scalars(kind)]
+    needs = [True], [False], [True]
+    saved = operators.contrastive_forward([x_BD], [y_BD], scales[:1], scales[1:], None, kind, 2000, False, *needs)
+    args = [torch.ones_like(saved[0])], [x_BD], [y_BD], saved, kind, False, *needs
+    torch.library.opcheck(operators.contrastive_backward, args, test_utils=["test_schema", "test_faketensor"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiles(family: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles(kind: str) -> None:
     def step(*leaves: Tensor) -> Tensor:
-        return 2 * loss_of(*leaves, sample_ids=torch.arange(len(leaves[0])) // 2)
+        return 2 * loss_of(*leaves, group_ids=torch.arange(len(leaves[0])) // 2)
 
-    eager, compiled = (batch(40) + scalars(family) for _ in range(2))
+    eager, compiled = (batch(40) + scalars(kind) for _ in range(2))
     step(*eager).backward()
     torch.compile(step, backend="aot_eager", fullgraph=True)(*compiled).backward()
     for a, b in zip(eager, compiled, strict=True):
         assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fake_tensors_of_any_size(family: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_fake_tensors_of_any_size(kind: str) -> None:
     """Shapes alone, with more elements than int32 counts: nothing is computed."""
     with FakeTensorMode():
         x_BD, y_BD = (torch.empty(3_000_001, 768, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-        leaves = [x_BD, y_BD, *(torch.empty(1, requires_grad=True) for _ in scalars(family))]
+        leaves = [x_BD, y_BD, *(torch.empty(1, requires_grad=True) for _ in scalars(kind))]
         loss = loss_of(*leaves)
         assert (loss.shape, loss.dtype) == ((), torch.float32)
-        assert loss_of(*leaves, reduction="none").shape == (3_000_001,)
         grads = torch.autograd.grad(loss, leaves)
         assert [(g.shape, g.dtype) for g in grads] == [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-@pytest.mark.parametrize("workspace", [5_000_000, 100_000_000])
-def test_fake_tensors_know_how_many_tiles_are_kept(workspace: int) -> None:
-    """As many elements as the operator allocates, whether the room ends within a term or holds all tiles."""
+@pytest.mark.parametrize("cache_bytes", [5_000_000, 100_000_000])
+def test_fake_tensors_have_the_size_of_the_logit_cache(cache_bytes: int) -> None:
+    """As many elements as the operator allocates, whether the cache ends within a pair or holds all tiles."""
 
-    def kept(fake: bool) -> list[torch.Size]:
+    def shapes(fake: bool) -> list[torch.Size]:
         with FakeTensorMode() if fake else contextlib.nullcontext():
             x_BD, y_BD, z_BD = (torch.ones(1500, 4) for _ in range(3))
             sides, scales = ([x_BD, y_BD], [y_BD, z_BD]), [torch.zeros(1), torch.zeros(1)]
-            needs = [True, False, False, False, False, True]
-            flat = operator.contrastive_forward(
-                *sides, scales, [], None, "softmax", "mean", "", workspace, False, needs
-            )
+            needs = [True, False], [False, False], [False, True]
+            flat = operators.contrastive_forward(*sides, scales, [], None, "softmax", cache_bytes, False, *needs)
             return [part.shape for part in flat]
 
-    assert kept(fake=True) == kept(fake=False)
+    assert shapes(fake=True) == shapes(fake=False)
 
 
-def test_compiles_with_kept_tiles_and_an_open_batch() -> None:
+def test_compiles_with_a_logit_cache_and_a_dynamic_batch() -> None:
     def step(*leaves: Tensor) -> Tensor:
-        return loss_of(*leaves, workspace_bytes=1_000_000)
+        return loss_of(*leaves, logit_cache_bytes=1_000_000)
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     for total in (40, 52):
@@ -124,13 +124,13 @@ def test_fake_mode_refuses_sizes_it_cannot_express() -> None:
         dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
         x_BD = fake.from_tensor(x_BD, symbolic_context=dynamic).requires_grad_()
         with pytest.raises(RuntimeError, match="known only when it runs, which this fake mode cannot express"):
-            contrastive_loss(x_BD, 2 * x_BD, torch.zeros(1), workspace_bytes=10**6)
+            contrastive_loss(x_BD, 2 * x_BD, torch.zeros(1), logit_cache_bytes=10**6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_deterministic_retained_and_scaled(family: str) -> None:
-    leaves = batch() + scalars(family)
-    loss = loss_of(*leaves, workspace_bytes=20_000)
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic_retained_and_scaled(kind: str) -> None:
+    leaves = batch() + scalars(kind)
+    loss = loss_of(*leaves, logit_cache_bytes=20_000)
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
     again = torch.autograd.grad(loss, leaves, retain_graph=True)
     fresh = torch.autograd.grad(loss_of(*leaves), leaves)
@@ -176,17 +176,17 @@ def test_an_unused_loss_costs_nothing_and_has_no_gradient() -> None:
         assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_second_derivatives_are_refused(family: str) -> None:
-    leaves = batch() + scalars(family)
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_are_refused(kind: str) -> None:
+    leaves = batch() + scalars(kind)
     grad = torch.autograd.grad(loss_of(*leaves), leaves[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_autocast_leaves_logits_alone(family: str) -> None:
-    leaves = batch() + scalars(family)
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_logits_alone(kind: str) -> None:
+    leaves = batch() + scalars(kind)
     truth = torch.autograd.grad(loss_of(*leaves), leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = loss_of(*leaves)
@@ -206,9 +206,9 @@ def test_strided_features() -> None:
     torch.testing.assert_close(contrastive_loss(x_BD.detach(), turned, log_scale), found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_features_further_apart_than_int32_counts(family: str, dtype: torch.dtype) -> None:
+def test_features_further_apart_than_int32_counts(kind: str, dtype: torch.dtype) -> None:
     """Rows 2^29 elements from one another, in memory of which only the touched pages exist: the same bits as side by
     side."""
     apart = 2**29
@@ -219,82 +219,83 @@ def test_features_further_apart_than_int32_counts(family: str, dtype: torch.dtyp
         far.append(memory.as_strided((9, 8), (apart, 1)).copy_(part.detach()).requires_grad_())
     results = []
     for sides in (near, far):
-        leaves = [*sides, *scalars(family)]
+        leaves = [*sides, *scalars(kind)]
         loss = loss_of(*leaves)
         grads = torch.autograd.grad(loss, leaves)
         results.append([loss, *grads])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def saved_bytes(total: int, family: str, workspace: int) -> int:
-    """What autograd holds between forward and backward."""
+def saved_bytes(total: int, kind: str, cache_bytes: int) -> int:
+    """Return how many bytes autograd holds between forward and backward."""
     sizes: list[int] = []
 
     def pack(part: Tensor) -> Tensor:
         sizes.append(part.nbytes)
         return part
 
-    leaves = batch(total) + scalars(family)
+    leaves = batch(total) + scalars(kind)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part):
-        loss_of(*leaves, workspace_bytes=workspace)
+        loss_of(*leaves, logit_cache_bytes=cache_bytes)
     return sum(sizes)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saved_memory_is_linear_in_the_batch(family: str) -> None:
-    saved = [saved_bytes(total, family, 0) for total in (512, 1024, 2048)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_memory_is_linear_in_the_batch(kind: str) -> None:
+    saved = [saved_bytes(total, kind, 0) for total in (512, 1024, 2048)]
     assert saved[1] <= 2 * saved[0]
     assert saved[2] <= 4 * saved[0]
-    kept = saved_bytes(512, family, 2_000_000) - saved[0]
-    assert kept == (4 * 512 * 512 if family == "softmax" else 0)  # whole tiles only
+    cached = saved_bytes(512, kind, 2_000_000) - saved[0]
+    assert cached == (4 * 512 * 512 if kind == "softmax" else 0)  # complete tiles only
 
 
 def counting_backend(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Counts products in units of B B D, whatever is asked of the back end."""
-    units: dict[str, float] = {"dots": 0, "rows": 0, "cols": 0}
+    """Count the multiply-adds of each product, in D: B B of them are a pass."""
+    passes: dict[str, float] = {"dots": 0, "rows": 0, "cols": 0}
 
     class Counting(TorchTiles):
-        def dots(self, x_rD: Tensor, y_cD: Tensor, keep_rc: Tensor | None = None) -> Tensor:
-            units["dots"] += len(x_rD) * len(y_cD)
-            return super().dots(x_rD, y_cD, keep_rc)
+        def dots(self, x_rD: Tensor, y_cD: Tensor, out_rc: Tensor | None = None) -> Tensor:
+            passes["dots"] += len(x_rD) * len(y_cD)
+            return super().dots(x_rD, y_cD, out_rc)
 
         def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
-            units["rows"] += grad_rc.numel()
+            passes["rows"] += grad_rc.numel()
             super().add_rows(dx_rD, grad_rc, y_cD)
 
         def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
-            units["cols"] += grad_rc.numel()
+            passes["cols"] += grad_rc.numel()
             super().add_cols(dy_cD, grad_rc, x_rD)
 
-    monkeypatch.setattr(operator, "backend_for", lambda x: Counting(torch.float32, 64, 64))
-    return units
+    monkeypatch.setattr(operators, "backend_for", lambda x: Counting(torch.float32, 64, 64))
+    return passes
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "frozen", "expected"),
+    ("kind", "options", "frozen", "expected"),
     [
         ("softmax", {}, "", 4),
-        ("softmax", {"workspace_bytes": 4 * 256 * 256}, "", 3),
-        ("softmax", {"workspace_bytes": 4 * 256 * 128}, "", 3.5),
+        ("softmax", {"logit_cache_bytes": 4 * 256 * 256}, "", 3),
+        ("softmax", {"logit_cache_bytes": 4 * 256 * 128}, "", 3.5),
         ("softmax", {}, "x", 3),
         ("softmax", {}, "y", 3),
         ("softmax", {}, "xy", 3),  # the scale's gradient alone needs one product
         ("sigmoid", {}, "", 3),
         ("sigmoid", {}, "x", 2),
-        ("sigmoid", {"reduction": "none"}, "", 4),
     ],
 )
-def test_units(monkeypatch: pytest.MonkeyPatch, family: str, options: Any, frozen: str, expected: float) -> None:
-    units = counting_backend(monkeypatch)
+def test_number_of_passes(
+    monkeypatch: pytest.MonkeyPatch, kind: str, options: Any, frozen: str, expected: float
+) -> None:
+    passes = counting_backend(monkeypatch)
     x_BD, y_BD = batch(256)
     x_BD.requires_grad_("x" not in frozen)
     y_BD.requires_grad_("y" not in frozen)
-    loss_of(x_BD, y_BD, *scalars(family), **options).sum().backward()
-    assert sum(units.values()) / 256**2 == expected
-    units.update(dots=0, rows=0, cols=0)
+    loss_of(x_BD, y_BD, *scalars(kind), **options).backward()
+    assert sum(passes.values()) / 256**2 == expected
+    passes.update(dots=0, rows=0, cols=0)
     with torch.no_grad():
-        loss_of(x_BD, y_BD, *scalars(family), **options)
-    assert sum(units.values()) / 256**2 == 1
+        loss_of(x_BD, y_BD, *scalars(kind), **options)
+    assert sum(passes.values()) / 256**2 == 1
 
 
 def test_chunked_features_of_a_tower_with_dropout() -> None:
@@ -326,15 +327,15 @@ def test_chunked_features_of_a_tower_with_dropout() -> None:
         torch.testing.assert_close(leaf.grad, want)
 
 
-def test_value_matches_the_dense_twin_with_default_tiles() -> None:
+def test_tiles_of_the_default_size() -> None:
     """Several tiles of the real size, not the small ones of other tests."""
     x_BD, y_BD = batch(2300, 8)
     leaves = [x_BD, y_BD, *scalars("softmax")]
     loss = loss_of(*leaves)
     grads = torch.autograd.grad(loss, leaves)
-    twins = [leaf.detach().requires_grad_() for leaf in leaves]
-    truth = dense_contrastive_loss(*twins)  # type: ignore[arg-type]
+    references = [leaf.detach().requires_grad_() for leaf in leaves]
+    truth = reference_contrastive_loss(*references)  # type: ignore[arg-type]
     torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=0)  # a float32 mean of float32 losses
-    for a, b in zip(grads, torch.autograd.grad(truth, twins), strict=True):
+    for a, b in zip(grads, torch.autograd.grad(truth, references), strict=True):
         # In the norm: what sums to nearly nothing is as far off as the sum's terms are rounded.
         assert (a.double() - b).norm() <= 1e-5 * b.norm()

@@ -1,7 +1,5 @@
 """What ranks cost each other, in real gloo processes: when collectives run, and how much memory each rank takes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,21 +12,20 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from threetowers.kernels import Pair, contrastive_losses
-from threetowers.kernels import operators as operator
+from threetowers.kernels import Pair, contrastive_losses, operators
 from threetowers.kernels.distributed import RankGroup
 from threetowers.kernels.tiles import TorchTiles
 
-FAMILIES = ["softmax", "sigmoid"]
+KINDS = ["softmax", "sigmoid"]
 Log = list[str]
 
 
-def step(group: Any, batch: int, width: int, *, terms: int = 1, **options: Any) -> None:
+def step(batch: int, width: int, *, num_pairs: int = 1, **options: Any) -> None:
     """Forward and backward of one call with random local batches."""
-    sides = [torch.randn(batch, width).requires_grad_() for _ in range(2 * terms)]
+    sides = [torch.randn(batch, width).requires_grad_() for _ in range(2 * num_pairs)]
     scale = torch.zeros(1, requires_grad=True)
     pairs = [Pair(x, y, scale) for x, y in zip(sides[::2], sides[1::2], strict=True)]
-    results = contrastive_losses(pairs, process_group=group, **options)
+    results = contrastive_losses(pairs, **options)
     torch.stack([result.loss for result in results]).sum().backward()
 
 
@@ -55,13 +52,13 @@ def recorded(log: Log) -> Any:
             return logged(log, f"reduce {rank}", super().reduce_async(part_n, rank))
 
         def shift_async(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], Any]:
-            kind = "columns" if send[0].dtype == torch.uint8 else "gradients"
-            return logged(log, f"{kind} at {len(log)}", super().shift_async(send, receive))
+            sent = "columns" if send[0].dtype == torch.uint8 else "gradients"
+            return logged(log, f"{sent} at {len(log)}", super().shift_async(send, receive))
 
     class RecordedTiles(TorchTiles):
-        def dots(self, x_rD: Tensor, y_cD: Tensor, keep_rc: Tensor | None = None) -> Tensor:
+        def dots(self, x_rD: Tensor, y_cD: Tensor, out_rc: Tensor | None = None) -> Tensor:
             log.append("tile")
-            return super().dots(x_rD, y_cD, keep_rc)
+            return super().dots(x_rD, y_cD, out_rc)
 
     return RecordedRanks, lambda x: RecordedTiles(torch.float32)
 
@@ -74,15 +71,15 @@ def tiles_under_way(log: Log) -> dict[str, int]:
     return {name: log[start:stop].count("tile") for name, (start, stop) in spans.items()}
 
 
-def check_overlap(group: Any) -> None:
-    """Collectives are started before tiles are computed, and waited for after: one tile a shard here."""
-    size, rank, log = group.size(), group.rank(), list[str]()
+def check_overlap() -> None:
+    """Collectives start before tiles are computed, and are waited for after: one tile for each rank's columns."""
+    size, rank, log = dist.get_world_size(), dist.get_rank(), list[str]()
     with pytest.MonkeyPatch.context() as patch:
         ranks, backend_for = recorded(log)
-        patch.setattr(operator, "RankGroup", ranks)
-        patch.setattr(operator, "backend_for", backend_for)
-        for family, passes in (("softmax", 2), ("sigmoid", 1)):
-            step(group, 8, 4, family=family)
+        patch.setattr(operators, "RankGroup", ranks)
+        patch.setattr(operators, "backend_for", backend_for)
+        for kind, passes in (("softmax", 2), ("sigmoid", 1)):
+            step(8, 4, kind=kind)
             under_way = tiles_under_way(log)
             assert under_way.pop("gather") == 1  # the own columns' tile
             in_order = [f"reduce {r}" for r in range(size)]  # on every rank, as collectives must be
@@ -91,16 +88,16 @@ def check_overlap(group: Any) -> None:
             assert [name for name, count in under_way.items() if count == 0] == last
 
             log.clear()
-            step(group, 8, 4, family=family, ring=True)
+            step(8, 4, kind=kind, ring=True)
             under_way = tiles_under_way(log)
             columns, gradients = (
-                [count for name, count in under_way.items() if name.startswith(kind)]
-                for kind in ("columns", "gradients")
+                [count for name, count in under_way.items() if name.startswith(sent)]
+                for sent in ("columns", "gradients")
             )
             assert columns == [1] * (size - 1) * passes
             assert gradients == [1] * (size - 1) + [0]  # the last step brings them home
             log.clear()
-        step(group, 8, 4, terms=2)  # a term's last sums leave under the next term's tiles
+        step(8, 4, num_pairs=2)  # a pair's last sums leave under the next pair's tiles
         first_waits = log.index(f"reduce {size - 1} is waited for")
         assert log[log.index(f"reduce {size - 1} starts") : first_waits].count("tile") > 0
 
@@ -115,37 +112,42 @@ def peak_bytes(work: Callable[[], None]) -> int:
     return max(itertools.accumulate(changes, initial=0))
 
 
-def check_memory(groups: dict[int, Any]) -> None:
+WIDTH = 4096
+HALF, WHOLE = 48, 96  # local batches
+
+
+def peaks() -> dict[tuple[str, bool, int], int]:
+    """Return the peak bytes of a step on this number of ranks, by kind, ring and local batch."""
+    return {
+        (kind, ring, batch): peak_bytes(lambda: step(batch, WIDTH, kind=kind, ring=ring))  # noqa: B023
+        for kind, ring, batch in itertools.product(KINDS, (True, False), (HALF, WHOLE))
+    }
+
+
+def check_memory(on_2: dict[tuple[str, bool, int], int] | None, on_4: dict[tuple[str, bool, int], int]) -> None:
     """A ring takes O(b D) whatever the number of ranks; a gather takes the whole batch's columns, O(B D), once."""
-    width, half, whole = 4096, 48, 96
-    shard_bytes = whole * width * 4  # of one rank's rows
-    for family in FAMILIES:
-        ring, gather = (
-            {
-                (size, batch): peak_bytes(lambda: step(group, batch, width, family=family, ring=ring))  # noqa: B023
-                for size, group in groups.items()
-                for batch in (half, whole)
-            }
-            for ring in (True, False)
-        )
-        assert 1.9 <= ring[4, whole] / ring[4, half] <= 2.1
-        if 2 in groups:
-            assert ring[4, whole] <= 1.02 * ring[2, whole]  # twice B D, the same b D
-            assert ring[4, half] <= 0.6 * ring[2, whole]  # the same B D
-            assert gather[4, whole] - gather[2, whole] >= 1.9 * shard_bytes  # two ranks' columns more
+    columns_bytes = WHOLE * WIDTH * 4  # of one rank
+    for kind in KINDS:
+        assert 1.9 <= on_4[kind, True, WHOLE] / on_4[kind, True, HALF] <= 2.1
+        if on_2 is not None:
+            assert on_4[kind, True, WHOLE] <= 1.02 * on_2[kind, True, WHOLE]  # twice B D, the same b D
+            assert on_4[kind, True, HALF] <= 0.6 * on_2[kind, True, WHOLE]  # the same B D
+            assert on_4[kind, False, WHOLE] - on_2[kind, False, WHOLE] >= 1.9 * columns_bytes  # two ranks' columns more
 
 
-def _worker(rank: int, store: str) -> None:
+def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
-    every = {size: dist.new_group(list(range(size))) for size in (2, 4)}
-    groups = {size: group for size, group in every.items() if rank < size}
-    for group in groups.values():
-        check_overlap(group)
-    check_memory(groups)
-    dist.destroy_process_group()
+    found = {}
+    for size in (2, 4):
+        if rank >= size:
+            continue
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{size}", rank=rank, world_size=size)
+        check_overlap()
+        found[size] = peaks()
+        dist.destroy_process_group()
+    check_memory(found.get(2), found[4])
 
 
 @pytest.mark.distributed
 def test_overlap_and_memory(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path / "store"),), nprocs=4)
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=4)

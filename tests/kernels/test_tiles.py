@@ -1,7 +1,5 @@
 """Every instruction set's sweep against the torch back end in float64, tile by tile."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.cpu import CpuTiles, library, sweep_library
 from threetowers.kernels.cpu.cpu_tiles import best_isa
-from threetowers.kernels.tiles import Running, SigmoidSums, Tile, TorchTiles, Weights
+from threetowers.kernels.tiles import OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile, TorchTiles
 
 SHAPES = [(1, 1), (3, 17), (33, 15), (70, 1029), (129, 64)]
 
@@ -38,28 +36,28 @@ def _features(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_softmax_sweeps(sweep: CpuTiles, rows: int, cols: int, labelled: bool) -> None:
-    oracle = TorchTiles(torch.float64)
+    reference = TorchTiles(torch.float64)
     x_rD, y_cD = _features(rows, cols)
     for diagonal in (-rows - 3, -1, 0, 2, cols + 5):
         tile = _tile(rows, cols, diagonal, labelled)
-        found = [Running.empty(n, x_rD, torch.float32) for n in (rows, cols)]
-        truth = [Running.empty(n, x_rD, torch.float64) for n in (rows, cols)]
-        keep_rc = torch.empty(rows, cols)
+        found = [OnlineLogSumExp.empty(n, x_rD, torch.float32) for n in (rows, cols)]
+        truth = [OnlineLogSumExp.empty(n, x_rD, torch.float64) for n in (rows, cols)]
+        cache_rc = torch.empty(rows, cols)
         for scale in (1.0, 0.5):  # the second call must merge into what the first left
-            sweep.stats(scale * x_rD, y_cD, tile, *found, keep_rc if scale == 0.5 else None)
-            oracle.stats(scale * x_rD.double(), y_cD.double(), tile, *truth, None)
+            sweep.stats(scale * x_rD, y_cD, tile, *found, cache_rc if scale == 0.5 else None)
+            reference.stats(scale * x_rD.double(), y_cD.double(), tile, *truth, None)
         for a, b in zip(found, truth, strict=True):
             torch.testing.assert_close(
                 a.max_n.double() + a.sum_n.double().log2(), b.max_n + b.sum_n.log2(), rtol=1e-5, atol=1e-5
             )
-        weights = [Weights(torch.where(b.max_n.isinf(), 0, b.max_n), 1 / (b.sum_n + 1)) for b in truth]
-        single = [Weights(w.shift_n.float(), w.factor_n.float()) for w in weights]
-        kept_before = keep_rc.clone()
-        want = oracle.softmax_grad(0.5 * x_rD.double(), y_cD.double(), tile, *weights, None)
-        for kept_rc in (None, keep_rc):
-            grad_rc = sweep.softmax_grad(0.5 * x_rD, y_cD, tile, *single, kept_rc)
+        weights = [SoftmaxWeights(torch.where(b.max_n.isinf(), 0, b.max_n), 1 / (b.sum_n + 1)) for b in truth]
+        single = [SoftmaxWeights(w.shift_n.float(), w.factor_n.float()) for w in weights]
+        cache_before = cache_rc.clone()
+        want = reference.softmax_grad(0.5 * x_rD.double(), y_cD.double(), tile, *weights, None)
+        for cached_rc in (None, cache_rc):
+            grad_rc = sweep.softmax_grad(0.5 * x_rD, y_cD, tile, *single, cached_rc)
             torch.testing.assert_close(grad_rc.double(), want, rtol=1e-4, atol=1e-7)
-        assert torch.equal(keep_rc, kept_before)
+        assert torch.equal(cache_rc, cache_before)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -77,7 +75,7 @@ def test_sigmoid_sweep(sweep: CpuTiles, rows: int, cols: int, labelled: bool) ->
         grad_rc = backend.sigmoid(x_rD.to(dtype), y_cD.to(dtype), tile, sums, weights_r)
         assert grad_rc is not None
         grad_rc = grad_rc.clone()  # it lies in the scratch buffer, which the next call fills
-        assert backend.sigmoid(x_rD.to(dtype), y_cD.to(dtype), tile, sums, None) is None
+        assert backend.sigmoid(x_rD.to(dtype), y_cD.to(dtype), tile, sums, None) is None  # merged twice
         parts = (grad_rc, sums.loss_r, sums.prob_r, sums.row_max_r, sums.col_max_c)
         results.append([part.double() for part in parts])
     for a, b in zip(*results, strict=True):
@@ -106,7 +104,7 @@ def test_bits_do_not_depend_on_threads(sweep: CpuTiles, monkeypatch: pytest.Monk
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            rows, cols = (Running.empty(n, x_rD, torch.float32) for n in (300, 2100))
+            rows, cols = (OnlineLogSumExp.empty(n, x_rD, torch.float32) for n in (300, 2100))
             monkeypatch.setattr(sweep, "dots", lambda *_: dot_rc.clone())  # the product's bits may depend on threads
             sweep.stats(x_rD, y_cD, Tile(1.0, 0.0, 0), rows, cols, None)
             outcomes.append(torch.cat([rows.max_n, rows.sum_n, cols.max_n, cols.sum_n]))
@@ -131,7 +129,7 @@ def test_dispatch() -> None:
     assert isinstance(backend_for(torch.zeros(1, 1, dtype=torch.bfloat16)), expected)
 
 
-def test_without_a_library_torch_takes_over_and_says_so_once(
+def test_without_a_library_torch_takes_over_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "sweep.so").write_bytes(b"not a library")

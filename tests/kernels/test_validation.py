@@ -1,6 +1,4 @@
-"""What is refused, and in which words: before any work."""
-
-from __future__ import annotations
+"""Arguments that are refused before any work, and the messages."""
 
 from typing import Any
 
@@ -26,18 +24,17 @@ SCALE = torch.tensor([1.0])
         ({"log_scale": 1.0}, "log_scale is a float; expected a tensor"),
         ({"log_scale": torch.ones(2)}, r"log_scale has shape \(2,\)"),
         ({"log_scale": torch.tensor([1])}, "log_scale has shape .* expected floating point"),
-        ({"bias": SCALE}, "bias is given.*family='sigmoid'"),
-        ({"bias": torch.ones(1, 1), "family": "sigmoid"}, r"bias has shape \(1, 1\)"),
-        ({"family": "nce"}, "family is 'nce'; expected 'softmax' or 'sigmoid'"),
-        ({"reduction": "max"}, "reduction is 'max'; expected"),
-        ({"workspace_bytes": -1}, "workspace_bytes is -1; expected a whole number"),
-        ({"workspace_bytes": 1e9}, "workspace_bytes is 1000000000.0; expected a whole number"),
-        ({"sample_ids": torch.arange(5)}, r"sample_ids has shape \(5,\).*expected int64 of shape \(6,\)"),
-        ({"sample_ids": torch.arange(6).int()}, "sample_ids has shape .* dtype torch.int32; expected int64"),
+        ({"bias": SCALE}, "bias is given.*kind='sigmoid'"),
+        ({"bias": torch.ones(1, 1), "kind": "sigmoid"}, r"bias has shape \(1, 1\)"),
+        ({"kind": "nce"}, "kind is 'nce'; expected 'softmax' or 'sigmoid'"),
+        ({"logit_cache_bytes": -1}, "logit_cache_bytes is -1; expected an integer number"),
+        ({"logit_cache_bytes": 1e9}, "logit_cache_bytes is 1000000000.0; expected an integer number"),
+        ({"group_ids": torch.arange(5)}, r"group_ids has shape \(5,\).*expected int64 of shape \(6,\)"),
+        ({"group_ids": torch.arange(6).int()}, "group_ids has shape .* dtype torch.int32; expected int64"),
         ({"x": X * torch.nan}, "NaN or infinite values in x of pair 0"),
         ({"y": torch.full((6, 4), -torch.inf)}, "NaN or infinite values in y of pair 0"),
         ({"log_scale": torch.tensor([torch.nan])}, "NaN or infinite values in log_scale of pair 0"),
-        ({"bias": torch.tensor([torch.inf]), "family": "sigmoid"}, "NaN or infinite values in bias of pair 0"),
+        ({"bias": torch.tensor([torch.inf]), "kind": "sigmoid"}, "NaN or infinite values in bias of pair 0"),
         ({"log_scale": torch.tensor([90.0])}, "log_scale is 90; expected between -80 and 80"),
         ({"x": X * 1e30, "y": X * 1e30}, "logits may reach .* beyond floating point; normalise x and y"),
         ({"x": X[:0], "y": X[:0]}, "the global batch is empty"),

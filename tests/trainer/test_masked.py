@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from tests.trainer.test_config import THREE
-from threetowers.kernels import dense_contrastive_loss
+from threetowers.kernels import reference_contrastive_loss
 from threetowers.trainer.config import TrainConfig, parse
 from threetowers.trainer.loss import TermResult, objective
 from threetowers.trainer.model.model import Outputs
@@ -91,13 +91,13 @@ def truth(
             terms[name] = (x - y).square().sum(1).mean()
             continue
         bias = values[f"bias {term.scale}"].double() if run.loss.kind == "sigmoid" else None
-        terms[name] = dense_contrastive_loss(
+        terms[name] = reference_contrastive_loss(
             x,
             y,
             values[f"log {term.scale}"].double(),
             bias=bias,
-            family=run.loss.kind,
-            sample_ids=None if concepts_B is None else concepts_B[keep],
+            kind=run.loss.kind,
+            group_ids=None if concepts_B is None else concepts_B[keep],
         )
     return torch.stack([run.terms[name].weight * loss for name, loss in terms.items()]).sum(), terms
 
