@@ -1,4 +1,4 @@
-"""Vectors in blocks, from memory or from a file: what is larger than memory passes through two buffers."""
+"""Vectors in chunks, from memory or from a file that is larger than memory."""
 
 import mmap
 import os
@@ -10,49 +10,53 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from threetowers.eval.datasets.evaluation_set import Floats
 
+def iter_chunks(vectors_MD: NDArray[Any], rows: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield (first row, (≤ rows, D) float32) over all vectors, in order; each chunk is valid until the next one.
 
-def blocks(vectors_MD: NDArray[Any], rows: int) -> Iterator[tuple[int, Floats]]:
-    """Yield (first row, (≤ rows, D) float32) over all vectors, in order; each is valid until the next is asked for.
-
-    Of a memory-mapped .npy file the blocks are read from the file, one ahead, and not through the map: pages of a map
+    The chunks of a memory-mapped .npy file are read from the file, one ahead, and not through the map: pages of a map
     count as this process's memory until something else needs it.
+
+    Raises:
+        OSError: If the file is shorter than its header declares.
     """
-    source = _file_of(vectors_MD)
+    source = _mapped_file(vectors_MD)
     if source is None:
         for start in range(0, len(vectors_MD), rows):
             yield start, np.ascontiguousarray(vectors_MD[start : start + rows], dtype=np.float32)
         return
     path, offset = source
-    width, dtype = vectors_MD.shape[1], vectors_MD.dtype
+    dtype = vectors_MD.dtype
+    row_bytes = vectors_MD.shape[1] * dtype.itemsize
     with ExitStack() as stack:
         file = os.open(path, os.O_RDONLY)
         stack.callback(os.close, file)
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        buffers = [np.empty((min(rows, len(vectors_MD)), width), dtype) for _ in range(2)]
+        # Two buffers: one is read into while the caller uses the other.
+        buffers = [np.empty((min(rows, len(vectors_MD)), vectors_MD.shape[1]), dtype) for _ in range(2)]
 
-        def read(start: int, number: int) -> Floats:
-            part = buffers[number % 2][: min(rows, len(vectors_MD) - start)]
-            view, at = memoryview(part.data).cast("B"), 0
-            while at < len(view):
-                count = os.preadv(file, [view[at:]], offset + start * width * dtype.itemsize + at)
+        def read(start: int, number: int) -> NDArray[np.float32]:
+            chunk_mD = buffers[number % 2][: min(rows, len(vectors_MD) - start)]
+            view = memoryview(chunk_mD.data).cast("B")
+            done = 0
+            while done < len(view):
+                count = os.preadv(file, [view[done:]], offset + start * row_bytes + done)
                 if not count:
-                    raise OSError(f"{path}: ends before row {len(vectors_MD)}: it is damaged; compute it again")
-                at += count
-            return part.astype(np.float32, copy=False)
+                    raise OSError(f"{path}: ends before row {len(vectors_MD)}: the file is damaged; compute it again")
+                done += count
+            return chunk_mD.astype(np.float32, copy=False)
 
         starts = range(0, len(vectors_MD), rows)
         ahead = pool.submit(read, 0, 0)
         for number, start in enumerate(starts):
-            block = ahead.result()
+            chunk_mD = ahead.result()
             if number + 1 < len(starts):
                 ahead = pool.submit(read, starts[number + 1], number + 1)
-            yield start, block
+            yield start, chunk_mD
 
 
-def _file_of(vectors_MD: NDArray[Any]) -> tuple[str, int] | None:
-    """Path and offset of the file that a whole memory map stands for; None for an array or a part of a map."""
+def _mapped_file(vectors_MD: NDArray[Any]) -> tuple[str, int] | None:
+    """Return path and offset of the file of a complete memory map; None for an array or a part of a map."""
     if not isinstance(vectors_MD, np.memmap) or not isinstance(vectors_MD.base, mmap.mmap):
         return None
     if vectors_MD.filename is None or not vectors_MD.flags.c_contiguous:
