@@ -114,10 +114,10 @@ def search(
         max_captions=5,
         captions_needed=False,
     )
-    findings = find(encoder, data, query, k, index=index, parameters=index_parameters)
-    print(findings.text(pictures))
+    results = find(encoder, data, query, k, index=index, parameters=index_parameters)
+    print(results.text(pictures))
     if out is not None:
-        print(f"page: {findings.write(out)}")
+        print(f"page: {results.write(out)}")
 
 
 def compare(

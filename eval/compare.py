@@ -14,7 +14,7 @@ from threetowers.eval.record import EvalRecord, EvalResult, EvalSpec, answered, 
 from threetowers.eval.report.model_metadata import card_of, write_card
 from threetowers.eval.report.page import ReportPaths, render
 from threetowers.eval.report.results import MODELS, PICTURES, RECORDS, RunResult, load_results
-from threetowers.eval.report.tables import ABSENT, Table, by_gallery, comparison_table
+from threetowers.eval.report.tables import NO_VALUE, Table, by_gallery, comparison_table
 from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.tasks.gallery_search import GallerySearch
 
@@ -71,7 +71,7 @@ class Comparison:
         assert table is not None  # every model was evaluated on every gallery
         stages = sorted({stage for result in self.results for stage in result.stage_seconds}, key=STAGES.index)
         seconds = {
-            number: [f"{result.stage_seconds[s]:.0f}" if s in result.stage_seconds else ABSENT for s in stages]
+            number: [f"{result.stage_seconds[s]:.0f}" if s in result.stage_seconds else NO_VALUE for s in stages]
             for number, result in enumerate(self.results)
         }
         costs = {}
@@ -79,7 +79,7 @@ class Comparison:
             size, samples, took = (
                 sum(getattr(c, name) for c in result.caches) for name in ("bytes", "samples", "seconds")
             )
-            costs[number] = [f"{size / 1e6:.1f}", f"{samples / took:.0f}"] if took else [ABSENT, ABSENT]
+            costs[number] = [f"{size / 1e6:.1f}", f"{samples / took:.0f}"] if took else [NO_VALUE, NO_VALUE]
         return table.widened("Seconds", stages, seconds).widened("Cache", ["MB", "img/s"], costs)
 
 

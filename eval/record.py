@@ -133,7 +133,7 @@ class EvalResult:
 
     `items` holds arrays by name. For a metric that is a mean over items, the array of its name holds the summands (N,)
     float, NaN for an item that does not count: intervals and paired comparisons are computed from them. Items that
-    are not independent say so by `<prefix>/unit` (N,) int64, or `unit` for metrics without a prefix: equal numbers are
+    are not independent have `<prefix>/group` (N,) int64, or `group` for metrics without a prefix: equal numbers are
     drawn together, such as the captions of one picture. Any other array is for a plot: see docs/evaluation.md.
     """
 

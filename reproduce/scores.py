@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as checked
 from reproduce.experiment import VALIDATION, validation_score
 from reproduce.folder import Folder, read_json
 from reproduce.plan import STRICT, Experiment, Plan
-from threetowers.eval.metrics.bootstrap import Interval, Stratum, resample
+from threetowers.eval.metrics.bootstrap import ConfidenceInterval, Stratum, resample
 from threetowers.eval.record import EvalRecord, read_items, read_record
 
 MIXED, THIRD = "mixed", "third"
@@ -70,7 +70,7 @@ class Scores:
         found = {int(result.facts["seed"]): result.strata(metric, share) for result in results}
         return {seed: strata for seed, strata in found.items() if strata is not None}
 
-    def interval(self, name: str, teacher: str | None, metric: Metric) -> Interval | None:
+    def interval(self, name: str, teacher: str | None, metric: Metric) -> ConfidenceInterval | None:
         """The mean over seeds and items with its 95 % interval."""
         found = self.find(name, teacher, metric)
         return resample([list(found.values())]).interval(0) if found else None
@@ -109,5 +109,5 @@ def _best_share(results: Sequence[Result]) -> str | None:
 
 def _stratum(items: Mapping[str, NDArray[Any]], name: str) -> Stratum:
     value_N = np.asarray(items[name], np.float64)
-    unit_N = items.get(f"{name.rpartition('/')[0]}/unit", np.arange(len(value_N)))
-    return Stratum(value_N, np.asarray(unit_N, np.int64))
+    group_N = items.get(f"{name.rpartition('/')[0]}/group", np.arange(len(value_N)))
+    return Stratum(value_N, np.asarray(group_N, np.int64))

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reproduce.scores import Metric, Scores
-from threetowers.eval.metrics.bootstrap import Interval, resample
+from threetowers.eval.metrics.bootstrap import ConfidenceInterval, resample
 
 Floats64 = NDArray[np.float64]
 TINY = 1e-12  # of rounding: a difference that no draw moves does not change with the fit
@@ -22,12 +22,12 @@ class Slope:
     which that line crosses zero, None where the difference may not change at all. `ends`: the least and the most fit.
     """
 
-    first: Interval
-    second: Interval
-    difference: Interval
-    mean: Interval
+    first: ConfidenceInterval
+    second: ConfidenceInterval
+    difference: ConfidenceInterval
+    mean: ConfidenceInterval
     middle: float
-    even: Interval | None
+    even: ConfidenceInterval | None
     ends: tuple[float, float]
     seeds: int
 

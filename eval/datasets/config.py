@@ -65,7 +65,7 @@ class Probe:
 
 @checked(frozen=True, config=STRICT)
 class Neighbours:
-    ks: list[PositiveInt] = field(default_factory=lambda: list(knn.KS))
+    ks: list[PositiveInt] = field(default_factory=lambda: list(knn.NEIGHBOUR_KS))
     temperature: Positive = knn.TEMPERATURE
 
 

@@ -84,7 +84,7 @@ class RunTower:
 def recipe_of(run: TrainConfig) -> str:
     """Digest of a run's config without its seed and its folder."""
     tree = dump(run)
-    del tree["seed"], tree["out"]
+    del tree["seed"], tree["output_dir"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

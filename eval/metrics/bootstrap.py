@@ -1,9 +1,12 @@
-"""How sure a mean over items is, and a difference of two models on the same items: resampling of what could vary.
+"""Bootstrap intervals of means over items, and of paired differences between models on the same items.
 
-A model's scores form strata (the galleries of a set, say), each an array of items, whose means are averaged. Drawn with
-replacement are units, the things that vary independently: items, or groups of items that belong together, in all strata
-and for all models alike. Where a model was trained from several seeds, seeds are drawn too: for each model on its own,
-or in pairs, for all models alike, as a seed that starts one model well may start the other well.
+The scores of a model form strata (for example the galleries of a set), each an array of items, whose means are
+averaged. What is drawn with replacement are groups, which vary independently: single items, or items that belong
+together, in all strata and for all models alike. Where a model was trained from several seeds, seeds are drawn too:
+for each model on its own, or in pairs for all models alike, as a seed that gives one model a good start may give the
+other one a good start too.
+
+Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 (grouped data) and 13 (percentile intervals).
 """
 
 import math
@@ -15,19 +18,19 @@ from numpy.typing import NDArray
 
 Floats64 = NDArray[np.float64]
 DRAWS = 2000
-WEIGHTS = 1 << 22  # numbers in memory at a time
+MAX_WEIGHTS = 1 << 22  # draw weights in memory at a time, to bound memory for many groups
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """Scores of items (N,), NaN for what does not count, and the unit each belongs to (N,) int64."""
+    """Scores of items (N,), NaN for an item that does not count, and the group of each (N,) int64."""
 
     value_N: NDArray[np.floating]
-    unit_N: NDArray[np.int64]
+    group_N: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A mean with the percentile interval of its bootstrap draws."""
 
     mean: float
@@ -36,110 +39,151 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class PairedDifference(Interval):
-    """The mean difference of two models; `p` is two-sided, from the draws' spread taken as normal."""
+class PairedDifference(ConfidenceInterval):
+    """The mean difference of two models; `p` is two-sided, with the draws taken as normally distributed."""
 
     p: float
 
 
 @dataclass(frozen=True)
-class Resampled:
-    """The means of some models on the same items, and what they were in each draw (models, draws)."""
+class BootstrapDraws:
+    """The means of M models on the same items, and their means in each of R draws.
+
+    Attributes:
+        mean_M: Means over the items themselves.
+        draws_MR: Means of each draw.
+        groups: How many groups there were to draw from.
+    """
 
     mean_M: Floats64
     draws_MR: Floats64
-    units: int
+    groups: int
 
-    def interval(self, model: int, level: float = 0.95) -> Interval:
+    def interval(self, model: int, level: float = 0.95) -> ConfidenceInterval:
+        """Return the mean of one model with its interval of confidence `level`."""
         return self.statistic(lambda mean_MR: mean_MR[model], level)
 
-    def statistic(self, of: Callable[[Floats64], Floats64], level: float = 0.95) -> Interval:
-        """What `of` makes of the models' means: from (models, R) to (R,), R times over."""
-        return Interval(float(of(self.mean_M[:, None])[0]), *_bounds(of(self.draws_MR), level))
+    def statistic(self, of: Callable[[Floats64], Floats64], level: float = 0.95) -> ConfidenceInterval:
+        """Return a function of the means with its interval; `of` maps means (M, R) to values (R,)."""
+        return ConfidenceInterval(float(of(self.mean_M[:, None])[0]), *_percentiles(of(self.draws_MR), level))
 
     def difference(self, first: int, second: int, level: float = 0.95) -> PairedDifference:
-        """`first` minus `second`, paired: both saw the same draws."""
+        """Return model `first` minus model `second`, paired: both saw the same draws."""
         mean = float(self.mean_M[first] - self.mean_M[second])
         draws_R = self.draws_MR[first] - self.draws_MR[second]
         spread = float(draws_R.std())
-        # One unit, or a difference that no draw moves, is no evidence.
+        # A single group, or a difference that is the same in every draw, is no evidence.
         p = math.erfc(abs(mean) / spread / math.sqrt(2)) if spread > 1e-12 else 1.0
-        return PairedDifference(mean, *_bounds(draws_R, level), p)
+        return PairedDifference(mean, *_percentiles(draws_R, level), p)
 
 
 def resample(
     models: Sequence[Sequence[Sequence[Stratum]]], *, draws: int = DRAWS, seed: int = 0, paired: bool = False
-) -> Resampled:
-    """Draw units, and seeds, and average again. `models[m][s][g]`: model m, trained from seed s, in stratum g.
+) -> BootstrapDraws:
+    """Draw groups, and training seeds, with replacement, and average again.
 
-    paired: The s-th seed is the same for every model, and they are drawn together.
+    Args:
+        models: `models[m][s][g]` are the scores of model m, trained from seed s, in stratum g.
+        draws: Number R of bootstrap draws.
+        seed: Seed of the random draws.
+        paired: The s-th training seed is the same for every model, and they are drawn together.
 
-    Raises ValueError where models or seeds were not scored on the same items, or pairs are incomplete.
+    Raises:
+        ValueError: Where models or seeds were not scored on the same items, or pairs are incomplete.
     """
     if paired and len({len(seeds) for seeds in models}) > 1:
         raise ValueError(f"pairs by seed need as many seeds of each model, found {[len(seeds) for seeds in models]}")
-    strata = len(models[0][0])
-    units = np.unique(np.concatenate([stratum.unit_N for stratum in models[0][0]]))
+    reference = models[0][0]
     for seeds in models:
-        for scores in seeds:
-            _check_same(models[0][0], scores)
-    # Sums and counts by unit: (U, columns), a column for each model, seed and stratum.
-    columns = [(m, stratum) for m, seeds in enumerate(models) for scores in seeds for stratum in scores]
-    sums_UC, counts_UC = (np.stack(x, axis=1) for x in zip(*(_by_unit(s, units) for _, s in columns), strict=True))
+        for strata in seeds:
+            if not same_items(reference, strata):
+                raise ValueError(
+                    "models can be compared in pairs only on the same items: evaluate both on the same data"
+                )
+
+    # Sums and counts by group: (G, columns), a column for each model, seed and stratum.
+    groups_G = np.unique(np.concatenate([stratum.group_N for stratum in reference]))
+    sums = []
+    counts = []
+    for seeds in models:
+        for strata in seeds:
+            for stratum in strata:
+                sum_G, count_G = _by_group(stratum, groups_G)
+                sums.append(sum_G)
+                counts.append(count_G)
+    sums_GC = np.stack(sums, axis=1)
+    counts_GC = np.stack(counts, axis=1)
+
+    # The mean of each column: first of the items themselves, then of each draw of groups, some draws at a time.
     rng = np.random.default_rng(seed)
-    drawn = [_means(np.ones((1, len(units))), sums_UC, counts_UC)]
-    step = max(1, WEIGHTS // len(units))
+    means = [_weighted_means(np.ones((1, len(groups_G))), sums_GC, counts_GC)]
+    step = max(1, MAX_WEIGHTS // len(groups_G))
     for start in range(0, draws, step):
-        picked = rng.integers(len(units), size=(min(step, draws - start), len(units)))
-        weights = np.stack([np.bincount(row, minlength=len(units)) for row in picked]).astype(np.float64)
-        drawn.append(_means(weights, sums_UC, counts_UC))
-    means_RC = np.concatenate(drawn)
-    mean_M, draws_MR, first = [], [], 0
-    for storage, seeds in enumerate(models):
-        part_RSG = means_RC[:, first : first + len(seeds) * strata].reshape(-1, len(seeds), strata)
-        by_seed_RS = part_RSG.mean(axis=2)
-        if not paired or storage == 0:
-            picked = rng.integers(len(seeds), size=(draws, len(seeds)))
+        drawn_rG = rng.integers(len(groups_G), size=(min(step, draws - start), len(groups_G)))
+        weights_rG = np.stack([np.bincount(row, minlength=len(groups_G)) for row in drawn_rG]).astype(np.float64)
+        means.append(_weighted_means(weights_rG, sums_GC, counts_GC))
+    means_RC = np.concatenate(means)
+
+    # Strata are averaged within a seed, then the drawn seeds within a model.
+    mean_M = []
+    draws_MR = []
+    column = 0
+    for index, seeds in enumerate(models):
+        columns = len(seeds) * len(reference)
+        by_stratum_RSG = means_RC[:, column : column + columns].reshape(-1, len(seeds), len(reference))
+        by_seed_RS = by_stratum_RSG.mean(axis=2)
+        if not paired or index == 0:
+            seeds_RS = rng.integers(len(seeds), size=(draws, len(seeds)))
         mean_M.append(by_seed_RS[0].mean())
-        draws_MR.append(np.take_along_axis(by_seed_RS[1:], picked, axis=1).mean(axis=1))
-        first += len(seeds) * strata
-    return Resampled(np.array(mean_M), np.stack(draws_MR), len(units))
+        draws_MR.append(np.take_along_axis(by_seed_RS[1:], seeds_RS, axis=1).mean(axis=1))
+        column += columns
+    return BootstrapDraws(np.array(mean_M), np.stack(draws_MR), len(groups_G))
+
+
+def same_items(first: Sequence[Stratum], second: Sequence[Stratum]) -> bool:
+    """Return whether two models were scored on the same items: equal strata, groups and items that count."""
+    if len(first) != len(second):
+        return False
+    for a, b in zip(first, second, strict=True):
+        if not np.array_equal(a.group_N, b.group_N):
+            return False
+        if not np.array_equal(np.isnan(a.value_N), np.isnan(b.value_N)):
+            return False
+    return True
 
 
 def holm(p_K: Sequence[float]) -> list[float]:
-    """p-values adjusted for asking K questions at once (Holm, 1979): the chance of any false alarm stays below p."""
-    order = np.argsort(p_K)
-    adjusted, largest = [0.0] * len(p_K), 0.0
-    for storage, index in enumerate(order.tolist()):
-        largest = max(largest, min(1.0, (len(p_K) - storage) * p_K[index]))
+    """Return p-values adjusted for testing K hypotheses at once (Holm, 1979).
+
+    A hypothesis whose adjusted value is below α is rejected; the chance of any false rejection then stays below α.
+    """
+    adjusted = [0.0] * len(p_K)
+    largest = 0.0
+    for rank, index in enumerate(np.argsort(p_K).tolist()):
+        largest = max(largest, min(1.0, (len(p_K) - rank) * p_K[index]))
         adjusted[index] = largest
     return adjusted
 
 
-def _by_unit(stratum: Stratum, units: NDArray[np.int64]) -> tuple[Floats64, Floats64]:
+def _by_group(stratum: Stratum, groups_G: NDArray[np.int64]) -> tuple[Floats64, Floats64]:
+    """Return the sum and the count of the items of each group."""
     counted_N = ~np.isnan(stratum.value_N)
-    at_N = np.searchsorted(units, stratum.unit_N[counted_N])
-    sums = np.bincount(at_N, weights=stratum.value_N[counted_N], minlength=len(units)).astype(np.float64)
-    return sums, np.bincount(at_N, minlength=len(units)).astype(np.float64)
+    index_N = np.searchsorted(groups_G, stratum.group_N[counted_N])
+    sums_G = np.bincount(index_N, weights=stratum.value_N[counted_N], minlength=len(groups_G)).astype(np.float64)
+    return sums_G, np.bincount(index_N, minlength=len(groups_G)).astype(np.float64)
 
 
-def _means(weights_RU: Floats64, sums_UC: Floats64, counts_UC: Floats64) -> Floats64:
-    """The mean of each column under each row of weights; a draw without an item of a stratum says nothing: its mean."""
-    counts_RC = weights_RU @ counts_UC
+def _weighted_means(weights_RG: Floats64, sums_GC: Floats64, counts_GC: Floats64) -> Floats64:
+    """Return the mean of each column under each row of weights.
+
+    A draw without any item of a stratum carries no information on it, and gives its mean over all items.
+    """
+    counts_RC = weights_RG @ counts_GC
     with np.errstate(invalid="ignore"):
-        means_RC = (weights_RU @ sums_UC) / counts_RC
-    return np.where(counts_RC > 0, means_RC, sums_UC.sum(0) / np.maximum(counts_UC.sum(0), 1))
+        means_RC = (weights_RG @ sums_GC) / counts_RC
+    return np.where(counts_RC > 0, means_RC, sums_GC.sum(0) / np.maximum(counts_GC.sum(0), 1))
 
 
-def _check_same(one: Sequence[Stratum], other: Sequence[Stratum]) -> None:
-    same = len(one) == len(other) and all(
-        np.array_equal(a.unit_N, b.unit_N) and np.array_equal(np.isnan(a.value_N), np.isnan(b.value_N))
-        for a, b in zip(one, other, strict=True)
-    )
-    if not same:
-        raise ValueError("models can be compared in pairs only on the same items: evaluate both on the same data")
-
-
-def _bounds(draws_R: Floats64, level: float) -> tuple[float, float]:
+def _percentiles(draws_R: Floats64, level: float) -> tuple[float, float]:
     low, high = np.quantile(draws_R, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Cross-modal retrieval: recalls, medians and counts computed from exact ranks."""
+"""Image-text retrieval metrics: recall@k, median rank and mean reciprocal rank, from exact ranks."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -12,16 +12,26 @@ from torch import Tensor
 
 from threetowers.eval.metrics.retrieval_ranks import NO_POSITIVE, RetrievalRanks, group_ids, two_way_ranks
 
-KS = (1, 5, 10)
+RECALL_KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
-class Direction:
-    """Metrics of one retrieval direction; recalls are fractions in 0..1, keyed by k.
+class DirectionMetrics:
+    """Metrics of one retrieval direction.
 
-    `recall` (the headline), `median_rank` (1-based) and `mean_reciprocal_rank` use the pessimistic rank, so a model
-    that scores everything alike scores nothing. `chance` is the expected recall of a random order. `queries` were
-    scored; `excluded` had no match in the gallery; `tied` have a different optimistic and pessimistic rank.
+    `recall`, `median_rank`, `mean_reciprocal_rank` and `rank_N` use the pessimistic rank: ties count against the model,
+    so that one which gives all pairs the same score has no recall.
+
+    Attributes:
+        recall: Recall@k by k, in 0..1.
+        recall_optimistic: The same with every tie won.
+        chance: Expected recall@k of a uniformly random order.
+        median_rank: Counted from 1.
+        mean_reciprocal_rank: Mean of 1 / rank, in 0..1.
+        queries: How many queries have a match in the gallery; the means are over these.
+        excluded: How many have none.
+        tied: How many have an optimistic rank that differs from the pessimistic one.
+        rank_N: Rank of each query, counted from 0; `NO_POSITIVE` where it is excluded.
     """
 
     recall: Mapping[int, float]
@@ -32,21 +42,21 @@ class Direction:
     queries: int
     excluded: int
     tied: int
-    rank_N: NDArray[np.int64] = field(compare=False, repr=False)  # 0-based, pessimistic; `NO_POSITIVE` where excluded
+    rank_N: NDArray[np.int64] = field(compare=False, repr=False)
 
     def items(self) -> dict[str, NDArray[np.float32]]:
-        """Per query what the means are of, NaN where it is excluded; `rank` counts from 1."""
+        """Return the values (N,) that the metrics are means of, NaN for an excluded query; `rank` counts from 1."""
         rank_N = np.where(self.rank_N == NO_POSITIVE, np.nan, self.rank_N + 1).astype(np.float32)
         excluded_N = np.isnan(rank_N)
-        found: dict[str, NDArray[np.float32]] = {
-            f"recall@{k}": np.where(excluded_N, np.nan, rank_N <= k).astype(np.float32) for k in self.recall
-        }
-        found["mean_reciprocal_rank"] = np.reciprocal(rank_N)
-        found["rank"] = rank_N
-        return found
+        items: dict[str, NDArray[np.float32]] = {}
+        for k in self.recall:
+            items[f"recall@{k}"] = np.where(excluded_N, np.nan, rank_N <= k).astype(np.float32)
+        items["mean_reciprocal_rank"] = np.reciprocal(rank_N)
+        items["rank"] = rank_N
+        return items
 
     def metrics(self) -> dict[str, float]:
-        """The numbers as one flat mapping, e.g. `recall@5`, `recall@5_optimistic`, `chance@5`."""
+        """Return the metrics as one flat mapping, for example `recall@5`, `recall@5_optimistic`, `chance@5`."""
         flat = {f"recall@{k}": value for k, value in self.recall.items()}
         flat |= {f"recall@{k}_optimistic": value for k, value in self.recall_optimistic.items()}
         flat |= {f"chance@{k}": value for k, value in self.chance.items()}
@@ -54,11 +64,22 @@ class Direction:
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """Both directions over one gallery, with the counts that say what was compared."""
+class RetrievalMetrics:
+    """Both directions over one gallery, with the sizes of what was compared.
 
-    image_to_text: Direction
-    text_to_image: Direction
+    Attributes:
+        image_to_text: Images as queries, captions as the gallery.
+        text_to_image: Captions as queries, images as the gallery.
+        images: Number of images.
+        captions: Number of captions.
+        groups: Number of distinct groups on either side.
+        duplicates: Counts of exact duplicates by name, where hashes were given (see `count_duplicates`).
+        image_group_N: Group id of each image.
+        text_group_M: Group id of each caption.
+    """
+
+    image_to_text: DirectionMetrics
+    text_to_image: DirectionMetrics
     images: int
     captions: int
     groups: int
@@ -66,24 +87,32 @@ class Retrieval:
     image_group_N: NDArray[np.int64] = field(compare=False, repr=False)
     text_group_M: NDArray[np.int64] = field(compare=False, repr=False)
 
+    def directions(self) -> dict[str, DirectionMetrics]:
+        """Return the metrics of each direction by its name."""
+        return {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+
     def items(self) -> dict[str, NDArray[Any]]:
-        """`image_to_text/recall@1` and so on for each query, ready for an answer's items; a group is a unit."""
-        sides = (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
-        found: dict[str, NDArray[Any]] = {f"{n}/{key}": x for n, side in sides for key, x in side.items().items()}
-        return found | {"image_to_text/unit": self.image_group_N, "text_to_image/unit": self.text_group_M}
+        """Return the values of each query, `image_to_text/recall@1` and so on, and `<direction>/group`, its group."""
+        items: dict[str, NDArray[Any]] = {}
+        for name, direction in self.directions().items():
+            for key, value_N in direction.items().items():
+                items[f"{name}/{key}"] = value_N
+        items["image_to_text/group"] = self.image_group_N
+        items["text_to_image/group"] = self.text_group_M
+        return items
 
     def metrics(self) -> dict[str, float]:
-        """`image_to_text/recall@1`, `text_to_image/median_rank` and so on, ready for a result record."""
-        return {
-            f"{name}/{key}": value
-            for name, direction in (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
-            for key, value in direction.metrics().items()
-        }
+        """Return `image_to_text/recall@1`, `text_to_image/median_rank` and so on, as a record holds them."""
+        metrics = {}
+        for name, direction in self.directions().items():
+            for key, value in direction.metrics().items():
+                metrics[f"{name}/{key}"] = value
+        return metrics
 
     def counts(self) -> dict[str, int]:
-        """Images, captions, groups, duplicates, and each direction's scored, excluded and tied queries."""
+        """Return images, captions, groups, duplicates, and each direction's scored, excluded and tied queries."""
         counts = {"images": self.images, "captions": self.captions, "groups": self.groups, **self.duplicates}
-        for name, direction in (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image)):
+        for name, direction in self.directions().items():
             counts[f"{name}/queries"] = direction.queries
             counts[f"{name}/excluded"] = direction.excluded
             counts[f"{name}/tied"] = direction.tied
@@ -98,27 +127,41 @@ def evaluate_retrieval(
     *,
     image_hashes: Sequence[Hashable] | None = None,
     text_hashes: Sequence[Hashable] | None = None,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] = RECALL_KS,
     chunk: int = 2048,
     device: str | torch.device = "cpu",
-) -> Retrieval:
-    """Retrieval both ways with unit-norm embeddings; an image and a caption match iff their group ids are equal.
+) -> RetrievalMetrics:
+    """Evaluate retrieval in both directions; an image and a caption match iff their group ids are equal.
 
-    Image→text counts a hit if any caption of the image's group is among the k best captions; text→image averages over
-    captions. `image_hashes` and `text_hashes` (of the bytes, of the strings) add counts of exact duplicates, and of
-    those with a copy in another group, which even a perfect model cannot tell from a match.
+    Image → text counts a hit if any caption of the image's group is among the k best captions; text → image averages
+    over captions.
 
-    Raises ValueError for what `ranks` refuses and for hash lists of the wrong length.
+    Args:
+        image_ND: Unit-norm image embeddings.
+        text_MD: Unit-norm caption embeddings.
+        image_group_N: Group id of each image.
+        text_group_M: Group id of each caption.
+        image_hashes: Of the bytes of each image; adds counts of exact duplicates.
+        text_hashes: Of each caption; likewise.
+        ks: Each k of the recalls.
+        chunk: Rows and columns of a tile of scores (see `two_way_ranks`).
+        device: Where scores are computed.
+
+    Raises:
+        ValueError: For what `two_way_ranks` refuses, for hash lists of the wrong length, and if no query of a direction
+            has a match.
     """
     image_ranks, text_ranks = two_way_ranks(image_ND, text_MD, image_group_N, text_group_M, chunk=chunk, device=device)
-    image_groups, text_groups = group_ids(image_group_N, "image").numpy(), group_ids(text_group_M, "text").numpy()
+    image_groups = group_ids(image_group_N, "image").numpy()
+    text_groups = group_ids(text_group_M, "text").numpy()
     duplicates: dict[str, int] = {}
     for name, hashes, groups in (("image", image_hashes, image_groups), ("caption", text_hashes, text_groups)):
         if hashes is not None:
-            duplicates |= {f"{name}_{key}": count for key, count in count_duplicates(hashes, groups.tolist()).items()}
-    return Retrieval(
-        image_to_text=summarise(image_ranks, ks),
-        text_to_image=summarise(text_ranks, ks),
+            for key, count in count_duplicates(hashes, groups.tolist()).items():
+                duplicates[f"{name}_{key}"] = count
+    return RetrievalMetrics(
+        image_to_text=direction_metrics(image_ranks, ks),
+        text_to_image=direction_metrics(text_ranks, ks),
         images=len(image_groups),
         captions=len(text_groups),
         groups=len(np.union1d(image_groups, text_groups)),
@@ -128,8 +171,12 @@ def evaluate_retrieval(
     )
 
 
-def summarise(ranks: RetrievalRanks, ks: Sequence[int] = KS) -> Direction:
-    """Recalls, median and mean reciprocal rank over the queries that have a match. Raises ValueError if none has."""
+def direction_metrics(ranks: RetrievalRanks, ks: Sequence[int] = RECALL_KS) -> DirectionMetrics:
+    """Return the metrics of one direction over the queries that have a match.
+
+    Raises:
+        ValueError: If none has, or for a k below 1.
+    """
     answerable_N = ranks.answerable_N
     queries = int(answerable_N.sum())
     if queries == 0:
@@ -139,22 +186,27 @@ def summarise(ranks: RetrievalRanks, ks: Sequence[int] = KS) -> Direction:
         )
     if not ks or min(ks) < 1:
         raise ValueError(f"recall@k needs k >= 1, got ks={tuple(ks)}")
-    optimistic, pessimistic = ranks.optimistic_N[answerable_N], ranks.pessimistic_N[answerable_N]
-    return Direction(
-        recall={k: float((pessimistic < k).mean()) for k in ks},
-        recall_optimistic={k: float((optimistic < k).mean()) for k in ks},
-        chance={k: chance_recall(ranks.positives_N[answerable_N], ranks.gallery, k) for k in ks},
-        median_rank=float(np.median(pessimistic)) + 1,
-        mean_reciprocal_rank=float((1 / (1 + pessimistic)).mean()),
+    optimistic_n = ranks.optimistic_N[answerable_N]
+    pessimistic_n = ranks.pessimistic_N[answerable_N]
+    positives_n = ranks.positives_N[answerable_N]
+    return DirectionMetrics(
+        recall={k: float((pessimistic_n < k).mean()) for k in ks},
+        recall_optimistic={k: float((optimistic_n < k).mean()) for k in ks},
+        chance={k: chance_recall(positives_n, ranks.gallery, k) for k in ks},
+        median_rank=float(np.median(pessimistic_n)) + 1,
+        mean_reciprocal_rank=float((1 / (1 + pessimistic_n)).mean()),
         queries=queries,
         excluded=len(answerable_N) - queries,
-        tied=int((optimistic != pessimistic).sum()),
+        tied=int((optimistic_n != pessimistic_n).sum()),
         rank_N=ranks.pessimistic_N,
     )
 
 
 def chance_recall(positives_N: NDArray[np.int64], gallery: int, k: int) -> float:
-    """Expected recall@k of a uniformly random order: the mean of 1 - C(gallery - p, k) / C(gallery, k) over queries."""
+    """Return the expected recall@k of a uniformly random order.
+
+    It is the mean over queries of 1 - C(gallery - p, k) / C(gallery, k), with p the positives of a query.
+    """
     drawn = np.arange(min(k, gallery))
     counts, weights = np.unique(positives_N, return_counts=True)
     miss = np.prod(np.clip(gallery - counts[:, None] - drawn, 0, None) / (gallery - drawn), axis=1)
@@ -162,14 +214,27 @@ def chance_recall(positives_N: NDArray[np.int64], gallery: int, k: int) -> float
 
 
 def hit_rate(
-    neighbours_NK: NDArray[np.int64], query_group_N: ArrayLike, gallery_group_M: ArrayLike, ks: Sequence[int] = KS
+    neighbours_NK: NDArray[np.int64],
+    query_group_N: ArrayLike,
+    gallery_group_M: ArrayLike,
+    ks: Sequence[int] = RECALL_KS,
 ) -> dict[int, float]:
-    """Recall@k of a search index's neighbour ids (best first, -1 for none), over the queries that have a match.
+    """Return recall@k by k of the neighbours that a search index found, over the queries that have a match.
 
-    Where no scores tie this equals the recall from `ranks` for an exact index; for an approximate one the difference is
-    what the approximation costs. Raises ValueError if `neighbours_NK` holds fewer than max(ks) columns.
+    For an exact index, and where no scores tie, this equals the recall of `evaluate_retrieval`; for an approximate one
+    the difference is the cost of the approximation.
+
+    Args:
+        neighbours_NK: Gallery rows found for each query, best first, -1 for none.
+        query_group_N: Group id of each query.
+        gallery_group_M: Group id of each gallery item.
+        ks: Each k, at most K.
+
+    Raises:
+        ValueError: If `neighbours_NK` holds fewer than max(ks) columns.
     """
-    query_groups, gallery_groups = np.asarray(query_group_N), np.asarray(gallery_group_M)
+    query_groups = np.asarray(query_group_N)
+    gallery_groups = np.asarray(gallery_group_M)
     if neighbours_NK.ndim != 2 or len(neighbours_NK) != len(query_groups) or neighbours_NK.shape[1] < max(ks):
         raise ValueError(
             f"recall@{max(ks)} of {len(query_groups)} queries needs neighbours of shape "
@@ -181,15 +246,22 @@ def hit_rate(
 
 
 def count_duplicates(hashes: Sequence[Hashable], groups: Sequence[int]) -> dict[str, int]:
-    """Items that equal another item: `duplicates` in any group, `duplicates_across_groups` with a copy in another one.
+    """Count the items that equal another item: `duplicates` in any group, `duplicates_across_groups` in another one.
 
-    Raises ValueError if there is not one hash per item.
+    Even a perfect model cannot tell a copy in another group from a match.
+
+    Raises:
+        ValueError: If there is not one hash per item.
     """
     if len(hashes) != len(groups):
-        raise ValueError(f"got {len(hashes)} hashes for {len(groups)} items: pass one hash per item, in the same order")
+        raise ValueError(f"got {len(hashes)} hashes for {len(groups)} items: expected one per item, in the same order")
     copies = Counter(hashes)
-    groups_holding = Counter(hash_ for hash_, _ in set(zip(hashes, groups, strict=True)))
-    return {
-        "duplicates": sum(count for count in copies.values() if count > 1),
-        "duplicates_across_groups": sum(copies[hash_] for hash_, held in groups_holding.items() if held > 1),
-    }
+    groups_of = Counter(item_hash for item_hash, _ in set(zip(hashes, groups, strict=True)))
+    duplicates = 0
+    across_groups = 0
+    for item_hash, count in copies.items():
+        if count > 1:
+            duplicates += count
+        if groups_of[item_hash] > 1:
+            across_groups += count
+    return {"duplicates": duplicates, "duplicates_across_groups": across_groups}

@@ -1,6 +1,6 @@
-"""Ranks of the best match in a similarity matrix too large to exist, safe under ties."""
+"""Ranks of the best match of each query, safe under ties, without the similarity matrix in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,13 @@ UNIT_NORM_TOLERANCE = 1e-2  # embeddings normalised in bfloat16 are this far off
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """0-based rank of every query's best-scoring positive, counted among the gallery items that do not match it.
+    """0-based rank of every query's best-scoring positive among the gallery items that do not match the query.
 
-    `optimistic_N` counts the non-positives that score higher, `pessimistic_N` also those that score the same (int64,
-    `NO_POSITIVE` where the gallery holds no match). `positives_N` is how many gallery items match each query.
+    Attributes:
+        optimistic_N: How many non-positives score higher; `NO_POSITIVE` where the gallery holds no match.
+        pessimistic_N: How many non-positives score higher or the same; `NO_POSITIVE` likewise.
+        positives_N: How many gallery items match each query.
+        gallery: Size of the gallery.
     """
 
     optimistic_N: NDArray[np.int64]
@@ -34,29 +37,8 @@ class RetrievalRanks:
 
     @property
     def answerable_N(self) -> NDArray[np.bool_]:
-        """Queries with at least one match in the gallery."""
+        """Whether each query has a match in the gallery."""
         return self.positives_N > 0
-
-
-def ranks(
-    query_ND: ArrayLike | Tensor,
-    gallery_MD: ArrayLike | Tensor,
-    query_group_N: ArrayLike | Tensor,
-    gallery_group_M: ArrayLike | Tensor,
-    *,
-    chunk: int = 2048,
-    device: str | torch.device = "cpu",
-) -> RetrievalRanks:
-    """Rank of each query's best positive by float32 cosine, in O(chunk²) extra memory (16 MiB of scores at 2048).
-
-    Vectors may be memory-mapped: no more than a block of them is copied at a time.
-
-    The result depends neither on `chunk` nor on the order of the gallery: scores within `TIE` of each other are equal.
-    Raises ValueError for vectors that are empty, not finite, not unit-norm or of unequal width, and for groups that are
-    not one integer per vector.
-    """
-    query, gallery = _side(query_ND, query_group_N, "query"), _side(gallery_MD, gallery_group_M, "gallery")
-    return _sweep(query, gallery, chunk, torch.device(device), both=False)[0]
 
 
 def two_way_ranks(
@@ -68,17 +50,45 @@ def two_way_ranks(
     chunk: int = 2048,
     device: str | torch.device = "cpu",
 ) -> tuple[RetrievalRanks, RetrievalRanks]:
-    """`ranks` of images among texts and of texts among images, for the price of one: each score serves both."""
-    image, text = _side(image_ND, image_group_N, "image"), _side(text_MD, text_group_M, "text")
-    image_ranks, text_ranks = _sweep(image, text, chunk, torch.device(device), both=True)
-    return image_ranks, text_ranks
+    """Return the ranks of images among texts and of texts among images, by cosine in float32.
+
+    One pass over tiles of scores serves both directions, in O(chunk²) extra memory (16 MiB of scores at 2048). Vectors
+    may be memory-mapped: no more than a chunk of them is copied at a time. The result depends neither on `chunk` nor on
+    the order of either side.
+
+    Args:
+        image_ND: Unit-norm image embeddings, of any float type.
+        text_MD: Unit-norm text embeddings.
+        image_group_N: Group id of each image; an image and a text match iff their ids are equal.
+        text_group_M: Group id of each text.
+        chunk: Rows and columns of a tile.
+        device: Where scores are computed.
+
+    Raises:
+        ValueError: For vectors that are empty, not finite, not unit-norm or of unequal width, and for groups that are
+            not one integer per vector.
+    """
+    image = _side(image_ND, image_group_N, "image")
+    text = _side(text_MD, text_group_M, "text")
+    if image.vectors_ND.shape[1] != text.vectors_ND.shape[1]:
+        raise ValueError(
+            f"embeddings of widths {image.vectors_ND.shape[1]} and {text.vectors_ND.shape[1]} cannot be compared: "
+            "both sides must come from one model"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 row, got {chunk}")
+    with torch.inference_mode(), _exact_float32():
+        counter = _RankCounter(image, text, chunk, torch.device(device))
+        for start in range(0, len(image.groups_N), chunk):
+            counter.count_rows(slice(start, min(start + chunk, len(image.groups_N))))
+        return _ranks(image, text, counter.image_counts), _ranks(text, image, counter.text_counts)
 
 
 @dataclass(frozen=True)
 class _Side:
     """One side of the similarity matrix, sorted by group so that the matches of an item are one interval.
 
-    Vectors stay where they are, perhaps memory-mapped: only blocks of them are copied.
+    Vectors stay where they are, perhaps memory-mapped: only chunks of them are copied.
     """
 
     vectors_ND: NDArray[Any] | Tensor
@@ -86,13 +96,14 @@ class _Side:
     order_N: Tensor
 
     def rows(self, sorted_rows: slice | Tensor, device: torch.device) -> Tensor:
-        """Vectors by their places in the sorted order, float32."""
+        """Return vectors by their positions in the sorted order, as float32 on a device."""
         rows = self.order_N[sorted_rows]
         if isinstance(self.vectors_ND, Tensor):
             return self.vectors_ND[rows.to(self.vectors_ND.device)].to(device, torch.float32)
         return torch.from_numpy(np.asarray(self.vectors_ND[rows.numpy()], dtype=np.float32)).to(device)
 
     def unsort(self, sorted_N: Tensor) -> NDArray[np.int64]:
+        """Return values given in the sorted order in the original one."""
         values_N = torch.empty_like(sorted_N)
         values_N[self.order_N] = sorted_N
         result: NDArray[np.int64] = values_N.numpy()
@@ -100,7 +111,11 @@ class _Side:
 
 
 def group_ids(groups: ArrayLike | Tensor, name: str) -> Tensor:
-    """Group ids as an int64 tensor (N,) on the CPU. Raises ValueError unless they are a vector of integers."""
+    """Return group ids as an int64 tensor (N,) on the CPU.
+
+    Raises:
+        ValueError: Unless they are a vector of integers.
+    """
     array = groups.cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} groups must be one integer per vector, got shape {array.shape} of {array.dtype}")
@@ -124,11 +139,11 @@ def _side(vectors: ArrayLike | Tensor, groups: ArrayLike | Tensor, name: str) ->
     return side
 
 
-def _check_norms(side: _Side, name: str, block: int = 65_536) -> None:
+def _check_norms(side: _Side, name: str, chunk: int = 65_536) -> None:
     norms_N = torch.empty(len(side.order_N))
-    for start in range(0, len(norms_N), block):
-        rows = side.order_N[start : start + block]
-        norms_N[rows] = torch.linalg.vector_norm(side.rows(slice(start, start + block), torch.device("cpu")), dim=1)
+    for start in range(0, len(norms_N), chunk):
+        rows = side.order_N[start : start + chunk]
+        norms_N[rows] = torch.linalg.vector_norm(side.rows(slice(start, start + chunk), torch.device("cpu")), dim=1)
     wrong_N = ~((norms_N - 1).abs() <= UNIT_NORM_TOLERANCE)  # a comparison with NaN is false: NaN is wrong too
     if wrong_N.any():
         row = int(wrong_N.nonzero()[0, 0])
@@ -153,76 +168,64 @@ def _exact_float32() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _sweep(query: _Side, gallery: _Side, chunk: int, device: torch.device, *, both: bool) -> list[RetrievalRanks]:
-    """Ranks of the queries and, if `both`, of the gallery's items as queries, from one pass over tiles of scores."""
-    N, M = len(query.groups_N), len(gallery.groups_N)
-    if query.vectors_ND.shape[1] != gallery.vectors_ND.shape[1]:
-        raise ValueError(
-            f"embeddings of widths {query.vectors_ND.shape[1]} and {gallery.vectors_ND.shape[1]} cannot be compared: "
-            "both sides must come from one model"
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 row, got {chunk}")
-    with torch.inference_mode(), _exact_float32():
-        tiles = _Tiles(query, gallery, chunk, device, sides=2 if both else 1)
-        for start in range(0, N, chunk):
-            tiles.count_row_of_tiles(slice(start, min(start + chunk, N)))
-        sides = ((query, gallery, M, 0), (gallery, query, N, 1))[: 2 if both else 1]
-        return [tiles.ranks(side, other, size, index) for side, other, size, index in sides]
+class _RankCounter:
+    """Counts, tile by tile, the non-positives that score higher than each item's best positive, or the same.
 
-
-class _Tiles:
-    """Walks the score matrix tile by tile, counting the non-positives that beat or equal each item's best positive.
-
-    Every buffer is a tile, a block of vectors or one number per item, so the matrix itself never exists.
+    Every buffer is a tile, a chunk of vectors or one number an item, so the score matrix itself never exists. Items are
+    in the sorted order of their side. `image_counts` and `text_counts` are (2, items): optimistic, pessimistic.
     """
 
-    def __init__(self, query: _Side, gallery: _Side, chunk: int, device: torch.device, sides: int) -> None:
+    def __init__(self, image: _Side, text: _Side, chunk: int, device: torch.device) -> None:
+        self.image, self.text = image, text
         self.chunk, self.device = chunk, device
-        self.query, self.gallery = query, gallery
-        self.lo_N = torch.searchsorted(gallery.groups_N, query.groups_N)
-        self.hi_N = torch.searchsorted(gallery.groups_N, query.groups_N, right=True)
-        sizes = (len(query.groups_N), len(gallery.groups_N))
-        self.best = [torch.full((size,), -torch.inf, device=device) for size in sizes]
+        images, texts = len(image.groups_N), len(text.groups_N)
+        # The matches of image i are the texts from lo_N[i] to hi_N[i].
+        self.lo_N = torch.searchsorted(text.groups_N, image.groups_N)
+        self.hi_N = torch.searchsorted(text.groups_N, image.groups_N, right=True)
+        self.image_best = torch.full((images,), -torch.inf, device=device)
+        self.text_best = torch.full((texts,), -torch.inf, device=device)
         self._find_best()
-        self.counts = [torch.zeros(2, size, dtype=torch.int64, device=device) for size in sizes[:sides]]
-        tile = min(chunk, sizes[0]) * min(chunk, sizes[1])
-        self.scores, self.beats = torch.empty(tile, device=device), torch.empty(tile, device=device)
-
-    def _rows(self, side: _Side, sorted_rows: slice | Tensor) -> Tensor:
-        return side.rows(sorted_rows, self.device)
+        self.image_counts = torch.zeros(2, images, dtype=torch.int64, device=device)
+        self.text_counts = torch.zeros(2, texts, dtype=torch.int64, device=device)
+        tile = min(chunk, images) * min(chunk, texts)
+        self.scores = torch.empty(tile, device=device)
+        self.beats = torch.empty(tile, device=device)
 
     def _find_best(self) -> None:
-        """Score the matching pairs alone, in blocks of about one tile's memory, and keep each item's maximum."""
+        """Score the matching pairs alone, some at a time within a tile's memory, and keep each item's maximum."""
         ends_N = (self.hi_N - self.lo_N).cumsum(0)
-        width = self.query.vectors_ND.shape[1]
-        block = max(1, self.chunk * self.chunk // width)
-        for start in range(0, int(ends_N[-1]), block):
-            pairs = torch.arange(start, min(start + block, int(ends_N[-1])))
+        total = int(ends_N[-1])
+        width = self.image.vectors_ND.shape[1]
+        step = max(1, self.chunk * self.chunk // width)
+        for start in range(0, total, step):
+            pairs = torch.arange(start, min(start + step, total))
             rows = torch.searchsorted(ends_N, pairs, right=True)
             columns = self.hi_N[rows] - (ends_N[rows] - pairs)
-            scores = (self._rows(self.query, rows) * self._rows(self.gallery, columns)).sum(dim=1)
-            for best, index in zip(self.best, (rows, columns), strict=True):
-                best.scatter_reduce_(0, index.to(self.device), scores, "amax")
+            scores = (self.image.rows(rows, self.device) * self.text.rows(columns, self.device)).sum(dim=1)
+            self.image_best.scatter_reduce_(0, rows.to(self.device), scores, "amax")
+            self.text_best.scatter_reduce_(0, columns.to(self.device), scores, "amax")
 
-    def count_row_of_tiles(self, rows: slice) -> None:
-        query_bD = self._rows(self.query, rows)
-        for start in range(0, len(self.gallery.groups_N), self.chunk):
-            columns = slice(start, min(start + self.chunk, len(self.gallery.groups_N)))
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            scores, beats = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (self.scores, self.beats))
-            torch.mm(query_bD, self._rows(self.gallery, columns).T, out=scores)  # with `out`, autocast leaves it alone
+    def count_rows(self, rows: slice) -> None:
+        """Count the tiles of some images against all texts."""
+        image_bD = self.image.rows(rows, self.device)
+        for start in range(0, len(self.text.groups_N), self.chunk):
+            columns = slice(start, min(start + self.chunk, len(self.text.groups_N)))
+            height, width = rows.stop - rows.start, columns.stop - columns.start
+            scores = self.scores[: height * width].view(height, width)
+            beats = self.beats[: height * width].view(height, width)
+            torch.mm(image_bD, self.text.rows(columns, self.device).T, out=scores)  # `out`: autocast leaves it alone
             self._hide_positives(scores, rows, columns)
-            # A comparison written as float32 0/1 and summed is exact for tiles up to 2^24 wide, and ten times faster
-            # than summing booleans.
-            for level, (compare, margin) in enumerate(((torch.gt, TIE), (torch.ge, -TIE))):
-                compare(scores, self.best[0][rows, None] + margin, out=beats)
-                self.counts[0][level, rows] += beats.sum(dim=1).long()
-                if len(self.counts) > 1:
-                    compare(scores, self.best[1][None, columns] + margin, out=beats)
-                    self.counts[1][level, columns] += beats.sum(dim=0).long()
+            levels: tuple[tuple[Callable[..., Tensor], float], ...] = ((torch.gt, TIE), (torch.ge, -TIE))
+            for level, (compare, margin) in enumerate(levels):
+                # A comparison written as float32 0/1 and summed is exact for tiles up to 2^24 wide, and ten times
+                # faster than summing booleans.
+                compare(scores, self.image_best[rows, None] + margin, out=beats)
+                self.image_counts[level, rows] += beats.sum(dim=1).long()
+                compare(scores, self.text_best[None, columns] + margin, out=beats)
+                self.text_counts[level, columns] += beats.sum(dim=0).long()
 
     def _hide_positives(self, scores: Tensor, rows: slice, columns: slice) -> None:
+        """Set the scores of the matching pairs of a tile to -inf."""
         lo_b = self.lo_N[rows].clamp(columns.start, columns.stop)
         size_b = self.hi_N[rows].clamp(columns.start, columns.stop) - lo_b
         pairs = int(size_b.sum())
@@ -232,8 +235,12 @@ class _Tiles:
             column = first_b[row] + torch.arange(pairs)
             scores[row.to(self.device), column.to(self.device)] = -torch.inf
 
-    def ranks(self, side: _Side, other: _Side, gallery: int, index: int) -> RetrievalRanks:
-        positives_N = torch.searchsorted(other.groups_N, side.groups_N, right=True)
-        positives_N -= torch.searchsorted(other.groups_N, side.groups_N)
-        optimistic_N, pessimistic_N = self.counts[index].cpu().masked_fill_(positives_N == 0, NO_POSITIVE)
-        return RetrievalRanks(side.unsort(optimistic_N), side.unsort(pessimistic_N), side.unsort(positives_N), gallery)
+
+def _ranks(query: _Side, gallery: _Side, counts: Tensor) -> RetrievalRanks:
+    """Return counts (2, N) of one side's sorted items as ranks in their original order."""
+    positives_N = torch.searchsorted(gallery.groups_N, query.groups_N, right=True)
+    positives_N -= torch.searchsorted(gallery.groups_N, query.groups_N)
+    optimistic_N, pessimistic_N = counts.cpu().masked_fill_(positives_N == 0, NO_POSITIVE)
+    return RetrievalRanks(
+        query.unsort(optimistic_N), query.unsort(pessimistic_N), query.unsort(positives_N), len(gallery.groups_N)
+    )

@@ -1,8 +1,8 @@
 """The few-shot probe: ridge regression on a few labelled images a class, in closed form.
 
-The protocol is big_vision's (`fewshot_lsr`), which LiT and 3T report: features standardised by the support's own mean
-and deviation, a constant feature of 100 as the bias, targets of -1 and 1, an L2 penalty of 1024 throughout. Supports of
-one seed are nested.
+The protocol is big_vision's (`evaluators/fewshot_lsr.py`), which LiT and 3T report: features standardised by the mean
+and deviation of the support set, a constant feature of 100 as the bias, targets of -1 and 1, and an L2 penalty of 1024
+on all weights. The support sets of one seed are nested.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,17 @@ import numpy as np
 import scipy.linalg
 
 from threetowers.eval.metrics.classification import Floats, Ints, LinearClassifier
+from threetowers.eval.metrics.features import DEVIATION_EPSILON, check_finite
 
 SHOTS = (1, 5, 10, 25)
 SEEDS = (0, 1, 2)
 L2 = 1024.0
 BIAS = 100.0
-EPSILON = 1e-5  # added to a deviation
 
 
 @dataclass(frozen=True)
-class Probe:
-    """One classifier of the protocol."""
+class FewShotProbe:
+    """A classifier fitted to `shots` images a class, drawn with `seed`."""
 
     shots: int
     seed: int
@@ -37,24 +37,35 @@ def few_shot_probes(
     shots: Sequence[int] = SHOTS,
     seeds: Sequence[int] = SEEDS,
     l2: float = L2,
-) -> Iterator[Probe]:
-    """Yield a classifier for each seed and number of shots.
+) -> Iterator[FewShotProbe]:
+    """Yield a probe for each seed and number of shots, with growing shots within a seed.
 
-    Raises ValueError for features that are not finite and for a class with fewer items than shots.
+    Args:
+        train_ND: Features of the training items.
+        label_N: Their classes, each in 0..classes - 1.
+        classes: Number of classes.
+        shots: Numbers of items a class.
+        seeds: Of the draws of support sets.
+        l2: Penalty on the squared weights.
+
+    Raises:
+        ValueError: For features that are not finite and for a class with fewer items than shots.
     """
     check_supports(label_N, classes, shots)
-    if not np.isfinite(train_ND).all():
-        row = int((~np.isfinite(train_ND)).any(axis=1).argmax())
-        raise ValueError(f"the features of training item {row} hold NaN or infinity: find what produced them")
+    check_finite(train_ND)
     for seed in seeds:
-        support_CK = support(label_N, classes, max(shots), seed)
-        supports = _Supports(train_ND, support_CK)
+        support_CK = draw_support(label_N, classes, max(shots), seed)
+        supports = _NestedSupports(train_ND, support_CK)
         for count in sorted(shots):
-            yield Probe(count, seed, supports.ridge(count, l2))
+            yield FewShotProbe(count, seed, supports.fit_ridge(count, l2))
 
 
 def check_supports(label_N: Ints, classes: int, shots: Sequence[int]) -> None:
-    """Raises ValueError where the labels cannot give every class its shots."""
+    """Check that every class has as many items as shots.
+
+    Raises:
+        ValueError: If one has fewer, and for shots below 1 or none at all.
+    """
     if not shots or min(shots) < 1:
         raise ValueError(f"shots {tuple(shots)}: expected at least one number, each 1 or more")
     size_C = np.bincount(label_N, minlength=classes)
@@ -66,20 +77,20 @@ def check_supports(label_N: Ints, classes: int, shots: Sequence[int]) -> None:
         )
 
 
-def support(label_N: Ints, classes: int, shots: int, seed: int) -> Ints:
-    """Return rows (classes, shots) drawn for each class; the first k columns are the support of k shots."""
+def draw_support(label_N: Ints, classes: int, shots: int, seed: int) -> Ints:
+    """Return rows (classes, shots) drawn without replacement; the first k columns are the support set of k shots."""
     rng = np.random.default_rng(seed)
     order = np.argsort(label_N, kind="stable")
     ends = np.searchsorted(label_N[order], np.arange(classes + 1))
     return np.stack([rng.permutation(order[start:end])[:shots] for start, end in pairwise(ends)])
 
 
-class _Supports:
-    """The nested supports of one seed, and what their ridge solutions share.
+class _NestedSupports:
+    """The nested support sets of one seed, and the Gram matrix that their ridge solutions share.
 
-    With mean m and deviation s, the ridge of the standardised rows is one with the penalty l2 s² on the centred rows:
+    With mean m and deviation s, ridge regression on standardised rows is one with the penalty l2 s² on centred rows:
     W = (Σ (x-m)(x-m)ᵀ + l2 diag(s²))⁻¹ Σ (x-m) yᵀ. So one Gram matrix serves all supports, extended as they grow. The
-    constant feature is orthogonal to the centred ones, and its weight stands alone.
+    constant feature is orthogonal to the centred ones, so its weight is independent of theirs.
     """
 
     def __init__(self, train_ND: Floats, support_CK: Ints) -> None:
@@ -91,17 +102,23 @@ class _Supports:
         self.in_gram = 0
         self.gram_DD = np.zeros((rows.shape[1], rows.shape[1]), np.float32)
 
-    def ridge(self, shots: int, l2: float) -> LinearClassifier:
-        """The classifier of the first `shots` rows of each class; call with growing numbers."""
+    def fit_ridge(self, shots: int, l2: float) -> LinearClassifier:
+        """Return the classifier of the first `shots` rows of each class; call with growing numbers."""
         x_KCD = self.x_KCD[:shots]
         classes, width = x_KCD.shape[1:]
         size = shots * classes
+
+        # Mean and deviation of the support set.
         sum_CD = x_KCD.sum(axis=0)
         mean_D = sum_CD.mean(axis=0) / shots
         variance_D = np.einsum("kcd,kcd->d", x_KCD, x_KCD) / size - mean_D**2
-        deviation_D = np.sqrt(np.maximum(variance_D, 0)) + EPSILON
+        deviation_D = np.sqrt(np.maximum(variance_D, 0)) + DEVIATION_EPSILON
+
+        # The dual system is smaller where the rows are few.
         if 2 * size < width:
-            weight_DC = _dual((x_KCD.reshape(size, width) - mean_D) / deviation_D, classes, l2) / deviation_D[:, None]
+            weight_DC = (
+                _solve_dual((x_KCD.reshape(size, width) - mean_D) / deviation_D, classes, l2) / deviation_D[:, None]
+            )
         else:
             new_ND = self.x_KCD[self.in_gram : shots].reshape(-1, width)
             self.gram_DD += new_ND.T @ new_ND
@@ -110,13 +127,14 @@ class _Supports:
             normal_DD[np.diag_indices(width)] += l2 * deviation_D**2
             # Targets 2 and 0 for 1 and -1: the difference is constant, and the centred rows sum to zero.
             weight_DC = _solve(normal_DD, 2 * (sum_CD - shots * mean_D).T)
+
         # Targets of -1 and 1 in classes of equal size have the mean 2/C - 1, which the penalty shrinks a little.
         bias = (2 / classes - 1) * size * BIAS**2 / (size * BIAS**2 + l2)
         return LinearClassifier(weight_DC, (bias - (self.origin_D + mean_D) @ weight_DC).astype(np.float32))
 
 
-def _dual(z_ND: Floats, classes: int, l2: float) -> Floats:
-    """Zᵀ (Z Zᵀ + l2)⁻¹ Y for standardised rows Z of the classes 0 .. C-1 in turn: cheaper where rows are few."""
+def _solve_dual(z_ND: Floats, classes: int, l2: float) -> Floats:
+    """Return Zᵀ (Z Zᵀ + l2)⁻¹ Y for standardised rows Z of the classes 0 .. C-1 in turn."""
     kernel_NN = z_ND @ z_ND.T
     kernel_NN[np.diag_indices(len(z_ND))] += l2
     target_NC = np.tile(2 * np.eye(classes, dtype=np.float32), (len(z_ND) // classes, 1))
@@ -124,7 +142,7 @@ def _dual(z_ND: Floats, classes: int, l2: float) -> Floats:
 
 
 def _solve(positive_NN: Floats, right_NC: Floats) -> Floats:
-    """The solution of a positive definite system; the matrix is overwritten."""
+    """Return the solution of a positive definite system; the matrix is overwritten."""
     # LAPACK itself: SciPy's and NumPy's solvers copy the matrix and take four times as long.
     _, solution_NC, info = scipy.linalg.lapack.sposv(positive_NN.T, right_NC, lower=1, overwrite_a=1)
     if info:

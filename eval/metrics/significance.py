@@ -1,4 +1,4 @@
-"""Which differences are real: intervals of every result, and every two models compared on the same items."""
+"""Intervals of every result, and tests of which differences between models are real, on the same items."""
 
 import re
 from collections.abc import Sequence
@@ -7,19 +7,19 @@ from itertools import combinations, takewhile
 
 import numpy as np
 
-from threetowers.eval.metrics.bootstrap import Resampled, Stratum, holm, resample
+from threetowers.eval.metrics.bootstrap import BootstrapDraws, Stratum, holm, resample, same_items
 from threetowers.eval.record import EvalRecord
 from threetowers.eval.report.results import RunResult
-from threetowers.eval.report.tables import ABSENT, DIRECTIONS, RETRIEVAL, Cell, Row, Table
+from threetowers.eval.report.tables import DIRECTIONS, NO_VALUE, RETRIEVAL, Table, TableCell, TableRow
 
 LEVEL = 0.05
-ALL_PAIRS = 5  # models; with more, each is compared with the best alone
+MAX_MODELS_ALL_PAIRS = 5  # with more models, each is compared with the best alone
 HEADLINE = tuple(f"{direction}/recall@1" for direction in DIRECTIONS)
 
 
 @dataclass(frozen=True)
-class Group:
-    """A model, or the runs of one recipe that differ in their seed alone. `members`: places in the list of results."""
+class ComparedModel:
+    """One run, or the runs of one recipe that differ in their seed alone; `members` index the list of results."""
 
     name: str
     members: tuple[int, ...]
@@ -27,142 +27,177 @@ class Group:
 
 @dataclass(frozen=True)
 class Significance:
-    """`intervals`: a row a metric, a column a group. `differences`: a row a metric and pair, with the verdict."""
+    """Tables of intervals (a row a metric, a column a model) and of differences (a row a metric and pair)."""
 
-    groups: list[Group]
+    models: list[ComparedModel]
     intervals: Table | None
     differences: Table | None
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """One metric over some galleries, scored for some groups on the same items."""
+class _MetricKey:
+    """A metric of a task; its mean is over the means of some galleries."""
 
-    heads: tuple[str, str, str]  # task, data, metric
-    groups: list[int]
-    resampled: Resampled
+    task: str
+    galleries: tuple[str, ...]
+    metric: str
+
+    def heads(self) -> tuple[str, str, str]:
+        """Return task, data and metric as a row of a table begins with them."""
+        data = self.galleries[0] if len(self.galleries) == 1 else f"mean of {len(self.galleries)} galleries"
+        return self.task, data, self.metric
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One metric of the models that were scored on the same items; `models` index the list of compared models."""
+
+    key: _MetricKey
+    models: list[int]
+    bootstrap: BootstrapDraws
 
 
 def significance(results: Sequence[RunResult]) -> Significance:
-    """Compare what can be compared: metrics that are means over items, where models saw the same items."""
-    groups = grouped(results)
-    compared = [c for wanted in _wanted(results) if (c := _compare(results, groups, *wanted)) is not None]
-    return Significance(groups, _intervals(groups, compared), _differences(groups, compared))
+    """Compare the metrics that are means over items, for the models that saw the same items."""
+    models = group_by_recipe(results)
+    comparisons = []
+    for key in _comparable_metrics(results):
+        comparison = _compare_models(results, models, key)
+        if comparison is not None:
+            comparisons.append(comparison)
+    return Significance(models, _interval_table(models, comparisons), _difference_table(models, comparisons))
 
 
-def grouped(results: Sequence[RunResult]) -> list[Group]:
-    """Runs of one recipe with different seeds are one group, named by what their names share."""
+def group_by_recipe(results: Sequence[RunResult]) -> list[ComparedModel]:
+    """Return runs of one recipe with different seeds as one model, named by the common start of their names."""
     by_recipe: dict[str, list[int]] = {}
     for index, result in enumerate(results):
-        facts = {(r.recipe, r.seed) for r in result.records}
-        recipe, seed = facts.pop() if len(facts) == 1 else (None, None)
-        alone = recipe is None or seed is None
-        by_recipe.setdefault(f"one {index}" if alone else f"recipe {recipe}", []).append(index)
-    groups = []
+        recipes = {(record.recipe, record.seed) for record in result.records}
+        recipe, seed = recipes.pop() if len(recipes) == 1 else (None, None)
+        key = f"run {index}" if recipe is None or seed is None else f"recipe {recipe}"
+        by_recipe.setdefault(key, []).append(index)
+    models = []
     for members in by_recipe.values():
         names = [results[index].name for index in members]
-        same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-        shared = re.sub(r"[-_. ]*(seed)?[-_.= ]*$", "", "".join(letters[0] for letters in same)) or " / ".join(names)
-        groups.append(Group(names[0] if len(names) == 1 else f"{shared} ({len(names)} seeds)", tuple(members)))
-    return groups
+        if len(names) == 1:
+            name = names[0]
+        else:
+            equal = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+            start = re.sub(r"[-_. ]*(seed)?[-_.= ]*$", "", "".join(letters[0] for letters in equal))
+            name = f"{start or ' / '.join(names)} ({len(names)} seeds)"
+        models.append(ComparedModel(name, tuple(members)))
+    return models
 
 
-def _wanted(results: Sequence[RunResult]) -> list[tuple[str, tuple[str, ...], str]]:
-    """(task, galleries, metric): R@1 as the mean of all galleries, every other mean over items for each gallery."""
-    wanted: dict[tuple[str, tuple[str, ...], str], None] = {}
-    galleries = tuple(
-        dict.fromkeys(r.question.gallery for result in results for r in result.records if r.question.task == RETRIEVAL)
-    )
-    scored = [{r.question.gallery for r in result.records if r.question.task == RETRIEVAL} for result in results]
-    shared = tuple(name for name in galleries if all(name in found for found in scored if found))
-    for metric in HEADLINE if shared else ():
-        wanted[RETRIEVAL, shared, metric] = None
+def _comparable_metrics(results: Sequence[RunResult]) -> list[_MetricKey]:
+    """Return R@1 as the mean of the shared galleries, and every other metric over items for each gallery."""
+    galleries: dict[str, None] = {}
+    scored = []
+    for result in results:
+        own = [record.question.gallery for record in result.records if record.question.task == RETRIEVAL]
+        galleries |= dict.fromkeys(own)
+        if own:
+            scored.append(own)
+    shared = tuple(name for name in galleries if all(name in own for own in scored))
+    keys: dict[_MetricKey, None] = {}
+    if shared:
+        keys |= dict.fromkeys(_MetricKey(RETRIEVAL, shared, metric) for metric in HEADLINE)
     for result in results:
         for record in result.records:
-            if record.question.task != RETRIEVAL:
-                for metric in record.items:
-                    if metric in record.metrics:
-                        wanted[record.question.task, (record.question.gallery,), metric] = None
-    return list(wanted)
+            if record.question.task == RETRIEVAL:
+                continue
+            for metric in record.items:
+                if metric in record.metrics:
+                    keys[_MetricKey(record.question.task, (record.question.gallery,), metric)] = None
+    return list(keys)
 
 
-def _compare(
-    results: Sequence[RunResult], groups: Sequence[Group], task: str, galleries: tuple[str, ...], metric: str
-) -> _Compared | None:
+def _compare_models(
+    results: Sequence[RunResult], models: Sequence[ComparedModel], key: _MetricKey
+) -> _Comparison | None:
+    """Bootstrap one metric for the models that have it on the items of the first one; None where none has it."""
     scores: dict[int, list[list[Stratum]]] = {}
     reference: list[Stratum] | None = None
-    for number, group in enumerate(groups):
-        seeds = [_strata(results[index], task, galleries, metric) for index in group.members]
-        known = [strata for strata in seeds if strata is not None]
-        if len(known) < len(seeds):
+    for number, model in enumerate(models):
+        seeds = []
+        for index in model.members:
+            strata = _strata(results[index], key)
+            if strata is not None:
+                seeds.append(strata)
+        if len(seeds) < len(model.members):
             continue
-        reference = reference or known[0]
-        if all(_same(reference, strata) for strata in known):
-            scores[number] = known
-    if not scores:
-        return None
-    data = galleries[0] if len(galleries) == 1 else f"mean of {len(galleries)} galleries"
-    resampled = resample(list(scores.values()))
-    return _Compared((task, data, metric), list(scores), resampled)
+        if reference is None:
+            reference = seeds[0]
+        if all(same_items(reference, strata) for strata in seeds):
+            scores[number] = seeds
+    return _Comparison(key, list(scores), resample(list(scores.values()))) if scores else None
 
 
-def _strata(result: RunResult, task: str, galleries: Sequence[str], metric: str) -> list[Stratum] | None:
+def _strata(result: RunResult, key: _MetricKey) -> list[Stratum] | None:
+    """Return the scores of a metric in each of its galleries; None where one of them lacks it."""
     strata = []
-    for gallery in galleries:
-        record = _record(result, task, gallery)
+    for gallery in key.galleries:
+        record = _find_record(result, key.task, gallery)
         items = {} if record is None else result.items_of(record)
-        if metric not in items:
+        if key.metric not in items:
             return None
-        value_N = np.asarray(items[metric], dtype=np.float64)
-        units = items.get(f"{metric.rpartition('/')[0]}/unit", items.get("unit"))
-        strata.append(Stratum(value_N, np.arange(len(value_N)) if units is None else units))
+        value_N = np.asarray(items[key.metric], dtype=np.float64)
+        prefix = key.metric.rpartition("/")[0]
+        group_N = items.get(f"{prefix}/group", items.get("group"))
+        strata.append(Stratum(value_N, np.arange(len(value_N)) if group_N is None else group_N))
     return strata
 
 
-def _record(result: RunResult, task: str, gallery: str) -> EvalRecord | None:
-    return next((r for r in result.records if (r.question.task, r.question.gallery) == (task, gallery)), None)
+def _find_record(result: RunResult, task: str, gallery: str) -> EvalRecord | None:
+    for record in result.records:
+        if (record.question.task, record.question.gallery) == (task, gallery):
+            return record
+    return None
 
 
-def _same(one: Sequence[Stratum], other: Sequence[Stratum]) -> bool:
-    return len(one) == len(other) and all(
-        np.array_equal(a.unit_N, b.unit_N) and np.array_equal(np.isnan(a.value_N), np.isnan(b.value_N))
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def _intervals(groups: Sequence[Group], compared: Sequence[_Compared]) -> Table | None:
+def _interval_table(models: Sequence[ComparedModel], comparisons: Sequence[_Comparison]) -> Table | None:
+    if not comparisons:
+        return None
     rows = []
-    for found in compared:
-        cells = {}
-        for storage, number in enumerate(found.groups):
-            i = found.resampled.interval(storage)
-            cells[number] = Cell(f"{100 * i.mean:.1f}  [{100 * i.low:.1f}, {100 * i.high:.1f}]")
-        row = tuple(cells.get(number, Cell(ABSENT)) for number in range(len(groups)))
-        rows.append(Row((*found.heads, f"{found.resampled.units:,}"), row))
-    return Table(("Task", "Data", "Metric", "Units"), tuple(g.name for g in groups), tuple(rows)) if rows else None
+    for comparison in comparisons:
+        cells = [TableCell(NO_VALUE)] * len(models)
+        for position, number in enumerate(comparison.models):
+            interval = comparison.bootstrap.interval(position)
+            cells[number] = TableCell(
+                f"{100 * interval.mean:.1f}  [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+            )
+        rows.append(TableRow((*comparison.key.heads(), f"{comparison.bootstrap.groups:,}"), tuple(cells)))
+    return Table(("Task", "Data", "Metric", "Groups"), tuple(model.name for model in models), tuple(rows))
 
 
-def _differences(groups: Sequence[Group], compared: Sequence[_Compared]) -> Table | None:
-    asked = [(found, first, second) for found in compared for first, second in _pairs(found)]
-    differences = [found.resampled.difference(first, second) for found, first, second in asked]
+def _difference_table(models: Sequence[ComparedModel], comparisons: Sequence[_Comparison]) -> Table | None:
+    """Return every difference with its verdict, the p-values adjusted for all rows of the table."""
+    heads = []
+    differences = []
+    for comparison in comparisons:
+        for first, second in _pairs(comparison):
+            names = (models[comparison.models[first]].name, models[comparison.models[second]].name)
+            heads.append((*comparison.key.heads(), f"{names[0]} over {names[1]}"))
+            differences.append(comparison.bootstrap.difference(first, second))
+    if not differences:
+        return None
     rows = []
-    for (found, first, second), d, p in zip(asked, differences, holm([d.p for d in differences]), strict=True):
+    adjusted = holm([difference.p for difference in differences])
+    for head, difference, p in zip(heads, differences, adjusted, strict=True):
         real = p < LEVEL
-        names = (groups[found.groups[first]].name, groups[found.groups[second]].name)
-        texts = (
-            f"{100 * d.mean:+.1f}",
-            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]",
-            "< 0.001" if p < 0.001 else f"{p:.3f}",
-            "real" if real else "may be chance",
+        cells = (
+            TableCell(f"{100 * difference.mean:+.1f}"),
+            TableCell(f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"),
+            TableCell("< 0.001" if p < 0.001 else f"{p:.3f}"),
+            TableCell("real" if real else "may be chance", best=real),
         )
-        cells = tuple(Cell(text, best=real and number == len(texts) - 1) for number, text in enumerate(texts))
-        rows.append(Row((*found.heads, f"{names[0]} over {names[1]}"), cells))
-    heads = ("Task", "Data", "Metric", "Compared")
-    return Table(heads, ("Points", "95 % interval", "p, adjusted", "Verdict"), tuple(rows)) if rows else None
+        rows.append(TableRow(head, cells))
+    columns = ("Points", "95 % interval", "p, adjusted", "Verdict")
+    return Table(("Task", "Data", "Metric", "Compared"), columns, tuple(rows))
 
 
-def _pairs(found: _Compared) -> list[tuple[int, int]]:
-    """The better one first; all pairs of a few models, of many the best with each other."""
-    order = np.argsort(-found.resampled.mean_M, kind="stable").tolist()
+def _pairs(comparison: _Comparison) -> list[tuple[int, int]]:
+    """Return pairs of models, the better one first: all pairs of a few models, the best with each other of many."""
+    order = np.argsort(-comparison.bootstrap.mean_M, kind="stable").tolist()
     pairs = list(combinations(order, 2))
-    return pairs if len(order) <= ALL_PAIRS else pairs[: len(order) - 1]
+    return pairs if len(order) <= MAX_MODELS_ALL_PAIRS else pairs[: len(order) - 1]

@@ -1,7 +1,8 @@
-"""Plots of results: recall against k, few-shot curves, calibration, embedding maps."""
+"""Plots of results: recall against k, accuracy against shots, calibration, and maps of embeddings."""
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +15,26 @@ Floats32 = NDArray[np.float32]
 
 
 def recall_panel(title: str, ranks: Sequence[Sequence[Floats32]], galleries: Sequence[int]) -> Panel:
-    """Recall against k, a line a run: the mean over galleries. `ranks[run][gallery]` counts from 1, NaN: excluded."""
+    """Return a plot of recall against k, a line a run: the mean over galleries.
+
+    Args:
+        title: Title of the panel.
+        ranks: `ranks[run][gallery]` are ranks (N,) counted from 1, NaN for an excluded query; a run without any is
+            left out.
+        galleries: Sizes of the galleries, which bound k.
+    """
     figure, axes = new_figure(width=5.2, height=3.2)
-    ks = [k for k in CURVE_KS if k <= max(1, min(galleries, default=1))]
-    for run, by_gallery in enumerate(ranks):
-        if by_gallery:
-            kept = [rank_N[~np.isnan(rank_N)] for rank_N in by_gallery]
-            values = [100 * np.mean([(rank_N <= k).mean() for rank_N in kept]) for k in ks]
-            axes.plot(ks, values, color=run_colour(run), linestyle=DASHES[run % len(DASHES)])
-    axes.set_xscale("log")
-    axes.set_xticks([k for k in (1, 5, 10, 50, 100, 500, 1000) if k <= ks[-1]])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
+    largest = max(1, min(galleries, default=1))
+    ks = [k for k in CURVE_KS if k <= largest]
+    for run, run_ranks in enumerate(ranks):
+        if not run_ranks:
+            continue
+        scored = [rank_N[~np.isnan(rank_N)] for rank_N in run_ranks]
+        recalls = []
+        for k in ks:
+            recalls.append(100 * np.mean([(rank_N <= k).mean() for rank_N in scored]))
+        axes.plot(ks, recalls, color=run_colour(run), linestyle=DASHES[run % len(DASHES)])
+    _log_axis(axes, [k for k in (1, 5, 10, 50, 100, 500, 1000) if k <= ks[-1]])
     axes.set_xlabel("k")
     axes.set_ylabel("recall at k, percent")
     axes.set_ylim(0, 100)
@@ -33,45 +42,58 @@ def recall_panel(title: str, ranks: Sequence[Sequence[Floats32]], galleries: Seq
 
 
 def fewshot_panel(title: str, metrics: Sequence[Mapping[str, float] | None]) -> Panel | None:
-    """Accuracy against shots, a line a run with the deviation over seeds; None without few-shot metrics."""
+    """Return a plot of accuracy against shots, a line a run, with the deviation over seeds as a band.
+
+    `metrics` are those of each run; None without few-shot metrics in any.
+    """
     figure, axes = new_figure(width=4.4, height=2.9)
-    seen: set[int] = set()
+    ticks: set[int] = set()
     for run, values in enumerate(metrics):
-        found = {int(m[1]): v for k, v in (values or {}).items() if (m := re.fullmatch(r"(\d+)-shot/top1", k))}
-        shots = sorted(found)
-        if shots and values is not None:
-            mean = np.array([100 * found[s] for s in shots])
-            spread = np.array([100 * values.get(f"{s}-shot/top1_deviation", 0.0) for s in shots])
-            axes.plot(shots, mean, color=run_colour(run), linestyle=DASHES[run % len(DASHES)], marker="o", markersize=4)
-            axes.fill_between(shots, mean - spread, mean + spread, color=run_colour(run), alpha=0.15, linewidth=0)
-            seen |= set(shots)
-    if not seen:
+        accuracy: dict[int, float] = {}
+        deviation: dict[int, float] = {}
+        for key, value in (values or {}).items():
+            match = re.fullmatch(r"(\d+)-shot/(top1|top1_deviation)", key)
+            if match:
+                by_shots = accuracy if match[2] == "top1" else deviation
+                by_shots[int(match[1])] = value
+        if not accuracy:
+            continue
+        shots = sorted(accuracy)
+        mean = np.array([100 * accuracy[count] for count in shots])
+        spread = np.array([100 * deviation.get(count, 0.0) for count in shots])
+        axes.plot(shots, mean, color=run_colour(run), linestyle=DASHES[run % len(DASHES)], marker="o", markersize=4)
+        axes.fill_between(shots, mean - spread, mean + spread, color=run_colour(run), alpha=0.15, linewidth=0)
+        ticks |= set(shots)
+    if not ticks:
         return None
-    axes.set_xscale("log")
-    axes.set_xticks(sorted(seen))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
+    _log_axis(axes, sorted(ticks))
     axes.set_xlabel("training images a class")
     axes.set_ylabel("top-1, percent")
     return Panel(title, to_svg(figure, f"few-shot {title}"))
 
 
-def calibration_panel(title: str, judged: Sequence[tuple[Floats32, Floats32] | None]) -> Panel | None:
-    """How often predictions are right against how confident they were, a line a run: (confidence_N, correct_N)."""
-    figure, axes = new_figure(width=4.4, height=3.4)
-    drawn = False
-    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
-    for run, found in enumerate(judged):
-        if found is not None:
-            counted = ~np.isnan(found[1])
-            bins = reliability(found[0][counted], found[1][counted] > 0, bins=10)
-            kept = bins.count_K > 0
-            x, y, size = 100 * bins.confidence_K[kept], 100 * bins.accuracy_K[kept], bins.count_K[kept]
-            axes.plot(x, y, color=run_colour(run), linestyle=DASHES[run % len(DASHES)])
-            axes.scatter(x, y, s=8 + 60 * size / size.max(), color=run_colour(run), linewidths=0, zorder=3)
-            drawn = True
-    if not drawn:
+def calibration_panel(title: str, predictions: Sequence[tuple[Floats32, Floats32] | None]) -> Panel | None:
+    """Return a plot of accuracy against confidence, a line a run, the dots as large as the counts of their bins.
+
+    `predictions` are (confidence_N, correct_N) of each run, the latter NaN for an item that does not count; None
+    without predictions of any run.
+    """
+    if all(found is None for found in predictions):
         return None
+    figure, axes = new_figure(width=4.4, height=3.4)
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
+    for run, found in enumerate(predictions):
+        if found is None:
+            continue
+        confidence_N, correct_N = found
+        counted_N = ~np.isnan(correct_N)
+        bins = reliability(confidence_N[counted_N], correct_N[counted_N] > 0, bins=10)
+        filled_K = bins.count_K > 0
+        x = 100 * bins.confidence_K[filled_K]
+        y = 100 * bins.accuracy_K[filled_K]
+        size = bins.count_K[filled_K]
+        axes.plot(x, y, color=run_colour(run), linestyle=DASHES[run % len(DASHES)])
+        axes.scatter(x, y, s=8 + 60 * size / size.max(), color=run_colour(run), linewidths=0, zorder=3)
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 100)
     axes.set_xlabel("confidence, percent")
@@ -80,7 +102,15 @@ def calibration_panel(title: str, judged: Sequence[tuple[Floats32, Floats32] | N
 
 
 def map_panel(title: str, run: int, images_N2: Floats32, texts_N2: Floats32, explained_2: Floats32) -> Panel:
-    """Images (dots in the run's colour) and captions (crosses) on the two main axes of both."""
+    """Return a map of images (dots) and captions (crosses) on the two principal axes of both.
+
+    Args:
+        title: Title of the panel.
+        run: Index of the run, for its colour.
+        images_N2: Coordinates of images.
+        texts_N2: Coordinates of captions.
+        explained_2: Share of the variance that each axis explains.
+    """
     figure, axes = new_figure(width=4.0, height=3.6)
     size = float(np.clip(3000 / max(len(images_N2), 1), 3, 14))
     axes.scatter(texts_N2[:, 0], texts_N2[:, 1], s=size, marker="x", color=INK, linewidths=0.6, alpha=0.6)
@@ -91,3 +121,11 @@ def map_panel(title: str, run: int, images_N2: Floats32, texts_N2: Floats32, exp
     axes.set_xlabel(f"first axis, {100 * explained_2[0]:.0f} % of the variance")
     axes.set_ylabel(f"second axis, {100 * explained_2[1]:.0f} %")
     return Panel(title, to_svg(figure, f"map {title}"))
+
+
+def _log_axis(axes: Any, ticks: Sequence[int]) -> None:
+    """Make the x axis logarithmic, with some ticks alone."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""Plots as inline SVG that takes its colours and font from the page, light or dark."""
+"""Plots as inline SVG with the colours and the font of the page, light or dark."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
-# Stand-ins that matplotlib draws with; in the SVG they become the page's own colours.
+# Placeholder colours that matplotlib draws with; in the SVG they become variables of the page.
 INK, LINE = "#010203", "#010204"
 RUN_COLOURS = 8
 DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
@@ -22,11 +22,12 @@ class Panel:
 
 
 def run_colour(index: int) -> str:
-    """The stand-in for the colour of a run."""
+    """Return the placeholder of the colour of a run."""
     return f"#0102{0x10 + index % RUN_COLOURS:02x}"
 
 
 def _style() -> Any:
+    """Return matplotlib settings of all plots."""
     return {
         "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
         "font.family": "sans-serif",
@@ -54,7 +55,7 @@ def _style() -> Any:
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of that many inches, and its axes."""
+    """Return a figure of some width and height in inches, and its axes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -64,13 +65,20 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def to_svg(figure: Any, name: str) -> str:
-    """The figure as an <svg> element of no fixed size, in the page's colours and font, with nothing from outside."""
+    """Return a figure as an <svg> element of no fixed size, without any outside reference.
+
+    Args:
+        figure: The figure.
+        name: Unique within a page: the ids in the SVG are derived from it.
+    """
     import matplotlib
 
     buffer = StringIO()
-    with matplotlib.rc_context(_style() | {"svg.hashsalt": name}):  # ids unlike those of the page's other figures
+    with matplotlib.rc_context(_style() | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
+
+    # Remove namespaces, metadata, ids that nothing refers to, and the fixed size.
     used = set(re.findall(r"(?:url\(|href=\")#(\w+)", text))
     root = ElementTree.fromstring(text)
     for element in root.iter():
@@ -90,6 +98,8 @@ def to_svg(figure: Any, name: str) -> str:
 
 
 def _page_style(style: str) -> str:
-    style = re.sub(r"font-family: [^;]*;? ?", "", re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", style))
+    """Return a style without its font family, in the colour variables of the page."""
+    style = re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", style)
+    style = re.sub(r"font-family: [^;]*;? ?", "", style)
     style = style.replace(INK, "var(--ink)").replace(LINE, "var(--line)")
     return re.sub(r"#0102(1[0-7])", lambda match: f"var(--run-{int(match[1], 16) - 0x10})", style)

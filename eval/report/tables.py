@@ -1,4 +1,4 @@
-"""Tables of a retrieval report, computed from result records and shared by its HTML and Markdown forms."""
+"""Tables of an evaluation report, computed from records, for its HTML and Markdown forms and for a terminal."""
 
 import html
 import math
@@ -11,11 +11,11 @@ from threetowers.eval.record import EvalRecord
 RETRIEVAL = "retrieval"
 DIRECTIONS = {"text_to_image": "Text → image", "image_to_text": "Image → text"}
 CHANCE = "chance"
-ABSENT = "—"
+NO_VALUE = "—"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A value as text; `share` (0..1) is the length of the bar behind it, None for no bar."""
 
     text: str
@@ -24,65 +24,73 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """`run` is the index of the run the row is about, None for chance and for rows about no one run."""
+class TableRow:
+    """Heads and values of one row; `run` is the index of the run that it shows, None for no single run."""
 
     heads: tuple[str, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
     run: int | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """`spans` are headings above the value columns: (text, how many columns)."""
+    """Rows of heads and value columns; `spans` are headings above the value columns: (text, number of columns)."""
 
     heads: tuple[str, ...]
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     spans: tuple[tuple[str, int], ...] = ()
 
     def markdown(self) -> str:
-        """A pipe table; the best values are bold."""
-        columns = self.columns
-        if self.spans:
-            prefixes = [text for text, count in self.spans for _ in range(count)]
-            columns = tuple(f"{prefix} {column}".strip() for prefix, column in zip(prefixes, columns, strict=True))
-        lines = [[*self.heads, *columns], ["---"] * len(self.heads) + ["---:"] * len(columns)]
-        lines[0] = [markdown_text(text) for text in lines[0]]
+        """Return a pipe table; the best values are bold."""
+        prefixes: list[str] = []
+        for text, count in self.spans or [("", len(self.columns))]:
+            prefixes += [text] * count
+        columns = [f"{prefix} {column}".strip() for prefix, column in zip(prefixes, self.columns, strict=True)]
+        lines = []
         for row in self.rows:
-            cells = [f"**{markdown_text(c.text)}**" if c.best else markdown_text(c.text) for c in row.cells]
-            lines.append([*map(markdown_text, row.heads), *cells])
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            line = [markdown_text(head) for head in row.heads]
+            for cell in row.cells:
+                text = markdown_text(cell.text)
+                line.append(f"**{text}**" if cell.best else text)
+            lines.append(line)
+        return markdown_table([*self.heads, *columns], lines, right_aligned=len(columns))
 
     def text(self) -> str:
-        """The table for a terminal: columns aligned, best values marked with a star."""
+        """Return the table for a terminal: columns aligned, best values marked with a star."""
         lines = [[*self.heads, *self.columns]]
-        lines += [[*row.heads, *(cell.text + "*" * cell.best for cell in row.cells)] for row in self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        names = len(self.heads)
-        aligned = [
-            "  ".join(
-                text.ljust(w) if i < names else text.rjust(w)
-                for i, (text, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
+        for row in self.rows:
+            lines.append([*row.heads, *(cell.text + "*" * cell.best for cell in row.cells)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        heads = len(self.heads)
+        aligned = []
         if self.spans:
-            above, column = " " * (sum(widths[:names]) + 2 * (names - 1)), names
+            # Each heading is centered over its columns, which are two spaces apart.
+            above = " " * (sum(widths[:heads]) + 2 * (heads - 1))
+            column = heads
             for text, count in self.spans:
                 above += "  " + text.center(sum(widths[column : column + count]) + 2 * (count - 1))
                 column += count
-            aligned.insert(0, above.rstrip())
-        return "\n".join(line.rstrip() for line in aligned)
+            aligned.append(above.rstrip())
+        for line in lines:
+            cells = [text.ljust(width) for text, width in zip(line[:heads], widths[:heads], strict=True)]
+            cells += [text.rjust(width) for text, width in zip(line[heads:], widths[heads:], strict=True)]
+            aligned.append("  ".join(cells).rstrip())
+        return "\n".join(aligned)
 
     def widened(self, span: str, columns: Sequence[str], values: Mapping[int, Sequence[str]]) -> "Table":
-        """The table with more columns under a heading of their own: texts by run index, blank where a row has none."""
-        blank = [""] * len(columns)
-        rows = tuple(
-            Row(row.heads, (*row.cells, *map(Cell, blank if row.run is None else values[row.run])), row.run)
-            for row in self.rows
-        )
-        return Table(self.heads, (*self.columns, *columns), rows, (*self.spans, (span, len(columns))))
+        """Return the table with more columns under a heading of their own.
+
+        Args:
+            span: The heading.
+            columns: Names of the columns.
+            values: Texts of the columns by run index; they stay blank in rows of no run.
+        """
+        rows = []
+        for row in self.rows:
+            texts = [""] * len(columns) if row.run is None else values[row.run]
+            rows.append(TableRow(row.heads, (*row.cells, *map(TableCell, texts)), row.run))
+        return Table(self.heads, (*self.columns, *columns), tuple(rows), (*self.spans, (span, len(columns))))
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,11 @@ class RunRecords:
 
 
 def by_gallery(name: str, method: str, records: Sequence[EvalRecord]) -> RunRecords:
-    """Raises ValueError if two retrieval records are about the same gallery."""
+    """Return the retrieval records of a run by gallery.
+
+    Raises:
+        ValueError: If two of them are of the same gallery.
+    """
     galleries: dict[str, EvalRecord] = {}
     for record in records:
         if record.question.task != RETRIEVAL:
@@ -103,67 +115,84 @@ def by_gallery(name: str, method: str, records: Sequence[EvalRecord]) -> RunReco
         gallery = record.question.gallery
         if gallery in galleries:
             raise ValueError(
-                f"run {name!r} has two retrieval records for gallery {gallery!r}: pass one record a gallery, or name "
-                "the runs apart"
+                f"run {name!r} has two retrieval records of gallery {gallery!r}, expected one: give the runs "
+                "different names"
             )
         galleries[gallery] = record
     return RunRecords(name, method, galleries)
 
 
 def comparison_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | None:
-    """One row a run: recalls and median ranks, means over `galleries`, best of each column marked; None if empty."""
-    scored = [(index, run) for index, run in enumerate(runs) if all(name in run.galleries for name in galleries)]
+    """Return a row a run: recalls and median ranks, means over `galleries`, the best of each column marked.
+
+    Runs without a record of each gallery are left out; None if none is left, or for no galleries.
+    """
+    scored = []
+    records = []
+    for index, run in enumerate(runs):
+        if all(name in run.galleries for name in galleries):
+            scored.append((index, run))
+            records += [run.galleries[name] for name in galleries]
     if not scored or not galleries:
         return None
-    keys, spans, columns = _recall_columns(run.galleries[name] for _, run in scored for name in galleries)
-    medians = tuple(f"{direction}/median_rank" for direction in DIRECTIONS)
-    values = [
-        [_mean(run, galleries, key) for key in keys] + [_mean(run, galleries, key) for key in medians]
-        for _, run in scored
-    ]
-    cells = _mark(values, [max] * len(keys) + [min] * len(medians), [_percent] * len(keys) + [_rank] * len(medians))
-    rows = [Row((run.name, run.method), row, index) for (index, run), row in zip(scored, cells, strict=True)]
-    chance = [_mean(scored[0][1], galleries, key.replace("recall@", "chance@")) for key in keys]
-    rows.append(Row((CHANCE, ""), (*(Cell(_percent(value)) for value in chance), *(Cell("") for _ in medians))))
+
+    keys, spans, columns = _recall_columns(records)
+    medians = [f"{direction}/median_rank" for direction in DIRECTIONS]
+    values = []
+    for _, run in scored:
+        values.append([_mean(run, galleries, key) for key in [*keys, *medians]])
+    best = [max] * len(keys) + [min] * len(medians)
+    formats = [_percent] * len(keys) + [_rank] * len(medians)
+    rows = []
+    for (index, run), cells in zip(scored, _marked_cells(values, best, formats), strict=True):
+        rows.append(TableRow((run.name, run.method), cells, index))
+
+    # Chance is the same for every run, and has no median rank.
+    chance = [TableCell(_percent(_mean(scored[0][1], galleries, _chance_key(key)))) for key in keys]
+    rows.append(TableRow((CHANCE, ""), (*chance, *(TableCell("") for _ in medians))))
     columns += ("text → image", "image → text")
     return Table(("Run", "Method"), columns, tuple(rows), (*spans, ("Median rank", 2)))
 
 
 def gallery_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | None:
-    """Recalls of every run in every gallery, the best of each marked; None if there are fewer than two galleries."""
+    """Return the recalls of every run in every gallery, the best of each marked; None for fewer than two galleries."""
     records = [run.galleries[name] for name in galleries for run in runs if name in run.galleries]
     if len(galleries) < 2 or not records:
         return None
     keys, spans, columns = _recall_columns(records)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for name in galleries:
         scored = [(index, run) for index, run in enumerate(runs) if name in run.galleries]
-        values = [[run.galleries[name].metrics.get(key, math.nan) for key in keys] for _, run in scored]
-        cells = _mark(values, [max] * len(keys), [_percent] * len(keys))
-        rows += [Row((name, run.name), row, index) for (index, run), row in zip(scored, cells, strict=True)]
+        values = []
+        for _, run in scored:
+            values.append([run.galleries[name].metrics.get(key, math.nan) for key in keys])
+        cells = _marked_cells(values, [max] * len(keys), [_percent] * len(keys))
+        for (index, run), run_cells in zip(scored, cells, strict=True):
+            rows.append(TableRow((name, run.name), run_cells, index))
         metrics = scored[0][1].galleries[name].metrics
-        chance = [metrics.get(key.replace("recall@", "chance@"), math.nan) for key in keys]
-        rows.append(Row((name, CHANCE), tuple(Cell(_percent(value)) for value in chance)))
+        chance = [TableCell(_percent(metrics.get(_chance_key(key), math.nan))) for key in keys]
+        rows.append(TableRow((name, CHANCE), tuple(chance)))
     return Table(("Gallery", "Run"), columns, tuple(rows), spans)
 
 
 def stage_table(names: Sequence[str], stage_seconds: Sequence[Mapping[str, float]]) -> Table | None:
-    """Seconds of each stage (rows) in each run (columns) with their sum; None if no stage was timed."""
-    longest_first = sorted(stage_seconds, key=len, reverse=True)  # so that a run without a stage does not move it
-    stages = list(dict.fromkeys(stage for seconds in longest_first for stage in seconds))
+    """Return the seconds of each stage (rows) in each run (columns) with their sum; None if no stage was timed."""
+    stages: dict[str, None] = {}
+    for seconds in sorted(stage_seconds, key=len, reverse=True):  # so that a run without a stage does not move it
+        stages |= dict.fromkeys(seconds)
     if not stages:
         return None
-    rows = [
-        Row((stage,), tuple(Cell(_seconds(run[stage]) if stage in run else ABSENT) for run in stage_seconds))
-        for stage in stages
-    ]
-    rows.append(Row(("all stages",), tuple(Cell(_seconds(sum(run.values()))) for run in stage_seconds)))
+    rows = []
+    for stage in stages:
+        cells = [TableCell(_seconds(run[stage]) if stage in run else NO_VALUE) for run in stage_seconds]
+        rows.append(TableRow((stage,), tuple(cells)))
+    totals = [TableCell(_seconds(sum(run.values()))) for run in stage_seconds]
+    rows.append(TableRow(("all stages",), tuple(totals)))
     return Table(("Stage",), tuple(names), tuple(rows))
 
 
 def data_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | None:
-    """What each gallery holds: counts, duplicates, and the start of the digests that identify it."""
-    records = {name: next((r.galleries[name] for r in runs if name in r.galleries), None) for name in galleries}
+    """Return the counts and duplicates of each gallery, and the start of the digests that identify it."""
     columns = {
         "images": "images",
         "captions": "captions",
@@ -176,23 +205,18 @@ def data_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | 
         "text_to_image/excluded": "captions",
     }
     spans = (("", 3), ("Duplicate images", 2), ("Duplicate captions", 2), ("Without a match", 2), ("Digest of", 2))
-    rows = [
-        Row(
-            (name,),
-            (
-                *(Cell(_count(record.counts.get(key))) for key in columns),
-                Cell(record.sample_ids[:8]),
-                Cell(record.texts[:8]),
-            ),
-        )
-        for name, record in records.items()
-        if record is not None
-    ]
+    rows = []
+    for name in galleries:
+        records = [run.galleries[name] for run in runs if name in run.galleries]
+        if records:
+            counts = [TableCell(_count(records[0].counts.get(key))) for key in columns]
+            digests = (TableCell(records[0].sample_ids[:8]), TableCell(records[0].texts[:8]))
+            rows.append(TableRow((name,), (*counts, *digests)))
     return Table(("Gallery",), (*columns.values(), "sample ids", "captions"), tuple(rows), spans) if rows else None
 
 
 def tie_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | None:
-    """Per run and gallery: tied queries of each direction, and R@1 if every tie had been won."""
+    """Return, by gallery and run, the tied queries of each direction, and R@1 with every tie lost and won."""
     rows = []
     for name in galleries:
         for index, run in enumerate(runs):
@@ -201,84 +225,114 @@ def tie_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | N
             record = run.galleries[name]
             cells = []
             for direction in DIRECTIONS:
-                tied, queries = (record.counts.get(f"{direction}/{key}") for key in ("tied", "queries"))
-                cells.append(Cell(f"{_count(tied)} of {_count(queries)}"))
-                cells.append(Cell(_percent(record.metrics.get(f"{direction}/recall@1", math.nan))))
-                cells.append(Cell(_percent(record.metrics.get(f"{direction}/recall@1_optimistic", math.nan))))
-            rows.append(Row((name, run.name), tuple(cells), index))
+                tied = record.counts.get(f"{direction}/tied")
+                queries = record.counts.get(f"{direction}/queries")
+                cells.append(TableCell(f"{_count(tied)} of {_count(queries)}"))
+                cells.append(TableCell(_percent(record.metrics.get(f"{direction}/recall@1", math.nan))))
+                cells.append(TableCell(_percent(record.metrics.get(f"{direction}/recall@1_optimistic", math.nan))))
+            rows.append(TableRow((name, run.name), tuple(cells), index))
     spans = tuple((text, 3) for text in DIRECTIONS.values())
     columns = ("tied", "R@1 ties lost", "R@1 ties won") * len(DIRECTIONS)
     return Table(("Gallery", "Run"), columns, tuple(rows), spans) if rows else None
 
 
 def other_table(names: Sequence[str], records: Sequence[Sequence[EvalRecord]]) -> Table | None:
-    """Every metric of the records that are not retrieval, a column a run, unranked."""
+    """Return every metric of the records of other tasks than retrieval, a column a run; no value is marked as best."""
     values: dict[tuple[str, str, str], dict[int, float]] = {}
     for index, run in enumerate(records):
         for record in run:
-            if record.question.task != RETRIEVAL:
-                for metric, value in record.metrics.items():
-                    if re.search(r"_seed\d+$", metric):  # their mean and deviation are there
-                        continue
+            if record.question.task == RETRIEVAL:
+                continue
+            for metric, value in record.metrics.items():
+                if not re.search(r"_seed\d+$", metric):  # the mean and the deviation over seeds are shown instead
                     values.setdefault((record.question.task, record.question.gallery, metric), {})[index] = value
-    rows = [
-        Row(key, tuple(Cell(f"{found[i]:.4g}" if i in found else ABSENT) for i in range(len(names))))
-        for key, found in values.items()
-    ]
+    rows = []
+    for key, by_run in values.items():
+        cells = [TableCell(f"{by_run[i]:.4g}" if i in by_run else NO_VALUE) for i in range(len(names))]
+        rows.append(TableRow(key, tuple(cells)))
     return Table(("Task", "Data", "Metric"), tuple(names), tuple(rows)) if rows else None
 
 
 def tie_gap(run: RunRecords, gallery: str, direction: str) -> float:
-    """How far apart the recalls with all ties won and all ties lost are, at the worst k; 0 where nothing is known."""
-    metrics = run.galleries[gallery].metrics if gallery in run.galleries else {}
-    won = {key: metrics.get(f"{key}_optimistic", value) for key, value in metrics.items()}
-    return max((won[key] - metrics[key] for key in metrics if key.startswith(f"{direction}/recall@")), default=0.0)
+    """Return the largest difference, over k, of the recalls with all ties won and lost; 0 for a missing record."""
+    if gallery not in run.galleries:
+        return 0.0
+    metrics = run.galleries[gallery].metrics
+    gaps = []
+    for key, value in metrics.items():
+        if key.startswith(f"{direction}/recall@"):
+            gaps.append(metrics.get(f"{key}_optimistic", value) - value)
+    return max(gaps, default=0.0)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, right_aligned: int = 0) -> str:
+    """Return a pipe table of plain heads and of rows of Markdown, the last `right_aligned` columns to the right."""
+    rule = ["---"] * (len(heads) - right_aligned) + ["---:"] * right_aligned
+    lines = [[markdown_text(head) for head in heads], rule, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def markdown_text(text: str) -> str:
-    """Text from anywhere as one line of Markdown that renders as itself: no markup, no HTML, no table breaks."""
+    """Return any text as one line of Markdown that renders as itself: no markup, no HTML, no table breaks."""
     line = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", line)
 
 
 def _recall_columns(records: Iterable[EvalRecord]) -> tuple[list[str], tuple[tuple[str, int], ...], tuple[str, ...]]:
-    """Metric keys of the recalls found in the records, with the headings above them."""
-    found = {key for record in records for key in record.metrics}
-    ks = sorted({int(match[1]) for key in found if (match := re.fullmatch(r"\w+/recall@(\d+)", key))})
+    """Return the keys of the recalls in some records, the headings above them, and the names of their columns."""
+    found = set()
+    for record in records:
+        for key in record.metrics:
+            match = re.fullmatch(r"\w+/recall@(\d+)", key)
+            if match:
+                found.add(int(match[1]))
+    ks = sorted(found)
     keys = [f"{direction}/recall@{k}" for direction in DIRECTIONS for k in ks]
     spans = tuple((text, len(ks)) for text in DIRECTIONS.values())
     return keys, spans, tuple(f"R@{k}" for k in ks) * len(DIRECTIONS)
+
+
+def _chance_key(recall_key: str) -> str:
+    return recall_key.replace("recall@", "chance@")
 
 
 def _mean(run: RunRecords, galleries: Sequence[str], key: str) -> float:
     return math.fsum(run.galleries[name].metrics.get(key, math.nan) for name in galleries) / len(galleries)
 
 
-def _mark(
+def _marked_cells(
     values: Sequence[Sequence[float]],
-    better: Sequence[Callable[[list[float]], float]],
+    best: Sequence[Callable[[list[float]], float]],
     formats: Sequence[Callable[[float], str]],
-) -> list[tuple[Cell, ...]]:
-    """Cells with the best of each column marked, as printed: equal text is equally good. One row has no best."""
+) -> list[tuple[TableCell, ...]]:
+    """Return rows of cells with the best of each column marked, and a bar where larger is better.
+
+    Values are compared as printed: equal text is equally good. A single row has no best.
+    """
     columns = []
-    for column, best_of, text_of in zip(zip(*values, strict=True), better, formats, strict=True):
+    for column, best_of, format_value in zip(zip(*values, strict=True), best, formats, strict=True):
         known = [value for value in column if not math.isnan(value)]
-        best = text_of(best_of(known)) if len(values) > 1 and known else None
-        top = max(known, default=0.0) if best_of is max else 0.0
-        columns.append([Cell(text_of(v), text_of(v) == best, v / top if top > 0 and v >= 0 else None) for v in column])
+        best_text = format_value(best_of(known)) if len(values) > 1 and known else None
+        longest = max(known, default=0.0) if best_of is max else 0.0
+        cells = []
+        for value in column:
+            text = format_value(value)
+            share = value / longest if longest > 0 and value >= 0 else None
+            cells.append(TableCell(text, text == best_text, share))
+        columns.append(cells)
     return list(zip(*columns, strict=True))
 
 
 def _percent(value: float) -> str:
-    return ABSENT if math.isnan(value) else f"{100 * value:.1f}"
+    return NO_VALUE if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def _rank(value: float) -> str:
-    return ABSENT if math.isnan(value) else f"{value:.1f}"
+    return NO_VALUE if math.isnan(value) else f"{value:.1f}"
 
 
 def _count(value: int | None) -> str:
-    return ABSENT if value is None else f"{value:,}"
+    return NO_VALUE if value is None else f"{value:,}"
 
 
 def _seconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The pictures that reports show, kept beside the records: small, each once, named by its content."""
+"""A store of the small images that reports show, named by their content."""
 
 import base64
 import io
@@ -11,17 +11,21 @@ from threetowers.cache.storage.atomic import write_atomic
 THUMBNAIL_PIXELS = 192
 INLINE_BYTES = 24_000  # larger images become thumbnails: a page of photographs must still load
 MAX_PIXELS = 50_000_000
-SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "webp": b"RIFF"}
+IMAGE_SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "webp": b"RIFF"}
 
 
 class ThumbnailStore:
-    """A folder of small pictures."""
+    """A folder of small images, each stored once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def add(self, image: bytes) -> str:
-        """Keep an encoded image, as it is or as a thumbnail, and return its name. Raises ValueError for no image."""
+        """Store an encoded image, as it is or as a thumbnail, and return its name.
+
+        Raises:
+            ValueError: For bytes that are no image.
+        """
         kind = _kind(image)
         if kind is None or len(image) > INLINE_BYTES:
             kind, image = "webp", thumbnail(image)
@@ -33,7 +37,7 @@ class ThumbnailStore:
         return name
 
     def data_uri(self, name: str) -> str | None:
-        """The picture as a page carries it; None where the folder does not hold it, or holds something else."""
+        """Return a stored image as a data URI; None where the folder has no image of that name."""
         path = self.folder / name
         if path.name != name or not path.is_file():  # a name from a record must not lead out of the folder
             return None
@@ -43,7 +47,11 @@ class ThumbnailStore:
 
 
 def thumbnail(image: bytes) -> bytes:
-    """A WebP of at most 192 pixels a side. Raises ValueError for what is no image or has too many pixels."""
+    """Return an image as a WebP of at most 192 pixels a side.
+
+    Raises:
+        ValueError: For bytes that are no image, and for an image of too many pixels.
+    """
     from threetowers.cache.webdataset.images import decode_rgb
 
     small = decode_rgb(image, max_pixels=MAX_PIXELS)
@@ -54,5 +62,9 @@ def thumbnail(image: bytes) -> bytes:
 
 
 def _kind(image: bytes) -> str | None:
-    kind = next((kind for kind, start in SIGNATURES.items() if image.startswith(start)), None)
-    return None if kind == "webp" and image[8:12] != b"WEBP" else kind
+    """Return the format of an encoded image, None for an unknown one."""
+    for kind, signature in IMAGE_SIGNATURES.items():
+        if image.startswith(signature):
+            # A RIFF file may also hold sound.
+            return None if kind == "webp" and image[8:12] != b"WEBP" else kind
+    return None

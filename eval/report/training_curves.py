@@ -1,4 +1,4 @@
-"""Training curves, and the plot of recalls by gallery."""
+"""Plots of training curves, and of recalls by gallery."""
 
 import json
 import math
@@ -29,23 +29,27 @@ GENERAL = "Run as a whole"
 
 @dataclass(frozen=True)
 class TrainingMetrics:
-    """Curves of one run: metric name → (steps, values), both float64 and finite. `unreadable` lines were left out."""
+    """Curves of one run by metric: (steps, values), both float64 and finite; `unreadable` lines were left out."""
 
     curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
     unreadable: int = 0
 
     @classmethod
     def of(cls, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], unreadable: int) -> "TrainingMetrics":
-        """From plain numbers, as a card keeps them."""
-        arrays = {name: (np.array(x, np.float64), np.array(y, np.float64)) for name, (x, y) in curves.items()}
+        """Return curves from plain numbers, as the metadata of a model holds them."""
+        arrays = {}
+        for name, (steps, values) in curves.items():
+            arrays[name] = (np.array(steps, np.float64), np.array(values, np.float64))
         return cls(arrays, unreadable)
 
 
 def read_metrics(path: Path) -> TrainingMetrics:
-    """Read the `metrics.jsonl` of a run: every number of every line that has a step; null and NaN are gaps.
+    """Read the `metrics.jsonl` of a run: every finite number of every line that has a step.
 
-    A line that is not a JSON object with a step (a run killed while writing leaves one) is counted, not fatal. Raises
-    OSError if the file cannot be read.
+    A line that is not a JSON object with a step is counted and left out: a run killed while writing leaves one.
+
+    Raises:
+        OSError: If the file cannot be read.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     unreadable = 0
@@ -69,24 +73,21 @@ def read_metrics(path: Path) -> TrainingMetrics:
 
 
 def thinned(metrics: TrainingMetrics) -> dict[str, tuple[list[float], list[float]]]:
-    """The curves that are drawn, as plain numbers: means over stretches where a curve is long."""
-    drawn = [
-        *LABELS,
-        *(name for name in metrics.curves if re.fullmatch(rf"terms/[^/]+/({'|'.join(TERM_KINDS)})", name)),
-    ]
-    found = {}
-    for name in drawn:
-        if name in metrics.curves:
-            steps, values = _thin(*metrics.curves[name], 4 * MAX_POINTS)
-            found[name] = (np.round(steps, 1).tolist(), [float(f"{value:.5g}") for value in values])
-    return found
+    """Return the curves that are drawn, as plain rounded numbers, long ones as means over equal stretches."""
+    names = [name for name in LABELS if name in metrics.curves]
+    names += [name for name in metrics.curves if re.fullmatch(rf"terms/[^/]+/({'|'.join(TERM_KINDS)})", name)]
+    curves = {}
+    for name in names:
+        steps, values = _thin(*metrics.curves[name], 4 * MAX_POINTS)
+        curves[name] = (np.round(steps, 1).tolist(), [float(f"{value:.5g}") for value in values])
+    return curves
 
 
 def training_panels(runs: Sequence[TrainingMetrics | None]) -> dict[str, list[Panel]]:
-    """Panels by heading, every run in each: loss, accuracy and scale of every pair term, then the run as a whole.
+    """Return panels by heading, every run in each: loss, accuracy and scale of every pair term, then the other metrics.
 
-    A faint line is what was logged (as means over `MAX_POINTS` stretches where it is longer), a strong one its running
-    mean over 1/`SMOOTHING` of the run.
+    A faint line is the metric as logged (as means over `MAX_POINTS` stretches where it is longer), a strong one its
+    running mean over 1/`SMOOTHING` of the run.
     """
     names = list(dict.fromkeys(name for run in runs if run for name in run.curves))
     sections: dict[str, list[Panel]] = {}
@@ -104,7 +105,14 @@ def training_panels(runs: Sequence[TrainingMetrics | None]) -> dict[str, list[Pa
 def gallery_panel(
     title: str, galleries: Sequence[str], values: Sequence[Sequence[float]], chance: Sequence[float]
 ) -> Panel:
-    """Recalls in percent: a line a gallery, a dot a run (`values[run][gallery]`, NaN for none), chance as a tick."""
+    """Return a plot of recalls: a line a gallery, a dot a run, chance as a tick.
+
+    Args:
+        title: Title of the panel.
+        galleries: Names of the galleries.
+        values: `values[run][gallery]`, in 0..1, NaN for none.
+        chance: Of each gallery, in 0..1.
+    """
     figure, axes = new_figure(width=5.2, height=0.7 + 0.45 * len(galleries))
     y = np.arange(len(galleries), dtype=float)
     axes.plot([100 * c for c in chance], y, "|", markersize=16, markeredgewidth=1.5, color=INK, clip_on=False)
@@ -131,17 +139,19 @@ def gallery_panel(
 
 
 def _is_number(value: object) -> bool:
+    """Return whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _curve_panel(title: str, name: str, runs: Sequence[TrainingMetrics | None], kind: str) -> Panel:
+    """Return a plot of one metric, a line a run; `kind` is the metric without its term."""
     figure, axes = new_figure(width=4.4, height=2.6)
     for index, run in enumerate(runs):
         if run and name in run.curves:
             steps, values = run.curves[name]
             style = {"color": run_colour(index), "linestyle": DASHES[index % len(DASHES)]}
             window = 1 if kind in EXACT else max(1, len(steps) // SMOOTHING)
-            if window > 1:
+            if window > 1:  # otherwise the running mean is the metric itself
                 axes.plot(*_thin(steps, values), color=run_colour(index), linewidth=0.8, alpha=0.35)
             smooth = _thin(steps, _running_mean(values, window))
             axes.plot(*smooth, **style, marker="o" if len(steps) == 1 else None)
@@ -156,7 +166,7 @@ def _curve_panel(title: str, name: str, runs: Sequence[TrainingMetrics | None], 
 
 
 def _speed_axis(axes: Any, values: Sequence[NDArray[np.float64]]) -> None:
-    """From zero, or logarithmic where the runs differ so much that the slower ones would lie on the axis."""
+    """Begin the axis of speeds at zero, or make it logarithmic where slow runs would lie on the axis."""
     typical = [float(np.median(v)) for v in values]
     if min(typical) > 0 and max(typical) > 6 * min(typical):
         axes.set_yscale("log")
@@ -169,7 +179,7 @@ def _speed_axis(axes: Any, values: Sequence[NDArray[np.float64]]) -> None:
 
 
 def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred mean; towards both ends it covers what there is."""
+    """Return the centered running mean, over a shorter window towards both ends."""
     weights = np.ones(window)
     smooth: NDArray[np.float64] = np.convolve(values, weights, "same")
     return smooth / np.convolve(np.ones_like(values), weights, "same")
@@ -178,6 +188,7 @@ def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float6
 def _thin(
     steps: NDArray[np.float64], values: NDArray[np.float64], points: int = MAX_POINTS
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a curve of at most some points, each the mean over an equal stretch."""
     if len(steps) <= points:
         return steps, values
     starts = np.linspace(0, len(steps), points, endpoint=False).astype(int)

@@ -1,4 +1,4 @@
-"""Free text answered with pictures from a gallery: for a terminal, and as a page."""
+"""Search of a gallery of images by free text, shown in a terminal or as a page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,51 +18,50 @@ UPPER_HALF = "▀"
 
 
 @dataclass(frozen=True)
-class Found:
-    """One picture that a query found, and its cosine."""
+class SearchHit:
+    """An image that a query found, and its cosine to the query."""
 
-    picture: Picture
+    image: Picture
     score: float
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What each query found, best first."""
+class SearchResults:
+    """The images nearest to each query, best first; `exact` tells whether the search was exhaustive."""
 
     model: str
     data: EvaluationSet
     queries: tuple[str, ...]
-    found: list[list[Found]]
+    hits: list[list[SearchHit]]
     exact: bool
 
     def text(self, columns: int = 0) -> str:
-        """Keys, scores and captions; with `columns` > 0 also the pictures, that wide, in the terminal's colours."""
+        """Return keys, scores and captions, with `columns` > 0 also the images, that many characters wide."""
         lines = []
-        for query, found in zip(self.queries, self.found, strict=True):
+        for query, hits in zip(self.queries, self.hits, strict=True):
             lines.append(f"“{query}”")
-            for storage, one in enumerate(found, 1):
-                p = one.picture
-                captions = " | ".join(p.captions[:2])
-                lines.append(
-                    f"{storage:4d}  {one.score:6.3f}  {self.data.tars[p.tar].name}:{p.key}  {captions}".rstrip()
-                )
+            for rank, hit in enumerate(hits, 1):
+                tar = self.data.tars[hit.image.tar].name
+                captions = " | ".join(hit.image.captions[:2])
+                lines.append(f"{rank:4d}  {hit.score:6.3f}  {tar}:{hit.image.key}  {captions}".rstrip())
                 if columns:
-                    lines += ["      " + row for row in half_blocks(encoded(self.data, p), columns)]
-        how = "exact" if self.exact else "approximate"
-        return "\n".join([*lines, f"{self.model}, {how} search of {len(self.data.pictures):,} pictures"])
+                    lines += ["      " + row for row in half_blocks(encoded(self.data, hit.image), columns)]
+        kind = "exact" if self.exact else "approximate"
+        lines.append(f"{self.model}, {kind} search of {len(self.data.pictures):,} images")
+        return "\n".join(lines)
 
     def write(self, out: Path) -> Path:
-        """Write `search.html` into a folder, without any outside request, and return its path."""
+        """Write `search.html`, a page without any outside request, into a folder, and return its path."""
         from jinja2 import Environment, StrictUndefined
 
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         source = files("threetowers.eval.search").joinpath("search.html").read_text(encoding="utf-8")
-        thumbnails = ThumbnailStore(out / "pictures")
-        shown = [
-            (query, [(thumbnails.data_uri(thumbnails.add(encoded(self.data, one.picture))), one) for one in found])
-            for query, found in zip(self.queries, self.found, strict=True)
-        ]
-        page = environment.from_string(source).render(findings=self, shown=shown, size=len(self.data.pictures))
+        thumbnails = ThumbnailStore(out / "thumbnails")
+        sections = []
+        for query, hits in zip(self.queries, self.hits, strict=True):
+            uris = [thumbnails.data_uri(thumbnails.add(encoded(self.data, hit.image))) for hit in hits]
+            sections.append((query, list(zip(uris, hits, strict=True))))
+        page = environment.from_string(source).render(results=self, sections=sections, size=len(self.data.pictures))
         out.mkdir(parents=True, exist_ok=True)
         path = out / "search.html"
         path.write_text(page, encoding="utf-8", errors="replace")
@@ -78,31 +77,45 @@ def find(
     index: str = "Flat",
     parameters: str = "",
     device: Device = "auto",
-) -> Findings:
-    """The k pictures nearest to each text. Exact search reads the gallery from disk where it is kept there.
+) -> SearchResults:
+    """Return the k images nearest to each text.
 
-    Raises NoTextTower for a model that sees images only, and ValueError for k beyond the gallery.
+    Exact search reads the image embeddings from disk where they are stored.
+
+    Args:
+        encoder: The model.
+        data: The gallery.
+        queries: The texts.
+        k: Number of images a text.
+        index: FAISS factory string (see `build_index`).
+        parameters: Search settings of the index.
+        device: Where the search runs.
+
+    Raises:
+        NoTextTower: For a model that encodes images only.
+        ValueError: For an empty query, and for k beyond the gallery.
     """
     if not encoder.sees_text:
         raise NoTextTower(f"{encoder.facts.name} sees images only: search by text needs a text tower")
     if not 1 <= k <= len(data.pictures):
-        raise ValueError(f"k must be between 1 and the {len(data.pictures)} pictures of the gallery, got {k}")
+        raise ValueError(f"k must be between 1 and the {len(data.pictures)} images of the gallery, got {k}")
     if empty := [query for query in queries if not query.strip()]:
-        raise ValueError(f"{len(empty)} of {len(queries)} queries are empty: say what to look for")
-    text_MD, image_ND = encoder.texts(list(queries)), encoder.images(data, data.pictures)
+        raise ValueError(f"{len(empty)} of {len(queries)} queries are empty: expected text in each --query")
+    text_ND = encoder.texts(list(queries))
+    image_MD = encoder.images(data, data.pictures)
     if index == "Flat":
-        neighbours = exact_search(image_ND, text_MD, k, device=device)
+        neighbours = exact_search(image_MD, text_ND, k, device=device)
     else:
-        neighbours = build_index(image_ND, index, parameters=parameters, device=device).search(text_MD, k)
-    found = [
-        [Found(data.pictures[i], float(score)) for i, score in zip(ids, scores, strict=True) if i >= 0]
-        for ids, scores in zip(neighbours.ids_NK.tolist(), neighbours.scores_NK, strict=True)
-    ]
-    return Findings(encoder.facts.name, data, tuple(queries), found, index == "Flat")
+        neighbours = build_index(image_MD, index, parameters=parameters, device=device).search(text_ND, k)
+    hits: list[list[SearchHit]] = []
+    for ids, scores in zip(neighbours.ids_NK.tolist(), neighbours.scores_NK.tolist(), strict=True):
+        # An approximate index pads with -1 where it found fewer than k.
+        hits.append([SearchHit(data.pictures[i], score) for i, score in zip(ids, scores, strict=True) if i >= 0])
+    return SearchResults(encoder.facts.name, data, tuple(queries), hits, index == "Flat")
 
 
 def half_blocks(image: bytes, columns: int) -> list[str]:
-    """A picture as lines of text, two pixels a character, in 24-bit colour (ANSI)."""
+    """Return an encoded image as lines of text, two pixels a character, in 24-bit colour (ANSI)."""
     from PIL import Image
 
     with Image.open(BytesIO(thumbnail(image)), formats=("WEBP",)) as small:
@@ -110,9 +123,9 @@ def half_blocks(image: bytes, columns: int) -> list[str]:
         pixels = np.asarray(small.convert("RGB").resize((columns, rows)))
     lines = []
     for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
-        cells = (
-            f"\x1b[38;2;{a[0]};{a[1]};{a[2]}m\x1b[48;2;{b[0]};{b[1]};{b[2]}m{UPPER_HALF}"
-            for a, b in zip(upper, lower, strict=True)
-        )
-        lines.append("".join(cells) + "\x1b[0m")
+        line = ""
+        for a, b in zip(upper, lower, strict=True):
+            # The upper pixel is the foreground of a half block, the lower one its background.
+            line += f"\x1b[38;2;{a[0]};{a[1]};{a[2]}m\x1b[48;2;{b[0]};{b[1]};{b[2]}m{UPPER_HALF}"
+        lines.append(line + "\x1b[0m")
     return lines

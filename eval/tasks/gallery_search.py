@@ -9,12 +9,12 @@ import xxhash
 
 from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats
 from threetowers.eval.datasets.gallery import Gallery, Ids, encoded
-from threetowers.eval.metrics.recall import KS, evaluate_retrieval, hit_rate
+from threetowers.eval.metrics.recall import RECALL_KS, evaluate_retrieval, hit_rate
 from threetowers.eval.record import EvalResult, Example, Shown
 from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.search.index import VectorIndex, build_index, recall_against_exact
 
-NEIGHBOURS = max(KS)
+NEIGHBOURS = max(RECALL_KS)
 SHOWN = 5
 MAPPED = 1000  # points of each kind in an embedding map
 TO_IMAGES, TO_TEXTS = "Caption → images", "Image → captions"
@@ -46,7 +46,7 @@ class GallerySearch:
         names = {number: p.group for p, number in zip(gallery.pictures, groups[0].tolist(), strict=True)}
         unit = {number: xxhash.xxh3_64_intdigest(name.encode()) >> 1 for number, name in names.items()}
         for direction, group_N in (("image_to_text", groups[0]), ("text_to_image", groups[1])):
-            items[f"{direction}/unit"] = np.array([unit[number] for number in group_N.tolist()], dtype=np.int64)
+            items[f"{direction}/group"] = np.array([unit[number] for number in group_N.tolist()], dtype=np.int64)
         chosen: list[Example] = []
         for heading, direction, count, show in (
             (TO_IMAGES, "text_to_image", len(gallery.captions), self._text_example),
@@ -72,7 +72,7 @@ class GallerySearch:
             found = index.search(queries, k).ids_NK
             if not index.exact:
                 metrics[f"{name}/index_finds@{k}"] = recall_against_exact(index, vectors, queries, k)
-            hits = hit_rate(found, query_groups, gallery_groups, [k_ for k_ in KS if k_ <= k])
+            hits = hit_rate(found, query_groups, gallery_groups, [k_ for k_ in RECALL_KS if k_ <= k])
             metrics |= {f"{name}/recall@{k_}_index": value for k_, value in hits.items()}
         return metrics
 

@@ -18,16 +18,16 @@ from threetowers.eval.encoders.encoder import Encoder
 from threetowers.eval.metrics.classification import (
     Floats,
     Ints,
-    Judgement,
     LinearClassifier,
+    ScoredPredictions,
     accuracies,
-    judge,
     mean_average_precision,
     reliability,
+    score_predictions,
 )
 from threetowers.eval.metrics.linear_probe import check_classes, linear_probe
 from threetowers.eval.metrics.neighbour_votes import check_neighbours, neighbour_votes
-from threetowers.eval.metrics.outlier_scores import Mahalanobis, class_scores, detection, neighbour_score
+from threetowers.eval.metrics.outlier_scores import Mahalanobis, class_scores, detection_metrics, neighbour_score
 from threetowers.eval.metrics.recall import evaluate_retrieval
 from threetowers.eval.metrics.ridge_probe import check_supports, few_shot_probes
 from threetowers.eval.record import EvalResult, Example, Items, Shown
@@ -75,7 +75,7 @@ def fewshot(encoder: Encoder, opened: OpenSet, settings: FewShot, show: Showing)
     for found in few_shot_probes(
         train_MD, learn.label_N, len(opened.names), settings.shots, settings.seeds, settings.l2
     ):
-        judged = judge(found.classifier.scores(test_ND), opened.test.labels_NL)
+        judged = score_predictions(found.classifier.scores(test_ND), opened.test.labels_NL)
         right[found.shots].append(judged.correct_N())
         per_class[found.shots].append(accuracies(judged, opened.test.labels_NL)["mean_per_class"])
     for shots, correct in right.items():
@@ -116,7 +116,7 @@ def knn(encoder: Encoder, opened: OpenSet, settings: Neighbours, show: Showing) 
     metrics: dict[str, float] = {}
     items: dict[str, NDArray[Any]] = {}
     for rule, votes_NC in votes.items():
-        judged = judge([votes_NC], opened.test.labels_NL)
+        judged = score_predictions([votes_NC], opened.test.labels_NL)
         found = accuracies(judged, opened.test.labels_NL)
         metrics |= {f"{rule}/{key}": found[key] for key in ("top1", "mean_per_class")}
         items |= _prefixed(rule, {"top1": judged.correct_N().astype(np.float32), **_units(opened.test)})
@@ -183,7 +183,7 @@ def _retrieval_shift(encoder: Encoder, opened: OpenSet, settings: Retrieval) -> 
 
 
 def ood(encoder: Encoder, opened: OpenSet, settings: Outliers, show: Showing) -> EvalResult:
-    """Tell the set's pictures from each outlier set: `<outliers>/<score>/auroc` and so on (see `ood.detection`).
+    """Tell the set's pictures from each outlier set: `<outliers>/<score>/auroc` and so on (see `detection_metrics`).
 
     Without a text tower, or without prompts, there are the k-NN and Mahalanobis scores only.
     """
@@ -207,7 +207,7 @@ def ood(encoder: Encoder, opened: OpenSet, settings: Outliers, show: Showing) ->
     for outliers, part in opened.outliers.items():
         counts[f"{outliers}/pictures"] = len(part.rows)
         for name, score in scores(part).items():
-            metrics |= _prefixed(f"{outliers}/{name}", detection(inside[name], score))
+            metrics |= _prefixed(f"{outliers}/{name}", detection_metrics(inside[name], score))
             items[f"{outliers}/{name}"] = score
     return EvalResult(metrics, counts, items)
 
@@ -267,9 +267,9 @@ def _learn(opened: OpenSet) -> Part:
     return opened.learn
 
 
-def _judged(classifier: LinearClassifier, x_ND: Floats, part: Part, scale: float = 1.0) -> Judgement:
+def _judged(classifier: LinearClassifier, x_ND: Floats, part: Part, scale: float = 1.0) -> ScoredPredictions:
     """Judge among the classes that the part tells apart; predictions are numbers within these."""
-    return judge(_narrow(classifier, part).scores(x_ND), _relabelled(part), scale=scale)
+    return score_predictions(_narrow(classifier, part).scores(x_ND), _relabelled(part), scale=scale)
 
 
 def _narrow(classifier: LinearClassifier, part: Part) -> LinearClassifier:
@@ -342,7 +342,7 @@ def _restricted(part: Part, classes: Ints) -> Part:
 
 
 def _units(part: Part) -> Items:
-    return {} if part.unit_N is None else {"unit": part.unit_N}
+    return {} if part.unit_N is None else {"group": part.unit_N}
 
 
 def _counts(part: Part) -> dict[str, int]:

@@ -1,18 +1,18 @@
 """Numbers as they stand in the tables: fractions become percents and points."""
 
-from threetowers.eval.metrics.bootstrap import Interval, PairedDifference
+from threetowers.eval.metrics.bootstrap import ConfidenceInterval, PairedDifference
 
 ABSENT = "-"
 
 
-def percent(interval: Interval | None) -> str:
+def percent(interval: ConfidenceInterval | None) -> str:
     """A score with its interval."""
     if interval is None:
         return ABSENT
     return f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def points(interval: Interval, factor: float = 100) -> str:
+def points(interval: ConfidenceInterval, factor: float = 100) -> str:
     """A difference with its interval."""
     low, high = factor * interval.low, factor * interval.high
     return f"{factor * interval.mean:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reproduce.slope import Slope
-from threetowers.eval.metrics.bootstrap import Interval
+from threetowers.eval.metrics.bootstrap import ConfidenceInterval
 from threetowers.eval.report.svg import DASHES, INK, Panel, new_figure, run_colour, to_svg
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -21,13 +21,13 @@ class Point:
     """
 
     x: float
-    y: Interval
+    y: ConfidenceInterval
     label: str = ""
     live: float | None = None
     arm: str = ""
 
 
-def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: Interval | None) -> Panel:
+def fit_panel(title: str, series: Mapping[str, Sequence[Point]], level: ConfidenceInterval | None) -> Panel:
     """A line a method and arm over its teachers, and the level of the baseline that has none."""
     figure, axes = new_figure(width=6.4, height=3.6)
     if level is not None:

@@ -40,7 +40,7 @@ def _sizes(findings: Findings) -> Iterator[str]:
         strata = next((found for result in results if (found := result.strata(metric)) is not None), None)
         if strata is not None:
             items = sum(len(stratum.value_N) for stratum in strata)
-            concepts = len(np.unique(np.concatenate([stratum.unit_N for stratum in strata])))
+            concepts = len(np.unique(np.concatenate([stratum.group_N for stratum in strata])))
             yield f"{metric.title}: {items:,} items of {concepts:,} concepts"
 
 

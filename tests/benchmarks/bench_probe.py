@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from threetowers.eval.metrics.linear_probe import linear_probe
-from threetowers.eval.metrics.ridge_probe import L2, SEEDS, SHOTS, few_shot_probes, support
+from threetowers.eval.metrics.ridge_probe import L2, SEEDS, SHOTS, draw_support, few_shot_probes
 
 Predictions = dict[tuple[float, ...], NDArray[np.int64]]
 TOLERANCE = 1e-5
@@ -75,7 +75,7 @@ def few_shot(classes: int, width: int, tests: int, rounds: int) -> None:
     def peer(dtype: type) -> Predictions:
         predictions: Predictions = {}
         for seed in SEEDS:
-            drawn = support(label, classes, max(SHOTS), seed)
+            drawn = draw_support(label, classes, max(SHOTS), seed)
             for shots in SHOTS:
                 rows = drawn[:, :shots].ravel()
                 scaler = StandardScaler().fit(x[rows].astype(dtype))

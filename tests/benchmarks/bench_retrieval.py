@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from threetowers.eval.metrics.recall import KS, evaluate_retrieval
+from threetowers.eval.metrics.recall import RECALL_KS, evaluate_retrieval
 
 K = 10
 BLOCK = 10_000
@@ -57,7 +57,7 @@ def clip_benchmark(image: Tensor, text: Tensor, owner: Tensor) -> list[float]:
     def recall(scores: Tensor, positive: Tensor, k: int) -> float:  # as its `evaluate` calls them, 64 images a batch
         return float((batchify(recall_at_k, scores, positive, 64, "cpu", k=k) > 0).float().mean())
 
-    return [recall(scores.T, positive.T, k) for k in KS] + [recall(scores, positive, k) for k in KS]
+    return [recall(scores.T, positive.T, k) for k in RECALL_KS] + [recall(scores, positive, k) for k in RECALL_KS]
 
 
 def write_vectors(path: Path, rows: int, width: int) -> None:

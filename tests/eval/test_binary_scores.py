@@ -1,4 +1,4 @@
-"""Separation of two kinds by a score: against pairs counted one by one, and against scikit-learn."""
+"""Binary scores against pairs counted one by one, and against scikit-learn."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from threetowers.eval.metrics.binary_scores import Curve
+from threetowers.eval.metrics.binary_scores import ThresholdCurve
 
 ITEMS = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=60)
 
@@ -28,13 +28,13 @@ def stepped_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 @settings(max_examples=60, deadline=None)
 @given(ITEMS)
-def test_equals_pairs_steps_and_scikit_learn(items: list[tuple[int, bool]]) -> None:
+def test_curve_equals_pair_counts_and_scikit_learn(items: list[tuple[int, bool]]) -> None:
     scores, positive = np.array([s for s, _ in items], float), np.array([p for _, p in items])
     if positive.all() or not positive.any():
-        with pytest.raises(ValueError, match="items of both kinds"):
-            Curve.of(scores, positive)
+        with pytest.raises(ValueError, match="items are positive, expected both kinds"):
+            ThresholdCurve.from_scores(scores, positive)
         return
-    curve = Curve.of(scores, positive)
+    curve = ThresholdCurve.from_scores(scores, positive)
     assert curve.auroc == pytest.approx(pairwise_auroc(scores, positive), abs=1e-12)
     assert curve.auroc == pytest.approx(roc_auc_score(positive, scores), abs=1e-12)
     assert curve.average_precision == pytest.approx(stepped_precision(scores, positive), abs=1e-12)
@@ -44,13 +44,13 @@ def test_equals_pairs_steps_and_scikit_learn(items: list[tuple[int, bool]]) -> N
         assert curve.false_positive_rate(recall) == fpr[np.argmax(tpr >= recall)]
 
 
-def test_collapsed_scores_separate_nothing() -> None:
-    curve = Curve.of(np.zeros(7), np.arange(7) < 3)
+def test_equal_scores_give_an_auroc_of_one_half() -> None:
+    curve = ThresholdCurve.from_scores(np.zeros(7), np.arange(7) < 3)
     assert curve.auroc == 0.5
     assert curve.false_positive_rate(0.95) == 1.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
+def test_nonfinite_scores_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="1 of 3 scores are NaN or infinite, the first is item 1"):
-        Curve.of(np.array([0, bad, 1]), np.array([True, False, True]))
+        ThresholdCurve.from_scores(np.array([0, bad, 1]), np.array([True, False, True]))

@@ -1,13 +1,13 @@
-"""Intervals and paired differences: against formulas, a slow twin, and the coverage they promise."""
+"""Bootstrap intervals and paired differences against formulas, a slow reference, and their nominal coverage."""
 
 import numpy as np
 import pytest
 
-from threetowers.eval.metrics.bootstrap import Resampled, Stratum, holm, resample
+from threetowers.eval.metrics.bootstrap import BootstrapDraws, Stratum, holm, resample
 
 
-def single(values: np.ndarray, units: np.ndarray | None = None) -> list[list[Stratum]]:
-    return [[Stratum(values, np.arange(len(values)) if units is None else units)]]
+def single(values: np.ndarray, groups: np.ndarray | None = None) -> list[list[Stratum]]:
+    return [[Stratum(values, np.arange(len(values)) if groups is None else groups)]]
 
 
 def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
@@ -18,7 +18,7 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.06)
 
 
-def test_a_slow_twin_with_units_gaps_and_strata() -> None:
+def test_resampling_equals_a_slow_reference_with_groups_gaps_and_strata() -> None:
     rng = np.random.default_rng(1)
     strata = []
     for size in (31, 17):
@@ -31,18 +31,18 @@ def test_a_slow_twin_with_units_gaps_and_strata() -> None:
         drawn = rng.integers(9, size=9)
         per_stratum = []
         for s in strata:
-            kept = np.concatenate([s.value_N[s.unit_N == unit] for unit in drawn])
+            kept = np.concatenate([s.value_N[s.group_N == group] for group in drawn])
             per_stratum.append(np.nanmean(kept))
         means.append(np.mean(per_stratum))
     assert found.mean_M[0] == pytest.approx(np.mean([np.nanmean(s.value_N) for s in strata]))
-    twin = np.quantile(means, [0.025, 0.975])
-    assert [found.interval(0).low, found.interval(0).high] == pytest.approx(twin, abs=0.02)
+    expected = np.quantile(means, [0.025, 0.975])
+    assert [found.interval(0).low, found.interval(0).high] == pytest.approx(expected, abs=0.02)
 
 
-def test_items_of_one_unit_do_not_count_as_many() -> None:
-    units = np.repeat(np.arange(20), 50)
+def test_items_of_one_group_are_drawn_together() -> None:
+    groups = np.repeat(np.arange(20), 50)
     values = np.repeat(np.random.default_rng(2).random(20), 50)
-    together, apart = resample([single(values, units)]).interval(0), resample([single(values)]).interval(0)
+    together, apart = resample([single(values, groups)]).interval(0), resample([single(values)]).interval(0)
     assert together.high - together.low > 4 * (apart.high - apart.low)
 
 
@@ -95,18 +95,18 @@ def test_equal_models_are_rarely_called_different() -> None:
 def test_intervals_over_seeds_and_items_cover_the_truth(seeds: int, spread: float) -> None:
     """Differences of two models as trained runs have them: most of what varies is an item's luck in one seed."""
     rng, covered, runs, items = np.random.default_rng(7), 0, 150, 300
-    unit_N = np.arange(items)
+    group_N = np.arange(items)
     for run in range(runs):
         by_item_N, by_seed_S = rng.normal(0, 0.45, items), rng.normal(0, spread, seeds)
-        scores = [[Stratum(by_item_N + shift + rng.normal(0, 0.9, items), unit_N)] for shift in by_seed_S]
+        scores = [[Stratum(by_item_N + shift + rng.normal(0, 0.9, items), group_N)] for shift in by_seed_S]
         found = resample([scores], draws=200, seed=run).interval(0)
         covered += found.low <= 0 <= found.high
     assert covered / runs >= 0.92  # seen: 0.93 to 0.97; 0.95 is asked for
 
 
-def test_nothing_to_tell_apart_is_not_significant() -> None:
+def test_a_single_group_is_no_evidence() -> None:
     one = np.ones(1)
-    found: Resampled = resample([single(one), single(0 * one)])
+    found: BootstrapDraws = resample([single(one), single(0 * one)])
     assert found.difference(0, 1).p == 1.0
 
 

@@ -18,7 +18,7 @@ from threetowers.eval.datasets.evaluation_set import evaluation_set
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.ensemble import Mixing
 from threetowers.eval.encoders.load import load_encoder
-from threetowers.eval.metrics.significance import grouped
+from threetowers.eval.metrics.significance import group_by_recipe
 from threetowers.eval.report.page import render
 from threetowers.eval.report.results import load_results
 
@@ -201,7 +201,7 @@ def test_mixing_is_swept_and_seeds_are_one_row(three: dict[str, Any], tars: list
     assert [result.name for result in comparison.results] == [
         f"three-{seed}{mix}" for seed in (1, 2) for mix in ("", "+third=0.25", "+third=0.75")
     ]
-    assert [len(group.members) for group in grouped(comparison.results)] == [2, 2, 2]
+    assert [len(model.members) for model in group_by_recipe(comparison.results)] == [2, 2, 2]
     assert "three (2 seeds)" in comparison.report.markdown.read_text()
 
 

@@ -30,7 +30,7 @@ def test_flat_search_is_by_inner_product(vectors: NDArray[np.float32]) -> None:
     assert recall_against_exact(index, scaled, vectors, 5, sample=50) == 1.0
 
 
-def test_approximate_search_reports_what_it_misses(vectors: NDArray[np.float32]) -> None:
+def test_recall_of_approximate_search_is_measured(vectors: NDArray[np.float32]) -> None:
     narrow = build_index(vectors, "IVF16,Flat", parameters="nprobe=1", device="cpu")
     wide = build_index(vectors, "IVF16,Flat", parameters="nprobe=16", device="cpu")
     missed = recall_against_exact(narrow, vectors, vectors, 10, sample=100)
@@ -85,16 +85,16 @@ def test_gpu_must_exist_to_be_asked_for(vectors: NDArray[np.float32]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("block_bytes", [1, 16 * 4 * 37, 1 << 20])
+@pytest.mark.parametrize("chunk_bytes", [1, 16 * 4 * 37, 1 << 20])
 def test_search_from_disk_equals_brute_force(
-    vectors: NDArray[np.float32], tmp_path: Path, dtype: type, block_bytes: int
+    vectors: NDArray[np.float32], tmp_path: Path, dtype: type, chunk_bytes: int
 ) -> None:
     np.save(tmp_path / "vectors.npy", vectors.astype(dtype))
     mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
     stored = vectors.astype(dtype).astype(np.float32)
     truth = np.argsort(-(vectors[:41] @ stored.T), axis=1)[:, :7]
     for source in (mapped, mapped[:], np.asarray(mapped)):
-        found = exact_search(source, vectors[:41], 7, block_bytes=block_bytes, device="cpu")
+        found = exact_search(source, vectors[:41], 7, chunk_bytes=chunk_bytes, device="cpu")
         assert np.array_equal(found.ids_NK, truth)
         assert np.allclose(found.scores_NK, np.take_along_axis(vectors[:41] @ stored.T, truth, 1), atol=2 * ROUNDING)
     part = exact_search(mapped[100:], vectors[100:103], 1, device="cpu")  # a part of a map is not its file
@@ -102,13 +102,13 @@ def test_search_from_disk_equals_brute_force(
     assert recall_against_exact(build_index(mapped, device="cpu"), mapped, vectors, 3, sample=20) == 1.0
 
 
-def test_search_from_disk_refuses(vectors: NDArray[np.float32], tmp_path: Path) -> None:
+def test_search_from_disk_refuses_bad_input(vectors: NDArray[np.float32], tmp_path: Path) -> None:
     bad = vectors.copy()
     bad[[400, 409], 0] = np.nan, np.inf
     np.save(tmp_path / "bad.npy", bad)
     mapped = np.load(tmp_path / "bad.npy", mmap_mode="r")
     with pytest.raises(ValueError, match=r"2 of 100 vectors hold NaN or infinity, the first in row 400"):
-        exact_search(mapped, vectors[:3], 2, block_bytes=100 * 16 * 4, device="cpu")
+        exact_search(mapped, vectors[:3], 2, chunk_bytes=100 * 16 * 4, device="cpu")
     with pytest.raises(ValueError, match="k must be between 1 and the 601 vectors"):
         exact_search(vectors, vectors[:3], 602)
     with pytest.raises(ValueError, match="width 3, the gallery holds vectors of width 16"):
@@ -116,11 +116,11 @@ def test_search_from_disk_refuses(vectors: NDArray[np.float32], tmp_path: Path) 
     np.save(tmp_path / "short.npy", vectors)
     short = np.load(tmp_path / "short.npy", mmap_mode="r")
     os.truncate(tmp_path / "short.npy", (tmp_path / "short.npy").stat().st_size - 64)
-    with pytest.raises(OSError, match="ends before row 601: it is damaged"):
-        exact_search(short, vectors[:3], 1, block_bytes=64 * 10, device="cpu")
+    with pytest.raises(OSError, match="ends before row 601: the file is damaged"):
+        exact_search(short, vectors[:3], 1, chunk_bytes=64 * 10, device="cpu")
 
 
-def test_equal_blocks_merge_to_the_best(vectors: NDArray[np.float32]) -> None:
+def test_equal_chunks_merge_to_the_first_row(vectors: NDArray[np.float32]) -> None:
     twice = np.concatenate([vectors, vectors])
-    found = exact_search(twice, vectors[:9], 2, block_bytes=16 * 4 * 601, device="cpu")
+    found = exact_search(twice, vectors[:9], 2, chunk_bytes=16 * 4 * 601, device="cpu")
     assert np.array_equal(found.ids_NK, np.arange(9)[:, None] + [0, 601])

@@ -1,11 +1,12 @@
-"""The full linear probe: the optimum that scikit-learn finds, and a penalty that is chosen without the test items."""
+"""The linear probe against the optimum of scikit-learn, and the choice of its penalty on held-out items."""
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from tests.eval.test_ridge_probe import features
-from threetowers.eval.metrics.linear_probe import EPSILON, held_out, linear_probe
+from tests.eval.random_data import gaussian_classes
+from threetowers.eval.metrics.features import DEVIATION_EPSILON
+from threetowers.eval.metrics.linear_probe import held_out, linear_probe
 
 
 def objective(weight: np.ndarray, bias: np.ndarray, z: np.ndarray, label: np.ndarray, penalty: float) -> float:
@@ -16,9 +17,9 @@ def objective(weight: np.ndarray, bias: np.ndarray, z: np.ndarray, label: np.nda
 
 @pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
 def test_equals_scikit_learn(penalty: float) -> None:
-    x, label = features(6, 17, each=23)
+    x, label = gaussian_classes(6, 17, each=23)
     found = linear_probe(x, label, 6, [penalty], tolerance=1e-7)
-    deviation = x.astype(np.float64).std(axis=0) + EPSILON
+    deviation = x.astype(np.float64).std(axis=0) + DEVIATION_EPSILON
     z = (x - x.astype(np.float64).mean(axis=0)) / deviation
     peer = LogisticRegression(C=1 / (penalty * len(x)), tol=1e-9, max_iter=10_000).fit(z, label)
     weight = found.classifier.weight_DC * deviation[:, None]
@@ -26,7 +27,7 @@ def test_equals_scikit_learn(penalty: float) -> None:
     lowest = objective(peer.coef_.T, peer.intercept_, z, label, penalty)
     assert lowest - 1e-9 <= objective(weight, bias, z, label, penalty) <= lowest * (1 + 1e-5)
     np.testing.assert_allclose(weight, peer.coef_.T, atol=5e-3 * np.abs(peer.coef_).max())
-    test, _ = features(6, 17, each=50, seed=1)
+    test, _ = gaussian_classes(6, 17, each=50, seed=1)
     scores = np.concatenate(list(found.classifier.scores(test)))
     expected = peer.predict((test - x.astype(np.float64).mean(axis=0)) / deviation)
     assert (scores.argmax(axis=1) == expected).mean() > 0.99  # what is nearly tied may fall either way
@@ -35,7 +36,7 @@ def test_equals_scikit_learn(penalty: float) -> None:
 
 
 def test_the_penalty_is_chosen_on_held_out_items() -> None:
-    x, label = features(4, 40, each=15, spread=0.25)
+    x, label = gaussian_classes(4, 40, each=15, spread=0.25)
     penalties = (1e-6, 1e-1, 1e2)
     found = linear_probe(x, label, 4, penalties, seed=5)
     held = held_out(label, 5)
@@ -62,7 +63,7 @@ def test_held_out_items_are_a_fifth_of_each_class() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    x, label = features(3, 4, each=5)
+    x, label = gaussian_classes(3, 4, each=5)
     with pytest.raises(ValueError, match="1 of 4 classes have no training item, the first is class 3"):
         linear_probe(x, label, 4)
     for penalties in ([], [0.0], [1.0, -1.0]):

@@ -4,16 +4,12 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
+from tests.eval.random_data import unit_vectors
 from threetowers.eval.metrics.neighbour_votes import neighbour_votes
 
 
-def unit(rows: int, width: int, seed: int) -> np.ndarray:
-    x = np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
 def test_majority_equals_scikit_learn_where_nothing_is_tied() -> None:
-    train, test = unit(200, 12, 0), unit(61, 12, 1)
+    train, test = unit_vectors(200, 12, 0), unit_vectors(61, 12, 1)
     label = np.random.default_rng(2).integers(0, 5, 200)
     votes = neighbour_votes(train, label, test, 5, ks=(1, 7))
     for k in (1, 7):
@@ -26,7 +22,7 @@ def test_majority_equals_scikit_learn_where_nothing_is_tied() -> None:
 
 
 def test_weights_and_tied_majorities_equal_a_loop() -> None:
-    train, test = unit(90, 6, 3), unit(40, 6, 4)
+    train, test = unit_vectors(90, 6, 3), unit_vectors(40, 6, 4)
     label = np.random.default_rng(5).integers(0, 4, 90)
     votes = neighbour_votes(train, label, test, 4, ks=(6,), temperature=0.1)
     cosine = test.astype(np.float64) @ train.T.astype(np.float64)
@@ -43,9 +39,9 @@ def test_weights_and_tied_majorities_equal_a_loop() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    train, label = unit(5, 3, 0), np.zeros(5, int)
+    train, label = unit_vectors(5, 3, 0), np.zeros(5, int)
     for ks in ((6,), (0, 2)):
-        with pytest.raises(ValueError, match="over 5 training items: choose each from 1"):
-            neighbour_votes(train, label, unit(2, 3, 1), 1, ks=ks)
+        with pytest.raises(ValueError, match="over 5 training items: expected each from 1 to 5"):
+            neighbour_votes(train, label, unit_vectors(2, 3, 1), 1, ks=ks)
     with pytest.raises(ValueError, match="NaN"):
         neighbour_votes(train, label, np.full((1, 3), np.nan, np.float32), 1, ks=(1,))

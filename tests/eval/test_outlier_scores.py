@@ -1,4 +1,4 @@
-"""Outlier scores and what is made of them: against scikit-learn, and by hand for the two values called FPR@95."""
+"""Outlier scores and detection metrics against scikit-learn, and by hand for the two values called FPR@95."""
 
 import numpy as np
 import pytest
@@ -7,27 +7,27 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from tests.eval.test_neighbour_votes import unit
-from threetowers.eval.metrics.outlier_scores import Mahalanobis, class_scores, detection, neighbour_score
+from tests.eval.random_data import unit_vectors
+from threetowers.eval.metrics.outlier_scores import Mahalanobis, class_scores, detection_metrics, neighbour_score
 
 
 def test_detection_equals_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     inside, outside = rng.normal(0.7, size=80).round(1), rng.normal(size=45).round(1)
-    found = detection(inside, outside)
+    found = detection_metrics(inside, outside)
     scores, truth = np.r_[inside, outside], np.r_[np.ones(80), np.zeros(45)]
     assert found["auroc"] == pytest.approx(roc_auc_score(truth, scores))
     assert found["aupr_in"] == pytest.approx(average_precision_score(truth, scores))
     assert found["aupr_out"] == pytest.approx(average_precision_score(1 - truth, -scores))
 
 
-def test_the_two_fpr_at_95_by_hand() -> None:
+def test_both_fpr_at_95_by_hand() -> None:
     """20 of each: 95 % is 19 of them."""
     inside, outside = np.arange(20) + 10.0, np.arange(20) - 5.0  # 10 .. 29 and -5 .. 14
-    found = detection(inside, outside)
+    found = detection_metrics(inside, outside)
     assert found["fpr_at_95_id_recall"] == 4 / 20  # accepted from 11 on: 11, 12, 13, 14 outside
     assert found["fpr_at_95_ood_recall"] == 4 / 20  # rejected up to 13: 10, 11, 12, 13 inside
-    found = detection(np.r_[inside, np.full(20, 50.0)], outside)
+    found = detection_metrics(np.r_[inside, np.full(20, 50.0)], outside)
     assert found["fpr_at_95_id_recall"] == 3 / 20  # 38 of 40 are accepted from 12 on
     assert found["fpr_at_95_ood_recall"] == 4 / 40
 
@@ -42,14 +42,14 @@ def test_class_scores_equal_torch() -> None:
     np.testing.assert_array_equal(found["max_logit"], cosine.double().max(1).values)
 
 
-def test_a_sure_model_still_orders_its_items() -> None:
+def test_saturated_probabilities_still_order_items() -> None:
     cosine = np.array([[1, -1, -1], [1, -0.9, -1]], np.float32)
     found = class_scores(cosine, 100.0)["max_softmax"]
     assert found[0] > found[1]  # both probabilities are 1.0 in float64
 
 
 def test_neighbour_score_equals_scikit_learn() -> None:
-    train, x = unit(50, 8, 0), unit(20, 8, 1)
+    train, x = unit_vectors(50, 8, 0), unit_vectors(20, 8, 1)
     far = NearestNeighbors(n_neighbors=5, metric="cosine").fit(train).kneighbors(x)[0][:, -1]
     np.testing.assert_allclose(neighbour_score(train, x, 5), 1 - far, atol=1e-5)
     with pytest.raises(ValueError, match=r"k of \(51,\) over 50 training items"):
@@ -67,13 +67,13 @@ def test_mahalanobis_equals_scikit_learn(width: int) -> None:
     covariance = EmpiricalCovariance(assume_centered=True).fit(within)
     expected = np.min([covariance.mahalanobis(x - mean) for mean in means.values()], axis=0)
     assert found.rank == min(width, 27)
-    np.testing.assert_allclose(found.score(x, block=4), -expected, rtol=1e-6)
+    np.testing.assert_allclose(found.score(x, chunk=4), -expected, rtol=1e-6)
 
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="do not vary within any class"):
         Mahalanobis.fit(np.eye(3, dtype=np.float32), np.arange(3))
-    with pytest.raises(ValueError, match="items of both kinds"):
-        detection(np.ones(3), np.empty(0))
+    with pytest.raises(ValueError, match="items are positive, expected both kinds"):
+        detection_metrics(np.ones(3), np.empty(0))
     with pytest.raises(ValueError, match="NaN or infinite"):
-        detection(np.array([1, np.nan]), np.ones(2))
+        detection_metrics(np.array([1, np.nan]), np.ones(2))

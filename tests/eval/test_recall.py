@@ -5,25 +5,31 @@ import itertools
 import numpy as np
 import pytest
 
-from threetowers.eval.metrics.recall import chance_recall, count_duplicates, evaluate_retrieval, hit_rate, summarise
+from threetowers.eval.metrics.recall import (
+    chance_recall,
+    count_duplicates,
+    direction_metrics,
+    evaluate_retrieval,
+    hit_rate,
+)
 from threetowers.eval.metrics.retrieval_ranks import RetrievalRanks
 
 
-def test_summary_of_known_ranks() -> None:
+def test_metrics_of_known_ranks() -> None:
     ranks = RetrievalRanks(
         optimistic_N=np.array([0, 0, 3, 8, -1]),
         pessimistic_N=np.array([0, 1, 4, 11, -1]),
         positives_N=np.array([1, 2, 1, 1, 0]),
         gallery=20,
     )
-    summary = summarise(ranks)
+    summary = direction_metrics(ranks)
     assert summary.recall == {1: 0.25, 5: 0.75, 10: 0.75}
     assert summary.recall_optimistic == {1: 0.5, 5: 0.75, 10: 1.0}
     assert summary.median_rank == 3.5  # of 1, 2, 5 and 12
     assert summary.mean_reciprocal_rank == pytest.approx((1 + 1 / 2 + 1 / 5 + 1 / 12) / 4)
     assert (summary.queries, summary.excluded, summary.tied) == (4, 1, 3)
     with pytest.raises(ValueError, match="k >= 1"):
-        summarise(ranks, ks=(0, 5))
+        direction_metrics(ranks, ks=(0, 5))
 
 
 @pytest.mark.parametrize(("gallery", "positives", "k"), [(6, 1, 1), (6, 2, 3), (5, 4, 2), (4, 2, 9)])

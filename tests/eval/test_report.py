@@ -39,8 +39,8 @@ def retrieval_record(run: str, gallery: str, noise: float) -> tuple[EvalRecord, 
     result = evaluate_retrieval(image, text, np.arange(41), np.repeat(np.arange(41), 3), image_hashes=range(41))
     question = EvalSpec("retrieval", gallery, run, f"model-{run}", 90, (TarRef("t.tar", "ff", 41),), "crop", "float32")
     record = EvalRecord(question, result.metrics(), result.counts(), digest([gallery]), digest(["c"]), 1.0)
-    units = {"image_to_text/unit": np.arange(41), "text_to_image/unit": np.repeat(np.arange(41), 3)}
-    return record, dict(result.items()) | units
+    groups = {"image_to_text/group": np.arange(41), "text_to_image/group": np.repeat(np.arange(41), 3)}
+    return record, dict(result.items()) | groups
 
 
 def with_examples(record: EvalRecord, pictures: list[str]) -> EvalRecord:
@@ -265,7 +265,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one run"):
         render([], tmp_path)
     twice = dataclasses.replace(run, records=[run.records[0], run.records[0]])
-    with pytest.raises(ValueError, match="run 'a' has two retrieval records for gallery 'noto'"):
+    with pytest.raises(ValueError, match="run 'a' has two retrieval records of gallery 'noto'"):
         render([twice], tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Free text answered with pictures: what is found, how it is shown, what is refused."""
+"""Search by free text: the images found, their forms, and bad queries."""
 
 import subprocess
 import sys
@@ -22,37 +22,37 @@ QUERIES = ["a red disc", "<b>blue & bar</b>"]
 
 @pytest.fixture
 def gallery(tmp_path: Path) -> EvaluationSet:
-    """Twelve pictures, of which half have no caption."""
+    """Twelve images, of which half have no caption."""
     samples = [(key, m if i % 2 else {"png": m["png"]}) for i, (key, m) in enumerate(samples_of(0, 12))]
     tar = write_tar(tmp_path / "gallery.tar", samples)
     return evaluation_set([index_tar(tar)], group_field=None, part_field=None, max_captions=5, captions_needed=False)
 
 
-def test_the_nearest_pictures_are_found_and_shown(clip: dict[str, Any], gallery: EvaluationSet, tmp_path: Path) -> None:
+def test_nearest_images_are_found_and_shown(clip: dict[str, Any], gallery: EvaluationSet, tmp_path: Path) -> None:
     encoder = load_encoder(finished(clip), LoadOptions(embeddings=tmp_path / "embeddings", workers=0))
     assert len(gallery.pictures) == 12
-    findings = find(encoder, gallery, QUERIES, 3)
+    results = find(encoder, gallery, QUERIES, 3)
     scores = encoder.images(gallery, gallery.pictures) @ encoder.texts(QUERIES).T
-    for number, found in enumerate(findings.found):
+    for number, hits in enumerate(results.hits):
         best = np.argsort(-scores[:, number])[:3]
-        assert [one.picture.key for one in found] == [gallery.pictures[i].key for i in best]
-        assert [one.score for one in found] == pytest.approx(scores[best, number], abs=1e-6)
-    text = findings.text(columns=8)
+        assert [hit.image.key for hit in hits] == [gallery.pictures[i].key for i in best]
+        assert [hit.score for hit in hits] == pytest.approx(scores[best, number], abs=1e-6)
+    text = results.text(columns=8)
     assert "gallery.tar:s00" in text
     assert text.count("▀") == 2 * 3 * 8 * 4
-    page = findings.write(tmp_path / "out").read_text()
+    page = results.write(tmp_path / "out").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "&lt;b&gt;blue &amp; bar" in page
     approximate = find(encoder, gallery, QUERIES, 3, index="IVF2,Flat", parameters="nprobe=2")
-    assert [[one.picture.key for one in f] for f in approximate.found] == [
-        [one.picture.key for one in f] for f in findings.found
+    assert [[hit.image.key for hit in hits] for hits in approximate.hits] == [
+        [hit.image.key for hit in hits] for hits in results.hits
     ]
     assert "approximate search" in approximate.text()
 
 
 def test_bad_queries_are_refused(clip: dict[str, Any], cache: Path, gallery: EvaluationSet) -> None:
     encoder = load_encoder(finished(clip), LoadOptions(workers=0))
-    with pytest.raises(ValueError, match="between 1 and the 12 pictures of the gallery, got 13"):
+    with pytest.raises(ValueError, match="between 1 and the 12 images of the gallery, got 13"):
         find(encoder, gallery, QUERIES, 13)
     with pytest.raises(ValueError, match="1 of 2 queries are empty"):
         find(encoder, gallery, ["a", " "], 2)
@@ -66,7 +66,7 @@ def test_half_blocks_keep_colours_and_shape(gallery: EvaluationSet) -> None:
     assert all(line.count("▀") == 6 and line.endswith("\x1b[0m") for line in lines)
 
 
-def test_the_command_answers(clip: dict[str, Any], gallery: EvaluationSet, tmp_path: Path) -> None:
+def test_command_prints_hits_and_writes_a_page(clip: dict[str, Any], gallery: EvaluationSet, tmp_path: Path) -> None:
     path = finished(clip)
     command = [sys.executable, "-m", "threetowers", "eval", "search", str(path), "--tars", gallery.tars[0].location]
     done = subprocess.run(

@@ -95,9 +95,9 @@ def test_every_task_end_to_end(clip: dict[str, Any], described: Path, tmp_path: 
 
     # The styles of one concept belong together, in every answer that intervals are computed from.
     concepts = [pictures.pictures[i].fields["concept"] for i in rows]
-    assert len(set(zip(items["unit"].tolist(), concepts, strict=True))) == len(set(concepts)) < len(concepts)
+    assert len(set(zip(items["group"].tolist(), concepts, strict=True))) == len(set(concepts)) < len(concepts)
     for task, prefix in (("fewshot", "5-shot"), ("knn", "majority@1"), ("shift", "original")):
-        np.testing.assert_array_equal(read_items(found[task], out / "records")[f"{prefix}/unit"], items["unit"])
+        np.testing.assert_array_equal(read_items(found[task], out / "records")[f"{prefix}/group"], items["group"])
 
 
 def test_what_is_answered_is_not_computed_again(
