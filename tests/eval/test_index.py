@@ -116,7 +116,7 @@ def test_search_from_disk_refuses_bad_input(vectors: NDArray[np.float32], tmp_pa
     np.save(tmp_path / "short.npy", vectors)
     short = np.load(tmp_path / "short.npy", mmap_mode="r")
     os.truncate(tmp_path / "short.npy", (tmp_path / "short.npy").stat().st_size - 64)
-    with pytest.raises(OSError, match="ends before row 601: the file is damaged"):
+    with pytest.raises(OSError, match="ends before row 601: it is damaged"):
         exact_search(short, vectors[:3], 1, chunk_bytes=64 * 10, device="cpu")
 
 
