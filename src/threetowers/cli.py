@@ -134,6 +134,7 @@ def tokenizer_train(
         vocab_size: Pieces at most; a small corpus yields fewer.
         caption_per_line: Take each line of a txt member for a caption, as data.caption_per_line does in training.
     """
+    from threetowers.cache.storage.atomic import write_atomic
     from threetowers.cache.webdataset.sample import read_annotation
     from threetowers.cache.webdataset.tar_index import expand, index_tar
     from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
@@ -147,7 +148,7 @@ def tokenizer_train(
     distinct = list(dict.fromkeys(captions))
     model = train_tokenizer(distinct, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(model)
+    write_atomic(out, model)
     pieces = Tokenizer(model).vocab_size
     print(
         f"{out}: {pieces:,} pieces from {len(distinct):,} distinct of {len(captions):,} captions in {len(indexes)} tars"
