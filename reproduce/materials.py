@@ -7,6 +7,7 @@ import yaml
 
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import BadPlan, Plan
+from threetowers.cache.storage.atomic import finish_partial, write_atomic
 from threetowers.cache.webdataset.sample import read_annotation
 from threetowers.cache.webdataset.tar_index import expand, index_tar, read_member
 from threetowers.trainer.tokenizer import train_tokenizer
@@ -26,12 +27,12 @@ def prepare(plan: Plan, folder: Folder, configs: Path) -> None:
     if not tokenizer.exists():
         tar = index_tar(folder["data/train.tar"])
         captions = dict.fromkeys(c for n in range(len(tar.samples)) for c in read_annotation(tar, n).captions)
-        tokenizer.write_bytes(train_tokenizer(list(captions), plan.vocabulary))
+        write_atomic(tokenizer, train_tokenizer(list(captions), plan.vocabulary))
     folder["sets"].mkdir(exist_ok=True)
     for source in sorted((configs / "sets").glob("*.yaml")):
         named = {name: json.dumps(getattr(plan.styles, name)) for name in ("contrastive", "teacher", "shift")}
         text = folder.filled(source.read_text(), emoji=plan.emoji, **named)
-        folder["sets"].joinpath(source.name).write_text(_absolute(text))
+        write_atomic(folder["sets"] / source.name, _absolute(text))
 
 
 def filtered(emoji: str, styles: list[str], out: Path) -> int:
@@ -49,7 +50,7 @@ def filtered(emoji: str, styles: list[str], out: Path) -> int:
                     count += 1
     if not count:
         raise BadPlan(f"{emoji}: no training sample is of the styles {styles}")
-    partial.rename(out)
+    finish_partial(partial, out)
     return count
 
 

@@ -113,6 +113,7 @@ def train_tokenizer(
         vocab_size: Number of pieces at most; a small corpus yields fewer.
         caption_per_line: Take each line of a txt member for a caption, as data.caption_per_line does in training.
     """
+    from threetowers.cache.storage.atomic import write_atomic
     from threetowers.cache.webdataset.sample import read_annotation
     from threetowers.cache.webdataset.tar_index import expand, index_tar
     from threetowers.trainer.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ def train_tokenizer(
     distinct = list(dict.fromkeys(captions))
     model = train_on_captions(distinct, vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(model)
+    write_atomic(output, model)
     pieces = Tokenizer(model).vocab_size
     print(
         f"{output}: {pieces:,} pieces from {len(distinct):,} distinct of {len(captions):,} captions "

@@ -1,6 +1,4 @@
-"""Untrusted image bytes to an RGB picture, or one named error."""
-
-from __future__ import annotations
+"""Decoding untrusted image bytes to RGB, or to one named error."""
 
 import io
 
@@ -9,23 +7,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_ASPECT = 100  # a 1 x 50,000 strip is small, but resizing its short side to 224 px needs gigabytes
 WHITE = (255, 255, 255, 255)
+MAX_PIXELS = 50_000_000  # width x height of the largest image that is decoded by default
 
 
 class BadImage(ValueError):
-    """Bytes that are not an image this package is willing to decode. The message says why."""
+    """Bytes that are not an image this package is willing to decode. The message gives the reason."""
 
 
-def decode_rgb(data: bytes, *, max_pixels: int = 50_000_000, min_side: int | None = None) -> Image.Image:
-    """Decode one image (first frame) into an upright, opaque RGB picture.
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> Image.Image:
+    """Return one image (the first frame) decoded, upright, opaque and in RGB.
 
     Size and aspect are checked from the header, before any pixel is decoded. The EXIF orientation is applied,
     transparency is laid on white, 16-bit greyscale is scaled (Pillow alone would clip it).
 
-    With `min_side` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side keeps so many pixels:
-    faster, and not the same pixels.
+    Args:
+        data: The encoded image.
+        max_pixels: Largest width x height that is decoded.
+        min_side: Decode a JPEG at 1/2, 1/4 or 1/8 of its size, the smallest at which its shorter side has at least so
+            many pixels. Faster, and not the same pixels.
 
     Raises:
-        BadImage: not one of FORMATS, truncated or corrupt, more than `max_pixels`, sides more than 1:100 apart.
+        BadImage: The data is not in one of FORMATS, is truncated or corrupt, has more than `max_pixels`, or its sides
+            are more than 1:100 apart.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

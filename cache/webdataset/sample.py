@@ -81,8 +81,7 @@ def read_annotation(
         captions = [captions]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadSample(f"{tar.describe(ordinal)}: captions are {captions!r}, expected a list of strings")
-    stripped = (caption.strip() for caption in captions)
-    kept = tuple(caption for caption in stripped if caption)
+    kept = tuple(stripped for caption in captions if (stripped := caption.strip()))
     if captions_required and not kept:
         raise BadSample(
             f"{tar.describe(ordinal)}: no caption; expected a .txt member, or a .json member with `captions`, "

@@ -7,7 +7,7 @@ import pytest
 from threetowers.cache.prefetch import prefetch
 
 
-def test_order_is_kept_and_the_lead_is_bounded() -> None:
+def test_order_is_kept_and_read_ahead_is_bounded() -> None:
     drawn = []
 
     def source() -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Every place behaves alike: a folder, a filesystem in memory, and a real S3 server on loopback."""
+"""Every storage behaves alike: a folder, a file system in memory, and a real S3 server on loopback."""
 
 import multiprocessing
 import os
@@ -52,7 +52,7 @@ def test_objects_are_written_read_listed_and_deleted(storage: Storage) -> None:
     assert storage.listdir("a") == ["b/"]
 
 
-def test_of_several_that_create_an_object_one_does(storage: Storage) -> None:
+def test_exclusive_creation_succeeds_once(storage: Storage) -> None:
     start, made = threading.Barrier(8), []
 
     def create(number: int) -> None:
@@ -73,7 +73,7 @@ def test_of_several_that_create_an_object_one_does(storage: Storage) -> None:
     assert not storage.create_exclusive("claims/1", b"late", owner="t")
 
 
-def test_a_place_is_seen_as_others_changed_it(storage: Storage) -> None:
+def test_changes_by_others_are_seen(storage: Storage) -> None:
     other = open_storage(str(storage))
     assert storage.listdir("d") == []
     other.put("d/1", b"1", owner="t")
@@ -86,7 +86,7 @@ def test_a_place_is_seen_as_others_changed_it(storage: Storage) -> None:
     assert (storage.size("d/1"), storage.listdir("d")) == (None, ["2"])
 
 
-def test_a_place_is_pickled_by_its_address(storage: Storage) -> None:
+def test_storage_is_pickled_by_its_address(storage: Storage) -> None:
     storage.put("x", b"1", owner="t")
     again = pickle.loads(pickle.dumps(storage))
     assert again.read("x") == b"1"
@@ -98,7 +98,7 @@ def _read_into(storage: Storage, queue: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_place_survives_a_fork(storage: Storage) -> None:
+def test_storage_survives_a_fork(storage: Storage) -> None:
     storage.put("x", b"forked", owner="t")
     assert storage.read("x") == b"forked"
     context = multiprocessing.get_context("fork")
@@ -124,7 +124,7 @@ def test_objects_are_read_as_files(storage: Storage) -> None:
     assert there.read(name, 5, 8) == data[5:8]
 
 
-def test_what_cannot_be_is_one_message(tmp_path: Path, bucket: str) -> None:
+def test_impossible_addresses_are_one_message(tmp_path: Path, bucket: str) -> None:
     with pytest.raises(WriteError, match=r"cannot write s3://no-such-bucket-here/x: .*Check the address"):
         open_storage("s3://no-such-bucket-here").put("x", b"", owner="t")
     with pytest.raises(ValueError, match="nonsense://x: Protocol not known"):
@@ -134,7 +134,7 @@ def test_what_cannot_be_is_one_message(tmp_path: Path, bucket: str) -> None:
         LocalStorage(tmp_path / "file").create_exclusive("x", b"", owner="t")
 
 
-def test_without_a_server_the_address_is_named(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+def test_an_unreachable_server_is_named_by_its_address(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.get_filesystem_class("s3").clear_instance_cache()

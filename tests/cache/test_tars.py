@@ -36,7 +36,7 @@ def tar(tmp_path: Path, pack: Pack, samples: MakeSamples) -> Path:
     return pack(tmp_path / "x.tar", samples(9, 4))
 
 
-def test_index_reads_as_webdataset_does(tar: Path) -> None:
+def test_index_agrees_with_webdataset(tar: Path) -> None:
     index = index_tar(tar)
     with open(tar, "rb") as file:
         theirs = list(group_by_keys(tar_file_expander([{"url": str(tar), "stream": file}])))
@@ -59,7 +59,7 @@ def test_index_reads_as_webdataset_does(tar: Path) -> None:
     "name",
     ["a.jpg", "d/a.jpg", "d.e/a.jpg", "d/a.B.Jpg", "a", ".hidden", "d/.hidden.jpg", "./a.PNG", "a.", "a/b.c.d/e.f"],
 )
-def test_split_name_is_webdatasets_rule(name: str) -> None:
+def test_split_name_follows_webdataset(name: str) -> None:
     key, extension = base_plus_ext(name)
     if key is None or not extension or name == "d/.hidden.jpg":
         assert split_name(name)[1] == ""
@@ -67,7 +67,7 @@ def test_split_name_is_webdatasets_rule(name: str) -> None:
         assert split_name(name) == (key, extension.lower())
 
 
-def test_stream_gives_images_in_order_and_hashes_every_byte(tar: Path) -> None:
+def test_stream_yields_images_in_order_and_hashes_every_byte(tar: Path) -> None:
     index, digest = index_tar(tar), xxhash.xxh3_128()
     for expected, (ordinal, key, data) in enumerate(stream_images(index, digest)):
         assert ordinal == expected
@@ -81,7 +81,7 @@ def test_real_tars_stream_as_indexed() -> None:
     assert [ordinal for ordinal, _, _ in stream_images(index)] == list(range(len(index.samples)))
 
 
-def test_other_members_are_listed_and_never_read(tmp_path: Path) -> None:
+def test_other_members_are_listed_but_never_read(tmp_path: Path) -> None:
     bomb = pickle.dumps(os.getcwd)
     path = members(
         tmp_path / "x.tar",
@@ -116,7 +116,7 @@ def test_long_and_foreign_names(tmp_path: Path) -> None:
         assert len(list(stream_images(index))) == 2
 
 
-def test_truncation_is_noticed_wherever_it_falls(tar: Path) -> None:
+def test_truncation_is_detected_at_every_length(tar: Path) -> None:
     whole = tar.read_bytes()
     index = index_tar(tar)
     last = index.samples[8].members["txt"]
@@ -183,7 +183,9 @@ def test_untrustworthy_tars_are_refused(
     assert str(tmp_path / "x.tar") in str(caught.value)
 
 
-def test_empty_compressed_and_oversized(tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_compressed_and_oversized_tars_are_refused(
+    tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty.tar").touch()
     with tarfile.open(tmp_path / "z.tar", "w:gz") as archive:
         archive.add(tar, "a.png")
@@ -195,7 +197,9 @@ def test_empty_compressed_and_oversized(tmp_path: Path, tar: Path, monkeypatch: 
         index_tar(tar)
 
 
-def test_fingerprint_follows_the_tar_and_notices_repacking(tmp_path: Path, pack: Pack, samples: MakeSamples) -> None:
+def test_fingerprint_survives_a_copy_and_changes_with_repacking(
+    tmp_path: Path, pack: Pack, samples: MakeSamples
+) -> None:
     first = index_tar(pack(tmp_path / "x.tar", samples(5, 0)))
     copy = shutil.copy(first.location, tmp_path / "moved.tar")
     assert index_tar(copy).fingerprint == first.fingerprint
@@ -207,7 +211,7 @@ def test_fingerprint_follows_the_tar_and_notices_repacking(tmp_path: Path, pack:
     assert len(prints) == 4
 
 
-def test_a_tar_that_changes_after_indexing_is_noticed(
+def test_a_tar_that_changes_after_indexing_is_refused(
     tmp_path: Path, tar: Path, pack: Pack, samples: MakeSamples
 ) -> None:
     index = index_tar(tar)
