@@ -130,6 +130,7 @@ class Loss:
     # MiB a rank and pair term in which similarity tiles wait for backward: with room for all b x B x 4 bytes a softmax
     # step costs 3 products of that size instead of 4. The sigmoid needs none.
     logit_cache_mib: Annotated[int, Field(ge=0)] = 16
+    ring: bool = False
 
 
 @checked(frozen=True, config=STRICT)

@@ -69,8 +69,8 @@ def train(
 
         print("\n".join(page(load(config, overrides), ranks)))
         return
-    from threetowers.trainer.engine import leave_process_group
-    from threetowers.trainer.train import train as run_training
+    from threetowers.trainer.engine import join_process_group, leave_process_group
+    from threetowers.trainer.train import Trainer
 
     run = load(config, overrides)
     evaluators = []
@@ -79,7 +79,7 @@ def train(
 
         evaluators.append(RetrievalEvaluator(run, run.evaluate))
     try:
-        summary = run_training(run, evaluators)
+        summary = Trainer(run, join_process_group(), evaluators).train()
     except Interrupted:  # on every rank; after other errors the others may still be waiting for this one
         leave_process_group()
         raise
@@ -87,7 +87,7 @@ def train(
     if is_first_rank():
         print(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
-            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.verdict}"
+            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.bottleneck}"
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import samples_of, write_tar
-from tests.trainer.test_preemption import config, launch, lines
+from tests.trainer.launches import metric, run_jobs, write_config
 from threetowers.cache.webdataset.tar_index import BadTar, index_tar, stream_samples
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import streaming as lanes
@@ -280,14 +280,14 @@ def test_a_streamed_mixture_goes_on_elsewhere(three: dict[str, Any], tars: list[
         "shuffle_buffer": 12,
         "workers": 1,
     }
-    alone = config(three, tmp_path, "alone", zero_stage=1)
-    stopped = config(three, tmp_path, "stopped", zero_stage=1)
+    alone = write_config(three, tmp_path, "alone", zero_stage=1)
+    stopped = write_config(three, tmp_path, "stopped", zero_stage=1)
     three["data"]["workers"] = 0
-    moved = config(three, tmp_path, "stopped one", zero_stage=1)
-    launch(2, [{"config": alone[0]}, {"config": stopped[0], "stop": 3}], tmp_path)
-    (rest,) = launch(1, [{"config": moved[0]}], tmp_path)
+    moved = write_config(three, tmp_path, "stopped one", zero_stage=1)
+    run_jobs(2, [{"config": alone[0]}, {"config": stopped[0], "stop": 3}], tmp_path)
+    (rest,) = run_jobs(1, [{"config": moved[0]}], tmp_path)
     assert (rest["start"], rest["end"]) == (4, "finished")
     for key in ("loss", "terms/image-third/loss"):
-        np.testing.assert_allclose(lines(stopped[1], key), lines(alone[1], key), rtol=2e-4)
-    assert lines(alone[1], "sets/a/examples") == [8 * step for step in range(1, 7)]
-    assert lines(alone[1], "sets/b/epoch") == [step / 5 for step in range(1, 7)]
+        np.testing.assert_allclose(metric(stopped[1], key), metric(alone[1], key), rtol=2e-4)
+    assert metric(alone[1], "sets/a/examples") == [8 * step for step in range(1, 7)]
+    assert metric(alone[1], "sets/b/epoch") == [step / 5 for step in range(1, 7)]
