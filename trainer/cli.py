@@ -49,8 +49,8 @@ def train(
 
     from threetowers.cache.preemption import Interrupted
     from threetowers.cache.world import World
-    from threetowers.trainer.engine import leave_process_group
-    from threetowers.trainer.train import train as run_training
+    from threetowers.trainer.engine import join_process_group, leave_process_group
+    from threetowers.trainer.train import Trainer
 
     evaluators = []
     if config.evaluation is not None:
@@ -58,7 +58,7 @@ def train(
 
         evaluators.append(RetrievalEvaluator(config, config.evaluation))
     try:
-        summary = run_training(config, evaluators)
+        summary = Trainer(config, join_process_group(), evaluators).train()
     except Interrupted:  # on every rank; after other errors the others may still be waiting for this one
         leave_process_group()
         raise
@@ -66,7 +66,7 @@ def train(
     if World.from_env().first:
         print(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
-            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.verdict}"
+            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.bottleneck}"
         )
 
 

@@ -1,5 +1,6 @@
 """DeepSpeed: the process group, the engine config generated from ours, the engine."""
 
+import math
 import os
 import socket
 import sys
@@ -48,85 +49,88 @@ def join_process_group() -> World:
 
 
 def leave_process_group() -> None:
-    """End this process's part in the group, once every rank is done with it.
+    """Leave the process group, once every rank is done with it.
 
-    Gloo's threads let go of the tensors of the last collective after it is over, and need the interpreter for it. One
-    that asks while the interpreter is ending aborts the process, so they are let in before; the group cannot be waited
-    for, as DeepSpeed keeps references to it.
+    Gloo's threads release the tensors of the last collective after it has returned, and need the interpreter for it. A
+    thread that asks for it during shutdown aborts the process, so they get some time before; destroying the group does
+    not wait for them, as DeepSpeed keeps references to it.
     """
     time.sleep(GRACE_SECONDS)
     torch.distributed.destroy_process_group()
 
 
-def deepspeed_config(run: TrainConfig, world: int) -> dict[str, Any]:
-    """Return the DeepSpeed config of a run; it is written beside the run, and never by hand.
+def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
+    """Return the DeepSpeed config of a run on `world` ranks; it is generated for every launch, never written by hand.
 
-    Raises ValueError for a batch, an optimizer or a precision that the layout cannot hold.
+    Raises:
+        ValueError: The layout does not fit the global batch, the optimizer or the precision.
     """
-    _check_layout(run, world)
-    config: dict[str, Any] = {
-        "train_batch_size": run.global_batch_size,
-        "train_micro_batch_size_per_gpu": run.global_batch_size // world,
+    _check_layout(config, world)
+    tree: dict[str, Any] = {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.global_batch_size // world,
         "gradient_accumulation_steps": 1,
-        # backward() only adds gradients, step() ends the step: else ZeRO 1 and 2 take each chunk for a whole batch.
+        # backward() only adds gradients, step() ends the step: else ZeRO 1 and 2 take a micro-batch for a whole batch.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": run.optim.grad_clip_norm,  # always written: DeepSpeed's own default is 1.0, not off
-        "zero_optimization": {"stage": run.engine.zero_stage},
+        "gradient_clipping": config.optim.grad_clip_norm,  # always written: DeepSpeed's own default is 1.0, not off
+        "zero_optimization": {"stage": config.engine.zero_stage},
         "steps_per_print": 10**9,  # the trainer logs
     }
-    if run.engine.precision == "bfloat16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if chunks(run, world) > 1:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if run.optim.name == "adamw":
+    if config.engine.precision == "bfloat16":
+        tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if num_micro_batches(config, world) > 1:
+            tree["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.optim.name == "adamw":
         # torch_adam: the fused variants are compiled at first use and round differently on each device.
-        parameters = {"torch_adam": True, "lr": run.optim.lr, "betas": list(run.optim.betas), "weight_decay": 0.0}
-        config["optimizer"] = {"type": "AdamW", "params": parameters}
-    return _merge(config, run.engine.deepspeed_extra)
+        parameters = {"torch_adam": True, "lr": config.optim.lr, "betas": list(config.optim.betas), "weight_decay": 0.0}
+        tree["optimizer"] = {"type": "AdamW", "params": parameters}
+    return _merge(tree, config.engine.deepspeed_extra)
 
 
-def _check_layout(run: TrainConfig, world: int) -> None:
-    stage, half = run.engine.zero_stage, run.engine.precision == "bfloat16"
-    if run.global_batch_size % world:
-        raise ValueError(
-            f"batch {run.global_batch_size} is not divisible by {world} ranks; change `batch` or the launch"
-        )
-    if run.optim.name == "adafactor" and (stage > 0 or half):
+def _check_layout(config: TrainConfig, world: int) -> None:
+    stage = config.engine.zero_stage
+    half = config.engine.precision == "bfloat16"
+    if config.global_batch_size % world:
         raise ConfigError(
-            f"optim.name: adafactor keeps row and column means of whole matrices, but ZeRO stage {stage} with "
-            f"{run.engine.precision} works on flat pieces of them; set engine.zero_stage: 0 and engine.precision: "
-            "float32, or take adamw"
+            f"global_batch_size: {config.global_batch_size} is not divisible by {world} ranks; change it, or launch "
+            "another number of processes"
+        )
+    if config.optim.name == "adafactor" and (stage > 0 or half):
+        raise ConfigError(
+            f"optim.name: adafactor needs whole matrices for their row and column means, but ZeRO stage {stage} with "
+            f"{config.engine.precision} works on flat fragments of them; set engine.zero_stage: 0 and "
+            "engine.precision: float32, or optim.name: adamw"
         )
     if half and stage == 0:
         raise ConfigError(
-            "engine.zero_stage: in bfloat16 DeepSpeed begins stage 0 with a step of its own, of weight decay alone; "
-            "set engine.zero_stage: 1, which sends no more, or engine.precision: float32"
+            "engine.zero_stage: in bfloat16 DeepSpeed starts stage 0 with a step of weight decay alone; set "
+            "engine.zero_stage: 1, which communicates no more, or engine.precision: float32"
         )
-    if half and stage == 1 and chunks(run, world) > 1:
+    if half and stage == 1 and num_micro_batches(config, world) > 1:
         raise ConfigError(
-            "engine.micro_batch_size: in bfloat16 DeepSpeed's stage 1 adds gradients of many chunks up in bfloat16, "
-            "or counts the early ones twice; set engine.zero_stage: 2, which adds them in float32"
+            "engine.micro_batch_size: in bfloat16 DeepSpeed's stage 1 adds the gradients of micro-batches in bfloat16, "
+            "or counts the first ones twice; set engine.zero_stage: 2, which adds them in float32"
         )
 
 
-def chunks(run: TrainConfig, world: int) -> int:
-    """Return in how many parts a rank's batch goes forward and backward."""
-    return (
-        1 if run.engine.micro_batch_size is None else -(-run.global_batch_size // world // run.engine.micro_batch_size)
-    )
+def num_micro_batches(config: TrainConfig, world: int) -> int:
+    """Return into how many micro-batches a rank's batch is split."""
+    if config.engine.micro_batch_size is None:
+        return 1
+    return math.ceil(config.global_batch_size // world / config.engine.micro_batch_size)
 
 
-def start_engine(model: nn.Module, run: TrainConfig, config: Mapping[str, Any]) -> Any:
-    """Return a DeepSpeed engine (`config` as from `deepspeed_config`) with the run's optimizer."""
+def start_engine(model: nn.Module, config: TrainConfig, engine_config: Mapping[str, Any]) -> Any:
+    """Return a DeepSpeed engine of the model with the run's optimizer; `engine_config` is from `deepspeed_config`."""
     import deepspeed
 
-    groups = parameter_groups(model, run.optim)
-    adafactor = Adafactor(groups, run.optim.lr, run.optim.betas) if run.optim.name == "adafactor" else None
+    groups = parameter_groups(model, config.optim)
+    adafactor = Adafactor(groups, config.optim.lr, config.optim.betas) if config.optim.name == "adafactor" else None
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=adafactor,
         model_parameters=None if adafactor else groups,
-        config=dict(config),
+        config=dict(engine_config),
     )
     return engine
 
@@ -134,8 +138,8 @@ def start_engine(model: nn.Module, run: TrainConfig, config: Mapping[str, Any]) 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if nested else value
+        both_trees = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_trees else value
     return merged
 
 

@@ -1,9 +1,10 @@
-"""The gradients of one optimizer step, for a local batch of any size in the memory of one chunk.
+"""The gradients of one optimizer step, for a local batch of any size in the memory of one micro-batch.
 
-A contrastive loss needs the embeddings of the whole global batch, but not the activations behind them. So (GradCache,
-Gao et al. 2021, arXiv 2101.06983): embed all chunks without a graph; compute the loss and its gradients with respect to
-embeddings, scales and biases; then run each chunk again, with the same dropout, and send these gradients through it.
-This is exact, for the learned temperature too: that enters the loss once, not once a chunk.
+A contrastive loss needs the embeddings of the complete global batch, but not the activations behind them. GradCache
+(Gao et al. 2021, arXiv 2101.06983) therefore embeds all micro-batches without a graph; computes the loss and its
+gradients with respect to embeddings, scales and biases; then runs each micro-batch again, with the same dropout, and
+sends these gradients through it. This is exact, for the learned temperature too: it enters the loss once, not once a
+micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,129 +20,206 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from threetowers.trainer.loss import TermResult
 from threetowers.trainer.model.model import Outputs, TowerModel
 
-Inputs = Mapping[str, Tensor]
-Objective = Callable[[Outputs], tuple[Tensor, dict[str, TermResult]]]
+LossFunction = Callable[[Outputs, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, TermResult]]]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a step measured. `faults`: what was not finite, the same on all ranks; gradients were then not computed."""
+class StepResult:
+    """Loss of one step over the global batch, and each term's part in it, by name."""
 
     loss: float
     terms: dict[str, TermResult]
-    faults: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()  # the same on all ranks; where there are any, no gradient was computed
 
 
-def accumulate(
-    engine: Any, inputs: Inputs, objective: Objective, chunks: int, seed: Callable[[int], None], device: torch.device
-) -> Measured:
-    """Leave the gradients of `objective` over this rank's batch in the engine, and return what was measured.
+class GradCache:
+    """Computes the gradients of a loss over the global batch, one micro-batch of a rank at a time.
 
-    `inputs`: one tensor per tower, on any device; `objective`: embeddings of the whole local batch to the loss over the
-    global one, scaled for averaging over ranks; `chunks`: how many parts the batch goes through in, the same on all
-    ranks; `seed`: called with the number of a part before each of its passes. Batch norm's statistics are by nature
-    those of a part; its running moments take each part once. Raises ValueError for fewer samples than parts.
+    Batch norm's statistics are those of a micro-batch; its running moments take each micro-batch once.
     """
-    parts = split(inputs, chunks)
 
-    def embed(number: int) -> Outputs:
-        seed(number)
-        outputs: Outputs = engine({name: part.to(device, non_blocking=True) for name, part in parts[number].items()})
+    def __init__(
+        self,
+        engine: Any,
+        loss_fn: LossFunction,
+        num_micro_batches: int,
+        *,
+        seed: int,
+        rank: int,
+        device: torch.device,
+    ) -> None:
+        """Bind an engine to a loss.
+
+        Args:
+            engine: DeepSpeed's engine of a `TowerModel`.
+            loss_fn: Maps embeddings of the local batch, group ids (b,) or None, and which samples have which tower,
+                to the loss over the global batch, scaled for averaging over ranks, and its terms.
+            num_micro_batches: Into how many parts the local batch is split; the same on all ranks. 1: one pass.
+            seed: The run's seed: dropout is a function of (seed, step, rank, micro-batch), also in a resumed run.
+            rank: Of this process.
+            device: Of the engine.
+        """
+        self.engine = engine
+        self.loss_fn = loss_fn
+        self.num_micro_batches = num_micro_batches
+        self.seed = seed
+        self.rank = rank
+        self.device = device
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        step: int,
+        groups_b: Tensor | None = None,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> StepResult:
+        """Leave the gradients of the step in the engine and return its loss. Collective.
+
+        Args:
+            inputs: One tensor of b samples a tower, on any device.
+            step: Number of the step; seeds dropout.
+            groups_b: Group of each sample (b,) int64; samples of one group are no negatives of each other.
+            present: For each tower that some samples may lack, which ones have it, (b,) bool.
+
+        Raises:
+            ValueError: For fewer samples than micro-batches.
+        """
+        micro_batches = split(inputs, self.num_micro_batches)
+        groups_b = None if groups_b is None else groups_b.to(self.device, non_blocking=True)
+        present = {name: has_b.to(self.device, non_blocking=True) for name, has_b in (present or {}).items()}
+
+        # Forward: with a graph in one pass, without one where the micro-batches run again in backward.
+        if len(micro_batches) == 1:
+            outputs = self._forward(micro_batches[0], step, 0)
+        else:
+            with torch.no_grad(), running_moments_kept(self.engine.module):
+                parts = [self._forward(part, step, number) for number, part in enumerate(micro_batches)]
+            outputs = join(parts, learning_heads(self.engine.module))
+            del parts
+
+        # The loss over the global batch.
+        try:
+            loss, terms = self.loss_fn(outputs, groups_b, present)
+        except ValueError:  # raised on all ranks together, so that they can look for the reason together
+            nonfinite = self._nonfinite_embeddings(outputs)
+            if not nonfinite:
+                raise
+            return StepResult(float("nan"), {}, nonfinite)
+        result = StepResult(float(loss.detach()), terms, _nonfinite_losses(loss.detach(), terms))
+        if result.nonfinite:
+            return result
+
+        # Backward.
+        if len(micro_batches) == 1:
+            self.engine.backward(loss)
+            return result
+        leaves = {key: tensor for key, tensor in _named_tensors(outputs) if tensor.requires_grad}
+        # Not backward(): parameters take no part in this, and ZeRO must not count it as a pass over them.
+        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        del outputs, loss, leaves  # frees the loss's graph before the first micro-batch is embedded again
+        first = 0
+        for number, micro_batch in enumerate(micro_batches):
+            outputs = self._forward(micro_batch, step, number)
+            size = len(next(iter(micro_batch.values())))
+            self.engine.backward(_surrogate_loss(outputs, grads, slice(first, first + size), shared=number == 0))
+            first += size
+        return result
+
+    def _forward(self, micro_batch: Mapping[str, Tensor], step: int, number: int) -> Outputs:
+        seed_dropout(self.seed, step, self.rank, number)
+        outputs: Outputs = self.engine(
+            {name: part.to(self.device, non_blocking=True) for name, part in micro_batch.items()}
+        )
         return outputs
 
-    if len(parts) == 1:
-        measured, loss = measure(objective, embed(0), device)
-        if loss is not None:
-            engine.backward(loss)
-        return measured
-
-    with torch.no_grad(), running_moments_kept(engine.module):
-        joined = join([embed(number) for number in range(len(parts))], learning_heads(engine.module))
-    measured, loss = measure(objective, joined, device)
-    if loss is None:
-        return measured
-    leaves = [leaf for _, _, leaf in tensors(joined) if leaf.requires_grad]
-    # Not backward(): parameters take no part in this, and ZeRO must not believe they did.
-    wanted = iter(torch.autograd.grad(loss, leaves))
-    grads = {(kind, name): next(wanted) for kind, name, leaf in tensors(joined) if leaf.requires_grad}
-    del joined, loss, leaves
-    first = 0
-    for number, part in enumerate(parts):
-        outputs = embed(number)
-        size = len(next(iter(part.values())))
-        engine.backward(_surrogate(outputs, grads, slice(first, first + size), shared=number == 0))
-        first += size
-    return measured
-
-
-def measure(objective: Objective, outputs: Outputs, device: torch.device) -> tuple[Measured, Tensor | None]:
-    """Return the loss as numbers and as a tensor; the latter is None where something is not finite, on all ranks."""
-    try:
-        loss, terms = objective(outputs)
-    except ValueError:  # raised on all ranks together, so that all can look for the reason together
+    def _nonfinite_embeddings(self, outputs: Outputs) -> tuple[str, ...]:
+        """Name the heads with a nonfinite embedding on any rank. Collective."""
         names = list(outputs.embeddings)
-        bad = torch.stack([~outputs.embeddings[name].detach().isfinite().all() for name in names]).int().to(device)
-        distributed.all_reduce(bad, distributed.ReduceOp.MAX)
-        faults = tuple(f"embeddings {name}" for name, fault in zip(names, bad.tolist(), strict=True) if fault)
-        if not faults:
-            raise
-        return Measured(float("nan"), {}, faults), None
-    value = float(loss.detach())
-    if torch.isfinite(loss.detach()):
-        return Measured(value, terms), loss
-    parts = [f"loss of {name} = {float(t.loss):g}" for name, t in terms.items() if not t.loss.isfinite()]
-    return Measured(value, terms, tuple(parts) or (f"loss = {value:g}",)), None
+        found = torch.stack([~outputs.embeddings[name].detach().isfinite().all() for name in names])
+        found = found.int().to(self.device)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return tuple(f"embeddings {name}" for name, value in zip(names, found.tolist(), strict=True) if value)
 
 
-def split(inputs: Inputs, chunks: int) -> list[dict[str, Tensor]]:
-    """Return the batch in `chunks` parts of sizes that differ by one at most."""
+def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
+    """Seed torch by (seed, step, rank, micro-batch), so that a repeated forward pass draws the same dropout."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0]))
+
+
+def split(inputs: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """Return the batch in `parts` micro-batches of sizes that differ by one at most.
+
+    Raises:
+        ValueError: For fewer samples than parts.
+    """
     size = len(next(iter(inputs.values())))
-    if size < chunks:
-        raise ValueError(f"{size} samples cannot go through in {chunks} parts; raise engine.micro_batch_size or batch")
-    cut = {name: tensor.tensor_split(chunks) for name, tensor in inputs.items()}
-    return [{name: parts[number] for name, parts in cut.items()} for number in range(chunks)]
+    if size < parts:
+        raise ValueError(
+            f"{size} samples cannot be split into {parts} micro-batches; raise engine.micro_batch_size or "
+            "global_batch_size"
+        )
+    pieces = {name: tensor.tensor_split(parts) for name, tensor in inputs.items()}
+    return [{name: tensors[number] for name, tensors in pieces.items()} for number in range(parts)]
 
 
-def join(outputs: Sequence[Outputs], learning: set[str]) -> Outputs:
-    """Return outputs of parts as those of the whole, as leaves that collect gradients where something learns."""
-    embeddings = {
-        name: torch.cat([part.embeddings[name] for part in outputs]).requires_grad_(name in learning)
-        for name in outputs[0].embeddings
-    }
-    scales = {name: scale.detach().requires_grad_() for name, scale in outputs[0].log_scales.items()}
-    biases = {name: bias.detach().requires_grad_() for name, bias in outputs[0].biases.items()}
+def join(parts: Sequence[Outputs], learning: set[str]) -> Outputs:
+    """Return the outputs of micro-batches as those of the batch: leaves that collect gradients.
+
+    Args:
+        parts: Outputs without a graph.
+        learning: Heads whose embeddings need a gradient.
+    """
+    embeddings = {}
+    for name in parts[0].embeddings:
+        joined_bD = torch.cat([part.embeddings[name] for part in parts])
+        embeddings[name] = joined_bD.requires_grad_(name in learning)
+    scales = {name: scale.detach().requires_grad_() for name, scale in parts[0].log_scales.items()}
+    biases = {name: bias.detach().requires_grad_() for name, bias in parts[0].biases.items()}
     return Outputs(embeddings, scales, biases)
 
 
 def learning_heads(model: TowerModel) -> set[str]:
-    """Names of the heads on whose way down to the input something has a gradient."""
-    parts = [*model.towers.items(), *model.heads.items()]
-    learns = {name: any(p.requires_grad for p in module.parameters()) for name, module in parts}
-    for name, head in model.run.heads.items():  # a head stands on what came before it
+    """Return the heads that stand on a trained parameter: their own, or one of what is below them."""
+    modules = [*model.towers.items(), *model.heads.items()]
+    learns = {name: any(p.requires_grad for p in module.parameters()) for name, module in modules}
+    for name, head in model.config.heads.items():  # a head comes after the one it stands on
         learns[name] = learns[name] or learns[head.of]
-    return {name for name in model.run.heads if learns[name]}
+    return {name for name in model.config.heads if learns[name]}
 
 
-def tensors(outputs: Outputs) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (kind, name, tensor) of all that a loss is computed from."""
+def _named_tensors(outputs: Outputs) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """Yield everything that a loss is computed from, by (kind, name)."""
     for kind in ("embeddings", "log_scales", "biases"):
         for name, tensor in getattr(outputs, kind).items():
-            yield kind, name, tensor
+            yield (kind, name), tensor
 
 
-def _surrogate(outputs: Outputs, grads: Mapping[tuple[str, str], Tensor], rows: slice, shared: bool) -> Tensor:
-    """A scalar whose gradient is that of the loss; what all parts share (scales, biases) counts in one of them."""
+def _nonfinite_losses(loss: Tensor, terms: Mapping[str, TermResult]) -> tuple[str, ...]:
+    """Name the terms with a nonfinite loss, or the total where every single term is finite."""
+    if torch.isfinite(loss):
+        return ()
+    names = [f"loss of {name} = {float(term.loss):g}" for name, term in terms.items() if not term.loss.isfinite()]
+    return tuple(names) or (f"loss = {float(loss):g}",)
+
+
+def _surrogate_loss(outputs: Outputs, grads: Mapping[tuple[str, str], Tensor], rows: slice, shared: bool) -> Tensor:
+    """Return a scalar whose gradient in a micro-batch is that of the loss.
+
+    Scales and biases, which all micro-batches share, count in one of them: the one with `shared`.
+    """
     total = torch.zeros((), device=next(iter(outputs.embeddings.values())).device)
-    for kind, name, tensor in tensors(outputs):
-        if (kind, name) in grads:
-            grad = grads[kind, name][rows] if kind == "embeddings" else grads[kind, name] * float(shared)
-            total = total + (tensor * grad).sum()
+    for (kind, name), tensor in _named_tensors(outputs):
+        if (kind, name) not in grads:
+            continue
+        grad = grads[kind, name]
+        grad = grad[rows] if kind == "embeddings" else grad * float(shared)
+        total = total + (tensor * grad).sum()
     return total
 
 
 @contextmanager
 def running_moments_kept(model: nn.Module) -> Iterator[None]:
-    """Let batch norm use a part's statistics without adding them to its running moments."""
+    """Let batch norm use a micro-batch's statistics without adding them to its running moments."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False

@@ -1,16 +1,14 @@
-"""The objective: a weighted sum of pair terms over the global batch."""
+"""The loss of a run: a weighted sum of pair terms over the global batch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import ProcessGroup
 
 from threetowers.kernels import Pair, contrastive_losses
-from threetowers.trainer.config import Term, TrainConfig
+from threetowers.trainer.config import TrainConfig
 from threetowers.trainer.model.model import Outputs
-from threetowers.trainer.transfer import transfer_loss
 
 
 @dataclass(frozen=True)
@@ -22,88 +20,117 @@ class TermResult:
     scale: Tensor | None
 
     def metrics(self) -> dict[str, float]:
-        """What the term has, by name."""
-        parts = {"loss": self.loss, "accuracy": self.accuracy, "scale": self.scale}
-        return {name: float(value) for name, value in parts.items() if value is not None}
+        """Return the values that the term has, by name."""
+        values = {"loss": self.loss, "accuracy": self.accuracy, "scale": self.scale}
+        return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def objective(
-    run: TrainConfig,
-    outputs: Outputs,
-    concepts_b: Tensor | None,
-    group: ProcessGroup | None = None,
-    *,
-    present: Mapping[str, Tensor] | None = None,
+def total_loss(
+    config: TrainConfig, outputs: Outputs, groups_b: Tensor | None = None, present: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, dict[str, TermResult]]:
-    """Return the loss to minimise (a scalar) and what each term gave, by name.
+    """Return the loss to minimise, a scalar over the samples of all ranks, and each term's result by name.
 
     Three Towers: with heads f, g, f_h, g_h, h_f, h_g and weights 1/3 this is the mean of the image-text, image-third
-    and text-third InfoNCE losses, each over all samples of all ranks. Samples with equal `concepts_b` (b,) int64 are no
-    negatives of each other; None: every other sample is a negative. Accuracy is the mean over both directions of the
-    share of samples whose partner beats every negative.
+    and text-third InfoNCE losses. Accuracy is the mean over both directions of the share of samples whose partner beats
+    every negative. Gradients are scaled for the averaging of DDP and DeepSpeed. Collective.
 
-    `present` (b,) bool, by tower, says which samples have that tower at all; on every rank it names the same towers. A
-    term is the loss over the samples that have both its towers, as if there were no others. Where no sample of any rank
-    has them, the term's loss is 0 and its accuracy NaN.
+    Args:
+        config: The run, with its terms and the kind of its loss.
+        outputs: Embeddings, scales and biases of the local batch of b samples.
+        groups_b: Group of each sample, (b,) int64. Samples of one group are no negatives of each other, unless
+            `loss.mask_false_negatives` is off. None: every other sample is a negative.
+        present: For each tower that some samples may lack, which ones have it, (b,) bool; the same towers on every
+            rank. A term is the loss over the samples that have both its towers, as if there were no others. Where no
+            sample of any rank has them, the term's loss is 0 and its accuracy NaN.
     """
     present = present or {}
+    if not config.loss.mask_false_negatives:
+        groups_b = None
     losses: dict[str, Tensor] = {}
     accuracies: dict[str, Tensor] = {}
-    for (kind, towers), names in _groups(run, present).items():
-        pairs, ids_b = {name: _pair(run.terms[name], outputs) for name in names}, concepts_b
+
+    # Terms of one kind over the same samples share their collectives.
+    for (kind, towers), names in _terms_by_samples(config, present).items():
+        pairs = {name: _pair(config, name, outputs) for name in names}
+        group_ids = groups_b
         if towers:
             has_b = torch.stack([present[tower] for tower in towers]).all(0)
-            if not _any_rank(has_b, group):
-                losses |= {name: _nothing(pair) for name, pair in pairs.items()}
+            if not _on_any_rank(has_b):
+                losses |= {name: zero_loss(pair) for name, pair in pairs.items()}
                 accuracies |= {name: torch.full_like(losses[name].detach(), torch.nan) for name in names}
                 continue
             pairs = {name: pair._replace(x=pair.x[has_b], y=pair.y[has_b]) for name, pair in pairs.items()}
-            ids_b = None if concepts_b is None else concepts_b[has_b]
+            group_ids = None if groups_b is None else groups_b[has_b]
         if kind == "l2":
-            losses |= {name: transfer_loss(pair.x, pair.y, group) for name, pair in pairs.items()}
+            losses |= {name: l2_loss(pair.x, pair.y) for name, pair in pairs.items()}
             continue
-        found = contrastive_losses(
+        results = contrastive_losses(
             list(pairs.values()),
-            kind=run.loss.kind,
-            group_ids=ids_b,
-            logit_cache_bytes=run.loss.logit_cache_mib * len(pairs) * 2**20,
+            kind=config.loss.kind,
+            group_ids=group_ids,
+            logit_cache_bytes=config.loss.logit_cache_mib * len(pairs) * 2**20,
+            ring=config.loss.ring,
         )
-        losses |= {name: result.loss for name, result in zip(pairs, found, strict=True)}
-        accuracies |= {n: (r.accuracy_xy + r.accuracy_yx) / 2 for n, r in zip(pairs, found, strict=True)}
-    total = sum(term.weight * losses[name] for name, term in run.terms.items())
-    report = {
-        name: TermResult(losses[name].detach(), accuracies[name], outputs.log_scales[term.scale].detach().exp())
-        if term.kind == "contrastive"
-        else TermResult(losses[name].detach(), None, None)
-        for name, term in run.terms.items()
-    }
-    assert isinstance(total, Tensor)
+        for name, result in zip(pairs, results, strict=True):
+            losses[name] = result.loss
+            accuracies[name] = (result.accuracy_xy + result.accuracy_yx) / 2
+
+    # The weighted sum, and what is reported of each term.
+    total = torch.zeros((), device=next(iter(losses.values())).device)
+    report = {}
+    for name, term in config.terms.items():
+        total = total + term.weight * losses[name]
+        accuracy = scale = None
+        if term.kind == "contrastive":
+            accuracy = accuracies[name]
+            scale = outputs.log_scales[term.scale].detach().exp()
+        report[name] = TermResult(losses[name].detach(), accuracy, scale)
     return total, report
 
 
-def _pair(term: Term, outputs: Outputs) -> Pair:
-    x, y = outputs.embeddings[term.x], outputs.embeddings[term.y]
+def _terms_by_samples(
+    config: TrainConfig, present: Mapping[str, Tensor]
+) -> dict[tuple[str, tuple[str, ...]], list[str]]:
+    """Return the terms by kind and by those of their towers that some samples may lack; the same on all ranks."""
+    terms: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, term in config.terms.items():
+        towers = {config.root_of(term.x), config.root_of(term.y)} & present.keys()
+        terms.setdefault((term.kind, tuple(sorted(towers))), []).append(name)
+    return terms
+
+
+def _pair(config: TrainConfig, name: str, outputs: Outputs) -> Pair:
+    term = config.terms[name]
+    x_bD = outputs.embeddings[term.x]
+    y_bD = outputs.embeddings[term.y]
     if term.kind == "l2":
-        return Pair(x, y, x.new_zeros(1))
-    return Pair(x, y, outputs.log_scales[term.scale], outputs.biases.get(term.scale))
+        return Pair(x_bD, y_bD, x_bD.new_zeros(1))
+    return Pair(x_bD, y_bD, outputs.log_scales[term.scale], outputs.biases.get(term.scale))
 
 
-def _groups(run: TrainConfig, present: Mapping[str, Tensor]) -> dict[tuple[str, tuple[str, ...]], list[str]]:
-    """Names of the terms, by kind and by those of their towers that some samples may lack; the same on all ranks."""
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for name, term in run.terms.items():
-        towers = {run.root_of(term.x), run.root_of(term.y)} & present.keys()
-        groups.setdefault((term.kind, tuple(sorted(towers))), []).append(name)
-    return groups
-
-
-def _any_rank(has_b: Tensor, group: ProcessGroup | None) -> bool:
+def _on_any_rank(has_b: Tensor) -> bool:
     found = has_b.any().to(torch.int32)
     if distributed.is_initialized():
-        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=group)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return bool(found)
 
 
-def _nothing(parts: Iterable[Tensor | None]) -> Tensor:
-    """A loss of 0 that reaches every parameter, so that the ranks' backward passes stay alike."""
-    return torch.stack([(part.float() * 0).sum() for part in parts if part is not None]).sum()
+def zero_loss(pair: Pair) -> Tensor:
+    """Return a loss of 0 that reaches every parameter, so that all ranks make the same backward pass."""
+    return torch.stack([(part.float() * 0).sum() for part in pair if part is not None]).sum()
+
+
+def l2_loss(x_bD: Tensor, y_bD: Tensor) -> Tensor:
+    """Return the mean of |x - y|^2 over the samples of all ranks, a float32 scalar; 2 - 2 cos for unit-norm features.
+
+    It pulls features onto each other directly, without negatives. The value is the same on all ranks. Gradients are
+    scaled for the averaging of DDP and DeepSpeed: averaged over ranks, they are those of one process with the joined
+    batch, also when local batches differ. At least one rank must have a sample. Collective.
+    """
+    total = (x_bD.float() - y_bD.float()).square().sum()
+    if not distributed.is_initialized():
+        return total / len(x_bD)
+    sums = torch.stack([total.detach(), total.new_tensor(len(x_bD))])
+    distributed.all_reduce(sums)
+    local = total * (distributed.get_world_size() / sums[1])
+    return (local - local.detach()) + sums[0] / sums[1]

@@ -1,40 +1,45 @@
-"""The training loop: set up once, then fetch, forward and backward, agree, step, report, evaluate, save."""
+"""The training loop: set a run up, then fetch, forward and backward, update, log, evaluate and save, step by step."""
 
 import json
 import logging
 import resource
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from threetowers.cache.preemption import Interrupted, StopRequest
 from threetowers.cache.storage.atomic import write_atomic
 from threetowers.cache.webdataset.sample import BadSample
 from threetowers.cache.world import World
-from threetowers.trainer.checkpoint import checkpoint
+from threetowers.trainer.checkpoint.checkpoint import (
+    CheckpointReader,
+    Progress,
+    newest_checkpoint,
+    remove_partial_checkpoints,
+    save_checkpoint,
+    save_weights,
+)
 from threetowers.trainer.config import CacheTower, TrainConfig
 from threetowers.trainer.data.batch import Batch, prefetch_to_device
-from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
-from threetowers.trainer.engine import chunks, deepspeed_config, join_process_group, start_engine
+from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model, tower_costs, training_flops
-from threetowers.trainer.estimate.summary import Held, startup_page
-from threetowers.trainer.evaluator import Evaluator
-from threetowers.trainer.grad_cache import Measured, accumulate
-from threetowers.trainer.loss import TermResult, objective
-from threetowers.trainer.model.model import Outputs, TowerModel
+from threetowers.trainer.estimate.summary import DatasetStats, run_summary
+from threetowers.trainer.grad_cache import GradCache, StepResult
+from threetowers.trainer.loss import total_loss
+from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.monitoring.metrics import Metrics, MetricsLog, step_line
 from threetowers.trainer.monitoring.profile import StepProfile
-from threetowers.trainer.monitoring.timer import Clock
-from threetowers.trainer.nonfinite import GradientWatch
+from threetowers.trainer.monitoring.timer import Timer
 from threetowers.trainer.optimizer.optimizer import freeze
 from threetowers.trainer.optimizer.schedule import Schedule
 from threetowers.trainer.run_folder import RunFolder
@@ -45,10 +50,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a finished run took, over all its launches; steps that were made again after a crash count once."""
+    """Cost of a finished run over all its launches; steps that were repeated after a crash count once."""
 
     steps: int
-    samples: int
+    samples: int  # usable ones in the data set
     epochs: float
     seconds: float  # of training: steps, waiting for their data, warm-up
     warmup_seconds: float
@@ -56,211 +61,360 @@ class TrainSummary:
     checkpoint_seconds: float
     images_per_s: float  # after warm-up
     data_wait: float  # share of the training time, after warm-up, spent waiting for data
-    verdict: str
-    memory_gb: float  # this process at its peak, since its start
-    skipped: int  # samples that could not be read, on this rank
-    not_finite: int  # steps skipped because a loss or gradient was not finite
+    bottleneck: str  # a sentence
+    memory_gb: float  # peak of this process since its start
+    skipped_samples: int  # samples that could not be read, on this rank
+    nonfinite_steps: int  # steps skipped because a loss or gradient was nonfinite
 
 
-def train(run: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSummary:
-    """Train a run to its end and leave its folder complete; resume it if the folder holds a checkpoint of it.
+class Evaluator(Protocol):
+    """An online evaluation. Every rank calls it; it may use collectives.
 
-    Collective: every rank of the launch calls it. Raises ConfigError, ContractError, BadSample or BadTar before the
-    first step for a config, cache or tars that do not fit, FloatingPointError when a loss or gradient is not finite
-    and the run's policy does not let it go on, and Interrupted after SIGTERM, once a checkpoint is written.
+    The trainer imports no evaluation: the command line hands evaluators in.
     """
-    return Trainer(run, join_process_group(), evaluators).train()
+
+    name: str
+
+    def every(self, samples: int, batch: int, steps: int) -> int:
+        """Return its interval in steps, in a run of `steps` steps over `samples` with a global batch of `batch`."""
+        ...
+
+    def __call__(self, model: TowerModel, step: int) -> Mapping[str, float]:
+        """Return metrics of the model after `step` steps; the model is in evaluation mode, its parameters complete."""
+        ...
+
+
+def train(config: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSummary:
+    """Train a run to its end, or resume it where its folder holds a checkpoint.
+
+    The folder (`config.output_dir`) then holds config, tokenizer, weights, metrics and summary; `load_model` reads it.
+    Collective: every rank of the launch calls it. Without a launcher it runs as a single process.
+
+    Args:
+        config: The run, as returned by `load` for a YAML file.
+        evaluators: Online evaluations, each called at its own interval and at the end.
+
+    Returns:
+        Steps, seconds, images per second, share of time spent waiting for data, and the peak memory in GB.
+
+    Raises:
+        ConfigError: The config does not fit the data, the layout, or the run that the folder holds.
+        ManifestError: A cache does not fit the config, or is another one than the run began with.
+        BadSample, BadTar: A sample or tar cannot be used and `data.on_bad` is `error`.
+        FloatingPointError: A loss or gradient is nonfinite and `engine.on_nonfinite` does not allow to skip it.
+        Interrupted: SIGTERM arrived; a checkpoint was written, and calling `train` again resumes from it.
+
+    Example:
+        >>> import io, tarfile, tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from threetowers.trainer.config import parse
+        >>> from threetowers.trainer.tokenizer import train_tokenizer
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> image = io.BytesIO()
+        >>> Image.new("RGB", (32, 32), "red").save(image, "PNG")
+        >>> with tarfile.open(folder / "train.tar", "w") as tar:
+        ...     for number in range(4):
+        ...         for extension, data in (("png", image.getvalue()), ("txt", f"red square {number}".encode())):
+        ...             member = tarfile.TarInfo(f"{number}.{extension}")
+        ...             member.size = len(data)
+        ...             tar.addfile(member, io.BytesIO(data))
+        >>> _ = (folder / "tokenizer.model").write_bytes(train_tokenizer(["a red square", "a blue disc"] * 9, 24))
+        >>> config = parse({
+        ...     "output_dir": str(folder / "run"), "global_batch_size": 4, "duration": {"steps": 2}, "embed_dim": 8,
+        ...     "data": {"tars": [str(folder / "train.tar")], "tokenizer": str(folder / "tokenizer.model"),
+        ...              "image_size": 32, "context_length": 8, "workers": 0},
+        ...     "towers": {"image": {"kind": "timm", "model": "test_vit"},
+        ...                "text": {"kind": "text", "width": 8, "depth": 1, "heads": 2}},
+        ...     "heads": {"f": {"of": "image"}, "g": {"of": "text"}},
+        ...     "terms": {"image-text": {"x": "f", "y": "g"}},
+        ...     "deploy": {"image": "f", "text": "g"}, "log": {"tensorboard": False},
+        ... })
+        >>> summary = train(config)
+        >>> summary.steps, summary.samples, summary.epochs
+        (2, 4, 2.0)
+        >>> from threetowers.trainer.export.trained_model import load_model
+        >>> load_model(folder / "run").encode_texts(["a red square", "a blue disc"]).shape
+        torch.Size([2, 8])
+    """
+    return Trainer(config, join_process_group(), evaluators).train()
 
 
 class Trainer:
-    """One rank's view of a run."""
+    """One rank of a run: its data, model, engine and progress."""
 
-    def __init__(self, run: TrainConfig, world: World, evaluators: Sequence[Evaluator] = ()) -> None:
-        self.run = run
+    def __init__(self, config: TrainConfig, world: World, evaluators: Sequence[Evaluator] = ()) -> None:
+        """Set the run up, as far as its newest checkpoint. Raises what `train` raises before the first step."""
+        self.config = config
         self.world = world
-        self.folder = RunFolder(Path(run.output_dir))
-        changed = self.folder.check(run)
-        self.samples = open_samples(run, self.folder.path)
-        caches = self.samples.caches
-        manifests = {name: join.cache.manifest for name, join in caches.items()}
-        self.folder.check_manifests(manifests)
-        self.tokenizer = Tokenizer.load(run.data.tokenizer)
-        self.vocab_size = self.tokenizer.embedding_rows(run.data.vocab_size)
-        self.steps = run.duration.in_steps(len(self.samples), run.global_batch_size)
-        self.schedule = Schedule.of(run.optim, self.steps, len(self.samples), run.global_batch_size)
-        self.evaluators = [(e.every(len(self.samples), run.global_batch_size, self.steps), e) for e in evaluators]
-        model = self._model(caches)
-        config = deepspeed_config(run, world.size)
-        if world.first:
-            samples, teachers = self.samples, {name: TeacherCost.of(manifest) for name, manifest in manifests.items()}
-            counts = samples.left_out, samples.without_row
-            held = Held(len(samples), samples.total, len(samples.tars), *counts, samples.notes())
-            shapes = meta_model(run, self.vocab_size, teachers)
-            self.flops = training_flops(shapes, tower_costs(shapes))
-            for line in startup_page(world.size, world.device, shapes, teachers, held, self.steps):
-                logger.info(line)
-            for difference in changed:
-                logger.info(f"changed since this run began: {difference}")
-            self.folder.create(run, config, manifests)
-            checkpoint.sweep(self.folder.checkpoints)
-        distributed.barrier()
-        path = checkpoint.newest(self.folder.checkpoints)
-        saved = None if path is None else checkpoint.Saved(path)
-        if saved is not None:
-            saved.load_model(model)
-        self.engine = start_engine(model, run, config)
-        if saved is not None:
-            saved.load_optimizer(self.engine)
-        progress = checkpoint.Progress(0, 0) if saved is None else saved.progress
-        self.start, self.updates = progress.step, progress.updates
-        self.counts: Counter[str] = Counter(progress.counts)
-        self.clock = Clock(progress.clock)
-        self.watch = GradientWatch(self.engine.module, world.device)
-        self.failed = 0  # steps in a row that were not finite
+        self._open_data()
+        self.evaluators = [(e.every(len(self.samples), config.global_batch_size, self.steps), e) for e in evaluators]
+        model = self._build_model()
+        self._start_engine(model)
+        self._resume()
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, len(self.samples) // self.run.global_batch_size)
+        """Number of complete global batches in the data set, at least 1."""
+        return max(1, len(self.samples) // self.config.global_batch_size)
 
     def train(self) -> TrainSummary:
-        log = MetricsLog(self.folder.path, self.start, self.run.log.tensorboard) if self.world.first else None
-        profile = StepProfile(self.run.log.profile if self.world.first else None, self.folder.profile)
-        saved_at = time.monotonic()
+        """Run the remaining steps, write the weights and return the summary."""
+        config = self.config
+        log = MetricsLog(self.folder.path, self.start, config.log.tensorboard) if self.world.first else None
+        profile = StepProfile(config.log.profile if self.world.first else None, self.folder.profile)
+        self._saved_at = time.monotonic()
         with StopRequest().listening() as request, closing(self._batches()) as batches:
             for step in range(self.start, self.steps):
-                done, last = step + 1, step + 1 == self.steps
+                done = step + 1
+                last = done == self.steps
                 profile.before(done)
-                with self.clock.during("data"):
+                with self.timer.phase("data"):
                     batch = next(batches)
-                self._judge(batch)
-                with self.clock.during("step"):
-                    measured, rate = self._gradients(step, batch)
-                    bad, (stop, overdue) = self.watch.agree([request.received, self._overdue(saved_at)])
-                    self._update(step, measured, bad)
-                self.clock.stepped(self.run.global_batch_size)
+                self._check_batch(batch)
+
+                # Forward, loss over the global batch, backward; then all ranks update their weights, or none does.
+                with self.timer.phase("step"):
+                    rate = self._set_learning_rate(step)
+                    result = self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
+                    nonfinite, (stop, overdue) = self.nonfinite.sync([request.received, self._checkpoint_overdue()])
+                    self._update(done, result, nonfinite)
+                self.timer.count_step(config.global_batch_size)
                 profile.after(done, last)
-                if log is not None and (last or done % self.run.log.every_steps == 0):
-                    self._report(log, done, measured, rate)
+
+                if log is not None and (last or done % config.log.every_steps == 0):
+                    self._log_step(log, done, result, rate)
                 self._evaluate(log, done)
-                if last or stop or overdue or done % (self.run.checkpoint.every_steps or self.steps) == 0:
-                    self._save(done)
-                    saved_at = time.monotonic()
+                if last or stop or overdue or done % (config.checkpoint.every_steps or self.steps) == 0:
+                    self._save_checkpoint(done)
                 if stop and not last:
                     raise Interrupted(
-                        f"stopped by SIGTERM after step {done} of {self.steps}; the same command goes on from there"
+                        f"stopped by SIGTERM after step {done} of {self.steps}; run the same command again to resume"
                     )
         if log is not None:
             log.close()
         return self._finish()
 
-    def _gradients(self, step: int, batch: Batch) -> tuple[Measured, float]:
-        """Leave the step's gradients in the engine, where everything is finite; return what was measured."""
+    def _open_data(self) -> None:
+        """Open the samples, caches and tokenizer, check them against the run's folder, and fix the number of steps."""
+        config = self.config
+        self.folder = RunFolder(Path(config.output_dir))
+        self._config_changes = self.folder.check(config)
+        self.samples = open_samples(config, self.folder.path)
+        self.manifests = {name: join.cache.manifest for name, join in self.samples.caches.items()}
+        self.folder.check_manifests(self.manifests)
+        self.tokenizer = Tokenizer.load(config.data.tokenizer)
+        self.vocab_size = self.tokenizer.embedding_rows(config.data.vocab_size)
+        self.steps = config.duration.in_steps(len(self.samples), config.global_batch_size)
+        self.schedule = Schedule.of(config.optim, self.steps, len(self.samples), config.global_batch_size)
+
+    def _build_model(self) -> TowerModel:
+        """Return the model with its initial weights, the same on every rank."""
+        torch.manual_seed(self.config.seed)
+        model = self._new_model()
+        model.load_initial_weights()
+        for name in self.manifests:
+            tower = self.config.towers[name]
+            if isinstance(tower, CacheTower) and tower.standardize:
+                mean, std = self.samples.moments(name)
+                model.towers[name].set_moments(torch.from_numpy(mean), torch.from_numpy(std))  # type: ignore[operator]
+        freeze(model, self.config.optim)
+        if self.config.engine.activation_checkpointing:
+            model.checkpoint_activations()
+        return model
+
+    def _new_model(self) -> TowerModel:
+        widths = {name: manifest.dim for name, manifest in self.manifests.items()}
+        return TowerModel(self.config, self.vocab_size, widths)
+
+    def _start_engine(self, model: TowerModel) -> None:
+        """Create the run's folder and hand the model, with the newest checkpoint's weights, to DeepSpeed."""
+        config = self.config
+        engine_config = deepspeed_config(config, self.world.size)
+        if self.world.first:
+            self._log_summary()
+            self.folder.create(config, engine_config, self.manifests)
+            remove_partial_checkpoints(self.folder.checkpoints)
+        distributed.barrier()
+
+        # Weights go into the model before the engine cuts it into the ranks' shares.
+        path = newest_checkpoint(self.folder.checkpoints)
+        self._checkpoint = None if path is None else CheckpointReader(path)
+        if self._checkpoint is not None:
+            self._checkpoint.load_model(model)
+        self.engine = start_engine(model, config, engine_config)
+        self.grad_cache = GradCache(
+            self.engine,
+            partial(total_loss, config),
+            num_micro_batches(config, self.world.size),
+            seed=config.seed,
+            rank=self.world.rank,
+            device=self.world.device,
+        )
+        self.nonfinite = NonFiniteDetector(self.engine.module, self.world.device)
+
+    def _log_summary(self) -> None:
+        """Log what will be trained, on what, for how long and at which cost; the first rank alone."""
+        samples = self.samples
+        stats = DatasetStats(
+            usable=len(samples),
+            total=samples.total,
+            tars=len(samples.tars),
+            left_out=samples.left_out,
+            without_row=samples.without_row,
+            notes=samples.notes(),
+        )
+        teachers = {name: TeacherCost.from_manifest(manifest) for name, manifest in self.manifests.items()}
+        shapes = meta_model(self.config, self.vocab_size, teachers)
+        self._flops_per_sample = training_flops(shapes, tower_costs(shapes))
+        for line in run_summary(self.world.size, self.world.device, shapes, teachers, stats, self.steps):
+            logger.info("%s", line)
+        for change in self._config_changes:
+            logger.info("changed since this run began: %s", change)
+
+    def _resume(self) -> None:
+        """Take optimizer state and progress from the newest checkpoint, or start from step 0."""
+        progress = Progress(0, 0)
+        if self._checkpoint is not None:
+            self._checkpoint.load_optimizer(self.engine)
+            progress = self._checkpoint.progress
+            self._checkpoint = None  # closes its files
+        self.start = progress.step
+        self.updates = progress.updates
+        self.counts: Counter[str] = Counter(progress.counts)
+        self.timer = Timer(progress.timer)
+        self._nonfinite_in_a_row = 0
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        """Yield the loader's batches. Its workers end when this is closed; they ignore SIGTERM."""
+        world = self.world
+        loader = training_loader(
+            self.config, self.samples, self.tokenizer, world.rank, world.size, self.start, self.steps
+        )
+        # Micro-batches go to the device one by one: the complete batch may not fit there.
+        yield from prefetch_to_device(loader, world.device) if self.config.engine.micro_batch_size is None else loader
+
+    def _check_batch(self, batch: Batch) -> None:
+        """Count and log the bad samples of a batch. Raises BadSample where the config does not allow them."""
+        if not batch.bad:
+            return
+        if self.config.data.on_bad == "error":
+            raise BadSample(f"{batch.bad[0]}; set data.on_bad: skip to train without such samples")
+        for reason in batch.bad:
+            logger.warning("skipped: %s", reason)
+        if not len(batch):
+            raise BadSample(
+                f"none of the {len(batch.bad)} samples of a batch could be read; the first: {batch.bad[0]}; "
+                "check the files under data.tars"
+            )
+        self.counts["skipped_samples"] += len(batch.bad)
+
+    def _set_learning_rate(self, step: int) -> float:
+        """Set and return the learning rate of step `step`, counted from 0."""
         rate = self.schedule.rate(step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        masked = self.run.loss.mask_false_negatives
-        concepts_b = batch.groups_b.to(self.world.device, non_blocking=True) if masked else None
-        present = {name: has_b.to(self.world.device, non_blocking=True) for name, has_b in batch.present.items()}
+        return rate
 
-        def loss(outputs: Outputs) -> tuple[Tensor, dict[str, TermResult]]:
-            return objective(self.run, outputs, concepts_b, present=present)
+    def _update(self, done: int, result: StepResult, parameters: Sequence[str]) -> None:
+        """Step the optimizer; or skip the step, on all ranks, where a loss or gradient is nonfinite.
 
-        def seed(chunk: int) -> None:
-            seed_dropout(self.run.seed, step, self.world.rank, chunk)
+        Args:
+            done: Number of the step, from 1.
+            result: Its loss.
+            parameters: Names of the parameters with a nonfinite gradient on any rank.
 
-        parts = chunks(self.run, self.world.size)
-        return accumulate(self.engine, batch.inputs, loss, parts, seed, self.world.device), rate
-
-    def _update(self, step: int, measured: Measured, bad: Sequence[str]) -> None:
-        """Change the weights; or not, on all ranks, where a loss or gradient is not finite."""
-        faults = [*measured.faults, *(f"gradient of {name}" for name in bad)]
-        if not faults:
+        Raises:
+            FloatingPointError: If the config does not allow to skip the step.
+        """
+        nonfinite = [*result.nonfinite, *(f"gradient of {name}" for name in parameters)]
+        if not nonfinite:
             self.engine.step()
             self.updates += 1
-            self.failed = 0
+            self._nonfinite_in_a_row = 0
             return
-        self.failed += 1
-        self.counts["not_finite"] += 1
-        engine = self.run.engine
-        message = f"step {step + 1}: not finite: {', '.join(faults[:5])}{', ...' if len(faults) > 5 else ''}"
-        if engine.on_nonfinite == "stop" or self.failed >= engine.nonfinite_limit:
-            raise FloatingPointError(
-                f"{message}; the weights are as after {self.updates} updates"
-                f"{f', {self.failed} steps in a row were skipped' if self.failed > 1 else ''}. "
-                "Lower optim.lr or loss.scale_max, set optim.grad_clip_norm, or skip a few such steps by "
-                "engine.on_nonfinite: skip"
-            )
-        logger.warning(f"{message}; skipped ({self.failed} in a row, at most {engine.nonfinite_limit})")
-        if not measured.faults:
-            self._forget_gradients()
 
-    def _forget_gradients(self) -> None:
-        """DeepSpeed's wrappers have begun to sum what came; they forget it in a step that they find not finite."""
-        if self.run.engine.zero_stage == 0 and self.run.engine.precision == "float32":
+        self._nonfinite_in_a_row += 1
+        self.counts["nonfinite_steps"] += 1
+        limit = self.config.engine.nonfinite_limit
+        names = ", ".join(nonfinite[:5]) + (", ..." if len(nonfinite) > 5 else "")
+        if self.config.engine.on_nonfinite == "stop" or self._nonfinite_in_a_row >= limit:
+            raise FloatingPointError(
+                f"step {done}: nonfinite {names} ({self._nonfinite_in_a_row} such steps in a row); the weights are "
+                f"those after {self.updates} updates. Lower optim.lr or loss.scale_max, set optim.grad_clip_norm, or "
+                f"skip such steps: engine.on_nonfinite: skip, and engine.nonfinite_limit: more than {limit} in a row"
+            )
+        logger.warning(
+            "step %d: nonfinite %s; skipped (%d in a row, engine.nonfinite_limit is %d)",
+            done,
+            names,
+            self._nonfinite_in_a_row,
+            limit,
+        )
+        if not result.nonfinite:  # else there was no backward pass
+            self._discard_gradients()
+
+    def _discard_gradients(self) -> None:
+        """Drop the step's gradients, of which DeepSpeed's wrappers have begun the reduction over ranks."""
+        if self.config.engine.zero_stage == 0 and self.config.engine.precision == "float32":
             self.engine.zero_grad()
             return
-        self.engine.step()
+        self.engine.step()  # finds the overflow itself, and clears its buffers
         assert not self.engine.was_step_applied()
 
-    def _overdue(self, saved_at: float) -> bool:
-        minutes = self.run.checkpoint.every_minutes
-        return minutes is not None and self.world.first and time.monotonic() - saved_at >= 60 * minutes
+    def _checkpoint_overdue(self) -> bool:
+        """Whether the first rank's clock asks for a checkpoint."""
+        minutes = self.config.checkpoint.every_minutes
+        return minutes is not None and self.world.first and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def _judge(self, batch: Batch) -> None:
-        if not batch.bad:
-            return
-        if self.run.data.on_bad == "error":
-            raise BadSample(f"{batch.bad[0]}; set data.on_bad: skip to train without such samples")
-        for reason in batch.bad:
-            logger.warning(f"skipped: {reason}")
-        if not len(batch):
-            raise BadSample(f"none of the {len(batch.bad)} samples of a batch could be read; the first: {batch.bad[0]}")
-        self.counts["skipped"] += len(batch.bad)
-
-    def _report(self, log: MetricsLog, done: int, measured: Measured, rate: float) -> None:
-        norm, lap = self.engine.get_global_grad_norm(), self.clock.lap()
+    def _log_step(self, log: MetricsLog, done: int, result: StepResult, rate: float) -> None:
+        """Write the metrics of step `done`, counted from 1."""
+        norm = self.engine.get_global_grad_norm()
+        interval = self.timer.interval()
         metrics: Metrics = {
             "step": done,
             "epoch": done / self.steps_per_epoch,
-            "samples": done * self.run.global_batch_size,
-            "loss": measured.loss,
+            "samples": done * self.config.global_batch_size,
+            "loss": result.loss,
             "lr": rate,
             "grad_norm": None if norm is None else float(norm),
-            "images_per_s": lap.images_per_s,
-            "tflops_per_s": lap.images_per_s * self.flops / 1e12,  # of towers and heads, on all ranks
-            "data_wait": lap.data_wait,
-            "seconds": self.clock.training,
+            "images_per_s": interval.images_per_s,
+            "tflops_per_s": interval.images_per_s * self._flops_per_sample / 1e12,  # of towers and heads, on all ranks
+            "data_wait": interval.data_wait,
+            "seconds": self.timer.training,
             "memory_gb": peak_memory(self.world.device),
-            "skipped": self.counts["skipped"],
-            "not_finite": self.counts["not_finite"],
+            "skipped_samples": self.counts["skipped_samples"],
+            "nonfinite_steps": self.counts["nonfinite_steps"],
         }
-        for name, term in measured.terms.items():
+        for name, term in result.terms.items():
             metrics |= {f"terms/{name}/{key}": value for key, value in term.metrics().items()}
         metrics |= self.samples.mixture_metrics(done)
         log.write(metrics)
-        logger.info(step_line(metrics, self.steps))
+        logger.info("%s", step_line(metrics, self.steps))
 
     def _evaluate(self, log: MetricsLog | None, done: int) -> None:
+        """Call the evaluators that are due after step `done`."""
         due = [evaluator for every, evaluator in self.evaluators if done % every == 0 or done == self.steps]
         if not due:
             return
-        with self.clock.during("evaluation"), self._whole_model() as model:
+        with self.timer.phase("evaluation"), self._gathered_model() as model:
             for evaluator in due:
-                found = evaluator(model, done)
-                if log is not None:
-                    log.write({"step": done} | {f"{evaluator.name}/{key}": value for key, value in found.items()})
-                    numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-                    logger.info(f"step {done}/{self.steps} | {evaluator.name}: {numbers}")
+                metrics = evaluator(model, done)
+                if log is None:
+                    continue
+                log.write({"step": done} | {f"{evaluator.name}/{key}": value for key, value in metrics.items()})
+                values = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+                logger.info("step %d/%d | %s: %s", done, self.steps, evaluator.name, values)
 
     @contextmanager
-    def _whole_model(self) -> Iterator[TowerModel]:
-        """The model in evaluation mode with all its parameters: a copy of its own under ZeRO 3, which cuts them."""
+    def _gathered_model(self) -> Iterator[TowerModel]:
+        """Give the model in evaluation mode with complete parameters: under ZeRO 3, which partitions them, a copy."""
         import deepspeed
 
         module: TowerModel = self.engine.module
         model = module
-        if self.run.engine.zero_stage == 3:
-            model = self._bare_model().to(self.world.device)
+        if self.config.engine.zero_stage == 3:
+            model = self._new_model().to(self.world.device)
             with deepspeed.zero.GatheredParameters(list(module.parameters())):
                 model.load_state_dict(module.state_dict())
         model.eval()
@@ -270,68 +424,77 @@ class Trainer:
         finally:
             module.train()
 
-    def _save(self, step: int) -> None:
-        with self.clock.during("checkpoint"):
-            progress = checkpoint.Progress(step, self.updates, dict(self.counts), self.clock.state())
-            checkpoint.save(self.engine, self.folder.checkpoints, progress, self.run.checkpoint.keep, self.world)
+    def _save_checkpoint(self, done: int) -> None:
+        """Write a checkpoint after step `done`."""
+        with self.timer.phase("checkpoint"):
+            progress = Progress(done, self.updates, dict(self.counts), self.timer.state())
+            save_checkpoint(self.engine, self.folder.checkpoints, progress, self.config.checkpoint.keep, self.world)
+        self._saved_at = time.monotonic()
 
     def _finish(self) -> TrainSummary:
-        if self.start == self.steps and self.folder.summary.exists():  # nothing was left to do
+        """Write the weights and the summary, and return the latter."""
+        if self.start == self.steps and self.folder.summary.exists():  # the run was finished before
             return TrainSummary(**json.loads(self.folder.summary.read_text()))
-        checkpoint.save_weights(self.engine, self.folder.weights, self.world)
-        clock = self.clock
+        save_weights(self.engine, self.folder.weights, self.world)
+        timer = self.timer
         summary = TrainSummary(
             steps=self.steps,
             samples=len(self.samples),
             epochs=self.steps / self.steps_per_epoch,
-            seconds=clock.training,
-            warmup_seconds=clock.seconds("warm-up"),
-            evaluation_seconds=clock.seconds("evaluation"),
-            checkpoint_seconds=clock.seconds("checkpoint"),
-            images_per_s=clock.images_per_s,
-            data_wait=clock.data_wait,
-            verdict=clock.verdict(),
+            seconds=timer.training,
+            warmup_seconds=timer.seconds("warm-up"),
+            evaluation_seconds=timer.seconds("evaluation"),
+            checkpoint_seconds=timer.seconds("checkpoint"),
+            images_per_s=timer.images_per_s,
+            data_wait=timer.data_wait,
+            bottleneck=timer.bottleneck(),
             memory_gb=peak_memory(self.world.device),
-            skipped=self.counts["skipped"],
-            not_finite=self.counts["not_finite"],
+            skipped_samples=self.counts["skipped_samples"],
+            nonfinite_steps=self.counts["nonfinite_steps"],
         )
         if self.world.first:
             write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
-            logger.info(summary.verdict)
+            logger.info("%s", summary.bottleneck)
         return summary
 
-    def _model(self, caches: dict[str, CacheJoin]) -> TowerModel:
-        torch.manual_seed(self.run.seed)  # the same start on every rank
-        self._widths = {name: join.cache.dim for name, join in caches.items()}
-        model = self._bare_model()
-        model.load_initial_weights()
-        for name in caches:
-            tower = self.run.towers[name]
-            if isinstance(tower, CacheTower) and tower.standardize:
-                mean, std = self.samples.moments(name)
-                model.towers[name].set_moments(torch.from_numpy(mean), torch.from_numpy(std))  # type: ignore[operator]
-        freeze(model, self.run.optim)
-        if self.run.engine.activation_checkpointing:
-            model.checkpoint_activations()
-        return model
 
-    def _bare_model(self) -> TowerModel:
-        return TowerModel(self.run, self.vocab_size, self._widths)
+class NonFiniteDetector:
+    """Checks each gradient as it arrives: after backward ZeRO has already reduced and partitioned them."""
 
-    def _batches(self) -> Generator[Batch, None, None]:
-        """The loader's batches. Its workers end when this is closed; they would not by a signal."""
-        world = self.world
-        loader = training_loader(self.run, self.samples, self.tokenizer, world.rank, world.size, self.start, self.steps)
-        yield from prefetch_to_device(loader, world.device) if self.run.engine.micro_batch_size is None else loader
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Hook the parameters of `model` that are trained."""
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in trained]
+        self._norms_P = torch.zeros(len(trained), device=device)
+        for number, (_, p) in enumerate(trained):
+            p.register_hook(self._norm_hook(number))  # type: ignore[no-untyped-call]
 
+    def _norm_hook(self, number: int) -> Callable[[Tensor], None]:
+        def add_norm(grad: Tensor) -> None:
+            self._norms_P[number] += torch.linalg.vector_norm(grad, dtype=torch.float32)
 
-def seed_dropout(seed: int, step: int, rank: int, chunk: int) -> None:
-    """Make what is random in a forward pass a function of (seed, step, rank, chunk), also in a resumed run."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, chunk]).generate_state(1, np.uint64)[0]))
+        return add_norm
+
+    def sync(self, flags: Sequence[bool]) -> tuple[list[str], list[bool]]:
+        """Return what any rank has seen since the last call. Collective.
+
+        Args:
+            flags: Other things to agree on in the same collective, in one order on all ranks.
+
+        Returns:
+            The names of the parameters with a nonfinite gradient on any rank, and for each flag whether any rank has
+            raised it.
+        """
+        raised = torch.cat([~self._norms_P.isfinite(), torch.tensor(flags, device=self._norms_P.device)]).int()
+        self._norms_P.zero_()
+        distributed.all_reduce(raised, distributed.ReduceOp.MAX)
+        values = [bool(value) for value in raised.tolist()]
+        nonfinite = [name for name, value in zip(self._names, values, strict=False) if value]
+        return nonfinite, values[len(self._names) :]
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory, in GB, that this process has held: on its GPU where it has one, else in all."""
+    """Return the peak memory of this process in GB: of its GPU where it has one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -31,9 +31,9 @@ def image_source(trained: TrainedModel, tower: str, data: EvaluationSet, loading
     For a cached tower: rows of `loading.caches[tower]`, by default of the cache the run was trained on, which may hold
     the evaluation tars too; or the live teacher. Raises ContractError when that cache is of another teacher or tars.
     """
-    config = trained.run.towers[tower]
+    config = trained.config.towers[tower]
     if not isinstance(config, CacheTower):
-        size, limit = trained.run.data.image_size, loading.max_pixels
+        size, limit = trained.config.data.image_size, loading.max_pixels
         return Source(PixelView(data.tars, partial(center_crop, size=size), limit))
     if loading.live_teacher:
         return _teacher_source(trained, tower, data, loading)
@@ -52,7 +52,7 @@ def image_source(trained: TrainedModel, tower: str, data: EvaluationSet, loading
 def view_of(trained: TrainedModel, tower: str) -> str:
     """Return, in words, the transform between a picture and an image tower."""
     if tower not in trained.manifests:
-        return f"central square, bicubic to {trained.run.data.image_size} px"
+        return f"central square, bicubic to {trained.config.data.image_size} px"
     return teacher_view(trained.manifests[tower].preprocessing)
 
 
@@ -66,7 +66,8 @@ def _check(trained: TrainedModel, tower: str, path: Path, join: CacheJoin) -> No
     """Tars, layout and number format may differ from those of training: held-out images are other images."""
     manifest = join.cache.manifest
     if lines := teacher_mismatch(trained.manifests[tower], manifest):
-        raise ManifestError(f"{path}: not the teacher that {trained.run.output_dir} was trained on: {'; '.join(lines)}")
+        out = trained.config.output_dir
+        raise ManifestError(f"{path}: not the teacher that {out} was trained on: {'; '.join(lines)}")
     if manifest.views.cropped:
         raise ManifestError(
             f"{path}: views: expected center or center+flip, found {manifest.views}: evaluation looks at whole "
@@ -77,7 +78,7 @@ def _check(trained: TrainedModel, tower: str, path: Path, join: CacheJoin) -> No
 def _teacher_source(trained: TrainedModel, tower: str, data: EvaluationSet, loading: LoadOptions) -> Source:
     from threetowers.cache.encoders.live import live_teacher
 
-    config = trained.run.towers[tower]
+    config = trained.config.towers[tower]
     weights = config.weights if isinstance(config, CacheTower) else None
     teacher = live_teacher(trained.manifests[tower], weights, str(loading.torch_device()))
     view = PixelView(data.tars, TeacherTransform(teacher.transform), loading.max_pixels)

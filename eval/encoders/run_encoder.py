@@ -13,7 +13,7 @@ from threetowers.eval.encoders.encoder import LoadOptions, ModelInfo, file_diges
 from threetowers.eval.encoders.forward import forward_captions, forward_pictures
 from threetowers.eval.encoders.image_source import image_source, view_of
 from threetowers.trainer.config import CacheTower, TrainConfig, dump
-from threetowers.trainer.export.trained_model import TrainedModel
+from threetowers.trainer.export.trained_model import TrainedModel, load_model
 from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.run_folder import RunFolder
 
@@ -28,14 +28,14 @@ class RunTower:
     ) -> None:
         self.trained, self.loading = trained, loading
         self.image_head, self.text_head = image_head, text_head
-        self.image_tower = trained.run.root_of(image_head)
+        self.image_tower = trained.config.root_of(image_head)
         self.device = loading.torch_device()
         trained.model.to(self.device, getattr(torch, loading.precision))
         self.dim = self._embed_text(["a"]).shape[1]
         self.logit_scale = self._logit_scale()
         folder = RunFolder(path)
         digest = file_digest(folder.weights)
-        if (image_head, text_head) != (trained.run.deploy.image, trained.run.deploy.text):
+        if (image_head, text_head) != (trained.config.deploy.image, trained.config.deploy.text):
             digest = hashlib.sha256(f"{digest} {image_head} {text_head}".encode()).hexdigest()
         manifest = trained.manifests.get(self.image_tower)
         self.facts = ModelInfo(
@@ -45,8 +45,8 @@ class RunTower:
             precision=loading.precision,
             preprocessing=view_of(trained, self.image_tower),
             cache_manifest=manifest.digest if manifest else None,
-            recipe=recipe_of(trained.run),
-            seed=trained.run.seed,
+            recipe=recipe_of(trained.config),
+            seed=trained.config.seed,
         )
 
     def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
@@ -68,12 +68,12 @@ class RunTower:
 
     @torch.inference_mode()
     def _embed_text(self, captions: Sequence[str]) -> Tensor:
-        tower = self.trained.run.root_of(self.text_head)
-        tokens_bL = self.trained.tokenizer.encode(captions, self.trained.run.data.context_length).to(self.device)
+        tower = self.trained.config.root_of(self.text_head)
+        tokens_bL = self.trained.tokenizer.encode(captions, self.trained.config.data.context_length).to(self.device)
         return self.trained.model.embed({tower: tokens_bL}, [self.text_head])[self.text_head]
 
     def _logit_scale(self) -> float:
-        run = self.trained.run
+        run = self.trained.config
         scales = [t.scale for t in run.terms.values() if {t.x, t.y} == {self.image_head, self.text_head}]
         if not scales:  # deployed heads that no term trained together
             return 1.0
@@ -90,8 +90,8 @@ def recipe_of(run: TrainConfig) -> str:
 
 def main_pair(path: Path, loading: LoadOptions) -> RunTower:
     """The deployed heads of a run's or export's folder. Raises ValueError when it holds no finished model."""
-    trained = TrainedModel.load(path)
-    return RunTower(path, trained, trained.run.deploy.image, trained.run.deploy.text, loading)
+    trained = load_model(path)
+    return RunTower(path, trained, trained.config.deploy.image, trained.config.deploy.text, loading)
 
 
 def third_pair(path: Path, tower: str, loading: LoadOptions) -> RunTower:
@@ -99,8 +99,8 @@ def third_pair(path: Path, tower: str, loading: LoadOptions) -> RunTower:
 
     Raises ValueError for a run that has no such tower, or no such term.
     """
-    trained = TrainedModel.load(path)
-    run = trained.run
+    trained = load_model(path)
+    run = trained.config
     if not isinstance(run.towers.get(tower), CacheTower):
         known = [name for name, config in run.towers.items() if isinstance(config, CacheTower)]
         raise ValueError(f"{path}: mixing needs a cached tower, {tower!r} is none; found {known or 'none'}")

@@ -41,9 +41,7 @@ def iter_chunks(vectors_MD: NDArray[Any], rows: int) -> Iterator[tuple[int, NDAr
                 while done < len(view):
                     count = os.preadv(file.fileno(), [view[done:]], offset + start * row_bytes + done)
                     if not count:
-                        raise OSError(
-                            f"{path}: ends before row {len(vectors_MD)}: it is damaged; compute it again"
-                        )
+                        raise OSError(f"{path}: ends before row {len(vectors_MD)}: it is damaged; compute it again")
                     done += count
                 yield start, chunk_mD.astype(np.float32, copy=False)
 

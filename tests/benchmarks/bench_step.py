@@ -1,12 +1,12 @@
-"""What a training step costs at the demo's size: the third tower cached and live, waiting for data, memory.
+"""The cost of a training step at the demo's size: the third tower cached and live, waiting for data, memory.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py            # under five minutes; needs `make demo` once
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --memory   # global batches of 1k to 32k; some ten minutes
 
-Steps are whole ones, through DeepSpeed in one process: forward, losses, backward, optimizer. What is compared is
-measured in turns, so that a busy machine slows all alike; ratios are the median over rounds of that within a round,
-and that of the best times. The teachers have random weights: time does not depend on them. Memory is measured in a
-process for each batch: the most that it held while stepping above what it held before (Linux).
+Steps are complete, through DeepSpeed in one process: forward, losses, backward, optimizer. Variants are measured in
+turns, so that a busy machine slows all of them; a ratio is the median over rounds of the ratio within a round, and the
+ratio of the best times. The teachers have random weights: time does not depend on them. Memory is measured in a process
+for each batch: its peak during a step above its size before (Linux).
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor
 
 from threetowers.trainer.config import TrainConfig, load
-from threetowers.trainer.engine import chunks, deepspeed_config, join_process_group, start_engine
-from threetowers.trainer.grad_cache import accumulate
-from threetowers.trainer.loss import objective
+from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
+from threetowers.trainer.grad_cache import GradCache
+from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 
 ROOT = Path(__file__).parents[2]
@@ -38,45 +39,43 @@ Step = Callable[[], object]
 
 
 def demo(name: str, **changes: Any) -> TrainConfig:
-    """A config of the demo, with changes by dotted key."""
+    """Return a config of the demo, with changes by dotted key."""
     return load(ROOT / "configs" / "emoji" / f"{name}.yaml", [f"{key}={value}" for key, value in changes.items()])
 
 
-def inputs(run: TrainConfig) -> dict[str, Tensor]:
+def inputs(config: TrainConfig) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
-    size, context = run.data.image_size, run.data.context_length
+    size, context = config.data.image_size, config.data.context_length
     made = {
-        "timm": lambda: torch.randint(0, 256, (run.global_batch_size, 3, size, size), generator=g, dtype=torch.uint8),
-        "text": lambda: torch.randint(2, VOCABULARY, (run.global_batch_size, context), generator=g),
-        "cache": lambda: torch.randn(run.global_batch_size, WIDTH, generator=g),
+        "timm": lambda: torch.randint(
+            0, 256, (config.global_batch_size, 3, size, size), generator=g, dtype=torch.uint8
+        ),
+        "text": lambda: torch.randint(2, VOCABULARY, (config.global_batch_size, context), generator=g),
+        "cache": lambda: torch.randn(config.global_batch_size, WIDTH, generator=g),
     }
-    return {name: made[tower.kind]() for name, tower in run.towers.items()}
+    return {name: made[tower.kind]() for name, tower in config.towers.items()}
 
 
-def training_step(run: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
-    """A step of the run on the same batch again and again, and that batch, which may be changed in place."""
+def training_step(config: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
+    """Return a step of the run, always on the same batch, and that batch, which may be changed in place."""
     world = join_process_group()
     torch.manual_seed(0)
-    model = TowerModel(run, VOCABULARY, {name: WIDTH for name in run.towers_of("cache")})
-    engine, batch = start_engine(model, run, deepspeed_config(run, world.size)), inputs(run)
-    concepts_b = torch.arange(run.global_batch_size) % max(2, run.global_batch_size * 3 // 10)
+    model = TowerModel(config, VOCABULARY, {name: WIDTH for name in config.towers_of("cache")})
+    engine = start_engine(model, config, deepspeed_config(config, world.size))
+    micro_batches = num_micro_batches(config, world.size)
+    grad_cache = GradCache(engine, partial(total_loss, config), micro_batches, seed=0, rank=0, device=world.device)
+    batch = inputs(config)
+    groups_b = torch.arange(config.global_batch_size) % max(2, config.global_batch_size * 3 // 10)
 
     def step() -> None:
-        accumulate(
-            engine,
-            batch,
-            lambda outputs: objective(run, outputs, concepts_b),
-            chunks(run, world.size),
-            lambda chunk: None,  # no dropout
-            world.device,
-        )
+        grad_cache(batch, 0, groups_b)
         engine.step()
 
     return step, batch
 
 
 def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, by round; one more round goes first and does not count."""
+    """Return the seconds of each step by round; a first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
@@ -102,14 +101,14 @@ def cached_tower(rounds: int) -> None:
 def live_teachers(rounds: int, batch: int) -> None:
     import timm
 
-    step, given = training_step(demo("3t", batch=batch))
+    step, given = training_step(demo("3t", global_batch_size=batch))
     for name, size in TEACHERS:
         teacher = timm.create_model(name, pretrained=False, num_classes=0).eval()
-        pictures = torch.randn(batch, 3, size, size)
+        images = torch.randn(batch, 3, size, size)
 
-        def live(teacher: Any = teacher, pictures: Tensor = pictures) -> None:
+        def live(teacher: Any = teacher, images: Tensor = images) -> None:
             with torch.inference_mode():
-                rows_bD = teacher(pictures)
+                rows_bD = teacher(images)
             width = min(WIDTH, rows_bD.shape[1])
             given["third"][:, :width] = rows_bD[:, :width]
             step()
@@ -120,7 +119,7 @@ def live_teachers(rounds: int, batch: int) -> None:
 
 
 def waiting(steps: int) -> None:
-    """A real run on the demo's data, by the command line, with two workers."""
+    """Time a real run on the demo's data, by the command line, with two workers."""
     with tempfile.TemporaryDirectory() as folder:
         changes = [
             f"output_dir={folder}/run",
@@ -141,27 +140,28 @@ def waiting(steps: int) -> None:
 
 
 def resident(field: str) -> float:
-    """MiB of this process: `VmRSS` now, `VmHWM` at its peak (Linux)."""
+    """Return the MiB of this process: `VmRSS` now, `VmHWM` at its peak (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def memory_of(batch: int, chunk: int) -> tuple[float, float, float]:
-    """MiB before the first step and at the peak of a step, and its seconds."""
-    step, _ = training_step(demo("3t", batch=batch, **{"engine.micro_batch_size": chunk}))
+def memory_of(batch: int, micro_batch: int) -> tuple[float, float, float]:
+    """Return the MiB before the first step and at the peak of a step, and its seconds."""
+    step, _ = training_step(demo("3t", global_batch_size=batch, **{"engine.micro_batch_size": micro_batch}))
     before, started = resident("VmRSS"), time.perf_counter()
     step()
     return before, resident("VmHWM"), time.perf_counter() - started
 
 
-def memory(batches: list[int], chunk: int) -> None:
+def memory(batches: list[int], micro_batch: int) -> None:
     peaks = []
     for batch in batches:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            before, peak, seconds = pool.apply(memory_of, (batch, chunk))
+            before, peak, seconds = pool.apply(memory_of, (batch, micro_batch))
         peaks.append(peak)
         print(
-            f"batch {batch:>6} in chunks of {chunk}: {peak:6.0f} MiB at the peak, {before:6.0f} before, {seconds:.0f} s"
+            f"batch {batch:>6} in micro-batches of {micro_batch}: {peak:6.0f} MiB at the peak, {before:6.0f} before, "
+            f"{seconds:.0f} s"
         )
     slope, start = np.polyfit(batches, peaks, 1)
     off = np.abs(np.polyval((slope, start), batches) - peaks).max()
@@ -176,10 +176,10 @@ def main() -> None:
     parser.add_argument("--wait-steps", type=int, default=60)
     parser.add_argument("--memory", action="store_true", help="memory against the batch, and nothing else")
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--micro-batch", type=int, default=256)
     options = parser.parse_args()
     if options.memory:
-        memory(options.batches, options.chunk)
+        memory(options.batches, options.micro_batch)
         return
     waiting(options.wait_steps)  # first: this process joins no group of ranks before
     cached_tower(options.rounds)

@@ -21,7 +21,7 @@ from threetowers.eval.encoders.image_source import image_source
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.export import export
-from threetowers.trainer.export.trained_model import TrainedModel
+from threetowers.trainer.export.trained_model import load_model
 
 CAPTIONS = ["a red disc", "a blue bar", "dot, green"]
 
@@ -35,7 +35,7 @@ def data(tars: list[Path]) -> EvaluationSet:
 def test_a_run_embeds_as_its_model_does(clip: dict[str, Any], data: EvaluationSet, workers: int) -> None:
     path = finished(clip)
     encoder = load_encoder(path, LoadOptions(batch_size=7, workers=workers))
-    model = TrainedModel.load(path)
+    model = load_model(path)
     pixels = torch.stack([center_crop(read_image(data.tars[p.tar], p.ordinal, 10**6), 32) for p in data.pictures])
     np.testing.assert_allclose(encoder.images(data, data.pictures), model.encode_images(pixels).numpy(), atol=1e-5)
     np.testing.assert_allclose(encoder.texts(CAPTIONS), model.encode_texts(CAPTIONS).numpy(), atol=1e-5)
@@ -59,7 +59,7 @@ def test_mixing_is_what_it_says(three: dict[str, Any], data: EvaluationSet) -> N
     path = finished(three)
     main = load_encoder(path)
     f, g = main.images(data, data.pictures), main.texts(CAPTIONS)
-    trained = TrainedModel.load(path)
+    trained = load_model(path)
     third_image = load_encoder(path, mixing=Mixing("third", 1.0))
     third_text = load_encoder(path, mixing=Mixing("third", 1.0, "logit")).texts(CAPTIONS)[:, 16:]
     h, g_h = third_image.images(data, data.pictures), third_text
@@ -137,8 +137,8 @@ def test_views_survive_being_sent_to_another_process(
     picture = data.pictures[7]
     teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
     views = [
-        image_source(TrainedModel.load(finished(clip)), "image", data, LoadOptions()).view,
-        image_source(TrainedModel.load(finished(lit)), "third", data, LoadOptions()).view,
+        image_source(load_model(finished(clip)), "image", data, LoadOptions()).view,
+        image_source(load_model(finished(lit)), "third", data, LoadOptions()).view,
         PixelView(data.tars, TeacherTransform(teacher.transform), 10**6),
     ]
     for view in views:

@@ -1,4 +1,4 @@
-"""Trains the given configs one after the other in this process, and says what is in memory afterwards."""
+"""Trains the given configs one after the other in this process, and prints which modules are in memory afterwards."""
 
 import gc
 import json
@@ -11,8 +11,8 @@ from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.train import Trainer
 
 if __name__ == "__main__":
-    for config in sys.argv[1:]:
-        trainer = Trainer(load(config), join_process_group())
+    for file in sys.argv[1:]:
+        trainer = Trainer(load(file), join_process_group())
         trainer.train()
         kinds = {type(module).__module__ for module in gc.get_objects() if isinstance(module, nn.Module)}
         found = {"models": sorted(kinds), "teacher imported": "threetowers.cache.encoders.teacher" in sys.modules}

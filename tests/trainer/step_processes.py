@@ -1,12 +1,13 @@
-"""Steps of a small model on random inputs, in as many processes as the launch has; each prints nothing and saves.
+"""Steps of a small model on random inputs, in as many processes as the launch has; each saves its parameters.
 
     torchrun --nproc-per-node 2 tests/trainer/step_processes.py JOBS.json
 
-A job: {"run": a config tree, "steps": n, "batch": file of inputs, "out": file for the parameters after the steps}.
+A job: {"config": a config tree, "steps": n, "batch": file of inputs, "out": file for the parameters after the steps}.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,36 @@ from threetowers.cache.world import World
 from threetowers.trainer.checkpoint.checkpoint import save_weights
 from threetowers.trainer.config import parse
 from threetowers.trainer.engine import (
-    chunks,
     deepspeed_config,
     join_process_group,
     leave_process_group,
+    num_micro_batches,
     start_engine,
 )
-from threetowers.trainer.grad_cache import accumulate
-from threetowers.trainer.loss import objective
+from threetowers.trainer.grad_cache import GradCache
+from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.train import seed_dropout
 
 
 def run_job(job: dict[str, Any], world: World) -> None:
-    run = parse(job["run"])
+    config = parse(job["config"])
     torch.manual_seed(0)
-    model = TowerModel(run, vocab_size=48, cache_widths={"third": 20})
-    if run.engine.activation_checkpointing:
+    model = TowerModel(config, vocab_size=48, cache_widths={"third": 20})  # as in small_models.py
+    if config.engine.activation_checkpointing:
         model.checkpoint_activations()
-    engine = start_engine(model, run, deepspeed_config(run, world.size))
+    engine = start_engine(model, config, deepspeed_config(config, world.size))
+    micro_batches = num_micro_batches(config, world.size)
+    grad_cache = GradCache(
+        engine, partial(total_loss, config), micro_batches, seed=0, rank=world.rank, device=world.device
+    )
     everything = load_file(job["batch"])
-    local = run.global_batch_size // world.size
+    local = config.global_batch_size // world.size
     for step in range(job["steps"]):
-        rows = slice(
-            step * run.global_batch_size + world.rank * local, step * run.global_batch_size + (world.rank + 1) * local
-        )
-        batch = {name: tensor[rows] for name, tensor in everything.items()}
-        concepts = batch.pop("concepts")
-        measured = accumulate(
-            engine,
-            batch,
-            lambda outputs: objective(run, outputs, concepts),  # noqa: B023  # called within this step
-            chunks(run, world.size),
-            lambda chunk: seed_dropout(0, step, world.rank, chunk),  # noqa: B023
-            world.device,
-        )
-        assert not measured.faults
+        start = step * config.global_batch_size + world.rank * local
+        batch = {name: tensor[start : start + local] for name, tensor in everything.items()}
+        groups_b = batch.pop("groups")
+        result = grad_cache(batch, step, groups_b)
+        assert not result.nonfinite
         engine.step()
     save_weights(engine, Path(job["out"]), world)
 

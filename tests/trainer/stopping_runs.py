@@ -1,4 +1,4 @@
-"""Trains runs of which some stop on the way, one after the other, on as many ranks as the launch has.
+"""Trains runs one after the other, some of which are stopped, on as many ranks as the launch has.
 
     torchrun --nproc-per-node 2 tests/trainer/stopping_runs.py JOBS.json
 
@@ -21,13 +21,13 @@ from threetowers.cache.world import World
 from threetowers.trainer.config import load
 from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.train import Trainer
+from threetowers.trainer.train import NonFiniteDetector, Trainer
 
 
-class Look:
-    """An evaluator that measures the model, and lets the launcher's signal come when it is time."""
+class WeightSum:
+    """An evaluator that sums the weights, and sends SIGTERM to the last rank after a given step."""
 
-    name = "look"
+    name = "weights"
 
     def __init__(self, stop: int | None, world: World) -> None:
         self.stop, self.world = stop, world
@@ -39,7 +39,7 @@ class Look:
         assert not model.training
         if step == self.stop and self.world.rank == self.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"weights": float(sum(p.double().abs().sum() for p in model.parameters()))}
+        return {"sum": float(sum(p.double().abs().sum() for p in model.parameters()))}
 
 
 def poison(trainer: Trainer, steps: Mapping[str, str]) -> None:
@@ -51,15 +51,16 @@ def poison(trainer: Trainer, steps: Mapping[str, str]) -> None:
         due = int(step)
 
         def spoil(grad: torch.Tensor, due: int = due) -> torch.Tensor:
-            done = trainer.updates + trainer.counts["not_finite"]
+            done = trainer.updates + trainer.counts["nonfinite_steps"]
             return grad * torch.nan if done + 1 == due else grad
 
         named[name].register_hook(spoil)
-    trainer.watch = type(trainer.watch)(trainer.engine.module, trainer.world.device)  # after the poison
+    # The detector's hooks must come after the poison.
+    trainer.nonfinite = NonFiniteDetector(trainer.engine.module, trainer.world.device)
 
 
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
-    trainer = Trainer(load(job["config"]), world, [Look(job.get("stop"), world)])
+    trainer = Trainer(load(job["config"]), world, [WeightSum(job.get("stop"), world)])
     poison(trainer, job.get("poison", {}))
     start = trainer.start
     try:
@@ -67,7 +68,7 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
     except Interrupted as error:
         return {"end": "interrupted", "start": start, "message": str(error)}
     except FloatingPointError as error:
-        return {"end": "not finite", "start": start, "message": str(error)}
+        return {"end": "nonfinite", "start": start, "message": str(error)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model that is kept: bit-identical without the third tower, and the same when others load it."""
+"""The exported model: bit-identical without the third tower, and equal when open_clip and timm load it."""
 
 import json
 import subprocess
@@ -13,43 +13,43 @@ from safetensors.torch import save_file
 
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import CacheTower, parse
-from threetowers.trainer.export.export import export, probes
-from threetowers.trainer.export.trained_model import TrainedModel
+from threetowers.trainer.export.export import export, probe_inputs
+from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.model.state_dict import distinct_state
+from threetowers.trainer.model.state_dict import deduplicated_state_dict
 from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
 
 CAUSAL = {"kind": "text", "width": 16, "depth": 2, "heads": 2, "causal": True, "norm_eps": 1e-5}
 
 
-def finished(tree: dict[str, Any]) -> Path:
-    """The folder of a run of random weights, of all of them: biases, norms and scales too."""
-    run = parse(tree)
-    manifests = {n: EmbeddingCache.open(t.path).manifest for n, t in run.towers.items() if isinstance(t, CacheTower)}
-    folder = RunFolder(Path(run.output_dir))
-    folder.create(run, {}, manifests)
+def finished_run(tree: dict[str, Any]) -> Path:
+    """The folder of a run with random weights, biases, norms and scales included."""
+    config = parse(tree)
+    manifests = {n: EmbeddingCache.open(t.path).manifest for n, t in config.towers.items() if isinstance(t, CacheTower)}
+    folder = RunFolder(Path(config.output_dir))
+    folder.create(config, {}, manifests)
     torch.manual_seed(3)
-    rows = Tokenizer.load(folder.tokenizer).embedding_rows(run.data.vocab_size)
-    model = TowerModel(run, rows, {name: manifest.dim for name, manifest in manifests.items()})
+    rows = Tokenizer.load(folder.tokenizer).embedding_rows(config.data.vocab_size)
+    model = TowerModel(config, rows, {name: manifest.dim for name, manifest in manifests.items()})
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
         for b in model.buffers():
             if b.is_floating_point():
                 b += 0.2 * torch.rand_like(b)
-    save_file(distinct_state(model), folder.weights)
+    save_file(deduplicated_state_dict(model), folder.weights)
     return folder.path
 
 
-def test_main_towers_alone_embed_as_before_to_the_bit(three: dict[str, Any], tmp_path: Path) -> None:
-    folder = finished(three)
-    done = export(folder, tmp_path / "kept", results={"retrieval, all": {"recall@1": 0.25}})
-    before, after = TrainedModel.load(folder), TrainedModel.load(tmp_path / "kept")
+def test_the_deployed_model_gives_the_same_embeddings_to_the_bit(three: dict[str, Any], tmp_path: Path) -> None:
+    folder = finished_run(three)
+    done = export(folder, tmp_path / "export", results={"retrieval, all": {"recall@1": 0.25}})
+    before, after = load_model(folder), load_model(tmp_path / "export")
     assert set(after.model.towers) == {"image", "text"}
     assert set(after.model.heads) == {"f", "g"}
     assert after.manifests == {}
-    images, _ = probes(before)
+    images, _ = probe_inputs(before)
     captions = ["a red disc", "cross, blue", ""]
     assert after.encode_images(images).equal(before.encode_images(images))
     assert after.encode_texts(captions).equal(before.encode_texts(captions))
@@ -57,7 +57,7 @@ def test_main_towers_alone_embed_as_before_to_the_bit(three: dict[str, Any], tmp
     gone = sum(p.numel() for name in ("f_h", "g_h", "h_f", "h_g") for p in before.model.heads[name].parameters())
     assert done.left_out == gone > 0
     assert done.difference == 0
-    card = (tmp_path / "kept" / "README.md").read_text()
+    card = (tmp_path / "export" / "README.md").read_text()
     for fact in (
         "test_resnet",
         "image-third: 1 x contrastive of (f_h, h_f)",
@@ -66,23 +66,23 @@ def test_main_towers_alone_embed_as_before_to_the_bit(three: dict[str, Any], tmp
         "recall@1: 0.25",
     ):
         assert fact in card
-    again = export(tmp_path / "kept", tmp_path / "again")  # what is kept can be kept again
+    again = export(tmp_path / "export", tmp_path / "again")  # an export can be exported again
     assert again.left_out == 0
 
 
-def test_lit_keeps_its_cached_tower(lit: dict[str, Any], tmp_path: Path) -> None:
-    folder = finished(lit)
-    assert export(folder, tmp_path / "kept").difference == 0
-    kept = TrainedModel.load(tmp_path / "kept")
-    assert kept.sees_cached_rows
-    assert kept.manifests == TrainedModel.load(folder).manifests
+def test_a_lit_export_keeps_its_cached_tower(lit: dict[str, Any], tmp_path: Path) -> None:
+    folder = finished_run(lit)
+    assert export(folder, tmp_path / "export").difference == 0
+    exported = load_model(tmp_path / "export")
+    assert exported.sees_cached_rows
+    assert exported.manifests == load_model(folder).manifests
     for form in ("open_clip", "timm"):
         with pytest.raises(ValueError, match=r"cannot express .* cached teacher"):
             export(folder, tmp_path / form, form)  # type: ignore[arg-type]
         assert not (tmp_path / form).exists()
 
 
-@pytest.mark.parametrize("family", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -90,23 +90,25 @@ def test_lit_keeps_its_cached_tower(lit: dict[str, Any], tmp_path: Path) -> None
         CAUSAL | {"causal": False, "mask_padding": False, "pool": "last"},
         CAUSAL | {"activation": "quick_gelu", "norm_eps": 1e-6, "mlp_ratio": 2.0},
     ],
-    ids=["causal", "both ways", "quick gelu"],
+    ids=["causal", "bidirectional", "quick gelu"],
 )
-def test_open_clip_embeds_as_we_do(three: dict[str, Any], tmp_path: Path, text: dict[str, Any], family: str) -> None:
+def test_open_clip_gives_the_same_embeddings(
+    three: dict[str, Any], tmp_path: Path, text: dict[str, Any], kind: str
+) -> None:
     three["towers"] |= {"image": {"kind": "timm", "model": "test_resnet"}, "text": text}
-    three["heads"]["g"] |= {"bias": family == "softmax"}
-    three |= {"loss": {"kind": family}}
-    folder = finished(three)
-    done = export(folder, tmp_path / "kept", "open_clip")
+    three["heads"]["g"] |= {"bias": kind == "softmax"}
+    three |= {"loss": {"kind": kind}}
+    folder = finished_run(three)
+    done = export(folder, tmp_path / "export", "open_clip")
     assert done.difference <= 1e-5
-    config = json.loads((tmp_path / "kept" / "open_clip_config.json").read_text())
+    config = json.loads((tmp_path / "export" / "open_clip_config.json").read_text())
     assert config["preprocess_cfg"]["size"] == [32, 32]
     import open_clip
 
-    ours, theirs = TrainedModel.load(folder), open_clip.create_model(f"local-dir:{tmp_path / 'kept'}")
+    ours, theirs = load_model(folder), open_clip.create_model(f"local-dir:{tmp_path / 'export'}")
     assert theirs.logit_scale.item() == pytest.approx(ours.model.log_scales["scale"].item())
-    assert (theirs.logit_bias is None) == (family == "softmax")
-    tokenizer = Tokenizer.load(tmp_path / "kept" / "tokenizer.model")
+    assert (theirs.logit_bias is None) == (kind == "softmax")
+    tokenizer = Tokenizer.load(tmp_path / "export" / "tokenizer.model")
     tokens = tokenizer.encode(["a red disc", "bar"], 8)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval().encode_text(tokens, normalize=True), ours.encode_tokens(tokens))
@@ -116,7 +118,7 @@ def test_open_clip_embeds_as_we_do(three: dict[str, Any], tmp_path: Path, text: 
     ("changes", "message"),
     [
         ({"towers": {"text": CAUSAL | {"pool": "mean"}}}, "pools by the mean"),
-        ({"towers": {"text": CAUSAL | {"causal": False}}}, "looks both ways and masks padding"),
+        ({"towers": {"text": CAUSAL | {"causal": False}}}, "is bidirectional and masks padding"),
         ({"towers": {"text": CAUSAL | {"pool": "last"}}}, "does not pool at the end token"),
         ({"heads": {"g": {"of": "text", "kind": "mlp"}}}, "its text head is not one linear map"),
         ({"towers": {"image": {"kind": "timm", "model": "test_vit", "args": {"img_size": 32}}}}, "has args"),
@@ -127,34 +129,34 @@ def test_open_clip_cannot_express(clip: dict[str, Any], tmp_path: Path, changes:
     for key, change in changes.items():
         tree[key] = tree[key] | change
     with pytest.raises(ValueError, match=message):
-        export(finished(tree), tmp_path / "kept", "open_clip")
-    assert list(tmp_path.glob("*kept*")) == []
+        export(finished_run(tree), tmp_path / "export", "open_clip")
+    assert list(tmp_path.glob("*export*")) == []
 
 
 @pytest.mark.parametrize("image", [{"model": "test_resnet"}, {"model": "test_vit", "args": {"img_size": 32}}])
 def test_timm_gives_the_same_features_to_the_bit(clip: dict[str, Any], tmp_path: Path, image: dict[str, Any]) -> None:
     import timm
 
-    folder = finished(clip | {"towers": clip["towers"] | {"image": {"kind": "timm"} | image}})
-    assert export(folder, tmp_path / "kept", "timm").difference == 0
-    theirs, ours = timm.create_model(f"local-dir:{tmp_path / 'kept'}", pretrained=True), TrainedModel.load(folder)
+    folder = finished_run(clip | {"towers": clip["towers"] | {"image": {"kind": "timm"} | image}})
+    assert export(folder, tmp_path / "export", "timm").difference == 0
+    theirs, ours = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True), load_model(folder)
     for name, tensor in ours.model.towers["image"].model.state_dict().items():  # type: ignore[union-attr]
         assert theirs.state_dict()[name].equal(tensor), name
     assert theirs.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
-def test_a_folder_that_is_there_or_a_run_that_is_not(clip: dict[str, Any], tmp_path: Path) -> None:
+def test_an_existing_folder_and_an_unfinished_run_are_refused(clip: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished run"):
-        export(tmp_path / "nothing", tmp_path / "kept")
-    folder = finished(clip)
-    with pytest.raises(ValueError, match="is there already"):
+        export(tmp_path / "nothing", tmp_path / "export")
+    folder = finished_run(clip)
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
         export(folder, folder)
 
 
 @pytest.mark.distributed
 def test_the_command(clip: dict[str, Any], tmp_path: Path) -> None:
-    folder = finished(clip)
-    command = [sys.executable, "-m", "threetowers", "export", str(folder), str(tmp_path / "kept")]
+    folder = finished_run(clip)
+    command = [sys.executable, "-m", "threetowers", "export", str(folder), str(tmp_path / "export")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "differ by at most 0.0e+00" in done.stdout, done.stderr
-    assert yaml.safe_load((tmp_path / "kept" / "config.yaml").read_text())["towers"].keys() == {"image", "text"}
+    assert yaml.safe_load((tmp_path / "export" / "config.yaml").read_text())["towers"].keys() == {"image", "text"}

@@ -1,10 +1,8 @@
-"""Chunks give the gradients of the whole batch: towers, heads, scales, biases, with dropout, on every ZeRO stage."""
+"""Micro-batches give the gradients of the batch: towers, heads, scales, biases, with dropout, at every ZeRO stage."""
 
 import copy
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +11,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.trainer.launches import run_command, torchrun
+from tests.trainer.small_models import inputs_of, model_of
 from tests.trainer.test_config import THREE
 from threetowers.trainer.config import ConfigError, parse
-from threetowers.trainer.engine import chunks, deepspeed_config
-from threetowers.trainer.grad_cache import accumulate, learning_heads, split
-from threetowers.trainer.loss import objective
+from threetowers.trainer.engine import deepspeed_config, num_micro_batches
+from threetowers.trainer.grad_cache import GradCache, learning_heads, seed_dropout, split
+from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.tokenizer import END
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-SCRIPT = str(Path(__file__).with_name("step_processes.py"))
+RUN_STEPS = str(Path(__file__).with_name("step_processes.py"))
 STEPS, BATCH = 5, 12
-CPU = torch.device("cpu")
 
 
 def tree(**engine: Any) -> dict[str, Any]:
     return copy.deepcopy(THREE) | {"global_batch_size": BATCH, "engine": engine, "optim": {"grad_clip_norm": 0.5}}
 
 
-def batch_of(samples: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    tokens_bL = torch.randint(3, 48, (samples, 8), generator=g)
-    tokens_bL[:, -1] = END
-    return {
-        "image": torch.randint(0, 256, (samples, 3, 32, 32), generator=g, dtype=torch.uint8),
-        "text": tokens_bL,
-        "third": torch.randn(samples, 20, generator=g),
-    }
-
-
 class PlainEngine:
-    """What DeepSpeed's engine is to `accumulate`, without it: gradients add up in the module."""
+    """The part of DeepSpeed's engine that GradCache uses: gradients add up in the module."""
 
     def __init__(self, module: TowerModel) -> None:
         self.module = module
@@ -55,26 +41,15 @@ class PlainEngine:
         loss.backward()
 
 
-def model_of(config: dict[str, Any]) -> TowerModel:
-    torch.manual_seed(0)
-    return TowerModel(parse(config), vocab_size=48, cache_widths={"third": 20})
+def grad_cache_of(model: TowerModel, micro_batches: int) -> GradCache:
+    loss_fn = partial(total_loss, model.config)
+    return GradCache(PlainEngine(model), loss_fn, micro_batches, seed=0, rank=0, device=torch.device("cpu"))
 
 
-def seed(chunk: int) -> None:
-    torch.manual_seed(chunk)
-
-
-def gradients(model: TowerModel, parts: int, concepts_b: Tensor | None = None) -> dict[str, Tensor]:
+def gradients(model: TowerModel, micro_batches: int, groups_b: Tensor | None = None) -> dict[str, Tensor]:
     model.zero_grad()
-    measured = accumulate(
-        PlainEngine(model),
-        batch_of(10),
-        lambda outputs: objective(model.run, outputs, concepts_b),
-        parts,
-        seed,
-        CPU,
-    )
-    assert measured.faults == ()
+    result = grad_cache_of(model, micro_batches)(inputs_of(10), 0, groups_b)
+    assert result.nonfinite == ()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -88,109 +63,106 @@ def one_process_group(tmp_path: Path) -> Any:
 
 
 @pytest.mark.distributed
-def test_two_ranks_in_chunks_are_one_process_at_once(tmp_path: Path) -> None:
+def test_two_ranks_in_micro_batches_match_one_process_in_one_pass(tmp_path: Path) -> None:
     """Five steps of AdamW with clipping give the same parameters, on ZeRO 0 to 3, up to the rounding of sums.
 
-    How far rounding carries, this processor tells: one process with each batch's samples in another order sums the same
-    numbers otherwise, and Adam, which divides a gradient by its own size, makes as much of that as of any rounding.
+    The effect of rounding is measured on this processor: one process with each batch's samples in another order adds
+    the same numbers in another order, and Adam, which divides a gradient by its own size, amplifies that like any
+    rounding.
     """
-    inputs = batch_of(STEPS * BATCH) | {"concepts": torch.arange(STEPS * BATCH) % 40}
+    inputs = inputs_of(STEPS * BATCH) | {"groups": torch.arange(STEPS * BATCH) % 40}
     turned = torch.arange(STEPS * BATCH).view(STEPS, BATCH).flip(1).flatten()
     save_file(inputs, tmp_path / "batch.safetensors")
     save_file({name: tensor[turned] for name, tensor in inputs.items()}, tmp_path / "turned.safetensors")
 
     def job(batch: str = "batch", **engine: Any) -> dict[str, Any]:
-        return {"run": tree(**engine), "steps": STEPS, "batch": str(tmp_path / f"{batch}.safetensors")}
+        return {"config": tree(**engine), "steps": STEPS, "batch": str(tmp_path / f"{batch}.safetensors")}
 
     def launch(ranks: int, jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
         outs = {name: tmp_path / f"{ranks}-{name}.safetensors" for name in jobs}
         (tmp_path / "jobs.json").write_text(json.dumps([job | {"out": str(outs[name])} for name, job in jobs.items()]))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", SCRIPT]
-        result = subprocess.run(
-            [*command, str(tmp_path / "jobs.json")], env=ENVIRONMENT, capture_output=True, text=True, timeout=280
-        )
-        assert result.returncode == 0, result.stderr[-8000:]
+        run_command([*torchrun(ranks), RUN_STEPS, str(tmp_path / "jobs.json")])
         return {name: load_file(out) for name, out in outs.items()}
 
-    whole, twin = launch(1, {"whole": job(zero_stage=0), "twin": job("turned", zero_stage=0)}).values()
+    whole, reordered = launch(1, {"whole": job(zero_stage=0), "reordered": job("turned", zero_stage=0)}).values()
     start = model_of(tree()).state_dict()
     learned = [name for name, _ in model_of(tree()).named_parameters()]
     jobs = {f"zero {z}": job(zero_stage=z, micro_batch_size=2) for z in range(4)}
-    jobs["odd chunk"] = job(zero_stage=1, micro_batch_size=4)  # 6 samples a rank: in two parts of 3
-    jobs["at once"] = job(zero_stage=1)
+    jobs["odd size"] = job(zero_stage=1, micro_batch_size=4)  # 6 samples a rank: in two parts of 3
+    jobs["one pass"] = job(zero_stage=1)
     jobs["recomputed"] = job(zero_stage=3, micro_batch_size=3, activation_checkpointing=True)
     jobs["half"] = job(zero_stage=2, micro_batch_size=2, precision="bfloat16")
     found = launch(2, jobs)
     half = found.pop("half")
     reference = flat(whole, learned)
 
-    def away(state: dict[str, Tensor]) -> float:
+    def distance(state: dict[str, Tensor]) -> float:
         return float((flat(state, learned) - reference).norm() / reference.norm())
 
-    rounding = away(twin)
-    assert 0 < 1000 * rounding < away(start)  # something was learned, by far more
+    rounding = distance(reordered)
+    assert 0 < 1000 * rounding < distance(start)  # something was learned, by far more
     for name, state in found.items():
-        assert away(state) <= 10 * rounding, name
+        assert distance(state) <= 10 * rounding, name
         # One step rounds the scale once, and its gradient, a sum over all pairs, is nowhere near 0.
         torch.testing.assert_close(
             state["log_scales.scale"], whole["log_scales.scale"], rtol=STEPS * 2**-23, atol=0, msg=name
         )
     assert half["heads.f.weight"].dtype == torch.bfloat16
-    assert away(half) <= 1e-2  # of bfloat16's gradients, 2^-8 off, Adam makes about the root, of what was learned
+    assert distance(half) <= 1e-2  # of bfloat16's gradients, 2^-8 off, Adam makes about the root, of what was learned
 
 
 def flat(state: dict[str, Tensor], names: list[str]) -> Tensor:
     return torch.cat([state[name].double().flatten() for name in names])
 
 
-@pytest.mark.parametrize("family", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("parts", [2, 3, 10])
-def test_gradients_of_every_parameter(one_process_group: None, family: str, parts: int) -> None:
-    config = tree() | {"loss": {"kind": family}}
+def test_gradients_of_every_parameter(one_process_group: None, kind: str, parts: int) -> None:
+    config = tree() | {"loss": {"kind": kind}}
     config["terms"]["image-third"] |= {"scale": "own", "weight": 0.5}
     config["terms"]["transfer"] = {"x": "f_h", "y": "h_f", "kind": "l2"}
     model = model_of(config).double()
-    concepts_b = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0])
-    whole = gradients(model, 1, concepts_b)
-    chunked = gradients(model, parts, concepts_b)
+    groups_b = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0])
+    whole = gradients(model, 1, groups_b)
+    chunked = gradients(model, parts, groups_b)
     assert whole.keys() == chunked.keys() == dict(model.named_parameters()).keys()
     for name, grad in whole.items():
         assert float((chunked[name] - grad).norm()) <= 1e-5 * float(grad.norm()) + 1e-7, name  # embeddings are float32
 
 
 def test_dropout_is_the_same_in_both_passes(one_process_group: None) -> None:
-    """Against a graph that holds all chunks at once, each under its own seed."""
+    """Compared with one graph of all micro-batches, each under its own seed."""
     config = tree()
     config["towers"]["text"]["dropout"] = 0.5
     model = model_of(config).double()
     chunked = gradients(model, 3)
     model.zero_grad()
     outputs = []
-    for number, part in enumerate(split(batch_of(10), 3)):
-        torch.manual_seed(number)
+    for number, part in enumerate(split(inputs_of(10), 3)):
+        seed_dropout(0, 0, 0, number)
         outputs.append(model(part))
     embeddings = {name: torch.cat([part.embeddings[name] for part in outputs]) for name in outputs[0].embeddings}
-    loss, _ = objective(model.run, type(outputs[0])(embeddings, outputs[0].log_scales, outputs[0].biases), None)
+    loss, _ = total_loss(model.config, type(outputs[0])(embeddings, outputs[0].log_scales, outputs[0].biases))
     loss.backward()
     for name, p in model.named_parameters():
         assert p.grad is not None
         assert float((chunked[name] - p.grad).norm()) <= 1e-5 * float(p.grad.norm()) + 1e-7, name
 
 
-def test_running_moments_take_each_chunk_once(one_process_group: None) -> None:
+def test_running_moments_take_each_micro_batch_once(one_process_group: None) -> None:
     config = tree()
     config["towers"]["image"]["model"] = "test_resnet"
-    chunked, twin = model_of(config), model_of(config)
+    chunked, reference = model_of(config), model_of(config)
     gradients(chunked, 2)
-    for part in split(batch_of(10), 2):
-        twin(part)
+    for part in split(inputs_of(10), 2):
+        reference(part)
     moments = {name: b for name, b in chunked.named_buffers() if "running" in name or "tracked" in name}
     assert moments
-    for name, b in twin.named_buffers():
+    for name, b in reference.named_buffers():
         torch.testing.assert_close(b, dict(chunked.named_buffers())[name], msg=name)
 
 
-def test_what_learns_nothing_costs_no_gradient() -> None:
+def test_heads_without_trained_parameters_get_no_gradient() -> None:
     """LiT on cached rows: the image side is a leaf without gradient, as in one pass."""
     config = tree()
     del config["towers"]["image"], config["heads"]["f_h"], config["terms"]["image-third"], config["heads"]["f"]
@@ -204,29 +176,27 @@ def test_what_learns_nothing_costs_no_gradient() -> None:
     assert learning_heads(model_of(tree())) == {"f", "g", "f_h", "h_f"}
 
 
-def test_what_is_not_finite_is_named_and_leaves_no_gradient(one_process_group: None) -> None:
+def test_nonfinite_embeddings_are_named_and_leave_no_gradient(one_process_group: None) -> None:
     model = model_of(tree())
     torch.nn.init.constant_(model.heads["f_h"].weight, torch.inf)  # type: ignore[arg-type]
     for parts in (1, 2):
-        measured = accumulate(
-            PlainEngine(model), batch_of(6), lambda o: objective(model.run, o, None), parts, lambda chunk: None, CPU
-        )
-        assert measured.faults == ("embeddings f_h",)
+        result = grad_cache_of(model, parts)(inputs_of(6), 0)
+        assert result.nonfinite == ("embeddings f_h",)
         assert all(p.grad is None for p in model.parameters())
 
 
-def test_layouts_that_cannot_be() -> None:
-    assert chunks(parse(tree(micro_batch_size=5)), world=2) == 2
-    assert chunks(parse(tree()), world=2) == 1
+def test_layouts_that_do_not_fit_are_refused() -> None:
+    assert num_micro_batches(parse(tree(micro_batch_size=5)), world=2) == 2
+    assert num_micro_batches(parse(tree()), world=2) == 1
     for engine, message in (
-        ({"precision": "bfloat16", "zero_stage": 0}, "begins stage 0 with a step of its own"),
+        ({"precision": "bfloat16", "zero_stage": 0}, "starts stage 0 with a step of weight decay alone"),
         ({"precision": "bfloat16", "zero_stage": 1, "micro_batch_size": 2}, "set engine.zero_stage: 2"),
     ):
         with pytest.raises(ConfigError, match=message):
             deepspeed_config(parse(tree(**engine)), world=2)
-    with pytest.raises(ConfigError, match=r"adafactor keeps row and column means .* ZeRO stage 1 with float32"):
+    with pytest.raises(ConfigError, match=r"adafactor needs whole matrices .* ZeRO stage 1 with float32"):
         deepspeed_config(parse(tree(zero_stage=1) | {"optim": {"name": "adafactor"}}), world=2)
-    with pytest.raises(ValueError, match="batch 12 is not divisible by 5 ranks"):
+    with pytest.raises(ValueError, match="global_batch_size: 12 is not divisible by 5 ranks"):
         deepspeed_config(parse(tree()), world=5)
-    with pytest.raises(ValueError, match="2 samples cannot go through in 3 parts"):
-        split(batch_of(2), 3)
+    with pytest.raises(ValueError, match="2 samples cannot be split into 3 micro-batches"):
+        split(inputs_of(2), 3)

@@ -1,4 +1,4 @@
-"""Samples without a third tower: each term is the loss over the samples that have both its towers, on any ranks."""
+"""Samples without a third tower: each term is the loss over the samples that have both its towers, on all ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.trainer.test_config import THREE
 from threetowers.kernels import reference_contrastive_loss
 from threetowers.trainer.config import TrainConfig, parse
-from threetowers.trainer.loss import TermResult, objective
+from threetowers.trainer.loss import TermResult, total_loss
 from threetowers.trainer.model.model import Outputs
 
 WIDTH = 6
@@ -26,7 +26,7 @@ PRESENT = {
 }
 
 
-def run_of(family: str) -> TrainConfig:
+def config_of(kind: str) -> TrainConfig:
     """Two third towers, each in a term of its own and together in one."""
     cached = {"kind": "cache", "path": "c", "on_missing_row": "mask"}
     terms = {
@@ -38,7 +38,7 @@ def run_of(family: str) -> TrainConfig:
     }
     heads = {name: {"of": tower} for name, tower in SIDES.items()}
     towers = THREE["towers"] | {"third": cached, "other": cached}
-    return parse(THREE | {"towers": towers, "heads": heads, "terms": terms, "loss": {"kind": family}})
+    return parse(THREE | {"towers": towers, "heads": heads, "terms": terms, "loss": {"kind": kind}})
 
 
 def leaves() -> dict[str, Tensor]:
@@ -55,31 +55,31 @@ def features() -> dict[str, Tensor]:
     return {name: torch.nn.functional.normalize(torch.randn(11, WIDTH, generator=g), dim=1) for name in towers}
 
 
-def ours(
-    run: TrainConfig, case: str, concepts_B: Tensor | None, mine: slice, values: dict[str, Tensor]
+def masked_loss(
+    config: TrainConfig, case: str, groups_B: Tensor | None, mine: slice, values: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, TermResult]]:
     rows = features()
     embeddings = {name: rows[tower][mine] @ values[name] for name, tower in SIDES.items()}
     names = ("scale", "another")
-    biases = {name: values[f"bias {name}"] for name in names} if run.loss.kind == "sigmoid" else {}
+    biases = {name: values[f"bias {name}"] for name in names} if config.loss.kind == "sigmoid" else {}
     outputs = Outputs(embeddings, {name: values[f"log {name}"] for name in names}, biases)
     third, other = (torch.tensor(has, dtype=torch.bool)[mine] for has in PRESENT[case])
     for name, tower in SIDES.items():  # what a masked sample holds must not matter
         if tower in ("third", "other"):
             has = third if tower == "third" else other
             outputs.embeddings[name] = torch.where(has[:, None], outputs.embeddings[name], torch.tensor(1e4))
-    ids_b = None if concepts_B is None else concepts_B[mine]
-    return objective(run, outputs, ids_b, present={"third": third, "other": other})
+    ids_b = None if groups_B is None else groups_B[mine]
+    return total_loss(config, outputs, ids_b, present={"third": third, "other": other})
 
 
-def truth(
-    run: TrainConfig, case: str, concepts_B: Tensor | None, values: dict[str, Tensor]
+def expected_loss(
+    config: TrainConfig, case: str, groups_B: Tensor | None, values: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The dense loss of each term over the samples that have it, in float64."""
     rows = {name: value.double() for name, value in features().items()}
     has = dict(zip(("third", "other"), (torch.tensor(h, dtype=torch.bool) for h in PRESENT[case]), strict=True))
     terms: dict[str, Tensor] = {}
-    for name, term in run.terms.items():
+    for name, term in config.terms.items():
         keep = torch.ones(11, dtype=torch.bool)
         for tower in (SIDES[term.x], SIDES[term.y]):
             keep &= has.get(tower, keep)
@@ -90,27 +90,27 @@ def truth(
         if term.kind == "l2":
             terms[name] = (x - y).square().sum(1).mean()
             continue
-        bias = values[f"bias {term.scale}"].double() if run.loss.kind == "sigmoid" else None
+        bias = values[f"bias {term.scale}"].double() if config.loss.kind == "sigmoid" else None
         terms[name] = reference_contrastive_loss(
             x,
             y,
             values[f"log {term.scale}"].double(),
             bias=bias,
-            kind=run.loss.kind,
-            group_ids=None if concepts_B is None else concepts_B[keep],
+            kind=config.loss.kind,
+            group_ids=None if groups_B is None else groups_B[keep],
         )
-    return torch.stack([run.terms[name].weight * loss for name, loss in terms.items()]).sum(), terms
+    return torch.stack([config.terms[name].weight * loss for name, loss in terms.items()]).sum(), terms
 
 
 def check(rank: int, ranks: int) -> None:
     mine = slice(None) if ranks == 1 else (slice(0, 7), slice(7, 11))[rank]
-    for family in ("softmax", "sigmoid"):
-        run = run_of(family)
+    for kind in ("softmax", "sigmoid"):
+        config = config_of(kind)
         for case in PRESENT:
-            for concepts_B in (None, torch.arange(11) % 4):
-                values, twins = leaves(), leaves()
-                total, report = ours(run, case, concepts_B, mine, values)
-                expected, terms = truth(run, case, concepts_B, twins)
+            for groups_B in (None, torch.arange(11) % 4):
+                values, reference = leaves(), leaves()
+                total, report = masked_loss(config, case, groups_B, mine, values)
+                expected, terms = expected_loss(config, case, groups_B, reference)
                 torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
                 for name, loss in terms.items():
                     torch.testing.assert_close(report[name].loss.double(), loss.detach(), rtol=1e-5, atol=1e-6)
@@ -118,14 +118,14 @@ def check(rank: int, ranks: int) -> None:
                 total.backward()
                 expected.backward()
                 for name, leaf in values.items():
-                    grad, want = leaf.grad, twins[name].grad
+                    grad, want = leaf.grad, reference[name].grad
                     if grad is None:
                         assert want is None, (case, name)
                         continue
                     if ranks > 1:
                         dist.all_reduce(grad)
                     want = torch.zeros_like(grad) if want is None else want
-                    torch.testing.assert_close(grad / ranks, want, rtol=1e-4, atol=1e-6, msg=f"{family} {case} {name}")
+                    torch.testing.assert_close(grad / ranks, want, rtol=1e-4, atol=1e-6, msg=f"{kind} {case} {name}")
 
 
 def test_one_process() -> None:

@@ -9,15 +9,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.trainer.launches import RUN_CONFIGS, read_metrics, run_command, torchrun
 from tests.trainer.shipped_configs import ROOT, RUNS, variants
-from tests.trainer.test_training import SCRIPT, TORCHRUN, launch, metrics
 from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.trainer.config import CacheTower, TrainConfig, dump, load
 from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
 from threetowers.trainer.estimate.dry_run import dry_run
-from threetowers.trainer.export.export import probes
-from threetowers.trainer.export.trained_model import TrainedModel
+from threetowers.trainer.export.export import probe_inputs
+from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.optimizer.optimizer import parameter_groups
 
@@ -121,17 +121,19 @@ def test_small_configs_train(tars: list[Path], tokenizer: Path, cache: Path, tmp
     frozen = [write(small["lit-tuned"], stage, "towers.image.frozen=true") for stage in (1, 3)]
     others = [write(file, 1) for name, file in small.items() if name not in ("ms-clip-s", "lit-tuned")]
     outs = [*shared, *frozen, *others]
-    launch([*TORCHRUN, SCRIPT, *(str(out.with_suffix(".yaml")) for out in outs)])
+    run_command([*torchrun(2), RUN_CONFIGS, *(str(out.with_suffix(".yaml")) for out in outs)])
     for out in outs:
-        assert len(metrics(out)) == 2
-        model = TrainedModel.load(out)
-        images, tokens = probes(model)
+        assert len(read_metrics(out)) == 2
+        model = load_model(out)
+        images, tokens = probe_inputs(model)
         assert torch.isfinite(model.encode_images(images) @ model.encode_tokens(tokens).T).all()
     for runs in (shared, frozen):
         for out in runs[1:]:
-            assert [m["loss"] for m in metrics(out)] == pytest.approx([m["loss"] for m in metrics(runs[0])], rel=1e-4)
+            assert [m["loss"] for m in read_metrics(out)] == pytest.approx(
+                [m["loss"] for m in read_metrics(runs[0])], rel=1e-4
+            )
     assert not any(name.startswith("towers.text.blocks.5.mlp") for name in load_file(shared[0] / "model.safetensors"))
     pretrained = load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0").model.state_dict()
     for out in frozen:  # neither weights nor running statistics have moved
-        for name, tensor in TrainedModel.load(out).model.towers["image"].model.state_dict().items():  # type: ignore[union-attr]
+        for name, tensor in load_model(out).model.towers["image"].model.state_dict().items():  # type: ignore[union-attr]
             assert tensor.equal(pretrained[name]), name

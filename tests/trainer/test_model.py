@@ -1,4 +1,4 @@
-"""The model of a run: heads, scales, what the deployed part depends on."""
+"""The model of a run and its loss: heads, scales, groups, and the deployed part."""
 
 import math
 from typing import Any
@@ -6,30 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.small_models import inputs_of, model_of
 from tests.trainer.test_config import THREE, changed
-from threetowers.trainer.config import TextTower, parse
-from threetowers.trainer.loss import objective
-from threetowers.trainer.model.model import TowerModel, clamp_log_scale
+from threetowers.trainer.config import TextTower
+from threetowers.trainer.loss import total_loss
+from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.model.text import TextTransformer
 from threetowers.trainer.tokenizer import END, PAD
-
-WIDTHS = {"third": 20}
-
-
-def model_of(tree: dict[str, Any]) -> TowerModel:
-    torch.manual_seed(0)
-    return TowerModel(parse(tree), vocab_size=30, cache_widths=WIDTHS)
-
-
-def inputs_of(samples: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 30, (samples, 7), generator=generator)
-    tokens[:, -1] = END
-    return {
-        "image": torch.randint(0, 256, (samples, 3, 32, 32), generator=generator, dtype=torch.uint8),
-        "text": tokens,
-        "third": torch.randn(samples, 20, generator=generator),
-    }
 
 
 def test_embeddings_are_unit_and_scales_have_a_dimension() -> None:
@@ -43,7 +26,7 @@ def test_embeddings_are_unit_and_scales_have_a_dimension() -> None:
     assert all(p.ndim >= 1 for p in model.parameters())
 
 
-def test_the_deployed_part_does_without_the_third_tower() -> None:
+def test_the_deployed_part_does_not_need_the_third_tower() -> None:
     model = model_of(THREE).eval()
     inputs = inputs_of(5)
     before = model.encode_image(inputs), model.encode_text(inputs)
@@ -55,33 +38,33 @@ def test_the_deployed_part_does_without_the_third_tower() -> None:
 
 def test_the_frozen_tower_gets_no_gradient_and_everything_else_does() -> None:
     model = model_of(THREE)
-    loss, _ = objective(model.run, model(inputs_of(6)), None)
+    loss, _ = total_loss(model.config, model(inputs_of(6)))
     loss.backward()
     assert not list(model.towers["third"].parameters())
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_samples_of_one_concept_are_no_negatives_of_each_other() -> None:
-    """Twins that show the same thing leave each other's sums, in both directions, as a direct computation has it."""
+def test_samples_of_one_group_are_no_negatives_of_each_other() -> None:
+    """A repeated sample leaves its twin's sums, in both directions, as a direct computation shows."""
     model = model_of(THREE).eval()
     inputs = inputs_of(4)
     twins = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in inputs.items()}
-    concepts = torch.tensor([7, 8, 9, 10, 7])
-    masked, _ = objective(model.run, model(twins), concepts)
-    kept, _ = objective(model.run, model(twins), None)
+    groups = torch.tensor([7, 8, 9, 10, 7])
+    masked, _ = total_loss(model.config, model(twins), groups)
+    kept, _ = total_loss(model.config, model(twins))
     assert float(masked.detach()) < float(kept.detach())
     f, g = (model.embed(twins, [head])[head].detach() for head in "fg")
     scores = 14.3 * f @ g.T
-    allowed = (concepts[:, None] != concepts) | torch.eye(5, dtype=torch.bool)
+    allowed = (groups[:, None] != groups) | torch.eye(5, dtype=torch.bool)
     expected = 0.0
     for matrix in (scores, scores.T):
         for row in range(5):
             expected += float(matrix[row][allowed[row]].logsumexp(0) - matrix[row, row]) / 10
-    _, terms = objective(model.run, model(twins), concepts)
+    _, terms = total_loss(model.config, model(twins), groups)
     assert float(terms["image-text"].loss) == pytest.approx(expected, rel=1e-4)
 
 
-def test_terms_of_weight_zero_leave_the_baseline() -> None:
+def test_a_term_of_weight_zero_gives_the_baseline() -> None:
     """With the third-tower term's weight zero, f and g get exactly the gradient of the two-tower loss."""
     inputs, grads = inputs_of(6), []
     two = changed("terms.image-third", None)
@@ -90,7 +73,7 @@ def test_terms_of_weight_zero_leave_the_baseline() -> None:
     del two["towers"]["third"]
     for tree in (changed("terms.image-third.weight", 0.0), two):
         model = model_of(tree)
-        loss, _ = objective(model.run, model(inputs), None)
+        loss, _ = total_loss(model.config, model(inputs))
         loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if n.startswith(("towers.image", "towers.text"))})
     assert grads[0].keys() == grads[1].keys()
@@ -99,7 +82,7 @@ def test_terms_of_weight_zero_leave_the_baseline() -> None:
 
 
 @pytest.mark.parametrize(("mebibytes", "kept_terms"), [(0, 0), (1, 2), (16, 2)])
-def test_the_workspace_keeps_tiles_and_changes_no_bit(mebibytes: int, kept_terms: int) -> None:
+def test_the_logit_cache_keeps_tiles_and_changes_no_bit(mebibytes: int, kept_terms: int) -> None:
     """With room, autograd holds one 6 x 6 tile of dots for each of the two terms; the loss and gradients stay."""
     saved: list[torch.Size] = []
 
@@ -113,7 +96,7 @@ def test_the_workspace_keeps_tiles_and_changes_no_bit(mebibytes: int, kept_terms
         model = model_of(tree)
         outputs = model(inputs_of(6))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part):
-            loss, _ = objective(model.run, outputs, None)
+            loss, _ = total_loss(model.config, outputs)
         if not results:
             assert saved.count(torch.Size([36])) == kept_terms
         loss.backward()
@@ -135,7 +118,7 @@ def test_separate_scales_and_sigmoid_biases() -> None:
     model = model_of(tree)
     outputs = model(inputs_of(4))
     assert set(outputs.log_scales) == set(outputs.biases) == {"scale", "own"}
-    loss, terms = objective(model.run, outputs, None)
+    loss, terms = total_loss(model.config, outputs)
     assert float(loss.detach()) == pytest.approx(sum(float(t.loss) for t in terms.values()))
 
 
@@ -160,11 +143,14 @@ def test_padding_does_not_change_a_text(pool: Any) -> None:
 @pytest.mark.parametrize(
     ("tower", "message"),
     [
-        ({"kind": "timm", "model": "no_such_model"}, "timm cannot make 'no_such_model'"),
-        ({"kind": "timm", "model": "test_vit", "args": {"widht": 3}}, "timm cannot make 'test_vit' with {'widht': 3}"),
+        ({"kind": "timm", "model": "no_such_model"}, "timm cannot create 'no_such_model'"),
+        (
+            {"kind": "timm", "model": "test_vit", "args": {"widht": 3}},
+            "timm cannot create 'test_vit' with {'widht': 3}",
+        ),
         ({"kind": "timm", "model": "vit_tiny_patch16_224"}, "does not take 32-pixel images"),
     ],
 )
-def test_image_towers_that_cannot_be(tower: dict[str, Any], message: str) -> None:
+def test_invalid_image_towers_are_refused(tower: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_of(changed("towers.image", tower))

@@ -1,4 +1,4 @@
-"""What towers and heads can be: shared, specialised, frozen, pretrained, several of a kind; and what they cost."""
+"""Kinds of towers and heads: shared, specialised, frozen, pretrained, several of a kind; and their cost."""
 
 from pathlib import Path
 from typing import Any
@@ -7,23 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.trainer.small_models import SPECIALIZED, VIT, VOCAB_SIZE, WIDTHS, inputs_of, model_of
 from tests.trainer.test_config import THREE, changed
-from tests.trainer.test_model import WIDTHS, inputs_of, model_of
 from threetowers.trainer.config import ConfigError, TextTower, parse
 from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, meta_model, state_memory, tower_costs
 from threetowers.trainer.estimate.summary import flop, size
-from threetowers.trainer.loss import objective
+from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.model.state_dict import distinct_state, load_distinct
+from threetowers.trainer.model.state_dict import deduplicated_state_dict, load_deduplicated
 from threetowers.trainer.model.text import TextTransformer
 from threetowers.trainer.tokenizer import END, PAD
 
-VIT = {
-    "kind": "timm",
-    "model": "vit_base_patch32_clip_quickgelu_224",
-    "args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
-}
-SPECIAL = VIT | {"args": VIT["args"] | {"depth": 6}, "specialize": {}}
 TEXT = {"kind": "text", "width": 32, "depth": 3, "heads": 2, "causal": True}
 
 
@@ -49,7 +43,7 @@ def test_shared_blocks_are_the_same_objects_paired_from_the_last() -> None:
         "blocks.2.norm2.weight",
         "blocks.2.norm2.bias",
     }
-    model = model_of(shared_tree(**SPECIAL))  # five blocks are left beside the stem
+    model = model_of(shared_tree(**SPECIALIZED))  # five blocks are left beside the stem
     assert model.towers["text"].blocks[0].attn.qkv.weight is model.towers["image"].model.vit.blocks[2].attn.qkv.weight
 
 
@@ -59,41 +53,41 @@ def test_shared_parameters_take_the_gradients_of_both_towers() -> None:
     apart = model_of(THREE | {"towers": THREE["towers"] | {"image": VIT, "text": TEXT}})
     apart.load_state_dict(shared.state_dict())
     for model in (shared, apart):
-        loss, _ = objective(model.run, model(inputs), None)
+        loss, _ = total_loss(model.config, model(inputs))
         loss.backward()
         blocks = model.towers["image"].model.blocks[1], model.towers["text"].blocks[0]
         grads.append([block.get_parameter("mlp.fc1.weight").grad for block in blocks])
     torch.testing.assert_close(grads[0][0], grads[1][0] + grads[1][1])
 
 
-def test_a_shared_model_is_stored_once_and_read_whole() -> None:
+def test_shared_parameters_are_stored_once() -> None:
     first = model_of(shared_tree())
     torch.manual_seed(9)
     with torch.no_grad():
         for p in first.parameters():
             p += torch.randn_like(p)
-    state = distinct_state(first)
+    state = deduplicated_state_dict(first)
     assert sum(t.numel() for n, t in state.items() if n in dict(first.named_parameters())) == sum(
         p.numel() for p in first.parameters()
     )
     second = model_of(shared_tree())
-    load_distinct(second, state)
+    load_deduplicated(second, state)
     assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"(?s)the weights are of another model: .*towers\.image"):
-        load_distinct(second, {name: t for name, t in state.items() if "image" not in name})
+        load_deduplicated(second, {name: t for name, t in state.items() if "image" not in name})
 
 
 @pytest.mark.parametrize(
     ("share", "image", "message"),
     [
         ({"blocks": 4}, {}, r"share\.blocks: 4, but the towers have 3 and 4 blocks"),
-        ({}, {"args": VIT["args"] | {"embed_dim": 48}}, r"the attn of the two towers differ .*give them one width"),
-        ({}, {"model": "test_resnet", "args": {}}, r"'image' is no timm vision transformer"),
-        ({"tower": "third"}, {}, r"share\.tower: found 'third', expected an image tower"),
-        ({}, {"frozen": True, "init": "x"}, r"one of the two towers .* is frozen; freeze both or neither"),
+        ({}, {"args": VIT["args"] | {"embed_dim": 48}}, r"attn differs between the two towers .*give them one width"),
+        ({}, {"model": "test_resnet", "args": {}}, r"'image' is not a timm vision transformer"),
+        ({"tower": "third"}, {}, r"share\.tower: 'third' is no image tower"),
+        ({}, {"frozen": True, "init": "x"}, r"one is frozen; freeze both or none"),
     ],
 )
-def test_what_cannot_be_shared(share: dict[str, Any], image: dict[str, Any], message: str) -> None:
+def test_invalid_sharing_is_refused(share: dict[str, Any], image: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_of(shared_tree(share, **image))
 
@@ -105,13 +99,13 @@ def test_specialised_towers_learn_with_all_their_parts(specialize: dict[str, Any
     tree = THREE | {"towers": THREE["towers"] | {"image": image}, "data": THREE["data"] | {"image_size": img}}
     model = model_of(tree)
     pixels = torch.randint(0, 256, (4, 3, img, img), dtype=torch.uint8)
-    loss, _ = objective(model.run, model(inputs_of(4) | {"image": pixels}), None)
+    loss, _ = total_loss(model.config, model(inputs_of(4) | {"image": pixels}))
     loss.backward()
     assert [n for n, p in model.towers["image"].named_parameters() if p.grad is None or not p.grad.any()] == []
     assert len(model.towers["image"].model.vit.blocks) == (5 if specialize.get("stem", True) else 6)
 
 
-def test_what_cannot_be_specialised() -> None:
+def test_invalid_specialisation_is_refused() -> None:
     for image, message in [
         ({"kind": "timm", "model": "test_resnet"}, "needs one of timm's vision transformers"),
         (VIT | {"args": VIT["args"] | {"embed_dim": 24, "depth": 6}}, "a width divisible by 16"),
@@ -130,7 +124,7 @@ def test_a_frozen_tower_stays_as_it_is() -> None:
     assert not model.train().towers["image"].training
     assert model.towers["text"].training
     before = {name: t.clone() for name, t in model.towers["image"].state_dict().items()}
-    loss, _ = objective(model.run, model(inputs_of(6)), None)
+    loss, _ = total_loss(model.config, model(inputs_of(6)))
     loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
     for name, tensor in model.towers["image"].state_dict().items():
@@ -139,7 +133,7 @@ def test_a_frozen_tower_stays_as_it_is() -> None:
     assert model.heads["f"].weight.grad.any()  # type: ignore[union-attr, operator]
 
 
-def test_nothing_left_to_train() -> None:
+def test_a_model_without_trained_parameters_is_refused() -> None:
     tree = changed("towers.image.frozen", True)
     tree["towers"]["image"] |= {"init": "given.safetensors"}
     tree["towers"]["text"] |= {"frozen": True, "init": "given.safetensors"}
@@ -147,13 +141,13 @@ def test_nothing_left_to_train() -> None:
     tree["heads"] = {name: {"of": of, "kind": "none"} for name, of in (("f", "image"), ("g", "text"))}
     tree["towers"]["text"]["width"] = 64
     tree["terms"] = {"image-text": {"x": "f", "y": "g", "kind": "l2"}}
-    with pytest.raises(ValueError, match="nothing is left to train"):
+    with pytest.raises(ValueError, match="no parameter is left to train"):
         model_of(tree)
 
 
 def test_initial_weights(tmp_path: Path) -> None:
     source = model_of(THREE)
-    save_file(distinct_state(source), tmp_path / "run.safetensors")
+    save_file(deduplicated_state_dict(source), tmp_path / "run.safetensors")
     save_file(source.towers["image"].model.state_dict(), tmp_path / "image.safetensors")  # type: ignore[union-attr]
     torch.manual_seed(5)
     tree = changed("towers.text.init", f"{tmp_path}/run.safetensors#towers.text")
@@ -167,7 +161,10 @@ def test_initial_weights(tmp_path: Path) -> None:
         for key, tensor in source.towers[name].state_dict().items():
             assert model.towers[name].state_dict()[key].equal(tensor), key
     for init, message in [
-        (f"{tmp_path}/run.safetensors#towers.words", r"nothing is named towers\.words\.\*; known: \[.*'towers\.text'"),
+        (
+            f"{tmp_path}/run.safetensors#towers.words",
+            r"has no tensor named towers\.words\.\*; known .*'towers\.text'",
+        ),
         (f"{tmp_path}/run.safetensors#towers.image", r"towers\.text\.init: .* does not fit the tower"),
         (f"{tmp_path}/none.safetensors", r"towers\.text\.init: .*none\.safetensors cannot be read"),
     ]:
@@ -180,10 +177,10 @@ def test_several_towers_of_each_kind() -> None:
     tree["towers"] |= {"words": TEXT, "other": {"kind": "cache", "path": "c2"}}
     tree["heads"] |= {name: {"of": of} for name, of in (("s", "second"), ("w", "words"), ("h_w", "other"))}
     tree["terms"] |= {"second-words": {"x": "s", "y": "w"}, "words-other": {"x": "w", "y": "h_w", "kind": "l2"}}
-    model = TowerModel(parse(tree), 30, WIDTHS | {"other": 9})
+    model = TowerModel(parse(tree), VOCAB_SIZE, WIDTHS | {"other": 9})
     inputs = inputs_of(5)
     inputs |= {"second": inputs["image"], "words": inputs["text"], "other": torch.randn(5, 9)}
-    loss, report = objective(model.run, model(inputs), None)
+    loss, report = total_loss(model.config, model(inputs))
     loss.backward()
     assert set(report["words-other"].metrics()) == {"loss"}
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -196,13 +193,13 @@ def test_mlp_heads_and_heads_without_bias() -> None:
     assert model_of(changed("heads.h_f", {"of": "third", "kind": "mlp"})).heads["h_f"][0].out_features == 20  # type: ignore[index]
 
 
-def test_an_l2_term_pulls_and_has_no_scale() -> None:
+def test_an_l2_term_is_a_mean_squared_distance_without_scale() -> None:
     tree = changed("terms.image-third.kind", "l2")
     tree["terms"]["image-third"]["scale"] = "unused"
     model = model_of(tree)
     assert set(model.log_scales) == {"scale"}
     outputs = model(inputs_of(6))
-    _, report = objective(model.run, outputs, None)
+    _, report = total_loss(model.config, outputs)
     x, y = outputs.embeddings["f_h"].detach(), outputs.embeddings["h_f"].detach()
     assert report["image-third"].metrics() == {"loss": pytest.approx(float((2 - 2 * (x * y).sum(1)).mean()), rel=1e-5)}
 
@@ -212,12 +209,12 @@ def test_a_run_of_l2_terms_alone() -> None:
     tree["terms"]["image-text"] |= {"kind": "l2"}
     model = model_of(tree)
     assert not list(model.log_scales)
-    loss, _ = objective(model.run, model(inputs_of(4)), None)
+    loss, _ = total_loss(model.config, model(inputs_of(4)))
     loss.backward()
 
 
 @pytest.mark.parametrize(("pool", "mask_padding"), [("eos", True), ("last", False)])
-def test_a_causal_text_tower_does_not_look_ahead(pool: Any, mask_padding: bool) -> None:
+def test_a_causal_text_tower_does_not_attend_to_later_tokens(pool: Any, mask_padding: bool) -> None:
     torch.manual_seed(0)
     tower = TextTransformer(
         TextTower("text", 16, 2, 2, causal=True, mask_padding=mask_padding, pool=pool), 30, 6
@@ -237,8 +234,8 @@ def block_outputs(tower: TextTransformer, tokens: torch.Tensor, mask: torch.Tens
     return x
 
 
-@pytest.mark.parametrize("image", [VIT, SPECIAL, {"kind": "timm", "model": "test_resnet"}])
-def test_recomputing_activations_changes_nothing(image: dict[str, Any]) -> None:
+@pytest.mark.parametrize("image", [VIT, SPECIALIZED, {"kind": "timm", "model": "test_resnet"}])
+def test_recomputing_activations_changes_no_gradient(image: dict[str, Any]) -> None:
     grads = []
     for again in (False, True):
         tree = THREE | {"towers": THREE["towers"] | {"image": image, "text": TEXT | {"dropout": 0.3}}}
@@ -246,7 +243,7 @@ def test_recomputing_activations_changes_nothing(image: dict[str, Any]) -> None:
         if again:
             model.checkpoint_activations()
         torch.manual_seed(2)
-        loss, _ = objective(model.run, model(inputs_of(4)), None)
+        loss, _ = total_loss(model.config, model(inputs_of(4)))
         loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
@@ -254,7 +251,7 @@ def test_recomputing_activations_changes_nothing(image: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("image", [{"kind": "timm", "model": "test_vit"}, {"kind": "timm", "model": "test_resnet"}])
-def test_estimated_activations_are_those_that_are_kept(image: dict[str, Any]) -> None:
+def test_estimated_activations_match_those_that_autograd_keeps(image: dict[str, Any]) -> None:
     """Counted on the meta device, and on a real forward pass by the same hooks on real tensors."""
     tree = changed("towers.image", image)
     teachers = {"third": TeacherCost("b", 20, 40, None)}
@@ -270,7 +267,7 @@ def test_estimated_activations_are_those_that_are_kept(image: dict[str, Any]) ->
             return tensor
 
         inputs = inputs_of(samples)
-        context = model.run.data.context_length
+        context = model.config.data.context_length
         inputs["text"] = torch.full((samples, context), END)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = model(inputs)
@@ -298,7 +295,7 @@ def test_costs_by_hand() -> None:
         assert state_memory(parse(tree | engine), model, 4).total == pytest.approx(count * bytes_each, rel=1e-3), stage
 
 
-def test_large_numbers_in_words() -> None:
+def test_large_numbers_as_text() -> None:
     assert [flop(f) for f in (12, 4.5e9, 2e16)] == ["12 FLOP", "4.5 GFLOP", "20 PFLOP"]
     assert [size(s) for s in (12, 3 * 2**20, 2**41)] == ["12 B", "3 MiB", "2 TiB"]
 

@@ -1,5 +1,6 @@
-"""Which parameters move, how fast and by what rule: groups, schedules, Adafactor against a slow twin."""
+"""Parameter groups, schedules, and Adafactor against a slow reference."""
 
+import copy
 import math
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.test_grad_cache import model_of, tree
+from tests.trainer.small_models import model_of
+from tests.trainer.test_config import THREE
 from threetowers.trainer.config import ConfigError, Duration, Optim, parse
 from threetowers.trainer.optimizer.adafactor import Adafactor, factored_sides
 from threetowers.trainer.optimizer.optimizer import freeze, parameter_groups
@@ -52,15 +54,15 @@ def test_constant_and_rsqrt_with_cooldown() -> None:
 )
 def test_spans_that_say_nothing(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse(tree() | change)
+        parse(THREE | change)
 
 
-def test_groups_by_name() -> None:
-    config = tree()
+def test_parameter_groups_by_name() -> None:
+    config = copy.deepcopy(THREE)
     config["optim"] = {
         "lr": 0.1,
         "weight_decay": 0.3,
-        "groups": [
+        "param_groups": [
             {"match": "towers.image.model.blocks.0.*", "lr": 0},
             {"match": "towers.image.*", "lr": 0.5, "weight_decay": 0.01},
         ],
@@ -112,7 +114,7 @@ def slow_adafactor(p: Any, grads: list[Any], lr: float, beta1: float, beta2: flo
 
 
 @pytest.mark.parametrize("shape", [(33, 40), (40, 33), (31, 64), (7, 5)])
-def test_adafactor_is_its_formula(shape: tuple[int, int]) -> None:
+def test_adafactor_matches_its_formula(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     start, grads = rng.normal(size=shape), [rng.normal(size=shape) * 10.0**k for k in (0, -3, 2, 1)]
     expected = slow_adafactor(start, grads, 0.1, 0.9, 0.6, 0.05)
@@ -124,7 +126,7 @@ def test_adafactor_is_its_formula(shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_adafactor_keeps_little() -> None:
+def test_adafactor_keeps_factored_moments() -> None:
     convolution = torch.nn.Parameter(torch.zeros(64, 48, 3, 3))
     assert factored_sides(convolution) == (1, 0)
     assert factored_sides(torch.zeros(48, 3, 3, 3)) is None

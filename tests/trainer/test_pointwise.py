@@ -1,4 +1,4 @@
-"""Strided 1x1 convolutions of few channels: the same numbers by another way, and a heap that stays whole."""
+"""Strided 1x1 convolutions of few channels: the same values, and a heap that is not corrupted."""
 
 import copy
 import os
@@ -12,8 +12,8 @@ import torch
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 
-from tests.trainer.test_model import inputs_of, model_of
-from tests.trainer.test_models import SPECIAL, THREE
+from tests.trainer.small_models import SPECIALIZED, inputs_of, model_of
+from tests.trainer.test_config import THREE
 from threetowers.kernels.cpu import sweep_library
 from threetowers.trainer.model.pointwise import subsample_before_pointwise
 
@@ -38,7 +38,7 @@ def gradients(module: nn.Module, x_bchw: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame, StdConv2d])
 @pytest.mark.parametrize("stride", [2, 3, (1, 2), (4, 1)])
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (12, 12)])
-def test_outputs_and_gradients_stay(
+def test_outputs_and_gradients_are_unchanged(
     kind: type[nn.Conv2d], stride: int | tuple[int, int], size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
@@ -65,15 +65,15 @@ def test_outputs_and_gradients_stay(
         nn.ConvTranspose2d(4, 8, 1, stride=2),
     ],
 )
-def test_other_convolutions_are_left_alone(conv: nn.Module) -> None:
+def test_other_convolutions_are_unchanged(conv: nn.Module) -> None:
     stride = conv.stride
     subsample_before_pointwise(conv)
     assert conv.stride == stride
     assert not conv._forward_pre_hooks
 
 
-@pytest.mark.parametrize("image", [SPECIAL, NARROW], ids=["MS-CLIP-S", "timm"])
-def test_image_towers_have_none_left(image: dict[str, object]) -> None:
+@pytest.mark.parametrize("image", [SPECIALIZED, NARROW], ids=["MS-CLIP-S", "timm"])
+def test_image_towers_have_no_affected_convolution(image: dict[str, object]) -> None:
     tower = model_of(THREE | {"towers": THREE["towers"] | {"image": image}}).towers["image"]
     convs = [m for m in tower.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16]
     assert any(m._forward_pre_hooks for m in convs)
@@ -83,11 +83,11 @@ def test_image_towers_have_none_left(image: dict[str, object]) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())
 
 
-def test_the_heap_stays_whole() -> None:
+def test_the_heap_is_not_corrupted() -> None:
     assert outcome("subsampled", 1, 4, 12) == 0
 
 
-def test_the_way_around_is_still_needed() -> None:
+def test_the_workaround_is_still_needed() -> None:
     """Fails once torch brings a oneDNN without the fault: then trainer/model/pointwise.py can go, and this file."""
     library = sweep_library()
     if library is None or not library.threetowers_sweep_isa():

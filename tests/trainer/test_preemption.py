@@ -1,119 +1,86 @@
-"""Runs that stop on the way, with real processes: kill -9, SIGTERM, what is not finite; and how they go on."""
+"""Runs that are stopped, with real processes: kill -9, SIGTERM, nonfinite gradients; and how they resume."""
 
 import contextlib
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from safetensors.torch import load_file
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-SCRIPT = str(Path(__file__).with_name("stopping_runs.py"))
-TRAIN = [sys.executable, "-m", "threetowers", "train"]
-
-
-def config(tree: dict[str, Any], folder: Path, name: str, **engine: Any) -> tuple[str, Path]:
-    """Write a config; returns the file and the run's folder. Several configs may name one folder."""
-    out = folder / name.split()[0]
-    file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(tree | {"output_dir": str(out), "engine": engine}))
-    return str(file), out
-
-
-def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", SCRIPT]
-    result = subprocess.run(
-        [*command, str(folder / "jobs.json")], env=ENVIRONMENT, capture_output=True, text=True, timeout=280
-    )
-    assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"job"')]
-
-
-def lines(out: Path, key: str) -> list[Any]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in found if key in line]
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    first, second = (load_file(out / "model.safetensors") for out in (a, b))
-    return first.keys() == second.keys() and all(second[name].equal(tensor) for name, tensor in first.items())
+from tests.trainer.launches import ENVIRONMENT, TRAIN, metric, run_jobs, same_weights, write_config
 
 
 @pytest.mark.distributed
-def test_sigterm_to_one_rank_and_going_on_elsewhere(three: dict[str, Any], tmp_path: Path) -> None:
-    """Two ranks stop at the same step; the same layout goes on to the bit, others with the same samples."""
+def test_sigterm_to_one_rank_and_resuming_on_other_layouts(three: dict[str, Any], tmp_path: Path) -> None:
+    """Two ranks stop at the same step; the same layout resumes to the bit, others with the same samples."""
     plain = json.loads(json.dumps(three))
     three["towers"]["text"]["dropout"] = 0.2
     three["data"]["workers"] = 1
     three |= {"optim": {"param_groups": [{"match": "towers.image.*", "lr": 0.5}]}}
-    alone = config(three, tmp_path, "alone", zero_stage=1, micro_batch_size=4)
-    stopped = config(three, tmp_path, "stopped", zero_stage=1, micro_batch_size=4)
-    moved = {z: config(plain, tmp_path, f"moved{z}", zero_stage=z) for z in (2, 3)}
+    alone = write_config(three, tmp_path, "alone", zero_stage=1, micro_batch_size=4)
+    stopped = write_config(three, tmp_path, "stopped", zero_stage=1, micro_batch_size=4)
+    moved = {z: write_config(plain, tmp_path, f"moved{z}", zero_stage=z) for z in (2, 3)}
     jobs = [{"config": alone[0]}, {"config": stopped[0], "stop": 3}, {"config": stopped[0]}]
     jobs += [{"config": file, "stop": 2} for file, _ in moved.values()]
-    whole, first, rest, *others = launch(2, jobs, tmp_path)
+    whole, first, rest, *others = run_jobs(2, jobs, tmp_path)
     assert (whole["end"], first["end"], rest["end"]) == ("finished", "interrupted", "finished")
-    assert "stopped by SIGTERM after step 4 of 6; the same command goes on from there" in first["message"]
+    assert "stopped by SIGTERM after step 4 of 6; run the same command again to resume" in first["message"]
     assert rest["start"] == 4
     assert {job["end"] for job in others} == {"interrupted"}
-    for key in ("loss", "grad_norm", "terms/text-third/loss", "look/weights"):
-        assert lines(alone[1], key) == lines(stopped[1], key), key
+    for key in ("loss", "grad_norm", "terms/text-third/loss", "weights/sum"):
+        assert metric(alone[1], key) == metric(stopped[1], key), key
     assert same_weights(alone[1], stopped[1])
-    # What was two ranks goes on as three with another stage, then as one with yet another.
+    # Two ranks resume as three with another stage, then as one with yet another.
     next_stage, last_stage = {2: 0, 3: 1}, {2: 3, 3: 0}
-    again = [config(plain, tmp_path, f"moved{z} three", zero_stage=next_stage[z], micro_batch_size=3) for z in moved]
-    found = launch(3, [{"config": file, "stop": 4} for file, _ in again], tmp_path)
+    again = [
+        write_config(plain, tmp_path, f"moved{z} three", zero_stage=next_stage[z], micro_batch_size=3) for z in moved
+    ]
+    found = run_jobs(3, [{"config": file, "stop": 4} for file, _ in again], tmp_path)
     assert [(job["start"], job["end"]) for job in found] == [(3, "interrupted")] * 2
-    reference = config(plain, tmp_path, "reference", zero_stage=0)
-    ends = [config(plain, tmp_path, f"moved{z} one", zero_stage=last_stage[z]) for z in moved]
-    found = launch(1, [{"config": file} for file, _ in [reference, *ends]], tmp_path)
+    reference = write_config(plain, tmp_path, "reference", zero_stage=0)
+    ends = [write_config(plain, tmp_path, f"moved{z} one", zero_stage=last_stage[z]) for z in moved]
+    found = run_jobs(1, [{"config": file} for file, _ in [reference, *ends]], tmp_path)
     assert [(job["start"], job["end"]) for job in found] == [(0, "finished"), *[(5, "finished")] * 2]
     for _, out in ends:
-        assert lines(out, "step") == [s for s in range(1, 7) for _ in range(2)]
-        for key in ("loss", "look/weights"):
-            np.testing.assert_allclose(lines(out, key), lines(reference[1], key), rtol=2e-4)
-    assert found[-1]["summary"]["seconds"] == pytest.approx(lines(ends[-1][1], "seconds")[-1])
+        assert metric(out, "step") == [s for s in range(1, 7) for _ in range(2)]
+        for key in ("loss", "weights/sum"):
+            np.testing.assert_allclose(metric(out, key), metric(reference[1], key), rtol=2e-4)
+    assert found[-1]["summary"]["seconds"] == pytest.approx(metric(ends[-1][1], "seconds")[-1])
 
 
 @pytest.mark.distributed
-def test_what_is_not_finite_is_agreed_on(clip: dict[str, Any], tmp_path: Path) -> None:
+def test_nonfinite_gradients_are_skipped_on_all_ranks(clip: dict[str, Any], tmp_path: Path) -> None:
     """A NaN in one gradient of one rank: skipped by all, at every stage; stopped at the limit, or at once."""
     bad = {"2": "heads.f.weight", "4": "towers.text.norm.bias"}
     skip = {"on_nonfinite": "skip", "nonfinite_limit": 2}
     jobs = []
     for zero in range(4):
-        file, _ = config(clip, tmp_path, f"skip{zero}", zero_stage=zero, **skip)
+        file, _ = write_config(clip, tmp_path, f"skip{zero}", zero_stage=zero, **skip)
         jobs.append({"config": file, "poison": bad})
-    in_a_row = config(clip, tmp_path, "row", zero_stage=1, **skip)
-    stop = config(clip, tmp_path, "stop", zero_stage=2, micro_batch_size=2)
+    in_a_row = write_config(clip, tmp_path, "row", zero_stage=1, **skip)
+    stop = write_config(clip, tmp_path, "stop", zero_stage=2, micro_batch_size=2)
     jobs += [{"config": in_a_row[0], "poison": {"2": "heads.g.bias", "3": "heads.g.bias"}}]
     jobs += [{"config": stop[0], "poison": {"5": "towers.image.model.norm.weight"}}]
-    *skipped, limit, stopped = launch(2, jobs, tmp_path)
+    *skipped, limit, stopped = run_jobs(2, jobs, tmp_path)
     for zero, job in enumerate(skipped):
         out = tmp_path / f"skip{zero}"
-        assert (job["end"], job["summary"]["not_finite"]) == ("finished", 2)
-        weights = lines(out, "look/weights")
+        assert (job["end"], job["summary"]["nonfinite_steps"]) == ("finished", 2)
+        weights = metric(out, "weights/sum")
         assert weights[1] == weights[0]
         assert weights[3] == weights[2] != weights[1]
         assert weights[4] != weights[3]
-        np.testing.assert_allclose(weights, lines(tmp_path / "skip0", "look/weights"), rtol=1e-5)
+        np.testing.assert_allclose(weights, metric(tmp_path / "skip0", "weights/sum"), rtol=1e-5)
         about = json.loads((out / "checkpoints" / "step-00000006" / "checkpoint.json").read_text())
         assert (about["step"], about["updates"]) == (6, 4)
-    assert limit["end"] == stopped["end"] == "not finite"
-    assert (
-        "step 3: not finite: gradient of heads.g.bias; the weights are as after 1 updates, 2 steps in a row"
-        in (limit["message"])
-    )
-    assert "step 5: not finite: gradient of towers.image.model.norm.weight" in stopped["message"]
+    assert limit["end"] == stopped["end"] == "nonfinite"
+    assert "step 3: nonfinite gradient of heads.g.bias (2 such steps in a row); the weights are " in limit["message"]
+    assert "those after 1 updates" in limit["message"]
+    assert "step 5: nonfinite gradient of towers.image.model.norm.weight" in stopped["message"]
     assert "engine.on_nonfinite: skip" in stopped["message"]
 
 
@@ -123,7 +90,7 @@ def test_kill_9_at_any_moment(three: dict[str, Any], tmp_path: Path) -> None:
     three["towers"]["text"]["dropout"] = 0.2
     three["data"]["workers"] = 1
     three |= {"duration": {"steps": 60}, "checkpoint": {"every_steps": 3}}
-    alone, killed = config(three, tmp_path, "alone"), config(three, tmp_path, "killed")
+    alone, killed = write_config(three, tmp_path, "alone"), write_config(three, tmp_path, "killed")
     subprocess.run([*TRAIN, alone[0]], env=ENVIRONMENT, check=True, capture_output=True, timeout=280)
     for wanted in (4, 21, 38):
         victim = subprocess.Popen(
@@ -150,21 +117,21 @@ def test_kill_9_at_any_moment(three: dict[str, Any], tmp_path: Path) -> None:
         file.write('{"step": 5')  # a line cut short
     resumed = subprocess.run([*TRAIN, killed[0]], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert "trained 60 steps" in resumed.stdout, resumed.stderr[-4000:]
-    assert lines(killed[1], "step") == list(range(1, 61))
+    assert metric(killed[1], "step") == list(range(1, 61))
     for key in ("loss", "grad_norm", "terms/image-third/loss"):
-        assert lines(killed[1], key) == lines(alone[1], key), key
+        assert metric(killed[1], key) == metric(alone[1], key), key
     assert same_weights(alone[1], killed[1])
     assert sorted(p.name for p in (killed[1] / "checkpoints").iterdir()) == ["step-00000057", "step-00000060"]
     again = subprocess.run([*TRAIN, killed[0]], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
-    assert again.stdout == resumed.stdout  # finished: nothing is done again
+    assert again.stdout == resumed.stdout  # finished: nothing is repeated
 
 
 @pytest.mark.distributed
 def test_sigterm_by_the_command_line(clip: dict[str, Any], tmp_path: Path) -> None:
-    """All processes of the run get the signal, its data workers too; exit code 75, and the same command goes on."""
+    """All processes of the run get the signal, its data workers too; exit code 75, and the same command resumes."""
     clip["data"]["workers"] = 2
     clip |= {"duration": {"steps": 150}, "checkpoint": {"every_minutes": 0.005}}
-    file, out = config(clip, tmp_path, "run")
+    file, out = write_config(clip, tmp_path, "run")
     process = subprocess.Popen(
         [*TRAIN, file],
         env=ENVIRONMENT,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import samples_of, write_tar
+from tests.trainer.launches import metric, run_jobs, write_config
 from tests.trainer.loading import load_batches, loader_of, open_run
-from tests.trainer.test_preemption import config, launch, lines
 from threetowers.cache.webdataset.sample_stream import stream_samples
 from threetowers.cache.webdataset.tar_index import BadTar, index_tar
 from threetowers.trainer.config import ConfigError, parse
@@ -272,14 +272,14 @@ def test_a_mixture_under_sequential_access_resumes_on_other_ranks(
         "shuffle_buffer": 12,
         "workers": 1,
     }
-    alone = config(three, tmp_path, "alone", zero_stage=1)
-    stopped = config(three, tmp_path, "stopped", zero_stage=1)
+    alone = write_config(three, tmp_path, "alone", zero_stage=1)
+    stopped = write_config(three, tmp_path, "stopped", zero_stage=1)
     three["data"]["workers"] = 0
-    moved = config(three, tmp_path, "stopped one", zero_stage=1)
-    launch(2, [{"config": alone[0]}, {"config": stopped[0], "stop": 3}], tmp_path)
-    (rest,) = launch(1, [{"config": moved[0]}], tmp_path)
+    moved = write_config(three, tmp_path, "stopped one", zero_stage=1)
+    run_jobs(2, [{"config": alone[0]}, {"config": stopped[0], "stop": 3}], tmp_path)
+    (rest,) = run_jobs(1, [{"config": moved[0]}], tmp_path)
     assert (rest["start"], rest["end"]) == (4, "finished")
     for key in ("loss", "terms/image-third/loss"):
-        np.testing.assert_allclose(lines(stopped[1], key), lines(alone[1], key), rtol=2e-4)
-    assert lines(alone[1], "datasets/a/samples") == [8 * step for step in range(1, 7)]
-    assert lines(alone[1], "datasets/b/epoch") == [step / 5 for step in range(1, 7)]
+        np.testing.assert_allclose(metric(stopped[1], key), metric(alone[1], key), rtol=2e-4)
+    assert metric(alone[1], "datasets/a/samples") == [8 * step for step in range(1, 7)]
+    assert metric(alone[1], "datasets/b/epoch") == [step / 5 for step in range(1, 7)]

@@ -1,7 +1,6 @@
-"""Whole runs with real processes: layouts agree, bad input is one message, no teacher is in memory."""
+"""Complete runs with real processes: layouts agree, bad input is one message, no teacher is in memory."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,51 +14,35 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import samples_of, write_tar
+from tests.trainer.launches import (
+    ENVIRONMENT,
+    RUN_CONFIGS,
+    TRAIN,
+    losses,
+    read_metrics,
+    run_command,
+    torchrun,
+    write_config,
+)
 from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data.cache_join import CacheJoin
-from threetowers.trainer.loss import objective
+from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-SCRIPT = str(Path(__file__).with_name("run_configs.py"))
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
-    return result
-
-
-def write(tree: dict[str, Any], folder: Path, **changes: Any) -> tuple[str, Path]:
-    """Write a config with its own output folder; returns the file and that folder."""
-    name = f"run{len(list(folder.glob('*.yaml')))}"
-    file, out = folder / f"{name}.yaml", folder / name
-    file.write_text(yaml.safe_dump(tree | {"output_dir": str(out)} | changes))
-    return str(file), out
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out: Path) -> list[list[float]]:
-    return [[m["loss"], *(v for k, v in m.items() if k.endswith("/loss"))] for m in metrics(out)]
 
 
 @pytest.mark.distributed
 def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path) -> None:
     """ZeRO 0 to 3 on two ranks and one process alone: the same losses, accuracies and weights."""
-    two = [write(three, tmp_path, engine={"zero_stage": stage}) for stage in range(4)]
-    half = write(three, tmp_path, engine={"zero_stage": 2, "precision": "bfloat16"})
-    one = write(three, tmp_path)
-    output = launch([*TORCHRUN, SCRIPT, *(file for file, _ in [*two, half])]).stdout
-    launch([sys.executable, SCRIPT, one[0]])
+    two = [write_config(three, tmp_path, f"zero{stage}", zero_stage=stage) for stage in range(4)]
+    half = write_config(three, tmp_path, "half", zero_stage=2, precision="bfloat16")
+    one = write_config(three, tmp_path, "one")
+    output = run_command([*torchrun(2), RUN_CONFIGS, *(file for file, _ in [*two, half])]).stdout
+    run_command([sys.executable, RUN_CONFIGS, one[0]])
     expected, weights = np.array(losses(one[1])), load_file(one[1] / "model.safetensors")
     assert expected.shape == (6, 4)
     for _, out in two:
@@ -79,19 +62,19 @@ def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path
 
 @pytest.mark.distributed
 def test_the_deepspeed_launcher(lit: dict[str, Any], tmp_path: Path) -> None:
-    file, out = write(lit, tmp_path)
+    file, out = write_config(lit, tmp_path, "run")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     command = [sys.executable, launcher, "--num_accelerators", "2", "--master_port", "29611", "--module", "threetowers"]
-    result = launch([*command, "train", file, "optim.lr=2e-3"])
+    result = run_command([*command, "train", file, "optim.lr=2e-3"])
     assert "on each of 2 ranks (cpu) = 12" in result.stdout + result.stderr
     assert yaml.safe_load((out / "config.yaml").read_text())["optim"]["lr"] == 2e-3
     assert json.loads((out / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"] == 6
-    assert metrics(out)[-1]["lr"] < metrics(out)[2]["lr"] < 2e-3
+    assert read_metrics(out)[-1]["lr"] < read_metrics(out)[2]["lr"] < 2e-3
     assert list((out / "tensorboard").glob("events.*"))
-    alone = [sys.executable, "-m", "threetowers", "train", file, "optim.lr=2e-3"]
-    finished = metrics(out)
-    assert "trained 6 steps" in launch(alone).stdout  # by two ranks: one alone finds nothing left to do
-    assert metrics(out) == finished
+    alone = [*TRAIN, file, "optim.lr=2e-3"]
+    finished = read_metrics(out)
+    assert "trained 6 steps" in run_command(alone).stdout  # by two ranks: one alone finds nothing left to do
+    assert read_metrics(out) == finished
 
 
 @pytest.mark.distributed
@@ -99,8 +82,8 @@ def test_bad_input_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
     samples = samples_of(0, 24)
     samples[9][1]["png"] = b"no picture"
     clip["data"]["tars"] = [str(write_tar(tmp_path / "bad.tar", samples))]
-    file, _ = write(clip, tmp_path)
-    command = [sys.executable, "-m", "threetowers", "train", file]
+    file, _ = write_config(clip, tmp_path, "run")
+    command = [*TRAIN, file]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
@@ -108,24 +91,24 @@ def test_bad_input_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
     assert "bad.tar: sample 's0009': " in last
     assert last.endswith("set data.on_bad: skip to train without such samples")
     assert "Traceback" not in result.stderr
-    launch([*command, "data.on_bad=skip", f"output_dir={tmp_path / 'skipping'}"])
-    assert sum(m["skipped"] for m in metrics(tmp_path / "skipping")) >= 1
+    run_command([*command, "data.on_bad=skip", f"output_dir={tmp_path / 'skipping'}"])
+    assert sum(m["skipped_samples"] for m in read_metrics(tmp_path / "skipping")) >= 1
 
 
 @pytest.mark.distributed
 def test_a_full_disk_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
-    file, out = write(clip, tmp_path)
-    command = f"ulimit -f 400; exec {sys.executable} -m threetowers train {file}"  # no file above 400 KiB
+    file, out = write_config(clip, tmp_path, "run")
+    command = f"ulimit -f 400; exec {' '.join(TRAIN)} {file}"  # no file above 400 KiB
     result = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert result.returncode == 2
     assert f"{out}/checkpoints/step-00000006 cannot be written: " in result.stderr
-    assert "it goes on from the start" in result.stderr
+    assert "it resumes from the start" in result.stderr
     assert not list((out / "checkpoints").iterdir())
     assert not (out / "model.safetensors").exists()
 
 
 def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
-    run = parse(three)
+    config = parse(three)
     indexes = [index_tar(tar) for tar in tars]
     join = CacheJoin(cache, indexes)
     teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
@@ -134,11 +117,11 @@ def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache
     cached = torch.from_numpy(np.stack([join.row(t, o) for t, o in addresses]))
     assert torch.cosine_similarity(live, cached).min() >= 0.9999
     torch.manual_seed(0)
-    model = TowerModel(run, vocab_size=48, cache_widths={"third": teacher.dim}).eval()
+    model = TowerModel(config, vocab_size=48, cache_widths={"third": teacher.dim}).eval()
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.tensor([[5 + i, 9, 2, 0] for i in range(6)])
     totals = [
-        float(objective(run, model({"image": pixels, "text": tokens, "third": rows}), None)[0].detach())
+        float(total_loss(config, model({"image": pixels, "text": tokens, "third": rows}))[0].detach())
         for rows in (live, cached)
     ]
     assert totals[0] == pytest.approx(totals[1], rel=1e-4)

@@ -1,10 +1,10 @@
-"""Checkpoints that any layout can go on from: pieces of named parameters and of their optimizer state.
+"""Checkpoints that any layout can resume from: fragments of named parameters and of their optimizer state.
 
 checkpoints/step-00000120/state-00000-of-00002.safetensors   what a rank held: param|NAME|START, exp_avg|NAME|START, ...
-checkpoints/step-00000120/checkpoint.json                    step, updates, who wrote it, the run's clock and counts
+checkpoints/step-00000120/checkpoint.json                    step, updates, layout, the run's counts and timer
 
-Every rank writes its own pieces, nothing is gathered. A checkpoint exists once its folder has this name: it is written
-under another one and renamed when every rank's file is on the disk.
+Every rank writes its own fragments, nothing is gathered. A checkpoint exists once its folder has this name: it is
+written under another one and renamed when every rank's file is on the disk.
 """
 
 import json
@@ -21,11 +21,11 @@ from torch import Tensor, distributed, nn
 
 from threetowers.cache.storage.atomic import finish_partial, write_atomic
 from threetowers.cache.world import World
-from threetowers.trainer.checkpoint.partition import inner_optimizer, pieces, replicated
-from threetowers.trainer.model.state_dict import distinct_state
+from threetowers.trainer.checkpoint.partition import fragments, inner_optimizer, is_replicated
+from threetowers.trainer.model.state_dict import deduplicated_state_dict
 
-ABOUT = "checkpoint.json"
-STEP_LENGTH = 8
+INDEX_FILE = "checkpoint.json"
+STEP_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -35,50 +35,57 @@ class Progress:
     step: int  # steps of the run, with those that were skipped
     updates: int  # steps that the optimizer made
     counts: dict[str, int] = field(default_factory=dict)
-    clock: dict[str, float] = field(default_factory=dict)
+    timer: dict[str, float] = field(default_factory=dict)
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run's checkpoint folder, None where there is none."""
-    return max(folder.glob("step-" + "[0-9]" * STEP_LENGTH), default=None)
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in a run's checkpoint folder, None where there is none."""
+    return max(folder.glob("step-" + "[0-9]" * STEP_DIGITS), default=None)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a run left that died while it wrote a checkpoint. For one rank alone, before any other writes."""
+def remove_partial_checkpoints(folder: Path) -> None:
+    """Remove what a run left that died while writing a checkpoint. For one rank alone, before any other writes."""
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
 
 
-def save(engine: Any, folder: Path, progress: Progress, keep: int, world: World) -> None:
-    """Write a checkpoint of all ranks and remove all but the newest `keep`.
+def save_checkpoint(engine: Any, folder: Path, progress: Progress, keep: int, world: World) -> None:
+    """Write a checkpoint of all ranks and remove all but the newest `keep`. Collective.
 
-    Collective. Raises OSError, on all ranks, when one of them cannot write; the checkpoints before stay.
+    Raises:
+        OSError: On all ranks, when one of them cannot write; earlier checkpoints stay.
     """
-    final = folder / f"step-{progress.step:0{STEP_LENGTH}d}"
+    final = folder / f"step-{progress.step:0{STEP_DIGITS}d}"
     partial = folder / f".{final.name}.partial"
     average_buffers(engine)
-    parts = _parts(engine, world)
+    tensors = _local_tensors(engine, world)
+
+    # Every rank writes its file.
     error: str | None = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
         file = partial / f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
-        save_file(parts, f"{file}.partial")
+        save_file(tensors, f"{file}.partial")
         finish_partial(Path(f"{file}.partial"), file)
     except (OSError, SafetensorError) as problem:
         error = str(problem)
-    told: list[str | None] = [None] * world.size
-    distributed.all_gather_object(told, error)
-    if problems := [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]:
+
+    # All ranks fail together.
+    errors: list[str | None] = [None] * world.size
+    distributed.all_gather_object(errors, error)
+    if problems := [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]:
         if world.first:
             shutil.rmtree(partial, ignore_errors=True)
-        before = newest(folder)
+        before = newest_checkpoint(folder)
         raise OSError(
-            f"{final} cannot be written: {'; '.join(problems)}. Make room or change `out`, then run the same command "
-            f"again: it goes on from {before.name if before else 'the start'}"
+            f"{final} cannot be written: {'; '.join(problems)}. Make room or change output_dir, then run the same "
+            f"command again: it resumes from {before.name if before else 'the start'}"
         )
+
+    # The first rank makes it a checkpoint by its name.
     if world.first:
-        about = asdict(progress) | {"ranks": world.size, "zero_stage": int(engine.zero_optimization_stage())}
-        write_atomic(partial / ABOUT, json.dumps(about, indent=2))
+        index = asdict(progress) | {"world_size": world.size, "zero_stage": int(engine.zero_optimization_stage())}
+        write_atomic(partial / INDEX_FILE, json.dumps(index, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
         for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -86,116 +93,140 @@ def save(engine: Any, folder: Path, progress: Progress, keep: int, world: World)
     distributed.barrier()
 
 
-class Saved:
-    """A checkpoint on the disk, read piece by piece."""
+@dataclass(frozen=True)
+class _StoredFragment:
+    """`numel` values from `start` of a flattened tensor, under `key` in one of the files."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError if a file is missing or damaged."""
-        self.path = path
-        try:
-            about = json.loads((path / ABOUT).read_text())
-            self.ranks, self.zero_stage = int(about.pop("ranks")), int(about.pop("zero_stage"))
-            self.progress = Progress(**about)
-            names = [path / f"state-{rank:05d}-of-{self.ranks:05d}.safetensors" for rank in range(self.ranks)]
-            self._files: list[Any] = [safe_open(name, framework="pt") for name in names]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(
-                f"{path}: this checkpoint is damaged ({error}); remove it to go on from the one before it"
-            ) from error
-        self._index: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-        for file in self._files:
-            for key in file.keys():  # noqa: SIM118  # not a mapping
-                kind, name, start = key.split("|")
-                stored = file.get_slice(key)
-                self._index[kind, name].append((int(start), _numel(stored.get_shape()), file, key))
+    start: int
+    numel: int
+    file: Any
+    key: str
 
-    def kinds(self, name: str) -> list[str]:
-        """What is stored for a parameter beside its values: the names of its optimizer state."""
-        return [kind for kind, other in self._index if other == name and kind not in ("param", "buffer")]
-
-    def whole(self, kind: str, name: str) -> Tensor:
-        """Return one tensor as it was stored by one rank, with its shape."""
-        (_, _, file, key), *_ = self._index[kind, name]
-        tensor: Tensor = file.get_tensor(key)
+    def read(self) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(self.key)
         return tensor
 
-    def size(self, kind: str, name: str) -> int:
-        """How many values are stored."""
-        return sum(numel for _, numel, _, _ in self._index.get((kind, name), ()))
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return `numel` values from `start` of a flattened tensor, whichever ranks wrote them.
+class CheckpointReader:
+    """A checkpoint on the disk, read fragment by fragment."""
 
-        Raises ValueError if some were not written.
+    def __init__(self, path: Path) -> None:
+        """Open the files of all ranks.
+
+        Raises:
+            ValueError: If a file is missing or damaged.
         """
-        found, stop = [], start + numel
-        for first, count, file, key in sorted(self._index.get((kind, name), ()), key=lambda part: part[0]):
-            low, high = max(start, first), min(stop, first + count)
-            if low < high:
-                found.append(file.get_tensor(key).view(-1)[low - first : high - first])
-        if sum(len(part) for part in found) != numel:
+        self.path = path
+        try:
+            index = json.loads((path / INDEX_FILE).read_text())
+            self.world_size = int(index.pop("world_size"))
+            self.zero_stage = int(index.pop("zero_stage"))
+            self.progress = Progress(**index)
+            names = [f"state-{rank:05d}-of-{self.world_size:05d}.safetensors" for rank in range(self.world_size)]
+            files: list[Any] = [safe_open(path / name, framework="pt") for name in names]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(
-                f"{self.path}: {kind} of {name!r} has {self.size(kind, name)} values, this model needs {start}.."
-                f"{stop}; is it a checkpoint of another model?"
-            )
-        return torch.cat(found) if len(found) > 1 else found[0]
+                f"{path}: this checkpoint is damaged ({error}); remove it to resume from the one before it"
+            ) from error
+        self._fragments: dict[tuple[str, str], list[_StoredFragment]] = defaultdict(list)
+        for file in files:
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                kind, name, start = key.split("|")
+                numel = int(torch.Size(file.get_slice(key).get_shape()).numel())
+                self._fragments[kind, name].append(_StoredFragment(int(start), numel, file, key))
 
     def load_model(self, model: nn.Module) -> None:
-        """Put parameters and buffers into a model that no engine holds yet. Raises ValueError if they do not fit."""
-        saved = model.state_dict().keys()
+        """Put parameters and buffers into a model that no engine holds yet.
+
+        Raises:
+            ValueError: If they are of another model.
+        """
+        persistent = model.state_dict().keys()
         tensors: list[tuple[str, str, Tensor]] = [("param", name, p) for name, p in model.named_parameters()]
-        tensors += [("buffer", name, b) for name, b in model.named_buffers() if name in saved]
+        tensors += [("buffer", name, b) for name, b in model.named_buffers() if name in persistent]
         for kind, name, tensor in tensors:
-            tensor.detach().copy_(self.read(kind, name, 0, tensor.numel()).view_as(tensor))
+            tensor.detach().copy_(self._read(kind, name, 0, tensor.numel()).view_as(tensor))
 
     def load_optimizer(self, engine: Any) -> None:
         """Put full-precision parameters and optimizer state into an engine whose model has the parameters already."""
         optimizer = inner_optimizer(engine)
-        for piece in pieces(engine):
-            piece.of(piece.holder).copy_(self.read("param", piece.name, piece.start, piece.numel))
-            for kind in self.kinds(piece.name):
-                state = optimizer.state[piece.holder]
-                if self.size(kind, piece.name) != self.size("param", piece.name):  # a mean over rows, say
-                    state[kind] = self.whole(kind, piece.name).to(piece.holder.device)
+        for fragment in fragments(engine):
+            buffer, name = fragment.buffer, fragment.name
+            fragment.view(buffer).copy_(self._read("param", name, fragment.start, fragment.numel))
+            for kind in self._state_names(name):
+                state = optimizer.state[buffer]
+                if self._numel(kind, name) != self._numel("param", name):  # not element by element: a mean over rows
+                    state[kind] = self._fragments[kind, name][0].read().to(buffer.device)
                     continue
-                values = self.read(kind, piece.name, piece.start, piece.numel)
+                values = self._read(kind, name, fragment.start, fragment.numel)
                 if kind not in state:
-                    state[kind] = torch.zeros_like(piece.holder, dtype=values.dtype)
-                piece.of(state[kind]).copy_(values)
+                    state[kind] = torch.zeros_like(buffer, dtype=values.dtype)
+                fragment.view(state[kind]).copy_(values)
             if self.progress.updates:
-                optimizer.state[piece.holder]["step"] = torch.tensor(float(self.progress.updates))
+                optimizer.state[buffer]["step"] = torch.tensor(float(self.progress.updates))
+
+    def _state_names(self, name: str) -> list[str]:
+        """Return the names of a parameter's optimizer state."""
+        return [kind for kind, other in self._fragments if other == name and kind not in ("param", "buffer")]
+
+    def _numel(self, kind: str, name: str) -> int:
+        return sum(fragment.numel for fragment in self._fragments.get((kind, name), ()))
+
+    def _read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Return `numel` values from `start` of a flattened tensor, whichever ranks wrote them.
+
+        Raises:
+            ValueError: If some were not written.
+        """
+        stop = start + numel
+        found = []
+        for fragment in sorted(self._fragments.get((kind, name), ()), key=lambda fragment: fragment.start):
+            low = max(start, fragment.start)
+            high = min(stop, fragment.start + fragment.numel)
+            if low < high:
+                found.append(fragment.read().view(-1)[low - fragment.start : high - fragment.start])
+        if sum(len(values) for values in found) != numel:
+            raise ValueError(
+                f"{self.path}: {kind} of {name!r} has {self._numel(kind, name)} values, this model needs {start}.."
+                f"{stop}; it is a checkpoint of another model: go back to its config, or change output_dir"
+            )
+        return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _parts(engine: Any, world: World) -> dict[str, Tensor]:
-    """What this rank writes: its pieces; where all hold all, a share of them; the first also what never changes."""
+def _local_tensors(engine: Any, world: World) -> dict[str, Tensor]:
+    """Return the tensors that this rank writes, on the CPU, by key.
+
+    They are its fragments; where every rank holds all of them, its share; on the first rank also frozen parameters and
+    buffers.
+    """
     import deepspeed
 
-    state, parts = inner_optimizer(engine).state, {}
-    for number, piece in enumerate(pieces(engine)):
-        if replicated(engine) and number % world.size != world.rank:
+    state = inner_optimizer(engine).state
+    tensors: dict[str, Tensor] = {}
+    for number, fragment in enumerate(fragments(engine)):
+        if is_replicated(engine) and number % world.size != world.rank:
             continue
-        parts[f"param|{piece.name}|{piece.start}"] = piece.of(piece.holder)
-        for kind, tensor in state.get(piece.holder, {}).items():
+        suffix = f"{fragment.name}|{fragment.start}"
+        tensors[f"param|{suffix}"] = fragment.view(fragment.buffer)
+        for kind, tensor in state.get(fragment.buffer, {}).items():
             if kind != "step":
-                elementwise = tensor.numel() == piece.holder.numel()
-                parts[f"{kind}|{piece.name}|{piece.start}"] = piece.of(tensor) if elementwise else tensor
+                elementwise = tensor.numel() == fragment.buffer.numel()
+                tensors[f"{kind}|{suffix}"] = fragment.view(tensor) if elementwise else tensor
+
     frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
-    sharded = engine.zero_optimization_stage() == 3 and bool(frozen)
-    with deepspeed.zero.GatheredParameters(list(frozen.values()), enabled=sharded):
+    partitioned = engine.zero_optimization_stage() == 3 and bool(frozen)
+    with deepspeed.zero.GatheredParameters(list(frozen.values()), enabled=partitioned):
         if world.first:
-            saved = engine.module.state_dict().keys()
-            parts |= {f"param|{name}|0": p.detach().clone() for name, p in frozen.items()}
-            parts |= {f"buffer|{name}|0": b.detach() for name, b in engine.module.named_buffers() if name in saved}
-    # Copies: views of one vector share its storage, which safetensors refuses to write.
-    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in parts.items()}
-
-
-def _numel(shape: list[int]) -> int:
-    return int(torch.Size(shape).numel())
+            tensors |= {f"param|{name}|0": p.detach().clone() for name, p in frozen.items()}
+    if world.first:
+        persistent = engine.module.state_dict().keys()
+        tensors |= {f"buffer|{name}|0": b.detach() for name, b in engine.module.named_buffers() if name in persistent}
+    # Copies: views of one buffer share its storage, which safetensors refuses to write.
+    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 def average_buffers(engine: Any) -> None:
-    """Make buffers that each rank keeps for itself (batch norm's running moments) their mean over the ranks."""
+    """Replace buffers that each rank keeps for itself (batch norm's running moments) by their mean over the ranks."""
     for buffer in engine.module.buffers():
         if buffer.is_floating_point() and distributed.get_world_size() > 1:
             distributed.all_reduce(buffer)
@@ -203,16 +234,16 @@ def average_buffers(engine: Any) -> None:
 
 
 def save_weights(engine: Any, path: Path, world: World) -> None:
-    """Write the model's parameters and buffers as one safetensors file, whole also under ZeRO 3. Call on all ranks."""
+    """Write the model's parameters and buffers as one safetensors file, complete also under ZeRO 3. Collective."""
     import deepspeed
 
     average_buffers(engine)
     module = engine.module
-    sharded = engine.zero_optimization_stage() == 3
-    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
+    partitioned = engine.zero_optimization_stage() == 3
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=partitioned):
         if world.first:
-            state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in distinct_state(module).items()}
+            state = deduplicated_state_dict(module)
             temporary = path.with_name(f".{path.name}.partial")
-            save_file(state, temporary)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
             finish_partial(temporary, path)
     distributed.barrier()

@@ -1,14 +1,14 @@
-"""What a run costs, by arithmetic: a model on the meta device has shapes and no numbers, so any size is priced at once.
+"""The cost of a run, by arithmetic: a model on the meta device has shapes but no values, so any size takes seconds.
 
-FLOPs are counted by torch's own counter (a multiplication and an addition are two). Bytes for backward are those that
-autograd would keep, each storage once, with attention as the fused kernels do it.
+FLOPs are counted by torch's own counter (a multiplication and an addition are two). Activation bytes are those that
+autograd would keep for backward, each storage once, with attention as the fused kernels compute it.
 """
 
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from threetowers.trainer.config import CacheTower, ConfigError, ImageTower, Text
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.optimizer.optimizer import freeze
 
-LOSS_PRODUCTS = {"softmax": 4, "sigmoid": 3}  # of 2 B B D operations, forward and backward
+LOSS_PASSES = {"softmax": 4, "sigmoid": 3}  # products of 2 B B D operations, forward and backward
 
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """The backbone behind a cached tower. `flops` of its forward pass on one image; None where timm cannot count it."""
+    """The backbone of a cached tower; `flops` of a forward pass on one image, None where timm lacks the backbone."""
 
     backbone: str
     dim: int
@@ -36,32 +36,36 @@ class TeacherCost:
     flops: int | None
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "TeacherCost":
-        """The teacher that a cache was built by."""
+    def from_manifest(cls, manifest: Manifest) -> Self:
+        """Return the cost of the teacher that built a cache."""
         flops = None
-        with contextlib.suppress(ConfigError):  # a backbone of another timm: its rows are there, its FLOPs are unknown
+        with contextlib.suppress(ConfigError):  # a backbone of another timm: it has rows, but FLOPs cannot be counted
             flops = _backbone(manifest.backbone, manifest.preprocessing.input_size)[1]
         return cls(manifest.backbone, manifest.dim, manifest.precision.row_bytes(manifest.dim), flops)
 
     @classmethod
-    def named(cls, backbone: str) -> "TeacherCost":
-        """The teacher of a cache yet to be built, at its own image size and in float16. Raises ConfigError."""
+    def from_backbone(cls, backbone: str) -> Self:
+        """Return the cost of the teacher of a cache yet to be built, at its own image size and in float16.
+
+        Raises:
+            ConfigError: If timm does not have the backbone.
+        """
         dim, flops = _backbone(backbone, None)
         return cls(backbone, dim, Float16().row_bytes(dim), flops)
 
 
 @dataclass(frozen=True)
 class TowerCost:
-    """A main tower: its parameters, how many of them belong to an earlier tower too, FLOPs of a forward pass."""
+    """A tower with weights: its parameters, and FLOPs of its forward pass on one sample."""
 
     parameters: int
-    shared: int
+    shared: int  # those that belong to an earlier tower too
     flops: int
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank."""
+class StateMemory:
+    """Bytes of a model's training state on one rank."""
 
     weights: int
     gradients: int
@@ -69,25 +73,27 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """All of them."""
         return self.weights + self.gradients + self.optimizer
 
 
-def meta_model(run: TrainConfig, vocab_size: int, teachers: Mapping[str, TeacherCost]) -> TowerModel:
-    """Return the run's model without numbers, in the precision it is trained in."""
+def meta_model(config: TrainConfig, vocab_size: int, teachers: Mapping[str, TeacherCost]) -> TowerModel:
+    """Return the run's model on the meta device, in the precision it is trained in."""
     with torch.device("meta"):
-        model = TowerModel(run, vocab_size, {name: teacher.dim for name, teacher in teachers.items()})
-    freeze(model, run.optim)
-    return model.to(torch.bfloat16) if run.engine.precision == "bfloat16" else model
+        model = TowerModel(config, vocab_size, {name: teacher.dim for name, teacher in teachers.items()})
+    freeze(model, config.optim)
+    return model.to(torch.bfloat16) if config.engine.precision == "bfloat16" else model
 
 
 def tower_costs(model: TowerModel) -> dict[str, TowerCost]:
     """Return the cost of each tower that has weights, in the config's order."""
-    costs, counted = {}, set[int]()
+    costs: dict[str, TowerCost] = {}
+    counted: set[int] = set()
     inputs = meta_inputs(model, 1)
     training = model.training
     model.eval()
     for name, tower in model.towers.items():
-        if model.run.towers[name].kind == "cache":
+        if model.config.towers[name].kind == "cache":
             continue
         sizes = {id(p): p.numel() for p in tower.parameters()}
         shared = sum(size for key, size in sizes.items() if key in counted)
@@ -100,50 +106,50 @@ def tower_costs(model: TowerModel) -> dict[str, TowerCost]:
 def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int:
     """Return FLOPs of one sample's training step, the loss aside: a backward pass costs two forward passes.
 
-    A frozen tower has none; recomputing activations, and embedding in chunks, cost one forward pass more each.
+    A frozen tower has no backward pass; recomputing activations and micro-batches cost one more forward pass each.
     """
-    engine = model.run.engine
-    again = int(engine.activation_checkpointing) + int(engine.micro_batch_size is not None)
+    engine = model.config.engine
+    head_passes = 3 + int(engine.micro_batch_size is not None)
+    tower_passes = head_passes + int(engine.activation_checkpointing)
     heads = 2 * sum(p.numel() for p in model.heads.parameters() if p.ndim > 1)
-    towers = sum(cost.flops * (1 if name in model.frozen else 3 + again) for name, cost in costs.items())
-    return towers + heads * (3 + int(engine.micro_batch_size is not None))
+    towers = sum(cost.flops * (1 if name in model.frozen else tower_passes) for name, cost in costs.items())
+    return towers + heads * head_passes
 
 
-def loss_flops(run: TrainConfig, widths: Mapping[str, int]) -> int:
-    """Return FLOPs of the pair terms for one sample: products of the global batch with itself."""
-    products = LOSS_PRODUCTS[run.loss.kind]
-    return sum(
-        products * 2 * run.global_batch_size * widths[t.x] for t in run.terms.values() if t.kind == "contrastive"
-    )
+def loss_flops(config: TrainConfig, widths: Mapping[str, int]) -> int:
+    """Return FLOPs of the contrastive terms for one sample. `widths`: of heads, by name."""
+    width = sum(widths[term.x] for term in config.terms.values() if term.kind == "contrastive")
+    return LOSS_PASSES[config.loss.kind] * 2 * config.global_batch_size * width
 
 
-def state_memory(run: TrainConfig, model: nn.Module, world: int) -> Memory:
-    """Return bytes of weights, gradients and optimizer on one rank, as the ZeRO stage divides them over `world`.
+def state_memory(config: TrainConfig, model: nn.Module, world: int) -> StateMemory:
+    """Return bytes of weights, gradients and optimizer on one rank, as the ZeRO stage partitions them over `world`.
 
-    Buffers of communication and fragmentation come on top.
+    Communication buffers and fragmentation come on top.
     """
-    stage = run.engine.zero_stage
-    every = sum(p.numel() for p in model.parameters())
+    stage = config.engine.zero_stage
+    total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = 2 if run.engine.precision == "bfloat16" else 4
+    width = 2 if config.engine.precision == "bfloat16" else 4
     copy = 4 if stage > 0 or width == 2 else 0
-    moments = 4 if run.optim.name == "adafactor" else 8  # adafactor's second moments are rows and columns: little
-    return Memory(
-        weights=every * width // (world if stage == 3 else 1),
+    moments = 4 if config.optim.name == "adafactor" else 8  # adafactor's second moments, rows and columns, are small
+    return StateMemory(
+        weights=total * width // (world if stage == 3 else 1),
         gradients=trained * width // (world if stage >= 2 else 1),
         optimizer=trained * (moments + copy) // (world if stage >= 1 else 1),
     )
 
 
 def activation_bytes(model: TowerModel) -> int:
-    """Return bytes that one more sample of a batch makes autograd keep for backward."""
-    return (_kept(model, 4) - _kept(model, 2)) // 2
+    """Return the bytes that autograd keeps for backward for one more sample of a batch."""
+    return (_bytes_for_backward(model, 4) - _bytes_for_backward(model, 2)) // 2
 
 
 def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
-    """Return inputs of a forward pass, by tower, without numbers."""
-    data, inputs = model.run.data, {}
-    for name, tower in model.run.towers.items():
+    """Return inputs of a forward pass on the meta device, by tower."""
+    data = model.config.data
+    inputs = {}
+    for name, tower in model.config.towers.items():
         match tower:
             case ImageTower():
                 shape, dtype = [3, data.image_size, data.image_size], torch.uint8
@@ -156,7 +162,7 @@ def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Lets attention keep what the fused kernels keep; on the meta device torch would take it apart."""
+    """Makes attention keep what the fused kernels keep; on the meta device torch would decompose it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -169,7 +175,7 @@ class FusedAttention(TorchFunctionMode):
         return fused(*args, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False), attn_mask=mask)[0]
 
 
-def _kept(model: TowerModel, samples: int) -> int:
+def _bytes_for_backward(model: TowerModel, samples: int) -> int:
     seen = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = 0
 
@@ -183,7 +189,7 @@ def _kept(model: TowerModel, samples: int) -> int:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor), FusedAttention():
         outputs = model(meta_inputs(model, samples))
-    del outputs  # until here it kept the storages alive, and with them their addresses distinct
+    del outputs  # alive until here, so that no storage reuses an address
     return kept
 
 
@@ -195,11 +201,11 @@ def _flops(module: nn.Module, value: Tensor) -> int:
 
 @cache
 def _backbone(name: str, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the feature width and the forward FLOPs of a timm model at an image size, its own where None."""
+    """Return the feature width and the forward FLOPs of a timm model at an image size; None: the model's own."""
     import timm
 
     if not timm.is_model(name):
-        raise ConfigError(f"backbone {name!r} is unknown to timm {timm.__version__}")
+        raise ConfigError(f"backbone {name!r} is unknown to timm {timm.__version__}; see timm.list_models()")
     own = tuple(timm.get_pretrained_cfg(name).to_dict()["input_size"][1:])
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0).eval()

@@ -1,4 +1,4 @@
-"""A run without running it: everything is built on the meta device, and the start-up page is what remains."""
+"""A dry run: the model is built on the meta device, and the summary of the run is all that is made of it."""
 
 from pathlib import Path
 
@@ -11,57 +11,62 @@ from threetowers.cache.webdataset.tar_index import expand, index_tar
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
-from threetowers.trainer.estimate.summary import Held, startup_page
+from threetowers.trainer.estimate.summary import DatasetStats, run_summary
 from threetowers.trainer.optimizer.optimizer import parameter_groups
 from threetowers.trainer.tokenizer import Tokenizer
 
 
-def dry_run(run: TrainConfig, world: int = 1) -> list[str]:
-    """Return the start-up page of a run on `world` ranks, in seconds and little memory whatever its size.
+def dry_run(config: TrainConfig, world_size: int = 1) -> list[str]:
+    """Return the summary of a run on `world_size` ranks, in seconds and little memory whatever its size.
 
-    Needs neither tars nor caches nor a tokenizer, as long as the config says what would be read from them. Raises
-    ConfigError for what it does not say, and what training would raise for towers, heads, terms and layout.
+    Needs neither tars nor caches nor a tokenizer, as long as the config states what would be read from them.
+
+    Raises:
+        ConfigError: The config does not state it.
+        ValueError: Towers, heads, terms or layout do not fit, as in training.
     """
-    held = _held(run)
-    if held is None and run.duration.epochs is not None:
+    stats = _dataset_stats(config)
+    if stats is None and config.duration.epochs is not None:
         raise ConfigError(
-            f"duration.epochs: the length of an epoch is unknown without {run.data.patterns}; give samples"
+            f"duration.epochs: the length of an epoch is unknown without {config.data.patterns}; give samples"
         )
-    teachers = {name: _teacher(name, tower) for name, tower in run.towers.items() if isinstance(tower, CacheTower)}
-    vocab_size = _vocab_size(run)
-    steps = run.duration.in_steps(0 if held is None else held.usable, run.global_batch_size)
-    deepspeed_config(run, world)
-    model = meta_model(run, vocab_size, teachers)
-    parameter_groups(model, run.optim)
-    return startup_page(world, torch.device("meta"), model, teachers, held, steps)
+    teachers = {name: _teacher(name, tower) for name, tower in config.towers.items() if isinstance(tower, CacheTower)}
+    vocab_size = _vocab_size(config)
+    steps = config.duration.in_steps(0 if stats is None else stats.usable, config.global_batch_size)
+    # The layout, the model and the parameter groups are checked as in training.
+    deepspeed_config(config, world_size)
+    model = meta_model(config, vocab_size, teachers)
+    parameter_groups(model, config.optim)
+    return run_summary(world_size, torch.device("meta"), model, teachers, stats, steps)
 
 
-def _held(run: TrainConfig) -> Held | None:
-    if any(map(is_url, run.data.patterns)):  # to index them is to read all they hold
+def _dataset_stats(config: TrainConfig) -> DatasetStats | None:
+    """Return the counts of the tars; None where they are remote (indexing would read all of them) or missing."""
+    if any(map(is_url, config.data.patterns)):
         return None
     try:
-        paths = expand(run.data.patterns)
+        paths = expand(config.data.patterns)
     except (OSError, ValueError):
         return None
     tars = [index_tar(path) for path in paths]
     total = sum(len(tar.samples) for tar in tars)
-    return Held(total, total, len(tars), {})
+    return DatasetStats(usable=total, total=total, tars=len(tars), left_out={})
 
 
 def _teacher(name: str, tower: CacheTower) -> TeacherCost:
     try:
-        return TeacherCost.of(EmbeddingCache.open(tower.path).manifest)
+        return TeacherCost.from_manifest(EmbeddingCache.open(tower.path).manifest)
     except ManifestError as error:
         if tower.backbone is None:
             raise ConfigError(
-                f"towers.{name}.backbone: name it; without the cache the width of its rows is unknown ({error})"
+                f"towers.{name}.backbone: name it; the width of the rows is unknown without the cache ({error})"
             ) from error
-        return TeacherCost.named(tower.backbone)
+        return TeacherCost.from_backbone(tower.backbone)
 
 
-def _vocab_size(run: TrainConfig) -> int:
-    if Path(run.data.tokenizer).exists():
-        return Tokenizer.load(run.data.tokenizer).embedding_rows(run.data.vocab_size)
-    if run.data.vocab_size is None:
-        raise ConfigError(f"data.vocab_size: unknown without {run.data.tokenizer}; give the number of its pieces")
-    return run.data.vocab_size
+def _vocab_size(config: TrainConfig) -> int:
+    if Path(config.data.tokenizer).exists():
+        return Tokenizer.load(config.data.tokenizer).embedding_rows(config.data.vocab_size)
+    if config.data.vocab_size is None:
+        raise ConfigError(f"data.vocab_size: unknown without {config.data.tokenizer}; give the number of its pieces")
+    return config.data.vocab_size

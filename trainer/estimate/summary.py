@@ -1,4 +1,4 @@
-"""The start-up page: the arithmetic of a run, before its first step."""
+"""The summary of a run, logged before its first step: what is trained, on what, for how long, at which cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -8,7 +8,7 @@ from torch import nn
 
 from threetowers.trainer.config import Augment, CacheTower, ImageTower, TrainConfig
 from threetowers.trainer.estimate.cost import (
-    LOSS_PRODUCTS,
+    LOSS_PASSES,
     TeacherCost,
     TowerCost,
     activation_bytes,
@@ -21,116 +21,138 @@ from threetowers.trainer.model.model import TowerModel
 
 
 @dataclass(frozen=True)
-class Held:
-    """What the tars hold: samples that can be used, all of them, and why some cannot."""
+class DatasetStats:
+    """Number of samples in the tars: usable ones, all of them, and why some cannot be used."""
 
     usable: int
     total: int
     tars: int
-    left_out: Mapping[str, int]
-    without_row: Mapping[str, int] = field(default_factory=dict)  # trained on all the same, and how
-    notes: Sequence[str] = ()  # which sets are mixed, and how all are read
+    left_out: Mapping[str, int]  # by reason
+    without_row: Mapping[str, int] = field(default_factory=dict)  # trained on without a cached row, by how
+    notes: Sequence[str] = ()  # on the mixture and on how samples are read
 
 
-def startup_page(
+def run_summary(
     world_size: int,
     device: torch.device,
     model: TowerModel,
     teachers: Mapping[str, TeacherCost],
-    held: Held | None,
+    stats: DatasetStats | None,
     steps: int,
 ) -> list[str]:
-    """Return the lines that say what will be trained, on what, for how long, and what it costs.
+    """Return the summary of a run, line by line.
 
-    `model`: from `meta_model`. `teachers`: by cached tower. `held`: None where the tars are not at hand.
+    Args:
+        world_size: Number of ranks.
+        device: Of each rank.
+        model: From `meta_model`.
+        teachers: By cached tower.
+        stats: None where the tars are not available.
+        steps: Of the run.
     """
-    run, costs = model.run, tower_costs(model)
+    config = model.config
+    costs = tower_costs(model)
     return [
-        f"run {run.output_dir}",
-        *_data(run, world_size, device, held, steps),
-        *_towers(run, model, costs, teachers),
-        *_terms(run, model),
-        *_compute(run, model, costs, teachers, steps),
-        *_memory(run, model, world_size),
+        f"run {config.output_dir}",
+        *_data(config, world_size, device, stats, steps),
+        *_towers(config, model, costs, teachers),
+        *_terms(config),
+        *_compute(config, model, costs, teachers, steps),
+        *_memory(config, model, world_size),
     ]
 
 
-def _data(run: TrainConfig, world_size: int, device: torch.device, held: Held | None, steps: int) -> list[str]:
-    local = run.global_batch_size // world_size
-    chunk = f", {run.engine.micro_batch_size:,} at a time" if run.engine.micro_batch_size is not None else ""
-    batch = f"batch: {local:,} on each of {world_size} ranks ({device.type}){chunk} = {run.global_batch_size:,}"
-    samples = f"steps: {steps:,} x {run.global_batch_size:,} = {steps * run.global_batch_size:,} samples"
-    if held is None:
-        return ["samples: unknown, the tars are not at hand", batch, samples]
-    per_epoch = max(1, held.usable // run.global_batch_size)
+def _data(
+    config: TrainConfig, world_size: int, device: torch.device, stats: DatasetStats | None, steps: int
+) -> list[str]:
+    total = config.global_batch_size
+    micro_batch = config.engine.micro_batch_size
+    micro_batches = "" if micro_batch is None else f", {micro_batch:,} at a time"
+    local = f"{total // world_size:,} on each of {world_size} ranks ({device.type})"
+    batch = f"batch: {local}{micro_batches} = {total:,}"
+    length = f"steps: {steps:,} x {total:,} = {steps * total:,} samples"
+    if stats is None:
+        return ["samples: unknown, the tars are not available", batch, length]
+    per_epoch = max(1, stats.usable // total)
     return [
-        f"samples: {held.usable:,} usable of {held.total:,} in {held.tars} tars",
-        *held.notes,
-        *_augmentation(run),
-        *(f"left out: {count:,}, {reason}" for reason, count in held.left_out.items() if count),
-        *(f"without a row: {count:,}, {how}" for how, count in held.without_row.items() if count),
+        f"samples: {stats.usable:,} usable of {stats.total:,} in {stats.tars} tars",
+        *stats.notes,
+        *_augmentation(config),
+        *(f"left out: {count:,}, {reason}" for reason, count in stats.left_out.items() if count),
+        *(f"without a row: {count:,}, {how}" for how, count in stats.without_row.items() if count),
         batch,
-        f"{samples} = {steps / per_epoch:.1f} epochs of {per_epoch:,} whole batches",
+        f"{length} = {steps / per_epoch:.1f} epochs of {per_epoch:,} complete batches",
     ]
 
 
-def _augmentation(run: TrainConfig) -> list[str]:
-    options = ((f.name, getattr(run.data.augment, f.name), f.default) for f in fields(Augment))
-    made = [f"{name} {value:g}" for name, value, default in options if value != default]
-    if run.data.crop_scale < 1:
-        made.insert(0, f"crops of {run.data.crop_scale:g} to 1 of the area")
-    cached = run.towers_of("cache")
-    unseen = f"; the rows of {', '.join(cached)} are of pictures without" if cached and made else ""
-    return [f"augmentation: {', '.join(made)}{unseen}"] if made else []
+def _augmentation(config: TrainConfig) -> list[str]:
+    changes = []
+    if config.data.crop_scale < 1:
+        changes.append(f"crops of {config.data.crop_scale:g} to 1 of the area")
+    for option in fields(Augment):
+        value = getattr(config.data.augment, option.name)
+        if value != option.default:
+            changes.append(f"{option.name} {value:g}")
+    if not changes:
+        return []
+    cached = config.towers_of("cache")
+    without = f"; the rows of {', '.join(cached)} are of images without it" if cached else ""
+    return [f"augmentation: {', '.join(changes)}{without}"]
 
 
 def _towers(
-    run: TrainConfig, model: TowerModel, costs: Mapping[str, TowerCost], teachers: Mapping[str, TeacherCost]
+    config: TrainConfig, model: TowerModel, costs: Mapping[str, TowerCost], teachers: Mapping[str, TeacherCost]
 ) -> list[str]:
     lines = []
-    for name, tower in run.towers.items():
+    for name, tower in config.towers.items():
         if isinstance(tower, CacheTower):
             teacher = teachers[name]
-            read = f"{teacher.dim:,} features = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
+            rows = f"{teacher.dim:,} features = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
             saved = "" if teacher.flops is None else f"; {flop(teacher.flops)} a sample less than with the live teacher"
-            lines.append(f"tower {name}: {teacher.backbone}, {read}, no forward passes{saved}")
+            lines.append(f"tower {name}: {teacher.backbone}, {rows}, no forward passes{saved}")
             continue
         cost = costs[name]
-        what = tower.model if isinstance(tower, ImageTower) else f"text, {tower.depth} blocks of width {tower.width}"
-        traits = [f"{cost.parameters:,} parameters", f"{flop(cost.flops)} forward a sample"]
+        kind = tower.model if isinstance(tower, ImageTower) else f"text, {tower.depth} blocks of width {tower.width}"
+        traits = [f"{cost.parameters:,} parameters"]
         if cost.shared:
-            traits.insert(1, f"{cost.shared:,} of them shared with another tower")
-        traits += [f"from {tower.init}"] * (tower.init is not None) + ["frozen"] * tower.frozen
-        lines.append(f"tower {name}: {what}, {', '.join(traits)}")
-    every, trained = parameters(model), parameters(model, trained=True)
+            traits.append(f"{cost.shared:,} of them shared with another tower")
+        traits.append(f"{flop(cost.flops)} forward a sample")
+        if tower.init is not None:
+            traits.append(f"from {tower.init}")
+        if tower.frozen:
+            traits.append("frozen")
+        lines.append(f"tower {name}: {kind}, {', '.join(traits)}")
     return [
         *lines,
-        f"heads: {parameters(model.heads):,} parameters",
-        f"model: {every:,} parameters, each counted once; {trained:,} trained",
+        f"heads: {num_parameters(model.heads):,} parameters",
+        f"model: {num_parameters(model):,} parameters, each counted once; "
+        f"{num_parameters(model, trained=True):,} trained",
     ]
 
 
-def _terms(run: TrainConfig, model: TowerModel) -> list[str]:
-    terms = ", ".join(
-        f"{t.weight:g} x {name} ({t.x}, {t.y}; {run.loss.kind if t.kind == 'contrastive' else t.kind})"
-        for name, t in run.terms.items()
-    )
-    return [f"terms: {terms}", f"scales: {', '.join(run.scales()) or 'none'}"]
+def _terms(config: TrainConfig) -> list[str]:
+    terms = []
+    for name, term in config.terms.items():
+        kind = config.loss.kind if term.kind == "contrastive" else term.kind
+        terms.append(f"{term.weight:g} x {name} ({term.x}, {term.y}; {kind})")
+    return [f"terms: {', '.join(terms)}", f"scales: {', '.join(config.scales()) or 'none'}"]
 
 
 def _compute(
-    run: TrainConfig, model: TowerModel, costs: Mapping[str, TowerCost], teachers: Mapping[str, TeacherCost], steps: int
+    config: TrainConfig,
+    model: TowerModel,
+    costs: Mapping[str, TowerCost],
+    teachers: Mapping[str, TeacherCost],
+    steps: int,
 ) -> list[str]:
     towers = training_flops(model, costs)
-    loss = loss_flops(run, model.widths)
+    loss = loss_flops(config, model.widths)
     total = towers + loss
-    contrastive = [term for term in run.terms.values() if term.kind == "contrastive"]
-    products = (
-        f"{len(contrastive)} terms x {LOSS_PRODUCTS[run.loss.kind]} products of 2 x {run.global_batch_size:,} x width"
-    )
+    contrastive = [term for term in config.terms.values() if term.kind == "contrastive"]
+    passes = f"{len(contrastive)} terms x {LOSS_PASSES[config.loss.kind]} passes"
     lines = [
-        f"FLOPs a sample: towers and heads, forward and backward, {flop(towers)} + loss {flop(loss)} ({products}) "
-        f"= {flop(total)}; the run {total * steps * run.global_batch_size:.2e}"
+        f"FLOPs a sample: towers and heads, forward and backward, {flop(towers)} + loss {flop(loss)} ({passes} of 2 x "
+        f"{config.global_batch_size:,} x width) = {flop(total)}; the run {total * steps * config.global_batch_size:.2e}"
     ]
     live = sum(teacher.flops or 0 for teacher in teachers.values())
     if live:
@@ -140,28 +162,29 @@ def _compute(
     return lines
 
 
-def _memory(run: TrainConfig, model: TowerModel, world_size: int) -> list[str]:
-    memory = state_memory(run, model, world_size)
-    at_once = min(run.global_batch_size // world_size, run.engine.micro_batch_size or run.global_batch_size)
-    if run.engine.activation_checkpointing:
+def _memory(config: TrainConfig, model: TowerModel, world_size: int) -> list[str]:
+    memory = state_memory(config, model, world_size)
+    local = config.global_batch_size // world_size
+    if config.engine.activation_checkpointing:
         activations = "activations recomputed, not estimated"
     else:
+        samples = min(local, config.engine.micro_batch_size or local)
         each = activation_bytes(model)
-        activations = f"activations {at_once:,} x {size(each)} = {size(at_once * each)}"
+        activations = f"activations {samples:,} x {size(each)} = {size(samples * each)}"
     return [
-        f"memory of a rank: weights {size(memory.weights)} + gradients {size(memory.gradients)} + {run.optim.name} "
-        f"{size(memory.optimizer)} = {size(memory.total)} (ZeRO {run.engine.zero_stage} over {world_size} ranks, "
-        f"{run.engine.precision}); {activations}; buffers of communication and the loss on top",
+        f"memory of a rank: weights {size(memory.weights)} + gradients {size(memory.gradients)} + {config.optim.name} "
+        f"{size(memory.optimizer)} = {size(memory.total)} (ZeRO {config.engine.zero_stage} over {world_size} ranks, "
+        f"{config.engine.precision}); {activations}; communication buffers and the loss come on top",
     ]
 
 
-def parameters(module: nn.Module, trained: bool = False) -> int:
-    """Return the number of a module's parameters, shared ones once; of all or of those that are trained."""
+def num_parameters(module: nn.Module, trained: bool = False) -> int:
+    """Return the number of a module's parameters, shared ones once; of all, or of those that are trained."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def flop(count: float) -> str:
-    """Return FLOPs in words."""
+    """Return a number of FLOPs as text, in the fitting unit."""
     for unit in ("", "K", "M", "G", "T"):
         if count < 1000:
             return f"{count:.3g} {unit}FLOP"
@@ -170,7 +193,7 @@ def flop(count: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return bytes in words."""
+    """Return a number of bytes as text, in the fitting unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Leaving: a run's deployed model in our own format, in open_clip's or in timm's, proved by loading it again."""
+"""Export of a run's deployed model: in our own format, open_clip's or timm's, verified by loading it again."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,111 +12,124 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from threetowers.trainer.config import dump
-from threetowers.trainer.export.inference_model import deployed, parameters_left_out
-from threetowers.trainer.export.model_card import Format, model_card
+from threetowers.trainer.estimate.summary import num_parameters
+from threetowers.trainer.export.model_card import ExportFormat, model_card
 from threetowers.trainer.export.open_clip_format import load_open_clip, write_open_clip
 from threetowers.trainer.export.timm_format import load_timm, write_timm
-from threetowers.trainer.export.trained_model import TrainedModel
-from threetowers.trainer.model.state_dict import distinct_state
+from threetowers.trainer.export.trained_model import TrainedModel, deployed_model, load_model
+from threetowers.trainer.model.state_dict import deduplicated_state_dict
 from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import END, PAD
 
-# Largest difference of two unit-norm embeddings, per element; the other formats compute attention by other kernels.
+# Largest difference of two unit-norm embeddings, per element; open_clip computes attention with other kernels.
 TOLERANCE = {"threetowers": 0.0, "open_clip": 1e-5, "timm": 0.0}
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What was written: `difference` is the largest between embeddings of this model and of the folder loaded again."""
+class ExportResult:
+    """Folder and number of parameters of an export, and how it differs from the run."""
 
     folder: Path
     parameters: int
-    left_out: int
-    difference: float
+    left_out: int  # parameters of the run that the deployed model does not need
+    difference: float  # largest between embeddings of the run's model and of the export, loaded again
 
 
 def export(
     run: str | Path,
     out: str | Path,
-    form: Format = "threetowers",
+    form: ExportFormat = "threetowers",
     results: Mapping[str, Mapping[str, float]] | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write the deployed model of a finished run to a new folder, load it from there and compare embeddings.
 
-    `threetowers` reads as a run does, with `TrainedModel.load`; `open_clip` by open_clip's `local-dir:FOLDER`; `timm`
-    is the image tower before its head, by timm's `local-dir:FOLDER`. `results`: metrics by evaluation, for the model
-    card. Raises ValueError when the run is not finished, the folder is not empty, the format cannot express the model,
-    or embeddings differ.
+    Args:
+        run: Folder of the run.
+        out: Folder to write.
+        form: `threetowers`: for `load_model`. `open_clip`: for open_clip's `local-dir:FOLDER`. `timm`: the image tower
+            without its head, for timm's `local-dir:FOLDER`.
+        results: Metrics by evaluation, for the model card.
+
+    Raises:
+        ValueError: The run is not finished, the folder is not empty, the format cannot express the model, or
+            embeddings differ by more than the format's tolerance.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already; choose another folder, or remove it")
-    trained, source = TrainedModel.load(run), RunFolder(Path(run))
-    kept = deployed(trained)
+        raise ValueError(f"{out} exists and is not an empty folder; choose another one, or remove it")
+    trained = load_model(run)
+    source = RunFolder(Path(run))
+    deployed = deployed_model(trained)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        difference = WRITERS[form](kept, source, partial)
+        difference = WRITERS[form](deployed, source, partial)
         if not difference <= TOLERANCE[form]:
             raise ValueError(
                 f"{form}: loaded again, the model gives embeddings that differ by {difference:.1e}, more than "
-                f"{TOLERANCE[form]:.0e}. Has the text tower a norm_eps? Without, it has two, and open_clip knows one"
+                f"{TOLERANCE[form]:.0e}. Set norm_eps of the text tower: without it the tower has two, open_clip one"
             )
-        (partial / "README.md").write_text(model_card(kept, source, form, results or {}))
+        (partial / "README.md").write_text(model_card(deployed, source, form, results or {}))
         if out.exists():
             out.rmdir()
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(out, _parameters(kept), parameters_left_out(trained, kept), difference)
+    parameters = num_parameters(deployed.model)
+    return ExportResult(out, parameters, num_parameters(trained.model) - parameters, difference)
 
 
-def _write_own(kept: TrainedModel, run: RunFolder, folder: Path) -> float:
-    own = RunFolder(folder)
-    shutil.copyfile(run.tokenizer, own.tokenizer)
-    own.write_manifests(kept.manifests)
-    own.config.write_text(yaml.safe_dump(dump(kept.run), sort_keys=False))
-    save_file({name: tensor.contiguous() for name, tensor in distinct_state(kept.model).items()}, own.weights)
+def _write_threetowers(deployed: TrainedModel, run: RunFolder, folder: Path) -> float:
+    """Write our own format and return the largest difference of embeddings."""
+    exported = RunFolder(folder)
+    shutil.copyfile(run.tokenizer, exported.tokenizer)
+    exported.write_manifests(deployed.manifests)
+    exported.config.write_text(yaml.safe_dump(dump(deployed.config), sort_keys=False))
+    state = deduplicated_state_dict(deployed.model)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, exported.weights)
     if run.summary.exists():
-        shutil.copyfile(run.summary, own.summary)
-    again = TrainedModel.load(folder)
-    images, tokens = probes(kept)
+        shutil.copyfile(run.summary, exported.summary)
+    loaded = load_model(folder)
+    images, tokens_bL = probe_inputs(deployed)
     return max(
-        _difference(kept.encode_images(images), again.encode_images(images)),
-        _difference(kept.encode_tokens(tokens), again.encode_tokens(tokens)),
+        _max_difference(deployed.encode_images(images), loaded.encode_images(images)),
+        _max_difference(deployed.encode_tokens(tokens_bL), loaded.encode_tokens(tokens_bL)),
     )
 
 
-def _write_open_clip(kept: TrainedModel, run: RunFolder, folder: Path) -> float:
-    write_open_clip(kept, folder)
+def _write_open_clip(deployed: TrainedModel, run: RunFolder, folder: Path) -> float:
+    """Write open_clip's format and return the largest difference of embeddings."""
+    write_open_clip(deployed, folder)
     shutil.copyfile(run.tokenizer, folder / "tokenizer.model")
-    encode_image, encode_text = load_open_clip(folder, kept)
-    images, tokens = probes(kept)
+    encode_image, encode_text = load_open_clip(folder, deployed)
+    images, tokens_bL = probe_inputs(deployed)
     return max(
-        _difference(kept.encode_images(images), F.normalize(encode_image(images), dim=-1)),
-        _difference(kept.encode_tokens(tokens), F.normalize(encode_text(tokens), dim=-1)),
+        _max_difference(deployed.encode_images(images), F.normalize(encode_image(images), dim=-1)),
+        _max_difference(deployed.encode_tokens(tokens_bL), F.normalize(encode_text(tokens_bL), dim=-1)),
     )
 
 
-def _write_timm(kept: TrainedModel, run: RunFolder, folder: Path) -> float:
-    write_timm(kept, folder)
-    images, _ = probes(kept)
+def _write_timm(deployed: TrainedModel, run: RunFolder, folder: Path) -> float:
+    """Write timm's format and return the largest difference of features."""
+    write_timm(deployed, folder)
+    images, _ = probe_inputs(deployed)
     with torch.inference_mode():
-        ours = kept.model.towers[kept.image_tower](images)
-        return _difference(ours, load_timm(folder, kept)(images))
+        features_bw = deployed.model.towers[deployed.image_tower](images)
+        return _max_difference(features_bw, load_timm(folder, deployed)(images))
 
 
-WRITERS: dict[Format, Callable[[TrainedModel, RunFolder, Path], float]] = {
-    "threetowers": _write_own,
+WRITERS: dict[ExportFormat, Callable[[TrainedModel, RunFolder, Path], float]] = {
+    "threetowers": _write_threetowers,
     "open_clip": _write_open_clip,
     "timm": _write_timm,
 }
 
 
-def probes(model: TrainedModel, samples: int = 5) -> tuple[Tensor, Tensor]:
-    """Return inputs to compare models by: pictures of noise (or rows of it, for a cached tower), and token rows."""
-    generator, data = torch.Generator().manual_seed(0), model.run.data
+def probe_inputs(model: TrainedModel, samples: int = 5) -> tuple[Tensor, Tensor]:
+    """Return inputs to compare models by: images of noise (or rows of it, for a cached tower), and tokens (b, L)."""
+    generator = torch.Generator().manual_seed(0)
+    data = model.config.data
     shape = (samples, 3, data.image_size, data.image_size)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     if model.sees_cached_rows:
@@ -124,13 +137,10 @@ def probes(model: TrainedModel, samples: int = 5) -> tuple[Tensor, Tensor]:
     tokens_bL = torch.randint(END + 1, model.tokenizer.vocab_size, (samples, data.context_length), generator=generator)
     for row in range(samples):  # captions of all lengths
         end = data.context_length - 1 - row % data.context_length
-        tokens_bL[row, end], tokens_bL[row, end + 1 :] = END, PAD
+        tokens_bL[row, end] = END
+        tokens_bL[row, end + 1 :] = PAD
     return images, tokens_bL
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def _max_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
-
-
-def _parameters(model: TrainedModel) -> int:
-    return sum(p.numel() for p in model.model.parameters())

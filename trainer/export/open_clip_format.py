@@ -16,7 +16,7 @@ from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.model.text import TextTransformer
 from threetowers.trainer.tokenizer import END, PAD
 
-BLOCK = {  # ours (timm's) -> open_clip's, within a transformer block
+BLOCK_NAMES = {  # ours (timm's) -> open_clip's, within a transformer block
     "norm1.weight": "ln_1.weight",
     "norm1.bias": "ln_1.bias",
     "attn.qkv.weight": "attn.in_proj_weight",
@@ -33,52 +33,58 @@ BLOCK = {  # ours (timm's) -> open_clip's, within a transformer block
 
 
 def write_open_clip(model: TrainedModel, folder: Path) -> None:
-    """Write open_clip_config.json and open_clip_model.safetensors. Raises ValueError for what open_clip cannot say."""
-    _refuse(model)
-    image, text = model.model.towers[model.image_tower], model.model.towers[model.text_tower]
+    """Write open_clip_config.json and open_clip_model.safetensors.
+
+    Raises:
+        ValueError: If open_clip cannot express the model.
+    """
+    _check_expressible(model)
+    image = model.model.towers[model.image_tower]
+    text = model.model.towers[model.text_tower]
     assert isinstance(image, TimmTower)
     assert isinstance(text, TextTransformer)
+    image_head = model.model.heads[model.config.deploy.image]
+    text_head = model.model.heads[model.config.deploy.text]
     state = {f"visual.trunk.{name}": tensor for name, tensor in image.model.state_dict().items()}
-    state |= {
-        f"visual.head.proj.{name}": t for name, t in model.model.heads[model.run.deploy.image].state_dict().items()
-    }
-    state |= _text_state(text, model.model.heads[model.run.deploy.text])
-    for scale in model.run.scales():
-        log_scale = clamp_log_scale(model.model.log_scales[scale].detach(), model.run.loss.scale_max)
+    state |= {f"visual.head.proj.{name}": tensor for name, tensor in image_head.state_dict().items()}
+    state |= _text_state(text, text_head)
+    for scale in model.config.scales():
+        log_scale = clamp_log_scale(model.model.log_scales[scale].detach(), model.config.loss.scale_max)
         state["logit_scale"] = log_scale.reshape(())
     for bias in model.model.biases.values():
         state["logit_bias"] = bias.detach().reshape(())
     # Copies: towers that share parameters share storage, which safetensors refuses to write.
-    whole = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    save_file(whole, folder / "open_clip_model.safetensors")
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    save_file(copies, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(_config(model, image), indent=2))
 
 
 def load_open_clip(folder: Path, model: TrainedModel) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Return what embeds pictures (b, 3, S, S) uint8, and tokens, by open_clip's own code."""
+    """Return functions that embed images (b, 3, S, S) uint8, and tokens (b, L), with open_clip's own code."""
     try:
         import open_clip
     except ImportError as error:
-        raise ValueError("the export is proved by open_clip: pip install open_clip_torch") from error
-    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+        raise ValueError("open_clip is needed to verify the export: pip install open_clip_torch") from error
+    reloaded = open_clip.create_model(f"local-dir:{folder}").eval()
     image = model.model.towers[model.image_tower]
     assert isinstance(image, TimmTower)
 
     def encode_image(images: Tensor) -> Tensor:
-        embeddings: Tensor = theirs.encode_image((images.float() / 255 - image.mean) / image.std)
+        embeddings: Tensor = reloaded.encode_image((images.float() / 255 - image.mean) / image.std)
         return embeddings
 
-    return torch.no_grad()(encode_image), torch.no_grad()(theirs.encode_text)
+    return torch.no_grad()(encode_image), torch.no_grad()(reloaded.encode_text)
 
 
-def _refuse(model: TrainedModel) -> None:
-    """Raise ValueError with the first reason why open_clip cannot express the model."""
-    run = model.run
-    image, text = run.towers[model.image_tower], run.towers[model.text_tower]
-    heads = {side: run.heads[name] for side, name in (("image", run.deploy.image), ("text", run.deploy.text))}
+def _check_expressible(model: TrainedModel) -> None:
+    """Raise ValueError with the reasons why open_clip cannot express the model."""
+    config = model.config
+    image = config.towers[model.image_tower]
+    text = config.towers[model.text_tower]
+    heads = {"image": config.heads[config.deploy.image], "text": config.heads[config.deploy.text]}
     reasons = []
     if not isinstance(image, ImageTower):
-        reasons.append("its image tower is a cached teacher, whose weights are not here")
+        reasons.append("its image tower is a cached teacher, whose weights are not in the run")
     elif image.specialize is not None:
         reasons.append("its image tower is specialised (MS-CLIP-S), open_clip takes timm's models as they are")
     elif image.args:
@@ -88,25 +94,26 @@ def _refuse(model: TrainedModel) -> None:
     elif text.causal and (text.pool == "last" or not text.mask_padding):
         reasons.append("its causal text tower does not pool at the end token behind a mask")
     elif not text.causal and text.mask_padding:
-        reasons.append("its text tower looks both ways and masks padding; open_clip does one of the two")
+        reasons.append("its text tower is bidirectional and masks padding; open_clip does one of the two")
     for side, head in heads.items():
-        if head.kind != "linear" or head.of not in run.towers:
+        if head.kind != "linear" or head.of not in config.towers:
             reasons.append(f"its {side} head is not one linear map on the tower")
     if reasons:
-        raise ValueError(f"open_clip cannot express this model: {'; '.join(reasons)}. Take --format threetowers")
+        raise ValueError(f"open_clip cannot express this model: {'; '.join(reasons)}. Use --format threetowers")
 
 
 def _text_state(text: TextTransformer, head: nn.Module) -> dict[str, Tensor]:
-    ours = text.state_dict()
+    """Return the text tower's tensors under open_clip's names."""
+    tensors = text.state_dict()
     state = {
-        "token_embedding.weight": ours["embed.weight"],
-        "positional_embedding": ours["position"][0],
-        "ln_final.weight": ours["norm.weight"],
-        "ln_final.bias": ours["norm.bias"],
+        "token_embedding.weight": tensors["embed.weight"],
+        "positional_embedding": tensors["position"][0],
+        "ln_final.weight": tensors["norm.weight"],
+        "ln_final.bias": tensors["norm.bias"],
     }
     for number in range(len(text.blocks)):
-        for name, theirs in BLOCK.items():
-            state[f"transformer.resblocks.{number}.{theirs}"] = ours[f"blocks.{number}.{name}"]
+        for name, open_clip_name in BLOCK_NAMES.items():
+            state[f"transformer.resblocks.{number}.{open_clip_name}"] = tensors[f"blocks.{number}.{name}"]
     projection = head.state_dict()
     if "bias" in projection:
         state |= {f"text_projection.{name}": tensor for name, tensor in projection.items()}
@@ -116,12 +123,14 @@ def _text_state(text: TextTransformer, head: nn.Module) -> dict[str, Tensor]:
 
 
 def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
-    run = model.run
-    tower, text = run.towers[model.image_tower], run.towers[model.text_tower]
+    """Return the content of open_clip_config.json."""
+    config = model.config
+    tower = config.towers[model.image_tower]
+    text = config.towers[model.text_tower]
     assert isinstance(tower, ImageTower)
     assert isinstance(text, TextTower)
-    config: dict[str, Any] = {
-        "embed_dim": model.model.widths[run.deploy.image],
+    model_config: dict[str, Any] = {
+        "embed_dim": model.model.widths[config.deploy.image],
         "custom_text": True,
         "quick_gelu": text.activation == "quick_gelu",
         "vision_cfg": {
@@ -129,12 +138,12 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
             "timm_model_pretrained": False,
             "timm_pool": "",
             "timm_proj": "linear",
-            "timm_proj_bias": run.heads[run.deploy.image].bias,
-            "image_size": run.data.image_size,
+            "timm_proj_bias": config.heads[config.deploy.image].bias,
+            "image_size": config.data.image_size,
         },
         "text_cfg": {
-            "context_length": run.data.context_length,
-            "vocab_size": model.tokenizer.embedding_rows(run.data.vocab_size),
+            "context_length": config.data.context_length,
+            "vocab_size": model.tokenizer.embedding_rows(config.data.vocab_size),
             "width": text.width,
             "heads": text.heads,
             "layers": text.depth,
@@ -143,18 +152,18 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
             "pool_type": text.pool,
             "pad_id": PAD,
             "eos_id": END,
-            "proj_bias": run.heads[run.deploy.text].bias,
+            "proj_bias": config.heads[config.deploy.text].bias,
             "norm_kwargs": {"eps": text.norm_eps or 1e-6},
         },
     }
-    if run.loss.kind == "sigmoid":
-        config |= {"init_logit_bias": run.loss.bias_init}
+    if config.loss.kind == "sigmoid":
+        model_config |= {"init_logit_bias": config.loss.bias_init}
     preprocess = {
-        "size": [run.data.image_size] * 2,
+        "size": [config.data.image_size] * 2,
         "mode": "RGB",
         "mean": image.mean.flatten().tolist(),
         "std": image.std.flatten().tolist(),
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    return {"model_cfg": config, "preprocess_cfg": preprocess}
+    return {"model_cfg": model_config, "preprocess_cfg": preprocess}

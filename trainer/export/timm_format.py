@@ -14,28 +14,38 @@ from threetowers.trainer.model.image import TimmTower
 
 
 def write_timm(model: TrainedModel, folder: Path) -> None:
-    """Write the deployed image tower, without its head. Raises ValueError for a tower that is not timm's own."""
-    config = model.run.towers[model.image_tower]
+    """Write the deployed image tower, without its head.
+
+    Raises:
+        ValueError: If the tower is not one of timm's.
+    """
+    config = model.config.towers[model.image_tower]
     if not isinstance(config, ImageTower):
-        raise ValueError("timm cannot express this image tower: it is a cached teacher, whose weights are not here")
+        raise ValueError(
+            "timm cannot express this image tower: it is a cached teacher, whose weights are not in the run. Use "
+            "--format threetowers"
+        )
     if config.specialize is not None:
-        raise ValueError("timm cannot express this image tower: it is specialised (MS-CLIP-S)")
-    tower, size = model.model.towers[model.image_tower], model.run.data.image_size
+        raise ValueError(
+            "timm cannot express this image tower: it is specialised (MS-CLIP-S). Use --format threetowers"
+        )
+    tower = model.model.towers[model.image_tower]
     assert isinstance(tower, TimmTower)
+    size = model.config.data.image_size
     data = {"input_size": (3, size, size), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
     arguments = {**config.args, "num_classes": 0}
     save_for_hf(tower.model, str(folder), model_args=arguments, data_config=data, safe_serialization=True)
 
 
 def load_timm(folder: Path, model: TrainedModel) -> Callable[[Tensor], Tensor]:
-    """Return what turns pictures (b, 3, S, S) uint8 into features, by timm's own code."""
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    """Return a function that maps images (b, 3, S, S) uint8 to features, with timm's own code."""
+    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     tower = model.model.towers[model.image_tower]
     assert isinstance(tower, TimmTower)
 
-    def features(images: Tensor) -> Tensor:
+    def encode(images: Tensor) -> Tensor:
         x_b3HW = (images.float() / 255 - tower.mean) / tower.std
-        found: Tensor = theirs(x_b3HW.contiguous(memory_format=torch.channels_last))
-        return found
+        features_bw: Tensor = reloaded(x_b3HW.contiguous(memory_format=torch.channels_last))
+        return features_bw
 
-    return features
+    return encode

@@ -1,7 +1,7 @@
-"""A finished run, loaded for use: its model, its tokenizer, and what its caches promised."""
+"""A trained model, loaded for inference: from a finished run or an export of one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,72 +9,143 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from threetowers.cache.format.manifest import Manifest
-from threetowers.trainer.config import CacheTower, TrainConfig, load
+from threetowers.trainer.config import CacheTower, ImageTower, Term, TextTower, TrainConfig, load
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.model.state_dict import load_distinct
+from threetowers.trainer.model.state_dict import load_deduplicated
 from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
 
 
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> "TrainedModel":
+    """Load the model of a finished run, or of an export in our own format.
+
+    Args:
+        path: Folder of the run or export.
+        device: Where the model computes.
+
+    Returns:
+        The model in float32 and evaluation mode. `encode_images` and `encode_texts` return unit-norm embeddings, so
+        that `images @ texts.T` are cosines.
+
+    Raises:
+        ValueError: The folder holds no finished run.
+
+    Example:
+        The example of `threetowers.trainer.train.train` loads the run that it trained.
+
+        >>> load_model("runs/no-such-run")
+        Traceback (most recent call last):
+        ValueError: runs/no-such-run holds no finished run: config.yaml is missing; finish it with `threetowers train`
+    """
+    folder = RunFolder(Path(path))
+    for needed in (folder.config, folder.weights, folder.tokenizer, folder.manifests):
+        if not needed.exists():
+            raise ValueError(
+                f"{folder.path} holds no finished run: {needed.name} is missing; finish it with `threetowers train`"
+            )
+    config = load(folder.config)
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    manifests = folder.read_manifests()
+    widths = {name: manifest.dim for name, manifest in manifests.items()}
+    model = TowerModel(config, tokenizer.embedding_rows(config.data.vocab_size), widths)
+    load_deduplicated(model, load_file(folder.weights))
+    return TrainedModel(config, model.to(device, torch.float32).eval(), tokenizer, manifests)
+
+
 @dataclass(frozen=True)
 class TrainedModel:
-    """Embeds images and texts with the deployed heads of a run."""
+    """Embeds images and texts with the deployed heads of a run; `load_model` returns one."""
 
-    run: TrainConfig
+    config: TrainConfig
     model: TowerModel
     tokenizer: Tokenizer
-    manifests: dict[str, Manifest]  # of the cached towers the run was trained with, by tower
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TrainedModel":
-        """Return the model of a run's folder, in float32 and evaluation mode.
-
-        Raises ValueError when the folder holds no finished run.
-        """
-        folder = RunFolder(Path(path))
-        for needed in (folder.config, folder.weights, folder.tokenizer, folder.manifests):
-            if not needed.exists():
-                raise ValueError(
-                    f"{folder.path} holds no finished run: {needed.name} is missing; finish it with `threetowers train`"
-                )
-        run = load(folder.config)
-        tokenizer = Tokenizer.load(folder.tokenizer)
-        manifests = folder.read_manifests()
-        widths = {name: manifest.dim for name, manifest in manifests.items()}
-        model = TowerModel(run, tokenizer.embedding_rows(run.data.vocab_size), widths)
-        load_distinct(model, load_file(folder.weights))
-        return cls(run, model.to(device, torch.float32).eval(), tokenizer, manifests)
+    manifests: dict[str, Manifest]  # of the caches that the run was trained with, by tower
 
     @property
     def image_tower(self) -> str:
         """The tower that the deployed image head stands on; a cached one in a LiT run."""
-        return self.run.root_of(self.run.deploy.image)
+        return self.config.root_of(self.config.deploy.image)
 
     @property
     def text_tower(self) -> str:
         """The tower that the deployed text head stands on."""
-        return self.run.root_of(self.run.deploy.text)
+        return self.config.root_of(self.config.deploy.text)
 
     @property
     def sees_cached_rows(self) -> bool:
-        """Whether images reach the model as rows of a cache (LiT) and not as pictures."""
-        return isinstance(self.run.towers[self.image_tower], CacheTower)
+        """Whether the image side takes rows of a cache (LiT) instead of images."""
+        return isinstance(self.config.towers[self.image_tower], CacheTower)
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model computes."""
+        return next(self.model.parameters()).device
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return unit-norm embeddings (b, dim) of pictures (b, 3, S, S) uint8; in a LiT run, of cached rows (b, D)."""
+        """Return unit-norm embeddings (b, D), float32.
+
+        Args:
+            images: Images (b, 3, S, S) uint8, with S = `config.data.image_size`; in a LiT run cached rows (b, width).
+        """
         return self.model.encode_image({self.image_tower: images.to(self.device)})
 
     @torch.inference_mode()
     def encode_texts(self, captions: Sequence[str]) -> Tensor:
-        """Return unit-norm embeddings (len(captions), dim)."""
-        return self.encode_tokens(self.tokenizer.encode(captions, self.run.data.context_length))
+        """Return unit-norm embeddings (len(captions), D), float32."""
+        return self.encode_tokens(self.tokenizer.encode(captions, self.config.data.context_length))
 
     @torch.inference_mode()
     def encode_tokens(self, tokens_bL: Tensor) -> Tensor:
-        """Return unit-norm embeddings (b, dim) of rows of tokens."""
+        """Return unit-norm embeddings (b, D), float32, of tokens int64 as the tokenizer returns them."""
         return self.model.encode_text({self.text_tower: tokens_bL.to(self.device)})
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+
+def deployed_model(trained: TrainedModel) -> TrainedModel:
+    """Return a model of the deployed heads and their towers alone, with the same weights and embeddings.
+
+    Its one term is that between the deployed heads, which holds their scale and bias.
+    """
+    config = _deployed_config(trained.config)
+    manifests = {name: manifest for name, manifest in trained.manifests.items() if name in config.towers}
+    widths = {name: manifest.dim for name, manifest in manifests.items()}
+    model = TowerModel(config, trained.tokenizer.embedding_rows(config.data.vocab_size), widths)
+    state = trained.model.state_dict()
+    load_deduplicated(model, {name: state[name] for name in model.state_dict()})
+    return TrainedModel(config, model.to(trained.device).eval(), trained.tokenizer, manifests)
+
+
+def _deployed_config(config: TrainConfig) -> TrainConfig:
+    image, text = config.deploy.image, config.deploy.text
+
+    # The heads on the way down from the deployed ones, and the towers at the bottom.
+    heads, roots = set[str](), set[str]()
+    for name in (image, text):
+        while name in config.heads:
+            heads.add(name)
+            name = config.heads[name].of
+        roots.add(name)
+
+    towers = {}
+    for name, tower in config.towers.items():
+        if name not in roots:
+            continue
+        if isinstance(tower, ImageTower | TextTower):
+            tower = replace(tower, init=None, frozen=False)  # the weights are in the folder
+        if isinstance(tower, TextTower) and tower.share is not None and tower.share.tower not in roots:
+            tower = replace(tower, share=None)
+        towers[name] = tower
+
+    between = [term for term in config.terms.values() if {term.x, term.y} == {image, text}]
+    if between:
+        term = between[0]
+    elif config.scales():  # without an image-text term the heads were aligned through a third one
+        term = Term(image, text, scale=config.scales()[0])
+    else:
+        term = Term(image, text, kind="l2")
+    return replace(
+        config,
+        towers=towers,
+        heads={name: head for name, head in config.heads.items() if name in heads},
+        terms={"image-text": term},
+    )

@@ -1,4 +1,4 @@
-"""The image tower: any timm model, fed with bytes, giving its features before the classifier."""
+"""The image tower: any timm model; it takes bytes and returns its features before the classifier."""
 
 import timm
 import torch
@@ -17,35 +17,40 @@ class TimmTower(nn.Module):
     std: Tensor
 
     def __init__(self, config: ImageTower, image_size: int) -> None:
+        """Build the model with random weights. Raises ValueError where timm cannot, or for another image size."""
         super().__init__()
         try:
             self.model = timm.create_model(config.model, pretrained=False, num_classes=0, **config.args)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"image tower: timm cannot make {config.model!r} with {config.args}: {error}") from error
+            raise ValueError(f"image tower: timm cannot create {config.model!r} with {config.args}: {error}") from error
         for name in ("mean", "std"):
-            # Not persistent: they belong to the architecture's config, not to what was learned.
+            # Not persistent: they belong to the architecture's config, not to the weights.
             value = torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1)
             self.register_buffer(name, value, persistent=False)
         if config.specialize is not None:
             self.model = SpecializedViT(self.model, config.specialize)
         subsample_before_pointwise(self.model)
-        self.width = self._width(config, image_size)
+        self.width = self._feature_width(config, image_size)
 
     @property
     def blocks(self) -> nn.ModuleList | None:
-        """The transformer blocks; None in a model that has none, or other ones than timm's vision transformer."""
+        """The transformer blocks; None in a model without blocks of timm's vision transformer."""
         vit = self.model.vit if isinstance(self.model, SpecializedViT) else self.model
         blocks = getattr(vit, "blocks", None)
         return blocks if blocks and isinstance(blocks[0], Block) else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep less for backward, and compute it again. Raises ValueError for a model that cannot."""
+        """Recompute activations in backward. Raises ValueError for a model that cannot."""
         try:
             self.model.set_grad_checkpointing(enable)
         except (AssertionError, AttributeError) as error:
-            raise ValueError(f"image tower: this timm model has no activation checkpointing: {error}") from error
+            raise ValueError(
+                f"engine.activation_checkpointing: this timm model has none ({error}); set it to false, or choose "
+                "another model"
+            ) from error
 
-    def _width(self, config: ImageTower, image_size: int) -> int:
+    def _feature_width(self, config: ImageTower, image_size: int) -> int:
+        """Return the width of the features, found by a forward pass on one black image."""
         was_training = self.model.training
         with torch.no_grad():
             try:
@@ -59,6 +64,7 @@ class TimmTower(nn.Module):
         return int(probe.shape[1])
 
     def forward(self, images_b3hw: Tensor) -> Tensor:
+        """Return features (b, width) in the precision of the weights."""
         dtype = next(self.model.parameters()).dtype
         x_b3hw = (images_b3hw.to(torch.float32) / 255 - self.mean) / self.std
         features_bw: Tensor = self.model(x_b3hw.to(dtype).contiguous(memory_format=torch.channels_last))

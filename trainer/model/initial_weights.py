@@ -1,4 +1,4 @@
-"""Where a main tower's weights come from before its first step: timm's hub, a package, or a safetensors file."""
+"""The weights of a tower before its first step: from timm's hub, a package, or a safetensors file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,23 +12,33 @@ from threetowers.trainer.config import ImageTower, TextTower
 
 
 def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> None:
-    """Load what `config.init` names into a tower. `key` is the config's, for messages.
+    """Load the weights that `config.init` names into a tower, without the classifier.
 
-    A classifier is left out. Raises ValueError for weights that cannot be had or do not fit.
+    Args:
+        tower: A `TimmTower` or `TextTransformer`.
+        config: The tower's.
+        key: Of `init` in the config, for messages.
+
+    Raises:
+        ValueError: If the weights cannot be loaded or do not fit.
     """
     assert config.init is not None
     path, _, prefix = config.init.partition("#")
     if prefix or isinstance(config, TextTower):
-        _load(tower, _part(_read(Path(path), key), prefix, config.init, key), config.init, key)
+        state = _under_prefix(_read(Path(path), key), prefix, config.init, key)
+        _load(tower, state, config.init, key)
         return
     if config.specialize is not None:
-        raise ValueError(f"{key}: {config.init!r} holds a plain {config.model}, the tower is specialized; leave it out")
+        raise ValueError(
+            f"{key}: {config.init!r} holds a plain {config.model}, but the tower is specialised; leave init out"
+        )
     from threetowers.cache.encoders.teacher import load_teacher  # a run that reads rows of a cache needs none of it
 
     teacher = load_teacher(config.model, config.init, config.args.get("img_size"))
     classifier = getattr(teacher.model, "pretrained_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    state = {k: t for k, t in teacher.model.state_dict().items() if not k.startswith(tuple(f"{n}." for n in names))}
+    prefixes = tuple(f"{name}." for name in names)
+    state = {name: t for name, t in teacher.model.state_dict().items() if not name.startswith(prefixes)}
     _load(tower.model, state, config.init, key)
 
 
@@ -39,11 +49,14 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
         raise ValueError(f"{key}: {path} cannot be read as safetensors: {error}") from error
 
 
-def _part(state: Mapping[str, Tensor], prefix: str, source: str, key: str) -> dict[str, Tensor]:
-    part = {k.removeprefix(f"{prefix}."): t for k, t in state.items() if not prefix or k.startswith(f"{prefix}.")}
+def _under_prefix(state: Mapping[str, Tensor], prefix: str, source: str, key: str) -> dict[str, Tensor]:
+    """Return the tensors under a dotted prefix, by their names below it; all of them for no prefix."""
+    if not prefix:
+        return dict(state)
+    part = {name.removeprefix(f"{prefix}."): t for name, t in state.items() if name.startswith(f"{prefix}.")}
     if not part:
         known = sorted({".".join(name.split(".")[:2]) for name in state})
-        raise ValueError(f"{key}: {source}: nothing is named {prefix}.*; known: {known}")
+        raise ValueError(f"{key}: {source} has no tensor named {prefix}.*; known prefixes: {known}")
     return part
 
 

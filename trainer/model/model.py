@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from threetowers.trainer.config import CacheTower, ImageTower, TextTower, TrainConfig
+from threetowers.trainer.config import CacheTower, Head, ImageTower, TextTower, TrainConfig
 from threetowers.trainer.model.cached import CachedTower
-from threetowers.trainer.model.heads import build_head
 from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.initial_weights import load_initial
 from threetowers.trainer.model.shared import share_blocks
@@ -19,7 +19,7 @@ from threetowers.trainer.model.text import TextTransformer
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one forward pass gives: unit-norm embeddings (b, dim) by head, log-scales [1] and biases [1] by scale."""
+    """Result of a forward pass: unit-norm embeddings (b, D) by head, log-scales [1] and biases [1] by scale."""
 
     embeddings: dict[str, Tensor]
     log_scales: dict[str, Tensor]
@@ -27,127 +27,161 @@ class Outputs:
 
 
 class TowerModel(nn.Module):
-    """Towers and heads as the run's config describes them.
+    """The towers and heads of a run's config, with a learned temperature for each named scale.
 
     Every parameter has at least one dimension, scales included: DeepSpeed cannot hold 0-dimensional ones.
     """
 
-    def __init__(self, run: TrainConfig, vocab_size: int, cache_widths: Mapping[str, int]) -> None:
-        """`cache_widths`: the embedding width of each cached tower, by the tower's name."""
+    def __init__(self, config: TrainConfig, vocab_size: int, cache_widths: Mapping[str, int]) -> None:
+        """Build the model with random weights.
+
+        Args:
+            config: The run.
+            vocab_size: Rows of the token embedding.
+            cache_widths: Embedding width of each cached tower, by name.
+
+        Raises:
+            ValueError: If towers, heads or terms do not fit together.
+        """
         super().__init__()
-        self.run = run
-        self.towers = nn.ModuleDict(
-            {name: _tower(run, name, vocab_size, cache_widths) for name in run.towers},
-        )
-        self._share()
-        widths = {name: int(tower.width) for name, tower in self.towers.items()}  # type: ignore[arg-type]
-        self.widths = widths  # of what every tower and head gives, by name
+        self.config = config
+        self.towers = nn.ModuleDict()
+        for name in config.towers:
+            self.towers[name] = _build_tower(config, name, vocab_size, cache_widths)
+        self._share_parameters()
+
+        self.widths = {name: int(tower.width) for name, tower in self.towers.items()}  # type: ignore[arg-type]
         self.heads = nn.ModuleDict()
-        for name, head in run.heads.items():
-            self.heads[name], widths[name] = build_head(head, widths[head.of], run.embed_dim)
-        for name, term in run.terms.items():
-            if widths[term.x] != widths[term.y]:
+        for name, head in config.heads.items():
+            self.heads[name], self.widths[name] = build_head(head, self.widths[head.of], config.embed_dim)
+        for name, term in config.terms.items():
+            x_width, y_width = self.widths[term.x], self.widths[term.y]
+            if x_width != y_width:
                 raise ValueError(
-                    f"terms.{name}: {term.x!r} has width {widths[term.x]}, {term.y!r} has {widths[term.y]}; "
-                    f"give both a linear head, or set dim to the width of the headless one"
+                    f"terms.{name}: {term.x!r} has width {x_width}, {term.y!r} has {y_width}; give both a linear head, "
+                    "or set embed_dim to the width of the one without a head"
                 )
-        scales = run.scales()
-        init = math.log(run.loss.scale_init)
-        self.log_scales = nn.ParameterDict({s: nn.Parameter(torch.full((1,), init)) for s in scales})
-        sigmoid = run.loss.kind == "sigmoid"
-        biases = {s: nn.Parameter(torch.full((1,), run.loss.bias_init)) for s in scales} if sigmoid else {}
-        self.biases = nn.ParameterDict(biases)
+
+        self.log_scales = nn.ParameterDict()
+        self.biases = nn.ParameterDict()
+        for name in config.scales():
+            self.log_scales[name] = nn.Parameter(torch.full((1,), math.log(config.loss.scale_init)))
+            if config.loss.kind == "sigmoid":
+                self.biases[name] = nn.Parameter(torch.full((1,), config.loss.bias_init))
+
         for name in self.frozen:
             self.towers[name].requires_grad_(False)
         self.train()
         if not any(p.requires_grad for p in self.parameters()):
-            raise ValueError("nothing is left to train: unfreeze a tower, or give one a linear head")
+            raise ValueError("no parameter is left to train: unfreeze a tower, or give one a linear head")
 
     @property
     def frozen(self) -> list[str]:
-        """Names of the towers with weights that stay as they are."""
-        return [name for name, tower in self.run.towers.items() if tower.kind != "cache" and tower.frozen]
+        """Names of the towers whose weights are never updated; cached ones have none."""
+        return [name for name, tower in self.config.towers.items() if tower.kind != "cache" and tower.frozen]
 
-    def train(self, mode: bool = True) -> "TowerModel":
-        """As ever, but frozen towers stay in evaluation mode: no dropout, no new running statistics."""
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode like `nn.Module.train`; frozen towers stay in evaluation mode: no dropout, fixed statistics."""
         super().train(mode)
         for name in self.frozen:
             self.towers[name].eval()
         return self
 
     def load_initial_weights(self) -> None:
-        """Give the towers the weights that their `init` names. Raises ValueError where these do not fit."""
-        for name, tower in self.run.towers.items():
+        """Load the weights that the towers' `init` names. Raises ValueError where they do not fit."""
+        for name, tower in self.config.towers.items():
             if not isinstance(tower, CacheTower) and tower.init is not None:
                 load_initial(self.towers[name], tower, f"towers.{name}.init")
 
     def checkpoint_activations(self) -> None:
-        """Let towers keep less for backward, and compute it again. Raises ValueError for a tower that cannot."""
+        """Keep only the inputs of each tower's blocks for backward. Raises ValueError for a tower that cannot."""
         for tower in self.towers.values():
             if not isinstance(tower, CachedTower):
                 tower.set_grad_checkpointing()  # type: ignore[operator]
 
-    def _share(self) -> None:
-        for name, tower in self.run.towers.items():
+    def _share_parameters(self) -> None:
+        for name, tower in self.config.towers.items():
             if not isinstance(tower, TextTower) or tower.share is None:
                 continue
             receiver, donor = self.towers[name], self.towers[tower.share.tower]
             assert isinstance(receiver, TextTransformer)
             assert isinstance(donor, TimmTower)
             if donor.blocks is None:
-                raise ValueError(f"towers.{name}.share: {tower.share.tower!r} is no timm vision transformer")
+                raise ValueError(
+                    f"towers.{name}.share.tower: {tower.share.tower!r} is not a timm vision transformer; share with "
+                    "one that is"
+                )
             share_blocks(receiver.blocks, donor.blocks, tower.share)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Outputs:
-        """`inputs`: one tensor per tower by its name: images, tokens, cached rows."""
-        wanted = dict.fromkeys(side for term in self.run.terms.values() for side in (term.x, term.y))
-        # Parameters leave through the output, not by reference: under ZeRO 3 they are whole only in here.
+        """Return everything that the terms need. `inputs`: by tower, images, tokens or cached rows."""
+        heads = dict.fromkeys(side for term in self.config.terms.values() for side in (term.x, term.y))
+        # Parameters leave through the output, not by reference: under ZeRO 3 they are complete only in here.
         return Outputs(
-            self.embed(inputs, wanted),
-            {name: clamp_log_scale(p, self.run.loss.scale_max) for name, p in self.log_scales.items()},
+            self.embed(inputs, heads),
+            {name: clamp_log_scale(p, self.config.loss.scale_max) for name, p in self.log_scales.items()},
             {name: p * 1.0 for name, p in self.biases.items()},
         )
 
     def embed(self, inputs: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str, Tensor]:
-        """Return unit-norm embeddings (b, dim) of the named heads; runs only the towers that these stand on."""
-        values: dict[str, Tensor] = {}
+        """Return unit-norm embeddings (b, D) of the named heads; runs only the towers that these stand on."""
+        features: dict[str, Tensor] = {}
         frozen = set(self.frozen)
-        dtype = next(self.parameters()).dtype  # that of all parameters; cached rows come in their own
+        dtype = next(self.parameters()).dtype  # that of all parameters; cached rows have another
 
-        def value(name: str) -> Tensor:
-            if name not in values:
-                if name in self.towers:
-                    with torch.set_grad_enabled(torch.is_grad_enabled() and name not in frozen):
-                        values[name] = self.towers[name](inputs[name]).to(dtype)
-                else:
-                    values[name] = self.heads[name](value(self.run.heads[name].of))
-            return values[name]
+        def features_of(name: str) -> Tensor:
+            """Return the output of a tower or head, computed once."""
+            if name in features:
+                return features[name]
+            if name in self.towers:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and name not in frozen):
+                    features[name] = self.towers[name](inputs[name]).to(dtype)
+            else:
+                features[name] = self.heads[name](features_of(self.config.heads[name].of))
+            return features[name]
 
-        return {name: F.normalize(value(name).float(), dim=-1).to(dtype) for name in heads}
+        return {name: F.normalize(features_of(name).float(), dim=-1).to(dtype) for name in heads}
 
     def encode_image(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the deployed image embeddings (b, dim), unit norm."""
-        return self.embed(inputs, [self.run.deploy.image])[self.run.deploy.image]
+        """Return the embeddings (b, D) of the deployed image head, unit norm."""
+        return self.embed(inputs, [self.config.deploy.image])[self.config.deploy.image]
 
     def encode_text(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the deployed text embeddings (b, dim), unit norm."""
-        return self.embed(inputs, [self.run.deploy.text])[self.run.deploy.text]
+        """Return the embeddings (b, D) of the deployed text head, unit norm."""
+        return self.embed(inputs, [self.config.deploy.text])[self.config.deploy.text]
 
 
 def clamp_log_scale(log_scale: Tensor, scale_max: float) -> Tensor:
     """Return log_scale, at most log(scale_max), with the gradient passed straight through.
 
-    A plain clamp has no gradient above its bound, and a scale that once got there could never come back.
+    A plain clamp has no gradient above its bound, so a scale beyond it could never return.
     """
     excess = (log_scale - math.log(scale_max)).clamp(min=0)
     return log_scale - excess.detach()
 
 
-def _tower(run: TrainConfig, name: str, vocab_size: int, cache_widths: Mapping[str, int]) -> nn.Module:
-    match run.towers[name]:
-        case ImageTower() as config:
-            return TimmTower(config, run.data.image_size)
-        case TextTower() as config:
-            return TextTransformer(config, vocab_size, run.data.context_length)
+def build_head(head: Head, width: int, embed_dim: int) -> tuple[nn.Module, int]:
+    """Return a head on features of `width`, and the width of its output; `embed_dim` is the run's.
+
+    An mlp is `depth` times (linear, GELU), then linear.
+    """
+    if head.kind == "none":
+        return nn.Identity(), width
+    out = head.embed_dim or embed_dim
+    if head.kind == "linear":
+        return nn.Linear(width, out, bias=head.bias), out
+    hidden = head.hidden or width
+    layers: list[nn.Module] = []
+    for number in range(head.depth):
+        layers += [nn.Linear(hidden if number else width, hidden, bias=head.bias), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, out, bias=head.bias)), out
+
+
+def _build_tower(config: TrainConfig, name: str, vocab_size: int, cache_widths: Mapping[str, int]) -> nn.Module:
+    match config.towers[name]:
+        case ImageTower() as tower:
+            return TimmTower(tower, config.data.image_size)
+        case TextTower() as tower:
+            return TextTransformer(tower, vocab_size, config.data.context_length)
         case CacheTower():
             return CachedTower(cache_widths[name])

@@ -3,7 +3,7 @@
 On x86 processors with AVX2 or AVX-512, oneDNN (3.12, of torch 2.14) computes the weight gradient of a strided 1x1
 convolution of channels-last features from a packed copy of every s-th pixel. It places the parts of that copy as if a
 pixel had a whole register of channels, 8 or 16; with fewer, parts land past the end of the buffer. The heap is
-corrupted, a gradient may be wrong, two threads may wait for each other for ever (uxlfoundation/oneDNN#6035).
+corrupted, a gradient may be wrong, two threads may deadlock (uxlfoundation/oneDNN#6035).
 """
 
 from functools import partial

@@ -15,15 +15,20 @@ from threetowers.trainer.tokenizer import END, PAD
 class TextTransformer(nn.Module):
     """Tokens (b, L) int64 -> features (b, width)."""
 
-    def __init__(self, config: TextTower, vocab_size: int, context: int) -> None:
+    def __init__(self, config: TextTower, vocab_size: int, context_length: int) -> None:
+        """Build the transformer with random weights. Raises ValueError for a width that the heads do not divide."""
         super().__init__()
         if config.width % config.heads:
-            raise ValueError(f"text tower: width {config.width} is not divisible by heads {config.heads}")
-        self.pool, self.causal, self.mask_padding = config.pool, config.causal, config.mask_padding
+            raise ValueError(
+                f"text tower: width {config.width} is not divisible by heads {config.heads}; change one of them"
+            )
+        self.pool = config.pool
+        self.causal = config.causal
+        self.mask_padding = config.mask_padding
         self.grad_checkpointing = False
         self.width = config.width
         self.embed = nn.Embedding(vocab_size, config.width)
-        self.position = nn.Parameter(torch.empty(1, context, config.width))
+        self.position = nn.Parameter(torch.empty(1, context_length, config.width))
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
@@ -48,10 +53,11 @@ class TextTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of the blocks for backward, and compute the rest again."""
+        """Keep only the inputs of the blocks for backward, and recompute the rest."""
         self.grad_checkpointing = enable
 
     def forward(self, tokens_bL: Tensor) -> Tensor:
+        """Return features (b, width)."""
         x_bLw = self.embed(tokens_bL) + self.position[:, : tokens_bL.shape[1]]
         mask = self._mask(tokens_bL)
         for block in self.blocks:
@@ -62,12 +68,12 @@ class TextTransformer(nn.Module):
         return self._pool(self.norm(x_bLw), tokens_bL)
 
     def _mask(self, tokens_bL: Tensor) -> Tensor | None:
-        """Who may look at whom: true where a query (third dimension) sees a key (last)."""
+        """Return the attention mask: true where a query (third dimension) attends to a key (last)."""
         mask = (tokens_bL != PAD)[:, None, None, :] if self.mask_padding else None
         if self.causal:
             length = tokens_bL.shape[1]
-            before_LL = torch.ones(length, length, dtype=torch.bool, device=tokens_bL.device).tril()
-            mask = before_LL if mask is None else mask & before_LL
+            causal_LL = torch.ones(length, length, dtype=torch.bool, device=tokens_bL.device).tril()
+            mask = causal_LL if mask is None else mask & causal_LL
         return mask
 
     def _pool(self, x_bLw: Tensor, tokens_bL: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ import torch
 
 
 class StepProfile:
-    """Traces the steps first..last (from 1) into a file, and nothing outside them."""
+    """Writes a trace of the steps first..last, counted from 1, to a file."""
 
     def __init__(self, span: tuple[int, int] | None, path: Path) -> None:
-        """`span`: None for no trace."""
-        self._span, self._path = span, path
+        """Trace the steps of `span` (first, last) to `path`; None: no trace."""
+        self._span = span
+        self._path = path
         self._profiler: Any = None
 
     def before(self, step: int) -> None:
@@ -21,7 +22,7 @@ class StepProfile:
             self._profiler.start()
 
     def after(self, step: int, last: bool) -> None:
-        """Call after step `step`; `last`: no other will follow."""
+        """Call after step `step`; `last` marks the last step of the run."""
         if self._profiler is not None and self._span is not None and (last or step == self._span[1]):
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self._path))

@@ -1,4 +1,4 @@
-"""Where a run's time goes, over all its launches: phases that are kept apart, and what they say of the bottleneck."""
+"""Where a run's time goes, over all its launches, and what it is bound by."""
 
 import time
 from collections import defaultdict
@@ -13,35 +13,35 @@ DATA_BOUND = 0.1  # share of training time spent waiting for data from which mor
 
 
 @dataclass(frozen=True)
-class Lap:
-    """Steps since the last look: images per second, and the share of the time spent waiting for data."""
+class StepInterval:
+    """The steps between two log lines: images per second, and the share of the time spent waiting for data."""
 
     images_per_s: float
     data_wait: float
 
 
-class Clock:
+class Timer:
     """Seconds by phase and images, of this launch and of those before it."""
 
-    def __init__(self, before: Mapping[str, float] | None = None) -> None:
-        """`before`: `state()` as a checkpoint has it."""
-        self._seconds: defaultdict[str, float] = defaultdict(float, before or {})
-        self._lap: defaultdict[str, float] = defaultdict(float)
+    def __init__(self, state: Mapping[str, float] | None = None) -> None:
+        """Start from nothing, or from the `state()` that a checkpoint holds."""
+        self._seconds: defaultdict[str, float] = defaultdict(float, state or {})
+        self._interval: defaultdict[str, float] = defaultdict(float)
         self._steps = 0
-        self.images = int(self._seconds.pop("images", 0))  # of steps that are no warm-up
+        self.images = int(self._seconds.pop("images", 0))  # without those of warm-up steps
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {**self._seconds, "images": self.images}
 
     @property
     def warm(self) -> bool:
-        """Whether this launch has done its first steps."""
+        """Whether this launch has completed its warm-up steps."""
         return self._steps >= WARM_UP_STEPS
 
     @contextmanager
-    def during(self, phase: Phase) -> Iterator[None]:
-        """Count the time inside as `phase`; of the first steps, as warm-up."""
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Count the time inside as `phase`; during the first steps, as warm-up."""
         started = time.perf_counter()
         try:
             yield
@@ -49,21 +49,23 @@ class Clock:
             name = "warm-up" if phase in ("data", "step") and not self.warm else phase
             seconds = time.perf_counter() - started
             self._seconds[name] += seconds
-            self._lap[phase] += seconds
+            self._interval[phase] += seconds
 
-    def stepped(self, images: int) -> None:
-        """Count one finished step of so many images."""
+    def count_step(self, images: int) -> None:
+        """Count one completed step of so many images."""
         self.images += images if self.warm else 0
-        self._lap["images"] += images
+        self._interval["images"] += images
         self._steps += 1
 
-    def lap(self) -> Lap:
-        """Return the steps since the last call, warm-up included, and begin anew."""
-        lap, self._lap = self._lap, defaultdict(float)
-        seconds = lap["data"] + lap["step"]
-        return Lap(lap["images"] / seconds, lap["data"] / seconds) if seconds else Lap(0.0, 0.0)
+    def interval(self) -> StepInterval:
+        """Return the steps since the last call, warm-up included, and start the next interval."""
+        totals = self._interval
+        self._interval = defaultdict(float)
+        seconds = totals["data"] + totals["step"]
+        return StepInterval(totals["images"] / seconds, totals["data"] / seconds) if seconds else StepInterval(0.0, 0.0)
 
     def seconds(self, phase: Phase) -> float:
+        """Return the seconds counted as `phase`."""
         return self._seconds[phase]
 
     @property
@@ -73,21 +75,21 @@ class Clock:
 
     @property
     def images_per_s(self) -> float:
-        """Of the steps after warm-up; 0 before there are any."""
+        """Images per second after warm-up; 0 before."""
         seconds = self.seconds("data") + self.seconds("step")
         return self.images / seconds if seconds else 0.0
 
     @property
     def data_wait(self) -> float:
-        """Share of training time, after warm-up, spent waiting for data."""
+        """Share of the training time after warm-up that was spent waiting for data."""
         seconds = self.seconds("data") + self.seconds("step")
         return self.seconds("data") / seconds if seconds else 0.0
 
-    def verdict(self) -> str:
-        """What to do about the time, in a sentence."""
+    def bottleneck(self) -> str:
+        """Return in a sentence what bounds the run, and what to do about it."""
         wait = self.data_wait
         if not self.images:
-            return "too short to tell what it was bound by"
+            return "bottleneck unknown: the run has no steps after warm-up"
         if wait >= DATA_BOUND:
             return f"data-bound: {wait:.0%} of the time waiting for data; raise data.workers or use faster storage"
         return f"compute-bound: {wait:.1%} of the time waiting for data"

@@ -1,4 +1,4 @@
-"""Which parameters are updated, how fast, and by which optimizer."""
+"""Parameter groups of the optimizer: learning rate and weight decay by name."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -10,32 +10,38 @@ from threetowers.trainer.config import ConfigError, Optim, ParameterGroup
 
 
 def freeze(model: nn.Module, optim: Optim) -> None:
-    """Take the gradient from parameters whose group has a learning rate of 0. Raises ConfigError as `grouped`."""
-    for _, p, rule in grouped(model, optim):
+    """Freeze the parameters whose group has a learning rate of 0. Raises ConfigError like `rules_of`."""
+    for _, p, rule in rules_of(model, optim):
         if rule is not None and rule.lr == 0:
             p.requires_grad_(False)
 
 
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
-    """Return torch's parameter groups of what has a gradient: weight decay on matrices only, `lr_factor` by rule."""
+    """Return torch's parameter groups of the trained parameters: weight decay on matrices only, `lr_factor` by rule.
+
+    Raises:
+        ConfigError: Every parameter is frozen, or a pattern matches no parameter.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for _, p, rule in grouped(model, optim):
-        if p.requires_grad:
-            decay = optim.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
-            key = (1.0 if rule is None else rule.lr, decay if p.ndim > 1 else 0.0)
-            groups.setdefault(key, []).append(p)
+    for _, p, rule in rules_of(model, optim):
+        if not p.requires_grad:
+            continue
+        factor = 1.0 if rule is None else rule.lr
+        decay = optim.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        groups.setdefault((factor, decay if p.ndim > 1 else 0.0), []).append(p)
     if not groups:
-        raise ConfigError("optim.param_groups: every parameter is frozen, nothing is left to train")
+        raise ConfigError("optim.param_groups: every parameter is frozen; give one of the groups a learning rate")
     return [
         {"params": groups[factor, decay], "weight_decay": decay, "lr_factor": factor, "lr": optim.lr * factor}
         for factor, decay in sorted(groups, reverse=True)
     ]
 
 
-def grouped(model: nn.Module, optim: Optim) -> Iterator[tuple[str, nn.Parameter, ParameterGroup | None]]:
+def rules_of(model: nn.Module, optim: Optim) -> Iterator[tuple[str, nn.Parameter, ParameterGroup | None]]:
     """Yield every parameter with its name and the first rule that matches it.
 
-    Raises ConfigError for a pattern that matches none.
+    Raises:
+        ConfigError: A pattern matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for rule in optim.param_groups:
