@@ -41,7 +41,7 @@ class Result:
     def strata(self, metric: Metric, share: str = "0") -> list[Stratum] | None:
         """The items of a metric; None where it was not asked for."""
         for (one, _), (record, items) in self.records.items():
-            if one == share and (record.question.gallery, record.question.task) == (metric.set, metric.task):
+            if one == share and (record.spec.data, record.spec.task) == (metric.set, metric.task):
                 return [_stratum(items, name) for name in metric.items]
         return None
 
@@ -109,5 +109,5 @@ def _best_share(results: Sequence[Result]) -> str | None:
 
 def _stratum(items: Mapping[str, NDArray[Any]], name: str) -> Stratum:
     value_N = np.asarray(items[name], np.float64)
-    unit_N = items.get(f"{name.rpartition('/')[0]}/unit", np.arange(len(value_N)))
+    unit_N = items.get(f"{name.rpartition('/')[0]}/group", np.arange(len(value_N)))
     return Stratum(value_N, np.asarray(unit_N, np.int64))

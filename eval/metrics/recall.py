@@ -70,7 +70,7 @@ class Retrieval:
         """`image_to_text/recall@1` and so on for each query, ready for an answer's items; a group is a unit."""
         sides = (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
         found: dict[str, NDArray[Any]] = {f"{n}/{key}": x for n, side in sides for key, x in side.items().items()}
-        return found | {"image_to_text/unit": self.image_group_N, "text_to_image/unit": self.text_group_M}
+        return found | {"image_to_text/group": self.image_group_N, "text_to_image/group": self.text_group_M}
 
     def metrics(self) -> dict[str, float]:
         """`image_to_text/recall@1`, `text_to_image/median_rank` and so on, ready for a result record."""

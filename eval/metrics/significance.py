@@ -71,18 +71,18 @@ def _wanted(results: Sequence[RunResult]) -> list[tuple[str, tuple[str, ...], st
     """(task, galleries, metric): R@1 as the mean of all galleries, every other mean over items for each gallery."""
     wanted: dict[tuple[str, tuple[str, ...], str], None] = {}
     galleries = tuple(
-        dict.fromkeys(r.question.gallery for result in results for r in result.records if r.question.task == RETRIEVAL)
+        dict.fromkeys(r.spec.data for result in results for r in result.records if r.spec.task == RETRIEVAL)
     )
-    scored = [{r.question.gallery for r in result.records if r.question.task == RETRIEVAL} for result in results]
+    scored = [{r.spec.data for r in result.records if r.spec.task == RETRIEVAL} for result in results]
     shared = tuple(name for name in galleries if all(name in found for found in scored if found))
     for metric in HEADLINE if shared else ():
         wanted[RETRIEVAL, shared, metric] = None
     for result in results:
         for record in result.records:
-            if record.question.task != RETRIEVAL:
+            if record.spec.task != RETRIEVAL:
                 for metric in record.items:
                     if metric in record.metrics:
-                        wanted[record.question.task, (record.question.gallery,), metric] = None
+                        wanted[record.spec.task, (record.spec.data,), metric] = None
     return list(wanted)
 
 
@@ -114,13 +114,13 @@ def _strata(result: RunResult, task: str, galleries: Sequence[str], metric: str)
         if metric not in items:
             return None
         value_N = np.asarray(items[metric], dtype=np.float64)
-        units = items.get(f"{metric.rpartition('/')[0]}/unit", items.get("unit"))
+        units = items.get(f"{metric.rpartition('/')[0]}/group", items.get("group"))
         strata.append(Stratum(value_N, np.arange(len(value_N)) if units is None else units))
     return strata
 
 
 def _record(result: RunResult, task: str, gallery: str) -> EvalRecord | None:
-    return next((r for r in result.records if (r.question.task, r.question.gallery) == (task, gallery)), None)
+    return next((r for r in result.records if (r.spec.task, r.spec.data) == (task, gallery)), None)
 
 
 def _same(one: Sequence[Stratum], other: Sequence[Stratum]) -> bool:

@@ -98,9 +98,9 @@ def by_gallery(name: str, method: str, records: Sequence[EvalRecord]) -> RunReco
     """Raises ValueError if two retrieval records are about the same gallery."""
     galleries: dict[str, EvalRecord] = {}
     for record in records:
-        if record.question.task != RETRIEVAL:
+        if record.spec.task != RETRIEVAL:
             continue
-        gallery = record.question.gallery
+        gallery = record.spec.data
         if gallery in galleries:
             raise ValueError(
                 f"run {name!r} has two retrieval records for gallery {gallery!r}: pass one record a gallery, or name "
@@ -216,11 +216,11 @@ def other_table(names: Sequence[str], records: Sequence[Sequence[EvalRecord]]) -
     values: dict[tuple[str, str, str], dict[int, float]] = {}
     for index, run in enumerate(records):
         for record in run:
-            if record.question.task != RETRIEVAL:
+            if record.spec.task != RETRIEVAL:
                 for metric, value in record.metrics.items():
                     if re.search(r"_seed\d+$", metric):  # their mean and deviation are there
                         continue
-                    values.setdefault((record.question.task, record.question.gallery, metric), {})[index] = value
+                    values.setdefault((record.spec.task, record.spec.data, metric), {})[index] = value
     rows = [
         Row(key, tuple(Cell(f"{found[i]:.4g}" if i in found else ABSENT) for i in range(len(names))))
         for key, found in values.items()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from threetowers.eval.datasets.evaluation_set import Floats
+from threetowers.eval.encoders.embedding_store import Embeddings as Floats
 
 
 def blocks(vectors_MD: NDArray[Any], rows: int) -> Iterator[tuple[int, Floats]]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from threetowers.eval.datasets.evaluation_set import EvaluationSet, Picture
-from threetowers.eval.datasets.gallery import encoded
+from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.encoder import Encoder, NoTextTower
 from threetowers.eval.report.thumbnails import ThumbnailStore, thumbnail
 from threetowers.eval.search.index import Device, build_index, exact_search
@@ -21,7 +20,7 @@ UPPER_HALF = "▀"
 class Found:
     """One picture that a query found, and its cosine."""
 
-    picture: Picture
+    picture: EvalImage
     score: float
 
 
@@ -30,7 +29,7 @@ class Findings:
     """What each query found, best first."""
 
     model: str
-    data: EvaluationSet
+    data: ImageSet
     queries: tuple[str, ...]
     found: list[list[Found]]
     exact: bool
@@ -47,9 +46,9 @@ class Findings:
                     f"{storage:4d}  {one.score:6.3f}  {self.data.tars[p.tar].name}:{p.key}  {captions}".rstrip()
                 )
                 if columns:
-                    lines += ["      " + row for row in half_blocks(encoded(self.data, p), columns)]
+                    lines += ["      " + row for row in half_blocks(self.data.encoded(p), columns)]
         how = "exact" if self.exact else "approximate"
-        return "\n".join([*lines, f"{self.model}, {how} search of {len(self.data.pictures):,} pictures"])
+        return "\n".join([*lines, f"{self.model}, {how} search of {len(self.data.images):,} pictures"])
 
     def write(self, out: Path) -> Path:
         """Write `search.html` into a folder, without any outside request, and return its path."""
@@ -57,12 +56,12 @@ class Findings:
 
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         source = files("threetowers.eval.search").joinpath("search.html").read_text(encoding="utf-8")
-        thumbnails = ThumbnailStore(out / "pictures")
+        thumbnails = ThumbnailStore(out / "thumbnails")
         shown = [
-            (query, [(thumbnails.data_uri(thumbnails.add(encoded(self.data, one.picture))), one) for one in found])
+            (query, [(thumbnails.data_uri(thumbnails.add(self.data.encoded(one.picture))), one) for one in found])
             for query, found in zip(self.queries, self.found, strict=True)
         ]
-        page = environment.from_string(source).render(findings=self, shown=shown, size=len(self.data.pictures))
+        page = environment.from_string(source).render(findings=self, shown=shown, size=len(self.data.images))
         out.mkdir(parents=True, exist_ok=True)
         path = out / "search.html"
         path.write_text(page, encoding="utf-8", errors="replace")
@@ -71,7 +70,7 @@ class Findings:
 
 def find(
     encoder: Encoder,
-    data: EvaluationSet,
+    data: ImageSet,
     queries: Sequence[str],
     k: int,
     *,
@@ -84,21 +83,21 @@ def find(
     Raises NoTextTower for a model that sees images only, and ValueError for k beyond the gallery.
     """
     if not encoder.sees_text:
-        raise NoTextTower(f"{encoder.facts.name} sees images only: search by text needs a text tower")
-    if not 1 <= k <= len(data.pictures):
-        raise ValueError(f"k must be between 1 and the {len(data.pictures)} pictures of the gallery, got {k}")
+        raise NoTextTower(f"{encoder.info.name} sees images only: search by text needs a text tower")
+    if not 1 <= k <= len(data.images):
+        raise ValueError(f"k must be between 1 and the {len(data.images)} pictures of the gallery, got {k}")
     if empty := [query for query in queries if not query.strip()]:
         raise ValueError(f"{len(empty)} of {len(queries)} queries are empty: say what to look for")
-    text_MD, image_ND = encoder.texts(list(queries)), encoder.images(data, data.pictures)
+    text_MD, image_ND = encoder.texts(list(queries)), encoder.images(data, data.images)
     if index == "Flat":
         neighbours = exact_search(image_ND, text_MD, k, device=device)
     else:
         neighbours = build_index(image_ND, index, parameters=parameters, device=device).search(text_MD, k)
     found = [
-        [Found(data.pictures[i], float(score)) for i, score in zip(ids, scores, strict=True) if i >= 0]
+        [Found(data.images[i], float(score)) for i, score in zip(ids, scores, strict=True) if i >= 0]
         for ids, scores in zip(neighbours.ids_NK.tolist(), neighbours.scores_NK, strict=True)
     ]
-    return Findings(encoder.facts.name, data, tuple(queries), found, index == "Flat")
+    return Findings(encoder.info.name, data, tuple(queries), found, index == "Flat")
 
 
 def half_blocks(image: bytes, columns: int) -> list[str]:

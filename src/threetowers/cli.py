@@ -110,7 +110,7 @@ def export(
     from threetowers.trainer.export.export import export as write
 
     found = [read_record(path) for path in records]
-    results = {f"{record.question.task}, {record.question.gallery}": record.metrics for record in found}
+    results = {f"{record.spec.task}, {record.spec.data}": record.metrics for record in found}
     done = write(run, out, format, results)
     print(
         f"{done.folder}: {done.parameters:,} parameters, {done.left_out:,} left behind; loaded again, its embeddings "

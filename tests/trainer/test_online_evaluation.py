@@ -39,7 +39,7 @@ def test_evaluation_and_trace(kind: str, tars: list[Path], tmp_path: Path, reque
         trained = TrainedModel.load(out)
         assert trained.run.evaluate is not None
         look = RetrievalEvaluator(trained.run, trained.run.evaluate)
-        assert len(look.data.pictures) == 25
+        assert len(look.gallery.images) == 25
         for name, value in look(trained.model, 6).items():
             assert lines(out, f"retrieval/{name}")[-1] == pytest.approx(value), name
     finally:
