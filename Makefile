@@ -34,7 +34,7 @@ demo: .venv/installed  ## cache a classifier, train CLIP, LiT and 3T on it, comp
 	$(LAUNCH) train configs/emoji/lit.yaml
 	$(LAUNCH) train configs/emoji/3t.yaml
 	$(RUN) eval retrieval $(DEMO)/clip $(DEMO)/lit $(DEMO)/3t --tars 'data/emoji/test-*.tar' \
-	    --group-field concept --part-field style --out $(DEMO)/report
+	    --group-field concept --gallery-field style --output-dir $(DEMO)/report
 
 demo-clean:  ## forget what the demo made, so that it starts over
 	rm -rf $(DEMO)

@@ -1,4 +1,4 @@
-"""Retrieval while a run trains: a quick look at held-out tars, on all ranks together."""
+"""Online evaluation: retrieval on held-out tars while a run trains, on all ranks together."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,40 +7,40 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from threetowers.cache.webdataset.tar_index import expand, index_tar
-from threetowers.cache.world import World
-from threetowers.eval.datasets.evaluation_set import Floats, evaluation_set
+from threetowers.eval.datasets.dataset import open_dataset
+from threetowers.eval.datasets.dataset_config import DatasetConfig
+from threetowers.eval.datasets.image_set import ImageReader
+from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import LoadOptions
-from threetowers.eval.encoders.forward import forward_captions, forward_pictures
+from threetowers.eval.encoders.forward import forward_captions, forward_images
 from threetowers.eval.encoders.image_source import image_source
 from threetowers.eval.metrics.recall import evaluate_retrieval
+from threetowers.eval.tasks.retrieval import Gallery, captioned_part
+from threetowers.eval.tasks.settings import RetrievalSettings
 from threetowers.trainer.config import OnlineEvaluation, TrainConfig
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
 
-SHOWN = ("text_to_image/recall@1", "text_to_image/recall@5", "image_to_text/recall@1", "image_to_text/recall@5")
+LOGGED = ("text_to_image/recall@1", "text_to_image/recall@5", "image_to_text/recall@1", "image_to_text/recall@5")
 
 
 class RetrievalEvaluator:
-    """An evaluator for the training loop: recalls of the deployed embeddings on the run's `evaluate.tars`."""
+    """An evaluator for the training loop: recalls of the deployed embeddings on the run's held-out tars."""
 
     name = "retrieval"
 
     def __init__(self, run: TrainConfig, settings: OnlineEvaluation) -> None:
-        """Reads the held-out set. Raises ValueError when it holds nothing usable."""
-        self.run, self.settings = run, settings
-        tars = [index_tar(path) for path in expand(settings.tars)]
-        group = settings.group_field
-        self.data = evaluation_set(
-            tars,
-            group_field=group,
-            part_field=None,
-            max_captions=5,
-            max_pixels=run.data.max_pixels,
-            caption_per_line=run.data.caption_per_line,
-        )
+        """Read the held-out set. Raises ValueError when it holds nothing usable."""
+        self.run = run
+        self.settings = settings
+        self.retrieval = RetrievalSettings(group_field=settings.group_field)
+        config = DatasetConfig(name="held out", tars=list(settings.tars))
+        dataset = open_dataset(config, "retrieval", self.retrieval, ImageReader(run.data.max_pixels))
+        part, _ = captioned_part(dataset.test, self.retrieval)
+        self.data = part.data
+        self.gallery = Gallery.of(part, self.retrieval)
         self.tokenizer = Tokenizer.load(run.data.tokenizer)
 
     def every(self, samples: int, batch: int, steps: int) -> int:
@@ -51,40 +51,49 @@ class RetrievalEvaluator:
         """Return recalls in 0..1 of both directions; each rank embeds its share. Collective."""
         manifests = RunFolder(Path(self.run.output_dir)).read_manifests()
         trained = TrainedModel(self.run, model, self.tokenizer, manifests)
-        world = World.from_process_group()
-        pictures = self.data.pictures[: self.settings.max_samples][world.rank :: world.size]
-        captions = [caption for picture in pictures for caption in picture.captions]
-        # No workers: the training's own are at work beside it, and a second set would have to be forked every time.
-        loading = LoadOptions(workers=0, max_pixels=self.run.data.max_pixels)
-        source = image_source(trained, trained.image_tower, self.data, loading)
+        # No workers: the training's own run beside it, and a second set would have to be forked every time.
+        options = LoadOptions(workers=0, max_pixels=self.run.data.max_pixels)
+        source = image_source(trained, trained.image_tower, self.data, options)
+
+        # This rank's share of the images, with the captions of each.
+        mine = slice(distributed.get_rank(), self.settings.max_samples, distributed.get_world_size())
+        images = self.gallery.images[mine]
+        image_groups = self.gallery.groups[mine]
+        captions: list[str] = []
+        text_groups: list[str] = []
+        for image, group in zip(images, image_groups, strict=True):
+            for caption in image.captions[: self.retrieval.max_captions]:
+                captions.append(caption)
+                text_groups.append(group)
 
         @torch.inference_mode()
         def forward(views: Tensor) -> Tensor:
             return model.encode_image({trained.image_tower: source.prepare(views).to(trained.device)})
 
-        images = list(forward_pictures(pictures, source.view, forward, loading.batch_size, loading.workers))
-        texts = list(forward_captions(captions, trained.encode_texts, loading.batch_size))
-        groups = [picture.group for picture in pictures]
-        owners = [picture.group for picture in pictures for _ in picture.captions]
-        image_ND, text_MD, image_groups, text_groups = _joined(images, texts, groups, owners)
-        names = {group: number for number, group in enumerate(dict.fromkeys(image_groups))}
-        found = evaluate_retrieval(
+        image_batches = list(forward_images(images, source.view, forward, options.batch_size, options.workers))
+        text_batches = list(forward_captions(captions, trained.encode_texts, options.batch_size))
+
+        # Every rank scores all of them.
+        image_ND, all_image_groups = _gather(image_batches, image_groups)
+        text_MD, all_text_groups = _gather(text_batches, text_groups)
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(all_image_groups))}
+        metrics = evaluate_retrieval(
             image_ND,
             text_MD,
-            torch.tensor([names[group] for group in image_groups]),
-            torch.tensor([names[group] for group in text_groups]),
+            torch.tensor([numbers[group] for group in all_image_groups]),
+            torch.tensor([numbers[group] for group in all_text_groups]),
             device=trained.device,
         ).metrics()
-        return {name: found[name] for name in SHOWN}
+        return {name: metrics[name] for name in LOGGED}
 
 
-def _joined(
-    images: list[Floats], texts: list[Floats], groups: list[str], owners: list[str]
-) -> tuple[Floats, Floats, list[str], list[str]]:
-    """The parts of all ranks, one after the other."""
-    parts: list[tuple[list[Floats], list[Floats], list[str], list[str]]] = [
-        ([], [], [], [])
-    ] * distributed.get_world_size()
-    distributed.all_gather_object(parts, (images, texts, groups, owners))
-    a, b, c, d = ([item for part in parts for item in part[k]] for k in range(4))
-    return np.concatenate(a), np.concatenate(b), c, d  # type: ignore[return-value]
+def _gather(batches: list[Embeddings], groups: list[str]) -> tuple[Embeddings, list[str]]:
+    """Return the embeddings and groups of all ranks, in the order of the ranks. Collective."""
+    parts: list[tuple[list[Embeddings], list[str]]] = [([], [])] * distributed.get_world_size()
+    distributed.all_gather_object(parts, (batches, groups))
+    all_batches: list[Embeddings] = []
+    all_groups: list[str] = []
+    for part_batches, part_groups in parts:
+        all_batches += part_batches
+        all_groups += part_groups
+    return np.concatenate(all_batches), all_groups

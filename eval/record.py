@@ -1,6 +1,6 @@
-"""The result of one evaluation: what was asked, of which model, over exactly which data, and what came out.
+"""The record of one evaluation: its spec (task, data, model, settings) with its result.
 
-A record is a JSON file; beside it, in a .npz file of the same name, are the scores of single items.
+A record is a JSON file; a .npz file of the same name beside it holds the scores of single items.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,10 @@ from threetowers.cache.storage.atomic import finish_partial, write_atomic
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.eval.encoders.encoder import ModelInfo
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-FORMAT = 2
-Items = Mapping[str, NDArray[Any]]
+RECORD_FORMAT = 3
+ItemArrays = Mapping[str, NDArray[Any]]
 LIBRARIES = (
     "torch",
     "timm",
@@ -45,12 +45,12 @@ LIBRARIES = (
 
 
 class BadRecord(ValueError):
-    """A result record that cannot be read or should not be written."""
+    """A record that cannot be read, or must not be written."""
 
 
 @dataclass(frozen=True)
 class TarRef:
-    """One tar of the evaluation set: file name, fingerprint of its content or index, number of samples."""
+    """One tar of the data: file name, fingerprint of its content or index, number of samples."""
 
     name: str
     fingerprint: str
@@ -59,19 +59,25 @@ class TarRef:
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What an evaluation asks, complete before any embedding is computed.
+    """An evaluation before it is run: everything that its result depends on.
 
-    task: "retrieval", "zeroshot", ...            gallery: the part of the data, such as a split or an art style
-    run: name of the model                        model: digest of its weights
-    step: optimizer steps it had trained          preprocessing: image transform, in words
-    precision: of the towers' forward pass        cache_contract: digest, where the run reads cached rows
-    settings: whatever else changes the numbers (group field, captions per image, recall cut-offs)
+    Attributes:
+        task: retrieval, zeroshot, ...
+        data: Name of the data set, or of one gallery of it.
+        model: Name of the model.
+        model_digest: Digest of its weights.
+        step: Optimizer steps it was trained for; None: unknown.
+        tars: The tars that the data comes from.
+        preprocessing: Transform before the image tower, in words.
+        precision: Of the towers' forward pass.
+        cache_manifest: Digest of the cache's manifest, where the model reads cached rows.
+        settings: Whatever else changes the numbers, such as the task's settings and the filter of the images.
     """
 
     task: str
-    gallery: str
-    run: str
+    data: str
     model: str
+    model_digest: str
     step: int | None
     tars: tuple[TarRef, ...]
     preprocessing: str
@@ -83,75 +89,113 @@ class EvalSpec:
     def of(
         cls,
         task: str,
-        gallery: str,
-        facts: ModelInfo,
+        data: str,
+        model: ModelInfo,
         tars: Iterable[TarIndex],
         settings: Mapping[str, str | int | float | bool | None],
-    ) -> "EvalSpec":
-        """The question of a task to a model."""
+    ) -> Self:
+        """Return the spec of a task on some tars for a model."""
         return cls(
             task=task,
-            gallery=gallery,
-            run=facts.name,
-            model=facts.digest,
-            step=facts.step,
+            data=data,
+            model=model.name,
+            model_digest=model.digest,
+            step=model.step,
             tars=tuple(TarRef(tar.name, tar.fingerprint, len(tar.samples)) for tar in tars),
-            preprocessing=facts.preprocessing,
-            precision=facts.precision,
-            cache_manifest=facts.cache_manifest,
+            preprocessing=model.preprocessing,
+            precision=model.precision,
+            cache_manifest=model.cache_manifest,
             settings=dict(settings),
         )
 
     def fingerprint(self) -> str:
-        """64 hex digits, equal for equal questions on any machine: what has an answer need not be computed again."""
-        return hashlib.sha256(_json(asdict(self)).encode()).hexdigest()
+        """Return 64 hex digits, equal for equal specs on any machine."""
+        content = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def file_name(self) -> str:
+        """Name of the record's file: `<task>-<data>-<first 16 digits of the fingerprint>.json`."""
+        readable = re.sub(r"[^A-Za-z0-9._]+", "_", f"{self.task}-{self.data}")[:80]
+        return f"{readable}-{self.fingerprint()[:16]}.json"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture (its name in the `ThumbnailStore` beside the records) or a text that a reader is shown."""
+class ExampleItem:
+    """One image or text of an example.
+
+    Attributes:
+        text: A caption, a class name, or the key of an image.
+        thumbnail: For an image, its name in the `ThumbnailStore` beside the records.
+        score: Cosine with the query.
+        hit: Whether it matches the query.
+    """
 
     text: str
-    picture: str | None = None
+    thumbnail: str | None = None
     score: float | None = None
     hit: bool | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One query with what a model answered, best first. `rank`: of its first match, from 1, None if unknown."""
+    """A query with a model's answers, best first.
 
-    heading: str  # "Text to image", "Classified", ...: examples of one heading stand together
-    query: Shown
-    answers: tuple[Shown, ...]
+    Attributes:
+        heading: Such as "Caption → images"; the report shows examples of one heading together.
+        query: The query.
+        answers: What the model ranks highest.
+        rank: Rank of the first match, from 1; None: unknown.
+    """
+
+    heading: str
+    query: ExampleItem
+    answers: tuple[ExampleItem, ...]
     rank: int | None = None
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What a task computes.
+    """The result of a task.
 
-    `items` holds arrays by name. For a metric that is a mean over items, the array of its name holds the summands (N,)
-    float, NaN for an item that does not count: intervals and paired comparisons are computed from them. Items that
-    are not independent have `<prefix>/group` (N,) int64, or `group` for metrics without a prefix: equal numbers are
-    drawn together, such as the captions of one picture. Any other array is for a plot: see docs/evaluation.md.
+    Attributes:
+        metrics: Metrics by name.
+        counts: Of what was scored, left out, tied, ...
+        items: Arrays by name. For a metric that is a mean over items, the array of its name holds the summands (N,)
+            float, NaN for an item that does not count; intervals and paired comparisons are computed from them. Items
+            that are not independent have equal numbers in `<prefix>/group` (N,) int64, or in `group` for metrics
+            without a prefix, such as the captions of one image; they are drawn together. Any other array is for a
+            plot, see docs/evaluation.md.
+        examples: Queries with the model's answers.
     """
 
     metrics: Mapping[str, float]
     counts: Mapping[str, int]
-    items: Items = field(default_factory=dict)
+    items: ItemArrays = field(default_factory=dict)
     examples: Sequence[Example] = ()
 
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """A question with its answer. `seconds` is wall time; `date` is UTC in ISO 8601.
+    """A spec with its result, as it is on disk.
 
-    `sample_ids` and `texts` (captions, prompts or class names) are `digest`s: two results are comparable where both
-    agree. `recipe` and `seed` are the model's: runs of one recipe differ in nothing but their seed.
+    Attributes:
+        spec: The spec.
+        metrics: Metrics by name, all finite.
+        counts: Of what was scored, left out, tied, ...
+        sample_ids: `digest` of the keys of the samples.
+        texts: `digest` of the captions, prompts or class names. Two results are comparable where both digests agree.
+        seconds: Wall time.
+        recipe: Of the model: runs of one recipe differ in nothing but their seed.
+        seed: Of the model.
+        items: Names of the arrays in the .npz file.
+        examples: Queries with the model's answers.
+        date: UTC, in ISO 8601.
+        versions: Of the libraries that can change a result.
+        format: Version of this format.
     """
 
-    question: EvalSpec
+    spec: EvalSpec
     metrics: Mapping[str, float]
     counts: Mapping[str, int]
     sample_ids: str
@@ -159,26 +203,20 @@ class EvalRecord:
     seconds: float
     recipe: str | None = None
     seed: int | None = None
-    items: tuple[str, ...] = ()  # names of the arrays in the file beside
+    items: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
-    format: int = FORMAT
+    format: int = RECORD_FORMAT
 
     @property
     def file_name(self) -> str:
-        """`<task>-<gallery>-<first 16 digits of the fingerprint>.json`."""
-        return file_name(self.question)
-
-
-def file_name(question: EvalSpec) -> str:
-    """The name of the file that holds a question's record."""
-    readable = re.sub(r"[^A-Za-z0-9._]+", "_", f"{question.task}-{question.gallery}")[:80]
-    return f"{readable}-{question.fingerprint()[:16]}.json"
+        """Name of its file."""
+        return self.spec.file_name
 
 
 def digest(strings: Iterable[str]) -> str:
-    """SHA-256 (64 hex digits) of a collection of strings, whatever their order; repeated strings count."""
+    """Return the SHA-256 (64 hex digits) of a collection of strings in any order; repeated strings count."""
     sha = hashlib.sha256()
     # Captions read from JSON may hold lone surrogates, which plain UTF-8 refuses.
     for encoded in sorted(string.encode("utf-8", "surrogatepass") for string in strings):
@@ -187,7 +225,7 @@ def digest(strings: Iterable[str]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that can change a result, of those installed."""
+    """Return the versions of this package and of the installed libraries that can change a result."""
     versions = {"threetowers": __version__}
     for name in LIBRARIES:
         try:
@@ -197,50 +235,57 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def answered(
-    question: EvalSpec,
-    facts: ModelInfo,
+def load_or_compute(
+    spec: EvalSpec,
+    model: ModelInfo,
     folder: Path,
     compute: Callable[[], EvalResult],
     *,
     sample_ids: str,
     texts: str,
-    again: bool = False,
+    overwrite: bool = False,
 ) -> EvalRecord:
-    """Return the record of a question: the one in `folder` if it is there, else computed and written.
+    """Return the record of a spec: the one in `folder`, or a newly computed one, which is written there.
 
-    `sample_ids` and `texts`: `digest`s of the keys and of the captions or prompts. `again` computes in any case. A
-    record that cannot be read, or is of other samples or texts, is computed again.
+    Args:
+        spec: The spec.
+        model: The model of the spec.
+        folder: Folder of records.
+        compute: Computes the result.
+        sample_ids: `digest` of the keys of the samples. A record of other samples or texts is computed again, and so
+            is one that cannot be read.
+        texts: `digest` of the captions or prompts.
+        overwrite: Compute the result even if it is recorded.
     """
-    path = folder / file_name(question)
-    if path.exists() and not again:
+    path = folder / spec.file_name
+    if path.exists() and not overwrite:
         try:
             found = read_record(path)
             if (found.sample_ids, found.texts) == (sample_ids, texts):
                 read_items(found, folder)
                 return found
         except BadRecord as error:
-            log.warning("%s: computed again", error)
+            logger.warning("%s: computing it again", error)
     started = time.perf_counter()
-    answer = compute()
+    result = compute()
     record = EvalRecord(
-        question=question,
-        metrics=answer.metrics,
-        counts=answer.counts,
+        spec=spec,
+        metrics=result.metrics,
+        counts=result.counts,
         sample_ids=sample_ids,
         texts=texts,
         seconds=time.perf_counter() - started,
-        recipe=facts.recipe,
-        seed=facts.seed,
-        items=tuple(answer.items),
-        examples=tuple(answer.examples),
+        recipe=model.recipe,
+        seed=model.seed,
+        items=tuple(result.items),
+        examples=tuple(result.examples),
     )
-    write_record(record, folder, answer.items)
+    write_record(record, folder, result.items)
     return record
 
 
 def read_items(record: EvalRecord, folder: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a record of `folder`. Raises BadRecord where their file is missing or damaged."""
+    """Return the item arrays of a record in `folder`. Raises BadRecord where their file is missing or damaged."""
     if not record.items:
         return {}
     path = (folder / record.file_name).with_suffix(".npz")
@@ -251,39 +296,34 @@ def read_items(record: EvalRecord, folder: Path) -> dict[str, NDArray[Any]]:
         raise BadRecord(f"{path} does not hold the items of {record.file_name}: {error}") from error
 
 
-def write_record(record: EvalRecord, folder: Path, items: Items | None = None) -> Path:
-    """Write the record into `folder` under its `file_name`, whole or not at all, and return the path.
+def write_record(record: EvalRecord, folder: Path, items: ItemArrays | None = None) -> Path:
+    """Write a record into `folder` under its `file_name`, atomically, and return the path.
 
-    Raises BadRecord for a metric that is not finite: a result nobody can compare is a failure, not a result.
+    Raises:
+        BadRecord: A metric is not finite: a result that cannot be compared is a failure.
     """
     bad = {name: value for name, value in record.metrics.items() if not math.isfinite(value)}
     if bad:
-        raise BadRecord(
-            f"{record.question.task} on {record.question.gallery!r} gave {bad}: every metric must be finite"
-        )
+        raise BadRecord(f"{record.spec.task} on {record.spec.data!r} gave {bad}: every metric must be finite")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.file_name
     if items:
         temporary = path.with_suffix(".npz.partial")
         with temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **dict(items))
-        finish_partial(temporary, path.with_suffix(".npz"))  # before the record that promises them
+        finish_partial(temporary, path.with_suffix(".npz"))  # before the record that lists them
     content = json.dumps(asdict(record), indent=2, allow_nan=False) + "\n"
     write_atomic(path, content)
     return path
 
 
 def read_record(path: Path) -> EvalRecord:
-    """Read one record. Raises BadRecord, naming the file and the field, for anything a record is not."""
+    """Return the record in a file. Raises BadRecord, which names the file and the field, for anything else."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadRecord(f"{path} cannot be read as JSON: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise BadRecord(f"{path} has record format {found!r}, this version reads {FORMAT}: evaluate again")
-    return parse_as(EvalRecord, content, BadRecord, f"{path} is not a result record")
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    if found != RECORD_FORMAT:
+        raise BadRecord(f"{path} has record format {found!r}, this version reads {RECORD_FORMAT}: evaluate again")
+    return parse_as(EvalRecord, content, BadRecord, f"{path} is not a record")

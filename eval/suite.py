@@ -1,209 +1,312 @@
-"""All that the descriptions of some data sets ask of some models: one record an answer, none computed twice."""
+"""Evaluation of models on data sets: one path from specs over records to a report."""
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from threetowers.eval.datasets.config import Description, Settings, Tasks
-from threetowers.eval.datasets.dataset import OpenSet, Part, Reader, as_gallery, load_description, open_set
-from threetowers.eval.datasets.prompts import fill, prompts_hash
+from threetowers.eval.datasets.dataset import EvalDataset, load_dataset_config, open_dataset
+from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError
+from threetowers.eval.datasets.image_set import ImageReader
+from threetowers.eval.datasets.prompts import fill_templates, prompts_hash
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions
+from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.load import load_encoder
-from threetowers.eval.record import EvalRecord, EvalSpec, answered, digest
-from threetowers.eval.report.model_metadata import card_of, write_card
+from threetowers.eval.record import EvalRecord, EvalSpec, digest, load_or_compute
+from threetowers.eval.report.model_metadata import model_metadata, write_model_metadata
 from threetowers.eval.report.page import ReportPaths, render
-from threetowers.eval.report.results import MODELS, PICTURES, RECORDS, load_results
+from threetowers.eval.report.results import MODELS_FOLDER, RECORDS_FOLDER, THUMBNAILS_FOLDER, RunResult, load_results
 from threetowers.eval.report.thumbnails import ThumbnailStore
-from threetowers.eval.tasks.tasks import TASKS, Showing, check, needs_text
+from threetowers.eval.tasks.registry import TASKS
+from threetowers.eval.tasks.retrieval import Gallery, captioned_part, split_galleries
+from threetowers.eval.tasks.settings import RetrievalSettings, ShiftSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+EMBEDDINGS_FOLDER = "embeddings"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One task of one open set."""
+class PlannedEvaluation:
+    """One task on one opened data set.
+
+    Attributes:
+        task: Name of the task.
+        dataset: The data set, or one gallery of it.
+        settings: Settings of the task.
+        skipped: The images that are left out, each with the reason.
+    """
 
     task: str
-    opened: OpenSet
-    settings: Settings
+    dataset: EvalDataset
+    settings: Any
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Suite:
-    """What came out. `left_out`: tasks that a model cannot answer, each with the reason."""
+class SuiteResult:
+    """The results of some models on some data sets.
+
+    Attributes:
+        records: One per model, task and data set.
+        results: All that the report tells of each model, among it what earlier evaluations left in the folder.
+        left_out: Tasks that a model cannot do, each with the reason.
+        skipped: Images that were left out, each with the reason.
+        report: The files of the report.
+    """
 
     records: list[EvalRecord]
+    results: list[RunResult]
     left_out: list[str]
+    skipped: list[str]
     report: ReportPaths
 
-    def text(self) -> str:
-        """What a terminal shows: each set's tasks with the metrics they lead with, a column a model."""
-        models = list(dict.fromkeys(record.question.run for record in self.records))
-        rows: dict[str, dict[str, float]] = {}
-        for record in self.records:
-            for name, value in headlines(record).items():
-                row = f"{record.question.gallery}  {record.question.task}  {name}"
-                rows.setdefault(row, {})[record.question.run] = value
-        width = max((len(row) for row in rows), default=0)
-        columns = [max(len(model), 6) for model in models]
-        lines = [" " * width + "".join(f"  {model:>{size}}" for model, size in zip(models, columns, strict=True))]
-        for row, values in rows.items():
-            cells = [f"{100 * values[model]:.1f}" if model in values else "-" for model in models]
-            lines.append(f"{row:<{width}}" + "".join(f"  {c:>{size}}" for c, size in zip(cells, columns, strict=True)))
-        notes = ["in percent; ties count against the model", *self.left_out, f"report: {self.report.html}"]
-        return "\n".join([*lines, *notes])
 
-
-def headlines(record: EvalRecord) -> dict[str, float]:
-    """The metrics that a table leads with: of `metric`, and what else a task is run for."""
-    metric = str(record.question.settings.get("metric", "top1"))
-    wanted = {
-        "zeroshot": (metric,),
-        "probe": (metric,),
-        "knn": (f"/{metric}",),
-        "fewshot": ("-shot/top1",),
-        "shift": (f"/{metric}", f"/{metric}_drop", "/recall@1", "/recall@1_drop"),
-        "ood": ("/auroc",),
-        "retrieval": ("/recall@1",),
-    }[record.question.task]
-    return {name: value for name, value in record.metrics.items() if name.endswith(wanted)}
-
-
-def run_suite(
+def evaluate(
     models: Sequence[str | Path],
-    sets: Sequence[str | Path],
-    out: Path,
+    datasets: Sequence[str | Path | DatasetConfig],
+    output_dir: str | Path,
     *,
     tasks: Sequence[str] | None = None,
-    loading: LoadOptions | None = None,
-    again: bool = False,
-) -> Suite:
-    """Answer the tasks that the sets' descriptions name (or those given) for each model.
+    options: LoadOptions | None = None,
+    ensembles: Sequence[EnsembleOptions] = (),
+    title: str = "Evaluation",
+    overwrite: bool = False,
+) -> SuiteResult:
+    """Evaluate models on the tasks of data sets, and write a record for each result and a report of all.
 
-    Records go to `out`, and a report on these models, with what else `out` holds of them. Every description, set and
-    model is opened and checked before the first embedding is computed. Raises ValueError for what is wrong with them.
+    All models and data sets are opened and checked before the first embedding is computed.
+
+    Args:
+        models: See `load_encoder`.
+        datasets: YAML files, folders or URLs in CLIP_benchmark's layout, or configs.
+        output_dir: Folder of records/, embeddings/, models/, thumbnails/, report.html and report.md. What is recorded
+            there is not computed again.
+        tasks: Tasks to run; by default those that each data set names.
+        options: How models are loaded and run; embeddings are kept in `output_dir` unless they name another folder.
+        ensembles: Evaluate each model also with its third tower mixed in, in each of these ways.
+        title: Of the report, before the names of the models.
+        overwrite: Compute what is recorded, too.
+
+    Returns:
+        The records, whose metrics are fractions in 0..1, and the paths of the report.
+
+    Raises:
+        ValueError: A model or a data set cannot be used, models or data sets share a name, or a model can do none of
+            the tasks.
+
+    Example:
+        >>> import io, json, tarfile, tempfile, timm, numpy as np
+        >>> from PIL import Image
+        >>> from safetensors.torch import save_file
+        >>> folder = tempfile.mkdtemp()
+        >>> weights = f"{folder}/weights.safetensors"
+        >>> save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), weights)
+        >>> with tarfile.open(f"{folder}/a.tar", "w") as tar:
+        ...     for number in range(24):
+        ...         pixels = np.full((32, 32, 3), 10 * number, np.uint8)
+        ...         png = io.BytesIO()
+        ...         Image.fromarray(pixels).save(png, "PNG")
+        ...         for extension, data in (("png", png.getvalue()), ("cls", str(number // 12).encode())):
+        ...             member = tarfile.TarInfo(f"s{number}.{extension}")
+        ...             member.size = len(data)
+        ...             tar.addfile(member, io.BytesIO(data))
+        >>> greys = DatasetConfig(
+        ...     name="greys", tars=[f"{folder}/a.tar"], classes=["dark", "light"], train={"tars": [f"{folder}/a.tar"]}
+        ... )
+        >>> model = f"timm:test_resnet@32:{weights}"
+        >>> result = evaluate([model], [greys], f"{folder}/out", tasks=["knn"], options=LoadOptions(workers=0))
+        >>> [(record.spec.task, record.spec.data, record.counts["images"]) for record in result.records]
+        [('knn', 'greys', 24)]
     """
-    if not models or not sets:
-        raise ValueError(f"expected at least one model and one data set, got {list(models)} and {list(sets)}")
-    read = Reader()
-    asked = [one for path in sets for one in questions_of(path, tasks, read)]
-    called = [(one.opened.source.description.name, one.task) for one in asked]
-    if twice := sorted({name for name, task in called if called.count((name, task)) > 1}):
-        raise ValueError(f"several of the data sets are called {twice[0]!r}: give each a name of its own")
-    loading = loading or LoadOptions(embeddings=out / "embeddings")
-    encoders = [load_encoder(model, loading) for model in models]
-    names = [encoder.facts.name for encoder in encoders]
-    if len(set(names)) != len(names):
-        raise ValueError(f"models must have different names, got {names}")
-    records, left_out = [], []
-    show = Showing(ThumbnailStore(out / PICTURES))
-    for model, encoder in zip(models, encoders, strict=True):
-        write_card(card_of(model, encoder), out / MODELS)
-        for one in asked:
-            if needs_text(one.task) and not encoder.sees_text:
-                left_out.append(f"{encoder.facts.name}: no {one.task}, as it sees images only")
-                continue
-            records.append(answer(one, encoder, out / RECORDS, show, again))
-    if not records:
-        raise ValueError(f"no model can answer what is asked: {'; '.join(left_out)}")
-    answered_by = list(dict.fromkeys(record.question.run for record in records))
-    title = f"Evaluation: {', '.join(answered_by)}"
-    return Suite(records, left_out, render(load_results([out], answered_by, records), out, title=title))
+    output_dir = Path(output_dir)
+    if not models or not datasets:
+        raise ValueError(f"expected at least one model and one data set, got {list(models)} and {list(datasets)}")
+
+    # Open and check everything before the long work, so that the last cannot fail it.
+    reader = ImageReader()
+    planned: list[PlannedEvaluation] = []
+    for dataset in datasets:
+        planned += plan_evaluations(dataset, tasks, reader)
+    _check_names(planned)
+    options = options or LoadOptions()
+    if options.embeddings is None:
+        options = replace(options, embeddings=output_dir / EMBEDDINGS_FOLDER)
+    encoders: list[tuple[str | Path, Encoder]] = []
+    for model in models:
+        for ensemble in (None, *ensembles):
+            encoders.append((model, load_encoder(model, options, ensemble)))
+    _check_models([encoder for _, encoder in encoders], planned)
+
+    # Evaluate each model on each task, or read its record.
+    records: list[EvalRecord] = []
+    left_out: list[str] = []
+    for model, encoder in encoders:
+        write_model_metadata(model_metadata(model, encoder), output_dir / MODELS_FOLDER)
+        for one in planned:
+            if TASKS[one.task].needs_text and not encoder.sees_text:
+                left_out.append(f"{encoder.info.name}: no {one.task}, as it sees images only")
+            else:
+                records.append(run_evaluation(one, encoder, output_dir, overwrite))
+
+    # Report on these models, with what else the folder holds of them.
+    names = [encoder.info.name for _, encoder in encoders]
+    results = load_results([output_dir], names, records)
+    report = render(results, output_dir, title=f"{title}: {', '.join(names)}", description=_description(planned))
+    skipped = list(dict.fromkeys(message for one in planned for message in one.skipped))
+    return SuiteResult(records, results, left_out, skipped, report)
 
 
-def questions_of(path: str | Path, tasks: Sequence[str] | None = None, read: Reader | None = None) -> list[Asked]:
-    """Open a described set, and return what is asked of it. Raises ValueError where a task cannot be answered on it."""
-    source = load_description(path)
-    own = source.description.tasks
-    wanted = {name: getattr(own, name) for name in asdict(Tasks()) if getattr(own, name) is not None}
-    if tasks is not None:
-        wanted = {name: wanted.get(name) or _default(name) for name in tasks}
+def plan_evaluations(
+    dataset: str | Path | DatasetConfig, tasks: Sequence[str] | None = None, reader: ImageReader | None = None
+) -> list[PlannedEvaluation]:
+    """Open a data set for each of its tasks; retrieval is planned for each of its galleries.
+
+    Args:
+        dataset: A YAML file, a folder or URL in CLIP_benchmark's layout, or a config.
+        tasks: Tasks to plan, by default those that the data set names.
+        reader: Reads images; share it among calls, so that each image is read once.
+
+    Raises:
+        DatasetError: The data set cannot be used, or a task cannot be run on it.
+    """
+    if isinstance(dataset, DatasetConfig):
+        config = dataset
+        label = config.name or str(config.tars or config.root)
+    else:
+        config = load_dataset_config(dataset)
+        label = str(dataset)
+    wanted: dict[str, Any] = {}
+    for task in TASKS if tasks is None else tasks:
+        if task not in TASKS:
+            raise ValueError(f"{task!r} is not a task; tasks are {sorted(TASKS)}")
+        settings = getattr(config.tasks, task)
+        if settings is not None or tasks is not None:
+            wanted[task] = settings or TASKS[task].settings()
     if not wanted:
-        raise ValueError(f"{path}: names no task: list them under tasks, or ask for one")
-    read = read or Reader()
-    asked = [Asked(task, open_set(source, task, settings, read), settings) for task, settings in wanted.items()]
-    for one in asked:
+        raise DatasetError(f"{label}: names no task: list them under tasks, or select some with --tasks")
+
+    reader = reader or ImageReader()
+    planned: list[PlannedEvaluation] = []
+    for task, settings in wanted.items():
         try:
-            check(one.opened, one.settings)
+            opened = open_dataset(config, task, settings, reader)
+            TASKS[task].check(opened, settings)
+            skipped = opened.test.data.skipped
+            if task == "retrieval":
+                galleries, problems = split_galleries(opened, settings)
+                for gallery, share in galleries:
+                    planned.append(PlannedEvaluation(task, gallery, share, (*skipped, *problems)))
+            else:
+                planned.append(PlannedEvaluation(task, opened, settings, tuple(skipped)))
         except ValueError as error:
-            raise ValueError(f"{path}: {one.task}: {error}") from error
-    return asked
+            raise DatasetError(f"{label}: {task}: {error}") from error
+    return planned
 
 
-def _default(task: str) -> Any:
-    kinds = {f"{name}": kind for name, kind in Tasks.__annotations__.items()}
-    if task not in kinds:
-        raise ValueError(f"{task!r} is no task; tasks are {sorted(kinds)}")
-    (kind,) = (k for k in kinds[task].__args__ if k is not type(None))
-    return kind()
+def run_evaluation(
+    planned: PlannedEvaluation, encoder: Encoder, output_dir: Path, overwrite: bool = False
+) -> EvalRecord:
+    """Return the record of a planned evaluation of a model: the one in `output_dir`, or a newly computed one.
 
-
-def answer(one: Asked, encoder: Encoder, folder: Path, show: Showing, again: bool = False) -> EvalRecord:
-    """The record of what is asked of a model: the one in `folder` if it is there, else computed and written."""
-    opened = one.opened
-    parts = dict(_parts(opened))
-    tars = {tar.location: tar for part in parts.values() for tar in part.data.tars}
-    description = opened.source.description
-    texts = _texts(one)
-    question = EvalSpec.of(
-        one.task,
-        description.name,
-        encoder.facts,
+    Args:
+        planned: Task, data set and settings.
+        encoder: The model.
+        output_dir: Folder of records/ and thumbnails/.
+        overwrite: Compute the result even if it is recorded.
+    """
+    dataset = planned.dataset
+    tars = {}
+    sample_names = []
+    for name, part in dataset.parts().items():
+        tars.update({tar.location: tar for tar in part.data.tars})
+        for image in part.images():
+            sample_names.append(f"{name}/{part.data.tars[image.tar].name}/{image.key}")
+    texts = _texts(planned)
+    spec = EvalSpec.of(
+        planned.task,
+        dataset.name,
+        encoder.info,
         tars.values(),
         {
-            "metric": description.metric,
-            "settings": json.dumps(asdict(one.settings), sort_keys=True),
-            "pictures": json.dumps(_selection(description), sort_keys=True),
+            "metric": dataset.config.metric,
+            "settings": json.dumps(asdict(planned.settings), sort_keys=True),
+            "images": json.dumps(_selection(dataset.config), sort_keys=True),
             "texts": prompts_hash(texts),
-            "classes": prompts_hash(opened.names),
+            "classes": prompts_hash(dataset.class_names),
         },
     )
-    log.info("%s: %s on %s", encoder.facts.name, one.task, description.name)
-    return answered(
-        question,
-        encoder.facts,
-        folder,
-        lambda: TASKS[one.task](encoder, opened, one.settings, show),
-        sample_ids=digest(_ids(parts)),
+    logger.info("%s: %s on %s", encoder.info.name, planned.task, dataset.name)
+    thumbnails = ThumbnailStore(output_dir / THUMBNAILS_FOLDER)
+    return load_or_compute(
+        spec,
+        encoder.info,
+        output_dir / RECORDS_FOLDER,
+        lambda: TASKS[planned.task].run(encoder, dataset, planned.settings, thumbnails),
+        sample_ids=digest(sample_names),
         texts=digest(texts),
-        again=again,
+        overwrite=overwrite,
     )
 
 
-def _parts(opened: OpenSet) -> Iterator[tuple[str, Part]]:
-    yield "test", opened.test
-    if opened.learn is not None:
-        yield "learn", opened.learn
-    yield from opened.shifted.items()
-    yield from opened.outliers.items()
+def _check_names(planned: Sequence[PlannedEvaluation]) -> None:
+    """Raise ValueError where two data sets of one task share a name: their records could not be told apart."""
+    seen = set()
+    for one in planned:
+        key = (one.task, one.dataset.name)
+        if key in seen:
+            raise ValueError(f"several of the data sets are called {one.dataset.name!r}: give each a different name")
+        seen.add(key)
 
 
-def _ids(parts: Mapping[str, Part]) -> Iterator[str]:
-    for name, part in parts.items():
-        for picture in part.pictures():
-            yield f"{name}/{part.data.tars[picture.tar].name}/{picture.key}"
+def _check_models(encoders: Sequence[Encoder], planned: Sequence[PlannedEvaluation]) -> None:
+    """Raise ValueError for models of one name, and for a model that can do none of the tasks."""
+    names = [encoder.info.name for encoder in encoders]
+    if len(set(names)) != len(names):
+        raise ValueError(f"models must have different names, got {names}: rename the folder of one")
+    if all(TASKS[one.task].needs_text for one in planned):
+        blind = [encoder.info.name for encoder in encoders if not encoder.sees_text]
+        if blind:
+            tasks = sorted({one.task for one in planned})
+            raise ValueError(f"{blind} see images only, but {', '.join(tasks)} needs a text tower: leave them out")
 
 
-def _texts(one: Asked) -> list[str]:
-    """Every text that the answer depends on: prompts, or captions."""
-    settings: Any = one.settings
-    if one.task == "shift" and settings.of == "retrieval":
-        settings = settings.retrieval
-    elif one.task != "retrieval":
-        return fill(one.opened.templates, one.opened.names) if one.opened.templates else list(one.opened.names)
-    data = as_gallery(one.opened.test, settings.group_field, settings.max_captions)
-    return [caption for picture in data.pictures for caption in picture.captions]
+def _texts(planned: PlannedEvaluation) -> list[str]:
+    """Return every text that the result depends on: captions, prompts or class names."""
+    dataset = planned.dataset
+    settings = planned.settings
+    if isinstance(settings, RetrievalSettings):
+        return Gallery.of(dataset.test, settings).captions
+    if isinstance(settings, ShiftSettings) and settings.of == "retrieval":
+        part, _ = captioned_part(dataset.test, settings.retrieval)
+        return Gallery.of(part, settings.retrieval).captions
+    if dataset.templates:
+        return fill_templates(dataset.templates, dataset.class_names)
+    return list(dataset.class_names)
 
 
-def _selection(description: Description) -> dict[str, Any]:
-    """What of the tars is read, as far as it is not in the tars themselves."""
-    keys = ("where", "label", "split")
+def _selection(config: DatasetConfig) -> dict[str, Any]:
+    """Return which samples of the tars are used, and as what."""
+    selection = {}
+    for name, part in {"test": config.test, **config.parts()}.items():
+        selection[name] = {"filter": part.filter, "label": part.label, "split": part.split}
+    return selection
 
-    def of(part: Any) -> dict[str, Any]:
-        return {key: getattr(part, key) for key in keys}
 
-    parts = {"test": description, "learn": description.learn, **description.shifted, **description.outliers}
-    return {name: of(part) for name, part in parts.items() if part is not None}
+def _description(planned: Sequence[PlannedEvaluation]) -> str:
+    """Return what is compared, where it is the retrieval of one data set; else nothing."""
+    first = planned[0]
+    if any(one.task != "retrieval" or one.dataset.config is not first.dataset.config for one in planned):
+        return ""
+    settings: RetrievalSettings = first.settings
+    images = sum(len(one.dataset.test.rows) for one in planned)
+    tars = len(first.dataset.test.data.tars)
+    split = f", one gallery per {settings.gallery_field!r}" if settings.gallery_field else ""
+    match = f"of one {settings.group_field!r}" if settings.group_field else "of one sample"
+    skipped = f" {len(first.skipped)} samples cannot be used and are left out." if first.skipped else ""
+    return (
+        f"{images:,} images in {tars} tars{split}. An image and a caption match if they are {match}; at most "
+        f"{settings.max_captions} captions per sample.{skipped}"
+    )

@@ -145,7 +145,7 @@ def measure_run(kind: str, plan: Plan, folder: Folder, configs: Path) -> None:
     run = run_of(plan, folder, configs, one, [*plan.changes(one), f"duration={{steps: {STEPS}}}"])
     summary = train(run)
     started = time.perf_counter()
-    evaluated(plan, folder, one, Path(run.output_dir), Path(run.output_dir) / "records")
+    evaluated(plan, folder, one, Path(run.output_dir), Path(run.output_dir))
     evaluation = time.perf_counter() - started
     shutil.rmtree(run.output_dir)
     write_json(_path(folder, kind), asdict(Pace(summary.samples / summary.images_per_s, evaluation)))

@@ -11,14 +11,12 @@ import numpy as np
 
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import BadPlan, Experiment, Plan
-from threetowers.eval.datasets.dataset import Reader
+from threetowers.eval.datasets.image_set import ImageReader
 from threetowers.eval.encoders.encoder import LoadOptions
-from threetowers.eval.encoders.ensemble import Mixing
+from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.eval.record import EvalRecord
-from threetowers.eval.report.thumbnails import ThumbnailStore
-from threetowers.eval.suite import Asked, answer, questions_of
-from threetowers.eval.tasks.tasks import Showing
+from threetowers.eval.suite import PlannedEvaluation, plan_evaluations, run_evaluation
 from threetowers.trainer.config import TrainConfig, load
 from threetowers.trainer.train import TrainSummary, train
 
@@ -59,7 +57,7 @@ def perform(plan: Plan, folder: Folder, configs: Path, one: Experiment, changes:
         return float(read_json(folder.finished(one.name))["seconds"])
     run = run_of(plan, folder, configs, one, changes)
     summary = train(run)
-    records = evaluated(plan, folder, one, Path(run.output_dir), folder["records"])
+    records = evaluated(plan, folder, one, Path(run.output_dir), folder.path)
     write_json(folder.finished(one.name), facts(one, changes, summary, records))
     shutil.rmtree(Path(run.output_dir) / "checkpoints")  # only resuming needs them, and there are many runs
     return summary.seconds
@@ -85,27 +83,26 @@ def facts(
     }
 
 
-def evaluated(plan: Plan, folder: Folder, one: Experiment, run: Path, records: Path) -> dict[str, dict[str, str]]:
-    """Answer what is asked of an experiment, into `records`; return file names by share of the third tower, and set.
+def evaluated(plan: Plan, folder: Folder, one: Experiment, run: Path, output_dir: Path) -> dict[str, dict[str, str]]:
+    """Answer what is asked of an experiment, into `output_dir`; return file names by share of the third tower, and set.
 
     A trial sees the validation concepts only; an ablation is not probed.
     """
     sets = [VALIDATION] if one.rate is not None else [VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS]
     if one.variant is not None:
         sets.remove(GROUPS)
-    asked = {name: question for name, question in _questions(folder.path).items() if name in sets}
-    show = Showing(ThumbnailStore(folder["pictures"]), examples=0)
+    planned = {name: one for name, one in _planned(folder.path).items() if name in sets}
     with tempfile.TemporaryDirectory() as embeddings:
         # Stored crops are of training pictures only: a teacher's own cache has all.
         caches = {plan.mixing.tower: folder["caches"] / one.teacher} if one.teacher else {}
-        loading = LoadOptions(caches, workers=0, embeddings=Path(embeddings))
-        encoder = load_encoder(run, loading)
-        found = {"0": {n: answer(a, encoder, records, show).file_name for n, a in asked.items()}}
+        options = LoadOptions(caches, workers=0, embeddings=Path(embeddings))
+        encoder = load_encoder(run, options)
+        found = {"0": {n: run_evaluation(p, encoder, output_dir).file_name for n, p in planned.items()}}
         mixed = one.method == plan.mixing.method and one.variant is None and one.rate is None
         for share in plan.mixing.shares if mixed else ():
-            encoder = load_encoder(run, loading, Mixing(plan.mixing.tower, share, "logit"))
-            wanted = {name: asked[name] for name in (VALIDATION, RETRIEVAL)}
-            found[f"{share:g}"] = {n: answer(a, encoder, records, show).file_name for n, a in wanted.items()}
+            encoder = load_encoder(run, options, EnsembleOptions(plan.mixing.tower, share, "logit"))
+            wanted = {name: planned[name] for name in (VALIDATION, RETRIEVAL)}
+            found[f"{share:g}"] = {n: run_evaluation(p, encoder, output_dir).file_name for n, p in wanted.items()}
     return found
 
 
@@ -115,7 +112,7 @@ def validation_score(record: EvalRecord) -> float:
 
 
 @functools.cache  # a process evaluates several runs on the same pictures
-def _questions(folder: Path) -> dict[str, Asked]:
-    read = Reader()
+def _planned(folder: Path) -> dict[str, PlannedEvaluation]:
+    reader = ImageReader()
     names = (VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS)
-    return {name: question for name in names for question in questions_of(folder / "sets" / f"{name}.yaml", read=read)}
+    return {name: one for name in names for one in plan_evaluations(folder / "sets" / f"{name}.yaml", reader=reader)}

@@ -57,7 +57,7 @@ def filtered(emoji: str, styles: list[str], out: Path) -> int:
 def _absolute(text: str) -> str:
     """A description whose relative tars are the repository's: it lies elsewhere than they are looked for."""
     tree = yaml.safe_load(text)
-    for part in (tree, tree.get("learn") or {}):
+    for part in (tree, tree.get("train") or {}):
         if "tars" in part:
             part["tars"] = [str(Path(tar).absolute()) for tar in part["tars"]]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -41,7 +41,7 @@ class Result:
     def strata(self, metric: Metric, share: str = "0") -> list[Stratum] | None:
         """The items of a metric; None where it was not asked for."""
         for (one, _), (record, items) in self.records.items():
-            if one == share and (record.question.gallery, record.question.task) == (metric.set, metric.task):
+            if one == share and (record.spec.data, record.spec.task) == (metric.set, metric.task):
                 return [_stratum(items, name) for name in metric.items]
         return None
 

@@ -16,9 +16,7 @@ from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.load import load_encoder
-from threetowers.eval.report.thumbnails import ThumbnailStore
-from threetowers.eval.suite import answer, questions_of
-from threetowers.eval.tasks.tasks import Showing
+from threetowers.eval.suite import plan_evaluations, run_evaluation
 
 CONVERTED: dict[str, Callable[[Path, Path], None]] = {
     "squeezenet": squeezenet.write_weights,
@@ -56,9 +54,9 @@ def cache_teacher(name: str, plan: Plan, folder: Folder) -> None:
     """Cache a teacher over the contrastive, validation and test tars, and measure how well it fits the data."""
     _build(tars_of(plan, folder), folder[f"caches/{name}"], CENTER, **backbone(name, plan, folder))
     if not folder[f"fits/{name}.json"].exists():
-        (asked,) = questions_of(folder["sets/fit.yaml"])
+        (planned,) = plan_evaluations(folder["sets/fit.yaml"])
         encoder = load_encoder(f"cache:{folder[f'caches/{name}']}", LoadOptions(workers=0))
-        record = answer(asked, encoder, folder["records"], Showing(ThumbnailStore(folder["pictures"]), examples=0))
+        record = run_evaluation(planned, encoder, folder.path)
         write_json(folder[f"fits/{name}.json"], {"fit": record.metrics[FIT], "record": record.file_name})
 
 

@@ -91,7 +91,7 @@ def export(
     results = {}
     for path in records:
         record = read_record(path)
-        results[f"{record.question.task}, {record.question.gallery}"] = record.metrics
+        results[f"{record.spec.task}, {record.spec.data}"] = record.metrics
     done = write(run, output_dir, format, results)
     print(
         f"{done.folder}: {done.parameters:,} parameters, {done.left_out:,} left out; loaded again, its embeddings "

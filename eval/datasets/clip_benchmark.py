@@ -9,60 +9,55 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from threetowers.cache.storage.storage import open_storage
-from threetowers.eval.datasets.config import (
-    BadDescription,
-    Description,
-    Neighbours,
-    Pictures,
-    Probe,
-    Retrieval,
-    Source,
-    Tasks,
-    ZeroShot,
-)
+from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError, PartConfig
+from threetowers.eval.tasks.settings import KnnSettings, ProbeSettings, RetrievalSettings, TasksConfig, ZeroShotSettings
 
-CLASSES, TEMPLATES, KIND = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
-KINDS = ("classification", "retrieval")
+CLASSES_FILE = "classnames.txt"
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+TYPE_FILE = "dataset_type.txt"
+DATASET_TYPES = ("classification", "retrieval")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A folder in this layout."""
+class ClipBenchmarkFolder:
+    """A folder or URL in this layout."""
 
     root: str
 
     def tars(self, split: str) -> list[str]:
-        """Addresses of a split's tars. Raises BadDescription where there is no such split."""
+        """Return the addresses of the tars of a split. Raises DatasetError where there is no such split."""
         count = self._text(f"{split}/nshards.txt")
         if count is None or not count.strip().isdecimal() or int(count) < 1:
-            raise BadDescription(
+            raise DatasetError(
                 f"{self.root}: split {split!r}: expected {split}/nshards.txt with the number of its tars, found "
                 f"{'no such file' if count is None else repr(count)}"
             )
         return [open_storage(self._address).uri(f"{split}/{number}.tar") for number in range(int(count))]
 
     def has(self, split: str) -> bool:
+        """Return whether there is such a split."""
         return self._text(f"{split}/nshards.txt") is not None
 
     @cached_property
     def classes(self) -> list[str] | None:
-        """The class names, by number."""
-        return self._lines(CLASSES)
+        """The class names, by number; None where there is no list."""
+        return self._lines(CLASSES_FILE)
 
     @cached_property
     def templates(self) -> list[str] | None:
-        return self._lines(TEMPLATES)
+        """The prompt templates; None where there is no list."""
+        return self._lines(TEMPLATES_FILE)
 
     @cached_property
-    def kind(self) -> str:
-        """`classification` or `retrieval`. Raises BadDescription for another."""
-        kind = (self._text(KIND) or KINDS[0]).strip().lower()
-        if kind not in KINDS:
-            raise BadDescription(
-                f"{self.root}: {KIND} says {kind!r}, expected one of {KINDS}; several labels a picture are read from "
-                "a list in a .json member or from numbers in a .cls member, not from .npy"
+    def dataset_type(self) -> str:
+        """`classification` or `retrieval`. Raises DatasetError for another."""
+        found = (self._text(TYPE_FILE) or DATASET_TYPES[0]).strip().lower()
+        if found not in DATASET_TYPES:
+            raise DatasetError(
+                f"{self.root}: {TYPE_FILE} holds {found!r}, expected one of {DATASET_TYPES}; several labels per image "
+                "are read from a list in a .json member or from numbers in a .cls member, not from .npy"
             )
-        return kind
+        return found
 
     @property
     def _address(self) -> str:
@@ -75,23 +70,29 @@ class Layout:
         except FileNotFoundError:
             return None
         except UnicodeDecodeError as error:
-            raise BadDescription(f"{self.root}: {name} is not UTF-8: {error}") from error
+            raise DatasetError(f"{self.root}: {name} is not UTF-8: {error}") from error
 
     def _lines(self, name: str) -> list[str] | None:
         text = self._text(name)
         return None if text is None else [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def described(root: str) -> Source:
-    """Return the description that a folder in this layout gives of itself."""
-    layout = Layout(root)
+def folder_config(root: str) -> DatasetConfig:
+    """Return the config of a folder in this layout.
+
+    It serves retrieval if its `dataset_type.txt` holds that; otherwise zero-shot classification if it has templates,
+    and k-NN and a linear probe if it has a `train` split.
+    """
+    folder = ClipBenchmarkFolder(root)
     name = root.rstrip("/").rpartition("/")[2]
-    if layout.kind == "retrieval":
-        return Source(root, Description(name=name, root=root, split="test", tasks=Tasks(retrieval=Retrieval())))
-    learn = Pictures(split="train") if layout.has("train") else None
-    tasks = Tasks(
-        zeroshot=ZeroShot() if layout.templates else None,
-        knn=Neighbours() if learn else None,
-        probe=Probe() if learn else None,
+    if folder.dataset_type == "retrieval":
+        tasks = TasksConfig(retrieval=RetrievalSettings())
+        return DatasetConfig(name=name, root=root, split="test", caption_per_line=True, tasks=tasks)
+    has_train = folder.has("train")
+    tasks = TasksConfig(
+        zeroshot=ZeroShotSettings() if folder.templates else None,
+        knn=KnnSettings() if has_train else None,
+        probe=ProbeSettings() if has_train else None,
     )
-    return Source(root, Description(name=name, root=root, split="test", learn=learn, tasks=tasks))
+    train = PartConfig(split="train") if has_train else None
+    return DatasetConfig(name=name, root=root, split="test", caption_per_line=True, train=train, tasks=tasks)

@@ -1,4 +1,4 @@
-"""Prompts for zero-shot classification: templates with a slot for the class name, and the sets of them people use.
+"""Prompts for zero-shot classification: templates with a slot for the class name, and the published sets of them.
 
 `prompts.yaml` holds CLIP's templates for the common data sets; class names come with a data set, or from the packages
 that publish them: `open_clip:imagenet` (1,000 names) and `clip_benchmark:SET`.
@@ -22,18 +22,24 @@ SHIPPED = Path(__file__).with_name("prompts.yaml")
 
 
 class PromptError(ValueError):
-    """Prompts or class names that cannot be had. The message says what was asked for and what there is."""
+    """Prompts or class names that do not exist. The message names what was requested and what there is."""
 
 
 def prompt_templates(prompts: Sequence[str] | str) -> list[str]:
-    """Return templates with the slot `{c}`: those given (`{}` is the same), or the shipped set of that name.
+    """Return templates with the slot `{c}`.
 
-    Raises PromptError for an unknown name, for no templates, and for a template without a slot.
+    Args:
+        prompts: Templates, in which `{}` is the same slot; or the name of a shipped prompt set.
+
+    Raises:
+        PromptError: The name is unknown, there is no template, or a template has no slot.
     """
     if isinstance(prompts, str):
         sets = shipped_prompts()
         if prompts not in sets:
-            raise PromptError(f"{prompts!r} is no shipped prompt set, and no list of templates; sets: {sorted(sets)}")
+            raise PromptError(
+                f"expected a list of templates or the name of a shipped prompt set, {sorted(sets)}; found {prompts!r}"
+            )
         return sets[prompts]
     if not prompts:
         raise PromptError("expected at least one template, as in 'a photo of a {c}.', found an empty list")
@@ -44,7 +50,7 @@ def prompt_templates(prompts: Sequence[str] | str) -> list[str]:
 
 
 def shipped_prompts() -> dict[str, list[str]]:
-    """The templates of `prompts.yaml` by data set."""
+    """Return the templates of `prompts.yaml` by data set."""
     sets: dict[str, list[str]] = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     return sets
 
@@ -53,7 +59,7 @@ def class_names(reference: str) -> list[str]:
     """Return the class names that a package publishes. Raises PromptError where it is not installed or has none."""
     package, _, name = reference.partition(":")
     if package == "open_clip" and name == "imagenet":
-        # By its file, as importing the package would import torch's model zoo with it.
+        # Loaded from its file, as importing the package would import torch's model zoo with it.
         names: list[str] = list(_module(_file("open_clip", "zero_shot_metadata.py")).IMAGENET_CLASSNAMES)
         return names
     if package == "clip_benchmark":
@@ -64,15 +70,20 @@ def class_names(reference: str) -> list[str]:
     raise PromptError(f"classes {reference!r}: expected a list, a mapping, open_clip:imagenet or clip_benchmark:SET")
 
 
-def fill(templates: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return every prompt of the first class, then of the second, ..."""
+def fill_templates(templates: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the prompts of all classes: every prompt of the first class, then of the second, and so on."""
     return [template.replace("{c}", name) for name in names for template in templates]
 
 
-def ensemble(prompt_PD: Floats, classes: int) -> Floats:
-    """Return class embeddings (classes, D): of `fill`ed prompts, the mean of each class's unit vectors, made unit.
+def class_embeddings(prompt_PD: Floats, classes: int) -> Floats:
+    """Return unit-norm class embeddings (classes, D): the normalised mean of the unit vectors of each class's prompts.
 
-    Raises ValueError for prompts whose embeddings cancel out.
+    Args:
+        prompt_PD: Embeddings of the prompts in the order of `fill_templates`, of any norm.
+        classes: Number of classes.
+
+    Raises:
+        ValueError: The embeddings of a class cancel out, or are NaN.
     """
     unit_PD = prompt_PD / np.linalg.norm(prompt_PD, axis=1, keepdims=True)
     mean_CD = unit_PD.reshape(classes, -1, prompt_PD.shape[1]).mean(axis=1)
@@ -86,7 +97,7 @@ def ensemble(prompt_PD: Floats, classes: int) -> Floats:
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:
-    """sha256 of the prompts in order (64 hex digits): what two zero-shot results must agree in."""
+    """Return the SHA-256 (64 hex digits) of some texts in their order."""
     return hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()
 
 

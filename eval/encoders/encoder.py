@@ -1,17 +1,19 @@
-"""What embeds images and captions, as every task sees it, whatever kind of model is behind it."""
+"""Models as every task sees them: images, features and captions to vectors, whatever kind of model computes them."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 
-from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats, Picture
+from threetowers.eval.datasets.image_set import DEFAULT_MAX_PIXELS, EvalImage, ImageSet
+from threetowers.eval.encoders.embedding_store import Embeddings, EmbeddingStore
 
-Precision = Literal["float32", "bfloat16", "float16"]
+PrecisionName = Literal["float32", "bfloat16", "float16"]
 
 
 class NoTextTower(ValueError):
@@ -20,11 +22,17 @@ class NoTextTower(ValueError):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a record says of a model. `digest` is of its weights, `step` the optimizer steps it had trained, if known.
+    """What identifies a model in records.
 
-    precision: of the towers' forward pass          preprocessing: the transform before the image tower, in words
-    cache_contract: digest of the contract, where the model reads cached rows
-    recipe: digest of a run's config without its seed and folder; runs of one recipe are compared over their seeds
+    Attributes:
+        name: Name in records and tables.
+        digest: SHA-256 of its weights.
+        step: Optimizer steps it was trained for; None: unknown.
+        precision: Of its forward pass.
+        preprocessing: Transform before the image tower, in words.
+        cache_manifest: Digest of the cache's manifest, for a model that reads cached rows.
+        recipe: Digest of a run's config without its seed and folder; runs of one recipe are compared over their seeds.
+        seed: Seed of a run.
     """
 
     name: str
@@ -37,143 +45,134 @@ class ModelInfo:
     seed: int | None = None
 
 
-class Described(Protocol):
-    """What is known of a model before it is run.
-
-    `dim` is the width of an embedding, `logit_scale` the learned exp(log_scale) of image and text (1.0 where there is
-    none): cosines times it are the logits whose softmax is calibrated as far as the model is.
-    """
-
-    @property
-    def facts(self) -> ModelInfo: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def sees_text(self) -> bool: ...
-    @property
-    def logit_scale(self) -> float: ...
-
-
-class Encoder(Described, Protocol):
-    """A model as every task sees it."""
-
-    def images(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
-        """Unit-norm embeddings (n, dim) float32."""
-        ...
-
-    def features(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
-        """The image tower's output (n, width) float32, before heads and normalisation: what probes are fitted on."""
-        ...
-
-    def texts(self, captions: Sequence[str]) -> Floats:
-        """Unit-norm embeddings (n, dim) float32. Raises NoTextTower for a model that sees images only."""
-        ...
-
-
 @dataclass(frozen=True)
 class LoadOptions:
     """How models are loaded and run.
 
-    caches: for a model that reads cached rows, the cache of the evaluation images, by tower
-    live_teacher: compute such rows by the teacher itself
-    workers: processes that read and decode images beside the model; 0: none
-    embeddings: folder where embeddings are kept, so that each is computed once; None: nowhere
+    Attributes:
+        caches: For a model that reads cached rows, the cache of the evaluation images, by tower.
+        live_teacher: Compute such rows by the teacher itself.
+        device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
+        precision: Of the towers' forward pass.
+        batch_size: Images or captions per forward pass.
+        workers: Processes that read and decode images beside the model; 0: none.
+        max_pixels: Largest width x height of an image that is decoded.
+        embeddings: Folder where embeddings are kept, so that each is computed once; None: they are not kept.
     """
 
     caches: Mapping[str, Path] = field(default_factory=dict)
     live_teacher: bool = False
     device: str = "auto"
-    precision: Precision = "float32"
+    precision: PrecisionName = "float32"
     batch_size: int = 256
     workers: int = 1
-    max_pixels: int = 50_000_000
+    max_pixels: int = DEFAULT_MAX_PIXELS
     embeddings: Path | None = None
 
     def torch_device(self) -> torch.device:
-        """The device meant: with "auto", the first GPU where there is one."""
+        """Return the device to run on."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
 
-class Tower(Described, Protocol):
-    """What a kind of model gives, batch by batch; `Batched` makes an `Encoder` of it."""
+class Encoder(ABC):
+    """A model as every task sees it.
 
-    def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
-        """Embeddings, or with `raw` features, of the pictures in order; not yet normalised."""
-        ...
+    A kind of model sets the attributes and implements `raw_image_batches` and `raw_text_batches`.
 
-    def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
-        """Embeddings of the captions in order; not yet normalised. Raises NoTextTower."""
-        ...
+    Attributes:
+        info: What identifies the model in records.
+        dim: Width of its embeddings.
+        sees_text: Whether it embeds captions.
+        logit_scale: The learned inverse temperature of image and text; 1.0 where there is none. Cosines times it are
+            the logits whose softmax is calibrated as far as the model is.
+        store: Where embeddings are kept; None: they are computed at each call.
+    """
 
+    info: ModelInfo
+    dim: int
+    sees_text: bool = True
+    logit_scale: float = 1.0
+    store: EmbeddingStore | None = None
 
-class Batched:
-    """An encoder that computes what it is asked for."""
+    @abstractmethod
+    def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
+        """Yield embeddings, not yet normalised, or with `features` features, of images in their order."""
 
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
+    @abstractmethod
+    def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield embeddings, not yet normalised, of captions in their order. Raises NoTextTower."""
 
-    @property
-    def facts(self) -> ModelInfo:
-        return self.tower.facts
+    def images(self, data: ImageSet, images: Sequence[EvalImage]) -> Embeddings:
+        """Return unit-norm embeddings (n, dim), float32, of images of a set."""
+        if self.store is None:
+            return self._concatenate(self.image_batches(data, images))
+        self._check_not_empty(images)
+        return self.store.images("images", self._key(), data, images, self.image_batches)
 
-    @property
-    def dim(self) -> int:
-        return self.tower.dim
+    def features(self, data: ImageSet, images: Sequence[EvalImage]) -> Embeddings:
+        """Return the image tower's output (n, width), float32, before heads and normalisation: the input of probes."""
+        if self.store is None:
+            return self._concatenate(self.feature_batches(data, images))
+        self._check_not_empty(images)
+        return self.store.images("features", self._key(), data, images, self.feature_batches)
 
-    @property
-    def sees_text(self) -> bool:
-        return self.tower.sees_text
+    def texts(self, captions: Sequence[str]) -> Embeddings:
+        """Return unit-norm embeddings (n, dim), float32. Raises NoTextTower for a model that sees images only."""
+        if self.store is None:
+            return self._concatenate(self.text_batches(captions))
+        self._check_not_empty(captions)
+        return self.store.texts(self._key(), captions, self.text_batches)
 
-    @property
-    def logit_scale(self) -> float:
-        return self.tower.logit_scale
+    def image_batches(self, data: ImageSet, images: Sequence[EvalImage]) -> Iterator[Embeddings]:
+        """Yield batches of what `images` returns."""
+        return map(self.normalized, self.raw_image_batches(data, images, features=False))
 
-    def images(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
-        return self._gather(self.image_batches(data, pictures))
+    def feature_batches(self, data: ImageSet, images: Sequence[EvalImage]) -> Iterator[Embeddings]:
+        """Yield batches of what `features` returns."""
+        return map(self.checked, self.raw_image_batches(data, images, features=True))
 
-    def features(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
-        return self._gather(self.feature_batches(data, pictures))
+    def text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield batches of what `texts` returns."""
+        return map(self.normalized, self.raw_text_batches(captions))
 
-    def texts(self, captions: Sequence[str]) -> Floats:
-        return self._gather(self.text_batches(captions))
+    def normalized(self, x_bD: Embeddings) -> Embeddings:
+        """Return the rows of a batch scaled to unit norm."""
+        norms_b1 = np.linalg.norm(self.checked(x_bD), axis=1, keepdims=True)
+        # A row of zeros has no direction: it stays, and the retrieval ranks refuse it by name.
+        unit_bD: Embeddings = np.divide(x_bD, np.where(norms_b1 > 0, norms_b1, 1), dtype=np.float32)
+        return unit_bD
 
-    def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Iterator[Floats]:
-        """As `images`, in pieces."""
-        return map(self._unit, self.tower.image_batches(data, pictures, raw=False))
-
-    def feature_batches(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Iterator[Floats]:
-        """As `features`, in pieces."""
-        return map(self._finite, self.tower.image_batches(data, pictures, raw=True))
-
-    def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
-        """As `texts`, in pieces."""
-        return map(self._unit, self.tower.text_batches(captions))
-
-    def _gather(self, batches: Iterator[Floats]) -> Floats:
-        parts = list(batches)
-        if not parts:
-            raise ValueError(f"{self.facts.name}: nothing to embed")
-        return np.concatenate(parts)
-
-    def _finite(self, x_bD: Floats) -> Floats:
+    def checked(self, x_bD: Embeddings) -> Embeddings:
+        """Return a batch as it is. Raises ValueError where it holds NaN or infinity."""
         bad_b = np.atleast_1d(~np.isfinite(x_bD).all(axis=1))
         if bad_b.any():
             raise ValueError(
-                f"{self.facts.name} gives NaN or infinity for {int(bad_b.sum())} of {len(bad_b)} inputs of a batch, "
-                f"the first at place {int(bad_b.argmax())}: evaluate in float32, and see whether training diverged"
+                f"{self.info.name} gives NaN or infinity for {int(bad_b.sum())} of {len(bad_b)} inputs of a batch, "
+                f"the first at position {int(bad_b.argmax())}: evaluate in float32, and check whether training diverged"
             )
         return x_bD
 
-    def _unit(self, x_bD: Floats) -> Floats:
-        norms_b1 = np.linalg.norm(self._finite(x_bD), axis=1, keepdims=True)
-        # A row of zeros has no direction: it stays, and the ranks refuse it by name.
-        unit_bD: Floats = np.divide(x_bD, np.where(norms_b1 > 0, norms_b1, 1), dtype=np.float32)
-        return unit_bD
+    def no_text_tower(self) -> NoTextTower:
+        """Return the error of a model that is given captions but sees images only."""
+        return NoTextTower(f"{self.info.name} sees images only: leave it out of tasks with captions or prompts")
+
+    def _key(self) -> list[str | None]:
+        """Return the strings that identify this model's embeddings in the store."""
+        return [self.info.digest, self.info.precision, self.info.preprocessing, self.info.cache_manifest]
+
+    def _concatenate(self, batches: Iterator[Embeddings]) -> Embeddings:
+        parts = list(batches)
+        self._check_not_empty(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _check_not_empty(self, inputs: Sequence[object]) -> None:
+        if not inputs:
+            raise ValueError(f"{self.info.name}: nothing to embed")
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file of weights."""
+    """Return the SHA-256 of a file of weights."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,72 +1,95 @@
 """The third tower of a run mixed into its main image tower."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats, Picture
+from threetowers.eval.datasets.image_set import EvalImage, ImageSet
+from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder
 
-Space = Literal["embedding", "logit"]
+EnsembleSpace = Literal["embedding", "logit"]
 
 
 @dataclass(frozen=True)
-class Mixing:
-    """How the third tower's image embedding is mixed into the main tower's. `alpha` 0 is the main tower alone.
+class EnsembleOptions:
+    """How the third tower's image embedding is mixed into the main tower's.
 
-    embedding: norm((1 - alpha) f(I) + alpha h_g(I)), compared with g(T)
-    logit: (1 - alpha) times the logit of f(I) and g(T), plus alpha times that of h_g(I) and g_h(T)
+    Attributes:
+        tower: Name of the third tower.
+        weight: Weight w of the third tower, in 0..1; 0 is the main tower alone.
+        space: embedding: norm((1 - w) f(I) + w h_g(I)), compared with g(T). logit: (1 - w) times the logit of f(I) and
+            g(T), plus w times that of h_g(I) and g_h(T).
     """
 
     tower: str
-    alpha: float
-    space: Space = "embedding"
+    weight: float
+    space: EnsembleSpace = "embedding"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"mixing {self.tower}={self.alpha}: the share must lie between 0 and 1")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"ensemble {self.tower}={self.weight}: expected a weight between 0 and 1")
 
     def __str__(self) -> str:
-        return f"{self.tower}={self.alpha:g}" + ("" if self.space == "embedding" else " (logits)")
+        return f"{self.tower}={self.weight:g}" + ("" if self.space == "embedding" else " (logits)")
 
 
-class Mixed:
-    """A run's main pair with its third tower mixed in: two encoders as one, by `Mixing`."""
+class EnsembleEncoder(Encoder):
+    """A run's main heads with its third tower mixed in, by `EnsembleOptions`.
 
-    def __init__(self, main: Encoder, third: Encoder, mixing: Mixing) -> None:
-        self.main, self.third, self.mixing = main, third, mixing
+    The parts have stores of their own, so that both are embedded once for all weights.
+    """
+
+    def __init__(self, main: Encoder, third: Encoder, options: EnsembleOptions) -> None:
+        self.main = main
+        self.third = third
+        self.options = options
         # In logit space the weighted sum of two scaled cosines is one scaled cosine of concatenated vectors.
-        weights = (1 - mixing.alpha) * main.logit_scale, mixing.alpha * third.logit_scale
-        self.logit_scale = main.logit_scale if mixing.space == "embedding" else sum(weights)
-        self._shares = [np.float32(np.sqrt(weight / sum(weights))) for weight in weights]
-        self.dim = main.dim if mixing.space == "embedding" else main.dim + third.dim
-        self.sees_text = True
-        parts = (main.facts.digest, third.facts.digest, repr(mixing))
-        self.facts = replace(
-            main.facts,
-            name=f"{main.facts.name}+{mixing}",
-            digest=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
-            preprocessing=f"{main.facts.preprocessing}; third: {third.facts.preprocessing}",
-            cache_manifest=third.facts.cache_manifest,
-            recipe=f"{main.facts.recipe} {mixing!r}" if main.facts.recipe else None,
+        weights = ((1 - options.weight) * main.logit_scale, options.weight * third.logit_scale)
+        self._roots = [np.float32(np.sqrt(weight / sum(weights))) for weight in weights]
+        if options.space == "embedding":
+            self.logit_scale = main.logit_scale
+            self.dim = main.dim
+        else:
+            self.logit_scale = sum(weights)
+            self.dim = main.dim + third.dim
+        identity = "\n".join((main.info.digest, third.info.digest, repr(options)))
+        self.info = replace(
+            main.info,
+            name=f"{main.info.name}+{options}",
+            digest=hashlib.sha256(identity.encode()).hexdigest(),
+            preprocessing=f"{main.info.preprocessing}; third: {third.info.preprocessing}",
+            cache_manifest=third.info.cache_manifest,
+            recipe=f"{main.info.recipe} {options!r}" if main.info.recipe else None,
         )
 
-    def images(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
-        main, third = self.main.images(data, pictures), self.third.images(data, pictures)
-        if self.mixing.space == "logit":
-            return self._joined(main, third)
-        mixed = (1 - self.mixing.alpha) * main + self.mixing.alpha * third
-        return np.asarray(mixed / np.linalg.norm(mixed, axis=1, keepdims=True), dtype=np.float32)
+    def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
+        """Yield one batch: mixed embeddings, or with `features` the main tower's features."""
+        if features:
+            yield self.main.features(data, images)
+            return
+        main_ND = self.main.images(data, images)
+        third_ND = self.third.images(data, images)
+        if self.options.space == "logit":
+            yield self._joined(main_ND, third_ND)
+        else:
+            yield (1 - self.options.weight) * main_ND + self.options.weight * third_ND
 
-    def features(self, data: EvaluationSet, pictures: Sequence[Picture]) -> Floats:
-        return self.main.features(data, pictures)
+    def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield one batch: the main head's text embeddings, in logit space joined with the third tower's."""
+        main_MD = self.main.texts(captions)
+        yield main_MD if self.options.space == "embedding" else self._joined(main_MD, self.third.texts(captions))
 
-    def texts(self, captions: Sequence[str]) -> Floats:
-        main = self.main.texts(captions)
-        return main if self.mixing.space == "embedding" else self._joined(main, self.third.texts(captions))
+    def text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield the text embeddings as they are: they have unit norm already."""
+        return self.raw_text_batches(captions)
 
-    def _joined(self, main: Floats, third: Floats) -> Floats:
-        return np.concatenate([self._shares[0] * main, self._shares[1] * third], axis=1)
+    def normalized(self, x_bD: Embeddings) -> Embeddings:
+        """Return mixed image embeddings scaled to unit norm; joined ones, which have it already, as they are."""
+        return super().normalized(x_bD) if self.options.space == "embedding" else self.checked(x_bD)
+
+    def _joined(self, main_ND: Embeddings, third_ND: Embeddings) -> Embeddings:
+        return np.concatenate([self._roots[0] * main_ND, self._roots[1] * third_ND], axis=1)

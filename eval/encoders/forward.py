@@ -1,4 +1,4 @@
-"""Pictures through a model: read and decoded in worker processes while the model computes."""
+"""Forward passes over images and captions; worker processes read and decode images while the model computes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,97 +13,121 @@ from tqdm import tqdm
 
 from threetowers.cache.webdataset.sample import BadSample, read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.eval.datasets.evaluation_set import Floats, Picture
+from threetowers.eval.datasets.image_set import EvalImage
+from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.trainer.data.cache_join import CacheJoin
 
-View = Callable[[Picture], Tensor]
+ImageView = Callable[[EvalImage], Tensor]  # reads one image as a model's input
 
 
 @dataclass(frozen=True)
 class PixelView:
-    """The picture itself, by a transform. Like every view it can be pickled: worker processes may be spawned."""
+    """The pixels of an image, by a transform. Like every view it can be pickled: worker processes may be spawned."""
 
     tars: Sequence[TarIndex]
     transform: Callable[[Image.Image], Tensor]
     max_pixels: int
 
-    def __call__(self, picture: Picture) -> Tensor:
-        return self.transform(read_image(self.tars[picture.tar], picture.ordinal, self.max_pixels))
+    def __call__(self, image: EvalImage) -> Tensor:
+        """Return the transformed image. Raises BadSample where it cannot be decoded."""
+        return self.transform(read_image(self.tars[image.tar], image.ordinal, self.max_pixels))
 
 
 @dataclass(frozen=True)
 class RowView:
-    """The picture's row of a cache."""
+    """The row of an image in a cache."""
 
     join: CacheJoin
 
-    def __call__(self, picture: Picture) -> Tensor:
-        return torch.from_numpy(self.join.row(picture.tar, picture.ordinal))
+    def __call__(self, image: EvalImage) -> Tensor:
+        """Return the image's row (D,)."""
+        return torch.from_numpy(self.join.row(image.tar, image.ordinal))
 
 
 @dataclass(frozen=True)
 class TeacherTransform:
-    """A teacher's transform alone: the model stays where it computes."""
+    """A teacher's transform without its model, which stays in the main process."""
 
     transform: Callable[[Image.Image], npt.NDArray[np.uint8]]
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.transform(picture)))
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the transformed pixels, uint8."""
+        return torch.from_numpy(np.ascontiguousarray(self.transform(image)))
 
 
-class Views(Dataset[Tensor | BadSample]):
-    """The model's view of each picture; what cannot be read comes back as the reason, not as a worker's traceback."""
+class ViewDataset(Dataset[Tensor | BadSample]):
+    """A model's view of each image; one that cannot be read is returned as the error, not as a worker's traceback."""
 
-    def __init__(self, pictures: Sequence[Picture], view: View) -> None:
-        self._pictures, self._view = pictures, view
+    def __init__(self, images: Sequence[EvalImage], view: ImageView) -> None:
+        self._images = images
+        self._view = view
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> Tensor | BadSample:
         try:
-            return self._view(self._pictures[index])
+            return self._view(self._images[index])
         except BadSample as error:
             return error
 
 
-def forward_pictures(
-    pictures: Sequence[Picture], view: View, forward: Callable[[Tensor], Tensor], batch_size: int, workers: int
-) -> Iterator[Floats]:
-    """Yield `forward` of each batch of views, on the CPU as float32. Raises BadSample for a picture without a view."""
+def forward_images(
+    images: Sequence[EvalImage],
+    view: ImageView,
+    forward: Callable[[Tensor], Tensor],
+    batch_size: int,
+    workers: int,
+) -> Iterator[Embeddings]:
+    """Yield the output of a model for each batch of images, as float32 on the CPU.
+
+    Args:
+        images: The images, in the order of the output.
+        view: Reads one image as the model's input.
+        forward: The model: a batch of views to (b, width).
+        batch_size: Images per batch.
+        workers: Processes that read and decode images; 0: this one.
+
+    Raises:
+        BadSample: An image cannot be read.
+    """
     loader = DataLoader(
-        Views(pictures, view),
+        ViewDataset(images, view),
         batch_size=batch_size,
-        num_workers=min(workers, -(-len(pictures) // batch_size)),
+        num_workers=min(workers, -(-len(images) // batch_size)),
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
-    with tqdm(total=len(pictures), unit="images", leave=False, disable=None) as bar:
+    with tqdm(total=len(images), unit="images", leave=False, disable=None) as bar:
         for views in loader:
             if isinstance(views, BadSample):
                 raise views
-            yield host(forward(views))
+            yield to_float32(forward(views))
             bar.update(len(views))
 
 
 def forward_captions(
     captions: Sequence[str], forward: Callable[[Sequence[str]], Tensor], batch_size: int
-) -> Iterator[Floats]:
-    """Yield `forward` of each batch of captions, on the CPU as float32."""
+) -> Iterator[Embeddings]:
+    """Yield the output of a model for each batch of captions, as float32 on the CPU."""
     with tqdm(total=len(captions), unit="captions", leave=False, disable=None) as bar:
         for start in range(0, len(captions), batch_size):
             batch = captions[start : start + batch_size]
-            yield host(forward(batch))
+            yield to_float32(forward(batch))
             bar.update(len(batch))
 
 
-def host(x_bD: Tensor) -> Floats:
-    """A result as a float32 array."""
-    array: Floats = x_bD.float().cpu().numpy()
+def to_float32(x_bD: Tensor) -> Embeddings:
+    """Return a tensor as a float32 array on the CPU."""
+    array: Embeddings = x_bD.float().cpu().numpy()
     return array
 
 
 def _collate(views: Sequence[Tensor | BadSample]) -> Tensor | BadSample:
-    bad = [view for view in views if isinstance(view, BadSample)]
-    return bad[0] if bad else torch.stack([view for view in views if isinstance(view, Tensor)])
+    tensors = []
+    for view in views:
+        if isinstance(view, BadSample):
+            return view
+        tensors.append(view)
+    return torch.stack(tensors)

@@ -2,58 +2,84 @@
 
 from pathlib import Path
 
-from threetowers.eval.encoders.encoder import Batched, Encoder, LoadOptions, Tower
-from threetowers.eval.encoders.ensemble import Mixed, Mixing
+from threetowers.eval.encoders.embedding_store import EmbeddingStore
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions
+from threetowers.eval.encoders.ensemble import EnsembleEncoder, EnsembleOptions
 
-KINDS = ("open_clip", "timm", "cache")
+MODEL_KINDS = ("open_clip", "timm", "cache")
 
 
-def load_encoder(spec: str | Path, loading: LoadOptions | None = None, mixing: Mixing | None = None) -> Encoder:
-    """Return a model by what names it.
+def load_encoder(
+    model: str | Path, options: LoadOptions | None = None, ensemble: EnsembleOptions | None = None
+) -> Encoder:
+    """Return a model as an encoder of images and captions.
 
-    a folder                    a finished run, or an export
-    open_clip:NAME[:WEIGHTS]    an open_clip model; WEIGHTS a file or one of its pretrained tags, none: random
-    timm:NAME[@SIZE][:WEIGHTS]  a timm model or a folder it saved, images only; WEIGHTS as of `cache build --weights`
-    cache:PATH                  the rows of a cache as they are, images only
+    Args:
+        model: One of
 
-    Raises ValueError for a spec or folder that names no model, and for mixing in a model without a third tower.
+            - the folder of a finished run, or of an export;
+            - `open_clip:NAME[:WEIGHTS]`: an open_clip model, or a folder it saved; WEIGHTS is a file or one of its
+              pretrained tags, without it they are random;
+            - `timm:NAME[@SIZE][:WEIGHTS]`: a timm model, or a folder it saved, images only; WEIGHTS is as of
+              `cache build --weights`, SIZE the side of the input in pixels;
+            - `cache:PATH`: the rows of a cache, images only.
+        options: How the model is run; by default in float32, on a GPU if there is one, without keeping embeddings.
+        ensemble: For a run with a third tower: mix that tower in.
+
+    Returns:
+        The encoder. `texts` gives unit-norm embeddings (n, dim) float32 of n captions, `images` and `features` those of
+        the images of an `ImageSet`.
+
+    Raises:
+        ValueError: Nothing is a model of this name, or an ensemble is asked for without a third tower.
+
+    Example:
+        >>> import tempfile, timm, torch
+        >>> from safetensors.torch import save_file
+        >>> weights = f"{tempfile.mkdtemp()}/weights.safetensors"
+        >>> save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), weights)
+        >>> encoder = load_encoder(f"timm:test_resnet@32:{weights}")
+        >>> encoder.info.name, encoder.dim, encoder.sees_text
+        ('timm:test_resnet', 96, False)
     """
-    loading = loading or LoadOptions()
-    kind, colon, rest = str(spec).partition(":")
-    if kind in KINDS and colon:
-        if mixing is not None:
-            raise ValueError(f"{spec}: mixing needs a run with a third tower")
-        name, _, weights = rest.partition(":")
-        if not name:
-            raise ValueError(f"{spec!r}: expected {kind}:NAME")
-        return _kept(_other(kind, name, weights or None, loading, rest), loading)
-    path = Path(spec)
+    options = options or LoadOptions()
+    kind, colon, rest = str(model).partition(":")
+    if kind in MODEL_KINDS and colon:
+        if ensemble is not None:
+            raise ValueError(f"{model}: an ensemble needs a run with a third tower")
+        return _with_store(_load_other(kind, rest, options), options)
+    path = Path(model)
     if not path.is_dir():
-        raise ValueError(f"{spec!r} is no folder of a run or an export; other models: {', '.join(KINDS)}:NAME")
-    from threetowers.eval.encoders.run_encoder import main_pair, third_pair
+        raise ValueError(
+            f"{model!r} is not a folder of a run or an export; other models: {', '.join(MODEL_KINDS)}:NAME"
+        )
+    from threetowers.eval.encoders.run_encoder import load_deployed_heads, load_third_tower_heads
 
-    main = _kept(main_pair(path, loading), loading)
-    return main if mixing is None else Mixed(main, _kept(third_pair(path, mixing.tower, loading), loading), mixing)
+    main = _with_store(load_deployed_heads(path, options), options)
+    if ensemble is None:
+        return main
+    third = _with_store(load_third_tower_heads(path, ensemble.tower, options), options)
+    return EnsembleEncoder(main, third, ensemble)
 
 
-def _other(kind: str, name: str, weights: str | None, loading: LoadOptions, rest: str) -> Tower:
+def _load_other(kind: str, rest: str, options: LoadOptions) -> Encoder:
+    name, _, weights = rest.partition(":")
+    if not name:
+        raise ValueError(f"'{kind}:{rest}': expected {kind}:NAME")
     if kind == "open_clip":
-        from threetowers.eval.encoders.open_clip_encoder import OpenClipTower
+        from threetowers.eval.encoders.open_clip_encoder import OpenClipEncoder
 
-        return OpenClipTower(name, weights, loading)
+        return OpenClipEncoder(name, weights or None, options)
     if kind == "timm":
-        from threetowers.eval.encoders.timm_encoder import ClassifierTower
+        from threetowers.eval.encoders.timm_encoder import TimmEncoder
 
-        return ClassifierTower(name, weights, loading)
-    from threetowers.eval.encoders.cache_rows import CachedRows
+        return TimmEncoder(name, weights or None, options)
+    from threetowers.eval.encoders.cache_rows import CacheEncoder
 
-    return CachedRows(rest, loading)
+    return CacheEncoder(rest, options)
 
 
-def _kept(tower: Tower, loading: LoadOptions) -> Encoder:
-    encoder = Batched(tower)
-    if loading.embeddings is None:
-        return encoder
-    from threetowers.eval.encoders.embedding_store import Kept
-
-    return Kept(encoder, loading.embeddings)
+def _with_store(encoder: Encoder, options: LoadOptions) -> Encoder:
+    if options.embeddings is not None:
+        encoder.store = EmbeddingStore(options.embeddings)
+    return encoder

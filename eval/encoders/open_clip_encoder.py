@@ -10,21 +10,29 @@ import torch
 from torch import Tensor
 
 from threetowers.cache.encoders.teacher import state_digest
-from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats, Picture
-from threetowers.eval.encoders.encoder import LoadOptions, ModelInfo
-from threetowers.eval.encoders.forward import PixelView, forward_captions, forward_pictures
+from threetowers.eval.datasets.image_set import EvalImage, ImageSet
+from threetowers.eval.encoders.embedding_store import Embeddings
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
+from threetowers.eval.encoders.forward import PixelView, forward_captions, forward_images
 from threetowers.trainer.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class OpenClipTower:
+class OpenClipEncoder(Encoder):
     """An open_clip model with its own evaluation transform and tokenizer."""
 
-    sees_text = True
+    def __init__(self, name: str, weights: str | None, options: LoadOptions) -> None:
+        """Load a model by name or folder.
 
-    def __init__(self, name: str, weights: str | None, loading: LoadOptions) -> None:
-        """Raises ValueError for a model or weights open_clip does not have, or cannot load."""
+        Args:
+            name: Name of an open_clip model, or a folder it saved.
+            weights: A file of weights, one of its pretrained tags, or None for random weights.
+            options: How to run it.
+
+        Raises:
+            ValueError: open_clip is not installed, or has no such model or weights, or cannot load them.
+        """
         try:
             import open_clip
         except ImportError as error:
@@ -32,7 +40,7 @@ class OpenClipTower:
         folder = Path(name)
         known = f"local-dir:{name}" if folder.is_dir() else name
         if known == name and weights is None:
-            log.warning(
+            logger.warning(
                 "open_clip:%s has random weights; give a file or a pretrained tag as open_clip:NAME:WEIGHTS", name
             )
         try:
@@ -40,30 +48,34 @@ class OpenClipTower:
             tokenizer = _tokenizer(known, folder, model)
         except (RuntimeError, OSError, KeyError) as error:
             raise ValueError(f"open_clip:{name}: weights {weights!r} cannot be loaded: {error}") from error
-        self.loading, self.device = loading, loading.torch_device()
+        self.options = options
+        self.device = options.torch_device()
         digest = state_digest(model.state_dict())
-        self.dtype = getattr(torch, loading.precision)
+        self.dtype = getattr(torch, options.precision)
         self.model = model.to(self.device, self.dtype).eval()
-        self.transform, self.tokenizer = transform, tokenizer
+        self.transform = transform
+        self.tokenizer = tokenizer
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self.dim = self._embed_text(["a"]).shape[1]
-        self.facts = ModelInfo(
+        self.info = ModelInfo(
             name=f"open_clip:{folder.name}" + (f":{Path(weights).stem}" if weights else ""),
             digest=digest,
             step=None,
-            precision=loading.precision,
+            precision=options.precision,
             preprocessing="open_clip's: "
             + ", ".join(str(step) for step in transform.transforms if "<" not in str(step)),
         )
 
-    def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
-        view = PixelView(data.tars, self.transform, self.loading.max_pixels)
-        return forward_pictures(
-            pictures, view, self._features if raw else self._embed, self.loading.batch_size, self.loading.workers
+    def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
+        """Yield embeddings, or with `features` the image tower's output before its projection."""
+        view = PixelView(data.tars, self.transform, self.options.max_pixels)
+        return forward_images(
+            images, view, self._features if features else self._embed, self.options.batch_size, self.options.workers
         )
 
-    def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
-        return forward_captions(captions, self._embed_text, self.loading.batch_size)
+    def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield embeddings of captions."""
+        return forward_captions(captions, self._embed_text, self.options.batch_size)
 
     @torch.inference_mode()
     def _embed(self, views: Tensor) -> Tensor:
@@ -78,7 +90,8 @@ class OpenClipTower:
             features: Tensor = trunk(views.to(self.device, self.dtype))
             return features
         # Otherwise the tower's last step is its projection, which open_clip keeps as one matrix.
-        projection, visual.proj = getattr(visual, "proj", None), None
+        projection = getattr(visual, "proj", None)
+        visual.proj = None
         try:
             unprojected: Tensor = visual(views.to(self.device, self.dtype))
             return unprojected
@@ -92,7 +105,7 @@ class OpenClipTower:
 
 
 def _tokenizer(known: str, folder: Path, model: Any) -> Callable[[list[str]], Tensor]:
-    """open_clip's tokenizer of the model; our own where the folder is one of our exports and carries it."""
+    """Return open_clip's tokenizer of the model; our own where the folder is one of our exports, which contain it."""
     own = folder / "tokenizer.model"
     if own.is_file():
         return partial(Tokenizer.load(own).encode, context_length=model.context_length)

@@ -1,4 +1,4 @@
-"""Our own runs and exports: a pair of heads on an image side and a text side."""
+"""Our own runs and exports: an image head and a text head of a trained model."""
 
 import hashlib
 import json
@@ -8,29 +8,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats, Picture
-from threetowers.eval.encoders.encoder import LoadOptions, ModelInfo, file_digest
-from threetowers.eval.encoders.forward import forward_captions, forward_pictures
-from threetowers.eval.encoders.image_source import image_source, view_of
+from threetowers.eval.datasets.image_set import EvalImage, ImageSet
+from threetowers.eval.encoders.embedding_store import Embeddings
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo, file_digest
+from threetowers.eval.encoders.forward import forward_captions, forward_images
+from threetowers.eval.encoders.image_source import describe_view, image_source
 from threetowers.trainer.config import CacheTower, TrainConfig, dump
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
 from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.run_folder import RunFolder
 
 
-class RunTower:
-    """The embeddings of two heads of a run, one on what an image gives and one on the text tower."""
-
-    sees_text = True
+class RunEncoder(Encoder):
+    """The embeddings of two heads of a run, one on an image tower (or a cached one) and one on the text tower."""
 
     def __init__(
-        self, path: Path, trained: TrainedModel, image_head: str, text_head: str, loading: LoadOptions
+        self, path: Path, trained: TrainedModel, image_head: str, text_head: str, options: LoadOptions
     ) -> None:
-        self.trained, self.loading = trained, loading
-        self.image_head, self.text_head = image_head, text_head
+        """Make an encoder of the heads `image_head` and `text_head` of the run in folder `path`."""
+        self.trained = trained
+        self.options = options
+        self.image_head = image_head
+        self.text_head = text_head
         self.image_tower = trained.config.root_of(image_head)
-        self.device = loading.torch_device()
-        trained.model.to(self.device, getattr(torch, loading.precision))
+        self.device = options.torch_device()
+        trained.model.to(self.device, getattr(torch, options.precision))
         self.dim = self._embed_text(["a"]).shape[1]
         self.logit_scale = self._logit_scale()
         folder = RunFolder(path)
@@ -38,33 +40,36 @@ class RunTower:
         if (image_head, text_head) != (trained.config.deploy.image, trained.config.deploy.text):
             digest = hashlib.sha256(f"{digest} {image_head} {text_head}".encode()).hexdigest()
         manifest = trained.manifests.get(self.image_tower)
-        self.facts = ModelInfo(
+        live = manifest is not None and options.live_teacher
+        self.info = ModelInfo(
             name=path.resolve().name,
             digest=digest,
             step=int(json.loads(folder.summary.read_text())["steps"]) if folder.summary.exists() else None,
-            precision=loading.precision,
-            preprocessing=view_of(trained, self.image_tower),
+            precision=options.precision,
+            preprocessing=describe_view(trained, self.image_tower) + (", live" if live else ""),
             cache_manifest=manifest.digest if manifest else None,
-            recipe=recipe_of(trained.config),
+            recipe=recipe_digest(trained.config),
             seed=trained.config.seed,
         )
 
-    def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
-        source = image_source(self.trained, self.image_tower, data, self.loading)
+    def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
+        """Yield embeddings of the image head, or with `features` the output of its tower."""
+        source = image_source(self.trained, self.image_tower, data, self.options)
         tower = self.trained.model.towers[self.image_tower]
 
         @torch.inference_mode()
         def forward(views: Tensor) -> Tensor:
             inputs = source.prepare(views).to(self.device, non_blocking=True)
-            if raw:
-                features: Tensor = tower(inputs)
-                return features
+            if features:
+                output: Tensor = tower(inputs)
+                return output
             return self.trained.model.embed({self.image_tower: inputs}, [self.image_head])[self.image_head]
 
-        return forward_pictures(pictures, source.view, forward, self.loading.batch_size, self.loading.workers)
+        return forward_images(images, source.view, forward, self.options.batch_size, self.options.workers)
 
-    def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
-        return forward_captions(captions, self._embed_text, self.loading.batch_size)
+    def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield embeddings of the text head."""
+        return forward_captions(captions, self._embed_text, self.options.batch_size)
 
     @torch.inference_mode()
     def _embed_text(self, captions: Sequence[str]) -> Tensor:
@@ -81,21 +86,21 @@ class RunTower:
         return float(clamp_log_scale(log_scale, run.loss.scale_max).exp())
 
 
-def recipe_of(run: TrainConfig) -> str:
-    """Digest of a run's config without its seed and its folder."""
+def recipe_digest(run: TrainConfig) -> str:
+    """Return the digest of a run's config without seed and folder: equal for runs that differ in these alone."""
     tree = dump(run)
     del tree["seed"], tree["output_dir"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def main_pair(path: Path, loading: LoadOptions) -> RunTower:
-    """The deployed heads of a run's or export's folder. Raises ValueError when it holds no finished model."""
+def load_deployed_heads(path: Path, options: LoadOptions) -> RunEncoder:
+    """Return the encoder of the deployed heads of a run or an export. Raises ValueError for a folder without one."""
     trained = load_model(path)
-    return RunTower(path, trained, trained.config.deploy.image, trained.config.deploy.text, loading)
+    return RunEncoder(path, trained, trained.config.deploy.image, trained.config.deploy.text, options)
 
 
-def third_pair(path: Path, tower: str, loading: LoadOptions) -> RunTower:
-    """The heads h_g on a cached tower and g_h on the text tower, found by the term that pairs them.
+def load_third_tower_heads(path: Path, tower: str, options: LoadOptions) -> RunEncoder:
+    """Return the encoder of the heads h_g on a cached tower and g_h on the text tower, found by their pair term.
 
     Raises ValueError for a run that has no such tower, or no such term.
     """
@@ -103,10 +108,10 @@ def third_pair(path: Path, tower: str, loading: LoadOptions) -> RunTower:
     run = trained.config
     if not isinstance(run.towers.get(tower), CacheTower):
         known = [name for name, config in run.towers.items() if isinstance(config, CacheTower)]
-        raise ValueError(f"{path}: mixing needs a cached tower, {tower!r} is none; found {known or 'none'}")
+        raise ValueError(f"{path}: an ensemble needs a cached tower, {tower!r} is none; found {known or 'none'}")
     text = run.root_of(run.deploy.text)
     for term in run.terms.values():
         for image_head, text_head in ((term.x, term.y), (term.y, term.x)):
             if run.root_of(image_head) == tower and run.root_of(text_head) == text:
-                return RunTower(path, trained, image_head, text_head, loading)
-    raise ValueError(f"{path}: no term pairs the text tower with {tower!r}, so there is no embedding to mix in")
+                return RunEncoder(path, trained, image_head, text_head, options)
+    raise ValueError(f"{path}: no term pairs the text tower with {tower!r}, so there is no embedding for an ensemble")

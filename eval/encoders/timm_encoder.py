@@ -4,45 +4,56 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from threetowers.cache.encoders.teacher import load_teacher
-from threetowers.eval.datasets.evaluation_set import EvaluationSet, Floats, Picture
-from threetowers.eval.encoders.encoder import LoadOptions, ModelInfo, NoTextTower
-from threetowers.eval.encoders.forward import PixelView, TeacherTransform, forward_pictures
-from threetowers.eval.encoders.image_source import teacher_view
+from threetowers.eval.datasets.image_set import EvalImage, ImageSet
+from threetowers.eval.encoders.embedding_store import Embeddings
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
+from threetowers.eval.encoders.forward import PixelView, TeacherTransform, forward_images
+from threetowers.eval.encoders.image_source import describe_preprocessing
 
 
-class ClassifierTower:
-    """A timm model as the teacher of a cache would be. Its embedding is its feature."""
+class TimmEncoder(Encoder):
+    """A timm model, run as the teacher of a cache is. Its embeddings are its features."""
 
     sees_text = False
-    logit_scale = 1.0
 
-    def __init__(self, name: str, weights: str | None, loading: LoadOptions) -> None:
-        """`name` may end in @SIZE, the input's side in pixels. Raises ValueError for what `load_teacher` refuses."""
+    def __init__(self, name: str, weights: str | None, options: LoadOptions) -> None:
+        """Load a model by name or folder.
+
+        Args:
+            name: A timm model or a folder it saved; it may end in @SIZE, the side of the input in pixels.
+            weights: As of `cache build --weights`; None: timm's pretrained weights.
+            options: How to run it.
+
+        Raises:
+            ValueError: The name, size or precision is not usable, or `load_teacher` refuses the weights.
+        """
         name, _, size = name.partition("@")
         if size and not size.isdecimal():
             raise ValueError(f"timm:{name}@{size}: expected the side of the input in pixels after '@'")
-        if loading.precision == "float16":
+        if options.precision == "float16":
             raise ValueError(f"timm:{name}: timm models are run in float32 or bfloat16, not in float16")
-        self.loading = loading
+        self.options = options
         self.teacher = load_teacher(
             name,
             weights or "pretrained",
             int(size) if size else None,
-            loading.torch_device(),
-            compute=loading.precision,
+            options.torch_device(),
+            compute=options.precision,
         )
         self.dim = self.teacher.dim
-        self.facts = ModelInfo(
+        self.info = ModelInfo(
             name=f"timm:{Path(name).name}",
             digest=self.teacher.weights_digest,
             step=None,
-            precision=loading.precision,
-            preprocessing=teacher_view(self.teacher.preprocessing),
+            precision=options.precision,
+            preprocessing=describe_preprocessing(self.teacher.preprocessing),
         )
 
-    def image_batches(self, data: EvaluationSet, pictures: Sequence[Picture], raw: bool) -> Iterator[Floats]:
-        view = PixelView(data.tars, TeacherTransform(self.teacher.transform), self.loading.max_pixels)
-        return forward_pictures(pictures, view, self.teacher.embed, self.loading.batch_size, self.loading.workers)
+    def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
+        """Yield the model's features of images, which are also its embeddings."""
+        view = PixelView(data.tars, TeacherTransform(self.teacher.transform), self.options.max_pixels)
+        return forward_images(images, view, self.teacher.embed, self.options.batch_size, self.options.workers)
 
-    def text_batches(self, captions: Sequence[str]) -> Iterator[Floats]:
-        raise NoTextTower(f"{self.facts.name} sees images only: leave it out of tasks with captions or prompts")
+    def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Raise NoTextTower."""
+        raise self.no_text_tower()

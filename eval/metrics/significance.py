@@ -94,7 +94,7 @@ def _comparable_metrics(results: Sequence[RunResult]) -> list[_MetricKey]:
     galleries: dict[str, None] = {}
     scored = []
     for result in results:
-        own = [record.question.gallery for record in result.records if record.question.task == RETRIEVAL]
+        own = [record.spec.data for record in result.records if record.spec.task == RETRIEVAL]
         galleries |= dict.fromkeys(own)
         if own:
             scored.append(own)
@@ -104,11 +104,11 @@ def _comparable_metrics(results: Sequence[RunResult]) -> list[_MetricKey]:
         keys |= dict.fromkeys(_MetricKey(RETRIEVAL, shared, metric) for metric in HEADLINE)
     for result in results:
         for record in result.records:
-            if record.question.task == RETRIEVAL:
+            if record.spec.task == RETRIEVAL:
                 continue
             for metric in record.items:
                 if metric in record.metrics:
-                    keys[_MetricKey(record.question.task, (record.question.gallery,), metric)] = None
+                    keys[_MetricKey(record.spec.task, (record.spec.data,), metric)] = None
     return list(keys)
 
 
@@ -150,7 +150,7 @@ def _strata(result: RunResult, key: _MetricKey) -> list[Stratum] | None:
 
 def _find_record(result: RunResult, task: str, gallery: str) -> EvalRecord | None:
     for record in result.records:
-        if (record.question.task, record.question.gallery) == (task, gallery):
+        if (record.spec.task, record.spec.data) == (task, gallery):
             return record
     return None
 

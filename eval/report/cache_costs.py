@@ -1,4 +1,4 @@
-"""What the caches behind a run cost: bytes, seconds, rate. Taken from their done records."""
+"""The costs of the caches behind a run: bytes, seconds and rate, from their done records."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,18 @@ from threetowers.trainer.config import CacheTower, TrainConfig
 
 
 @dataclass(frozen=True)
-class CacheFacts:
-    """One cache as it was built. `seconds`: of streaming, decoding, embedding and writing, added up over processes."""
+class CacheCost:
+    """The size of a cache and the time it took to build.
+
+    Attributes:
+        path: Its folder.
+        backbone: Its teacher's architecture.
+        samples: Rows that hold an embedding.
+        dim: Width of an embedding.
+        dtype: Number format of its rows.
+        bytes: Of all files of its tars.
+        seconds: Of reading, decoding, embedding and writing, added up over processes.
+    """
 
     path: Path
     backbone: str
@@ -28,18 +38,22 @@ class CacheFacts:
         )
 
 
-def caches_of(run: TrainConfig) -> list[CacheFacts]:
-    """Return the caches a run was trained with, those that are still there."""
-    return [facts for t in run.towers.values() if isinstance(t, CacheTower) and (facts := _facts(Path(t.path)))]
+def cache_costs(run: TrainConfig) -> list[CacheCost]:
+    """Return the costs of the caches that a run was trained with, of those that still exist."""
+    costs = []
+    for tower in run.towers.values():
+        if isinstance(tower, CacheTower):
+            try:
+                costs.append(_cost(Path(tower.path)))
+            except ManifestError:  # moved or removed since: a finished run does not need it
+                continue
+    return costs
 
 
-def _facts(path: Path) -> CacheFacts | None:
-    try:
-        cache = EmbeddingCache.open(path)
-        records = [cache.record(entry.id) for entry in cache.tars]
-    except ManifestError:
-        return None  # moved or removed since: a finished run does not need it
-    return CacheFacts(
+def _cost(path: Path) -> CacheCost:
+    cache = EmbeddingCache.open(path)
+    records = [cache.record(entry.id) for entry in cache.tars]
+    return CacheCost(
         path=path,
         backbone=cache.manifest.backbone,
         samples=len(cache),

@@ -1,4 +1,4 @@
-"""What a report says of a model beside its results: how it was trained and what that cost. Kept with the records."""
+"""How a model was trained and what that cost, as a report tells it; kept beside the records."""
 
 import json
 import re
@@ -10,45 +10,55 @@ from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.atomic import write_atomic
 from threetowers.eval.encoders.encoder import Encoder
 from threetowers.eval.record import BadRecord
-from threetowers.eval.report.cache_costs import CacheFacts, caches_of
+from threetowers.eval.report.cache_costs import CacheCost, cache_costs
 from threetowers.eval.report.training_curves import TrainingMetrics, read_metrics, thinned
 from threetowers.trainer.config import CacheTower, load
 from threetowers.trainer.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Card:
-    """A model. `stage_seconds`: wall time of building its caches and of training; `curves`: its training, thinned."""
+class ModelMetadata:
+    """How a model was trained and what that cost.
+
+    Attributes:
+        name: Name in records and tables.
+        digest: Digest of its weights.
+        method: The loss terms of a run, or the kind of another model.
+        stage_seconds: Wall seconds of building its caches and of training.
+        caches: The caches it was trained with.
+        curves: Steps and values of its training metrics, thinned.
+        unreadable: Lines of the metrics that could not be read.
+    """
 
     name: str
     digest: str
     method: str
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    caches: tuple[CacheFacts, ...] = ()
+    caches: tuple[CacheCost, ...] = ()
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    unreadable: int = 0  # lines of the metrics that could not be read
+    unreadable: int = 0
 
     def metrics(self) -> TrainingMetrics | None:
-        """The curves to draw; None for a model without any."""
+        """Return the training curves; None for a model without any."""
         return TrainingMetrics.of(self.curves, self.unreadable) if self.curves or self.unreadable else None
 
 
-def card_of(spec: str | Path, encoder: Encoder) -> Card:
-    """The card of a model just loaded by `spec`; a run's folder tells more than another model."""
-    folder = RunFolder(Path(spec))
-    facts = encoder.facts
+def model_metadata(model: str | Path, encoder: Encoder) -> ModelMetadata:
+    """Return the metadata of a model that was loaded by the name `model`; there is more of a run than of others."""
+    folder = RunFolder(Path(model))
+    info = encoder.info
     if not folder.config.exists():
-        return Card(facts.name, facts.digest, str(spec).partition(":")[0])
+        return ModelMetadata(info.name, info.digest, str(model).partition(":")[0])
     run = load(folder.config)
-    caches = tuple(caches_of(run))
+    caches = tuple(cache_costs(run))
     stages = {"cache": sum(cache.seconds for cache in caches)} if caches else {}
     if folder.summary.exists():
         stages["training"] = float(json.loads(folder.summary.read_text())["seconds"])
     metrics = read_metrics(folder.metrics) if folder.metrics.exists() else None
     locked = isinstance(run.towers[run.root_of(run.deploy.image)], CacheTower)
-    return Card(
-        name=facts.name,
-        digest=facts.digest,
+    return ModelMetadata(
+        name=info.name,
+        digest=info.digest,
         method=" + ".join(run.terms) + (" on cached rows" if locked else ""),
         stage_seconds=stages,
         caches=caches,
@@ -57,18 +67,18 @@ def card_of(spec: str | Path, encoder: Encoder) -> Card:
     )
 
 
-def write_card(card: Card, folder: Path) -> None:
-    """Keep a card; one of the same model is replaced."""
+def write_model_metadata(metadata: ModelMetadata, folder: Path) -> None:
+    """Write metadata into a folder; a file of the same model is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9._=+-]+", "_", card.name)[:80]
-    write_atomic(folder / f"{name}-{card.digest[:16]}.json", json.dumps(asdict(card), default=str))
+    name = re.sub(r"[^A-Za-z0-9._=+-]+", "_", metadata.name)[:80]
+    write_atomic(folder / f"{name}-{metadata.digest[:16]}.json", json.dumps(asdict(metadata), default=str))
 
 
-def read_cards(folder: Path) -> dict[tuple[str, str], Card]:
-    """The cards of a folder by name and digest. Raises BadRecord for a file that is none."""
-    cards = [_read(path) for path in sorted(folder.glob("*.json"))]
-    return {(card.name, card.digest): card for card in cards}
-
-
-def _read(path: Path) -> Card:
-    return parse_as(Card, path.read_bytes(), BadRecord, f"{path} is not the metadata of a model", "evaluate again")
+def read_model_metadata(folder: Path) -> dict[tuple[str, str], ModelMetadata]:
+    """Return the metadata of all models of a folder, by name and digest. Raises BadRecord for another file."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        headline = f"{path} is not the metadata of a model"
+        metadata = parse_as(ModelMetadata, path.read_bytes(), BadRecord, headline, "evaluate again")
+        found[metadata.name, metadata.digest] = metadata
+    return found

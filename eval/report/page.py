@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from threetowers.eval.metrics.significance import significance
-from threetowers.eval.record import EvalRecord, Example
+from threetowers.eval.record import EvalRecord, ExampleItem
 from threetowers.eval.report import plots, tables
 from threetowers.eval.report.results import RunResult
 from threetowers.eval.report.svg import DASH_ARRAYS, RUN_COLOURS, Panel
@@ -18,42 +18,56 @@ from threetowers.eval.report.training_curves import SMOOTHING, gallery_panel, tr
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where the report was written."""
+    """The files of a report."""
 
     html: Path
     markdown: Path
 
 
 def render(
-    results: Sequence[RunResult], out_dir: Path, *, title: str = "Evaluation", description: str = ""
+    results: Sequence[RunResult], output_dir: Path, *, title: str = "Evaluation", description: str = ""
 ) -> ReportPaths:
-    """Write `report.html` (no script, no outside request) and `report.md` into `out_dir`, replacing older ones.
+    """Write `report.html` (no script, no outside request) and `report.md` into a folder, replacing older ones.
 
-    Means are over the galleries that every run with retrieval records was evaluated on; what is missing or not
-    comparable is said at the top. Raises ValueError for no runs, runs of the same name and two records of one gallery.
+    Means are over the galleries that every model with retrieval records was evaluated on; what is missing or not
+    comparable is listed at the top.
+
+    Args:
+        results: One per model.
+        output_dir: Folder of the report.
+        title: Of the page.
+        description: A sentence on what is compared.
+
+    Raises:
+        ValueError: There are no models, two of one name, or two records of one model for one gallery.
     """
-    view = _View(results, title, description)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    paths = ReportPaths(out_dir / "report.html", out_dir / "report.md")
-    # A caption may hold what UTF-8 cannot; that must not cost the report.
-    paths.html.write_text(_html(view), encoding="utf-8", errors="replace")
-    paths.markdown.write_text(_markdown(view), encoding="utf-8", errors="replace")
+    page = _Page(results, title, description)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    paths = ReportPaths(output_dir / "report.html", output_dir / "report.md")
+    # A caption may hold what UTF-8 cannot encode; that must not cost the report.
+    paths.html.write_text(_html(page), encoding="utf-8", errors="replace")
+    paths.markdown.write_text(_markdown(page), encoding="utf-8", errors="replace")
     return paths
 
 
-class _View:
+class _Page:
     """What both forms of the report show, computed once."""
 
     def __init__(self, results: Sequence[RunResult], title: str, description: str) -> None:
         names = [result.name for result in results]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a report needs at least one run and a different name for each, got {names}")
-        self.results, self.title, self.description = results, title, description
+        self.results = results
+        self.title = title
+        self.description = description
+
+        # Retrieval, gallery by gallery; means are over the galleries that all runs share.
         self.runs = [tables.by_gallery(result.name, result.method, result.records) for result in results]
         self.galleries = list(dict.fromkeys(name for run in self.runs for name in run.galleries))
         scored = [run for run in self.runs if run.galleries]
         self.shared = [name for name in self.galleries if all(name in run.galleries for run in scored)]
         self.warnings = _warnings(self.runs, self.galleries, self.shared)
+
         self.comparison = tables.comparison_table(self.runs, self.shared)
         self.by_gallery = tables.gallery_table(self.runs, self.galleries)
         self.stages = tables.stage_table(names, [result.stage_seconds for result in results])
@@ -64,51 +78,49 @@ class _View:
         self.provenance = [_provenance(result.records) for result in results]
 
     def gallery_panels(self) -> list[Panel]:
-        """R@1 in both directions, gallery by gallery; nothing to draw for fewer than two galleries."""
+        """Return plots of R@1 in both directions, gallery by gallery; none for fewer than two galleries."""
         if len(self.galleries) < 2:
             return []
         panels = []
         for direction, text in tables.DIRECTIONS.items():
             values = [[_metric(run, name, f"{direction}/recall@1") for name in self.galleries] for run in self.runs]
-            chance = [
-                next((_metric(run, name, f"{direction}/chance@1") for run in self.runs if name in run.galleries), 0.0)
-                for name in self.galleries
-            ]
-            panels.append(gallery_panel(text, self.galleries, values, [0.0 if math.isnan(c) else c for c in chance]))
+            chances = [self._chance(name, direction) for name in self.galleries]
+            panels.append(gallery_panel(text, self.galleries, values, chances))
         return panels
 
     def recall_panels(self) -> list[Panel]:
-        """Recall against k in both directions."""
+        """Return plots of recall against k in both directions."""
         panels = []
         for direction, text in tables.DIRECTIONS.items():
-            ranks = [
-                [self._items(index, run.galleries[name])[f"{direction}/rank"] for name in self.shared]
-                if all(f"{direction}/rank" in self._items(index, run.galleries.get(name)) for name in self.shared)
-                else []
-                for index, run in enumerate(self.runs)
-            ]
+            ranks = [self._ranks(index, direction) for index in range(len(self.runs))]
             side = "images" if direction == "text_to_image" else "captions"
-            sizes = [run.galleries[n].counts[side] for run in self.runs for n in self.shared if n in run.galleries]
+            sizes = []
+            for run in self.runs:
+                sizes += [run.galleries[name].counts[side] for name in self.shared if name in run.galleries]
             if any(ranks):
                 panels.append(plots.recall_panel(text, ranks, sizes))
         return panels
 
     def task_panels(self) -> list[Panel]:
-        """Few-shot curves and calibration, for each gallery that has them."""
-        found: list[Panel | None] = []
-        for task, gallery in dict.fromkeys(self._others()):
-            records = [self._record(index, task, gallery) for index in range(len(self.results))]
-            items = [self._items(index, record) for index, record in enumerate(records)]
-            shots = [None if record is None else record.metrics for record in records]
-            judged = [(i["confidence"], i["top1"]) if {"confidence", "top1"} <= i.keys() else None for i in items]
+        """Return few-shot curves and calibration plots, for each data set that has them."""
+        pairs: dict[tuple[str, str], None] = {}
+        for result in self.results:
+            for record in result.records:
+                if record.spec.task != tables.RETRIEVAL:
+                    pairs[record.spec.task, record.spec.data] = None
+        panels: list[Panel | None] = []
+        for task, data in pairs:
+            records = [self._record(index, task, data) for index in range(len(self.results))]
             if task == "fewshot":
-                found.append(plots.fewshot_panel(f"Few-shot, {gallery}", shots))
+                metrics = [None if record is None else record.metrics for record in records]
+                panels.append(plots.fewshot_panel(f"Few-shot, {data}", metrics))
             if task == "zeroshot":
-                found.append(plots.calibration_panel(f"Calibration of {task}, {gallery}", judged))
-        return [panel for panel in found if panel is not None]
+                outcomes = [self._outcomes(index, record) for index, record in enumerate(records)]
+                panels.append(plots.calibration_panel(f"Calibration of {task}, {data}", outcomes))
+        return [panel for panel in panels if panel is not None]
 
     def map_panels(self) -> list[Panel]:
-        """Each model's images and captions of the first shared gallery, on their two main axes."""
+        """Return each model's images and captions of the first shared gallery, on their two main axes."""
         panels = []
         for index, run in enumerate(self.runs):
             items = self._items(index, run.galleries.get(self.shared[0]) if self.shared else None)
@@ -117,13 +129,36 @@ class _View:
                 panels.append(plots.map_panel(run.name, index, *arrays))
         return panels
 
-    def _others(self) -> list[tuple[str, str]]:
-        found = [r.question for result in self.results for r in result.records if r.question.task != tables.RETRIEVAL]
-        return [(question.task, question.gallery) for question in found]
+    def _chance(self, gallery: str, direction: str) -> float:
+        """Return the recall@1 by chance that the first run with this gallery recorded; 0 if there is none."""
+        for run in self.runs:
+            if gallery in run.galleries:
+                chance = _metric(run, gallery, f"{direction}/chance@1")
+                return 0.0 if math.isnan(chance) else chance
+        return 0.0
 
-    def _record(self, index: int, task: str, gallery: str) -> EvalRecord | None:
-        found = (r for r in self.results[index].records if (r.question.task, r.question.gallery) == (task, gallery))
-        return next(found, None)
+    def _ranks(self, index: int, direction: str) -> list[Any]:
+        """Return the ranks of a run's queries in each shared gallery; empty where some are missing."""
+        ranks = []
+        for name in self.shared:
+            items = self._items(index, self.runs[index].galleries.get(name))
+            if f"{direction}/rank" not in items:
+                return []
+            ranks.append(items[f"{direction}/rank"])
+        return ranks
+
+    def _outcomes(self, index: int, record: EvalRecord | None) -> tuple[Any, Any] | None:
+        """Return the confidence of each image, and whether it is right; None where they are missing."""
+        items = self._items(index, record)
+        if "confidence" not in items or "top1" not in items:
+            return None
+        return items["confidence"], items["top1"]
+
+    def _record(self, index: int, task: str, data: str) -> EvalRecord | None:
+        for record in self.results[index].records:
+            if (record.spec.task, record.spec.data) == (task, data):
+                return record
+        return None
 
     def _items(self, index: int, record: EvalRecord | None) -> dict[str, Any]:
         return {} if record is None else dict(self.results[index].items_of(record))
@@ -135,7 +170,7 @@ def _metric(run: RunRecords, gallery: str, key: str) -> float:
 
 
 def _warnings(runs: Sequence[RunRecords], galleries: Sequence[str], shared: Sequence[str]) -> list[str]:
-    """What a reader must know before comparing the rows."""
+    """Return what a reader must know before comparing the rows."""
     warnings = []
     for run in runs:
         missing = [name for name in galleries if name not in run.galleries]
@@ -165,28 +200,28 @@ def _warnings(runs: Sequence[RunRecords], galleries: Sequence[str], shared: Sequ
 
 
 def _provenance(records: Sequence[EvalRecord]) -> list[tuple[str, str]]:
-    """Facts that identify a run's results, each once."""
-    facts: dict[str, list[str]] = {}
+    """Return what identifies a model's results, by name, each value once."""
+    values: dict[str, list[str]] = {}
     for record in records:
-        asked = record.question
+        spec = record.spec
+        tars = [f"{tar.name} ({tar.samples:,} samples, {tar.fingerprint[:12]})" for tar in spec.tars]
         found = {
-            "model digest": asked.model,
-            "step": "" if asked.step is None else f"{asked.step:,}",
-            "precision": asked.precision,
-            "preprocessing": asked.preprocessing,
-            "cache contract": asked.cache_manifest or "none",
-            "settings": ", ".join(f"{key} = {value}" for key, value in asked.settings.items()),
-            "evaluated": record.date,
-            "versions": ", ".join(f"{name} {number}" for name, number in record.versions.items()),
+            "model digest": [spec.model_digest],
+            "step": [] if spec.step is None else [f"{spec.step:,}"],
+            "precision": [spec.precision],
+            "preprocessing": [spec.preprocessing],
+            "cache manifest": [spec.cache_manifest or "none"],
+            "settings": [", ".join(f"{key} = {value}" for key, value in spec.settings.items())],
+            "evaluated": [record.date],
+            "versions": [", ".join(f"{name} {number}" for name, number in record.versions.items())],
+            "tars": tars,
         }
-        for tar in asked.tars:
-            facts.setdefault("tars", []).append(f"{tar.name} ({tar.samples:,} samples, {tar.fingerprint[:12]})")
-        for name, value in found.items():
-            facts.setdefault(name, []).append(value)
-    return [(name, "; ".join(dict.fromkeys(value for value in values if value))) for name, values in facts.items()]
+        for name, texts in found.items():
+            values.setdefault(name, []).extend(text for text in texts if text)
+    return [(name, "; ".join(dict.fromkeys(texts))) for name, texts in values.items()]
 
 
-def _html(view: _View) -> str:
+def _html(page: _Page) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -195,73 +230,83 @@ def _html(view: _View) -> str:
     template = environment.from_string(
         files("threetowers.eval.report").joinpath("report.html").read_text(encoding="utf-8")
     )
-    metrics = [result.metrics for result in view.results]
-    unreadable = [(result.name, m.unreadable) for result, m in zip(view.results, metrics, strict=True) if m]
+    metrics = [result.metrics for result in page.results]
+    unreadable = []
+    for result in page.results:
+        if result.metrics is not None and result.metrics.unreadable:
+            unreadable.append((result.name, result.metrics.unreadable))
     return template.render(
-        view=view,
+        page=page,
         run_colours=RUN_COLOURS,
         dashes=DASH_ARRAYS,
-        gallery_panels=view.gallery_panels(),
-        recall_panels=view.recall_panels(),
-        task_panels=view.task_panels(),
-        map_panels=view.map_panels(),
+        gallery_panels=page.gallery_panels(),
+        recall_panels=page.recall_panels(),
+        task_panels=page.task_panels(),
+        map_panels=page.map_panels(),
         sections=training_panels(metrics),
         window=f"1/{SMOOTHING}",
-        unreadable=[(name, lines) for name, lines in unreadable if lines],
-        examples=_examples(view.results),
+        unreadable=unreadable,
+        examples=_examples(page.results),
     )
 
 
 def _examples(results: Sequence[RunResult]) -> dict[str, list[dict[str, Any]]]:
-    """By heading: each query once, with the answers of every run that was asked it."""
+    """Return by heading each query once, with the answers of every run that was given it."""
     headings: dict[str, dict[tuple[str, str, str | None], dict[str, Any]]] = {}
     for index, result in enumerate(results):
         for record in result.records:
             for example in record.examples:
-                group = headings.setdefault(example.heading, {}).setdefault(
-                    (record.question.gallery, example.query.text, example.query.picture),
-                    {
-                        "text": example.query.text,
-                        "picture": example.query.picture and result.pictures.get(example.query.picture),
-                        "gallery": record.question.gallery,
+                query = example.query
+                queries = headings.setdefault(example.heading, {})
+                key = (record.spec.data, query.text, query.thumbnail)
+                if key not in queries:
+                    queries[key] = {
+                        "text": query.text,
+                        "image": _data_uri(result, query),
+                        "gallery": record.spec.data,
                         "answers": [],
-                    },
+                    }
+                queries[key]["answers"].append(
+                    {
+                        "run": index,
+                        "name": result.name,
+                        "rank": example.rank,
+                        "ranked": [(_data_uri(result, item), item) for item in example.answers],
+                        "are_images": any(item.thumbnail is not None for item in example.answers),
+                    }
                 )
-                group["answers"].append(_answer(index, result, example))
-    return {heading: list(groups.values()) for heading, groups in headings.items()}
+    return {heading: list(queries.values()) for heading, queries in headings.items()}
 
 
-def _answer(index: int, result: RunResult, example: Example) -> dict[str, Any]:
-    shown = [(shown.picture and result.pictures.get(shown.picture), shown) for shown in example.answers]
-    pictures = any(shown.picture is not None for shown in example.answers)
-    return {"run": index, "name": result.name, "rank": example.rank, "shown": shown, "pictures": pictures}
+def _data_uri(result: RunResult, item: ExampleItem) -> str | None:
+    return None if item.thumbnail is None else result.thumbnails.get(item.thumbnail)
 
 
-def _markdown(view: _View) -> str:
-    parts = [f"# {markdown_text(view.title)}"]
-    if view.description:
-        parts.append(markdown_text(view.description))
-    parts.append("\n".join(_run_line(result) for result in view.results))
-    if view.warnings:
-        parts.append("\n".join(f"> {markdown_text(warning)}" for warning in view.warnings))
+def _markdown(page: _Page) -> str:
+    parts = [f"# {markdown_text(page.title)}"]
+    if page.description:
+        parts.append(markdown_text(page.description))
+    parts.append("\n".join(_run_line(result) for result in page.results))
+    if page.warnings:
+        parts.append("\n".join(f"> {markdown_text(warning)}" for warning in page.warnings))
     sections: list[tuple[str, Table | None]] = [
-        (f"Retrieval, mean of {len(view.shared)} galleries" if len(view.shared) > 1 else "Retrieval", view.comparison),
-        ("Which differences are real", view.significance.differences),
-        ("Intervals", view.significance.intervals),
-        ("By gallery", view.by_gallery),
-        ("Other results", view.others),
-        ("Time by stage", view.stages),
-        ("Ties", view.ties),
-        ("Data", view.data),
+        (f"Retrieval, mean of {len(page.shared)} galleries" if len(page.shared) > 1 else "Retrieval", page.comparison),
+        ("Which differences are real", page.significance.differences),
+        ("Intervals", page.significance.intervals),
+        ("By gallery", page.by_gallery),
+        ("Other results", page.others),
+        ("Time by stage", page.stages),
+        ("Ties", page.ties),
+        ("Data", page.data),
     ]
     for heading, table in sections:
         if table is not None:
             parts += [f"## {heading}", table.markdown()]
-            if table is view.significance.differences:
+            if table is page.significance.differences:
                 parts.append("Percentage points, 95 % bootstrap intervals; p adjusted for all rows (Holm).")
-    for result, facts in zip(view.results, view.provenance, strict=True):
-        if facts:
-            lines = [f"- {name}: {markdown_text(value)}" for name, value in facts]
+    for result, provenance in zip(page.results, page.provenance, strict=True):
+        if provenance:
+            lines = [f"- {name}: {markdown_text(value)}" for name, value in provenance]
             parts += [f"## Run {markdown_text(result.name)}", "\n".join(lines)]
     parts.append("Curves, examples and definitions are in report.html.")
     return "\n\n".join(parts) + "\n"

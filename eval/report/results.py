@@ -1,4 +1,4 @@
-"""What evaluations left in their folders, gathered by model: all that a report is made of."""
+"""The records of evaluation folders, gathered by model: everything that a report is made of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,103 +8,138 @@ from typing import Any
 from numpy.typing import NDArray
 
 from threetowers.eval.record import EvalRecord, read_items, read_record
-from threetowers.eval.report.cache_costs import CacheFacts
-from threetowers.eval.report.model_metadata import Card, read_cards
+from threetowers.eval.report.cache_costs import CacheCost
+from threetowers.eval.report.model_metadata import ModelMetadata, read_model_metadata
 from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.report.training_curves import TrainingMetrics
 
-RECORDS, MODELS, PICTURES = "records", "models", "pictures"
+RECORDS_FOLDER = "records"
+MODELS_FOLDER = "models"
+THUMBNAILS_FOLDER = "thumbnails"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """All a report tells of one model; everything but `name`, `method` and `records` may be missing.
+    """What a report tells of one model; all but `name`, `method` and `records` may be missing.
 
-    `records`: one a task and gallery. `items`: the arrays of each record, by its file name. `pictures`: data URIs of
-    the pictures in examples, by name. `metrics`: training curves. `stage_seconds`: wall seconds by stage, in order.
-    `note`: one line on how the model differs.
+    Attributes:
+        name: Name of the model.
+        method: Its loss terms, or its kind.
+        records: One per task and data set.
+        items: The arrays of each record, by its file name.
+        thumbnails: Data URIs of the images in examples, by name.
+        metrics: Training curves.
+        stage_seconds: Wall seconds by stage, in order.
+        caches: The caches it was trained with.
+        note: One line on how the model differs.
     """
 
     name: str
     method: str
     records: Sequence[EvalRecord]
     items: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
-    pictures: Mapping[str, str] = field(default_factory=dict)
+    thumbnails: Mapping[str, str] = field(default_factory=dict)
     metrics: TrainingMetrics | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    caches: Sequence[CacheFacts] = ()
+    caches: Sequence[CacheCost] = ()
     note: str = ""
 
     def items_of(self, record: EvalRecord) -> Mapping[str, NDArray[Any]]:
-        """The arrays of one of the records."""
+        """Return the arrays of one of the records."""
         return self.items.get(record.file_name, {})
 
 
 def load_results(
-    folders: Sequence[Path], names: Sequence[str] = (), asked: Sequence[EvalRecord] = ()
+    folders: Sequence[Path], models: Sequence[str] = (), preferred: Sequence[EvalRecord] = ()
 ) -> list[RunResult]:
-    """Gather the records of evaluation folders by model: those of `names`, in that order, or all.
+    """Gather the records of evaluation folders by model.
 
-    Of several answers to one task and gallery by a model of one name (other weights, other settings) the one that was
-    `asked` for counts, else the newest, and the note says so. Raises ValueError where a folder holds no record, and
-    BadRecord for a damaged one.
+    Of several records of one task and data set by models of one name (other weights, other settings) the preferred one
+    counts, else the newest, and the note tells of it.
+
+    Args:
+        folders: Folders that `eval` commands wrote.
+        models: Names of models, in this order; by default all.
+        preferred: Records that count whatever their date.
+
+    Raises:
+        ValueError: A folder holds no record, or there is none of a model.
+        BadRecord: A record is damaged.
     """
-    wanted = {record.file_name for record in asked}
-    newest: dict[tuple[str, str, str], tuple[EvalRecord, Path]] = {}
+    preferred_files = {record.file_name for record in preferred}
+    best: dict[tuple[str, str, str], tuple[EvalRecord, Path]] = {}
     superseded: dict[str, int] = {}
-    cards: dict[tuple[str, str], Card] = {}
+    metadata: dict[tuple[str, str], ModelMetadata] = {}
     for folder in folders:
-        found = sorted((folder / RECORDS).glob("*.json"))
-        if not found:
-            raise ValueError(f"{folder} holds no records: expected a folder that `threetowers eval` wrote with --out")
-        cards |= read_cards(folder / MODELS)
-        for path in found:
+        paths = sorted((folder / RECORDS_FOLDER).glob("*.json"))
+        if not paths:
+            raise ValueError(
+                f"{folder} holds no records: expected a folder that `threetowers eval` wrote with --output-dir"
+            )
+        metadata |= read_model_metadata(folder / MODELS_FOLDER)
+        for path in paths:
             record = read_record(path)
-            key = (record.question.run, record.question.task, record.question.gallery)
-            if key in newest:
-                superseded[key[0]] = superseded.get(key[0], 0) + 1
-            rank = (record.file_name in wanted, record.date)
-            if key not in newest or (newest[key][0].file_name in wanted, newest[key][0].date) <= rank:
-                newest[key] = (record, folder)
-    order = list(names) or sorted(dict.fromkeys(run for run, _, _ in newest))
-    if missing := [name for name in order if name not in {run for run, _, _ in newest}]:
-        raise ValueError(
-            f"no record of {missing} in {[str(f) for f in folders]}; found {sorted({n[0] for n in newest})}"
-        )
-    return [
-        _result(name, [found for key, found in newest.items() if key[0] == name], cards, superseded.get(name, 0))
-        for name in order
-    ]
+            key = (record.spec.model, record.spec.task, record.spec.data)
+            if key in best:
+                superseded[record.spec.model] = superseded.get(record.spec.model, 0) + 1
+                other, _ = best[key]
+                if (other.file_name in preferred_files, other.date) > (
+                    record.file_name in preferred_files,
+                    record.date,
+                ):
+                    continue
+            best[key] = (record, folder)
+
+    found = sorted({model for model, _, _ in best})
+    order = list(models) or found
+    if missing := [name for name in order if name not in found]:
+        raise ValueError(f"no record of {missing} in {[str(folder) for folder in folders]}; found {found}")
+    results = []
+    for name in order:
+        records = [entry for (model, _, _), entry in best.items() if model == name]
+        results.append(_result(name, records, metadata, superseded.get(name, 0)))
+    return results
 
 
 def _result(
-    name: str, found: Sequence[tuple[EvalRecord, Path]], cards: Mapping[tuple[str, str], Card], superseded: int
+    name: str,
+    entries: Sequence[tuple[EvalRecord, Path]],
+    metadata: Mapping[tuple[str, str], ModelMetadata],
+    superseded: int,
 ) -> RunResult:
-    records = [record for record, _ in found]
-    digests = {record.question.model for record in records}
-    card = next((cards[name, digest] for digest in digests if (name, digest) in cards), None)
-    pictures: dict[str, str] = {}
-    for record, folder in found:
-        thumbnails = ThumbnailStore(folder / PICTURES)
-        shown = [s for e in record.examples for s in (e.query, *e.answers) if s.picture is not None]
-        wanted = {s.picture for s in shown if s.picture is not None}
-        pictures |= {picture: uri for picture in wanted if (uri := thumbnails.data_uri(picture)) is not None}
+    records = [record for record, _ in entries]
+    digests = {record.spec.model_digest for record in records}
+    known = next((metadata[name, digest] for digest in digests if (name, digest) in metadata), None)
     notes = []
     if superseded:
         notes.append(f"{superseded} other results of the same tasks are left out")
     if len(digests) > 1:
         notes.append("its results are of different weights")
+    stage_seconds = dict(known.stage_seconds) if known else {}
+    stage_seconds["evaluation"] = sum(record.seconds for record in records)
     return RunResult(
         name=name,
-        method=card.method if card else "",
+        method=known.method if known else "",
         records=records,
-        items={record.file_name: read_items(record, folder / RECORDS) for record, folder in found},
-        pictures=pictures,
-        metrics=card.metrics() if card else None,
-        stage_seconds={
-            **(card.stage_seconds if card else {}),
-            "evaluation": sum(record.seconds for record in records),
-        },
-        caches=card.caches if card else (),
+        items={record.file_name: read_items(record, folder / RECORDS_FOLDER) for record, folder in entries},
+        thumbnails=_thumbnails(entries),
+        metrics=known.metrics() if known else None,
+        stage_seconds=stage_seconds,
+        caches=known.caches if known else (),
         note="; ".join(notes),
     )
+
+
+def _thumbnails(entries: Sequence[tuple[EvalRecord, Path]]) -> dict[str, str]:
+    """Return the data URIs of the images that examples show, by name."""
+    uris: dict[str, str] = {}
+    for record, folder in entries:
+        store = ThumbnailStore(folder / THUMBNAILS_FOLDER)
+        for example in record.examples:
+            for item in (example.query, *example.answers):
+                if item.thumbnail is None or item.thumbnail in uris:
+                    continue
+                uri = store.data_uri(item.thumbnail)
+                if uri is not None:
+                    uris[item.thumbnail] = uri
+    return uris

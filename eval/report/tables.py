@@ -110,9 +110,9 @@ def by_gallery(name: str, method: str, records: Sequence[EvalRecord]) -> RunReco
     """
     galleries: dict[str, EvalRecord] = {}
     for record in records:
-        if record.question.task != RETRIEVAL:
+        if record.spec.task != RETRIEVAL:
             continue
-        gallery = record.question.gallery
+        gallery = record.spec.data
         if gallery in galleries:
             raise ValueError(
                 f"run {name!r} has two retrieval records of gallery {gallery!r}, expected one: give the runs "
@@ -241,11 +241,11 @@ def other_table(names: Sequence[str], records: Sequence[Sequence[EvalRecord]]) -
     values: dict[tuple[str, str, str], dict[int, float]] = {}
     for index, run in enumerate(records):
         for record in run:
-            if record.question.task == RETRIEVAL:
+            if record.spec.task == RETRIEVAL:
                 continue
             for metric, value in record.metrics.items():
                 if not re.search(r"_seed\d+$", metric):  # the mean and the deviation over seeds are shown instead
-                    values.setdefault((record.question.task, record.question.gallery, metric), {})[index] = value
+                    values.setdefault((record.spec.task, record.spec.data, metric), {})[index] = value
     rows = []
     for key, by_run in values.items():
         cells = [TableCell(f"{by_run[i]:.4g}" if i in by_run else NO_VALUE) for i in range(len(names))]

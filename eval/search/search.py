@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from threetowers.eval.datasets.evaluation_set import EvaluationSet, Picture
-from threetowers.eval.datasets.gallery import encoded
+from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.encoder import Encoder, NoTextTower
 from threetowers.eval.report.thumbnails import ThumbnailStore, thumbnail
 from threetowers.eval.search.index import Device, build_index, exact_search
@@ -21,7 +20,7 @@ UPPER_HALF = "▀"
 class SearchHit:
     """An image that a query found, and its cosine to the query."""
 
-    image: Picture
+    image: EvalImage
     score: float
 
 
@@ -30,7 +29,7 @@ class SearchResults:
     """The images nearest to each query, best first; `exact` tells whether the search was exhaustive."""
 
     model: str
-    data: EvaluationSet
+    data: ImageSet
     queries: tuple[str, ...]
     hits: list[list[SearchHit]]
     exact: bool
@@ -45,9 +44,9 @@ class SearchResults:
                 captions = " | ".join(hit.image.captions[:2])
                 lines.append(f"{rank:4d}  {hit.score:6.3f}  {tar}:{hit.image.key}  {captions}".rstrip())
                 if columns:
-                    lines += ["      " + row for row in half_blocks(encoded(self.data, hit.image), columns)]
+                    lines += ["      " + row for row in half_blocks(self.data.encoded(hit.image), columns)]
         kind = "exact" if self.exact else "approximate"
-        lines.append(f"{self.model}, {kind} search of {len(self.data.pictures):,} images")
+        lines.append(f"{self.model}, {kind} search of {len(self.data.images):,} images")
         return "\n".join(lines)
 
     def write(self, out: Path) -> Path:
@@ -59,9 +58,9 @@ class SearchResults:
         thumbnails = ThumbnailStore(out / "thumbnails")
         sections = []
         for query, hits in zip(self.queries, self.hits, strict=True):
-            uris = [thumbnails.data_uri(thumbnails.add(encoded(self.data, hit.image))) for hit in hits]
+            uris = [thumbnails.data_uri(thumbnails.add(self.data.encoded(hit.image))) for hit in hits]
             sections.append((query, list(zip(uris, hits, strict=True))))
-        page = environment.from_string(source).render(results=self, sections=sections, size=len(self.data.pictures))
+        page = environment.from_string(source).render(results=self, sections=sections, size=len(self.data.images))
         out.mkdir(parents=True, exist_ok=True)
         path = out / "search.html"
         path.write_text(page, encoding="utf-8", errors="replace")
@@ -70,7 +69,7 @@ class SearchResults:
 
 def find(
     encoder: Encoder,
-    data: EvaluationSet,
+    data: ImageSet,
     queries: Sequence[str],
     k: int,
     *,
@@ -96,13 +95,13 @@ def find(
         ValueError: For an empty query, and for k beyond the gallery.
     """
     if not encoder.sees_text:
-        raise NoTextTower(f"{encoder.facts.name} sees images only: search by text needs a text tower")
-    if not 1 <= k <= len(data.pictures):
-        raise ValueError(f"k must be between 1 and the {len(data.pictures)} images of the gallery, got {k}")
+        raise NoTextTower(f"{encoder.info.name} sees images only: search by text needs a text tower")
+    if not 1 <= k <= len(data.images):
+        raise ValueError(f"k must be between 1 and the {len(data.images)} images of the gallery, got {k}")
     if empty := [query for query in queries if not query.strip()]:
         raise ValueError(f"{len(empty)} of {len(queries)} queries are empty: expected text in each --query")
     text_ND = encoder.texts(list(queries))
-    image_MD = encoder.images(data, data.pictures)
+    image_MD = encoder.images(data, data.images)
     if index == "Flat":
         neighbours = exact_search(image_MD, text_ND, k, device=device)
     else:
@@ -110,8 +109,8 @@ def find(
     hits: list[list[SearchHit]] = []
     for ids, scores in zip(neighbours.ids_NK.tolist(), neighbours.scores_NK.tolist(), strict=True):
         # An approximate index pads with -1 where it found fewer than k.
-        hits.append([SearchHit(data.pictures[i], score) for i, score in zip(ids, scores, strict=True) if i >= 0])
-    return SearchResults(encoder.facts.name, data, tuple(queries), hits, index == "Flat")
+        hits.append([SearchHit(data.images[i], score) for i, score in zip(ids, scores, strict=True) if i >= 0])
+    return SearchResults(encoder.info.name, data, tuple(queries), hits, index == "Flat")
 
 
 def half_blocks(image: bytes, columns: int) -> list[str]:

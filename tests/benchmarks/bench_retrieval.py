@@ -103,7 +103,7 @@ def embedding_rate(model: str, images: int, size: int) -> tuple[float, float]:
     from safetensors.torch import save_file
 
     from threetowers.cache.webdataset.tar_index import index_tar
-    from threetowers.eval.datasets.evaluation_set import evaluation_set
+    from threetowers.eval.datasets.image_set import read_images
     from threetowers.eval.encoders.encoder import LoadOptions
     from threetowers.eval.encoders.load import load_encoder
 
@@ -123,10 +123,8 @@ def embedding_rate(model: str, images: int, size: int) -> tuple[float, float]:
         save_file(timm.create_model(model).state_dict(), folder / "w.safetensors")
         loading = LoadOptions(batch_size=32, workers=1, device="cpu")
         encoder: Any = load_encoder(f"timm:{model}:{folder / 'w.safetensors'}", loading)
-        data = evaluation_set(
-            [index_tar(str(folder / "photos.tar"))], group_field=None, part_field=None, max_captions=1
-        )
-        teacher = encoder.tower.teacher
+        data = read_images([index_tar(str(folder / "photos.tar"))])
+        teacher = encoder.teacher
         pixels = torch.zeros(32, 3, *teacher.preprocessing.input_size, dtype=torch.uint8)
 
         def bare() -> float:
@@ -137,7 +135,7 @@ def embedding_rate(model: str, images: int, size: int) -> tuple[float, float]:
 
         def whole() -> float:
             started = time.perf_counter()
-            encoder.images(data, data.pictures)
+            encoder.images(data, data.images)
             return images / (time.perf_counter() - started)
 
         bare()

@@ -13,12 +13,12 @@ import pytest
 from threetowers.eval.record import BadRecord, EvalRecord, EvalSpec, TarRef, digest, read_record, write_record
 
 
-def question(**changes: Any) -> EvalSpec:
+def spec(**changes: Any) -> EvalSpec:
     base = EvalSpec(
         task="retrieval",
-        gallery="noto v1/ß",
-        run="3t",
-        model="ab12",
+        data="noto v1/ß",
+        model="3t",
+        model_digest="ab12",
         step=1200,
         tars=(TarRef("test-00000.tar", "9f86", 77), TarRef("test-00001.tar", "d081", 5)),
         preprocessing="centre crop 64",
@@ -31,7 +31,7 @@ def question(**changes: Any) -> EvalSpec:
 
 def record(**changes: Any) -> EvalRecord:
     base = EvalRecord(
-        question=question(),
+        spec=spec(),
         metrics={"image_to_text/recall@1": 1 / 3, "image_to_text/median_rank": 2.5},
         counts={"images": 77},
         sample_ids=digest(["a", "b"]),
@@ -53,25 +53,25 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"gallery": "noto"},
+        {"data": "noto"},
         {"step": 1201},
-        {"model": "ab13"},
+        {"model_digest": "ab13"},
         {"precision": "bfloat16"},
         {"cache_manifest": None},
         {"settings": {"group": "concept", "captions": 4}},
         {"tars": (TarRef("test-00000.tar", "9f86", 77),)},
     ],
 )
-def test_any_change_of_the_question_is_another_question(change: dict[str, Any]) -> None:
-    assert question(**change).fingerprint() != question().fingerprint()
+def test_any_change_of_the_question_is_another_spec(change: dict[str, Any]) -> None:
+    assert spec(**change).fingerprint() != spec().fingerprint()
 
 
-def test_fingerprint_is_the_same_in_another_process_and_for_another_order_of_settings() -> None:
-    settings = dict(reversed(question().settings.items()))
-    assert question(settings=settings).fingerprint() == question().fingerprint()
+def test_fingerprint_does_not_depend_on_process_or_order_of_settings() -> None:
+    settings = dict(reversed(spec().settings.items()))
+    assert spec(settings=settings).fingerprint() == spec().fingerprint()
     code = (
-        "from threetowers.eval.record import Question; "
-        "print(Question('t', 'g', 'r', 'm', 1, (), 'p', 'f', None, {'b': 1, 'a': None}).fingerprint())"
+        "from threetowers.eval.record import EvalSpec; "
+        "print(EvalSpec('t', 'g', 'r', 'm', 1, (), 'p', 'f', None, {'b': 1, 'a': None}).fingerprint())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == EvalSpec("t", "g", "r", "m", 1, (), "p", "f", None, {"a": None, "b": 1}).fingerprint()
@@ -82,15 +82,13 @@ def test_digest_ignores_order_but_nothing_else() -> None:
     assert len({digest(s) for s in (["ab"], ["a", "b"], ["a", "b", "b"], [], [""], ["\ud800"])}) == 6
 
 
-def test_a_metric_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+def test_nonfinite_metric_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(BadRecord, match=r"retrieval on 'noto v1/ß' gave \{'loss': nan\}"):
         write_record(record(metrics={"loss": math.nan}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_keeps_the_old_record_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = record()
     path = write_record(old, tmp_path)
 
@@ -116,8 +114,8 @@ def test_damaged_records_are_refused_by_file_and_field(tmp_path: Path) -> None:
 
     refused(json.dumps(content)[:-20], "cannot be read as JSON")
     refused("[1]", "record format None")
-    refused(json.dumps(content | {"format": 99}), "record format 99, this version reads 2")
-    refused(json.dumps(content | {"question": content["question"] | {"step": "many"}}), "question.step: ")
+    refused(json.dumps(content | {"format": 99}), "record format 99, this version reads 3")
+    refused(json.dumps(content | {"spec": content["spec"] | {"step": "many"}}), "field 'spec.step'")
     del content["counts"]
     refused(json.dumps(content), "counts: ")
     with pytest.raises(BadRecord, match=r"missing\.json"):

@@ -1,4 +1,4 @@
-"""The report: whole with everything, with any part missing, safe with hostile text, and free of outside requests."""
+"""The report: complete or with any part missing, safe with hostile text, and free of outside requests."""
 
 import dataclasses
 import io
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from threetowers.eval.metrics.recall import evaluate_retrieval
-from threetowers.eval.record import EvalRecord, EvalSpec, Example, Shown, TarRef, digest
+from threetowers.eval.record import EvalRecord, EvalSpec, Example, ExampleItem, TarRef, digest
 from threetowers.eval.report.page import render
 from threetowers.eval.report.results import RunResult
 from threetowers.eval.report.thumbnails import ThumbnailStore
@@ -37,16 +37,18 @@ def retrieval_record(run: str, gallery: str, noise: float) -> tuple[EvalRecord, 
     text = np.repeat(image, 3, axis=0) + noise * rng.standard_normal((123, 12))
     image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
     result = evaluate_retrieval(image, text, np.arange(41), np.repeat(np.arange(41), 3), image_hashes=range(41))
-    question = EvalSpec("retrieval", gallery, run, f"model-{run}", 90, (TarRef("t.tar", "ff", 41),), "crop", "float32")
-    record = EvalRecord(question, result.metrics(), result.counts(), digest([gallery]), digest(["c"]), 1.0)
+    spec = EvalSpec("retrieval", gallery, run, f"model-{run}", 90, (TarRef("t.tar", "ff", 41),), "crop", "float32")
+    record = EvalRecord(spec, result.metrics(), result.counts(), digest([gallery]), digest(["c"]), 1.0)
     groups = {"image_to_text/group": np.arange(41), "text_to_image/group": np.repeat(np.arange(41), 3)}
     return record, dict(result.items()) | groups
 
 
-def with_examples(record: EvalRecord, pictures: list[str]) -> EvalRecord:
-    answers = tuple(Shown(HOSTILE, pictures[i], 0.5, i == 1) for i in range(5))
-    texts = Example("Caption → images", Shown(HOSTILE), answers, 2)
-    images = Example("Image → captions", Shown(HOSTILE, pictures[5]), (Shown(HOSTILE, None, 0.25, True),), 1)
+def with_examples(record: EvalRecord, thumbnails: list[str]) -> EvalRecord:
+    answers = tuple(ExampleItem(HOSTILE, thumbnails[i], 0.5, i == 1) for i in range(5))
+    texts = Example("Caption → images", ExampleItem(HOSTILE), answers, 2)
+    images = Example(
+        "Image → captions", ExampleItem(HOSTILE, thumbnails[5]), (ExampleItem(HOSTILE, None, 0.25, True),), 1
+    )
     return dataclasses.replace(record, examples=(texts, images))
 
 
@@ -63,7 +65,7 @@ def write_metrics(path: Path, steps: int, terms: tuple[str, ...]) -> Path:
 
 
 def full_run(name: str, noise: float, folder: Path, galleries: tuple[str, ...] = ("noto", "twemoji")) -> RunResult:
-    thumbnails = ThumbnailStore(folder / "pictures")
+    thumbnails = ThumbnailStore(folder / "thumbnails")
     names = [thumbnails.add(png(number)) for number in range(6)]
     found = [retrieval_record(name, gallery, noise) for gallery in galleries]
     records = [with_examples(found[0][0], names), *(record for record, _ in found[1:])]
@@ -72,7 +74,7 @@ def full_run(name: str, noise: float, folder: Path, galleries: tuple[str, ...] =
         method="3T",
         records=records,
         items={record.file_name: items for record, (_, items) in zip(records, found, strict=True)},
-        pictures={picture: str(thumbnails.data_uri(picture)) for picture in names},
+        thumbnails={name_: str(thumbnails.data_uri(name_)) for name_ in names},
         metrics=read_metrics(write_metrics(folder / f"{name[:9]}.jsonl", 40, ("image-text", "text-third"))),
         stage_seconds={"cache": 61.0, "train": 3723.0},
         note=HOSTILE,
@@ -115,7 +117,7 @@ def rendered(results: list[RunResult], folder: Path, **options: str) -> tuple[Pa
     return Page(html), html, markdown
 
 
-def test_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
+def test_page_makes_no_outside_requests(tmp_path: Path) -> None:
     page, html, _ = rendered([full_run("clip", 1.5, tmp_path), full_run("3t", 0.7, tmp_path)], tmp_path)
     assert "http://" not in html
     assert "https://" not in html
@@ -128,7 +130,7 @@ def test_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     run = dataclasses.replace(full_run("a", 1.0, tmp_path, (HOSTILE, "noto")), name=HOSTILE, method=HOSTILE)
     page, html, markdown = rendered([run], tmp_path, title=HOSTILE, description=HOSTILE)
     assert "<script" not in html
@@ -140,7 +142,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     assert rows[0].replace("\\|", "").count("|") == 1 + 2 + 8  # the comparison: two heads and eight values
 
 
-def test_best_is_marked_and_chance_is_beside_it(tmp_path: Path) -> None:
+def test_best_values_are_marked_and_chance_is_shown(tmp_path: Path) -> None:
     good, bad = full_run("good", 0.5, tmp_path), full_run("bad", 2.5, tmp_path)
     _, html, markdown = rendered([bad, good], tmp_path)
     table = [line for line in markdown.splitlines() if line.startswith(("| good | 3T", "| bad | 3T", "| chance"))]
@@ -153,7 +155,7 @@ def test_best_is_marked_and_chance_is_beside_it(tmp_path: Path) -> None:
     assert "1 h 02 min" in html
 
 
-def test_different_data_and_missing_galleries_are_said(tmp_path: Path) -> None:
+def test_warns_of_different_data_and_missing_galleries(tmp_path: Path) -> None:
     first = full_run("first", 1.0, tmp_path, ("noto", "twemoji", "fluent"))
     second = full_run("second", 1.0, tmp_path, ("noto", "twemoji"))
     other_set = dataclasses.replace(second.records[0], sample_ids=digest(["other"]))
@@ -167,7 +169,7 @@ def test_different_data_and_missing_galleries_are_said(tmp_path: Path) -> None:
     assert "mean of 2 galleries" in markdown
 
 
-def test_ties_are_said(tmp_path: Path) -> None:
+def test_warns_of_ties(tmp_path: Path) -> None:
     collapsed = np.ones((9, 1))
     result = evaluate_retrieval(collapsed, collapsed, np.arange(9), np.arange(9))
     record = dataclasses.replace(
@@ -179,9 +181,9 @@ def test_ties_are_said(tmp_path: Path) -> None:
     assert "| x | CLIP | 0.0 |" in markdown
 
 
-@pytest.mark.parametrize("missing", ["records", "items", "metrics", "stage_seconds", "pictures"])
+@pytest.mark.parametrize("missing", ["records", "items", "metrics", "stage_seconds", "thumbnails"])
 def test_any_part_may_be_missing(missing: str, tmp_path: Path) -> None:
-    empty: dict[str, Any] = {"metrics": None, "stage_seconds": {}, "items": {}, "pictures": {}}
+    empty: dict[str, Any] = {"metrics": None, "stage_seconds": {}, "items": {}, "thumbnails": {}}
     runs = [full_run("one", 1.0, tmp_path), full_run("two", 1.0, tmp_path)]
     lacking = dataclasses.replace(runs[0], **{missing: empty.get(missing, ())})
     sections = []
@@ -198,14 +200,14 @@ def test_any_part_may_be_missing(missing: str, tmp_path: Path) -> None:
     assert sections == [everything - gone.get(missing, set()), everything]
 
 
-def test_a_run_with_nothing_and_metrics_without_lines(tmp_path: Path) -> None:
+def test_run_without_records_and_with_empty_metrics(tmp_path: Path) -> None:
     nothing = RunResult("n", "CLIP", [], metrics=read_metrics(write_metrics(tmp_path / "empty.jsonl", 0, ())))
     page, _, markdown = rendered([nothing], tmp_path)
     assert "No retrieval results to compare." in page.text
     assert "has no retrieval result" not in markdown  # where nobody has one, that is no warning
 
 
-def test_real_differences_are_told_from_chance(tmp_path: Path) -> None:
+def test_verdicts_on_differences(tmp_path: Path) -> None:
     runs = [full_run(name, noise, tmp_path) for name, noise in (("good", 0.5), ("bad", 3.5), ("same", 0.5))]
     _, html, markdown = rendered(runs, tmp_path)
     rows = [line for line in markdown.splitlines() if "| text\\_to\\_image/recall@1 |" in line and " over " in line]
@@ -219,7 +221,7 @@ def test_real_differences_are_told_from_chance(tmp_path: Path) -> None:
 
 def other(task: str, run: str, metrics: dict[str, float]) -> EvalRecord:
     record, _ = retrieval_record(run, "emoji", 1.0)
-    return dataclasses.replace(record, question=dataclasses.replace(record.question, task=task), metrics=metrics)
+    return dataclasses.replace(record, spec=dataclasses.replace(record.spec, task=task), metrics=metrics)
 
 
 def test_other_tasks_have_their_table_and_plots(tmp_path: Path) -> None:
@@ -239,11 +241,11 @@ def test_other_tasks_have_their_table_and_plots(tmp_path: Path) -> None:
     assert html.count("training images a class") == 1
 
 
-def test_pictures_are_kept_once_and_small(tmp_path: Path) -> None:
+def test_thumbnails_are_stored_once_and_small(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, "JPEG")
-    thumbnails = ThumbnailStore(tmp_path / "pictures")
+    thumbnails = ThumbnailStore(tmp_path / "thumbnails")
     large, small = thumbnails.add(buffer.getvalue()), thumbnails.add(png(3))
     assert thumbnails.add(png(3)) == small
     assert sorted(p.name for p in thumbnails.folder.iterdir()) == sorted([large, small])
@@ -258,7 +260,7 @@ def test_pictures_are_kept_once_and_small(tmp_path: Path) -> None:
     assert thumbnails.data_uri("missing.png") is None
 
 
-def test_bad_input_is_refused(tmp_path: Path) -> None:
+def test_bad_results_are_refused(tmp_path: Path) -> None:
     run = full_run("a", 1.0, tmp_path)
     with pytest.raises(ValueError, match="a different name for each, got \\['a', 'a'\\]"):
         render([run, run], tmp_path)
@@ -269,7 +271,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         render([twice], tmp_path)
 
 
-def test_metrics_are_read_with_gaps_and_unknown_names(tmp_path: Path) -> None:
+def test_read_metrics_with_gaps_and_unknown_names(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"step": 1, "loss": 2.0, "x/y": 1}\n{"step": 2, "loss": null}\n\nnot json\n{"loss": 1}\n[1]\n'
@@ -283,7 +285,7 @@ def test_metrics_are_read_with_gaps_and_unknown_names(tmp_path: Path) -> None:
     assert values.tolist() == [2.0, 1.5]
 
 
-def test_every_run_is_in_every_panel_and_long_runs_stay_small(tmp_path: Path) -> None:
+def test_training_panels_show_every_run_and_thin_long_ones(tmp_path: Path) -> None:
     short = read_metrics(write_metrics(tmp_path / "a", 3, ("image-text",)))
     long = read_metrics(write_metrics(tmp_path / "b", 9000, ("image-text", "text-third")))
     sections = training_panels([short, None, long])
@@ -301,7 +303,7 @@ def test_every_run_is_in_every_panel_and_long_runs_stay_small(tmp_path: Path) ->
     assert all(svg.count(" L ") < 3 * MAX_POINTS for svg in panels.values())
 
 
-def test_names_in_plots_are_text() -> None:
+def test_names_in_plots_are_escaped() -> None:
     names = ["$x_2$ <b>&", "font: 3px; #010203", "a name of more than eighteen letters"]
     svg = gallery_panel("R@1", names, [[0.1, 0.2, float("nan")]], [0.0, 0.1, 0.2]).svg
     page = Page(svg)

@@ -11,8 +11,7 @@ import pytest
 from tests.conftest import samples_of, write_tar
 from tests.eval.runs import finished
 from threetowers.cache.webdataset.tar_index import index_tar
-from threetowers.eval.datasets.evaluation_set import EvaluationSet, evaluation_set
-from threetowers.eval.datasets.gallery import encoded
+from threetowers.eval.datasets.image_set import ImageSet, read_images
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.eval.search.search import find, half_blocks
@@ -21,21 +20,21 @@ QUERIES = ["a red disc", "<b>blue & bar</b>"]
 
 
 @pytest.fixture
-def gallery(tmp_path: Path) -> EvaluationSet:
+def gallery(tmp_path: Path) -> ImageSet:
     """Twelve images, of which half have no caption."""
     samples = [(key, m if i % 2 else {"png": m["png"]}) for i, (key, m) in enumerate(samples_of(0, 12))]
     tar = write_tar(tmp_path / "gallery.tar", samples)
-    return evaluation_set([index_tar(tar)], group_field=None, part_field=None, max_captions=5, captions_needed=False)
+    return read_images([index_tar(tar)])
 
 
-def test_nearest_images_are_found_and_shown(clip: dict[str, Any], gallery: EvaluationSet, tmp_path: Path) -> None:
+def test_nearest_images_are_found_and_shown(clip: dict[str, Any], gallery: ImageSet, tmp_path: Path) -> None:
     encoder = load_encoder(finished(clip), LoadOptions(embeddings=tmp_path / "embeddings", workers=0))
-    assert len(gallery.pictures) == 12
+    assert len(gallery.images) == 12
     results = find(encoder, gallery, QUERIES, 3)
-    scores = encoder.images(gallery, gallery.pictures) @ encoder.texts(QUERIES).T
+    scores = encoder.images(gallery, gallery.images) @ encoder.texts(QUERIES).T
     for number, hits in enumerate(results.hits):
         best = np.argsort(-scores[:, number])[:3]
-        assert [hit.image.key for hit in hits] == [gallery.pictures[i].key for i in best]
+        assert [hit.image.key for hit in hits] == [gallery.images[i].key for i in best]
         assert [hit.score for hit in hits] == pytest.approx(scores[best, number], abs=1e-6)
     text = results.text(columns=8)
     assert "gallery.tar:s00" in text
@@ -50,7 +49,7 @@ def test_nearest_images_are_found_and_shown(clip: dict[str, Any], gallery: Evalu
     assert "approximate search" in approximate.text()
 
 
-def test_bad_queries_are_refused(clip: dict[str, Any], cache: Path, gallery: EvaluationSet) -> None:
+def test_bad_queries_are_refused(clip: dict[str, Any], cache: Path, gallery: ImageSet) -> None:
     encoder = load_encoder(finished(clip), LoadOptions(workers=0))
     with pytest.raises(ValueError, match="between 1 and the 12 images of the gallery, got 13"):
         find(encoder, gallery, QUERIES, 13)
@@ -60,17 +59,17 @@ def test_bad_queries_are_refused(clip: dict[str, Any], cache: Path, gallery: Eva
         find(load_encoder(f"cache:{cache}"), gallery, QUERIES, 2)
 
 
-def test_half_blocks_keep_colours_and_shape(gallery: EvaluationSet) -> None:
-    lines = half_blocks(encoded(gallery, gallery.pictures[0]), 6)
+def test_half_blocks_keep_colours_and_shape(gallery: ImageSet) -> None:
+    lines = half_blocks(gallery.encoded(gallery.images[0]), 6)
     assert len(lines) == 3
     assert all(line.count("▀") == 6 and line.endswith("\x1b[0m") for line in lines)
 
 
-def test_command_prints_hits_and_writes_a_page(clip: dict[str, Any], gallery: EvaluationSet, tmp_path: Path) -> None:
+def test_command_prints_hits_and_writes_a_page(clip: dict[str, Any], gallery: ImageSet, tmp_path: Path) -> None:
     path = finished(clip)
     command = [sys.executable, "-m", "threetowers", "eval", "search", str(path), "--tars", gallery.tars[0].location]
     done = subprocess.run(
-        [*command, "--query", "a red disc", "--k", "2", "--out", str(tmp_path / "out"), "--workers", "0"],
+        [*command, "--query", "a red disc", "--k", "2", "--output-dir", str(tmp_path / "out"), "--workers", "0"],
         capture_output=True,
         text=True,
         check=True,

@@ -46,7 +46,7 @@ def _record(folder: Folder, one: Experiment, share: str, name: str, quality: flo
     items = {metric: (x < quality).astype(np.float32) for metric, x in hard.items()}
     facts = ModelInfo(f"made-up-{one.name}-{share}", "0" * 64, 10, "float32", "made up by a test", seed=one.seed)
     record = EvalRecord(
-        question=EvalSpec.of(task, gallery, facts, [], {}),
+        spec=EvalSpec.of(task, gallery, facts, [], {}),
         metrics={metric: float(values.mean()) for metric, values in items.items()},
         counts={},
         sample_ids="",

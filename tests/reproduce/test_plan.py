@@ -10,7 +10,7 @@ from reproduce.claims import load_claims
 from reproduce.experiment import changes_of, run_of
 from reproduce.folder import Folder
 from reproduce.plan import BadPlan, Experiment, Plan, load_plan, parse_plan
-from threetowers.eval.datasets.config import parse_description
+from threetowers.eval.datasets.dataset_config import parse_dataset_config
 from threetowers.trainer.config import CacheTower, ImageTower
 
 CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
@@ -105,8 +105,8 @@ def test_descriptions_are_of_the_plans_styles(plan: Plan) -> None:
     for path in sorted((CONFIGS / "sets").glob("*.yaml")):
         named = {name: str(getattr(plan.styles, name)) for name in ("contrastive", "teacher", "shift")}
         text = folder.filled(path.read_text(), emoji=plan.emoji, **named)
-        source = parse_description(yaml.safe_load(text), str(path))
-        assert source.description.where["style"] == plan.styles.contrastive
+        config = parse_dataset_config(yaml.safe_load(text), str(path))
+        assert config.filter["style"] == plan.styles.contrastive
 
 
 @pytest.mark.parametrize(

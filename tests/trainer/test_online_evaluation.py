@@ -33,9 +33,9 @@ def test_evaluation_and_trace(kind: str, tars: list[Path], tmp_path: Path, reque
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         trained = load_model(out)
-        assert trained.config.evaluate is not None
-        evaluator = RetrievalEvaluator(trained.config, trained.config.evaluate)
-        assert len(evaluator.data.pictures) == 25
+        assert trained.config.evaluation is not None
+        evaluator = RetrievalEvaluator(trained.config, trained.config.evaluation)
+        assert len(evaluator.gallery.images) == 25
         for name, value in evaluator(trained.model, 6).items():
             assert metric(out, f"retrieval/{name}")[-1] == pytest.approx(value), name
     finally:

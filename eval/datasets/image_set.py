@@ -1,0 +1,107 @@
+"""The images of some tars, with the captions and fields of their samples, by address."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
+from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, read_member
+
+DEFAULT_MAX_PIXELS = 50_000_000
+
+
+@dataclass(frozen=True)
+class EvalImage:
+    """One image by address, with the annotation of its sample.
+
+    Attributes:
+        tar: Number of its tar in the `ImageSet`.
+        ordinal: Position of its sample in that tar.
+        key: Key of its sample.
+        captions: Its captions; may be empty.
+        fields: The keys of its `json` member, and `cls`, the list of numbers of a `cls` member.
+    """
+
+    tar: int
+    ordinal: int
+    key: str
+    captions: tuple[str, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The readable images of some tars. `skipped` lists the others, each with its reason."""
+
+    tars: list[TarIndex]
+    images: list[EvalImage]
+    skipped: list[str]
+
+    def name(self, image: EvalImage) -> str:
+        """Return how messages call an image: its tar and its key."""
+        return f"{self.tars[image.tar].location}: sample {image.key!r}"
+
+    def encoded(self, image: EvalImage) -> bytes:
+        """Return the bytes of an image as they lie in its tar."""
+        tar = self.tars[image.tar]
+        return read_member(tar, image.ordinal, tar.samples[image.ordinal].image)
+
+
+class ImageReader:
+    """Reads the images of tars; tars that several data sets or parts share are read once."""
+
+    def __init__(self, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+        self.max_pixels = max_pixels
+        self._read: dict[tuple[bool, tuple[str, ...]], ImageSet] = {}
+
+    def read(self, patterns: Sequence[str], caption_per_line: bool = False) -> ImageSet:
+        """Return the images of tars, globs or brace ranges; see `read_images`."""
+        tars = tuple(expand(patterns))
+        key = (caption_per_line, tars)
+        if key not in self._read:
+            self._read[key] = read_images([index_tar(tar) for tar in tars], caption_per_line, self.max_pixels)
+        return self._read[key]
+
+
+def read_images(
+    tars: Sequence[TarIndex], caption_per_line: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> ImageSet:
+    """Read the annotation of every sample of some tars, and decode each image once to know that it can be.
+
+    Args:
+        tars: Indexes of the tars.
+        caption_per_line: Whether each line of a `txt` member is a caption; otherwise the member is one caption.
+        max_pixels: Largest width x height that is decoded.
+
+    Returns:
+        The images that can be read, in the order of the tars; the others are listed in `skipped`.
+
+    Raises:
+        ValueError: No image can be read.
+        BadTar: A tar has changed since it was indexed.
+    """
+    images: list[EvalImage] = []
+    skipped: list[str] = []
+    with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
+        for number, tar in enumerate(tars):
+            read = partial(_read, tar, number, caption_per_line, max_pixels)
+            for found in pool.map(read, range(len(tar.samples))):
+                if isinstance(found, EvalImage):
+                    images.append(found)
+                else:
+                    skipped.append(str(found))
+    if not images:
+        reason = f"; the first of {len(skipped)} problems: {skipped[0]}" if skipped else ""
+        raise ValueError(f"no usable image in {[tar.location for tar in tars]}{reason}")
+    return ImageSet(list(tars), images, skipped)
+
+
+def _read(tar: TarIndex, number: int, caption_per_line: bool, max_pixels: int, ordinal: int) -> EvalImage | BadSample:
+    try:
+        annotation = read_annotation(tar, ordinal, caption_per_line=caption_per_line, captions_required=False)
+        read_image(tar, ordinal, max_pixels)
+    except BadSample as error:
+        return error
+    return EvalImage(number, ordinal, tar.samples[ordinal].key, annotation.captions, annotation.fields)

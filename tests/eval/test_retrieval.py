@@ -1,0 +1,247 @@
+"""The retrieval task on real runs: matches, the rows of LiT runs, galleries, ensembles, records and report."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import COLOURS, THINGS, samples_of, write_tar
+from tests.eval.runs import finished
+from threetowers.cache.builder.build import build
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.webdataset.tar_index import index_tar
+from threetowers.eval.cli import EvalFlags, retrieval
+from threetowers.eval.cli import compare as command_compare
+from threetowers.eval.compare import compare
+from threetowers.eval.datasets.dataset_config import DatasetConfig
+from threetowers.eval.datasets.image_set import read_images
+from threetowers.eval.encoders.encoder import LoadOptions
+from threetowers.eval.encoders.ensemble import EnsembleOptions
+from threetowers.eval.encoders.load import load_encoder
+from threetowers.eval.metrics.significance import grouped
+from threetowers.eval.suite import SuiteResult, evaluate
+from threetowers.eval.tasks.settings import RetrievalSettings, TasksConfig
+from threetowers.eval.terminal import retrieval_text
+
+CONCEPTS = RetrievalSettings(group_field="concept")
+
+
+def run_retrieval(
+    models: Sequence[str | Path],
+    tars: Sequence[Path],
+    output_dir: Path,
+    settings: RetrievalSettings = CONCEPTS,
+    **more: Any,
+) -> SuiteResult:
+    """Evaluate as the command does."""
+    name = "" if settings.gallery_field else "all"
+    dataset = DatasetConfig(name=name, tars=[str(tar) for tar in tars], tasks=TasksConfig(retrieval=settings))
+    return evaluate(models, [dataset], output_dir, **more)
+
+
+def test_records_and_report(clip: dict[str, Any], lit: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    result = run_retrieval([finished(clip), finished(lit)], tars, tmp_path / "report")
+    records = [json.loads(path.read_text()) for path in (tmp_path / "report/records").glob("*.json")]
+    assert {record["spec"]["model"] for record in records} == {"clip", "lit"}
+    for record in records:
+        assert record["spec"]["data"] == "all"
+        assert record["counts"]["images"] == 45
+        assert record["counts"]["captions"] == 40  # two for each of 20 groups, however many images show it
+        assert record["counts"]["groups"] == 20
+        for direction in ("image_to_text", "text_to_image"):
+            if not record["counts"][f"{direction}/tied"]:
+                for k in (1, 5, 10):
+                    assert record["metrics"][f"{direction}/recall@{k}"] == pytest.approx(
+                        record["metrics"][f"{direction}/recall@{k}_index"]
+                    )
+    text = retrieval_text(result)
+    assert "clip" in text
+    assert "test_resnet, 45 x " in text  # what the cache cost
+    assert set(result.results[0].stage_seconds) == {"training", "evaluation"}
+    assert set(result.results[1].stage_seconds) == {"cache", "training", "evaluation"}
+    assert str(result.report.html) in text
+    page = result.report.html.read_text()
+    captions = {f"a {colour} {thing}" for colour in COLOURS for thing in THINGS}
+    assert sum(caption in page for caption in captions) >= 6  # the examples
+    assert "45 images in 2 tars. An image and a caption match if they are of one &#39;concept&#39;" in page
+
+
+def test_recalls_equal_brute_force(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    path = finished(clip)
+    (record,) = run_retrieval([path], tars, tmp_path / "report").records
+    model = load_encoder(path)
+    data = read_images([index_tar(tar) for tar in tars])
+    image_ND = model.images(data, data.images)
+    pairs = sorted({(image.fields["concept"], caption) for image in data.images for caption in image.captions})
+    text_MD = model.texts([caption for _, caption in pairs])
+    scores = image_ND.astype(np.float64) @ text_MD.astype(np.float64).T
+    match = np.array([[image.fields["concept"] == group for group, _ in pairs] for image in data.images])
+    for direction, s, m in (("image_to_text", scores, match), ("text_to_image", scores.T, match.T)):
+        ranks = [int((row[~hit] >= row[hit].max() - 1e-6).sum()) for row, hit in zip(s, m, strict=True)]
+        for k in (1, 5, 10):
+            assert record.metrics[f"{direction}/recall@{k}"] == pytest.approx(np.mean(np.array(ranks) < k))
+
+
+def test_collapsed_model_scores_nothing(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    (record,) = run_retrieval([finished(clip, constant=True)], tars, tmp_path / "report").records
+    metrics = record.metrics
+    assert [metrics[f"{d}/recall@{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)] == [0.0] * 6
+    assert metrics["image_to_text/recall@10_optimistic"] == 1.0
+
+
+def test_each_gallery_has_a_record(clip: dict[str, Any], tmp_path: Path) -> None:
+    samples = samples_of(0, 21)
+    for number, (_, members) in enumerate(samples[:20]):
+        members["json"] = json.dumps(json.loads(members["json"]) | {"style": "ab"[number % 2]}).encode()
+    tar = write_tar(tmp_path / "styles.tar", samples)
+    settings = RetrievalSettings(group_field="concept", gallery_field="style", max_captions=1, examples=3)
+    result = run_retrieval([finished(clip)], [tar], tmp_path / "report", settings)
+    assert [record.spec.data for record in result.records] == ["a", "b"]
+    assert [record.counts["captions"] for record in result.records] == [10, 10]
+    assert [record.counts["without_gallery_field"] for record in result.records] == [1, 1]
+    assert "'s0020': gallery_field: no field 'style'" in result.skipped[0]
+    chosen = [[e for e in record.examples if e.heading == "Caption → images"] for record in result.records]
+    assert [len(examples) for examples in chosen] == [2, 1]
+
+
+def test_lit_run_reads_rows_of_the_right_teacher_only(
+    lit: dict[str, Any], cache: Path, tars: list[Path], tmp_path: Path
+) -> None:
+    path = finished(lit)
+    heldout = write_tar(tmp_path / "heldout.tar", samples_of(100, 12))
+    weights = str(cache.parent / "teacher.safetensors")
+    with pytest.raises(
+        ManifestError, match=r"heldout\.tar: not among the 2 tars.*--cache third=PATH, or use --live-teacher"
+    ):
+        run_retrieval([path], [heldout], tmp_path / "report")
+    for name, size in (("same", 64), ("other", 96)):
+        build([str(heldout)], tmp_path / name, backbone="test_resnet", weights=weights, image_size=size)
+    other, same = (LoadOptions(caches={"third": tmp_path / name}) for name in ("other", "same"))
+    with pytest.raises(ManifestError, match=r"not the teacher that .*lit was trained on: preprocessing\.input_size"):
+        run_retrieval([path], [heldout], tmp_path / "report", options=other)
+    (record,) = run_retrieval([path], [heldout], tmp_path / "report", options=same).records
+    assert record.counts["images"] == 12
+
+
+def test_live_and_cached_rows_agree(lit: dict[str, Any], cache: Path, tars: list[Path]) -> None:
+    path = finished(lit)
+    manifests = json.loads((path / "cache_manifests.json").read_text())
+    manifests["third"]["weights"] = str(cache.parent / "teacher.safetensors")
+    (path / "cache_manifests.json").write_text(json.dumps(manifests))
+    data = read_images([index_tar(tars[0])])
+    encoders = [load_encoder(path, LoadOptions(live_teacher=live)) for live in (True, False)]
+    rows = [encoder.images(data, data.images[:9]) for encoder in encoders]
+    assert (rows[0] * rows[1]).sum(1).min() >= 0.9999
+    assert [encoder.info.preprocessing.endswith(", live") for encoder in encoders] == [True, False]
+
+
+def test_unreadable_samples_are_listed(clip: dict[str, Any], tmp_path: Path) -> None:
+    samples = samples_of(0, 6)
+    samples[2][1]["png"] = b"not an image"
+    samples[4][1]["json"] = json.dumps({"concept": "x"}).encode()
+    tar = write_tar(tmp_path / "bad.tar", samples)
+    result = run_retrieval([finished(clip)], [tar], tmp_path / "report")
+    assert len(result.skipped) == 2
+    assert "sample 's0002'" in result.skipped[0]
+    assert "sample 's0004': no caption" in result.skipped[1]
+    assert "2 samples left out; the first: " in retrieval_text(result)
+    assert result.records[0].counts["unreadable"] == 1
+    assert result.records[0].counts["without_caption"] == 1
+    assert result.records[0].counts["images"] == 4
+
+
+def test_each_line_is_a_caption_only_if_the_config_says_so(clip: dict[str, Any], tmp_path: Path) -> None:
+    samples = [(key, {"png": members["png"], "txt": b"one\ntwo\n"}) for key, members in samples_of(0, 4)]
+    tar = write_tar(tmp_path / "lines.tar", samples)
+    model = finished(clip)
+    for per_line, captions in ((False, 4), (True, 8)):
+        config = DatasetConfig(name="lines", tars=[str(tar)], caption_per_line=per_line)
+        (record,) = evaluate([model], [config], tmp_path / "out", tasks=["retrieval"]).records
+        assert record.counts["captions"] == captions
+
+
+def test_models_that_cannot_be_compared_are_refused(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    path = finished(clip)
+    with pytest.raises(ValueError, match="models must have different names"):
+        run_retrieval([path, path], tars[:1], tmp_path / "report")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no finished run: model\.safetensors is missing"):
+        run_retrieval([path], tars[:1], tmp_path / "report")
+
+
+def test_recorded_results_are_not_computed_again(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    path = finished(clip)
+    output_dir = tmp_path / "report"
+    (record,) = run_retrieval([path], tars, output_dir).records
+    file = output_dir / "records" / record.file_name
+    assert run_retrieval([path], tars, output_dir).records[0].date == record.date
+    before = file.stat().st_mtime_ns
+    run_retrieval([path], tars, output_dir)
+    assert file.stat().st_mtime_ns == before
+    file.with_suffix(".npz").write_bytes(b"damaged")
+    mended = run_retrieval([path], tars, output_dir).records[0]
+    assert file.stat().st_mtime_ns > before
+    assert mended.metrics == record.metrics
+    before = file.stat().st_mtime_ns
+    run_retrieval([path], tars, output_dir, overwrite=True)
+    assert file.stat().st_mtime_ns > before
+
+
+def test_report_from_records_alone(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    path = finished(clip)
+    output_dir = tmp_path / "report"
+    report = run_retrieval([path], tars, output_dir).report
+    page = report.html.read_text()
+    shutil.rmtree(path)
+    shutil.rmtree(output_dir / "embeddings")
+    report.html.unlink()
+    again = compare([output_dir], tmp_path / "elsewhere", title="Retrieval on held-out data: clip")
+    assert again.html.read_text().count("<img") == page.count("<img") > 20
+    with pytest.raises(ValueError, match="holds no records"):
+        compare([tmp_path / "elsewhere"])
+    with pytest.raises(ValueError, match=r"no record of \['lit'\] in .*; found \['clip'\]"):
+        compare([output_dir], models=["lit"])
+    with pytest.raises(ValueError, match="at least one folder"):
+        compare([])
+
+
+def test_retrained_run_replaces_its_old_result(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    output_dir = tmp_path / "report"
+    first = run_retrieval([finished(clip)], tars, output_dir).results[0]
+    second = run_retrieval([finished(clip, constant=True)], tars, output_dir).results[0]
+    assert first.records[0].spec.model_digest != second.records[0].spec.model_digest
+    assert second.records[0].metrics["image_to_text/recall@10"] == 0
+    assert "1 other results of the same tasks are left out" in second.note
+    # The old weights again: their record is read and shown, though another is newer.
+    assert run_retrieval([finished(clip)], tars, output_dir).results[0].records == first.records
+
+
+def test_ensembles_are_models_and_seeds_are_grouped(three: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
+    seeds = [finished(three | {"output_dir": str(tmp_path / f"three-{seed}"), "seed": seed}) for seed in (1, 2)]
+    ensembles = [EnsembleOptions("third", 0.25), EnsembleOptions("third", 0.75)]
+    result = run_retrieval(seeds, tars, tmp_path / "report", ensembles=ensembles)
+    assert [model.name for model in result.results] == [
+        f"three-{seed}{ensemble}" for seed in (1, 2) for ensemble in ("", "+third=0.25", "+third=0.75")
+    ]
+    assert [len(group.members) for group in grouped(result.results)] == [2, 2, 2]
+    assert "three (2 seeds)" in result.report.markdown.read_text()
+
+
+def test_model_without_text_tower_is_refused_before_the_work(cache: Path, tars: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['cache:cache'\] see images only"):
+        run_retrieval([f"cache:{cache}"], tars[:1], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_retrieval_command(
+    clip: dict[str, Any], tars: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = EvalFlags((str(finished(clip)),), tmp_path / "out", workers=0)
+    retrieval(flags, tuple(map(str, tars)), group_field="concept")
+    assert "all: 45 images, 40 captions, 20 groups" in capsys.readouterr().out
+    command_compare((tmp_path / "out",))
+    assert "report: " in capsys.readouterr().out
