@@ -191,10 +191,10 @@ def run_of(folder: Path, tars: list[Path], cached: bool) -> TrainConfig:
         heads["h"], terms["image-third"] = {"of": "third"}, {"x": "f", "y": "h"}
     names, model = [str(tar) for tar in tars], str(tokenizer)
     tree: dict[str, Any] = {
-        "out": str(folder / "run"),
-        "batch": BATCH,
+        "output_dir": str(folder / "run"),
+        "global_batch_size": BATCH,
         "duration": {"epochs": 1},
-        "dim": 8,
+        "embed_dim": 8,
         "data": {"tars": names, "tokenizer": model, "image_size": 112, "workers": 1},
         "towers": towers,
         "heads": heads,
