@@ -294,7 +294,7 @@ def _is_only_reader(saved: Sequence[Tensor]) -> bool:
 def _scale_sigmoid_gradients_in_place(grads: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients in the order of `contrastive_backward`, in the memory in which forward left them.
 
-    For where nothing reads forward's outputs again: gradients then are never there twice.
+    Only where nothing reads forward's outputs again. Gradients are then never in memory twice.
     """
     dx, dy, d_scale, d_bias = [], [], [], []
     for part, grad in zip(_by_pair(outputs, "sigmoid", len(grads)), grads, strict=True):
