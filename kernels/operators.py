@@ -50,7 +50,7 @@ def contrastive_forward(
         ranks = RankGroup()
         needs = need_x, need_y, need_scale
 
-        # Ranks agree on sizes, scale and layout, or all raise.
+        # Ranks tell each other their sizes, scale and layout: they agree, or all raise.
         headers, fault = read_headers(x, y, log_scale, bias)
         if not ranks.serves(x[0].device):
             fault = (
@@ -64,10 +64,10 @@ def contrastive_forward(
         if fault:
             raise ValueError(fault)
 
+        # The pairs as this rank sees them, and their losses.
         labels = _group_labels(ranks, group_ids, [int(headers[0].batch) for headers in headers_Wk])
         pairs = _pair_states(x, y, headers_Wk, ranks, labels, needs)
-        exchange: ColumnExchange
-        exchange = RingColumns(ranks, pairs) if ring and ranks.size > 1 else GatheredColumns(ranks, pairs)
+        exchange = _column_exchange(ranks, pairs, ring)
         outputs: Sequence[SoftmaxOutputs | SigmoidOutputs]
         if kind == "softmax":
             outputs = softmax_forward(pairs, exchange, ranks, logit_cache_bytes)
@@ -118,6 +118,14 @@ def _pair_states(
     return pairs
 
 
+def _column_exchange(
+    ranks: RankGroup, pairs: Sequence[PairState], ring: bool, packed: Tensor | None = None
+) -> ColumnExchange:
+    if ring and ranks.size > 1:
+        return RingColumns(ranks, pairs)
+    return GatheredColumns(ranks, pairs, packed)
+
+
 @torch.library.custom_op("threetowers::contrastive_backward", mutates_args=())
 def contrastive_backward(
     grads: list[Tensor],
@@ -141,8 +149,7 @@ def contrastive_backward(
         packed, labels, known = saved[-NUM_COMMON:]
         headers_Wk = [[RankHeader(*header) for header in headers] for headers in known.tolist()]
         pairs = _pair_states(x, y, headers_Wk, ranks, labels, (need_x, need_y, need_scale))
-        exchange: ColumnExchange
-        exchange = RingColumns(ranks, pairs) if ring and ranks.size > 1 else GatheredColumns(ranks, pairs, packed)
+        exchange = _column_exchange(ranks, pairs, ring, packed)
         outputs = [SoftmaxOutputs(*part) for part in _by_pair(saved, kind, len(x))]
         results = softmax_backward(pairs, outputs, grads, exchange)
         dx, dy, d_scale = (list(side) for side in zip(*results, strict=True))
@@ -287,7 +294,7 @@ def _is_only_reader(saved: Sequence[Tensor]) -> bool:
 def _scale_sigmoid_gradients_in_place(grads: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients in the order of `contrastive_backward`, in the memory in which forward left them.
 
-    For where nothing reads forward's outputs again: gradients then are never there twice.
+    Only where nothing reads forward's outputs again. Gradients are then never in memory twice.
     """
     dx, dy, d_scale, d_bias = [], [], [], []
     for part, grad in zip(_by_pair(outputs, "sigmoid", len(grads)), grads, strict=True):

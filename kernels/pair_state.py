@@ -43,7 +43,7 @@ class PairState:
     def zero_row_gradient(self) -> Tensor | None:
         """Return a zeroed dx (b, D) where tiles have to fill it; None where not.
 
-        The scale's gradient follows from either side's: if neither side wants one, dx is computed for it.
+        The scale's gradient follows from either side's: if neither side needs one, dx is computed for it.
         """
         if self.need_x or (self.need_scale and not self.need_y):
             return self.zero_rows(len(self.x_bD))

@@ -27,7 +27,7 @@ LOG2E = math.log2(math.e)
 
 
 def spans(n: int, most: int) -> Iterator[slice]:
-    """Yield 0..n in near-equal spans of at most ``most``, whole multiples of 64 where there is more than one."""
+    """Yield 0..n in near-equal spans of at most ``most``, multiples of 64 where there is more than one."""
     if n == 0:
         return
     size = -(-n // -(-n // most))

@@ -59,7 +59,7 @@ static inline float largest(vf v) {
 // 2^t for t <= about 0; below 2^-126 it is 0. Relative error 2e-7: a minimax polynomial on [-1/2, 1/2].
 static inline vf exp2_of(vf t) {
   const vf clamped = above(t, -126.0f);
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const vf shifted = clamped + magic;
   const vf f = clamped - (shifted - magic);
   vf p = splat(EXP2_C6);

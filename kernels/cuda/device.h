@@ -42,7 +42,7 @@ DEVICE float reciprocal_fast(float x) {
   return y;
 }
 
-// Global memory that the kernel only reads, and that nobody writes while it runs.
+// Global memory that the kernel only reads, and that is not written while it runs.
 template <class T>
 struct In {
   const T* at;

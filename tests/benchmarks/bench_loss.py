@@ -8,10 +8,9 @@
 All times are forward plus backward in float32, taken in turns within one run, so that a busy machine slows all alike.
 Ratios are printed of the best times, and as the median over rounds of the ratio within a round: where these differ
 much, the machine was too busy to tell. The floor is the library's own time for the products that cannot be avoided, on
-whole matrices in memory that is already there: 4 units with logits computed twice, 3 with logits kept ("fresh": kept in
-memory allocated at every step). Curves take one
-process an implementation and width; a point that would not fit in memory or take longer than --limit is skipped, and
-said to be.
+complete matrices in memory that is already there: 4 passes with logits computed twice, 3 with logits kept ("fresh": in
+memory allocated at every step). Curves take one process an implementation and width; a point that would not fit in
+memory or take longer than --limit is skipped, which is printed.
 """
 
 import argparse
@@ -141,16 +140,16 @@ def report(title: str, steps: dict[str, Step], pairs: list[tuple[str, str]], rou
 def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clock) -> None:
     x_BD, y_BD = features(total, width)
     steps = {
-        "floor of 4 units": floor(x_BD, y_BD, True),
+        "floor of 4 passes": floor(x_BD, y_BD, True),
         "softmax": training_step(x_BD, y_BD, contrastive_loss),
-        "floor of 3 units": floor(x_BD, y_BD, False),
-        "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, logit_cache_bytes=GIB),
-        "floor of 3 units, fresh memory": floor(x_BD, y_BD, False, fresh=True),
+        "floor of 3 passes": floor(x_BD, y_BD, False),
+        "softmax, 1 GiB logit cache": training_step(x_BD, y_BD, contrastive_loss, logit_cache_bytes=GIB),
+        "floor of 3 passes, fresh memory": floor(x_BD, y_BD, False, fresh=True),
         "sigmoid": training_step(x_BD, y_BD, contrastive_loss, kind="sigmoid", bias=torch.tensor([-10.0])),
     }
-    floors = [("softmax", "floor of 4 units"), ("softmax, 1 GiB workspace", "floor of 3 units")]
-    floors.append(("softmax, 1 GiB workspace", "floor of 3 units, fresh memory"))
-    report(f"B = {total}, D = {width}", steps, [*floors, ("sigmoid", "floor of 3 units")], rounds, clock)
+    floors = [("softmax", "floor of 4 passes"), ("softmax, 1 GiB logit cache", "floor of 3 passes")]
+    floors.append(("softmax, 1 GiB logit cache", "floor of 3 passes, fresh memory"))
+    report(f"B = {total}, D = {width}", steps, [*floors, ("sigmoid", "floor of 3 passes")], rounds, clock)
 
     x_BD, y_BD = features(rival_total, width)
     rivals = {
@@ -159,15 +158,15 @@ def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clo
         "2 x torch linear_cross_entropy": linear_cross_entropy(),
         "open_clip SigLipLoss": open_clip_sigmoid(),
     }
-    eighth = f"softmax, {GIB // 8 // 2**20} MiB workspace"
+    eighth = f"softmax, {GIB // 8 // 2**20} MiB logit cache"
     steps = {
         "softmax": training_step(x_BD, y_BD, contrastive_loss),
         eighth: training_step(x_BD, y_BD, contrastive_loss, logit_cache_bytes=GIB // 8),
-        "softmax, 1 GiB workspace": training_step(x_BD, y_BD, contrastive_loss, logit_cache_bytes=GIB),
+        "softmax, 1 GiB logit cache": training_step(x_BD, y_BD, contrastive_loss, logit_cache_bytes=GIB),
         "sigmoid": training_step(x_BD, y_BD, contrastive_loss, kind="sigmoid", bias=torch.tensor([-10.0])),
     }
     steps |= {name: training_step(x_BD, y_BD, loss) for name, loss in rivals.items() if loss is not None}
-    softmax = ["softmax", eighth, "softmax, 1 GiB workspace"]
+    softmax = ["softmax", eighth, "softmax, 1 GiB logit cache"]
     ratios = [(name, own) for name in rivals for own in (["sigmoid"] if "SigLip" in name else softmax)]
     report(f"Others, B = {rival_total}, D = {width}", steps, ratios, max(2, rounds // 2), clock)
 

@@ -1,15 +1,15 @@
-"""The first thing to run where there is a GPU: are the CUDA kernels right, clean and fast there?
+"""Check the CUDA kernels on a GPU: correct, clean under the sanitizer, and how fast.
 
     python tests/benchmarks/gpu_check.py               # everything; minutes
     python tests/benchmarks/gpu_check.py --only tiles  # or loss, sanitizer, time
-    python tests/benchmarks/gpu_check.py --rehearse    # on the CPU, tiny: shows that the script works, and nothing else
+    python tests/benchmarks/gpu_check.py --rehearse    # on the CPU, tiny: tests this script only
 
 tiles      every kernel on odd tiles against float64 on the same GPU, twice for equal bits
-loss       the public loss at B = 4096 and 16384 against a dense float64 loss on the same GPU
+loss       the public loss at B = 4096 and 16384 against the float64 reference on the same GPU
 sanitizer  the tiles again under compute-sanitizer's memcheck, racecheck and synccheck, where it is installed
 time       forward and backward against open_clip, torch's linear_cross_entropy, memeff and inf-cl, in turns
 
-The last two peers are optional: pip install memeff inf-cl. What is missing is named, never silently left out.
+The last two are optional: pip install memeff inf-cl. The output names what is missing.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def check_loss(sizes: list[tuple[int, int]], device: str) -> None:
 
 
 def loss_errors(batch: int, width: int, kind: str, element: torch.dtype, device: str) -> dict[str, float]:
-    """Relative errors (norms) of the loss and its gradients against a dense float64 loss on the same features."""
+    """Relative errors (norms) of the loss and its gradients against the float64 reference on the same features."""
     results = []
     for loss_of, dtype in ((contrastive_loss, element), (reference_contrastive_loss, torch.float64)):
         x_BD, y_BD = (z.to(dtype, copy=True).requires_grad_() for z in features(batch, width, element, device))
@@ -145,7 +145,7 @@ def contenders(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Iterator[tuple[
 
 
 def compare_times(batches: list[int], width: int, rounds: int, device: str) -> None:
-    """Print milliseconds, the rate counted as 4 units, peak memory, and the ratio to this package's time."""
+    """Print milliseconds, the rate counted as 4 passes, peak memory, and the ratio to this package's time."""
     milliseconds = gpu_milliseconds if device == "cuda" else cpu_milliseconds
     for batch in batches:
         x_BD, y_BD = (z.requires_grad_() for z in features(batch, width, torch.bfloat16, device))
@@ -207,7 +207,7 @@ def main() -> None:
     device = "cpu" if options.rehearse else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check measures on a GPU, and torch finds none here (torch.cuda.is_available() is False)")
-    on = "the CPU: a rehearsal, which says nothing of a GPU" if options.rehearse else torch.cuda.get_device_name()
+    on = "the CPU: a rehearsal, which tests nothing about a GPU" if options.rehearse else torch.cuda.get_device_name()
     print(f"{on}; torch {torch.__version__}", flush=True)
     sizes = [(300, 40)] if options.rehearse else [(4096, 512), (16384, 768)]
     batches = options.batches or ([96] if options.rehearse else [16384, 32768, 65536])

@@ -1,4 +1,4 @@
-"""The emulator's builds live in pytest's cache folder, keyed by what they are made of."""
+"""The emulator's builds are stored in pytest's cache folder, keyed by a digest of their sources."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # emulator.py and tiles_under_te
 
 @pytest.fixture(scope="session")
 def builds(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled kernels are kept: between runs, unless pytest runs without its cache."""
+    """Return the folder of compiled kernels, which are reused by later runs unless pytest runs without its cache."""
     cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)
     return tmp_path_factory.mktemp("emulation") if cache is None else cache.mkdir("emulation")

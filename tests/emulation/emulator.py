@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels on the CPU: builds the .cu files with g++ against emulator.h and calls them through ctypes.
+"""Running the CUDA kernels on the CPU: builds the .cu files with g++ against emulator.h and calls them through ctypes.
 
 Every tensor that a kernel gets is registered with its size, so that an access outside of all of them is found.
 """
@@ -24,11 +24,11 @@ LARGE = Limits((8, 0), 163 * 1024, 164 * 1024)  # sm_80: four
 
 
 class EmulationError(AssertionError):
-    """A kernel did what no kernel may do; the message says which thread did what."""
+    """A kernel broke a rule; the message names the thread and what it did."""
 
 
 class Schedule(ctypes.Structure):
-    """How threads interleave; see block.h."""
+    """How threads interleave (block.h)."""
 
     _fields_ = (
         ("greedy", ctypes.c_bool),
@@ -44,7 +44,7 @@ class Schedule(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Mutation:
-    """A bug to plant: the one place in a source file where `old` stands gets `new`."""
+    """A bug to plant: replace the one `old` in a source file by `new`."""
 
     file: str
     old: str
@@ -120,7 +120,7 @@ class Emulator:
 
 
 def compile_cpp(arguments: Sequence[str | Path], target: Path) -> None:
-    """Run the C++ compiler, and move its output into place whole."""
+    """Run the C++ compiler, and move its complete output into place."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise RuntimeError(
@@ -135,7 +135,7 @@ def compile_cpp(arguments: Sequence[str | Path], target: Path) -> None:
 
 
 def _with_headers(name: str) -> dict[str, str]:
-    """A source file and all that it includes, by name; the engine's own header is not among them."""
+    """Return a source file and all that it includes, by name, except the engine's own header."""
     text = (SOURCES / name).read_text()
     found = {name: text}
     for header in re.findall(r'#include "(\w+\.h)"', text):

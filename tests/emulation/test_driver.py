@@ -1,4 +1,4 @@
-"""What the launcher says to the CUDA driver through cuda-bindings, heard by a library that stands in for the driver."""
+"""The launcher's calls of the CUDA driver through cuda-bindings, recorded by a stub of the driver's library."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ except driver.DriverError as error:
 """
 
 
-def test_calls_reach_the_driver_as_meant(tmp_path: Path) -> None:
+def test_driver_calls_and_their_arguments(tmp_path: Path) -> None:
     compile_cpp(["-shared", "-x", "c++", ENGINE / "driver_stub.cc"], tmp_path / "libcuda.so.1")
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)

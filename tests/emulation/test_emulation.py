@@ -43,8 +43,8 @@ def reference_of(case: Case, element: torch.dtype) -> Answers:
 
 @pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_tiles_equal_float64_and_touch_nothing_they_should_not(case: Case, element: torch.dtype, builds: Path) -> None:
-    """Both ring sizes, every access judged by bounds, alignment, ownership and happens-before."""
+def test_tiles_equal_float64_without_illegal_accesses(case: Case, element: torch.dtype, builds: Path) -> None:
+    """Both ring sizes; every access is checked for bounds, alignment, ownership and happens-before."""
     for limits in (SMALL, LARGE):
         got = answers(emulated(Emulator(builds, limits, RACES), element), case, element)
         check(got, reference_of(case, element), case, element)
@@ -52,7 +52,7 @@ def test_tiles_equal_float64_and_touch_nothing_they_should_not(case: Case, eleme
 
 @pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
 def test_all_schedules_give_the_same_bits(element: torch.dtype, builds: Path) -> None:
-    """Orders of threads, of blocks, and of copies: none of them may show in the result."""
+    """The result depends on no order of threads, of blocks, or of copies."""
     case = Case(130, 140, 104, diagonal=2, labels=True)
     first = answers(emulated(Emulator(builds, SMALL, RACES), element), case, element)
     check(first, reference_of(case, element), case, element)
@@ -81,7 +81,7 @@ def test_an_overflowing_scale_stays_finite(builds: Path) -> None:
     assert (got.rows.sum_n >= 1).all()
 
 
-def test_a_nan_in_the_features_is_not_hidden(builds: Path) -> None:
+def test_a_nan_in_the_features_propagates(builds: Path) -> None:
     backend = emulated(Emulator(builds), torch.bfloat16)
     case = Case(40, 50, 16, diagonal=60)
     x_rD, y_cD = case.features(torch.bfloat16)
@@ -94,7 +94,7 @@ def test_a_nan_in_the_features_is_not_hidden(builds: Path) -> None:
 
 
 def test_the_portable_fibers_give_the_same_bits(builds: Path) -> None:
-    """Those of processors without a hand-written switch."""
+    """The fibers for processors without a hand-written switch."""
     case, element = Case(40, 130, 24, labels=True), torch.bfloat16
     fast, portable = (answers(emulated(Emulator(builds, portable=p), element), case, element) for p in (False, True))
     assert portable.bits() == fast.bits()
@@ -104,7 +104,7 @@ def test_the_portable_fibers_give_the_same_bits(builds: Path) -> None:
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("logit_cache_bytes", [0, 2**30])
 @pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
-def test_the_whole_loss_on_emulated_kernels(
+def test_the_public_loss_on_emulated_kernels(
     kind: str,
     confident: bool,
     logit_cache_bytes: int,
@@ -112,7 +112,7 @@ def test_the_whole_loss_on_emulated_kernels(
     builds: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The public entry point with CUDA tiles under it, near chance and where pairs are confident: as the dense loss."""
+    """With CUDA tiles, near chance and where pairs are confident, it equals the reference."""
     monkeypatch.setattr("threetowers.kernels.operators.backend_for", lambda x_bD: emulated(Emulator(builds), element))
     batch = 150
     x_BD, y_BD = Case(batch, batch, 196).features(element)

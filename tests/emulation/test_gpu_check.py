@@ -1,4 +1,4 @@
-"""The script for the day a GPU is at hand: all of it that can run without one."""
+"""What of gpu_check.py can be tested without a GPU."""
 
 import importlib.util
 import math
@@ -41,7 +41,7 @@ def test_every_part_runs_in_a_rehearsal() -> None:
     done = run("--rehearse", "--width", "16", "--rounds", "2", "--batches", "40", "60")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert said[0].startswith("the CPU: a rehearsal, which says nothing of a GPU")
+    assert said[0].startswith("the CPU: a rehearsal, which tests nothing about a GPU")
     assert sum(line.startswith("ok  ") for line in said) == 3 * 5
     assert sum(line.startswith("B 300 D 40 ") for line in said) == 2 * 3
     assert any("compute-sanitizer" in line for line in said)
@@ -77,7 +77,7 @@ def test_a_wrong_tile_is_found(gpu_check: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_a_finding_of_the_sanitizer_stops_the_script(
     gpu_check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A stand-in that notes its arguments and fails under racecheck, as the tool does when it finds something."""
+    """The stub of the tool records its arguments, and fails under racecheck, as the tool does at a finding."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\n[ "$2" != racecheck ]\n')
     tool.chmod(0o755)
@@ -89,7 +89,7 @@ def test_a_finding_of_the_sanitizer_stops_the_script(
     assert lines == [f"--tool {name} {rest}" for name in ("memcheck", "racecheck")]
 
 
-def test_what_does_not_fit_takes_for_ever(gpu_check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_counts_as_infinite_time(gpu_check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def step() -> torch.Tensor:
         raise torch.cuda.OutOfMemoryError
 

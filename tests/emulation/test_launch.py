@@ -129,7 +129,7 @@ def test_arguments_are_laid_out_as_in_cpp() -> None:
 
 
 def chosen(limits: Limits, element: torch.dtype, builds: Path, monkeypatch: pytest.MonkeyPatch) -> object:
-    """What `cuda_backend` makes of a device with these limits, the emulator standing in for its driver."""
+    """Return what `cuda_backend` chooses for a device with these limits, with the emulator as its driver."""
     monkeypatch.setattr("threetowers.kernels.cuda.driver.DriverLauncher", lambda index: Emulator(builds, limits))
     make = cuda._factory.__wrapped__(0, element)
     return None if make is None else make()
@@ -161,8 +161,8 @@ def test_without_a_driver_there_is_one_warning_and_no_back_end(
     assert "no CUDA kernels on cuda:0, plain torch instead: no module named cuda.bindings" in record.message
 
 
-def test_the_emulator_names_what_went_wrong(builds: Path) -> None:
-    """A running maximum shorter than the parts: the host's mistake, found in the kernel."""
+def test_the_emulator_reports_an_illegal_write(builds: Path) -> None:
+    """A running maximum shorter than the parts: the host's error, found in the kernel."""
     emulator = Emulator(builds)
     parts_pn2, short_n, sum_n = torch.zeros(2, 5, 2), torch.zeros(4), torch.zeros(5)
     launch = columns_launch("merge", 5, 1, emulator.limits)

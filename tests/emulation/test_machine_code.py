@@ -1,4 +1,4 @@
-"""What NVRTC makes of the kernels for every architecture: no warning, no spill, the instructions they were written for.
+"""NVRTC compiles the kernels for every architecture without warnings or spills, to the intended instructions.
 
 Needs neither a GPU nor a toolkit: the compiler comes with torch, the disassembler with Triton.
 """
@@ -32,14 +32,14 @@ compiled = functools.cache(compile_program)
 
 
 def block_programs() -> Iterator[object]:
-    """The tensor-core kernels on every architecture; fp16 differs from bf16 in a few instructions' names only."""
+    """Yield the tensor-core kernels on every architecture; fp16 differs from bf16 in a few instructions' names only."""
     for arch, kernel, element in itertools.product(ARCHITECTURES, BLOCK_KERNELS, ((), ("FP16",))):
         program = KernelProgram(kernel, arch, (*element, f"STAGES={STAGES.get(arch, 3)}"))
         yield parameter(program, slow=bool(element) and arch not in ("sm_80", "sm_120"))
 
 
 def dense_programs() -> Iterator[object]:
-    """The generic kernels on every architecture, in each type that the back ends ask for."""
+    """Yield the generic kernels on every architecture, in each type that the back ends ask for."""
     for arch in ARCHITECTURES:
         yield from (parameter(KernelProgram(kernel, arch)) for kernel in DENSE_KERNELS)
         yield from (
@@ -105,7 +105,7 @@ def disassembled(program: CompiledKernel, folder: Path) -> Listing:
 
 
 def innermost_loop_around(listing: Listing, name: str) -> list[str]:
-    """The instructions from a branch's target back up to the branch, for the shortest one that spans all of `name`."""
+    """Return the instructions of the shortest loop, from a branch's target to the branch, that spans all of `name`."""
     places = [address for address, text in listing if text.startswith(name)]
     branches = [(int(to, 16), at) for at, text in listing for to in re.findall(r"^BRA.*?(0x[0-9a-f]+)", text)]
     start, stop = min(
@@ -114,19 +114,19 @@ def innermost_loop_around(listing: Listing, name: str) -> list[str]:
     return [text for address, text in listing if start <= address <= stop]
 
 
-def test_a_compile_error_shows_the_compilers_words() -> None:
+def test_a_compile_error_shows_the_compilers_log() -> None:
     with pytest.raises(CompileError, match=r"(?s)stats\.cu for sm_80.*STAGES"):
         compile_program(KernelProgram("stats", "sm_80", ("STAGES=none",)))
 
 
-def test_cubins_are_cached_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cubins_are_cached_by_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THREETOWERS_CUDA_CACHE", str(tmp_path / "cubins"))
     program = KernelProgram("merge", "sm_80")
     first = cached_cubin(program)
     (path,) = (tmp_path / "cubins").iterdir()
     assert path.read_bytes() == first
-    path.write_bytes(b"kept")
-    assert cached_cubin(program) == b"kept"
+    path.write_bytes(b"cached")
+    assert cached_cubin(program) == b"cached"
     cached_cubin(KernelProgram("merge", "sm_90"))
     cached_cubin(KernelProgram("merge", "sm_80", ("FP16",)))
     assert len(list((tmp_path / "cubins").iterdir())) == 3

@@ -1,4 +1,4 @@
-"""The emulator has teeth: bugs planted in the kernels, one at a time, are caught.
+"""Bugs planted in the kernels, one at a time, are caught by the emulator.
 
 Two judges look at each. `races` follows who touched what since the last barrier and needs no luck. `values` compares
 results with float64 under adversarial schedules; the table says which of them must notice.
@@ -32,7 +32,7 @@ LOOP = """    wait_copies<kStages - 2>();
 
 @dataclass(frozen=True)
 class Bug:
-    """A mutation and what must notice it: part of an error's message, and the schedules that must show it in values."""
+    """A mutation and what must detect it: part of an error's message, and the schedules that must show it in values."""
 
     mutation: Mutation
     message: str = ""  # of the races judge; "" where only wrong values can tell
@@ -179,7 +179,7 @@ def test_planted_bug_is_caught(name: str, builds: Path, references: dict[Case, A
 
 
 @pytest.mark.parametrize("case", [CASE, LONELY])
-def test_without_a_bug_all_judges_are_silent(case: Case, builds: Path, references: dict[Case, Answers]) -> None:
+def test_without_a_bug_nothing_is_reported(case: Case, builds: Path, references: dict[Case, Answers]) -> None:
     clean = Bug(Mutation("", "", ""), case=case)
     for schedule in (RACES, *SCHEDULES.values()):
         judge(clean, schedule, builds, references[case], planted=False)

@@ -1,4 +1,4 @@
-"""Offsets beyond what 32 bits count: the last block of tiles with more than 2^31 elements, in memory that is not there.
+"""Offsets beyond 32 bits: the last block of tiles with more than 2^31 elements, in memory that is mostly untouched.
 
 Every kernel is run on five rows and eight columns near the start of its buffers, and on the same numbers at the end of
 buffers of up to a terabyte, of which only the touched pages exist. Both must give the same bits. Then each 64-bit
@@ -35,14 +35,14 @@ NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pages take memory when they are written."""
+    """Return zeros whose pages take memory only when they are written."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
     buffer = mmap.mmap(-1, max(1, prod(shape) * dtype.itemsize), flags=flags)
     return torch.frombuffer(buffer, dtype=dtype, count=prod(shape)).view(shape)
 
 
 def filled(values: Tensor, *before: int) -> Tensor:
-    """Zeros whose last entries along every axis are the values."""
+    """Return zeros whose last entries along every axis are the values."""
     sizes = [skip + n for skip, n in zip(before, values.shape, strict=True)]
     whole = zeros(*sizes, dtype=values.dtype)
     whole[tuple(slice(skip, None) for skip in before)] = values
@@ -89,7 +89,7 @@ def softmax_gradient(down: int, right: int, depth: int) -> Job:
 
 def dense_row_stats(down: int, right: int, _: int) -> Job:
     rows, cols = down + ROWS, right + COLS
-    dots_rc = filled(numbers(ROWS, COLS) + 40, down, right)  # far above the zeros before them
+    dots_rc = filled(numbers(ROWS, COLS) + 40, down, right)  # case above the zeros before them
     max_r, sum_r = filled(torch.full((ROWS,), 50.0), down), filled(torch.ones(ROWS), down)
     arguments = In(dots_rc), tile(rows, cols), Out(max_r), Out(sum_r)
     return rows_launch("dense_row_stats", rows, SMALL), arguments, [max_r[-ROWS:], sum_r[-ROWS:]]
@@ -128,7 +128,7 @@ def merge(down: int, right: int, _: int) -> Job:
 
 
 @dataclass(frozen=True)
-class Far:
+class OffsetCase:
     """A kernel, how many rows and columns come before the ones that count, and the product that has to be wide."""
 
     job: Callable[[int, int, int], Job]
@@ -144,56 +144,58 @@ def cached_stats(down: int, right: int, depth: int) -> Job:
 
 
 M = 2**20
-FARS = {
-    "rows of x": Far(stats, M, 0, "block_logits.h", "static_cast<i64>(first + r) * depth", 2048),
-    "rows of y": Far(stats, 0, M, "block_logits.h", "static_cast<i64>(first + r) * depth", 2048),
-    "parts of rows": Far(stats, M, 2**18, "block_parts.h", "static_cast<i64>(block) * count"),
-    "cached dots": Far(cached_stats, M, 2048, "stats.cu", "static_cast<i64>(i) * tile.columns"),
-    "gradient": Far(softmax_gradient, M, 2**14, "block_gradient.h", "static_cast<i64>(row) * stride"),
-    "dense rows": Far(dense_row_stats, M, 2048, "dense_row_stats.cu", "static_cast<i64>(i) * tile.columns"),
-    "dense columns": Far(dense_column_stats, M, 2048, "dense_column_stats.cu", "static_cast<i64>(i) * tile.columns"),
-    "parts of columns": Far(
+CASES = {
+    "rows of x": OffsetCase(stats, M, 0, "block_logits.h", "static_cast<i64>(first + r) * depth", 2048),
+    "rows of y": OffsetCase(stats, 0, M, "block_logits.h", "static_cast<i64>(first + r) * depth", 2048),
+    "parts of rows": OffsetCase(stats, M, 2**18, "block_parts.h", "static_cast<i64>(block) * count"),
+    "cached dots": OffsetCase(cached_stats, M, 2048, "stats.cu", "static_cast<i64>(i) * tile.columns"),
+    "gradient": OffsetCase(softmax_gradient, M, 2**14, "block_gradient.h", "static_cast<i64>(row) * stride"),
+    "dense rows": OffsetCase(dense_row_stats, M, 2048, "dense_row_stats.cu", "static_cast<i64>(i) * tile.columns"),
+    "dense columns": OffsetCase(
+        dense_column_stats, M, 2048, "dense_column_stats.cu", "static_cast<i64>(i) * tile.columns"
+    ),
+    "parts of columns": OffsetCase(
         dense_column_stats, M, 2**18, "dense_column_stats.cu", "static_cast<i64>(block_y()) * tile.columns"
     ),
-    "dense dots": Far(
+    "dense dots": OffsetCase(
         dense_softmax_gradient, 65530, 2**15 + 8, "dense_softmax_gradient.cu", "static_cast<i64>(i) * tile.columns"
     ),
-    "dense gradient": Far(
+    "dense gradient": OffsetCase(
         dense_softmax_gradient, 65530, 2**15 + 8, "dense_softmax_gradient.cu", "static_cast<i64>(i) * stride"
     ),
-    "dense sigmoid": Far(dense_sigmoid, M, 2048, "dense_sigmoid.cu", "static_cast<i64>(i) * tile.columns"),
-    "merged parts": Far(merge, 4096, 2**19, "merge.cu", "static_cast<i64>(p) * length"),
+    "dense sigmoid": OffsetCase(dense_sigmoid, M, 2048, "dense_sigmoid.cu", "static_cast<i64>(i) * tile.columns"),
+    "merged parts": OffsetCase(merge, 4096, 2**19, "merge.cu", "static_cast<i64>(p) * length"),
 }
 
 
-def answer(far: Far, emulator: Emulator, down: int, right: int) -> list[Tensor]:
-    launch, arguments, results = far.job(down, right, far.depth)
+def answer(case: OffsetCase, emulator: Emulator, down: int, right: int) -> list[Tensor]:
+    launch, arguments, results = case.job(down, right, case.depth)
     emulator.run(launch, arguments)
     return results
 
 
-@pytest.mark.parametrize("name", FARS)
+@pytest.mark.parametrize("name", CASES)
 def test_offsets_are_64_bit(name: str, builds: Path) -> None:
-    far = FARS[name]
-    near = answer(far, Emulator(builds, last_block_only=True), 0, 0)
+    case = CASES[name]
+    near = answer(case, Emulator(builds, last_block_only=True), 0, 0)
     assert all(part.isfinite().all() and part.any() for part in near)
 
     def check(emulator: Emulator) -> None:
-        for a, b in zip(answer(far, emulator, far.down, far.right), near, strict=True):
+        for a, b in zip(answer(case, emulator, case.down, case.right), near, strict=True):
             assert torch.equal(a, b)
 
     check(Emulator(builds, last_block_only=True))
-    narrow = far.wide.replace("static_cast<i64>(", "static_cast<int>(static_cast<u32>(") + ")"
+    narrow = case.wide.replace("static_cast<i64>(", "static_cast<int>(static_cast<u32>(") + ")"
     with pytest.raises(AssertionError):
-        check(Emulator(builds, last_block_only=True, mutation=Mutation(far.file, far.wide, narrow)))
+        check(Emulator(builds, last_block_only=True, mutation=Mutation(case.file, case.wide, narrow)))
 
 
-def test_every_64_bit_product_is_among_them() -> None:
-    """A new one needs a line above."""
+def test_every_64_bit_product_is_tested() -> None:
+    """A new product needs an entry in CASES."""
     sources = [path for path in SOURCES.iterdir() if path.suffix in (".h", ".cu")]
     found = {
         (path.name, wide)
         for path in sources
         for wide in re.findall(r"static_cast<i64>\(.*?\) \* [\w.]+", path.read_text())
     }
-    assert found == {(far.file, far.wide) for far in FARS.values()}
+    assert found == {(case.file, case.wide) for case in CASES.values()}

@@ -13,14 +13,14 @@ from threetowers.kernels.tiles import OnlineLogSumExp, SigmoidSums, SoftmaxWeigh
 
 
 class EmulatedTensorCoreTiles(TensorCoreTiles):
-    """torch has no 16-bit product with a float32 result on the CPU: the two library GEMMs run in float32."""
+    """`TensorCoreTiles` whose library GEMMs run in float32: torch has no 16-bit product with that result on the CPU."""
 
     def _add_product(self, sum_nD: Tensor, grad_nk: Tensor, z_kD: Tensor) -> None:
         sum_nD.addmm_(grad_nk.float(), z_kD.float(), alpha=1 / GAIN[self._element])
 
 
 def emulated(emulator: Emulator, element: torch.dtype) -> TileBackend:
-    """The back end that `cuda_backend` would choose, on the emulator."""
+    """Return the back end that `cuda_backend` would choose, on the emulator."""
     return DenseTiles(emulator) if element == torch.float32 else EmulatedTensorCoreTiles(emulator, element)
 
 
@@ -63,7 +63,7 @@ class Answers:
     dy_cD: Tensor
 
     def bits(self) -> bytes:
-        """All numbers of the tile, to be compared bit by bit."""
+        """Return all numbers of the tile, to be compared bit by bit."""
         tensors = (self.cached_rc, self.grad_rc, self.grad_from_cached_rc, self.sigmoid_grad_rc, self.dx_rD, self.dy_cD)
         sums = (self.sums.loss_r, self.sums.prob_r, self.sums.row_max_r, self.sums.col_max_c)
         running = (self.rows.max_n, self.rows.sum_n, self.cols.max_n, self.cols.sum_n)
@@ -73,7 +73,7 @@ class Answers:
 
 
 def weights_of(case: Case, element: torch.dtype) -> tuple[SoftmaxWeights, SoftmaxWeights]:
-    """Softmax weights as the chunk loop would make them, in float64: from the true statistics, varied in size."""
+    """Return softmax weights as the loss would compute them, in float64: from the true statistics, varied in size."""
     rows, cols = _empty(case, torch.float64)
     reference, (x_rD, y_cD) = TorchTiles(torch.float64), case.features(element)
     reference.stats(x_rD.double(), y_cD.double(), case.tile(), rows, cols, None)
@@ -86,7 +86,7 @@ def weights_of(case: Case, element: torch.dtype) -> tuple[SoftmaxWeights, Softma
 
 
 def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
-    """Run all that a back end can do. What a kernel should write is filled with NaN before."""
+    """Run all methods of a back end. Outputs of kernels are filled with NaN before."""
     dtype, (x_rD, y_cD) = backend.dtype, (backend.features(z) for z in case.features(element))
     rows, cols = _empty(case, dtype)
     cached_rc = torch.full((case.rows, case.cols), math.nan, dtype=backend.cache_dtype)
@@ -141,7 +141,7 @@ def check(got: Answers, reference: Answers, case: Case, element: torch.dtype) ->
 
 
 def close(got: Tensor, expected: Tensor, name: str, relative: float = 0.0, absolute: float = 0.0) -> None:
-    """As torch.testing.assert_close, with a name; infinities must agree, and NaN is never close."""
+    """Do torch.testing.assert_close with a name; infinities must agree, and NaN is never close."""
     torch.testing.assert_close(
         got.double(), expected.double(), rtol=relative, atol=absolute, msg=lambda text: f"{name}: {text}"
     )

@@ -1,4 +1,4 @@
-"""Back ends under test, and batches that are hard in one known way."""
+"""The back ends under test."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def _small(backend: Any) -> Any:
 
 @pytest.fixture(params=["torch", "cpu"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test on each back end with tiles small enough that the chunk loop has something to do."""
+    """Run the test on each back end, with tiles so small that every batch has several."""
     library = sweep_library()
     if request.param == "cpu" and library is None:
         pytest.skip("this installation has no compiled sweep")

@@ -13,7 +13,7 @@ from threetowers.kernels import (
 )
 
 
-def test_softmax_is_clips_cross_entropy() -> None:
+def test_softmax_equals_cross_entropy_of_clip() -> None:
     g = torch.Generator().manual_seed(0)
     x, y = (normalize(torch.randn(37, 24, generator=g, dtype=torch.float64)) for _ in range(2))
     log_scale = torch.tensor([2.5], dtype=torch.float64)
@@ -24,7 +24,7 @@ def test_softmax_is_clips_cross_entropy() -> None:
     torch.testing.assert_close(contrastive_loss(x, y, log_scale).double(), clip, rtol=1e-5, atol=1e-5)
 
 
-def test_sigmoid_is_siglips() -> None:
+def test_sigmoid_equals_siglip() -> None:
     g = torch.Generator().manual_seed(0)
     x, y = (normalize(torch.randn(37, 24, generator=g, dtype=torch.float64)) for _ in range(2))
     log_scale, bias = torch.tensor([2.3], dtype=torch.float64), torch.tensor([-5.0], dtype=torch.float64)

@@ -41,7 +41,7 @@ def own_rows() -> slice:
 
 
 def leaves_for(kind: str) -> list[Tensor]:
-    """A linear head for each side, log_scale and bias, as a trainer has them on every rank."""
+    """Return a linear head for each side, log_scale and bias, the same on every rank."""
     g = torch.Generator().manual_seed(1)
     heads = [torch.eye(WIDTH) + 0.1 * torch.randn(WIDTH, WIDTH, generator=g) for _ in range(2)]
     values = [*heads, torch.tensor([-0.5]), torch.tensor([-0.7])]
@@ -49,7 +49,7 @@ def leaves_for(kind: str) -> list[Tensor]:
 
 
 def assert_averaged(leaves: list[Tensor], references: list[Tensor]) -> None:
-    """What data-parallel averaging makes of the ranks' gradients is one process's gradient."""
+    """Check that the mean of the ranks' gradients is one process's gradient."""
     for k, (leaf, reference) in enumerate(zip(leaves, references, strict=True)):
         assert leaf.grad is not None, k
         assert reference.grad is not None
@@ -91,8 +91,7 @@ def check_single(
 
 
 def check_pairs(kind: Any, ring: bool) -> None:
-    """Three terms in one call, as three towers have: one side frozen, one width and dtype of its own, one with fewer
-    samples."""
+    """Check three pairs in one call: one side frozen, one of another width and dtype, one with fewer samples."""
     x_BD, y_BD, _ = batch(total_of_ranks())
     z_BD, mine = x_BD.flip(1)[:, :5].contiguous(), own_rows()
     some = torch.arange(len(x_BD)) % 3 > 0  # a term that only these samples have
@@ -133,7 +132,7 @@ class Towers(torch.nn.Module):
 
 
 def check_under_ddp(kind: Any) -> None:
-    """torch's own wrapper does the averaging."""
+    """Check gradients that torch's own wrapper averages."""
     x_BD, y_BD, _ = batch(total_of_ranks())
     towers, mine = DistributedDataParallel(Towers(kind)), own_rows()
     x, y, log_scale, *bias = towers(x_BD[mine], y_BD[mine])
@@ -146,7 +145,7 @@ def check_under_ddp(kind: Any) -> None:
 
 
 def check_refusals() -> None:
-    """One rank is at fault; all raise, and name it. Then the group still works."""
+    """Check that all ranks raise and name the one at fault, and that the group still works then."""
     x_bD, scale = torch.ones(3, 4), torch.tensor([1.0])
     last_rank = dist.get_world_size() - 1
     culprit = dist.get_rank() == last_rank

@@ -20,7 +20,7 @@ KINDS = ["softmax", "sigmoid"]
 
 
 def batch(total: int, width: int, *, dtype: torch.dtype = torch.float32, noise: float = 1.0, seed: int = 0) -> Any:
-    """Matched unit rows x and y, of which each knows its partner better the less noise there is."""
+    """Return matched unit rows x and y, which are the closer the less noise there is."""
     g = torch.Generator().manual_seed(seed)
     x_BD = torch.randn(total, width, generator=g)
     y_BD = x_BD + noise * torch.randn(total, width, generator=g)
@@ -28,7 +28,7 @@ def batch(total: int, width: int, *, dtype: torch.dtype = torch.float32, noise: 
 
 
 def gradients(loss_of: Any, x_BD: Tensor, y_BD: Tensor, scale: float, kind: str, bias: float = -3.0) -> list[Tensor]:
-    """[loss, dx, dy, d log_scale, d bias] in float64, of a copy of the inputs."""
+    """Return [loss, dx, dy, d log_scale, d bias] in float64, of a copy of the inputs."""
     dtype = torch.promote_types(x_BD.dtype, torch.float32)
     leaves = [x_BD.clone(), y_BD.clone(), torch.tensor([scale], dtype=torch.float64).log().to(dtype)]
     leaves += [torch.tensor([bias], dtype=dtype)] if kind == "sigmoid" else []
@@ -39,7 +39,7 @@ def gradients(loss_of: Any, x_BD: Tensor, y_BD: Tensor, scale: float, kind: str,
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    """Relative error in the Euclidean norm."""
+    """Return the relative error in the Euclidean norm."""
     return float((found - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
@@ -171,7 +171,7 @@ def test_the_logit_cache_changes_no_bit(small_tiles: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pairs_are_independent_terms(small_tiles: str, kind: Any) -> None:
+def test_pairs_are_independent(small_tiles: str, kind: Any) -> None:
     """Several pairs at once: loss, accuracies and gradients are those of each alone, also where sides are shared."""
     x_BD, y_BD = batch(90, 16)
     z_BD = batch(90, 24, seed=5)[0]

@@ -1,4 +1,4 @@
-"""The registered operator: what torch expects of one, what it saves, and what it costs in products."""
+"""The registered operators: torch's requirements, what is saved for backward, and the number of passes."""
 
 import contextlib
 import mmap
@@ -142,7 +142,7 @@ def test_deterministic_retained_and_scaled(kind: str) -> None:
     assert torch.equal(loss, loss_of(*leaves))
 
 
-def test_sigmoid_gradients_are_there_once() -> None:
+def test_sigmoid_backward_reuses_the_memory_of_forward() -> None:
     """Without retain_graph backward returns the memory that forward filled; with it, forward's results stay as they
     are."""
     leaves, saved = batch() + scalars("sigmoid"), []

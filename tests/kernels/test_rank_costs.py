@@ -1,4 +1,4 @@
-"""What ranks cost each other, in real gloo processes: when collectives run, and how much memory each rank takes."""
+"""When collectives run and how much memory each rank takes, on real gloo processes."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Log = list[str]
 
 
 def step(batch: int, width: int, *, num_pairs: int = 1, **options: Any) -> None:
-    """Forward and backward of one call with random local batches."""
+    """Run forward and backward of one call with random local batches."""
     sides = [torch.randn(batch, width).requires_grad_() for _ in range(2 * num_pairs)]
     scale = torch.zeros(1, requires_grad=True)
     pairs = [Pair(x, y, scale) for x, y in zip(sides[::2], sides[1::2], strict=True)]
@@ -30,7 +30,7 @@ def step(batch: int, width: int, *, num_pairs: int = 1, **options: Any) -> None:
 
 
 def logged(log: Log, name: str, wait: Callable[[], Any]) -> Callable[[], Any]:
-    """Notes that it starts now, and when somebody waits for it."""
+    """Record that a collective starts now, and when it is waited for."""
     log.append(f"{name} starts")
 
     def waited() -> Any:
@@ -41,7 +41,7 @@ def logged(log: Log, name: str, wait: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def recorded(log: Log) -> Any:
-    """`RankGroup` and a back end that write down what they do, and do it."""
+    """Return a `RankGroup` and a back end that record what they do."""
 
     class RecordedRanks(RankGroup):
         def gather_async(self, part_n: Tensor) -> tuple[Tensor, Callable[[], Any]]:
@@ -64,7 +64,7 @@ def recorded(log: Log) -> Any:
 
 
 def tiles_under_way(log: Log) -> dict[str, int]:
-    """How many tiles were computed between the start of each collective and the wait for it."""
+    """Return how many tiles were computed between the start of each collective and the wait for it."""
     names = [entry.removesuffix(" starts") for entry in log if entry.endswith(" starts")]
     assert len(set(names)) == len(names)
     spans = {name: (log.index(f"{name} starts"), log.index(f"{name} is waited for")) for name in names}
@@ -103,7 +103,7 @@ def check_overlap() -> None:
 
 
 def peak_bytes(work: Callable[[], None]) -> int:
-    """The most memory that tensors made by this took at once, of every allocation there was."""
+    """Return the most memory that tensors allocated by this work took at once."""
     work()  # what is made once does not count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()

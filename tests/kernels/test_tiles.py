@@ -68,9 +68,11 @@ def test_sigmoid_sweep(sweep: CpuTiles, rows: int, cols: int, labelled: bool) ->
     results = []
     for backend, dtype in ((sweep, torch.float32), (TorchTiles(torch.float64), torch.float64)):
         sums = SigmoidSums(
-            torch.ones(rows, dtype=dtype), torch.ones(rows, dtype=dtype),
-            torch.full((rows,), -torch.inf, dtype=dtype), torch.full((cols,), -torch.inf, dtype=dtype),
-        )  # fmt: skip
+            loss_r=torch.ones(rows, dtype=dtype),
+            prob_r=torch.ones(rows, dtype=dtype),
+            row_max_r=torch.full((rows,), -torch.inf, dtype=dtype),
+            col_max_c=torch.full((cols,), -torch.inf, dtype=dtype),
+        )
         weights_r = torch.linspace(0.5, 1, rows, dtype=dtype)
         grad_rc = backend.sigmoid(x_rD.to(dtype), y_cD.to(dtype), tile, sums, weights_r)
         assert grad_rc is not None
@@ -123,7 +125,7 @@ def test_the_sweep_uses_no_more_than_torch(monkeypatch: pytest.MonkeyPatch, capa
     assert best_isa(library) == min(expected, library.threetowers_sweep_isa())
 
 
-def test_dispatch() -> None:
+def test_choice_of_the_back_end() -> None:
     assert isinstance(backend_for(torch.zeros(1, 1, dtype=torch.float64)), TorchTiles)
     expected = TorchTiles if sweep_library() is None else CpuTiles
     assert isinstance(backend_for(torch.zeros(1, 1, dtype=torch.bfloat16)), expected)

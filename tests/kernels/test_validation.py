@@ -40,7 +40,7 @@ SCALE = torch.tensor([1.0])
         ({"x": X[:0], "y": X[:0]}, "the global batch is empty"),
     ],
 )
-def test_one_clear_message(change: dict[str, Any], message: str) -> None:
+def test_messages(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"x": X, "y": X, "log_scale": SCALE} | change
     with pytest.raises(ValueError, match=message):
         contrastive_loss(**arguments)
