@@ -1,23 +1,23 @@
-"""`python -m reproduce`: run what configs/reproduce plans, whatever of it is not there yet, and write the report."""
+"""`python -m reproduce`: run the experiments of configs/reproduce that are not finished, and write the report."""
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from reproduce import budget
+from reproduce.budget import budget_table, estimate_budget, measure_work
 from reproduce.claims import load_claims
-from reproduce.experiment import changes_of, is_finished, perform
+from reproduce.experiment import all_changes, is_finished, run_experiment
 from reproduce.folder import Folder, read_json, write_json
-from reproduce.materials import prepare
+from reproduce.materials import prepare_materials
 from reproduce.packages import NotAvailable
 from reproduce.plan import Experiment, Plan, load_plan
-from reproduce.pool import Task, perform_all
+from reproduce.pool import Task, run_tasks
 from reproduce.report.page import write_report
-from reproduce.sweep import choose_rates
+from reproduce.scores import choose_rates
 from reproduce.teachers import cache_teacher, cache_view, fetch, is_built
 
 logger = logging.getLogger(__name__)
@@ -30,24 +30,26 @@ def reproduce(
     workers: int = 2,
     only: Literal["all", "budget", "report"] = "all",
 ) -> None:
-    """Train and evaluate what configs/reproduce/experiments.yaml lists, and judge the papers' claims by it.
+    """Train and evaluate the experiments of configs/reproduce/experiments.yaml, and test the papers' claims.
 
     Each step whose result is in the folder is skipped: run it again after an interruption, or when the plan has grown.
 
     Args:
-        quick: A short version, by the plan's `quick`; its report stays in its folder.
-        out: Folder of everything; default: runs/reproduce, or runs/reproduce-quick.
-        configs: Folder of the plan, the claims, the base configs and the descriptions of the evaluation sets.
-        workers: Runs side by side, one core each; 0: one after the other, in this process.
-        only: all; budget: print the arithmetic and stop; report: write the report of what is finished.
+        quick: Run a short version, by the plan's `quick`; its report is written into its folder.
+        out: Folder of all files; by default runs/reproduce, or runs/reproduce-quick.
+        configs: Folder of the plan, the claims, the base configs and the configs of the evaluation sets.
+        workers: Number of runs side by side, one core each; with 0 they run one after the other in this process.
+        only: all; budget to print the estimate and stop; report to write the report of the finished experiments.
     """
-    plan, claims = load_plan(configs / "experiments.yaml"), load_claims(configs / "claims.yaml")
-    plan = plan.made_quick() if quick else plan
+    plan = load_plan(configs / "experiments.yaml")
+    claims = load_claims(configs / "claims.yaml")
+    if quick:
+        plan = plan.made_quick()
     folder = Folder(out or Path("runs/reproduce-quick" if quick else "runs/reproduce"))
     report = folder.path if quick or out is not None else Path("docs")
     command = "make reproduce-quick" if quick else "make reproduce"
     if only != "report":
-        plan, missing = carry_out(plan, folder, configs, workers, stop=only == "budget")
+        plan, missing = carry_out(plan, folder, configs, workers, estimate_only=only == "budget")
         if only == "budget":
             return
     else:
@@ -57,9 +59,16 @@ def reproduce(
     print(f"report: {report / 'RESULTS.md'}, {report / 'results.html'}")
 
 
-def carry_out(plan: Plan, folder: Folder, configs: Path, workers: int, stop: bool) -> tuple[Plan, Mapping[str, str]]:
-    """Do what is not done; return what of the plan could be carried out, and why not the rest."""
-    prepare(plan, folder, configs)
+def carry_out(
+    plan: Plan, folder: Folder, configs: Path, workers: int, *, estimate_only: bool = False
+) -> tuple[Plan, Mapping[str, str]]:
+    """Run the steps of a plan that are not done.
+
+    Returns:
+        The plan without the teachers that cannot be obtained, and the reason for each of these.
+    """
+    # Data, and the parts of teachers that are downloaded.
+    prepare_materials(plan, folder, configs)
     missing: dict[str, str] = {}
     for name, teacher in plan.teachers.items():
         try:
@@ -69,37 +78,35 @@ def carry_out(plan: Plan, folder: Folder, configs: Path, workers: int, stop: boo
             logger.warning("teacher %s is left out: %s", name, error)
     write_json(folder["missing.json"], missing)
     plan = plan.without(list(missing))
-    budget.measure(plan, folder, configs, workers)
-    print(budget.table(budget.lines(plan, folder, configs), workers, plan.budget_minutes), flush=True)
-    if not stop:
-        new = [name for name in plan.teachers if not folder[f"fits/{name}.json"].exists()]
-        perform_all([Task(name, cache_teacher, (name, plan, folder)) for name in new], workers, "teacher")
-        new = [name for name in plan.views if not is_built(folder[f"caches/{name}"])]
-        perform_all([Task(name, cache_view, (name, plan, folder)) for name in new], workers, "view")
-        _perform(plan, folder, configs, plan.trials(), {}, workers, "trial")
-        rates = choose_rates(plan, folder)
-        _perform(plan, folder, configs, plan.experiments(), rates, workers, "run")
+
+    # The time that the rest will take.
+    measure_work(plan, folder, configs, workers)
+    print(budget_table(estimate_budget(plan, folder, configs), workers, plan.budget_minutes), flush=True)
+    if estimate_only:
+        return plan, missing
+
+    # Caches.
+    new = [name for name in plan.teachers if not folder[f"fits/{name}.json"].exists()]
+    run_tasks([Task(name, cache_teacher, (name, plan, folder)) for name in new], workers, "teacher")
+    new = [name for name in plan.views if not is_built(folder[f"caches/{name}"])]
+    run_tasks([Task(name, cache_view, (name, plan, folder)) for name in new], workers, "view")
+
+    # Runs, with the learning rates that the trials choose.
+    def run_all(experiments: Sequence[Experiment], rates: dict[str, float], what: str) -> None:
+        tasks = []
+        for experiment in experiments:
+            changes = all_changes(plan, experiment, rates)
+            if not is_finished(folder, experiment, changes):
+                tasks.append(Task(experiment.name, run_experiment, (plan, folder, configs, experiment, changes)))
+        run_tasks(tasks, workers, what)
+
+    run_all(plan.trials(), {}, "trial")
+    run_all(plan.experiments(), choose_rates(plan, folder), "run")
     return plan, missing
 
 
-def _perform(
-    plan: Plan,
-    folder: Folder,
-    configs: Path,
-    experiments: list[Experiment],
-    rates: dict[str, float],
-    workers: int,
-    what: str,
-) -> None:
-    tasks = []
-    for one in experiments:
-        changes = changes_of(plan, one, rates)
-        if not is_finished(folder, one, changes):
-            tasks.append(Task(one.name, perform, (plan, folder, configs, one, changes)))
-    perform_all(tasks, workers, what)
-
-
 def main() -> None:
+    """Run the command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("reproduce", __name__):
         logging.getLogger(name).setLevel(logging.INFO)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic.dataclasses import dataclass as checked
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from reproduce.plan import STRICT, BadPlan, Positive
 from reproduce.scores import Metric, Scores
@@ -16,8 +16,8 @@ from threetowers.eval.metrics.bootstrap import PairedDifference, resample
 Verdict = Literal["holds", "does not hold", "cannot be told here"]
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold"
-OPEN: Verdict = "cannot be told here"
-VERDICTS = (HOLDS, FAILS, OPEN)
+UNDECIDED: Verdict = "cannot be told here"
+VERDICTS = (HOLDS, FAILS, UNDECIDED)
 RULE = (
     "Each line is the difference of two means, in points, over the seeds that both sides have, with its 95 % interval "
     "from resampling concepts and seeds, the same for both sides. *Better* holds where the whole interval is above "
@@ -30,8 +30,10 @@ RULE = (
 )
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Claim:
+    """A statement that `first` is better, or not worse, than `second` by some metrics and with some teachers."""
+
     title: str
     source: str
     asks: Literal["better", "not-worse"]
@@ -41,9 +43,9 @@ class Claim:
     teachers: list[str] = field(default_factory=list)
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Trend:
-    """One difference under several circumstances: by their names, the first and the second."""
+    """One difference under several conditions; `at` names the first and the second side of each."""
 
     title: str
     metric: str
@@ -51,9 +53,9 @@ class Trend:
     at: dict[str, tuple[str, str]]
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class ByFit:
-    """One difference over several teachers: how it goes with how well they fit the data. `lines`: through which."""
+    """One difference against the fit of the teacher; `lines` names the teachers of each regression line."""
 
     title: str
     first: str
@@ -62,9 +64,9 @@ class ByFit:
     lines: dict[str, list[str]]
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Claims:
-    """`margin`: percent of the second's score that may be lost where a claim is of not being worse."""
+    """The content of claims.yaml; `margin` is the loss, in percent of the second score, that is still "not worse"."""
 
     margin: Positive
     metrics: dict[str, Metric]
@@ -74,92 +76,111 @@ class Claims:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One difference that a claim is judged by. `seeds`: how many both sides have in common."""
+class MeasuredDifference:
+    """Means of a first and a second side over their `seeds` common seeds, and their difference."""
+
+    means: tuple[float, float]
+    difference: PairedDifference
+    seeds: int
+
+
+@dataclass(frozen=True)
+class ClaimLine:
+    """One difference of a claim, by one metric and with one teacher, and its verdict."""
 
     metric: str
     teacher: str | None
-    means: tuple[float, float]  # of the first and of the second
-    difference: PairedDifference
-    seeds: int
+    measured: MeasuredDifference
     verdict: Verdict
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A claim with its lines; `missing` says what of it was not measured."""
+class ClaimResult:
+    """A claim with its lines and its verdict; `missing` lists the lines that were not measured."""
 
     claim: Claim
-    lines: list[Line]
+    lines: list[ClaimLine]
     missing: list[str]
     verdict: Verdict
 
 
 def load_claims(path: Path) -> Claims:
-    """Return the checked claims of a YAML file. Raises BadPlan."""
+    """Read the claims of a YAML file.
+
+    Raises:
+        BadPlan: For a file that cannot be read or is not valid.
+    """
     try:
-        return parse_claims(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise BadPlan(f"{path}: cannot be read as YAML: {error}") from error
+    return parse_claims(tree, str(path))
 
 
 def parse_claims(tree: Mapping[str, Any], source: str = "claims") -> Claims:
-    """Return the checked claims of a plain tree. Raises BadPlan."""
-    found = parse_as(Claims, tree, BadPlan, f"{source} holds no valid claims")
-    asked: list[Claim | ByFit] = [*found.claims, *found.by_fit]
-    for claim in asked:
-        if unknown := sorted(set(claim.metrics) - found.metrics.keys()):
-            raise BadPlan(f"{source}: {claim.title!r}: {unknown} are no metrics; they are {sorted(found.metrics)}")
-    return found
+    """Return the claims of a plain tree.
 
-
-def measure(
-    scores: Scores, sides: tuple[str, str], teacher: str | None, metric: Metric
-) -> tuple[tuple[float, float], PairedDifference, int] | None:
-    """The means of two sides over their common seeds, their difference, and how many seeds; None where there are none.
-
-    In pairs, as one seed means the same batches to both, and often the same weights to start from.
+    Raises:
+        BadPlan: For a tree that is not valid, or a metric that is not defined in it.
     """
-    first, second = (scores.find(side, teacher, metric) for side in sides)
+    claims = parse_as(Claims, tree, BadPlan, f"{source} holds no valid claims")
+    with_metrics: list[Claim | ByFit] = [*claims.claims, *claims.by_fit]
+    for claim in with_metrics:
+        if unknown := sorted(set(claim.metrics) - claims.metrics.keys()):
+            raise BadPlan(
+                f"{source}: {claim.title!r}: {unknown} are no metrics, expected some of {sorted(claims.metrics)}"
+            )
+    return claims
+
+
+def measure_difference(
+    scores: Scores, sides: tuple[str, str], teacher: str | None, metric: Metric
+) -> MeasuredDifference | None:
+    """Measure the difference of two sides over their common seeds; None where they have none.
+
+    Seeds are drawn in pairs, as a seed gives both sides the same batches, and often the same initial weights.
+    """
+    first = scores.find(sides[0], teacher, metric)
+    second = scores.find(sides[1], teacher, metric)
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    found = resample([[side[seed] for seed in seeds] for side in (first, second)], paired=True)
-    means = float(found.mean_M[0]), float(found.mean_M[1])
-    return means, found.difference(0, 1), len(seeds)
+    bootstrap = resample([[side[seed] for seed in seeds] for side in (first, second)], paired=True)
+    means = (float(bootstrap.mean_M[0]), float(bootstrap.mean_M[1]))
+    return MeasuredDifference(means, bootstrap.difference(0, 1), len(seeds))
 
 
-def judge(claims: Claims, scores: Scores) -> list[Judged]:
-    """Measure every claim on what there is."""
-    return [_judged(claim, claims, scores) for claim in claims.claims]
+def evaluate_claims(claims: Claims, scores: Scores) -> list[ClaimResult]:
+    """Measure every claim on the scores that there are."""
+    return [_evaluate_claim(claim, claims, scores) for claim in claims.claims]
 
 
-def verdict_of(difference: PairedDifference, asks: str, margin: float) -> Verdict:
-    """The rule for one line. `margin`: how much may be lost, in the difference's own unit."""
+def line_verdict(difference: PairedDifference, asks: str, margin: float) -> Verdict:
+    """Return the verdict on one line; `margin` is the loss that is still "not worse", in the unit of the difference."""
     bound = -margin if asks == "not-worse" else 0.0
     if difference.low > bound:
         return HOLDS
-    return FAILS if difference.high < bound else OPEN
+    return FAILS if difference.high < bound else UNDECIDED
 
 
-def together(verdicts: Sequence[Verdict], complete: bool) -> Verdict:
-    """The rule for a claim; one that was not measured in all its lines cannot hold."""
+def claim_verdict(verdicts: Sequence[Verdict], complete: bool) -> Verdict:
+    """Return the verdict on a claim from those on its lines; without all lines it cannot hold."""
     if FAILS in verdicts:
         return FAILS
-    return HOLDS if complete and verdicts and set(verdicts) == {HOLDS} else OPEN
+    return HOLDS if complete and verdicts and set(verdicts) == {HOLDS} else UNDECIDED
 
 
-def _judged(claim: Claim, claims: Claims, scores: Scores) -> Judged:
-    lines: list[Line] = []
+def _evaluate_claim(claim: Claim, claims: Claims, scores: Scores) -> ClaimResult:
+    lines: list[ClaimLine] = []
     missing: list[str] = []
     teachers: list[str | None] = [*claim.teachers] or [None]
     for name in claim.metrics:
         for teacher in teachers:
-            measured = measure(scores, (claim.first, claim.second), teacher, claims.metrics[name])
+            measured = measure_difference(scores, (claim.first, claim.second), teacher, claims.metrics[name])
             if measured is None:
-                missing.append(f"{name}{f' with {teacher}' if teacher else ''}")
+                missing.append(f"{name} with {teacher}" if teacher else name)
                 continue
-            means, difference, seeds = measured
-            verdict = verdict_of(difference, claim.asks, claims.margin / 100 * means[1])
-            lines.append(Line(name, teacher, means, difference, seeds, verdict))
-    return Judged(claim, lines, missing, together([line.verdict for line in lines], not missing))
+            margin = claims.margin / 100 * measured.means[1]
+            verdict = line_verdict(measured.difference, claim.asks, margin)
+            lines.append(ClaimLine(name, teacher, measured, verdict))
+    return ClaimResult(claim, lines, missing, claim_verdict([line.verdict for line in lines], not missing))

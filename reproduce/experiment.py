@@ -1,4 +1,4 @@
-"""One experiment: a run of the trainer, evaluated; what it was, took and gave is written down when all is done."""
+"""One experiment: a run is trained and evaluated, then its settings, costs and records are written to one file."""
 
 import functools
 import shutil
@@ -12,7 +12,7 @@ import numpy as np
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import BadPlan, Experiment, Plan
 from threetowers.eval.datasets.image_set import ImageReader
-from threetowers.eval.encoders.encoder import LoadOptions
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions
 from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.eval.record import EvalRecord
@@ -21,58 +21,69 @@ from threetowers.trainer.config import TrainConfig, load
 from threetowers.trainer.train import TrainSummary, train
 
 VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS = "validation", "retrieval", "subgroups", "groups"
-CHOSEN_BY = ("image_to_text/mean_reciprocal_rank", "text_to_image/mean_reciprocal_rank")
+VALIDATION_METRICS = ("image_to_text/mean_reciprocal_rank", "text_to_image/mean_reciprocal_rank")
 
 
-def changes_of(plan: Plan, one: Experiment, rates: dict[str, float]) -> list[str]:
-    """What an experiment changes in its base config, its learning rate included."""
-    rate = one.rate if one.rate is not None else rates.get(one.method)
-    return plan.changes(one) + ([] if rate is None else [f"optim.lr={rate:g}"])
+def all_changes(plan: Plan, experiment: Experiment, rates: dict[str, float]) -> list[str]:
+    """Return the changes of an experiment to its base config, its learning rate included; `rates` are by method."""
+    rate = experiment.rate if experiment.rate is not None else rates.get(experiment.method)
+    changes = plan.changes(experiment)
+    if rate is not None:
+        changes.append(f"optim.lr={rate:g}")
+    return changes
 
 
-def is_finished(folder: Folder, one: Experiment, changes: Sequence[str]) -> bool:
-    """Whether an experiment is done. Raises BadPlan where one of its name was done otherwise."""
-    path = folder.finished(one.name)
+def is_finished(folder: Folder, experiment: Experiment, changes: Sequence[str]) -> bool:
+    """Return whether an experiment is finished.
+
+    Raises:
+        BadPlan: If one of its name was run with other changes.
+    """
+    path = folder.finished(experiment.name)
     if not path.exists():
         return False
     if (found := read_json(path)["changes"]) != list(changes):
         differing = sorted(set(found) ^ set(changes))
-        raise BadPlan(f"{path}: made with other settings ({differing}); remove the file, or choose another --out")
+        raise BadPlan(
+            f"{path}: run with other settings ({differing}); remove the file to run it again, or choose another --out"
+        )
     return True
 
 
-def run_of(plan: Plan, folder: Folder, configs: Path, one: Experiment, changes: Sequence[str]) -> TrainConfig:
-    """The experiment as the trainer takes it."""
-    where = [
-        f"output_dir={folder['runs'] / one.name}",
+def train_config(
+    plan: Plan, folder: Folder, configs: Path, experiment: Experiment, changes: Sequence[str]
+) -> TrainConfig:
+    """Return the config of an experiment for the trainer."""
+    paths = [
+        f"output_dir={folder['runs'] / experiment.name}",
         f"data.tars=['{folder['data/train.tar']}']",
         f"data.tokenizer={folder['data/tokenizer.model']}",
     ]
-    return load(configs / plan.methods[one.method].config, [*where, *map(folder.filled, changes)])
+    return load(configs / plan.methods[experiment.method].config, [*paths, *map(folder.substitute, changes)])
 
 
-def perform(plan: Plan, folder: Folder, configs: Path, one: Experiment, changes: Sequence[str]) -> float:
-    """Train and evaluate an experiment, from where it was left; return the seconds of its training."""
-    if is_finished(folder, one, changes):
-        return float(read_json(folder.finished(one.name))["seconds"])
-    run = run_of(plan, folder, configs, one, changes)
-    summary = train(run)
-    records = evaluated(plan, folder, one, Path(run.output_dir), folder.path)
-    write_json(folder.finished(one.name), facts(one, changes, summary, records))
-    shutil.rmtree(Path(run.output_dir) / "checkpoints")  # only resuming needs them, and there are many runs
+def run_experiment(plan: Plan, folder: Folder, configs: Path, experiment: Experiment, changes: Sequence[str]) -> float:
+    """Train and evaluate an experiment, resuming it if it was interrupted; return the seconds of its training."""
+    if is_finished(folder, experiment, changes):
+        return float(read_json(folder.finished(experiment.name))["seconds"])
+    config = train_config(plan, folder, configs, experiment, changes)
+    summary = train(config)
+    records = evaluate_experiment(plan, folder, experiment, Path(config.output_dir), folder.path)
+    write_json(folder.finished(experiment.name), _finished_entry(experiment, changes, summary, records))
+    shutil.rmtree(Path(config.output_dir) / "checkpoints")  # only resuming needs them, and there are many runs
     return summary.seconds
 
 
-def facts(
-    one: Experiment, changes: Sequence[str], summary: TrainSummary, records: dict[str, dict[str, str]]
+def _finished_entry(
+    experiment: Experiment, changes: Sequence[str], summary: TrainSummary, records: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
-    """What is written down of a finished experiment. `records`: file names by share of the third tower, and set."""
+    """Return the content of the file of a finished experiment; `records` as `evaluate_experiment` returns them."""
     return {
-        "method": one.method,
-        "teacher": one.teacher,
-        "variant": one.variant,
-        "seed": one.seed,
-        "rate": one.rate,
+        "method": experiment.method,
+        "teacher": experiment.teacher,
+        "variant": experiment.variant,
+        "seed": experiment.seed,
+        "rate": experiment.rate,
         "changes": list(changes),
         "steps": summary.steps,
         "samples": summary.samples,
@@ -83,36 +94,44 @@ def facts(
     }
 
 
-def evaluated(plan: Plan, folder: Folder, one: Experiment, run: Path, output_dir: Path) -> dict[str, dict[str, str]]:
-    """Answer what is asked of an experiment, into `output_dir`; return file names by share of the third tower, and set.
+def evaluate_experiment(
+    plan: Plan, folder: Folder, experiment: Experiment, run: Path, output_dir: Path
+) -> dict[str, dict[str, str]]:
+    """Evaluate the run of an experiment into `output_dir`; return file names by share of the third tower and by set.
 
-    A trial sees the validation concepts only; an ablation is not probed.
+    A trial of the sweep sees the validation concepts only; an ablation is not probed.
     """
-    sets = [VALIDATION] if one.rate is not None else [VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS]
-    if one.variant is not None:
+    sets = [VALIDATION] if experiment.rate is not None else [VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS]
+    if experiment.variant is not None:
         sets.remove(GROUPS)
-    planned = {name: one for name, one in _planned(folder.path).items() if name in sets}
+
+    def evaluate(encoder: Encoder, names: Sequence[str]) -> dict[str, str]:
+        planned = _planned(folder.path)
+        return {name: run_evaluation(planned[name], encoder, output_dir).file_name for name in names}
+
     with tempfile.TemporaryDirectory() as embeddings:
-        # Stored crops are of training pictures only: a teacher's own cache has all.
-        caches = {plan.mixing.tower: folder["caches"] / one.teacher} if one.teacher else {}
+        # Caches of crops have the training images only, a teacher's own cache all images.
+        caches = {plan.mixing.tower: folder["caches"] / experiment.teacher} if experiment.teacher else {}
         options = LoadOptions(caches, workers=0, embeddings=Path(embeddings))
-        encoder = load_encoder(run, options)
-        found = {"0": {n: run_evaluation(p, encoder, output_dir).file_name for n, p in planned.items()}}
-        mixed = one.method == plan.mixing.method and one.variant is None and one.rate is None
-        for share in plan.mixing.shares if mixed else ():
-            encoder = load_encoder(run, options, EnsembleOptions(plan.mixing.tower, share, "logit"))
-            wanted = {name: planned[name] for name in (VALIDATION, RETRIEVAL)}
-            found[f"{share:g}"] = {n: run_evaluation(p, encoder, output_dir).file_name for n, p in wanted.items()}
-    return found
+        files = {"0": evaluate(load_encoder(run, options), sets)}
+        in_grid = experiment.variant is None and experiment.rate is None
+        if in_grid and experiment.method == plan.mixing.method:
+            for share in plan.mixing.shares:
+                encoder = load_encoder(run, options, EnsembleOptions(plan.mixing.tower, share, "logit"))
+                files[f"{share:g}"] = evaluate(encoder, [VALIDATION, RETRIEVAL])
+    return files
 
 
 def validation_score(record: EvalRecord) -> float:
-    """What choices are made by: the mean reciprocal rank of validation concepts, over both directions."""
-    return float(np.mean([record.metrics[name] for name in CHOSEN_BY]))
+    """Return the score that choices are made by: the mean over both directions of the mean reciprocal rank."""
+    return float(np.mean([record.metrics[name] for name in VALIDATION_METRICS]))
 
 
-@functools.cache  # a process evaluates several runs on the same pictures
+@functools.cache  # a process evaluates several runs on the same images
 def _planned(folder: Path) -> dict[str, PlannedEvaluation]:
+    """Return the task of each evaluation set."""
     reader = ImageReader()
-    names = (VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS)
-    return {name: one for name in names for one in plan_evaluations(folder / "sets" / f"{name}.yaml", reader=reader)}
+    planned = {}
+    for name in (VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS):
+        (planned[name],) = plan_evaluations(folder / "sets" / f"{name}.yaml", reader=reader)
+    return planned

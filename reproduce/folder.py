@@ -1,12 +1,16 @@
-"""The folder of a reproduction: what each step leaves, which is also how it is known to be done.
+"""The folder of a reproduction; a step is done when its output is there.
 
 data/        train.tar (contrastive), teacher.tar, splits.json, tokenizer.model
-sets/        descriptions of the evaluation sets
-packages/    downloaded packages, weights made of them
-teachers/    folders that timm saved, or files of weights       fits/     what each teacher is worth on the data
-caches/      a cache a teacher or view                          runs/     run folders of the trainer
-records/     evaluation records, all runs                       finished/ one a run: what it was, took and left
-rates.json   the learning rate of each method                   budget/      seconds of what is to be done, measured
+sets/        configs of the evaluation sets
+packages/    downloaded packages
+teachers/    models that timm saved, or files of weights
+caches/      a cache a teacher or view
+fits/        how well each teacher fits the data
+budget/      measured seconds of each kind of work
+runs/        run folders of the trainer
+records/     evaluation records of all runs
+finished/    a file a run: settings, seconds and names of records
+rates.json   the learning rate of each method
 """
 
 import json
@@ -25,22 +29,25 @@ class Folder:
     path: Path
 
     def __getitem__(self, name: str) -> Path:
+        """Return the path of a file or folder by its relative name."""
         return self.path / name
 
     def finished(self, name: str) -> Path:
+        """Return the path of the file that marks an experiment as finished."""
         return self.path / "finished" / f"{name}.json"
 
-    def filled(self, text: str, **more: str) -> str:
-        """A text in which $caches, $teachers, $data and names in `more` are put in."""
+    def substitute(self, text: str, **more: str) -> str:
+        """Return a text with $caches, $teachers, $data and the names in `more` replaced."""
         folders = {name: str(self.path / name) for name in ("caches", "teachers", "data")}
         return Template(text).substitute(folders, **more)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

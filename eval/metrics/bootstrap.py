@@ -1,7 +1,7 @@
 """Bootstrap intervals of means over items, and of paired differences between models on the same items.
 
 The scores of a model form strata (for example the galleries of a set), each an array of items, whose means are
-averaged. What is drawn with replacement are groups, which vary independently: single items, or items that belong
+averaged. Groups are drawn with replacement, which vary independently: single items, or items that belong
 together, in all strata and for all models alike. Where a model was trained from several seeds, seeds are drawn too:
 for each model on its own, or in pairs for all models alike, as a seed that gives one model a good start may give the
 other one a good start too.

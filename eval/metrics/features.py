@@ -1,4 +1,4 @@
-"""What both probes require of the features that they are fitted to."""
+"""Requirements of the features that probes are fitted to."""
 
 import numpy as np
 

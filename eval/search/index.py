@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 GPU_MAX_K = 2048
 TRAINING_ROWS = 1 << 18  # at most; FAISS itself samples 256 a list or code
-CHUNK_BYTES = 128 << 20  # of vectors in memory at a time, twice, in an exact search from disk
+SEARCH_CHUNK_BYTES = 128 << 20  # of vectors in memory at a time, twice, in an exact search from disk
 Device = Literal["auto", "cpu", "gpu"]
 
 
@@ -90,7 +90,7 @@ def build_index(
 
     vectors_MD = _matrix(vectors_MD, "vectors")
     size, width = vectors_MD.shape
-    step = max(1, CHUNK_BYTES // (4 * width))
+    step = max(1, SEARCH_CHUNK_BYTES // (4 * width))
     try:
         # The factory's own default metric is L2, under which the largest cosine is not the nearest for other norms.
         index = faiss.index_factory(width, spec, faiss.METRIC_INNER_PRODUCT)
@@ -117,7 +117,7 @@ def exact_search(
     queries_ND: ArrayLike,
     k: int,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = SEARCH_CHUNK_BYTES,
     device: Device = "auto",
 ) -> NearestNeighbours:
     """Return the k rows with the largest inner product to each query, from vectors that need not fit into memory.

@@ -1,14 +1,14 @@
-"""What the records say, written as Markdown, HTML and plots.
+"""The report of a reproduction, written from its records as Markdown, HTML and plots.
 
-page          the report as a whole, and the order of its sections
-findings      what the sections are written from
-setting       what differs from the papers
-verdicts      claims, line by line, and trends
-by_fit        teachers, and scores by how well they fit the data
-tables        all results
-by_seconds    scores by the seconds that they took
-provenance    what was chosen on validation concepts, and what it took
+page          the report, and the order of its sections
+report_data   the plan, the claims and the results that the sections read
+setting       section: differences from the papers
+verdicts      section: claims, line by line, and trends
+by_fit        section: teachers, and scores against how well they fit the data
+results       section: all results
+by_seconds    section: scores against the seconds that they took
+provenance    section: choices by validation, and costs
 cells         numbers as texts
-curves        the plots
-document      headings, paragraphs, tables and plots, as Markdown and as HTML
+plots         the plots
+document      headings, paragraphs, tables and figures, as Markdown and as HTML
 """

@@ -1,43 +1,48 @@
-"""Scores by the seconds that they took, and what they would have taken with a live teacher."""
+"""Section: scores against the seconds that they took, and would have taken with a live teacher."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from reproduce.report.curves import Point, seconds_panel
-from reproduce.report.document import Block, Heading, Plot, Text
-from reproduce.report.findings import BASELINE, PLOTTED, Findings
+from reproduce.report.document import Element, Figure, Heading, Paragraph
+from reproduce.report.plots import Point, seconds_panel
+from reproduce.report.report_data import BASELINE, PLOTTED, ReportData
 from reproduce.scores import Metric
 
 LIVE = "live"  # the ablation in which the third tower is not cached
 
 
-def blocks(findings: Findings) -> Iterator[Block]:
+def seconds_section(data: ReportData) -> Iterator[Element]:
+    """Yield a plot of the first metric against seconds."""
     yield Heading("By seconds")
-    yield Text(
+    yield Paragraph(
         "Seconds are of one core, with another run beside it: the training, and the rows of the teacher's cache, "
         "once. Hollow: the same with a live teacher in place of the cache, by arithmetic: its rows' seconds, "
         "decoding included, once an epoch. "
         f"Where a live teacher was really run, in the ablation `{LIVE}`, it is a filled dot of its own."
     )
-    key, metric = next(iter(findings.metrics.items()))
-    if spent := dict(_spent(findings, metric)):
-        yield Plot(seconds_panel(metric.title, spent), f"seconds-{key}")
-
-
-def _spent(findings: Findings, metric: Metric) -> Iterator[tuple[str, list[Point]]]:
-    """Seconds of training and of the cache's rows; the baseline, the methods that are plotted, the live teacher."""
-    live = f"{findings.plan.mixing.method}/{LIVE}"
-    for name in (BASELINE, *PLOTTED, live):
-        method, _, variant = name.partition("/")
-        points = []
-        for key, results in findings.scores.groups.items():
-            if (key[0], key[2] or "") == (method, variant):
-                y = findings.scores.interval(name, key[1], metric)
-                if y is not None:
-                    training = float(np.mean([result.facts["seconds"] for result in results]))
-                    rows = 0.0 if variant else findings.rows_seconds(key[1])
-                    estimate = training + rows * findings.plan.epochs if rows else None
-                    points.append(Point(training + rows, y, key[1] or "", estimate))
+    key, metric = next(iter(data.metrics.items()))
+    series = {}
+    for name in (BASELINE, *PLOTTED, f"{data.plan.mixing.method}/{LIVE}"):
+        points = _points(data, name, metric)
         if points:
-            yield name, points
+            series[name] = points
+    if series:
+        yield Figure(seconds_panel(metric.title, series), f"seconds-{key}")
+
+
+def _points(data: ReportData, name: str, metric: Metric) -> list[Point]:
+    """Return a point a teacher of METHOD or METHOD/VARIANT: seconds of training and of the cache, and the score."""
+    method, _, variant = name.partition("/")
+    points = []
+    for recipe, results in data.scores.results.items():
+        if (recipe.method, recipe.variant or "") != (method, variant):
+            continue
+        score = data.scores.interval(name, recipe.teacher, metric)
+        if score is None:
+            continue
+        training = float(np.mean([result.facts["seconds"] for result in results]))
+        rows = 0.0 if variant else data.rows_seconds(recipe.teacher)
+        live = training + rows * data.plan.epochs if rows else None
+        points.append(Point(training + rows, score, recipe.teacher or "", live))
+    return points

@@ -1,24 +1,25 @@
-"""Numbers as they stand in the tables: fractions become percents and points."""
+"""Numbers as texts of tables: fractions become percents and points."""
 
-from threetowers.eval.metrics.bootstrap import ConfidenceInterval, PairedDifference
+from reproduce.claims import MeasuredDifference
+from threetowers.eval.metrics.bootstrap import ConfidenceInterval
 
-ABSENT = "-"
+NOT_AVAILABLE = "-"
 
 
-def percent(interval: ConfidenceInterval | None) -> str:
-    """A score with its interval."""
+def percent_text(interval: ConfidenceInterval | None) -> str:
+    """Return a score with its interval, in percent."""
     if interval is None:
-        return ABSENT
+        return NOT_AVAILABLE
     return f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def points(interval: ConfidenceInterval, factor: float = 100) -> str:
-    """A difference with its interval."""
-    low, high = factor * interval.low, factor * interval.high
-    return f"{factor * interval.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def points_text(interval: ConfidenceInterval, factor: float = 100) -> str:
+    """Return a difference with its interval, in points."""
+    return f"{factor * interval.mean:+.1f} [{factor * interval.low:+.1f}, {factor * interval.high:+.1f}]"
 
 
-def compared(means: tuple[float, float], difference: PairedDifference, seeds: int) -> list[str]:
-    """Two means, their difference in points, its interval and the seeds."""
-    mean, _, bounds = points(difference).partition(" ")
-    return [*(f"{100 * mean:.1f}" for mean in means), mean, bounds, str(seeds)]
+def difference_cells(measured: MeasuredDifference) -> list[str]:
+    """Return two means, their difference in points, its interval and the seeds, a cell each."""
+    mean, _, interval = points_text(measured.difference).partition(" ")
+    first, second = measured.means
+    return [f"{100 * first:.1f}", f"{100 * second:.1f}", mean, interval, str(measured.seeds)]

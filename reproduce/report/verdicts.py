@@ -1,80 +1,80 @@
-"""The papers' claims with their verdicts, line by line, and where differences go as circumstances change."""
+"""Section: the papers' claims with their verdicts, line by line, and differences under several conditions."""
 
 from collections.abc import Iterator, Mapping
 
-from reproduce.claims import RULE, VERDICTS, Judged, judge, measure
-from reproduce.report.cells import ABSENT, compared
-from reproduce.report.document import Block, Heading, Rows, Text
-from reproduce.report.findings import Findings
+from reproduce.claims import RULE, VERDICTS, ClaimResult, evaluate_claims, measure_difference
+from reproduce.report.cells import NOT_AVAILABLE, difference_cells
+from reproduce.report.document import Element, Heading, Paragraph, TextTable
+from reproduce.report.report_data import ReportData
 from reproduce.scores import Metric
 
-COMPARED = ["First", "Second", "Points", "95 % interval", "Seeds"]
+DIFFERENCE_HEADS = ["First", "Second", "Points", "95 % interval", "Seeds"]
 
 
-def blocks(findings: Findings) -> Iterator[Block]:
-    claims = findings.claims
-    judged = judge(claims, findings.scores)
-    asked = [one for one in judged if one.lines]
+def verdicts_section(data: ReportData) -> Iterator[Element]:
+    """Yield the rule, a count of verdicts, the claims, their lines, and the trends."""
+    claims = data.claims
+    results = evaluate_claims(claims, data.scores)
+    measured = [result for result in results if result.lines]
     yield Heading("Claims")
-    yield Text(RULE.format(margin=claims.margin, lines=sum(len(one.lines) for one in asked)))
-    for metric in findings.metrics.values():
+    yield Paragraph(RULE.format(margin=claims.margin, lines=sum(len(result.lines) for result in measured)))
+    for metric in data.metrics.values():
         if metric.note:
-            yield Text(f"*{metric.title}*: {metric.note}")
-    yield Rows(
-        ["Of all claims that were measured", str(len(asked))],
-        [[verdict, str(sum(one.verdict == verdict for one in asked))] for verdict in VERDICTS],
-    )
-    yield Rows(
-        ["Claim", "Where it is from", "Verdict", "By metric and teacher, where they differ"],
-        [
-            [f"{number}. {one.claim.title}", one.claim.source, one.verdict, _parts(one, claims.metrics)]
-            for number, one in enumerate(asked, 1)
-        ],
-    )
+            yield Paragraph(f"*{metric.title}*: {metric.note}")
+
+    counts = [[verdict, str(sum(result.verdict == verdict for result in measured))] for verdict in VERDICTS]
+    yield TextTable(["Of all claims that were measured", str(len(measured))], counts)
+
+    claim_rows = []
+    line_rows: list[list[str]] = []
+    for number, result in enumerate(measured, 1):
+        title = f"{number}. {result.claim.title}"
+        claim_rows.append([title, result.claim.source, result.verdict, _explanation(result, claims.metrics)])
+        line_rows += _line_rows(number, result, claims.metrics)
+    yield TextTable(["Claim", "Where it is from", "Verdict", "By metric and teacher, where they differ"], claim_rows)
     yield Heading("Line by line", 3)
-    yield Rows(
-        ["Claim", "Compared", "Metric", "Teacher", *COMPARED, "Verdict"],
-        [row for number, one in enumerate(asked, 1) for row in _lines(number, one, claims.metrics)],
-    )
-    if unasked := [one.claim.title for one in judged if not one.lines]:
-        yield Text(f"Not measured in this run: {'; '.join(unasked)}.")
-    yield from _trends(findings)
+    yield TextTable(["Claim", "Compared", "Metric", "Teacher", *DIFFERENCE_HEADS, "Verdict"], line_rows)
+    if not_measured := [result.claim.title for result in results if not result.lines]:
+        yield Paragraph(f"Not measured in this run: {'; '.join(not_measured)}.")
+    yield from _trends(data)
 
 
-def _parts(judged: Judged, metrics: Mapping[str, Metric]) -> str:
-    """Where the lines of a claim differ, which of them say what."""
-    groups: dict[str, dict[str, list[str]]] = {}
-    for line in judged.lines:
-        groups.setdefault(line.metric, {}).setdefault(line.verdict, []).append(line.teacher or "")
+def _explanation(result: ClaimResult, metrics: Mapping[str, Metric]) -> str:
+    """Return the verdicts by metric and teacher if they differ, and the lines that were not measured."""
     parts = []
-    if len({line.verdict for line in judged.lines}) > 1:
-        for metric, verdicts in groups.items():
-            said = [f"{v}{' with ' if any(t) else ''}{', '.join(t)}" for v, t in verdicts.items()]
-            parts.append(f"{metrics[metric].title}: {'; '.join(said)}.")
-    if judged.missing:
-        parts.append(f"Not measured: {', '.join(judged.missing)}.")
+    if len({line.verdict for line in result.lines}) > 1:
+        teachers: dict[str, dict[str, list[str]]] = {}  # by metric and verdict
+        for line in result.lines:
+            teachers.setdefault(line.metric, {}).setdefault(line.verdict, []).append(line.teacher or "")
+        for metric, by_verdict in teachers.items():
+            texts = []
+            for verdict, names in by_verdict.items():
+                texts.append(f"{verdict} with {', '.join(names)}" if any(names) else f"{verdict}{', '.join(names)}")
+            parts.append(f"{metrics[metric].title}: {'; '.join(texts)}.")
+    if result.missing:
+        parts.append(f"Not measured: {', '.join(result.missing)}.")
     return " ".join(parts)
 
 
-def _lines(number: int, judged: Judged, metrics: Mapping[str, Metric]) -> Iterator[list[str]]:
-    for line in judged.lines:
-        yield [
-            str(number),
-            f"{judged.claim.first} over {judged.claim.second}",
-            metrics[line.metric].title,
-            line.teacher or ABSENT,
-            *compared(line.means, line.difference, line.seeds),
-            line.verdict,
-        ]
+def _line_rows(number: int, result: ClaimResult, metrics: Mapping[str, Metric]) -> list[list[str]]:
+    """Return a row of the table of lines for each line of a claim."""
+    rows = []
+    sides = f"{result.claim.first} over {result.claim.second}"
+    for line in result.lines:
+        heads = [str(number), sides, metrics[line.metric].title, line.teacher or NOT_AVAILABLE]
+        rows.append([*heads, *difference_cells(line.measured), line.verdict])
+    return rows
 
 
-def _trends(findings: Findings) -> Iterator[Block]:
-    """Where a difference goes as circumstances change; no verdict is drawn from it."""
-    for trend in findings.claims.trends:
-        metric, rows = findings.metrics[trend.metric], []
+def _trends(data: ReportData) -> Iterator[Element]:
+    """Yield a table of each difference under several conditions; no verdict is drawn from them."""
+    for trend in data.claims.trends:
+        metric = data.metrics[trend.metric]
+        rows = []
         for name, sides in trend.at.items():
-            if (measured := measure(findings.scores, sides, trend.teacher, metric)) is not None:
-                rows.append([name, *compared(*measured)])
+            measured = measure_difference(data.scores, sides, trend.teacher, metric)
+            if measured is not None:
+                rows.append([name, *difference_cells(measured)])
         if rows:
             yield Heading(f"{trend.title}: {metric.title}, teacher {trend.teacher}", 3)
-            yield Rows(["", *COMPARED], rows)
+            yield TextTable(["", *DIFFERENCE_HEADS], rows)

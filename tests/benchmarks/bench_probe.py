@@ -1,13 +1,13 @@
-"""The probes against scikit-learn, on the same features: same predictions, and how much faster.
+"""The probes against scikit-learn on the same features: differing predictions, and ratios of times.
 
-    python tests/benchmarks/bench_probe.py                 # both, under two minutes on two cores
+    python tests/benchmarks/bench_probe.py                 # both, less than two minutes on two cores
     python tests/benchmarks/bench_probe.py few-shot --rounds 5
 
-few-shot: the whole protocol, 1, 5, 10 and 25 shots of 3 seeds, fitted and predicted; against StandardScaler and
-          Ridge(alpha=1024), which are given float32 (what features come in) and float64 (NumPy's own).
+few-shot: the complete protocol, 1, 5, 10 and 25 shots of 3 seeds, fitted and predicted; against StandardScaler and
+          Ridge(alpha=1024) in float32, the dtype of features, and in float64.
 linear:   logistic regression at three penalties; against LogisticRegression at the same tolerance.
 
-The methods run in alternation. Ratios are medians of the rounds' own; the spread is of the quartiles.
+The methods run in alternation. Ratios are medians of the ratios of each round, with their quartiles.
 """
 
 import argparse
@@ -30,17 +30,19 @@ PENALTIES = (1e-1, 1e-2, 1e-3)
 
 
 def features(classes: int, width: int, each: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Items of Gaussian classes whose features are correlated, as a network's are."""
+    """Return items of Gaussian classes with correlated features, as those of a network."""
     fixed = np.random.default_rng(0)
-    mix, centres = fixed.normal(size=(width, width)) / width**0.5, 0.25 * fixed.normal(size=(classes, width))
+    mix = fixed.normal(size=(width, width)) / width**0.5
+    centers = 0.25 * fixed.normal(size=(classes, width))
     label = np.repeat(np.arange(classes), each)
     noise = np.random.default_rng(seed).normal(size=(len(label), width))
-    return ((centres[label] + noise) @ mix + 1).astype(np.float32), label
+    return ((centers[label] + noise) @ mix + 1).astype(np.float32), label
 
 
-def compare(
+def compare_methods(
     title: str, ours: Callable[[], Predictions], peers: Mapping[str, Callable[[], Predictions]], rounds: int
 ) -> None:
+    """Time methods in alternation, and print their ratios and the predictions that differ."""
     print(title)
     methods = {"ours": ours, **peers}
     found = {name: method() for name, method in methods.items()}  # also warms up
@@ -63,6 +65,7 @@ def compare(
 
 
 def few_shot(classes: int, width: int, tests: int, rounds: int) -> None:
+    """Compare few-shot probes."""
     x, label = features(classes, width, 50, seed=1)
     test, _ = features(classes, width, tests // classes, seed=2)
 
@@ -85,10 +88,11 @@ def few_shot(classes: int, width: int, tests: int, rounds: int) -> None:
         return predictions
 
     peers = {"scikit-learn, float32": lambda: peer(np.float32), "scikit-learn, float64": lambda: peer(np.float64)}
-    compare(f"few-shot: D = {width}, {classes} classes, {len(test):,} test items", ours, peers, rounds)
+    compare_methods(f"few-shot: D = {width}, {classes} classes, {len(test):,} test items", ours, peers, rounds)
 
 
 def linear(classes: int, width: int, tests: int, rounds: int) -> None:
+    """Compare linear probes."""
     x, label = features(classes, width, 60, seed=1)
     test, _ = features(classes, width, tests // classes, seed=2)
 
@@ -108,10 +112,11 @@ def linear(classes: int, width: int, tests: int, rounds: int) -> None:
         return predictions
 
     title = f"linear: D = {width}, {classes} classes, {len(x):,} training items, {len(PENALTIES)} penalties"
-    compare(title, ours, {"scikit-learn, float32": peer}, rounds)
+    compare_methods(title, ours, {"scikit-learn, float32": peer}, rounds)
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["few-shot", "linear"], help="default: both")
     parser.add_argument("--rounds", type=int, default=7)

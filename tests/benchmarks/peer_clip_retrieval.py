@@ -1,4 +1,4 @@
-"""clip-retrieval's inference over tars with our teacher in the place of CLIP. Prints the seconds it took.
+"""Inference of clip-retrieval over tars, with our teacher instead of CLIP. Prints its seconds.
 
     PYTHON tests/benchmarks/peer_clip_retrieval.py OUT IMAGE_SIZE BATCH WORKERS TAR...
 
@@ -18,8 +18,8 @@ from threetowers.cache.encoders.teacher import load_teacher
 TEACHER = "tf_efficientnet_lite0", "package:efficientnet-lite0"
 
 
-class Wrapped:
-    """The teacher as clip-retrieval expects a CLIP model."""
+class TeacherAsClip:
+    """The teacher with the interface of a CLIP model that clip-retrieval expects."""
 
     def __init__(self, size: int) -> None:
         self.teacher = load_teacher(*TEACHER, size, "cpu")
@@ -40,13 +40,13 @@ def main() -> None:
     out, size, batch, workers, *tars = sys.argv[1:]
     torch.set_num_threads(int(workers))
 
-    def load_clip(**options: Any) -> tuple[Wrapped, Any, Any]:
-        wrapped = Wrapped(int(size))
+    def load_clip(**options: Any) -> tuple[TeacherAsClip, Any, Any]:
+        wrapped = TeacherAsClip(int(size))
         return wrapped, wrapped.preprocess, None
 
     mapper.load_clip = worker.load_clip = load_clip
     Path(out).mkdir(parents=True)
-    began = time.perf_counter()
+    started = time.perf_counter()
     worker.worker(
         tasks=[0],
         input_dataset=list(tars),
@@ -59,7 +59,7 @@ def main() -> None:
         enable_metadata=False,
         wds_image_key="jpg",
     )
-    print(time.perf_counter() - began)
+    print(time.perf_counter() - started)
 
 
 if __name__ == "__main__":

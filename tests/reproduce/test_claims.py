@@ -1,4 +1,4 @@
-"""The verdict rule, line by line and for whole claims, on differences and records made up here."""
+"""The verdicts on lines and on claims, from made-up differences and records."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,21 @@ import pytest
 from reproduce.claims import (
     FAILS,
     HOLDS,
-    OPEN,
+    UNDECIDED,
+    MeasuredDifference,
     Verdict,
-    judge,
+    claim_verdict,
+    evaluate_claims,
+    line_verdict,
     load_claims,
-    measure,
+    measure_difference,
     parse_claims,
-    together,
-    verdict_of,
 )
+from reproduce.fit_regression import fit_regression
 from reproduce.folder import Folder
 from reproduce.plan import BadPlan, Experiment, load_plan
-from reproduce.scores import gather
-from reproduce.slope import slope
-from tests.reproduce.made import finish
+from reproduce.scores import Metric, Scores, read_scores
+from tests.reproduce.factories import finish
 from threetowers.eval.metrics.bootstrap import PairedDifference
 
 CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
@@ -41,27 +42,27 @@ METRICS: dict[str, Any] = {
     [
         (0.01, 0.05, "better", HOLDS),
         (-0.05, -0.01, "better", FAILS),
-        (-0.01, 0.05, "better", OPEN),
+        (-0.01, 0.05, "better", UNDECIDED),
         (-0.01, 0.02, "not-worse", HOLDS),
-        (-0.03, 0.02, "not-worse", OPEN),
+        (-0.03, 0.02, "not-worse", UNDECIDED),
         (-0.05, -0.03, "not-worse", FAILS),
-        (-0.05, -0.01, "not-worse", OPEN),
+        (-0.05, -0.01, "not-worse", UNDECIDED),
     ],
 )
-def test_a_line_is_judged_by_its_interval(low: float, high: float, asks: str, verdict: Verdict) -> None:
-    assert verdict_of(PairedDifference((low + high) / 2, low, high, 0.5), asks, margin=0.02) == verdict
+def test_verdict_on_a_line_is_by_its_interval(low: float, high: float, asks: str, verdict: Verdict) -> None:
+    assert line_verdict(PairedDifference((low + high) / 2, low, high, 0.5), asks, margin=0.02) == verdict
 
 
 def test_a_claim_holds_where_all_of_its_lines_do() -> None:
-    assert together([HOLDS, HOLDS], complete=True) == HOLDS
-    assert together([HOLDS, OPEN], complete=True) == OPEN
-    assert together([HOLDS, OPEN, FAILS], complete=True) == FAILS
-    assert together([HOLDS], complete=False) == OPEN
-    assert together([FAILS], complete=False) == FAILS
-    assert together([], complete=True) == OPEN
+    assert claim_verdict([HOLDS, HOLDS], complete=True) == HOLDS
+    assert claim_verdict([HOLDS, UNDECIDED], complete=True) == UNDECIDED
+    assert claim_verdict([HOLDS, UNDECIDED, FAILS], complete=True) == FAILS
+    assert claim_verdict([HOLDS], complete=False) == UNDECIDED
+    assert claim_verdict([FAILS], complete=False) == FAILS
+    assert claim_verdict([], complete=True) == UNDECIDED
 
 
-def test_claims_are_judged_by_the_records(tmp_path: Path) -> None:
+def test_verdicts_on_claims_from_records(tmp_path: Path) -> None:
     """LiT 0.3, CLIP 0.5, 3T 0.7; with half of the third tower mixed in 0.9, with it alone 0.6."""
     plan, folder = load_plan(CONFIGS / "experiments.yaml"), Folder(tmp_path)
     for seed in (0, 1, 2):
@@ -69,7 +70,7 @@ def test_claims_are_judged_by_the_records(tmp_path: Path) -> None:
         finish(folder, Experiment("lit", "in-domain", None, seed), 0.3)
         mixed = [("0.25", 0.8), ("0.5", 0.9), ("1", 0.6)]
         finish(folder, Experiment("3t", "in-domain", None, seed), 0.7, mixed)
-    scores = gather(plan, folder)
+    scores = read_scores(plan, folder)
     assert scores.shares == {"in-domain": "0.5"}
     claims = {
         "over scratch": ("better", "3t", "clip"),
@@ -90,22 +91,22 @@ def test_claims_are_judged_by_the_records(tmp_path: Path) -> None:
             for title, (asks, first, second) in claims.items()
         ],
     }  # fmt: skip
-    judged = {one.claim.title: one for one in judge(parse_claims(tree), scores)}
-    assert {title: one.verdict for title, one in judged.items()} == {
+    results = {one.claim.title: one for one in evaluate_claims(parse_claims(tree), scores)}
+    assert {title: one.verdict for title, one in results.items()} == {
         "over scratch": HOLDS,
         "over LiT": HOLDS,
         "LiT over scratch": FAILS,
         "equal": HOLDS,
-        "undecided": OPEN,
+        "undecided": UNDECIDED,
         "mixed": HOLDS,
         "third": FAILS,
-        "not there": OPEN,
+        "not there": UNDECIDED,
     }
-    (line,) = judged["over scratch"].lines
-    assert line.difference.mean == pytest.approx(0.2, abs=0.06)
-    assert line.difference.low < line.difference.mean < line.difference.high
-    assert line.seeds == 3
-    assert judged["not there"].missing == ["retrieval with in-domain"]
+    (line,) = results["over scratch"].lines
+    assert line.measured.difference.mean == pytest.approx(0.2, abs=0.06)
+    assert line.measured.difference.low < line.measured.difference.mean < line.measured.difference.high
+    assert line.measured.seeds == 3
+    assert results["not there"].missing == ["retrieval with in-domain"]
 
 
 def test_sides_are_compared_over_their_common_seeds(tmp_path: Path) -> None:
@@ -115,19 +116,18 @@ def test_sides_are_compared_over_their_common_seeds(tmp_path: Path) -> None:
         finish(folder, Experiment("clip", None, None, seed), start)
         finish(folder, Experiment("3t", "in-domain", "no-heads", seed), start + 0.1)
     finish(folder, Experiment("3t", "in-domain", None, 1), 0.6)
-    scores, metric = gather(plan, folder), parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics
-    _, paired, seeds = measured(measure(scores, ("3t/no-heads", "clip"), "in-domain", metric["retrieval"]))
-    assert seeds == 2  # of ablations, the plan has no third
-    assert paired.mean == pytest.approx(0.1, abs=0.04)
-    assert paired.low > 0.05
-    means, _, seeds = measured(measure(scores, ("3t/no-heads", "3t"), "in-domain", metric["retrieval"]))
-    assert (seeds, means[0]) == (1, means[1])
-    assert measure(scores, ("3t/live", "3t"), "in-domain", metric["retrieval"]) is None
+    scores, metric = read_scores(plan, folder), parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics
+    paired = measured(scores, ("3t/no-heads", "clip"), metric["retrieval"])
+    assert paired.seeds == 2  # of ablations, the plan has no third
+    assert paired.difference.mean == pytest.approx(0.1, abs=0.04)
+    assert paired.difference.low > 0.05
+    single = measured(scores, ("3t/no-heads", "3t"), metric["retrieval"])
+    assert (single.seeds, single.means[0]) == (1, single.means[1])
+    assert measure_difference(scores, ("3t/live", "3t"), "in-domain", metric["retrieval"]) is None
 
 
-def measured(
-    found: tuple[tuple[float, float], PairedDifference, int] | None,
-) -> tuple[tuple[float, float], PairedDifference, int]:
+def measured(scores: Scores, sides: tuple[str, str], metric: Metric, teacher: str = "in-domain") -> MeasuredDifference:
+    found = measure_difference(scores, sides, teacher, metric)
     assert found is not None
     return found
 
@@ -137,11 +137,11 @@ def test_an_ablation_with_a_teacher_of_its_own_is_found_by_its_name(tmp_path: Pa
     finish(folder, Experiment("3t", "in-domain-64px", "64px-3t", 0), 0.9)
     finish(folder, Experiment("lit", "in-domain-64px", "64px-lit", 0), 0.6)
     metric = parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
-    means, _, seeds = measured(measure(gather(plan, folder), ("3t/64px-3t", "lit/64px-lit"), "in-domain", metric))
-    assert (means, seeds) == (pytest.approx((0.9, 0.6), abs=0.05), 1)
+    found = measured(read_scores(plan, folder), ("3t/64px-3t", "lit/64px-lit"), metric)
+    assert (found.means, found.seeds) == (pytest.approx((0.9, 0.6), abs=0.05), 1)
 
 
-def test_a_line_through_the_teachers_is_the_least_squares(tmp_path: Path) -> None:
+def test_regression_on_the_fit_is_least_squares(tmp_path: Path) -> None:
     """LiT scores what its teacher fits, 3T half of that and 0.2; a teacher that one side lacks is left out."""
     plan, folder = load_plan(CONFIGS / "experiments.yaml"), Folder(tmp_path)
     fits = {"random": 0.1, "fashion": 0.3, "in-domain": 0.6, "lite0": 0.9, "lite2": 0.5}
@@ -151,11 +151,11 @@ def test_a_line_through_the_teachers_is_the_least_squares(tmp_path: Path) -> Non
             if teacher != "lite2":
                 finish(folder, Experiment("3t", teacher, None, seed), 0.5 * fit + 0.2)
     metric = parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
-    scores, sides = gather(plan, folder), ("3t", "lit")
-    line = slope(scores, sides, fits, metric)
+    scores, sides = read_scores(plan, folder), ("3t", "lit")
+    line = fit_regression(scores, sides, fits, metric)
     assert line is not None
     names = [name for name in fits if name != "lite2"]
-    difference = [measured(measure(scores, sides, name, metric))[1].mean for name in names]
+    difference = [measured(scores, sides, metric, name).difference.mean for name in names]
     by_numpy, height = np.polyfit([fits[name] for name in names], difference, 1)
     assert (line.difference.mean, line.at(0.0)) == pytest.approx((by_numpy, height))
     assert line.difference.mean == pytest.approx(line.first.mean - line.second.mean)
@@ -164,14 +164,14 @@ def test_a_line_through_the_teachers_is_the_least_squares(tmp_path: Path) -> Non
     assert line.even is not None
     assert line.at(line.even.mean) == pytest.approx(0)
     assert (line.even.mean, line.seeds, line.ends) == (pytest.approx(0.4, abs=0.06), 2, (0.1, 0.9))
-    same = slope(scores, ("lit", "lit"), fits, metric)
+    same = fit_regression(scores, ("lit", "lit"), fits, metric)
     assert same is not None
     assert (same.difference.low, same.difference.high, same.even) == (pytest.approx(0), pytest.approx(0), None)
-    assert slope(scores, sides, {name: fits[name] for name in ("random", "lite0")}, metric) is None
-    assert slope(scores, sides, dict.fromkeys(fits, 0.4), metric) is None
+    assert fit_regression(scores, sides, {name: fits[name] for name in ("random", "lite0")}, metric) is None
+    assert fit_regression(scores, sides, dict.fromkeys(fits, 0.4), metric) is None
 
 
-def test_a_metric_nobody_defined_is_refused() -> None:
+def test_an_undefined_metric_is_refused() -> None:
     claim = {"title": "t", "source": "s", "asks": "better", "first": "a", "second": "b", "metrics": ["speed"]}
     with pytest.raises(BadPlan, match=r"'t': \['speed'\] are no metrics"):
         parse_claims({"margin": 1, "metrics": METRICS, "claims": [claim]})

@@ -1,4 +1,4 @@
-"""A whole reproduction in miniature, twice: from nothing to the report, and once more without doing anything again."""
+"""A complete reproduction in miniature, twice: from nothing to the report, then again without any new work."""
 
 import shutil
 from pathlib import Path
@@ -42,7 +42,7 @@ def tiny(emoji: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
-    """The shipped configs with small batches, pictures and towers, and fewer shots."""
+    """The shipped configs with small batches, images and towers, and fewer shots."""
     copy = shutil.copytree(CONFIGS, tmp_path / "configs")
     config, groups = copy / "3t.yaml", copy / "sets/groups.yaml"
     tree = yaml.safe_load(config.read_text())
@@ -72,32 +72,32 @@ def emoji(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_reproduction_from_nothing_to_the_report(tmp_path: Path, emoji: Path, configs: Path) -> None:
+def test_reproduction_from_nothing_to_the_report(tmp_path: Path, emoji: Path, configs: Path) -> None:
     plan: Plan = parse_plan(tiny(emoji))
     folder = Folder(tmp_path / "out")
-    done, missing = carry_out(plan, folder, configs, workers=2, stop=False)
+    done, missing = carry_out(plan, folder, configs, workers=2)
     assert (done, missing) == (plan, {})
 
     tar = index_tar(folder["data/train.tar"])
     source = index_tar(emoji / "train-000000.tar")
     kept = [sample.key for sample in source.samples if sample.key.rpartition("-")[2] in plan.styles.contrastive]
     assert [sample.key for sample in tar.samples] == kept
-    storage = [sample.key for sample in source.samples].index(kept[5])
-    assert read_member(tar, 5, "webp") == read_member(source, storage, "webp")
+    ordinal = [sample.key for sample in source.samples].index(kept[5])
+    assert read_member(tar, 5, "webp") == read_member(source, ordinal, "webp")
 
-    one = Experiment("3t", "random", None, 0)
-    facts = read_json(folder.finished(one.name))
+    experiment = Experiment("3t", "random", None, 0)
+    facts = read_json(folder.finished(experiment.name))
     assert set(facts["records"]) == {"0", "0.5"}
     assert set(facts["records"]["0"]) == {"validation", "retrieval", "subgroups", "groups"}
     assert facts["changes"][-1] == "optim.lr=0.002"
-    assert not (folder["runs"] / one.name / "checkpoints").exists()
+    assert not (folder["runs"] / experiment.name / "checkpoints").exists()
 
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.safetensors")}
     before |= {path: path.stat().st_mtime_ns for path in folder["finished"].iterdir()}
-    carry_out(plan, folder, configs, workers=2, stop=False)
+    carry_out(plan, folder, configs, workers=2)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     write_report(plan, load_claims(configs / "claims.yaml"), folder, tmp_path / "docs", "make reproduce", missing)
     assert "2 of 2 runs are finished" in (tmp_path / "docs/RESULTS.md").read_text()
-    with pytest.raises(BadPlan, match="made with other settings"):
-        is_finished(folder, one, ["seed=5"])
+    with pytest.raises(BadPlan, match="run with other settings"):
+        is_finished(folder, experiment, ["seed=5"])

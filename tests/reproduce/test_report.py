@@ -1,4 +1,4 @@
-"""The report from a few results made up here: what it says, in which order, and that nothing is left out."""
+"""The report from a few made-up results: its content and its order."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -11,8 +11,8 @@ from reproduce.experiment import VALIDATION
 from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import Experiment, Plan, load_plan
 from reproduce.report.page import write_report
-from reproduce.sweep import choose_rates
-from tests.reproduce.made import finish
+from reproduce.scores import choose_rates
+from tests.reproduce.factories import finish
 
 CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
 
@@ -57,14 +57,14 @@ def row(markdown: str, start: str) -> str:
     return found
 
 
-def test_what_differs_from_the_papers_is_said_first(texts: tuple[str, str]) -> None:
+def test_differences_from_the_papers_come_first(texts: tuple[str, str]) -> None:
     headings = re.findall(r"^#+ (.*)$", texts[0], re.MULTILINE)
     assert headings[1:3] == ["What differs from the papers", "Claims"]
     assert "1,234 emoji drawings of 48 pixels" in texts[0]
     assert "teacher `lite0`, which could not be had on this machine (no such package)" in texts[0]
 
 
-def test_claims_are_in_it_whichever_way_they_went(texts: tuple[str, str]) -> None:
+def test_claims_of_every_verdict_are_listed(texts: tuple[str, str]) -> None:
     markdown = texts[0]
     assert "| holds |" in row(markdown, "3T retrieves better than LiT where the teacher has the main tower")
     assert "| holds |" in row(markdown, "3T is not hurt by a useless teacher")
@@ -85,13 +85,13 @@ def test_numbers_are_those_of_the_records(texts: tuple[str, str], folder: Folder
     assert "25 of" in texts[0]  # 3 of clip, 2 x 3 x 3, and four ablations
 
 
-def test_trends_show_what_is_there(texts: tuple[str, str]) -> None:
+def test_trends_show_measured_conditions_only(texts: tuple[str, str]) -> None:
     rows = texts[0].partition("3T over LiT as training grows")[2].partition("###")[0]
     assert "| twice as many |" in rows
     assert "| four cached random crops |" not in texts[0]
 
 
-def test_a_line_is_drawn_through_the_teachers(texts: tuple[str, str]) -> None:
+def test_slopes_are_those_of_the_teachers(texts: tuple[str, str]) -> None:
     """Fits 0.6, 0.4, 0.2; 3T 0.7, 0.55, 0.5; LiT 0.6, 0.3, 0.2: for ten points of fit 5, 10 and -5 points."""
     rows = texts[0].partition("### 3T over LiT by the teacher's fit")[2].partition("##")[0]
     line = next(line for line in rows.splitlines() if line.startswith("| all | retrieval, R@1 |"))
@@ -101,7 +101,7 @@ def test_a_line_is_drawn_through_the_teachers(texts: tuple[str, str]) -> None:
     assert "| large arm | " not in rows  # one of them was to be had, which makes no line
 
 
-def test_the_page_has_the_plots_and_asks_for_nothing(texts: tuple[str, str]) -> None:
+def test_page_has_all_plots_and_no_outside_request(texts: tuple[str, str]) -> None:
     markdown, page = texts
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     assert len(titles) == page.count("<svg") == 8
@@ -111,10 +111,10 @@ def test_the_page_has_the_plots_and_asks_for_nothing(texts: tuple[str, str]) -> 
     assert "<script" not in page
 
 
-def test_a_rate_is_chosen_by_validation(plan: Plan, tmp_path: Path) -> None:
+def test_rates_are_chosen_by_validation(plan: Plan, tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    for one in plan.trials():
-        finish(folder, one, {3e-4: 0.2, 1e-3: 0.6, 3e-3: 0.4}[one.rate or 0])
+    for trial in plan.trials():
+        finish(folder, trial, {3e-4: 0.2, 1e-3: 0.6, 3e-3: 0.4}[trial.rate or 0])
     assert choose_rates(plan, folder) == {method: 1e-3 for method in plan.methods}
     tried = read_json(folder["rates.json"])["tried"]["lit"]
     assert list(tried) == ["0.0003", "0.001", "0.003"]

@@ -1,6 +1,7 @@
-"""Results made up by tests: records with items whose differences are known, as finished experiments leave them."""
+"""Made-up results of finished experiments: records with items whose differences are known."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -14,18 +15,19 @@ CONCEPTS = 400
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
-def finish(folder: Folder, one: Experiment, quality: float, shares: Sequence[tuple[str, float]] = ()) -> None:
-    """Leave a finished experiment whose items are right with chance `quality`; with `shares` mixed in, theirs."""
-    records = {
-        share: {name: _record(folder, one, share, name, right) for name in (VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS)}
-        for share, right in (("0", quality), *shares)
-    }
-    facts = {"method": one.method, "teacher": one.teacher, "variant": one.variant, "seed": one.seed, "rate": one.rate}
-    took = {"steps": 10, "samples": 100, "epochs": 1.0, "seconds": 2.0, "images_per_s": 50.0}
-    write_json(folder.finished(one.name), facts | {"changes": ["optim.lr=0.001"], **took, "records": records})
+def finish(folder: Folder, experiment: Experiment, quality: float, shares: Sequence[tuple[str, float]] = ()) -> None:
+    """Write a finished experiment whose items are right with chance `quality`; `shares` gives that of each share."""
+    records: dict[str, dict[str, str]] = {}
+    for share, share_quality in (("0", quality), *shares):
+        records[share] = {}
+        for name in (VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS):
+            records[share][name] = _write_record(folder, experiment, share, name, share_quality)
+    costs = {"steps": 10, "samples": 100, "epochs": 1.0, "seconds": 2.0, "images_per_s": 50.0}
+    content = asdict(experiment) | {"changes": ["optim.lr=0.001"], **costs, "records": records}
+    write_json(folder.finished(experiment.name), content)
 
 
-def _record(folder: Folder, one: Experiment, share: str, name: str, quality: float) -> str:
+def _write_record(folder: Folder, experiment: Experiment, share: str, name: str, quality: float) -> str:
     task, gallery, metrics = {
         VALIDATION: ("retrieval", "validation-retrieval", [f"{d}/mean_reciprocal_rank" for d in DIRECTIONS]),
         RETRIEVAL: (
@@ -44,7 +46,9 @@ def _record(folder: Folder, one: Experiment, share: str, name: str, quality: flo
     # The same draws for every model: they differ in the threshold, as models differ on the same concepts.
     hard = {metric: np.random.default_rng(number).random(CONCEPTS) for number, metric in enumerate(metrics)}
     items = {metric: (x < quality).astype(np.float32) for metric, x in hard.items()}
-    facts = ModelInfo(f"made-up-{one.name}-{share}", "0" * 64, 10, "float32", "made up by a test", seed=one.seed)
+    facts = ModelInfo(
+        f"made-up-{experiment.name}-{share}", "0" * 64, 10, "float32", "made up by a test", seed=experiment.seed
+    )
     record = EvalRecord(
         spec=EvalSpec.of(task, gallery, facts, [], {}),
         metrics={metric: float(values.mean()) for metric, values in items.items()},
