@@ -9,7 +9,7 @@ RANKS ?= 2
 LAUNCH := $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --module threetowers
 DEMO := runs/emoji
 
-.PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow lint types bench
+.PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow lint types docs bench
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -67,6 +67,9 @@ types: .venv/installed  ## strict static types
 
 docs/config.md: trainer/config/schema.py trainer/config/documentation.py .venv/installed
 	$(BIN)/python -m threetowers.trainer.config.documentation > $@
+
+docs: .venv/installed  ## the documentation as a site in build/site; broken links and references are errors
+	$(BIN)/mkdocs build --quiet
 
 bench: .venv/installed  ## measure against the floor and against peers; prints ratios
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

@@ -17,7 +17,7 @@ from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.eval.record import EvalRecord
 from threetowers.eval.suite import PlannedEvaluation, plan_evaluations, run_evaluation
-from threetowers.trainer.config import TrainConfig, load
+from threetowers.trainer.config import TrainConfig, load_config
 from threetowers.trainer.train import TrainSummary, train
 
 VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS = "validation", "retrieval", "subgroups", "groups"
@@ -59,7 +59,7 @@ def train_config(
         f"data.tars=['{folder['data/train.tar']}']",
         f"data.tokenizer={folder['data/tokenizer.model']}",
     ]
-    return load(configs / plan.methods[experiment.method].config, [*paths, *map(folder.substitute, changes)])
+    return load_config(configs / plan.methods[experiment.method].config, [*paths, *map(folder.substitute, changes)])
 
 
 def run_experiment(plan: Plan, folder: Folder, configs: Path, experiment: Experiment, changes: Sequence[str]) -> float:

@@ -31,7 +31,7 @@ def train(
         ranks: World size for which a dry run counts.
         help_config: Print the reference of the config's keys, of all sections or of some, and stop.
     """
-    from threetowers.trainer.config import ConfigError, load
+    from threetowers.trainer.config import ConfigError, load_config
 
     if help_config is not None:
         from threetowers.trainer.config.documentation import config_reference
@@ -40,7 +40,7 @@ def train(
         return
     if config_file is None:
         raise ConfigError("train: no config is given; name a YAML file as in configs/, or ask for --help-config")
-    config = load(config_file, overrides, variant)
+    config = load_config(config_file, overrides, variant)
     if dry_run:
         from threetowers.trainer.estimate.dry_run import dry_run as page
 

@@ -19,7 +19,7 @@ import yaml
 from threetowers.cache.format.manifest import Manifest, ManifestError, mismatch
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.atomic import write_atomic
-from threetowers.trainer.config import ConfigError, TrainConfig, dump, load
+from threetowers.trainer.config import ConfigError, TrainConfig, dump, load_config
 
 # The keys that a resumed run may change: none of them changes what is computed, beyond rounding.
 CHANGEABLE = (
@@ -106,7 +106,7 @@ class RunFolder:
         """
         if not self.config.exists():
             return []
-        changes = config_changes(load(self.config), config)
+        changes = config_changes(load_config(self.config), config)
         refused = [change for change in changes if not _changeable(change.key)]
         if refused:
             lines = "\n".join(f"  {change}" for change in refused)

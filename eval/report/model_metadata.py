@@ -12,7 +12,7 @@ from threetowers.eval.encoders.encoder import Encoder
 from threetowers.eval.record import BadRecord
 from threetowers.eval.report.cache_costs import CacheCost, cache_costs
 from threetowers.eval.report.training_curves import TrainingMetrics, read_metrics, thinned
-from threetowers.trainer.config import CacheTower, load
+from threetowers.trainer.config import CacheTower, load_config
 from threetowers.trainer.run_folder import RunFolder
 
 
@@ -49,7 +49,7 @@ def model_metadata(model: str | Path, encoder: Encoder) -> ModelMetadata:
     info = encoder.info
     if not folder.config.exists():
         return ModelMetadata(info.name, info.digest, str(model).partition(":")[0])
-    run = load(folder.config)
+    run = load_config(folder.config)
     caches = tuple(cache_costs(run))
     stages = {"cache": sum(cache.seconds for cache in caches)} if caches else {}
     if folder.summary.exists():

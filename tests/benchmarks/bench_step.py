@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threetowers.trainer.config import TrainConfig, load
+from threetowers.trainer.config import TrainConfig, load_config
 from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
 from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
@@ -40,7 +40,9 @@ Step = Callable[[], object]
 
 def demo(name: str, **changes: Any) -> TrainConfig:
     """Return a config of the demo, with changes by dotted key."""
-    return load(ROOT / "configs" / "emoji" / f"{name}.yaml", [f"{key}={value}" for key, value in changes.items()])
+    return load_config(
+        ROOT / "configs" / "emoji" / f"{name}.yaml", [f"{key}={value}" for key, value in changes.items()]
+    )
 
 
 def inputs(config: TrainConfig) -> dict[str, Tensor]:

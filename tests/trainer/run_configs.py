@@ -6,13 +6,13 @@ import sys
 
 from torch import nn
 
-from threetowers.trainer.config import load
+from threetowers.trainer.config import load_config
 from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.train import Trainer
 
 if __name__ == "__main__":
     for file in sys.argv[1:]:
-        trainer = Trainer(load(file), join_process_group())
+        trainer = Trainer(load_config(file), join_process_group())
         trainer.train()
         kinds = {type(module).__module__ for module in gc.get_objects() if isinstance(module, nn.Module)}
         found = {"models": sorted(kinds), "teacher imported": "threetowers.cache.encoders.teacher" in sys.modules}

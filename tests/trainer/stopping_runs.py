@@ -18,7 +18,7 @@ import torch
 
 from threetowers.cache.preemption import Interrupted
 from threetowers.cache.world import World
-from threetowers.trainer.config import load
+from threetowers.trainer.config import load_config
 from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.train import NonFiniteDetector, Trainer
@@ -60,7 +60,7 @@ def poison(trainer: Trainer, steps: Mapping[str, str]) -> None:
 
 
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
-    trainer = Trainer(load(job["config"]), world, [WeightSum(job.get("stop"), world)])
+    trainer = Trainer(load_config(job["config"]), world, [WeightSum(job.get("stop"), world)])
     poison(trainer, job.get("poison", {}))
     start = trainer.start
     try:

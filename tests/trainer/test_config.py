@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from tests.trainer.shipped_configs import ROOT, RUNS
-from threetowers.trainer.config import ConfigError, Duration, TrainConfig, dump, load, parse, parsing
+from threetowers.trainer.config import ConfigError, Duration, TrainConfig, dump, load_config, parse, parsing
 from threetowers.trainer.config.documentation import config_reference
 from threetowers.trainer.run_folder import config_changes
 
@@ -112,7 +112,7 @@ def write(path: Path, tree: dict[str, Any]) -> Path:
 
 def test_overrides(tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", THREE)
-    config = load(file, ["optim.lr=3e-4", "data.tars=[x.tar, y.tar]", "engine.zero_stage=3"])
+    config = load_config(file, ["optim.lr=3e-4", "data.tars=[x.tar, y.tar]", "engine.zero_stage=3"])
     assert (config.optim.lr, config.data.tars, config.engine.zero_stage) == (3e-4, ["x.tar", "y.tar"], 3)
     for wrong, message in [
         ("optim.lr", "expected key.path=value"),
@@ -120,7 +120,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("a=[", "not YAML"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            load(file, [wrong])
+            load_config(file, [wrong])
 
 
 def test_an_override_of_one_alias_leaves_the_other(tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_an_override_of_one_alias_leaves_the_other(tmp_path: Path) -> None:
     third = "towers: {image: &vit {kind: timm, model: test_vit}, other: *vit}"
     file.write_text(yaml.safe_dump({key: value for key, value in THREE.items() if key != "towers"}) + third)
     with pytest.raises(ConfigError, match="'text'"):
-        load(file)
+        load_config(file)
     text = "towers.text={kind: text, width: 16, depth: 1, heads: 2}"
     heads = ["heads.h_f.of=other", "towers.other.model=test_vit2"]
-    config = dump(load(file, [text, *heads]))
+    config = dump(load_config(file, [text, *heads]))
     assert config["towers"]["image"]["model"] == "test_vit"
     assert config["towers"]["other"]["model"] == "test_vit2"
 
@@ -155,10 +155,10 @@ def test_a_base_is_merged_below_the_file(tmp_path: Path) -> None:
         for name in names:
             del expected[section][name]
     file = write(tmp_path / "run.yaml", own)
-    assert load(file) == parse(expected)
-    assert "base" not in dump(load(file))
+    assert load_config(file) == parse(expected)
+    assert "base" not in dump(load_config(file))
     with pytest.raises(ConfigError, match="unknown variant 'faster'; its variants are: none"):
-        load(file, variant="faster")
+        load_config(file, variant="faster")
 
 
 def test_a_base_that_cannot_be_used(tmp_path: Path) -> None:
@@ -170,19 +170,19 @@ def test_a_base_that_cannot_be_used(tmp_path: Path) -> None:
         (["first.yaml"], r"base: expected the path of a config, relative to this file, found \['first\.yaml'\]"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            load(write(tmp_path / "third.yaml", {"base": base}))
+            load_config(write(tmp_path / "third.yaml", {"base": base}))
 
 
 def test_variants_are_merged_over_the_file_and_below_overrides(tmp_path: Path) -> None:
     changes = {"optim": {"lr": 0.5, "weight_decay": 0.0}, "terms": {"image-third": {"kind": "l2"}}}
     file = write(tmp_path / "run.yaml", THREE | {"variants": {"l2": changes, "none": {}}})
-    assert load(file) == load(file, variant="none") == parse(THREE)
-    config = load(file, ["optim.lr=0.25"], variant="l2")
+    assert load_config(file) == load_config(file, variant="none") == parse(THREE)
+    config = load_config(file, ["optim.lr=0.25"], variant="l2")
     assert (config.optim.lr, config.optim.weight_decay, config.optim.betas) == (0.25, 0.0, (0.9, 0.98))
     assert (config.terms["image-third"].kind, config.terms["image-third"].y) == ("l2", "h_f")
     assert "variants" not in dump(config)
     with pytest.raises(ConfigError, match=r"run\.yaml: unknown variant 'l1'; its variants are: l2, none"):
-        load(file, variant="l1")
+        load_config(file, variant="l1")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_variants_are_merged_over_the_file_and_below_overrides(tmp_path: Path) -
 def test_variants_that_cannot_be_used(variants: Any, message: str, tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", THREE | {"variants": variants})
     with pytest.raises(ConfigError, match=message):
-        load(file, variant="l2")
+        load_config(file, variant="l2")
 
 
 @pytest.mark.parametrize("content", ["a: [", "- a\n- b\n", ""])
@@ -205,9 +205,9 @@ def test_file_that_is_no_config(tmp_path: Path, content: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(content)
     with pytest.raises(ConfigError, match=str(file)):
-        load(file)
+        load_config(file)
     with pytest.raises(ConfigError, match=r"no\.yaml"):
-        load(tmp_path / "no.yaml")
+        load_config(tmp_path / "no.yaml")
 
 
 def test_config_changes_name_the_leaves() -> None:
@@ -223,7 +223,7 @@ def test_durations() -> None:
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_shipped_configs_are_valid(file: Path) -> None:
-    config = load(file)
+    config = load_config(file)
     assert str(file.relative_to(ROOT)) in file.read_text().split("\n\n")[0]  # how to run it
     assert config.output_dir.endswith(file.stem)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.trainer.launches import RUN_CONFIGS, read_metrics, run_command, torchrun
 from tests.trainer.shipped_configs import ROOT, RUNS, variants
 from threetowers.cache.encoders.teacher import load_teacher
-from threetowers.trainer.config import CacheTower, TrainConfig, dump, load
+from threetowers.trainer.config import CacheTower, TrainConfig, dump, load_config
 from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
 from threetowers.trainer.estimate.dry_run import dry_run
@@ -88,7 +88,7 @@ def test_keys_that_a_dry_run_without_data_needs(
 def read(name: str, overrides: Sequence[str] = (), variant: str | None = None) -> TrainConfig:
     """Return a shipped config; a small one with what it would read from tars and tokenizer."""
     small = SMALL if name.startswith("emoji") else []
-    return load(CONFIGS[name], [*small, *overrides], variant)
+    return load_config(CONFIGS[name], [*small, *overrides], variant)
 
 
 def build(config: TrainConfig) -> TowerModel:
@@ -105,7 +105,7 @@ def test_small_configs_train(tars: list[Path], tokenizer: Path, cache: Path, tmp
     """Two steps of each on two ranks; of shared parameters and of a frozen tower at several ZeRO stages."""
 
     def write(file: Path, stage: int, *overrides: str) -> Path:
-        tree = dump(load(file, overrides))
+        tree = dump(load_config(file, overrides))
         for tower in tree["towers"].values():
             if tower["kind"] == "cache":
                 tower |= {"path": str(cache), "backbone": "test_resnet"}

@@ -7,7 +7,7 @@ documentation.py    the reference of all keys, docs/config.md
 """
 
 from threetowers.trainer.config.checks import ConfigError
-from threetowers.trainer.config.parsing import dump, load, parse
+from threetowers.trainer.config.parsing import dump, load_config, parse
 from threetowers.trainer.config.schema import (
     Augment,
     CacheTower,
@@ -56,6 +56,6 @@ __all__ = [
     "TrainConfig",
     "TrainDataset",
     "dump",
-    "load",
+    "load_config",
     "parse",
 ]

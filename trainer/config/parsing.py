@@ -12,7 +12,7 @@ from threetowers.trainer.config.checks import ConfigError, check_config
 from threetowers.trainer.config.schema import TrainConfig
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> TrainConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> TrainConfig:
     """Return the checked config in a YAML file.
 
     Two keys concern the file itself. `base` names another config, relative to the file, over which the keys of this one
@@ -32,7 +32,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), variant: str | None = 
         ConfigError: The file cannot be read, the variant is unknown, a key is unknown or has a wrong type, a name
             refers to nothing, or the combination cannot be run.
 
-    >>> config = load("configs/emoji/3t.yaml", ["optim.lr=3e-4"], variant="l2")
+    >>> config = load_config("configs/emoji/3t.yaml", ["optim.lr=3e-4"], variant="l2")
     >>> config.optim.lr, config.terms["image-third"].kind
     (0.0003, 'l2')
     """
@@ -60,7 +60,7 @@ def parse(tree: Mapping[str, Any], source: str = "config") -> TrainConfig:
         source: Where the tree comes from, for messages.
 
     Raises:
-        ConfigError: As in `load`.
+        ConfigError: As in `load_config`.
     """
     tree = dict(tree)
     for key in ("towers", "heads", "terms"):

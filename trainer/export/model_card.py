@@ -7,7 +7,7 @@ from typing import Literal
 import yaml
 
 from threetowers.cache.format.manifest import Manifest
-from threetowers.trainer.config import CacheTower, ImageTower, dump, load
+from threetowers.trainer.config import CacheTower, ImageTower, dump, load_config
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import END, PAD
@@ -39,7 +39,7 @@ def model_card(
 def _sections(
     deployed: TrainedModel, run: RunFolder, form: ExportFormat, results: Mapping[str, Mapping[str, float]]
 ) -> Iterator[str]:
-    config = load(run.config)  # of the run, with everything that trained the model
+    config = load_config(run.config)  # of the run, with everything that trained the model
     yield f"# {run.path.name}"
     width = deployed.model.widths[config.deploy.image]
     yield f"Image and text embeddings of {width} dimensions, trained by threetowers."

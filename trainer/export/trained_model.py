@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from threetowers.cache.format.manifest import Manifest
-from threetowers.trainer.config import CacheTower, ImageTower, Term, TextTower, TrainConfig, load
+from threetowers.trainer.config import CacheTower, ImageTower, Term, TextTower, TrainConfig, load_config
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import load_deduplicated
 from threetowers.trainer.run_folder import RunFolder
@@ -43,7 +43,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> "Trained
             raise ValueError(
                 f"{folder.path} holds no finished run: {needed.name} is missing; finish it with `threetowers train`"
             )
-    config = load(folder.config)
+    config = load_config(folder.config)
     tokenizer = Tokenizer.load(folder.tokenizer)
     manifests = folder.read_manifests()
     widths = {name: manifest.dim for name, manifest in manifests.items()}
