@@ -13,6 +13,7 @@ from reproduce.pool import Task, perform_all
 from reproduce.pretraining import pretrain
 from reproduce.teachers import backbone, cache_teacher, seconds_of, tars_of
 from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
 from threetowers.cache.estimate import estimate as plan_cache
 from threetowers.trainer.train import train
 
@@ -122,14 +123,19 @@ def measure_own_teacher(name: str, plan: Plan, folder: Folder) -> None:
     assert kind is not None
     made, cache = folder[f"teachers/{OWN}{name}"], folder[f"caches/{OWN}{name}"]
     pretrain(kind, replace(how, steps=STEPS), folder, made)
-    build(tars_of(plan, folder), cache, backbone=str(made), image_size=how.image_size, threads=1)
+    build(
+        BuildConfig(
+            tars=tars_of(plan, folder), output_dir=cache, backbone=str(made), image_size=how.image_size, threads=1
+        )
+    )
     per_step = read_json(made / "pretraining.json").get("seconds_per_step", 0.0)
     write_json(_path(folder, name), asdict(TeacherPace(seconds_of(cache, "*"), per_step * how.steps)))
 
 
 def measure_teacher(name: str, plan: Plan, folder: Folder) -> None:
     """Time the teacher of a package on a few pictures."""
-    cost = plan_cache(tars_of(plan, folder), sample=SAMPLE, threads=1, **backbone(name, plan, folder))
+    config = EmbeddingConfig(tars=tars_of(plan, folder), threads=1, **backbone(name, plan, folder))
+    cost = plan_cache(config, sample=SAMPLE)
     write_json(_path(folder, name), asdict(TeacherPace(3600 * cost.hours)))
 
 

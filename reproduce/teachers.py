@@ -11,6 +11,7 @@ from reproduce.packages import FASHION_MNIST, NotAvailable, fetched
 from reproduce.plan import Plan, Teacher
 from reproduce.pretraining import pretrain
 from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
@@ -89,4 +90,4 @@ def seconds_of(cache: Path, tars: str = "train.tar") -> float:
 
 
 def _build(tars: list[str], out: Path, views: Views, **made: Any) -> None:
-    build(tars, out, views=views, threads=1, batch_size=64, on_bad="error", **made)
+    build(BuildConfig(tars=tars, output_dir=out, views=views, threads=1, batch_size=64, on_bad="error", **made))

@@ -39,8 +39,11 @@ def test_help(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cache", "info", "nowhere"], "ContractError: nowhere: no cache here"),
-        (["cache", "build", "--tars", "no-*.tar", "--out", "x", "--backbone", "b"], "'no-*.tar' matches no file"),
+        (["cache", "info", "nowhere"], "ManifestError: nowhere: no cache here"),
+        (
+            ["cache", "build", "--tars", "no-*.tar", "--output-dir", "x", "--backbone", "b"],
+            "'no-*.tar' matches no file",
+        ),
         (["tokenizer", "train", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
         (["train", "no.yaml"], "ConfigError: no.yaml: cannot be read as YAML"),
         (["eval", "retrieval", "no-run", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),

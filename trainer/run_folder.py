@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from threetowers.cache.format.manifest import Manifest, ManifestError, mismatch
+from threetowers.cache.format.manifest import Manifest, ManifestError, incompatibilities
 from threetowers.trainer.atomic import replace_text
 from threetowers.trainer.config import ConfigChange, ConfigError, TrainConfig, differences, dump, load
 
@@ -96,7 +96,7 @@ class RunFolder:
         if not self.manifests.exists():
             return
         for name, manifest in self.read_manifests().items():
-            if name in manifests and (lines := mismatch(manifest, manifests[name])):
+            if name in manifests and (lines := incompatibilities(manifest, manifests[name])):
                 raise ManifestError(
                     f"{self.path}: tower {name!r} is read from another cache than the one this run began with: "
                     f"{'; '.join(lines)}; restore that cache, or choose another `out`"

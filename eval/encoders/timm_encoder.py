@@ -29,7 +29,7 @@ class ClassifierTower:
             weights or "pretrained",
             int(size) if size else None,
             loading.torch_device(),
-            compute=loading.precision,
+            precision=loading.precision,
         )
         self.dim = self.teacher.dim
         self.facts = ModelInfo(

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import samples_of, write_tar
 from tests.eval.runs import finished
 from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.compare import Settings, compare
@@ -102,7 +103,15 @@ def test_a_lit_run_reads_rows_of_the_right_teacher_only(
     ):
         compare([path], [str(heldout)], tmp_path / "report", CONCEPTS)
     for name, size in (("same", 64), ("other", 96)):
-        build([str(heldout)], tmp_path / name, backbone="test_resnet", weights=weights, image_size=size)
+        build(
+            BuildConfig(
+                tars=[str(heldout)],
+                output_dir=tmp_path / name,
+                backbone="test_resnet",
+                weights=weights,
+                image_size=size,
+            )
+        )
     with pytest.raises(ManifestError, match=r"not the teacher that .*lit was trained on: preprocessing\.input_size"):
         compare(
             [path],

@@ -120,7 +120,7 @@ class CacheJoin:
     def stored_row(self, number: int, ordinal: int, view: int) -> Row | None:
         """Return one embedding (D,), None where there is none and `on_missing_row` has an answer. Raises as `row`."""
         tar_id = self.tar_ids[number]
-        missing = tar_id is None or self.cache.slot(tar_id).status_n[ordinal] != RowStatus.OK
+        missing = tar_id is None or self.cache.columns(tar_id).status_n[ordinal] != RowStatus.OK
         return None if missing and self.on_missing_row in ("mask", "live") else self.row(number, ordinal, view)
 
     def streamed_rows(self, numbers: Sequence[int], view: int) -> Generator[Callable[[int], Row | None], None, None]:
@@ -155,7 +155,7 @@ class CacheJoin:
         return self.filled(self.stored_row(number, ordinal, view), number, ordinal, view, picture)
 
     def crop(self, number: int, ordinal: int, view: int, size: tuple[int, int]) -> Row:
-        """Return where a view of crops was cut from the picture of this (width, height): (5,) for `views.replay`."""
+        """Return where a view of crops was cut from an image of this (width, height): (5,) for `views.apply_crop`."""
         tar_id = self.tar_ids[number]
         if tar_id is not None:
             params_5 = self.cache.view_params(tar_id, ordinal, view)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from threetowers.cache.format.views import random_box, replay
+from threetowers.cache.format.views import apply_crop, random_box
 
 
 def center(image: Image.Image, size: int) -> Tensor:
@@ -21,7 +21,7 @@ def mirrored(image_3hw: Tensor) -> Tensor:
 
 def stored_crop(image: Image.Image, size: int, params_5: npt.NDArray[np.float32]) -> Tensor:
     """Return the part of the picture that a cache saw (`cache.views`), resized: (3, size, size) uint8."""
-    return _bytes(replay(image, params_5, (size, size)))
+    return _bytes(apply_crop(image, params_5, (size, size)))
 
 
 def random_crop(image: Image.Image, size: int, scale: float, rng: np.random.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from threetowers.cache.format.dtypes import Float16
+from threetowers.cache.format.dtypes import Float16Dtype
 from threetowers.cache.format.manifest import Manifest
 from threetowers.trainer.config import CacheTower, ConfigError, ImageTower, TextTower, TrainConfig
 from threetowers.trainer.model.model import TowerModel
@@ -41,13 +41,13 @@ class TeacherCost:
         flops = None
         with contextlib.suppress(ConfigError):  # a backbone of another timm: its rows are there, its FLOPs are unknown
             flops = _backbone(manifest.backbone, manifest.preprocessing.input_size)[1]
-        return cls(manifest.backbone, manifest.dim, manifest.precision.row_bytes(manifest.dim), flops)
+        return cls(manifest.backbone, manifest.dim, manifest.storage_dtype.row_bytes(manifest.dim), flops)
 
     @classmethod
     def named(cls, backbone: str) -> "TeacherCost":
         """The teacher of a cache yet to be built, at its own image size and in float16. Raises ConfigError."""
         dim, flops = _backbone(backbone, None)
-        return cls(backbone, dim, Float16().row_bytes(dim), flops)
+        return cls(backbone, dim, Float16Dtype().row_bytes(dim), flops)
 
 
 @dataclass(frozen=True)
