@@ -26,7 +26,7 @@ help:  ## show the targets
 	touch $@
 
 demo: .venv/installed  ## cache a classifier, train CLIP, LiT and 3T on it, compare them on concepts none of them saw
-	$(RUN) cache build --tars 'data/emoji/*.tar' --out $(DEMO)/cache \
+	$(RUN) cache build --tars 'data/emoji/*.tar' --output-dir $(DEMO)/cache \
 	    --backbone tf_efficientnet_lite0 --weights package:efficientnet-lite0 --image-size 160
 	$(RUN) cache verify $(DEMO)/cache --tars 'data/emoji/*.tar'
 	$(RUN) tokenizer train --tars 'data/emoji/train-*.tar' --vocab-size 4096 --out $(DEMO)/tokenizer.model

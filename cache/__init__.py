@@ -1,1 +1,1 @@
-"""Job 1: stream a pretrained classifier's embeddings into a Zarr store, once per backbone."""
+"""The embedding cache: a pretrained classifier's embeddings in a Zarr store, computed once per backbone."""

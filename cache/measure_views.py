@@ -1,30 +1,28 @@
-"""How far the teacher moves under a training augmentation: does one cached view do, or does it take several?"""
-
-from __future__ import annotations
+"""How far training augmentations move the teacher's embeddings: is one cached view enough, or are crops needed?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
+from threetowers.cache.builder.build_config import TeacherConfig
 from threetowers.cache.encoders.live import embed, view_pixels
-from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.dtypes import cosines
 from threetowers.cache.format.views import Params, random_box
-from threetowers.cache.webdataset.dataset_sample import survey
+from threetowers.cache.webdataset.dataset_sample import sample_dataset
 
-PERCENTILES = (1, 5, 50)
+COSINE_PERCENTILES = (1, 5, 50)
 
 
 @dataclass(frozen=True)
-class ViewRow:
-    """Cosines between the teacher's center view and one augmentation of the same picture, over pictures and draws.
+class AugmentationRow:
+    """Cosines between the center view and one augmentation of the same image, over images and draws.
 
-    `own_nearest`: the share of augmented pictures whose nearest center view in the sample is their own.
+    `own_nearest`: the share of augmented images whose nearest center view in the sample is their own.
     """
 
     name: str
@@ -36,19 +34,19 @@ class ViewRow:
 
 @dataclass(frozen=True)
 class ViewComparison:
-    """What was measured, on how many pictures; `bad` of the sample could not be decoded."""
+    """The table, the number of images it is measured on, and of those that cannot be decoded."""
 
-    pictures: int
+    images: int
     bad: int
     draws: int
-    rows: tuple[ViewRow, ...]
+    rows: tuple[AugmentationRow, ...]
 
     def text(self) -> str:
-        """A table for a person."""
-        head = ("min", *(f"{p} %" for p in PERCENTILES), "mean", "own nearest")
+        """Return the table for a person."""
+        bad = f", {self.bad} more cannot be decoded" if self.bad else ""
+        head = ("min", *(f"{p} %" for p in COSINE_PERCENTILES), "mean", "own nearest")
         lines = [
-            f"the teacher's cosine between the center view and an augmented one: {self.pictures} pictures, "
-            f"{self.draws} draws each" + (f", {self.bad} not decodable" if self.bad else ""),
+            f"cosine between the center view and an augmented one: {self.images} images, {self.draws} draws each{bad}",
             f"{'':34}" + "".join(f"{name:>13}" for name in head),
         ]
         for row in self.rows:
@@ -57,65 +55,77 @@ class ViewComparison:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """The table for a script."""
-        rows = [
-            {
-                "augmentation": row.name,
-                "min": row.min,
-                **{f"p{p}": v for p, v in zip(PERCENTILES, row.percentiles, strict=True)},
-                "mean": row.mean,
-                "own_nearest": row.own_nearest,
-            }
-            for row in self.rows
-        ]
-        return {"pictures": self.pictures, "not_decodable": self.bad, "draws": self.draws, "rows": rows}
+        """Return the table for a script."""
+        rows = []
+        for row in self.rows:
+            percentiles = {f"p{p}": value for p, value in zip(COSINE_PERCENTILES, row.percentiles, strict=True)}
+            rows.append(
+                {"augmentation": row.name, "min": row.min}
+                | percentiles
+                | {"mean": row.mean, "own_nearest": row.own_nearest}
+            )
+        return {"images": self.images, "bad": self.bad, "draws": self.draws, "rows": rows}
 
 
 def measure_views(
-    tars: Sequence[str | Path],
-    teacher: Teacher,
+    config: TeacherConfig,
     *,
     crop_scales: Sequence[float] = (0.9, 0.6, 0.35, 0.1),
     sample: int = 256,
     draws: int = 2,
     seed: int = 0,
 ) -> ViewComparison:
-    """Embed a sample of pictures by the teacher, as they are cached (center) and as a run would augment them.
+    """Embed a sample of images as they are cached (center) and as a run would augment them, and compare.
 
-    Each of `crop_scales` is a run's `data.crop_scale`: the smallest share of the area of a random crop. The last row
-    pairs each picture with another: the cosine that means nothing.
+    The last row of the result pairs each image with another one, as a baseline.
+
+    Args:
+        config: images and teacher.
+        crop_scales: values of a run's `data.crop_scale`, the smallest share of the area of a random crop.
+        sample: images to measure on.
+        draws: random crops of each image.
+        seed: of the sample and the crops.
 
     Raises:
-        ValueError: fewer than two pictures that can be decoded, a scale beyond 0 to 1, no draws.
+        ValueError: fewer than two images that can be decoded, a scale beyond 0 to 1, or no draws.
     """
     if draws < 1 or not all(0 < scale <= 1 for scale in crop_scales):
-        raise ValueError(f"crop scales {tuple(crop_scales)}, draws {draws}: expected 0 < scale <= 1 and a draw")
-    pictures, bad = survey(tars, sample, seed).pictures()
-    if len(pictures) < 2:
-        raise ValueError(f"{len(pictures)} of the sampled pictures can be decoded: expected at least 2")
-    images = [image for _, image in pictures]
+        raise ValueError(
+            f"--crop-scales {tuple(crop_scales)}, --draws {draws}: expected 0 < scale <= 1 and at least one draw"
+        )
+    teacher = config.load_teacher(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    images, bad = sample_dataset(config.tars, sample, seed).images()
+    if len(images) < 2:
+        raise ValueError(f"{len(images)} of the sampled images can be decoded: expected at least 2")
     center_nD = embed(teacher, [view_pixels(teacher, image, 0, None) for image in images])
     mirrored_nD = embed(teacher, [view_pixels(teacher, image, 1, None) for image in images])
-    rng = np.random.default_rng(seed)
     rows = [_row("mirrored", center_nD, mirrored_nD)]
+    rng = np.random.default_rng(seed)
     for scale in crop_scales:
-        crops = [view_pixels(teacher, image, 0, _crop(image, scale, rng)) for image in images for _ in range(draws)]
+        crops = []
+        for image in images:
+            crops += [view_pixels(teacher, image, 0, _random_crop(image, scale, rng)) for _ in range(draws)]
         rows.append(_row(f"random crop, crop_scale {scale:g}", center_nD, embed(teacher, crops)))
-    rows.append(_row("another picture", center_nD, np.roll(center_nD, 1, axis=0)))
+    rows.append(_row("another image", center_nD, np.roll(center_nD, 1, axis=0)))
     return ViewComparison(len(images), bad, draws, tuple(rows))
 
 
-def _crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Params:
-    left, top, right, bottom = random_box(*image.size, scale, rng)
+def _random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Params:
     width, height = image.size
+    left, top, right, bottom = random_box(width, height, scale, rng)
     return np.array([left / width, top / height, right / width, bottom / height, 0], np.float32)
 
 
-def _row(name: str, center_nD: npt.NDArray[np.float32], other_mD: npt.NDArray[np.float32]) -> ViewRow:
-    """Compare (n, D) center views with (n * draws, D) others, the draws of a picture side by side."""
+def _row(name: str, center_nD: npt.NDArray[np.float32], other_mD: npt.NDArray[np.float32]) -> AugmentationRow:
+    """Compare (n, D) center views with (n * draws, D) others, the draws of an image being adjacent."""
     own_m = np.repeat(np.arange(len(center_nD)), len(other_mD) // len(center_nD))
     cosine_m = cosines(center_nD[own_m], other_mD)
     unit_nD = center_nD / np.linalg.norm(center_nD, axis=1, keepdims=True).clip(1e-30)
     nearest_m = (other_mD @ unit_nD.T).argmax(axis=1)
-    percentiles = tuple(float(v) for v in np.percentile(cosine_m, PERCENTILES))
-    return ViewRow(name, float(cosine_m.min()), percentiles, float(cosine_m.mean()), float((nearest_m == own_m).mean()))
+    return AugmentationRow(
+        name=name,
+        min=float(cosine_m.min()),
+        percentiles=tuple(float(value) for value in np.percentile(cosine_m, COSINE_PERCENTILES)),
+        mean=float(cosine_m.mean()),
+        own_nearest=float((nearest_m == own_m).mean()),
+    )

@@ -10,7 +10,8 @@ from reproduce.folder import Folder, write_json
 from reproduce.packages import FASHION_MNIST, NotAvailable, fetch_archive
 from reproduce.plan import Plan, TeacherSource
 from reproduce.pretraining import pretrain
-from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
@@ -95,4 +96,5 @@ def cache_seconds(cache: Path, tars: str = "train.tar") -> float:
 
 
 def _build(tars: list[str], out: Path, views: Views, **options: Any) -> None:
-    build(tars, out, views=views, threads=1, batch_size=64, on_bad="error", **options)
+    config = BuildConfig(tars=tars, output_dir=out, views=views, threads=1, batch_size=64, on_bad="error", **options)
+    build_cache(config)

@@ -110,13 +110,22 @@ def cache(tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from threetowers.cache.builder.build import build
+    from threetowers.cache.builder.build import build_cache
+    from threetowers.cache.builder.build_config import BuildConfig
 
     folder = tmp_path_factory.mktemp("cache")
     torch.manual_seed(5)
     weights = folder / "teacher.safetensors"
     save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), weights)
-    build([str(tar) for tar in tars], folder / "cache", backbone="test_resnet", weights=str(weights), image_size=64)
+    build_cache(
+        BuildConfig(
+            tars=[str(tar) for tar in tars],
+            output_dir=folder / "cache",
+            backbone="test_resnet",
+            weights=str(weights),
+            image_size=64,
+        )
+    )
     return folder / "cache"
 
 

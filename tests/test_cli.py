@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.shipped_configs import ROOT
 from threetowers.cli import main
-from threetowers.trainer.config.documentation import config_reference
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -25,7 +23,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["cache"], ["build", "info", "verify"]),
         (["cache", "build"], ["--backbone", "--weights", "--image-size", "brace ranges"]),
         (["tokenizer", "train"], ["--vocab-size"]),
-        (["train"], ["key.path=value", "torchrun", "--variant", "--help-config"]),
+        (["train"], ["key.path=value", "torchrun"]),
         (["eval", "retrieval"], ["--group-field", "--live-teacher", "FAISS"]),
     ],
 )
@@ -38,31 +36,16 @@ def test_help(
         assert word in shown
 
 
-def test_reference_of_config_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "train", "--help-config") == 0
-    assert capsys.readouterr().out == config_reference()
-    assert run(monkeypatch, "train", "--help-config", "log", "data") == 0
-    assert capsys.readouterr().out == config_reference(["data", "log"])
-
-
-def test_a_variant_is_trained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(ROOT / "configs/emoji/3t.yaml")
-    arguments = ["duration={steps: 7}", "data.vocab_size=4096", "--dry-run"]
-    assert run(monkeypatch, "train", config, *arguments, "--variant", "three-scales") == 0
-    assert "scales: scale, image-third, text-third" in capsys.readouterr().out
-    assert run(monkeypatch, "train", config, *arguments, "--variant", "no") == 2
-    assert "unknown variant 'no'; its variants are: no-image-third, " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["cache", "info", "nowhere"], "ManifestError: nowhere: no cache here"),
-        (["cache", "build", "--tars", "no-*.tar", "--out", "x", "--backbone", "b"], "'no-*.tar' matches no file"),
+        (
+            ["cache", "build", "--tars", "no-*.tar", "--output-dir", "x", "--backbone", "b"],
+            "'no-*.tar' matches no file",
+        ),
         (["tokenizer", "train", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
         (["train", "no.yaml"], "ConfigError: no.yaml: cannot be read as YAML"),
-        (["train"], "ConfigError: train: no config is given"),
-        (["train", "--help-config", "no"], "ConfigError: --help-config: found no, expected sections among duration, "),
         (["eval", "retrieval", "no-run", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
         (["eval", "retrieval", "r", "--tars", "t", "--out", "x", "--cache", "third"], "expected TOWER=PATH"),
     ],

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from threetowers.cache.format.manifest import Manifest, ManifestError, mismatch
+from threetowers.cache.format.manifest import Manifest, ManifestError, incompatibilities
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.atomic import write_atomic
 from threetowers.trainer.config import ConfigError, TrainConfig, dump, load_config
@@ -125,7 +125,7 @@ class RunFolder:
         if not self.manifests.exists():
             return
         for name, manifest in self.read_manifests().items():
-            if name in manifests and (lines := mismatch(manifest, manifests[name])):
+            if name in manifests and (lines := incompatibilities(manifest, manifests[name])):
                 raise ManifestError(
                     f"{self.path}: tower {name!r} reads another cache than the one this run began with: "
                     f"{'; '.join(lines)}; restore that cache, or choose another `output_dir`"

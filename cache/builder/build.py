@@ -1,10 +1,8 @@
-"""Build caches: stream tars through teachers, one tar at a time, each tar's rows written whole.
+"""Build caches: stream tars through teachers, and write all rows of a tar at once.
 
-Each process takes its own share of the tars first, then what others have not got to. A tar is finished when its done
-record is there; running the same command again continues with the others.
+Each process takes its own share of the tars first, then whatever other processes have not reached. A tar is finished
+when its done record exists; running the same command again continues with the others.
 """
-
-from __future__ import annotations
 
 import contextlib
 import logging
@@ -13,21 +11,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from threetowers.cache.builder.leases import Claims, Worker
-from threetowers.cache.builder.opening import Terms, agree
-from threetowers.cache.builder.pipeline import Finished, Job, Source, Stages, Target
+from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.builder.leases import Leases, Worker
+from threetowers.cache.builder.opening import open_or_create
+from threetowers.cache.builder.pipeline import Embedder, OutputCache, StageTimer, TarReader, WrittenTar
 from threetowers.cache.builder.row_buffer import MAX_BAD_SHOWN
-from threetowers.cache.builder.scheduler import Assignment, Ledger
-from threetowers.cache.encoders.teacher import Compute, Decode, load_teacher
+from threetowers.cache.builder.scheduler import TarStatus, WorkQueue
+from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.done_record import RejectedSample, done_record_name, read_done_record
 from threetowers.cache.format.manifest import ManifestError
-from threetowers.cache.format.tar_table import refuse_copies, repacked
-from threetowers.cache.format.views import CENTER, Views
+from threetowers.cache.format.tar_table import refuse_copies, repacked_error
 from threetowers.cache.preemption import exit_on_sigterm
 from threetowers.cache.prefetch import prefetch
 from threetowers.cache.storage.storage import Storage, is_url, open_storage
@@ -38,22 +35,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CacheSpec:
-    """One cache to build: where, by which teacher (`load_teacher`), under which terms, within which bound."""
-
-    out: str | Path | Storage
-    backbone: str
-    weights: str = "pretrained"
-    image_size: int | None = None
-    terms: Terms = field(default_factory=Terms)
-    min_cosine: float | None = None
-
-
-@dataclass(frozen=True)
 class BuildReport:
-    """What one process did for one cache. `tars_kept` counts tars of its own share that were finished before,
-    `tars_left` those that another worker took over meanwhile; the rest is what it wrote this time. `shares` says where
-    the time of the embedding thread went, largest first."""
+    """What one process did for one cache.
+
+    Attributes:
+        storage: where the cache is.
+        rank: of this process.
+        tars_built: tars that it wrote.
+        tars_kept: tars of its own share that were finished before.
+        tars_left: tars that another worker took over from it.
+        samples: samples of the tars that it wrote; each is `ok` or in `counts`.
+        ok: samples with an embedding.
+        counts: samples without an embedding, by status.
+        bad: the first few of these, with the path of their tar.
+        bytes: written.
+        seconds: wall time, with loading.
+        shares: of the embedding thread's time by stage, largest first.
+        differences: informative fields in which the cache and this build differ.
+    """
 
     storage: Storage
     world: World
@@ -67,149 +66,135 @@ class BuildReport:
     bytes: int
     seconds: float
     shares: dict[str, float]
-    notes: tuple[str, ...]
+    differences: tuple[str, ...]
 
 
-def build(
-    tars: Sequence[str | Path],
-    out: str | Path | Storage,
-    *,
-    backbone: str,
-    weights: str = "pretrained",
-    image_size: int | None = None,
-    dtype: str = "float16",
-    views: Views = CENTER,
-    slot: int | None = None,
-    min_cosine: float | None = None,
-    batch_size: int = 64,
-    threads: int | None = None,
-    device: str | None = None,
-    compute: Compute = "float32",
-    decode: Decode = "pillow",
-    compiled: bool = False,
-    on_bad: str = "record",
-    wait_seconds: float = 3600,
-    stale_seconds: float = 120,
-    progress: bool = False,
-) -> BuildReport:
-    """Build, or go on building, a cache of `tars` in the place `out`, a folder or a URL.
+def build_cache(config: BuildConfig) -> BuildReport:
+    """Build a cache, or continue to build it: embed every image of some tars once, and store the embeddings.
 
-    Args:
-        backbone, weights, image_size: the teacher (`load_teacher`).
-        dtype: precision tier (`PRECISIONS`); `float32` or `bfloat16` for features beyond 65504.
-        views: which views of a picture get an embedding.
-        slot: rows kept for a tar, by default as many as the largest of these tars needs; more leaves room for larger
-            tars that are added later.
-        min_cosine: bound on what storing a row may do to it, by default that of the tier.
-
-    The other arguments, and what is raised, are those of `build_all`.
-    """
-    spec = CacheSpec(out, backbone, weights, image_size, Terms(dtype, views, slot), min_cosine)
-    (report,) = build_all(
-        tars,
-        [spec],
-        batch_size=batch_size,
-        threads=threads,
-        device=device,
-        compute=compute,
-        decode=decode,
-        compiled=compiled,
-        on_bad=on_bad,
-        wait_seconds=wait_seconds,
-        stale_seconds=stale_seconds,
-        progress=progress,
-    )
-    return report
-
-
-def build_all(
-    tars: Sequence[str | Path],
-    specs: Sequence[CacheSpec],
-    *,
-    batch_size: int = 64,
-    threads: int | None = None,
-    device: str | None = None,
-    compute: Compute = "float32",
-    decode: Decode = "pillow",
-    compiled: bool = False,
-    on_bad: str = "record",
-    wait_seconds: float = 3600,
-    stale_seconds: float = 120,
-    progress: bool = False,
-) -> tuple[BuildReport, ...]:
-    """Build several caches of the same tars, reading and decoding each picture once for all that lack it.
-
-    Returns when every tar is finished, by whichever process. SIGTERM drops the tar that is worked on and ends the
-    process with code 143.
-
-    Args:
-        tars: paths, URLs, globs and brace ranges (`expand`). Every process gets the same list.
-        batch_size: images a forward pass. Part of what makes two builds equal to the last bit, as are device and
-            `compiled` (torch.compile).
-        threads: threads that decode and resize, by default this process's share of the cores.
-        device: by default the GPU of this local rank, else the CPU.
-        compute, decode: `load_teacher`; part of the contract.
-        on_bad: `record` keeps a status for a sample without an embedding and goes on, `error` stops at the first.
-        wait_seconds: how long ranks other than 0 wait for rank 0 to index the tars and write the manifest.
-        stale_seconds: how long a silent worker's tars stay its own.
-        progress: show a bar on rank 0.
+    Returns when every tar is finished, by whichever process. Several processes, started by any launcher, share the
+    work. SIGTERM abandons the current tar and ends the process with exit code 143.
 
     Raises:
-        ContractError: a place holds a cache of another backbone, preprocessing, views or precision, or of tars that
-            were packed again.
-        PrecisionError: a row that the tier stores with a smaller cosine than `min_cosine`.
-        BadTar, BadImage, ValueError: bad input, named.
-        WriteError: a place does not take what is written.
+        ManifestError: the output is a cache with another manifest, or of tars that were repacked.
+        RoundingError: a row that the dtype stores with a smaller cosine to itself than `min_cosine`.
+        BadTar, BadImage, ValueError: bad input, named in the message.
+        WriteError: the output cannot be written.
+
+    Example:
+        A tar of two images, and a small teacher with random weights:
+
+        >>> import io, tarfile, tempfile
+        >>> import timm, torch
+        >>> from PIL import Image
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with tarfile.open(f"{folder.name}/0.tar", "w") as tar:
+        ...     for key, color in (("a", "red"), ("b", "blue")):
+        ...         png = io.BytesIO()
+        ...         Image.new("RGB", (64, 64), color).save(png, "png")
+        ...         member = tarfile.TarInfo(f"{key}.png")
+        ...         member.size = len(png.getvalue())
+        ...         tar.addfile(member, io.BytesIO(png.getvalue()))
+        >>> weights = f"{folder.name}/weights.pth"
+        >>> torch.save(timm.create_model("test_resnet").state_dict(), weights)
+
+        >>> config = BuildConfig(
+        ...     tars=[f"{folder.name}/*.tar"],
+        ...     output_dir=f"{folder.name}/cache",
+        ...     backbone="test_resnet",
+        ...     weights=weights,
+        ...     device="cpu",
+        ... )
+        >>> report = build(config)
+        >>> report.tars_built, report.samples, report.ok
+        (1, 2, 2)
+        >>> build(config).tars_kept
+        1
+        >>> folder.cleanup()
     """
-    if batch_size < 1 or (threads is not None and threads < 1):
-        raise ValueError(f"batch_size={batch_size}, threads={threads}: expected at least 1")
-    if on_bad not in ("record", "error"):
-        raise ValueError(f"on_bad={on_bad!r}: expected record or error")
-    places = [open_storage(spec.out) for spec in specs]
-    if not places or len({str(storage) for storage in places}) != len(places):
-        raise ValueError(f"caches to build: expected different places, found {[str(storage) for storage in places]}")
-    began, world = time.monotonic(), World.from_env()
-    paths = expand(tars)
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
-    device = device or str(world.device)
-    worker, stages = Worker(), Stages()
+    if len(config.output_dirs()) != 1:
+        raise ValueError(f"--output-dir {config.output_dir}: expected one cache; build_all builds several")
+    return build_caches(config)[0]
+
+
+def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
+    """Build several caches of the same tars, like `build_cache`, reading and decoding each image once for all of them.
+
+    Raises:
+        ValueError: two outputs are the same folder; and as for `build_cache`.
+    """
+    started = time.monotonic()
+    storages = [open_storage(output) for output in config.output_dirs()]
+    if len({str(storage) for storage in storages}) != len(storages):
+        raise ValueError(f"--output-dir {' '.join(map(str, storages))}: expected different folders")
+    world = World.from_env()
+    paths = expand(config.tars)
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    device = config.device or str(world.device)
+    worker = Worker()
+    timer = StageTimer()
     with contextlib.ExitStack() as stack:
         stack.enter_context(exit_on_sigterm())
-        pool = stack.enter_context(_pool(threads))
-        targets, notes = [], []
-        for spec, storage in zip(specs, places, strict=True):
-            teacher = load_teacher(spec.backbone, spec.weights, spec.image_size, device, compute, decode, compiled)
-            agreed = agree(
-                storage, paths, teacher, spec.terms, world, wait_seconds, lambda p: list(pool.map(index_tar, p))
-            )
-            entries = list(
-                pool.map(lambda path, table=agreed.table: table.at(path) or table.find(index_tar(path)), paths)
-            )
-            storage.remove_stale()
-            refuse_copies(paths, [entry.fingerprint for entry in entries])
-            claims = stack.enter_context(Claims(storage, worker, stale_seconds).kept())
-            targets.append(Target(storage, agreed.manifest, teacher, claims, entries, spec.min_cosine))
-            notes.append(agreed.notes)
-        ledgers = [Ledger(target.claims, [entry.id for entry in target.entries]) for target in targets]
-        own = range(world.rank, len(paths), world.size)
-        unfinished = [_unfinished(t, ledger, own, paths, pool) for t, ledger in zip(targets, ledgers, strict=True)]
-        assignment = Assignment(ledgers, world.rank, world.size, seed=worker.token, unfinished=unfinished)
-        source = Source(paths, targets, assignment, pool)
-        stack.callback(source.stopped.set)
-        items = stack.enter_context(contextlib.closing(prefetch(source.items(), depth=4 * batch_size + 2 * threads)))
-        stack.callback(source.stopped.set)  # before the thread is joined, and before the pool is shut
-        advanced = stack.enter_context(_bar(targets, unfinished, world, progress, stages))
-        finished = list(Job(targets, batch_size, on_bad, stages).run(items, advanced))
-    seconds = time.monotonic() - began
-    return tuple(
-        _report(target, world, [done for done in finished if done.target == i], kept, seconds, stages, notes[i])
-        for i, target in enumerate(targets)
-        for kept in [sum(number not in unfinished[i] for number in own)]
+        pool = stack.enter_context(_thread_pool(threads))
+
+        # Open or create each cache.
+        outputs = []
+        differences = []
+        for storage, teacher in zip(storages, config.load_teachers(device), strict=True):
+            output, tolerated = _open_output(storage, paths, teacher, config, world, worker, pool)
+            stack.enter_context(output.leases.heartbeat())
+            outputs.append(output)
+            differences.append(tolerated)
+
+        # Find out what each cache lacks.
+        statuses = [TarStatus(output.leases, [entry.id for entry in output.entries]) for output in outputs]
+        own_share = range(world.rank, len(paths), world.size)
+        unfinished = [
+            _unfinished(output, status, own_share, paths, pool)
+            for output, status in zip(outputs, statuses, strict=True)
+        ]
+
+        # Read and decode in threads, embed here, until no tar is left.
+        queue = WorkQueue(statuses, world.rank, world.size, seed=worker.token, unfinished=unfinished)
+        reader = TarReader(paths, outputs, queue, pool)
+        stack.callback(reader.stopped.set)
+        depth = 4 * config.batch_size + 2 * threads
+        items = stack.enter_context(contextlib.closing(prefetch(reader.items(), depth=depth)))
+        stack.callback(reader.stopped.set)  # before the thread is joined, and before the pool is shut down
+        advance = stack.enter_context(_progress_bar(outputs, unfinished, world, config.progress, timer))
+        written = list(Embedder(outputs, config.batch_size, config.on_bad, timer).run(items, advance))
+    seconds = time.monotonic() - started
+    reports = []
+    for i, output in enumerate(outputs):
+        kept = sum(number not in unfinished[i] for number in own_share)
+        tars = [tar for tar in written if tar.cache == i]
+        reports.append(_report(output, world, tars, kept, seconds, timer, differences[i]))
+    return tuple(reports)
+
+
+def _open_output(
+    storage: Storage,
+    paths: Sequence[str],
+    teacher: Teacher,
+    config: BuildConfig,
+    world: World,
+    worker: Worker,
+    pool: ThreadPoolExecutor,
+) -> tuple[OutputCache, tuple[str, ...]]:
+    """Open or create a cache and find the entry of each tar; return also the tolerated differences."""
+    manifest, table, differences = open_or_create(
+        storage, paths, teacher, config, world, lambda missing: list(pool.map(index_tar, missing))
     )
+    entries = list(pool.map(lambda path: table.at(path) or table.find(index_tar(path)), paths))
+    storage.remove_stale()
+    refuse_copies(paths, [entry.fingerprint for entry in entries])
+    leases = Leases(storage, worker, config.lease_timeout)
+    return OutputCache(storage, manifest, teacher, leases, entries, config.min_cosine), differences
 
 
 @contextlib.contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+def _thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Start threads; at the end, cancel what they have not begun, without waiting."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         yield pool
@@ -218,85 +203,95 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def _bar(
-    targets: Sequence[Target], unfinished: Sequence[set[int]], world: World, progress: bool, stages: Stages
+def _progress_bar(
+    outputs: Sequence[OutputCache], unfinished: Sequence[set[int]], world: World, progress: bool, timer: StageTimer
 ) -> Iterator[Callable[[int], object]]:
-    """A progress bar over the samples of all tars, with the share of each stage; the first named is the bottleneck."""
-    left = set().union(*unfinished)
-    sizes = [entry.n_samples for entry in targets[0].entries]
-    alone = world.size == 1  # others do some of it, nobody knows which
+    """Show samples done and the share of each stage; the first stage is the bottleneck."""
+    total = None
+    initial = 0
+    if world.size == 1:  # with several workers, the share of this one is unknown
+        left = set().union(*unfinished)
+        sizes = [entry.n_samples for entry in outputs[0].entries]
+        total = sum(sizes)
+        initial = sum(size for number, size in enumerate(sizes) if number not in left)
     bar = tqdm(
-        total=sum(sizes) if alone else None,
-        initial=sum(size for number, size in enumerate(sizes) if number not in left) if alone else 0,
+        total=total,
+        initial=initial,
         unit="img",
         desc=f"rank {world.rank} of {world.size}",
         disable=not (progress and world.first),
     )
 
-    def advanced(samples: int) -> None:
+    def advance(samples: int) -> None:
         if samples:
-            shares = ", ".join(f"{name} {share:.0%}" for name, share in stages.shares().items())
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in timer.shares().items())
             bar.set_postfix_str(shares, refresh=False)
             bar.update(samples)
 
     with bar:
-        yield advanced
+        yield advance
 
 
 def _unfinished(
-    target: Target, ledger: Ledger, own: Sequence[int], paths: Sequence[str], pool: ThreadPoolExecutor
+    output: OutputCache, status: TarStatus, own_share: Sequence[int], paths: Sequence[str], pool: ThreadPoolExecutor
 ) -> set[int]:
-    """Numbers of the tars without a done record, or, in this process's own share, without a valid one.
+    """Return the numbers of the tars without a done record, or, in this process's own share, without a valid one.
 
     Raises:
-        ContractError: a finished tar of the share that is not the one that was embedded.
+        ManifestError: a finished tar of the own share is not the one that was embedded.
     """
+    left = status.unfinished(range(len(paths)))
+    output.leases.remove_stale({entry.id for number, entry in enumerate(output.entries) if number not in left})
 
-    def valid(number: int) -> bool:
-        entry = target.entries[number]
+    # Local tars must still be the embedded ones; remote tars are compared by `verify` only.
+    finished = [number for number in own_share if number not in left]
+    local = [number for number in finished if not is_url(paths[number])]
+    for number, index in zip(local, pool.map(index_tar, [paths[number] for number in local]), strict=True):
+        expected = output.entries[number].fingerprint
+        if index.fingerprint != expected:
+            raise repacked_error(index.location, [expected], index.fingerprint)
+
+    def is_valid(number: int) -> bool:
+        entry = output.entries[number]
         try:
-            read_done_record(target.storage, target.manifest, entry)
+            read_done_record(output.storage, output.manifest, entry)
         except ManifestError as error:
-            logger.warning("built again: %s", error)
-            target.storage.delete(done_record_name(entry.id))
+            logger.warning("rebuilt: %s", error)
+            output.storage.delete(done_record_name(entry.id))
             return False
         return True
 
-    left = ledger.unfinished(range(len(paths)))
-    target.claims.sweep({entry.id for number, entry in enumerate(target.entries) if number not in left})
-    finished = [number for number in own if number not in left]
-    local = [number for number in finished if not is_url(paths[number])]  # what is remote is compared by `verify`
-    for number, index in zip(local, pool.map(index_tar, [paths[number] for number in local]), strict=True):
-        if index.fingerprint != target.entries[number].fingerprint:
-            raise repacked(index.location, [target.entries[number].fingerprint], index.fingerprint)
-    return left | {number for number, is_valid in zip(finished, pool.map(valid, finished), strict=True) if not is_valid}
+    return left | {number for number, valid in zip(finished, pool.map(is_valid, finished), strict=True) if not valid}
 
 
 def _report(
-    target: Target,
+    output: OutputCache,
     world: World,
-    finished: Sequence[Finished],
+    written: Sequence[WrittenTar],
     kept: int,
     seconds: float,
-    stages: Stages,
-    notes: tuple[str, ...],
+    timer: StageTimer,
+    differences: tuple[str, ...],
 ) -> BuildReport:
-    built = [(done.entry, done.record) for done in finished if done.record is not None]
+    """Sum up what was written to one cache."""
+    built = [(tar.entry, tar.record) for tar in written if tar.record is not None]
     counts: Counter[str] = Counter()
-    for _, record in built:
+    bad: list[tuple[str, RejectedSample]] = []
+    for entry, record in built:
         counts.update(record.counts)
+        bad += [(entry.path, sample) for sample in record.bad]
     return BuildReport(
-        storage=target.storage,
+        storage=output.storage,
         world=world,
         tars_built=len(built),
         tars_kept=kept,
-        tars_left=len(finished) - len(built),
+        tars_left=len(written) - len(built),
         samples=sum(record.n_samples for _, record in built),
         ok=sum(record.n_ok for _, record in built),
         counts=dict(counts),
-        bad=tuple((entry.path, bad) for entry, record in built for bad in record.bad)[:MAX_BAD_SHOWN],
+        bad=tuple(bad[:MAX_BAD_SHOWN]),
         bytes=sum(file.size for _, record in built for file in record.files.values()),
         seconds=seconds,
-        shares=stages.shares(),
-        notes=notes,
+        shares=timer.shares(),
+        differences=differences,
     )

@@ -1,10 +1,9 @@
-"""Claims: who is working on which tar, so that workers share the tars of a cache without talking to each other.
+"""Leases: which worker builds which tar, so that workers share the tars of a cache without a coordinator.
 
-A claim is a small object that is created exclusively and refreshed while its owner lives. Losing one is never harmful:
-rows are written whole, are the same whoever writes them, and the done record comes last. A claim only saves work.
+A lease is a small object that is created exclusively, and refreshed by a heartbeat while its owner lives. Losing one is
+never harmful: rows are written at once, are the same whoever writes them, and the done record comes last. Leases only
+save duplicate work.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -15,126 +14,132 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Self
 
 from threetowers.cache.storage.local import process_exists
 from threetowers.cache.storage.storage import Storage
 
-CLAIMS = "claims"
+LEASES = "leases"
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One process that builds."""
+    """A process that builds."""
 
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     token: str = field(default_factory=lambda: secrets.token_hex(8))
 
-    def gone(self, other: Worker) -> bool:
-        """Whether another worker is known to have ended: it ran on this host, and its process is no more."""
+    def is_dead(self, other: "Worker") -> bool:
+        """Return whether another worker has ended for certain: it ran on this host, and its process is gone."""
         if other.host != self.host or other.token == self.token:
             return False
         if other.pid == self.pid:
-            return True  # an earlier build of this very process
+            return True  # an earlier build of this process
         return not process_exists(other.pid)
 
 
-class Claims:
-    """The claims on the tars of one cache, as one worker sees them.
+class Leases:
+    """The leases on the tars of one cache, as seen by one worker.
 
-    A claim that was not refreshed for `stale_seconds`, by the clock of the place, may be taken over.
+    A lease that was not refreshed for `timeout` seconds, by the clock of the storage, is expired: any worker may
+    acquire it.
     """
 
     def __init__(
-        self, storage: Storage, worker: Worker, stale_seconds: float = 120, now: Callable[[], float] = time.time
+        self, storage: Storage, worker: Worker, timeout: float = 120, now: Callable[[], float] = time.time
     ) -> None:
-        self.storage, self.worker, self.stale_seconds = storage, worker, stale_seconds
+        self.storage = storage
+        self.worker = worker
+        self.timeout = timeout
         self._now = now
         self._data = json.dumps(asdict(worker)).encode()
-        self._ahead: float | None = None  # of the place's clock to this one, in seconds
+        self._clock_offset: float | None = None  # seconds from this clock to the storage's
         self._held: set[int] = set()
         self._lock = threading.Lock()
 
-    def take(self, tar_id: int) -> bool:
-        """Claim a tar: a free one, or one whose owner is gone."""
+    def acquire(self, tar_id: int) -> bool:
+        """Acquire the lease on a tar if it is free or expired; return whether that succeeded."""
         name = _name(tar_id)
         if not self.storage.create_exclusive(name, self._data, owner=_owner(tar_id)):
-            if not self.abandoned(tar_id):
+            if not self.expired(tar_id):
                 return False
             self.storage.put(name, self._data, owner=_owner(tar_id))
-            if self._owner_of(name) != self.worker:  # another took it over at the same moment
+            if self._owner_of(name) != self.worker:  # another worker acquired it at the same moment
                 return False
         with self._lock:
             self._held.add(tar_id)
         return True
 
-    def has(self, tar_id: int) -> bool:
-        """Whether this worker took the claim and has not learnt that it lost it; asks nobody."""
+    def held(self, tar_id: int) -> bool:
+        """Return whether this worker acquired the lease and has not noticed a loss, from local state, without I/O."""
         return tar_id in self._held
 
-    def holds(self, tar_id: int) -> bool:
-        """Whether the claim is still this worker's; asked before anything is written."""
+    def confirm(self, tar_id: int) -> bool:
+        """Return whether the stored lease is still this worker's; to be called before anything is written."""
         try:
-            held = self.storage.read(_name(tar_id)) == self._data
+            confirmed = self.storage.read(_name(tar_id)) == self._data
         except FileNotFoundError:
-            held = False
-        if not held:
+            confirmed = False
+        if not confirmed:
             with self._lock:
                 self._held.discard(tar_id)
-        return held
+        return confirmed
 
-    def abandoned(self, tar_id: int) -> bool:
-        """Whether the claim on a tar is stale, or its owner known to have ended."""
-        return self._abandoned(_name(tar_id))
+    def expired(self, tar_id: int) -> bool:
+        """Return whether the lease on a tar timed out, or its owner has ended."""
+        return self._expired(_name(tar_id))
 
-    def _abandoned(self, name: str) -> bool:
-        owner, modified = self._owner_of(name), self.storage.modified(name)
-        if owner is not None and self.worker.gone(owner):
+    def _expired(self, name: str) -> bool:
+        owner = self._owner_of(name)
+        modified = self.storage.modified(name)
+        if owner is not None and self.worker.is_dead(owner):
             return True
-        return modified is not None and self._place_time() - modified > self.stale_seconds
+        return modified is not None and self._storage_time() - modified > self.timeout
 
     def release(self, tar_id: int) -> None:
-        """Give up a claim, if it is still this worker's."""
-        if self.holds(tar_id):
+        """Release a lease, if it is still this worker's."""
+        if self.confirm(tar_id):
             self.storage.delete(_name(tar_id))
         with self._lock:
             self._held.discard(tar_id)
 
     def release_all(self) -> None:
-        """Give up all claims."""
+        """Release all leases of this worker."""
         for tar_id in tuple(self._held):
             self.release(tar_id)
 
     def refresh(self) -> None:
-        """Say that this worker lives, once for each claim that it holds."""
+        """Renew every lease that this worker holds."""
         for tar_id in tuple(self._held):
-            if self.holds(tar_id):
+            if self.confirm(tar_id):
                 self.storage.put(_name(tar_id), self._data, owner=_owner(tar_id))
 
-    def claimed(self) -> set[int]:
-        """The tars that somebody claims, by one listing."""
-        return {int(name.removesuffix(".json")) for name in self.storage.listdir(CLAIMS) if name.endswith(".json")}
+    def leased(self) -> set[int]:
+        """Return the tars with a lease of any worker, by one listing."""
+        return {int(name.removesuffix(".json")) for name in self.storage.listdir(LEASES) if name.endswith(".json")}
 
-    def sweep(self, finished: Collection[int]) -> None:
-        """Remove claims on finished tars, and probes of the clock, whose owners were killed before they could."""
-        for name in self.storage.listdir(CLAIMS):
-            is_claim = name.endswith(".json")
-            if (not is_claim or int(name.removesuffix(".json")) in finished) and self._abandoned(f"{CLAIMS}/{name}"):
-                self.storage.delete(f"{CLAIMS}/{name}")
+    def remove_stale(self, finished: Collection[int]) -> None:
+        """Remove expired leases on finished tars, and expired clock probes, of workers that were killed."""
+        for name in self.storage.listdir(LEASES):
+            is_lease = name.endswith(".json")
+            obsolete = not is_lease or int(name.removesuffix(".json")) in finished
+            if obsolete and self._expired(f"{LEASES}/{name}"):
+                self.storage.delete(f"{LEASES}/{name}")
 
     @contextmanager
-    def kept(self) -> Iterator[Claims]:
-        """Refresh from a thread while this is open; give up all claims at the end."""
+    def heartbeat(self) -> Iterator[Self]:
+        """Refresh from a thread inside the context; release all leases at its end."""
         stopped = threading.Event()
 
         def run() -> None:
-            while not stopped.wait(self.stale_seconds / 4):
+            while not stopped.wait(self.timeout / 4):
                 try:
                     self.refresh()
-                except OSError:  # tried again soon; if it lasts the claims grow stale, and others take over
+                except OSError:  # tried again soon; if it persists the leases expire and other workers take over
                     continue
 
-        thread = threading.Thread(target=run, daemon=True, name="claims")
+        thread = threading.Thread(target=run, daemon=True, name="leases")
         thread.start()
         try:
             yield self
@@ -149,19 +154,19 @@ class Claims:
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
-    def _place_time(self) -> float:
-        """Now, by the clock of the place."""
-        if self._ahead is None:
-            probe = f"{CLAIMS}/clock.{self.worker.token}"
+    def _storage_time(self) -> float:
+        """Return the time by the clock of the storage, which is compared with this one once."""
+        if self._clock_offset is None:
+            probe = f"{LEASES}/clock.{self.worker.token}"
             self.storage.put(probe, self._data, owner="clock")
-            self._ahead = (self.storage.modified(probe) or self._now()) - self._now()
+            self._clock_offset = (self.storage.modified(probe) or self._now()) - self._now()
             self.storage.delete(probe)
-        return self._now() + self._ahead
+        return self._now() + self._clock_offset
 
 
 def _name(tar_id: int) -> str:
-    return f"{CLAIMS}/{tar_id}.json"
+    return f"{LEASES}/{tar_id}.json"
 
 
 def _owner(tar_id: int) -> str:
-    return f"{tar_id}.claim"
+    return f"{tar_id}.lease"

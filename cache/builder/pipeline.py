@@ -1,10 +1,8 @@
-"""From tars to finished slots: read and decode ahead, embed in batches, write each tar whole beside the next one.
+"""From tars to stored rows: read and decode ahead, embed in batches, write each tar while the next one is embedded.
 
-A picture is decoded once for all caches that are built together. Batches never cross tars, so that the rows of a tar do
+An image is decoded once for all caches that are built together. Batches never cross tars, so that the rows of a tar do
 not depend on what else is built beside it.
 """
-
-from __future__ import annotations
 
 import contextlib
 import logging
@@ -22,9 +20,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from threetowers.cache.builder.leases import Claims
-from threetowers.cache.builder.row_buffer import Made, Rows
-from threetowers.cache.builder.scheduler import Assignment, Work
+from threetowers.cache.builder.leases import Leases
+from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
+from threetowers.cache.builder.scheduler import WorkItem, WorkQueue
 from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.done_record import DoneRecord, done_record_name
 from threetowers.cache.format.layout import RowStatus
@@ -42,26 +40,33 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
-    """One of the caches that are built together. `entries[i]` is tar i of the list, as the cache's table has it."""
+class OutputCache:
+    """One of the caches that are built together. `entries[i]` is tar i of the list in the cache's tar table."""
 
     storage: Storage
     manifest: Manifest
     teacher: Teacher
-    claims: Claims
+    leases: Leases
     entries: Sequence[TarEntry]
     min_cosine: float | None = None
 
+    @property
+    def min_side(self) -> int | None:
+        """The shorter side down to which a JPEG may be decoded; None where a crop may need every pixel."""
+        return None if self.manifest.views.cropped else self.teacher.min_side
+
 
 @dataclass(frozen=True)
-class _Begin:
-    work: Work
+class _TarStart:
+    """Beginning of a tar in the stream of items."""
+
+    work: WorkItem
     index: TarIndex
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What became of the bytes of one image: for each target the pixels of its views (V, 3, H, W) and their boxes."""
+class _Decoded:
+    """An image file: for each cache the pixels of its views (V, 3, H, W) and their crop parameters, or the error."""
 
     image_hash: int
     views: list[tuple[Tensor, Params]] | BadImage
@@ -69,229 +74,233 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class _Image:
+    """An image of the current tar, which a thread decodes."""
+
     ordinal: int
-    prepared: Future[_Prepared]
+    decoding: Future[_Decoded]
 
 
 @dataclass(frozen=True)
-class _End:
+class _TarEnd:
+    """End of a tar in the stream of items."""
+
     tar_xxh3_128: str
 
 
-Item = _Begin | _Image | _End
+StreamItem = _TarStart | _Image | _TarEnd
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """The samples of the tars that this worker is assigned, tar after tar, each image being decoded by a pool.
+class TarReader:
+    """Reads the tars of a work queue, one after the other, and has their images decoded by a thread pool.
 
-    The next tar is claimed, and fetched where it is remote, while one is read. Set `stopped` to end early.
+    While a tar is read, the next one is leased and, if remote, fetched. Set `stopped` to end early.
     """
 
     paths: Sequence[str]
-    targets: Sequence[Target]
-    assignment: Assignment
+    outputs: Sequence[OutputCache]
+    queue: WorkQueue
     pool: ThreadPoolExecutor
     stopped: threading.Event = field(default_factory=threading.Event)
 
-    def items(self) -> Iterator[Item]:
-        """Iterate over all samples. Raises BadTar where a tar is not the one of the table."""
-        with contextlib.closing(prefetch(self._fetched(), depth=1)) as fetched:
-            for work, file in fetched:
+    def items(self) -> Iterator[StreamItem]:
+        """Iterate over all samples. Raises BadTar if a tar is not the one of the tar table."""
+        with contextlib.closing(prefetch(self._opened_tars(), depth=1)) as opened:
+            for work, file in opened:
                 with file:
-                    yield from self._tar(work, file)
+                    yield from self._read(work, file)
 
-    def _fetched(self) -> Iterator[tuple[Work, BinaryIO]]:
-        while not self.stopped.is_set() and (work := self.assignment.next()) is not None:
-            if isinstance(work, Work):
-                yield work, self._opened(self.paths[work.number])
+    def _opened_tars(self) -> Iterator[tuple[WorkItem, BinaryIO]]:
+        """Yield the tars of the queue, opened; wait where all that are left are leased by others."""
+        while not self.stopped.is_set() and (work := self.queue.next()) is not None:
+            if isinstance(work, WorkItem):
+                yield work, self._open(self.paths[work.number])
             else:
                 self.stopped.wait(work)
 
-    def _opened(self, path: str) -> BinaryIO:
-        """The tar; where it is remote a nameless copy in the folder for temporary files, read once from end to end."""
+    def _open(self, path: str) -> BinaryIO:
+        """Open a tar; a remote one is copied to a nameless temporary file, by one read from end to end."""
         file = open_object(path)
         if not is_url(path):
             return file
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who reads it
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the caller
         with file:
             while not self.stopped.is_set() and (block := file.read(READ_BYTES)):
                 copy.write(block)
         copy.seek(0)
         return copy
 
-    def _tar(self, work: Work, file: BinaryIO) -> Iterator[Item]:
-        path, targets = self.paths[work.number], [self.targets[i] for i in work.ledgers]
+    def _read(self, work: WorkItem, file: BinaryIO) -> Iterator[StreamItem]:
+        path = self.paths[work.number]
+        outputs = [self.outputs[i] for i in work.caches]
         index = index_tar(path, file)
-        if any(index.fingerprint != target.entries[work.number].fingerprint for target in targets):
-            raise BadTar(
-                f"{path}: changed while the cache was being built: keep it still and run the same command again"
-            )
-        yield _Begin(work, index)
-        digest, prepare = xxhash.xxh3_128(), partial(_prepare, targets)
+        if any(index.fingerprint != output.entries[work.number].fingerprint for output in outputs):
+            raise BadTar(f"{path}: changed during the build: keep it unchanged and run the same command again")
+        yield _TarStart(work, index)
+        digest = xxhash.xxh3_128()
+        decode = partial(_decode, outputs)
         file.seek(0)
         for ordinal, key, data in stream_images(index, digest, file):
-            yield _Image(ordinal, self.pool.submit(prepare, key, data))
-        yield _End(digest.hexdigest())
+            yield _Image(ordinal, self.pool.submit(decode, key, data))
+        yield _TarEnd(digest.hexdigest())
 
 
-def _prepare(targets: Sequence[Target], key: str, data: bytes) -> _Prepared:
+def _decode(outputs: Sequence[OutputCache], key: str, data: bytes) -> _Decoded:
+    """Decode an image file, and make the views of each cache."""
     image_hash = xxhash.xxh3_64_intdigest(data)
-    views = []
     try:
-        decoded = {side: decode_rgb(data, min_side=side) for side in set(map(_min_side, targets))}
+        images = {side: decode_rgb(data, min_side=side) for side in {output.min_side for output in outputs}}
     except BadImage as error:
-        return _Prepared(image_hash, error)
-    for target in targets:
-        how = target.manifest.preprocessing
-        pixels, params = target.manifest.views.pixels(
-            decoded[_min_side(target)],
+        return _Decoded(image_hash, error)
+    views = []
+    for output in outputs:
+        preprocessing = output.manifest.preprocessing
+        pixels, params = output.manifest.views.pixels(
+            images[output.min_side],
             key_hash(key),
-            target.teacher.transform,
-            how.input_size,
-            how.interpolation,
+            output.teacher.transform,
+            preprocessing.input_size,
+            preprocessing.interpolation,
         )
         views.append((torch.from_numpy(pixels), params))
-    return _Prepared(image_hash, views)
+    return _Decoded(image_hash, views)
 
 
-def _min_side(target: Target) -> int | None:
-    return None if target.manifest.views.cropped else target.teacher.min_side  # a crop may need every pixel
-
-
-class Stages:
-    """Where the time of the embedding thread goes: into the forward pass, or into waiting for another stage."""
+class StageTimer:
+    """The time of the embedding thread by stage: the forward pass, or waiting for another stage."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("read", "decode", "forward", "write"), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        began = time.monotonic()
+        """Add the time inside the context to a stage."""
+        started = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[stage] += time.monotonic() - began
+            self.seconds[stage] += time.monotonic() - started
 
     def shares(self) -> dict[str, float]:
-        """The share of each stage, largest first; the first is the bottleneck."""
+        """Return the share of each stage, largest first; the first is the bottleneck."""
         total = sum(self.seconds.values()) or 1.0
         return {name: seconds / total for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1])}
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A tar whose rows and record are in the cache of a target; `record` is None where another worker finished it."""
+class WrittenTar:
+    """A tar that is complete in cache number `cache`; `record` is None where another worker wrote it."""
 
-    target: int
+    cache: int
     entry: TarEntry
     record: DoneRecord | None
 
 
 @dataclass(eq=False)
-class _Tar:
-    """A tar that is being embedded: the rows for each cache that lacks it, and the batch that is being filled."""
+class _OpenTar:
+    """The tar that is being embedded: rows for each cache that lacks it, and the batch that is being filled."""
 
-    work: Work
-    rows: list[Rows]
-    began: float
+    work: WorkItem
+    buffers: list[RowBuffer]
+    started: float
     batch: list[tuple[int, list[tuple[Tensor, Params]]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """How the items of a tar become the files of its slots."""
+class Embedder:
+    """Embeds the items of a TarReader and writes the rows of each tar."""
 
-    targets: Sequence[Target]
+    outputs: Sequence[OutputCache]
     batch_size: int
     on_bad: str
-    stages: Stages = field(default_factory=Stages)
+    timer: StageTimer = field(default_factory=StageTimer)
 
-    def run(self, items: Iterable[Item], advanced: Callable[[int], object]) -> Iterator[Finished]:
-        """Embed tar after tar; yields what is in place. `advanced` is told of samples done."""
-        writing: deque[Future[Finished]] = deque()
+    def run(self, items: Iterable[StreamItem], advance: Callable[[int], object]) -> Iterator[WrittenTar]:
+        """Embed tar after tar; yield each as it is written. Calls `advance` with the number of samples done."""
+        writing: deque[Future[WrittenTar]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-            for item in self._waited(items):
+            for item in self._timed(items):
                 match item:
-                    case _Begin(work, index):
-                        manifests = [(self.targets[i].manifest, self.targets[i].min_cosine) for i in work.ledgers]
-                        tar = _Tar(work, [Rows(index, *binding) for binding in manifests], time.monotonic())
-                    case _Image(ordinal, prepared):
-                        advanced(self._image(tar, ordinal, prepared))
-                    case _End(tar_xxh3_128):
-                        advanced(self._embed(tar))
-                        for target, rows in zip(tar.work.ledgers, tar.rows, strict=True):
-                            seconds = time.monotonic() - tar.began
-                            writing.append(
-                                writer.submit(self._write, target, tar.work.number, rows, tar_xxh3_128, seconds)
-                            )
-                        while len(writing) > len(self.targets):  # one tar is written while the next is embedded
-                            yield self._written(writing)
+                    case _TarStart(work, index):
+                        outputs = [self.outputs[i] for i in work.caches]
+                        buffers = [RowBuffer(index, output.manifest, output.min_cosine) for output in outputs]
+                        tar = _OpenTar(work, buffers, time.monotonic())
+                    case _Image(ordinal, decoding):
+                        advance(self._add_image(tar, ordinal, decoding))
+                    case _TarEnd(tar_xxh3_128):
+                        advance(self._embed_batch(tar))
+                        seconds = time.monotonic() - tar.started
+                        for cache, rows in zip(tar.work.caches, tar.buffers, strict=True):
+                            arguments = (cache, tar.work.number, rows, tar_xxh3_128, seconds)
+                            writing.append(writer.submit(self._write, *arguments))
+                        while len(writing) > len(self.outputs):  # one tar is written while the next is embedded
+                            yield self._wait_for_write(writing)
             while writing:
-                yield self._written(writing)
+                yield self._wait_for_write(writing)
 
-    def _waited(self, items: Iterable[Item]) -> Iterator[Item]:
+    def _timed(self, items: Iterable[StreamItem]) -> Iterator[StreamItem]:
         source = iter(items)
         while True:
-            with self.stages("read"):
+            with self.timer("read"):
                 item = next(source, None)
             if item is None:
                 return
             yield item
 
-    def _written(self, writing: deque[Future[Finished]]) -> Finished:
-        with self.stages("write"):
+    def _wait_for_write(self, writing: deque[Future[WrittenTar]]) -> WrittenTar:
+        with self.timer("write"):
             return writing.popleft().result()
 
-    def _image(self, tar: _Tar, ordinal: int, waiting: Future[_Prepared]) -> int:
-        """Take up one image; returns the number of samples that are done by it."""
-        with self.stages("decode"):
-            image = waiting.result()
+    def _add_image(self, tar: _OpenTar, ordinal: int, decoding: Future[_Decoded]) -> int:
+        """Add an image to the batch, and embed the batch if it is full; return how many samples that completed."""
+        with self.timer("decode"):
+            image = decoding.result()
         if isinstance(image.views, BadImage):
-            for rows in tar.rows:
-                rows.note(ordinal, image.image_hash)
+            for rows in tar.buffers:
+                rows.set_image(ordinal, image.image_hash)
                 rows.reject(ordinal, RowStatus.UNDECODABLE, str(image.views))
             self._check_bad(tar)
             return 1
-        for rows, (_, params) in zip(tar.rows, image.views, strict=True):
-            rows.note(ordinal, image.image_hash, params)
+        for rows, (_, params) in zip(tar.buffers, image.views, strict=True):
+            rows.set_image(ordinal, image.image_hash, params)
         tar.batch.append((ordinal, image.views))
-        return self._embed(tar) if len(tar.batch) == self.batch_size else 0
+        return self._embed_batch(tar) if len(tar.batch) == self.batch_size else 0
 
-    def _embed(self, tar: _Tar) -> int:
-        """Embed and empty the batch; returns its size."""
-        ordinals = [ordinal for ordinal, _ in tar.batch]
-        if not ordinals:
+    def _embed_batch(self, tar: _OpenTar) -> int:
+        """Embed and empty the batch; return its size."""
+        if not tar.batch:
             return 0
-        with self.stages("forward"):
-            for i, (number, rows) in enumerate(zip(tar.work.ledgers, tar.rows, strict=True)):
+        ordinals = [ordinal for ordinal, _ in tar.batch]
+        with self.timer("forward"):
+            for i, (cache, rows) in enumerate(zip(tar.work.caches, tar.buffers, strict=True)):
                 pixels_bV3HW = torch.stack([views[i][0] for _, views in tar.batch])
-                embed = self.targets[number].teacher.embed
+                embed = self.outputs[cache].teacher.embed
                 features_VbD = [embed(pixels_bV3HW[:, view]) for view in range(pixels_bV3HW.shape[1])]
-                rows.put(ordinals, torch.stack(features_VbD, dim=1).numpy())
+                rows.set_embeddings(ordinals, torch.stack(features_VbD, dim=1).numpy())
         tar.batch.clear()
         self._check_bad(tar)
         return len(ordinals)
 
-    def _check_bad(self, tar: _Tar) -> None:
-        for rows in tar.rows:
+    def _check_bad(self, tar: _OpenTar) -> None:
+        for rows in tar.buffers:
             if self.on_bad == "error" and rows.bad:
                 bad = rows.bad[0]
                 raise BadImage(
                     f"{rows.index.location}: sample {bad.key!r} (ordinal {bad.ordinal}): {bad.reason}. Remove it, or "
-                    "let on_bad be 'record' to go on without it"
+                    "continue without it (--on-bad skip)"
                 )
 
-    def _write(self, number: int, tar: int, rows: Rows, tar_xxh3_128: str, seconds: float) -> Finished:
-        target = self.targets[number]
-        entry = target.entries[tar]
+    def _write(self, cache: int, number: int, rows: RowBuffer, tar_xxh3_128: str, seconds: float) -> WrittenTar:
+        """Write the rows of a tar, then its done record, unless another worker took the tar over."""
+        output = self.outputs[cache]
+        entry = output.entries[number]
         rows.check_complete()
-        if not target.claims.holds(entry.id):
-            logger.warning("%s: tar %s was taken over by another worker: left to it", target.storage, entry.path)
-            return Finished(number, entry, None)
-        made = Made("teacher", self.batch_size, target.teacher.device.type, seconds)
-        record = rows.write(target.storage, entry, tar_xxh3_128, made)
-        target.storage.remove_partial(str(entry.id))
-        target.storage.put(done_record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
-        target.claims.release(entry.id)
-        return Finished(number, entry, record)
+        if not output.leases.confirm(entry.id):
+            logger.warning("%s: tar %s was taken over by another worker, skipped here", output.storage, entry.path)
+            return WrittenTar(cache, entry, None)
+        provenance = Provenance("teacher", self.batch_size, output.teacher.device.type, seconds)
+        record = rows.write(output.storage, entry, tar_xxh3_128, provenance)
+        output.storage.remove_partial(str(entry.id))
+        output.storage.put(done_record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
+        output.leases.release(entry.id)
+        return WrittenTar(cache, entry, record)

@@ -1,131 +1,147 @@
-"""Which tar a worker builds next: first its own share of the list, then what others have not got to.
+"""Which tar a worker builds next: first its own share of the list, then whatever other workers have not reached.
 
-Nothing is planned centrally. Workers may join, leave and die at any time, also two with the same rank; what they know
-of each other are done records and claims. The build and its simulation run this same code.
+There is no central plan. Workers may join, leave and die at any time, even two with the same rank; all they see of each
+other are done records and leases. The build and its simulation run this same code.
 """
-
-from __future__ import annotations
 
 import random
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from threetowers.cache.builder.leases import Claims
+from threetowers.cache.builder.leases import Leases
 from threetowers.cache.format.done_record import DONE, done_record_name
 
-MIN_MISSES = 3  # tars in a row that others were faster at, before a worker looks again at what is left
-MAX_LOOKS = 4
-LISTED = 1000  # names that object stores list by one request
-POLL_SECONDS = 0.5, 60  # first and longest wait for the tars of others
-MAX_PROBES = 4  # claims of others that an idle worker examines at a time
+MIN_MISSES = 3  # tars in a row that other workers were faster at, before a worker lists again what is unfinished
+MAX_LISTINGS = 4
+LISTED = 1000  # names that object stores list per request
+POLL_SECONDS = 0.5, 60  # first and longest wait for the tars of other workers
+MAX_PROBES = 4  # leases of other workers that an idle worker examines at a time
 
 
 @dataclass(frozen=True)
-class Work:
-    """A tar, by its number in the list, and the caches that it was claimed in, by their numbers."""
+class WorkItem:
+    """A tar, by its number in the list, and the numbers of the caches in which its lease was acquired."""
 
     number: int
-    ledgers: tuple[int, ...]
+    caches: tuple[int, ...]
 
 
-class Ledger:
-    """What is finished and what is claimed in one cache. `ids` has the tar's id there for each tar of the list."""
+class TarStatus:
+    """Which tars are finished and which are leased in one cache. `ids[i]` is the id of tar i of the list."""
 
-    def __init__(self, claims: Claims, ids: Sequence[int]) -> None:
-        self.claims, self.ids = claims, ids
+    def __init__(self, leases: Leases, ids: Sequence[int]) -> None:
+        self.leases = leases
+        self.ids = ids
 
     def unfinished(self, numbers: Collection[int]) -> set[int]:
-        """Those of these tars that have no done record and that this worker is not about to finish.
+        """Return which of these tars have no done record and are not in this worker's hands.
 
-        By one listing, or one look for each tar where that asks for less.
+        This takes one listing, or one request per tar where that is cheaper.
         """
         if len(numbers) <= 1 + len(self.ids) // LISTED:
             left = {number for number in numbers if self._missing(number)}
         else:
-            names = set(self.claims.storage.listdir(DONE))
+            names = set(self.leases.storage.listdir(DONE))
             left = {number for number in numbers if f"{self.ids[number]}.json" not in names}
-        return {number for number in left if not self.claims.has(self.ids[number])}
+        return {number for number in left if not self.leases.held(self.ids[number])}
 
-    def unclaimed(self, numbers: Iterable[int]) -> set[int]:
-        """Those of these tars that nobody works on, by one listing."""
-        claimed = self.claims.claimed()
-        return {number for number in numbers if self.ids[number] not in claimed}
+    def unleased(self, numbers: Iterable[int]) -> set[int]:
+        """Return which of these tars no worker has a lease on, by one listing."""
+        leased = self.leases.leased()
+        return {number for number in numbers if self.ids[number] not in leased}
 
-    def abandoned(self, number: int) -> bool:
-        """Whether the owner of the claim on a tar is gone."""
-        return self.claims.abandoned(self.ids[number])
+    def expired(self, number: int) -> bool:
+        """Return whether the lease on a tar is expired."""
+        return self.leases.expired(self.ids[number])
 
-    def take(self, number: int) -> bool:
-        """Claim a tar, unless it is finished by now."""
+    def acquire(self, number: int) -> bool:
+        """Acquire the lease on a tar, unless the tar is finished by now."""
         tar_id = self.ids[number]
-        if not self.claims.take(tar_id):
+        if not self.leases.acquire(tar_id):
             return False
         if not self._missing(number):
-            self.claims.release(tar_id)
+            self.leases.release(tar_id)
             return False
         return True
 
     def _missing(self, number: int) -> bool:
-        return self.claims.storage.size(done_record_name(self.ids[number])) is None
+        return self.leases.storage.size(done_record_name(self.ids[number])) is None
 
 
-class Assignment:
-    """The tars of one worker, one after the other."""
+class WorkQueue:
+    """The tars that one worker builds, one after the other, in one or several caches."""
 
     def __init__(
         self,
-        ledgers: Sequence[Ledger],
+        statuses: Sequence[TarStatus],
         rank: int,
         world: int,
         *,
         seed: str,
         unfinished: Sequence[Collection[int]],
     ) -> None:
-        """`unfinished`: numbers of the tars that each ledger lacked a moment ago. `seed`: of the order of stealing,
-        which should differ between workers."""
-        self._ledgers, self._poll_seconds = ledgers, POLL_SECONDS[0]
-        self._left = list(unfinished)
-        self._random = random.Random(seed)
-        self._queue = deque(number for number in range(rank, len(ledgers[0].ids), world) if self._lacking(number))
-        self._stealing, self._misses = False, 0
-        self._max_misses = max(MIN_MISSES, len(ledgers[0].ids) // LISTED)  # a look costs as much as so many misses
+        """Start with the worker's own share.
 
-    def next(self) -> Work | float | None:
-        """The next tar, claimed; or seconds to wait, because others work on all that is left; None when all is done."""
-        for _ in range(MAX_LOOKS):
+        Args:
+            statuses: of each cache.
+            rank: of this worker.
+            world: number of workers that share the list from the start.
+            seed: of the order in which tars of other workers are tried; should differ between workers.
+            unfinished: numbers of the tars that each cache lacked a moment ago.
+        """
+        self._statuses = statuses
+        self._poll_seconds = POLL_SECONDS[0]
+        self._unfinished = list(unfinished)
+        self._random = random.Random(seed)
+        n_tars = len(statuses[0].ids)
+        self._queue = deque(number for number in range(rank, n_tars, world) if self._lacking(number))
+        self._own_share_done = False
+        self._misses = 0
+        self._max_misses = max(MIN_MISSES, n_tars // LISTED)  # a listing costs as much as this many misses
+
+    def next(self) -> WorkItem | float | None:
+        """Return the next tar, leased; or seconds to wait while others build the rest; or None when all is done."""
+        for _ in range(MAX_LISTINGS):
             while self._queue and self._misses < self._max_misses:
-                if work := self._take(self._queue.popleft()):
-                    self._misses, self._poll_seconds = 0, POLL_SECONDS[0]
-                    return work
-                self._misses += self._stealing
-            if not self._look():
+                if item := self._acquire(self._queue.popleft()):
+                    self._misses = 0
+                    self._poll_seconds = POLL_SECONDS[0]
+                    return item
+                self._misses += self._own_share_done
+            if not self._list_unfinished():
                 return None
             if not self._queue:
                 break
-        wait, self._poll_seconds = self._poll_seconds, min(2 * self._poll_seconds, POLL_SECONDS[1])
+        wait = self._poll_seconds
+        self._poll_seconds = min(2 * wait, POLL_SECONDS[1])
         return wait
 
     def _lacking(self, number: int) -> list[int]:
-        return [i for i, left in enumerate(self._left) if number in left]
+        """Return the numbers of the caches that lack a tar."""
+        return [i for i, unfinished in enumerate(self._unfinished) if number in unfinished]
 
-    def _take(self, number: int) -> Work | None:
-        taken = tuple(i for i in self._lacking(number) if self._ledgers[i].take(number))
-        return Work(number, taken) if taken else None
+    def _acquire(self, number: int) -> WorkItem | None:
+        acquired = tuple(i for i in self._lacking(number) if self._statuses[i].acquire(number))
+        return WorkItem(number, acquired) if acquired else None
 
-    def _look(self) -> bool:
-        """List what is left, and queue what nobody works on; where there is no such tar, a few that are abandoned."""
-        self._stealing, self._misses = True, 0
-        self._left = [ledger.unfinished(left) for ledger, left in zip(self._ledgers, self._left, strict=True)]
-        if not any(self._left):
+    def _list_unfinished(self) -> bool:
+        """Queue the unfinished tars without a lease, or else a few whose lease expired; return whether any is left."""
+        self._own_share_done = True
+        self._misses = 0
+        pairs = list(zip(self._statuses, self._unfinished, strict=True))
+        self._unfinished = [status.unfinished(numbers) for status, numbers in pairs]
+        if not any(self._unfinished):
             return False
-        unclaimed = [ledger.unclaimed(left) for ledger, left in zip(self._ledgers, self._left, strict=True)]
-        free = sorted(set().union(*unclaimed))
-        self._random.shuffle(free)
-        self._queue = deque(free)
+        free: set[int] = set()
+        for status, numbers in zip(self._statuses, self._unfinished, strict=True):
+            free |= status.unleased(numbers)
+        shuffled = sorted(free)
+        self._random.shuffle(shuffled)
+        self._queue = deque(shuffled)
         if not free:
-            left = sorted(set().union(*self._left))
+            left = sorted(set().union(*self._unfinished))
             for number in self._random.sample(left, min(MAX_PROBES, len(left))):
-                if any(self._ledgers[i].abandoned(number) for i in self._lacking(number)):
+                if any(self._statuses[i].expired(number) for i in self._lacking(number)):
                     self._queue.append(number)
         return True

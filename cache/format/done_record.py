@@ -1,15 +1,12 @@
-"""The done record of a tar: written last, so that its presence means that the rows of the tar are whole."""
+"""The done record of a tar: written last, so that its presence means that all rows of the tar are stored."""
 
-from __future__ import annotations
-
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import xxhash
 from pydantic import ConfigDict
 
-from threetowers.cache.format.layout import slot_files
+from threetowers.cache.format.layout import tar_files
 from threetowers.cache.format.manifest import Manifest, ManifestError, from_json
 from threetowers.cache.format.tar_table import TarEntry
 from threetowers.cache.storage.storage import Storage
@@ -19,10 +16,10 @@ DONE = "done"
 
 @dataclass(frozen=True)
 class FileSum:
-    """Size in bytes and xxh3_128 of a whole file.
+    """Size in bytes and xxh3_128 of a file.
 
     Not crc32c: each part of a shard is followed by its own crc32c, and over such a file crc32c is a constant, the same
-    for every sound shard, so that it could not tell swapped files apart.
+    for every intact shard, so that it could not tell swapped files apart.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -31,7 +28,8 @@ class FileSum:
     xxh3_128: str
 
     @classmethod
-    def of(cls, data: bytes) -> FileSum:
+    def of(cls, data: bytes) -> Self:
+        """Return size and digest of a file with these bytes."""
         return cls(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
@@ -66,10 +64,28 @@ class Cosines:
 class DoneRecord:
     """What was written for one tar.
 
-    `manifest` is the digest of the cache's contract, `chunk_crc32c` has one entry per stored chunk of each array of
-    embeddings, `bad` the first few of the samples that `counts` counts by status; `norms`, `sum` and `max_abs` run over
-    the OK rows as stored, `cosines` too, in all views; `tar_xxh3_128` over the bytes of the tar as they were streamed.
-    `source` says who made the rows: the `teacher`, or a `rekey` of another cache, which hands on its cosines.
+    Attributes:
+        tar_id: id of the tar in the tar table.
+        fingerprint: of the tar.
+        manifest: digest of the cache's manifest.
+        n_samples: samples in the tar.
+        n_ok: rows with an embedding.
+        counts: samples without an embedding, by status.
+        bad: the first few of these.
+        ignored_members: members of the tar that belong to no sample.
+        files: size and digest of each array's file.
+        chunk_crc32c: crc32c of each stored chunk of each array of embeddings.
+        norms: over the OK rows as stored, of all views.
+        cosines: of these rows as stored with the rows as computed.
+        sum: of all their components.
+        max_abs: their largest magnitude.
+        tar_xxh3_128: digest of the tar as it was streamed.
+        batch_size: images per forward pass.
+        device: type of the teacher's device.
+        seconds: wall time of the tar.
+        finished: when, in ISO 8601.
+        host: where.
+        source: what made the rows: the `teacher`, or a `remap` of another cache, whose cosines are inherited.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -96,28 +112,25 @@ class DoneRecord:
     host: str
     source: Literal["teacher", "remap"] = "teacher"
 
-    def undated(self) -> DoneRecord:
-        """The record without what differs between two builds of the same bytes."""
-        return dataclasses.replace(self, seconds=0.0, finished="", host="")
-
 
 def done_record_name(tar_id: int) -> str:
-    """The name of a tar's done record in the place of a cache."""
+    """Return the name of a tar's done record in the cache."""
     return f"{DONE}/{tar_id}.json"
 
 
 def read_done_record(storage: Storage, manifest: Manifest, entry: TarEntry) -> DoneRecord:
-    """The done record of a tar, checked against contract, tar table and the sizes of its files.
+    """Read the done record of a tar, and check it against manifest, tar table and the sizes of its files.
 
     Raises:
-        ContractError: there is none, it is of another tar or cache, or a file is missing or has another size.
+        ManifestError: the tar is incomplete, the record belongs to another tar or cache, or a file is missing or has
+            another size.
     """
     path = storage.uri(done_record_name(entry.id))
     again = "run `threetowers cache build` again"
     try:
         record = from_json(DoneRecord, storage, done_record_name(entry.id))
     except FileNotFoundError:
-        raise ManifestError(f"tar {entry.path} ({entry.id}): half built, no {path}: {again}") from None
+        raise ManifestError(f"tar {entry.path} ({entry.id}): incomplete, {path} is missing: {again}") from None
     for field, expected in (
         ("tar_id", entry.id),
         ("fingerprint", entry.fingerprint),
@@ -126,10 +139,10 @@ def read_done_record(storage: Storage, manifest: Manifest, entry: TarEntry) -> D
     ):
         if getattr(record, field) != expected:
             raise ManifestError(
-                f"tar {entry.path} ({entry.id}): {path} is of another tar or cache: {field}: expected {expected}, "
+                f"tar {entry.path} ({entry.id}): {path} belongs to another tar or cache: {field}: expected {expected}, "
                 f"found {getattr(record, field)}. Delete it and {again}"
             )
-    for name, relative in slot_files(manifest, entry.id).items():
+    for name, relative in tar_files(manifest, entry.id).items():
         size = storage.size(relative)
         expected_size = record.files[name].size if name in record.files else None
         if size is None or size != expected_size:

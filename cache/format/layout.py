@@ -1,6 +1,4 @@
-"""Where the rows of a tar lie: row `tar_id * slot + ordinal`, and one file per array and tar."""
-
-from __future__ import annotations
+"""The layout of the rows: row `tar_id * rows_per_tar + ordinal`, and one file for each array and tar."""
 
 import enum
 import math
@@ -17,7 +15,7 @@ MIN_CHUNKS = 8
 
 
 class RowStatus(enum.IntEnum):
-    """What a row holds. Only OK rows carry an embedding, in all views; the others hold the fill value."""
+    """State of a row. Only OK rows have an embedding, in all views; the others hold the fill value."""
 
     ABSENT = 0
     OK = 1
@@ -28,8 +26,16 @@ class RowStatus(enum.IntEnum):
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One Zarr array. `row` is the shape of what belongs to one sample, `chunked` says that a slot is cut into the
-    contract's chunks, not kept as one."""
+    """One Zarr array.
+
+    Attributes:
+        name: its name in the store.
+        dtype: its NumPy type.
+        row: shape of the values of one sample.
+        fill: value of rows without an embedding.
+        chunked: whether the rows of a tar are divided into the manifest's chunks, or one chunk.
+        logical_dtype: type that the stored numbers stand for, if it is another one.
+    """
 
     name: str
     dtype: str
@@ -39,25 +45,28 @@ class ArraySpec:
     logical_dtype: str | None = None
 
     def chunk_rows(self, manifest: Manifest) -> int:
-        return manifest.chunk_rows if self.chunked else manifest.slot
+        """Return the rows of one chunk."""
+        return manifest.chunk_rows if self.chunked else manifest.rows_per_tar
 
 
 def emb_name(view: int) -> str:
-    """The array of a view: `emb`, `emb_1`, ..."""
+    """Return the name of a view's embeddings: `emb`, `emb_1`, ..."""
     return f"emb_{view}" if view else "emb"
 
 
 def scale_name(view: int) -> str:
-    """The array of a view's row scales (int8): `scale`, `scale_1`, ..."""
+    """Return the name of a view's row scales (int8): `scale`, `scale_1`, ..."""
     return f"scale_{view}" if view else "scale"
 
 
 def arrays(manifest: Manifest) -> dict[str, ArraySpec]:
-    """All arrays of a cache, by name: rows of each view, their scales, hash of key and image, status, crop boxes."""
-    tier, views = manifest.precision, manifest.views
-    logical = tier.name if tier.name != tier.stored else None
-    specs = [ArraySpec(emb_name(v), tier.stored, (manifest.dim,), tier.fill, True, logical) for v in range(views.count)]
-    if tier.scaled:
+    """Return all arrays of a cache by name: embeddings of each view, their scales, hashes, status, crop parameters."""
+    dtype = manifest.storage_dtype
+    views = manifest.views
+    logical = dtype.name if dtype.name != dtype.stored else None
+    row = (manifest.dim,)
+    specs = [ArraySpec(emb_name(v), dtype.stored, row, dtype.fill, True, logical) for v in range(views.count)]
+    if dtype.scaled:
         specs += [ArraySpec(scale_name(v), "float32", (), float("nan")) for v in range(views.count)]
     specs += [
         ArraySpec("key_hash", "uint64", (), 0),
@@ -69,31 +78,37 @@ def arrays(manifest: Manifest) -> dict[str, ArraySpec]:
     return {spec.name: spec for spec in specs}
 
 
-def slot_and_chunk(row_bytes: int, largest_tar: int) -> tuple[int, int]:
-    """(slot, chunk_rows) in rows, for rows of so many bytes: chunks of about CHUNK_BYTES, and at least MIN_CHUNKS of
-    them, because the last chunk of a smaller tar is padded to its full size."""
+def rows_and_chunk(row_bytes: int, largest_tar: int) -> tuple[int, int]:
+    """Return rows_per_tar and chunk_rows for rows of so many bytes and tars of up to `largest_tar` samples.
+
+    Chunks have about CHUNK_BYTES, and there are at least MIN_CHUNKS of them, because the last chunk of a smaller tar is
+    padded to its full size.
+    """
     wanted = round(largest_tar * row_bytes / CHUNK_BYTES)
     n_chunks = min(max(MIN_CHUNKS, wanted), largest_tar)
     chunk_rows = math.ceil(largest_tar / n_chunks)
     return math.ceil(largest_tar / chunk_rows) * chunk_rows, chunk_rows
 
 
-def slot_files(manifest: Manifest, tar_id: int) -> dict[str, str]:
-    """The file of each array that holds the rows of one tar, relative to the cache: a Zarr shard each."""
+def tar_files(manifest: Manifest, tar_id: int) -> dict[str, str]:
+    """Return the file of each array that holds the rows of one tar, relative to the cache: a Zarr shard each."""
     return {name: f"{STORE}/{name}/c/{tar_id}{'/0' * len(spec.row)}" for name, spec in arrays(manifest).items()}
 
 
 def stored_rows(manifest: Manifest, spec: ArraySpec, n_samples: int) -> int:
-    """Rows of an array that are on disk for a tar of so many samples: whole chunks."""
+    """Return the rows of an array on disk for a tar of so many samples: a multiple of the chunk."""
     rows = spec.chunk_rows(manifest)
     return math.ceil(n_samples / rows) * rows
 
 
 def stored_bytes(manifest: Manifest, n_samples: int) -> int:
-    """Bytes of all files of a tar of so many samples, without its done record."""
+    """Return the bytes of all files of a tar of so many samples, without its done record."""
     total = 0
     for spec in arrays(manifest).values():
-        row = int(np.dtype(spec.dtype).itemsize * np.prod(spec.row, dtype=np.int64))
-        stored, slots = stored_rows(manifest, spec, n_samples), manifest.slot // spec.chunk_rows(manifest)
-        total += stored * row + 4 * (stored // spec.chunk_rows(manifest)) + 16 * slots + 4
+        row_bytes = int(np.dtype(spec.dtype).itemsize * np.prod(spec.row, dtype=np.int64))
+        chunk_rows = spec.chunk_rows(manifest)
+        rows = stored_rows(manifest, spec, n_samples)
+        checksums = 4 * (rows // chunk_rows)
+        index = 16 * (manifest.rows_per_tar // chunk_rows) + 4
+        total += rows * row_bytes + checksums + index
     return total

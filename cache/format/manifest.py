@@ -1,13 +1,12 @@
-"""What a cache promises: one backbone's raw features, under one preprocessing, of declared views, in one precision.
+"""The manifest: what a cache was built with.
 
-`manifest.json` holds the contract. It is written once, before any row, and never changed; everything that reads or adds
-rows compares itself with it first. Which tars the rows are of is the matter of the tar table (`table.py`).
+`manifest.json` is written once, before any row, and never changed; everything that reads or adds rows compares itself
+with it first. The tar table (`tar_table.py`) holds which tars the rows belong to.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -15,26 +14,33 @@ from typing import Any, ClassVar, Literal, TypeVar
 import xxhash
 from pydantic import ConfigDict
 
-from threetowers.cache.format.dtypes import Precision, Tier, precision
+from threetowers.cache.format.dtypes import DtypeName, StorageDtype, storage_dtype
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.storage import Storage
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-NOTED = ("weights", "versions")  # where they differ a reader is told; the digest of the weights is what binds
-TEACHER = ("backbone", "weights_digest", "feature", "preprocessing", "dim")  # what makes two embeddings comparable
+# Fields that are only informative: the digest of the weights decides, not where they came from.
+INFORMATIVE_FIELDS = ("weights", "versions")
+# Fields that make two embeddings comparable.
+TEACHER_FIELDS = ("backbone", "weights_digest", "feature", "preprocessing", "dim")
+
+DecodeMode = Literal["pillow", "pillow-draft"]
+TeacherPrecision = Literal["float32", "bfloat16"]
 T = TypeVar("T")
 
 
 class ManifestError(ValueError):
-    """A cache that is not what its user expects: other contract, other tars, or rows that are missing or changed."""
+    """A cache that is not the expected one: another manifest, other tars, or rows that are missing or changed."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The teacher's evaluation transform, in timm's terms. `input_size` is (height, width) in pixels, `decode` how the
-    bytes of an image become its pixels."""
+    """The teacher's evaluation transform, in timm's terms.
+
+    `input_size` is (height, width) in pixels, `decode` how the bytes of an image become its pixels.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -44,16 +50,27 @@ class Preprocessing:
     crop_mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    decode: Literal["pillow", "pillow-draft"] = "pillow"
+    decode: DecodeMode = "pillow"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The promise of a cache.
+    """What a cache was built with.
 
-    Rows are addressed as `tar_id * slot + ordinal`, and checksummed in chunks of `chunk_rows` rows. `weights` is where
-    the weights came from, `weights_digest` the sha256 of the state dict, `dtype` the precision tier, `dim` the width of
-    a row, `compute` the numbers of the forward pass.
+    Attributes:
+        backbone: timm name of the teacher.
+        weights: where its weights came from.
+        weights_digest: sha256 of its state dict.
+        preprocessing: its evaluation transform.
+        dim: width D of a row.
+        dtype: name of the storage dtype of the rows.
+        rows_per_tar: rows reserved for each tar; row = tar id * rows_per_tar + ordinal.
+        chunk_rows: rows that share a checksum.
+        versions: of torch, timm and pillow.
+        views: the views of each image.
+        precision: arithmetic of the teacher's forward pass.
+        feature: which features of the backbone are stored.
+        format: version of the format on disk.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -63,68 +80,74 @@ class Manifest:
     weights_digest: str
     preprocessing: Preprocessing
     dim: int
-    dtype: Tier
-    slot: int
+    dtype: DtypeName
+    rows_per_tar: int
     chunk_rows: int
     versions: dict[str, str]
     views: Views = CENTER
-    compute: Literal["float32", "bfloat16"] = "float32"
+    precision: TeacherPrecision = "float32"
     feature: Literal["pre_logits"] = "pre_logits"
     format: int = FORMAT
 
     @cached_property
     def digest(self) -> str:
-        """xxh3_128 over the whole contract: ties each tar's done record to this cache."""
+        """The xxh3_128 of the manifest, which ties each done record to this cache."""
         return xxhash.xxh3_128_hexdigest(to_json(self))
 
     @property
-    def precision(self) -> Precision:
+    def storage_dtype(self) -> StorageDtype:
         """How rows are stored."""
-        return precision(self.dtype)
+        return storage_dtype(self.dtype)
 
     @property
-    def n_chunks(self) -> int:
-        """Chunks of a whole slot."""
-        return self.slot // self.chunk_rows
+    def chunks_per_tar(self) -> int:
+        """Chunks of all rows reserved for a tar."""
+        return self.rows_per_tar // self.chunk_rows
 
 
-def mismatch(expected: Manifest, found: Manifest) -> list[str]:
-    """The fields in which two contracts bind differently, as "field: expected X, found Y"."""
-    return _compare(expected, found, lambda name: name not in NOTED)
+def incompatibilities(expected: Manifest, found: Manifest) -> list[str]:
+    """Return the fields in which two caches are incompatible, as "field: expected X, found Y"."""
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    return _differences(expected, found, names.difference(INFORMATIVE_FIELDS))
 
 
 def teacher_mismatch(expected: Manifest, found: Manifest) -> list[str]:
-    """The same over what makes a teacher alone: views, number format and layout may differ."""
-    return _compare(expected, found, lambda name: name in TEACHER)
+    """Return the differences between two teachers alone: views, storage dtype and layout may differ."""
+    return _differences(expected, found, TEACHER_FIELDS)
 
 
-def notes(expected: Manifest, found: Manifest) -> list[str]:
-    """Differences that a user should know of and that bind nobody: library versions, where the weights came from."""
-    return _compare(expected, found, lambda name: name in NOTED)
+def informative_differences(expected: Manifest, found: Manifest) -> list[str]:
+    """Return the differences that are reported and tolerated: library versions and where the weights came from."""
+    return _differences(expected, found, INFORMATIVE_FIELDS)
 
 
-def _compare(expected: Manifest, found: Manifest, wanted: Any) -> list[str]:
-    a, b = dataclasses.asdict(expected), dataclasses.asdict(found)
+def _differences(expected: Manifest, found: Manifest, names: Collection[str]) -> list[str]:
+    """Compare some fields, and the fields in these, in the order of the manifest."""
+    expected_fields = dataclasses.asdict(expected)
+    found_fields = dataclasses.asdict(found)
     lines = []
-    for name in filter(wanted, a):
-        inner = [(f"{name}.{k}", a[name].get(k), b[name].get(k)) for k in a[name]] if isinstance(a[name], dict) else []
-        for field, x, y in inner or [(name, a[name], b[name])]:
-            if x != y:
-                lines.append(f"{field}: expected {x}, found {y}")
+    for name, value in expected_fields.items():
+        if name not in names:
+            continue
+        if isinstance(value, dict):
+            pairs = [(f"{name}.{key}", value[key], found_fields[name].get(key)) for key in value]
+        else:
+            pairs = [(name, value, found_fields[name])]
+        lines += [f"{field}: expected {a}, found {b}" for field, a, b in pairs if a != b]
     return lines
 
 
 def to_json(value: Any) -> bytes:
-    """A dataclass as indented JSON, the same bytes for the same value."""
+    """Return a dataclass as indented JSON: the same bytes for the same value."""
     return (json.dumps(dataclasses.asdict(value), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def from_json(kind: type[T], storage: Storage, name: str) -> T:
-    """Read a dataclass back.
+    """Read a dataclass from a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ContractError: the file does not hold exactly these fields, or holds values of other types.
+        ManifestError: the file has other fields, or values of other types.
     """
     data = storage.read(name)
     return parse_as(kind, data, ManifestError, f"{storage.uri(name)} is damaged, or of another version")
@@ -138,10 +161,10 @@ class _Format:
 
 
 def read_manifest(storage: Storage) -> Manifest:
-    """The contract of a cache.
+    """Read the manifest of a cache.
 
     Raises:
-        ContractError: no cache there, one of another format, or a damaged manifest.
+        ManifestError: there is no cache, it has another format, or its manifest is damaged.
     """
     try:
         found = from_json(_Format, storage, MANIFEST).format

@@ -1,9 +1,7 @@
-"""The Zarr store: its arrays' metadata, and writing the rows of one tar whole.
+"""The Zarr store: the metadata of its arrays, and the rows of one tar, written at once.
 
 Each array has one Zarr shard per tar, so a file has exactly one writer.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from zarr.storage import MemoryStore
 
 from threetowers.cache.format import shard
 from threetowers.cache.format.done_record import DoneRecord, FileSum
-from threetowers.cache.format.layout import STORE, arrays, slot_files, stored_rows
+from threetowers.cache.format.layout import STORE, arrays, stored_rows, tar_files
 from threetowers.cache.format.manifest import Manifest, ManifestError
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
 from threetowers.cache.storage.storage import Storage
@@ -28,15 +26,17 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def empty_group(manifest: Manifest, n_tars: int, store: MemoryStore) -> zarr.Group:
-    """The group of all arrays, without rows."""
-    group = zarr.create_group(store, attributes={"row": "tar_id * slot + ordinal", "slot": manifest.slot})
+    """Create the group of all arrays, without rows."""
+    group = zarr.create_group(
+        store, attributes={"row": "tar_id * rows_per_tar + ordinal", "rows_per_tar": manifest.rows_per_tar}
+    )
     for spec in arrays(manifest).values():
         group.create_array(
             spec.name,
-            shape=(n_tars * manifest.slot, *spec.row),
+            shape=(n_tars * manifest.rows_per_tar, *spec.row),
             dtype=spec.dtype,
             chunks=(spec.chunk_rows(manifest), *spec.row),
-            shards=(manifest.slot, *spec.row),
+            shards=(manifest.rows_per_tar, *spec.row),
             compressors=[Crc32cCodec()],
             fill_value=spec.fill,
             attributes={"logical_dtype": spec.logical_dtype} if spec.logical_dtype else None,
@@ -45,7 +45,7 @@ def empty_group(manifest: Manifest, n_tars: int, store: MemoryStore) -> zarr.Gro
 
 
 def metadata(manifest: Manifest, n_tars: int) -> dict[str, bytes]:
-    """Each metadata file of the store, by its name in the cache."""
+    """Return each metadata file of the store, by its name in the cache."""
     files: dict[str, Buffer] = {}
     empty_group(manifest, n_tars, MemoryStore(files))
     return {
@@ -57,10 +57,10 @@ def metadata(manifest: Manifest, n_tars: int) -> dict[str, bytes]:
 def fit_to_table(storage: Storage, manifest: Manifest) -> TarTable:
     """Bring the store's metadata to the length of the tar table, and return the table. Rows are not touched.
 
-    Safe beside another that does the same: whoever writes last has seen the longest table.
+    Several processes may do this at once: the last to write has read the longest table.
 
     Raises:
-        WriteError: the place does not take it.
+        WriteError: the storage cannot be written.
     """
     table = read_table(storage)
     while True:
@@ -73,25 +73,27 @@ def fit_to_table(storage: Storage, manifest: Manifest) -> TarTable:
         table = again
 
 
-def write_slot(
+def write_tar_rows(
     storage: Storage, manifest: Manifest, tar_id: int, rows: Mapping[str, npt.NDArray[np.generic]]
 ) -> tuple[dict[str, FileSum], dict[str, tuple[int, ...]]]:
     """Write the rows of one tar, (n, ...) of each array by name.
 
-    Returns size and digest of each file, and the crc32c of each chunk of each array of embeddings.
+    Returns:
+        Size and digest of each file, and the crc32c of each chunk of each array of embeddings.
 
     Raises:
-        WriteError: the place does not take it.
+        WriteError: the storage cannot be written.
     """
-    files, sums = {}, {}
-    for name, path in slot_files(manifest, tar_id).items():
+    files = {}
+    sums = {}
+    for name, path in tar_files(manifest, tar_id).items():
         spec = arrays(manifest)[name]
-        chunk_rows, n = spec.chunk_rows(manifest), len(rows[name])
-        padded = np.full(
-            (stored_rows(manifest, spec, n), *spec.row), spec.fill, dtype=np.dtype(spec.dtype).newbyteorder("<")
-        )
+        chunk_rows = spec.chunk_rows(manifest)
+        n = len(rows[name])
+        shape = (stored_rows(manifest, spec, n), *spec.row)
+        padded = np.full(shape, spec.fill, dtype=np.dtype(spec.dtype).newbyteorder("<"))
         padded[:n] = rows[name]
-        data, crcs = shard.encode(padded, chunk_rows, manifest.slot // chunk_rows)
+        data, crcs = shard.encode(padded, chunk_rows, manifest.rows_per_tar // chunk_rows)
         storage.put(path, data, owner=f"{tar_id}.{name}")
         files[name] = FileSum.of(data)
         if spec.chunked:
@@ -99,19 +101,20 @@ def write_slot(
     return files, sums
 
 
-def read_slot(
+def read_tar_rows(
     storage: Storage, manifest: Manifest, entry: TarEntry, record: DoneRecord, names: Sequence[str] | None = None
 ) -> Arrays:
-    """The rows of a tar, (slot, ...) of each array, or of those named, decoded by zarr-python.
+    """Read the rows of a tar, (rows_per_tar, ...) of each array, or of those named, decoded by zarr-python.
 
     Raises:
-        ContractError: a file is not the one that was written, or zarr cannot read it.
+        ManifestError: a file is missing or not the one that was written, or zarr cannot read it.
     """
     buffer = default_buffer_prototype().buffer
     content: dict[str, Buffer] = {}
     where = f"tar {entry.path} ({entry.id})"
-    first = slot_files(manifest, 0)  # each is read as if it were the only slot of its array
-    files, wanted = slot_files(manifest, entry.id), names or list(arrays(manifest))
+    first = tar_files(manifest, 0)  # the tar is read as if it were the only one of each array
+    files = tar_files(manifest, entry.id)
+    wanted = names or list(arrays(manifest))
     for name in wanted:
         path = files[name]
         try:

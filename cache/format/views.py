@@ -1,11 +1,9 @@
 """Views: the declared image transforms of a cache, each with its own array of embeddings.
 
 `center` is the teacher's own evaluation transform. `center+flip` adds its mirror image. `crops:K` are K random resized
-crops; their boxes are stored beside the rows, so that a trainer cuts the very same part of the picture and draws
-nothing itself.
+crops; their boxes are stored beside the rows, so that a trainer cuts the same part of the image and draws nothing
+itself.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from pydantic import ConfigDict
 
 MAX_CROPS = 100
 ASPECTS = (3 / 4, 4 / 3)
-N_PARAMS = 5  # left, top, right, bottom as fractions of the upright picture, and flip: 0 or 1
+N_PARAMS = 5  # left, top, right, bottom as fractions of the upright image, and flip: 0 or 1
 
 Pixels = npt.NDArray[np.uint8]
 Params = npt.NDArray[np.float32]
@@ -27,7 +25,13 @@ Params = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Views:
-    """Which views a cache holds. `seed` and `scale`, the smallest share of the area, are of `crops:K` alone."""
+    """The views of each image that a cache holds.
+
+    Attributes:
+        policy: `center`, `center+flip` or `crops:K`.
+        seed: of the random crops; 0 for other policies.
+        scale: smallest share of the image's area in a crop; 1 for other policies.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -36,10 +40,10 @@ class Views:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a policy that is not known, or for numbers that do not go with it."""
+        """Raise ValueError for an unknown policy, or for a seed or scale that it does not have."""
         if self.policy in ("center", "center+flip"):
             if (self.seed, self.scale) != (0, 1.0):
-                raise ValueError(f"views {self.policy!r} take no seed or scale: only crops:K do")
+                raise ValueError(f"views {self.policy!r} have no seed or scale: only crops:K do")
             return
         kind, _, count = self.policy.partition(":")
         if kind != "crops" or not (count.isascii() and count.isdigit()) or not 1 <= int(count) <= MAX_CROPS:
@@ -50,7 +54,7 @@ class Views:
             raise ValueError(f"views: scale {self.scale}, seed {self.seed}: expected 0 < scale <= 1 and seed >= 0")
 
     def __str__(self) -> str:
-        """In words, as the flags name it."""
+        """Return the policy as on the command line, with seed and scale of crops."""
         return f"{self.policy}, seed {self.seed}, scale {self.scale}" if self.cropped else self.policy
 
     @property
@@ -64,7 +68,7 @@ class Views:
         return int(self.policy.partition(":")[2]) if self.cropped else 1 + (self.policy == "center+flip")
 
     def params(self, key_hash: int, width: int, height: int) -> Params:
-        """(V, 5) boxes and flips of the crops of one picture: a function of seed, key, view and the picture's size."""
+        """Return the (V, 5) boxes and flips of the crops of one image, a function of seed, key, view and image size."""
         rows = np.empty((self.count, N_PARAMS), np.float32)
         for k in range(self.count):
             rng = np.random.default_rng([self.seed, key_hash, k])
@@ -80,14 +84,20 @@ class Views:
         size: tuple[int, int],
         interpolation: str,
     ) -> tuple[Pixels, Params]:
-        """All views of one upright picture, for the teacher: (V, 3, H, W) and their (V, 5) params.
+        """Return all views of one upright image: (V, 3, H, W) uint8 pixels and their (V, 5) crop parameters.
 
-        `center` is the teacher's evaluation transform, `size` its input (height, width). The params of `center` and
-        `center+flip` are all zeros: nothing is cut by a box there.
+        The parameters of `center` and `center+flip` are zeros, because these views are not cut by a box.
+
+        Args:
+            image: the upright image.
+            key_hash: hash of the sample's key, which seeds the crops.
+            center: the teacher's evaluation transform.
+            size: the teacher's input (height, width) in pixels.
+            interpolation: the teacher's, in PIL's terms.
         """
         if self.cropped:
             params = self.params(key_hash, *image.size)
-            views = [as_pixels(replay(image, row, size, interpolation)) for row in params]
+            views = [as_pixels(apply_crop(image, row, size, interpolation)) for row in params]
             return np.stack(views), params
         first = np.asarray(center(image))
         views = [first, first[..., ::-1]][: self.count]
@@ -98,21 +108,24 @@ CENTER = Views()
 
 
 def random_box(width: int, height: int, scale: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom, in pixels, of a random resized crop: `scale` to 1 of the area, aspect 3/4 to 4/3.
+    """Draw left, top, right, bottom, in pixels, of a random resized crop: `scale` to 1 of the area, aspect 3/4 to 4/3.
 
-    Where the picture is too narrow for that area at that aspect, the box is as wide or high as the picture.
+    Where the image is too narrow for that area at that aspect, the box is as wide or high as the image.
     """
     area = width * height * rng.uniform(scale, 1)
     aspect = np.exp(rng.uniform(*np.log(ASPECTS)))
     box_width = min(width, math.sqrt(area * aspect))
     box_height = min(height, area / box_width)
     box_width = min(width, area / box_height)
-    left, top = rng.uniform(0, width - box_width), rng.uniform(0, height - box_height)
+    left = rng.uniform(0, width - box_width)
+    top = rng.uniform(0, height - box_height)
     return left, top, min(width, left + box_width), min(height, top + box_height)
 
 
-def replay(image: Image.Image, params_5: Params, size: tuple[int, int], interpolation: str = "bicubic") -> Image.Image:
-    """Cut a stored crop out of the upright picture and resize it to `size` (height, width), in one resampling."""
+def apply_crop(
+    image: Image.Image, params_5: Params, size: tuple[int, int], interpolation: str = "bicubic"
+) -> Image.Image:
+    """Cut a stored crop out of the upright image and resize it to `size` (height, width), in one resampling."""
     left, top, right, bottom, flip = params_5.tolist()
     width, height = image.size
     box = (left * width, top * height, right * width, bottom * height)
@@ -121,5 +134,5 @@ def replay(image: Image.Image, params_5: Params, size: tuple[int, int], interpol
 
 
 def as_pixels(image: Image.Image) -> Pixels:
-    """(3, H, W) uint8 of an RGB picture."""
+    """Return an RGB image as (3, H, W) uint8."""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -1,37 +1,35 @@
-"""Read a cache: check that it is of these tars, then take rows by (tar, ordinal, key), by key, or a tar at a time.
+"""Read a cache: check that it belongs to some tars, then take rows by (tar, ordinal, key), by key, or a tar at a time.
 
-A local cache is mapped into memory; of a remote one, whole shards are fetched, checked and kept, as many as fit into a
-bound of memory. A row is handed out only when the hash of its key is the one stored beside it.
+A local cache is memory-mapped; of a remote one, the shards of whole tars are fetched, checked and kept, up to a bound
+of memory. A row is returned only if the hash of its key is the one stored beside it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from cachetools import LRUCache
 
 from threetowers.cache.format.done_record import DONE, DoneRecord, done_record_name, read_done_record
+from threetowers.cache.format.dtypes import Float32Array
 from threetowers.cache.format.layout import STORE, RowStatus, emb_name
 from threetowers.cache.format.manifest import Manifest, ManifestError, read_manifest
 from threetowers.cache.format.shard import BadShard
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
-from threetowers.cache.read.shard_rows import MmapShardRows, ShardRows, open_block, read_block, read_column
+from threetowers.cache.read.shard_rows import MmapShardRows, ShardRows, open_shard_rows, read_column, read_shard_rows
 from threetowers.cache.storage.storage import Storage, open_storage
-from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
+from threetowers.cache.webdataset.tar_index import key_hash
 
-Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 OK = int(RowStatus.OK)  # an enum's member is slow to look up, and this is compared at every row
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
-    """What is stored of one tar beside the embeddings: (n,) hashes of the keys and (n,) Status."""
+class TarColumns:
+    """What is stored of one tar beside the embeddings: (n,) hashes of the keys and (n,) RowStatus."""
 
     record: DoneRecord
     key_hash_n: npt.NDArray[np.uint64]
@@ -39,49 +37,97 @@ class Slot:
 
 
 class EmbeddingCache:
-    """A cache, opened for reading. Cheap to open, picklable, safe to use before and after a fork.
+    """A cache of embeddings, opened for reading.
 
-    `n_views` is the number of views of each image, each with its own rows. Tars are opened when first touched. At most
-    `open_tars` stay open, and at most about `memory` bytes of rows that had to be fetched (none where the cache is
-    local), the least recently used going first.
+    Rows are raw embeddings of width `dim` in float32, whatever the storage dtype. They are addressed by tar id (0 to
+    len(tars) - 1), ordinal (position of the sample in its tar) and view (0 to n_views - 1). A cache is cheap to open,
+    can be pickled, and can be used before and after a fork.
+
+    Example:
+        >>> import io, tarfile, tempfile
+        >>> import timm, torch
+        >>> from PIL import Image
+        >>> from threetowers.cache.builder.build import build
+        >>> from threetowers.cache.builder.build_config import BuildConfig
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with tarfile.open(f"{folder.name}/0.tar", "w") as tar:
+        ...     for key, color in (("a", "red"), ("b", "blue"), ("c", "green")):
+        ...         png = io.BytesIO()
+        ...         Image.new("RGB", (64, 64), color).save(png, "png")
+        ...         member = tarfile.TarInfo(f"{key}.png")
+        ...         member.size = len(png.getvalue())
+        ...         tar.addfile(member, io.BytesIO(png.getvalue()))
+        >>> weights = f"{folder.name}/weights.pth"
+        >>> torch.save(timm.create_model("test_resnet").state_dict(), weights)
+        >>> tars = [f"{folder.name}/0.tar"]
+        >>> out = f"{folder.name}/cache"
+        >>> _ = build(BuildConfig(tars=tars, output_dir=out, backbone="test_resnet", weights=weights, device="cpu"))
+
+        >>> cache = EmbeddingCache.open(out)
+        >>> len(cache), cache.dim, cache.n_views
+        (3, 96, 1)
+        >>> tar_id, ordinal = cache.find("b")
+        >>> tar_id, ordinal
+        (0, 1)
+        >>> row_D = cache.row(tar_id, ordinal, "b")
+        >>> row_D.shape, row_D.dtype
+        ((96,), dtype('float32'))
+        >>> cache.rows([0, 0], [2, 0], ["c", "a"]).shape
+        (2, 96)
+        >>> cache.row(0, 0, "b")
+        Traceback (most recent call last):
+        ...
+        threetowers.cache.format.manifest.ManifestError: ...
+        >>> folder.cleanup()
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, table: TarTable, open_tars: int, memory: int) -> None:
-        self.storage, self.manifest, self.table = storage, manifest, table
+        self.storage = storage
+        self.manifest = manifest
+        self.table = table
         self.n_views = manifest.views.count
-        self._open_tars, self._memory = open_tars, memory
-        self._forget()
+        self._open_tars = open_tars
+        self._memory = memory
+        self._close()
 
     @classmethod
-    def open(cls, path: str | Path | Storage, *, open_tars: int = 256, memory: int = 1 << 30) -> EmbeddingCache:
+    def open(cls, path: str | Path | Storage, *, open_tars: int = 256, memory: int = 1 << 30) -> Self:
         """Open the cache in a folder or at an fsspec URL.
 
+        Args:
+            path: folder, URL or storage of the cache.
+            open_tars: tars that stay open at most, the least recently used being closed first.
+            memory: bytes of rows that are kept of a remote cache, about.
+
         Raises:
-            ContractError: no cache there, or a damaged manifest or tar table.
-            PlaceError: the place cannot be read.
+            ManifestError: there is no cache, or its manifest or tar table is damaged.
+            StorageError: the storage cannot be read.
         """
         storage = open_storage(path)
         return cls(storage, read_manifest(storage), read_table(storage), open_tars, memory)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return the state without open files: memory maps would be pickled by their contents."""
         state = self.__dict__.copy()
-        for name in ("_slots", "_params", "_blocks", "_index"):  # memory maps would be pickled by their contents
+        for name in ("_columns", "_params", "_shards", "_rows_by_key"):
             del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state; tars are opened again when needed."""
         self.__dict__.update(state)
-        self._forget()
+        self._close()
 
-    def _forget(self) -> None:
-        self._slots: LRUCache[int, Slot] = LRUCache(self._open_tars)
-        self._params: LRUCache[int, Float32] = LRUCache(self._open_tars)
-        # A block counts at least the bytes that let `open_tars` blocks fit in, and one block always fits.
-        memory, least = max(1, self._memory), max(1, self._memory // self._open_tars)
-        self._blocks: LRUCache[tuple[int, int], ShardRows | MmapShardRows] = LRUCache(
-            memory, lambda block: min(memory, max(block.nbytes, least))
+    def _close(self) -> None:
+        self._columns: LRUCache[int, TarColumns] = LRUCache(self._open_tars)
+        self._params: LRUCache[int, Float32Array] = LRUCache(self._open_tars)
+        # A shard counts at least the bytes that let `open_tars` shards fit in, and one shard always fits.
+        memory = max(1, self._memory)
+        least = max(1, self._memory // self._open_tars)
+        self._shards: LRUCache[tuple[int, int], ShardRows | MmapShardRows] = LRUCache(
+            memory, lambda shard: min(memory, max(shard.nbytes, least))
         )
-        self._index: tuple[npt.NDArray[np.uint64], Int64] | None = None
+        self._rows_by_key: tuple[npt.NDArray[np.uint64], Int64] | None = None
 
     @property
     def dim(self) -> int:
@@ -94,238 +140,263 @@ class EmbeddingCache:
         return self.table.entries
 
     def __len__(self) -> int:
-        """Samples in the tars of the cache, with or without an embedding."""
+        """Return the number of samples in the tars of the cache, with or without an embedding."""
         return sum(entry.n_samples for entry in self.tars)
 
     def finished(self) -> list[int]:
-        """Ids of the tars whose rows are built, by one look at the place; the others are still to come."""
+        """Return the ids of the tars that are built, by one listing."""
         names = self.storage.listdir(DONE)
-        return sorted(int(stem) for stem, _, kind in (name.partition(".") for name in names) if kind == "json")
-
-    def tar_id(self, index: TarIndex) -> int:
-        """The id of a tar, wherever it lies now, once its rows are known to be finished.
-
-        Raises:
-            ContractError: the cache is of no such tar, or of a tar of that name that was packed again, or half built.
-        """
-        entry = self.table.find(index)
-        self.record(entry.id)
-        return entry.id
+        return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
 
     def record(self, tar_id: int) -> DoneRecord:
-        """The done record of a tar.
+        """Return the done record of a tar.
 
         Raises:
-            ContractError: the tar is half built, or its record is not valid.
+            ManifestError: the tar is incomplete, or its record is invalid.
         """
-        if tar_id in self._slots:
-            return self._slots[tar_id].record
+        if tar_id in self._columns:
+            return self._columns[tar_id].record
         return read_done_record(self.storage, self.manifest, self.tars[tar_id])
 
     def status(self, tar_id: int) -> npt.NDArray[np.uint8]:
-        """(n,) uint8 Status of each sample of a tar."""
-        return self.slot(tar_id).status_n.copy()
+        """Return the (n,) uint8 RowStatus of each sample of a tar."""
+        return self.columns(tar_id).status_n.copy()
 
-    def row(self, tar_id: int, ordinal: int, key: str, view: int = 0) -> Float32:
-        """(D,) float32: the raw embedding of one sample.
+    def row(self, tar_id: int, ordinal: int, key: str, view: int = 0) -> Float32Array:
+        """Return the raw embedding of one sample, (D,) float32.
 
         Raises:
-            ContractError: the row is of another key, has no embedding (see `status`), or is damaged.
+            ManifestError: the row belongs to another key, has no embedding (see `status`), or is damaged.
         """
-        slot = self.slot(tar_id)
+        columns = self.columns(tar_id)
         if (
-            not 0 <= ordinal < len(slot.status_n)
-            or slot.key_hash_n[ordinal] != key_hash(key)
-            or slot.status_n[ordinal] != OK
+            not 0 <= ordinal < len(columns.status_n)
+            or columns.key_hash_n[ordinal] != key_hash(key)
+            or columns.status_n[ordinal] != OK
         ):
-            raise self._refusal(tar_id, ordinal, key)
-        row_D: Float32 = self._decoded(tar_id, view, np.array([ordinal]))[0]
+            raise self._row_error(tar_id, ordinal, key)
+        row_D: Float32Array = self._decoded(tar_id, view, np.array([ordinal]))[0]
         return row_D
 
     def rows(
-        self, tar_ids: Sequence[int] | Int64, ordinals: Sequence[int] | Int64, keys: Sequence[str] | None = None,
+        self,
+        tar_ids: Sequence[int] | Int64,
+        ordinals: Sequence[int] | Int64,
+        keys: Sequence[str] | None = None,
         view: int = 0,
-    ) -> Float32:  # fmt: skip
-        """(m, D) float32: the raw embeddings of many samples, in the order asked; without `keys` they are not compared.
+    ) -> Float32Array:
+        """Return the raw embeddings of m samples, (m, D) float32, in the given order.
+
+        Args:
+            tar_ids: (m,) ids of their tars.
+            ordinals: (m,) positions in their tars.
+            keys: their keys, to be compared; None to trust the addresses.
+            view: which view of the images.
 
         Raises:
-            ContractError: as for `row`; names the first sample that cannot be had.
+            ManifestError: as for `row`; names the first sample without a row.
+            ValueError: the arguments have different lengths.
         """
-        tars_m, ordinals_m = np.asarray(tar_ids, np.int64), np.asarray(ordinals, np.int64)
+        tars_m = np.asarray(tar_ids, np.int64)
+        ordinals_m = np.asarray(ordinals, np.int64)
         if tars_m.shape != ordinals_m.shape or tars_m.ndim != 1 or (keys is not None and len(keys) != len(tars_m)):
             raise ValueError(
-                f"rows: tar ids of shape {tars_m.shape}, ordinals of {ordinals_m.shape}, "
+                f"rows: tar ids of shape {tars_m.shape}, ordinals of shape {ordinals_m.shape}, "
                 f"{'no' if keys is None else len(keys)} keys: expected one of each for each row"
             )
-        found = np.empty((len(tars_m), self.dim), np.float32)
+        found_mD = np.empty((len(tars_m), self.dim), np.float32)
         for tar_id in np.unique(tars_m).tolist():
             at = np.flatnonzero(tars_m == tar_id)
-            slot, wanted = self.slot(tar_id), ordinals_m[at]
-            good = (wanted >= 0) & (wanted < len(slot.status_n))
-            good[good] = slot.status_n[wanted[good]] == RowStatus.OK
+            columns = self.columns(tar_id)
+            wanted = ordinals_m[at]
+            good = (wanted >= 0) & (wanted < len(columns.status_n))
+            good[good] = columns.status_n[wanted[good]] == RowStatus.OK
             if keys is not None:
                 hashes = np.array([key_hash(keys[i]) for i in at.tolist()], np.uint64)
-                good[good] = slot.key_hash_n[wanted[good]] == hashes[good]
+                good[good] = columns.key_hash_n[wanted[good]] == hashes[good]
             if not good.all():
                 first = int(np.flatnonzero(~good)[0])
-                raise self._refusal(tar_id, int(wanted[first]), None if keys is None else keys[at[first]])
-            found[at] = self._decoded(tar_id, view, wanted)
-        return found
+                raise self._row_error(tar_id, int(wanted[first]), None if keys is None else keys[at[first]])
+            found_mD[at] = self._decoded(tar_id, view, wanted)
+        return found_mD
 
-    def tar(self, tar_id: int, view: int = 0) -> Float32:
-        """(n, D) float32: all embeddings of a tar, read and checked as a whole; NaN where a sample has none.
+    def tar(self, tar_id: int, view: int = 0) -> Float32Array:
+        """Return all embeddings of a tar, (n, D) float32, read and checked at once; NaN where a sample has none.
 
         Raises:
-            ContractError: half built or damaged.
+            ManifestError: the tar is incomplete or damaged.
         """
-        block = self.block(tar_id, view)
-        rows_nD = self.manifest.precision.decode(block.rows_nD, block.scale_n)
-        rows_nD[self.slot(tar_id).status_n != RowStatus.OK] = np.nan
+        shard = self.shard_rows(tar_id, view)
+        rows_nD = self.manifest.storage_dtype.decode(shard.rows_nD, shard.scale_n)
+        rows_nD[self.columns(tar_id).status_n != RowStatus.OK] = np.nan
         return rows_nD
 
     def find(self, key: str) -> tuple[int, int]:
-        """(tar id, ordinal) of a key among the tars that were finished when this was first asked.
+        """Return (tar id, ordinal) of a key among the tars that were finished at the first call.
 
         The first call reads the hashes of all keys and sorts them: 16 bytes a sample.
 
         Raises:
-            ContractError: there is no such key, or several tars have it.
+            ManifestError: there is no such key, or several tars have it.
         """
-        if self._index is None:
-            parts = [(tar_id, self.slot(tar_id).key_hash_n) for tar_id in self.finished()]
-            places = [tar_id * self.manifest.slot + np.arange(len(hashes)) for tar_id, hashes in parts]
-            hashes_N = np.concatenate([hashes for _, hashes in parts] or [np.empty(0, np.uint64)])
+        if self._rows_by_key is None:
+            hashes = [np.empty(0, np.uint64)]
+            rows = [np.empty(0, np.int64)]
+            for tar_id in self.finished():
+                hashes.append(self.columns(tar_id).key_hash_n)
+                rows.append(tar_id * self.manifest.rows_per_tar + np.arange(len(hashes[-1])))
+            hashes_N = np.concatenate(hashes)
             order = np.argsort(hashes_N, kind="stable")
-            self._index = hashes_N[order], np.concatenate([*places, np.empty(0, np.int64)])[order]
-        hashes_N, rows_N = self._index
-        first, last = (np.searchsorted(hashes_N, np.uint64(key_hash(key)), side) for side in ("left", "right"))
+            self._rows_by_key = hashes_N[order], np.concatenate(rows)[order]
+        hashes_N, rows_N = self._rows_by_key
+        wanted = np.uint64(key_hash(key))
+        first = np.searchsorted(hashes_N, wanted, "left")
+        last = np.searchsorted(hashes_N, wanted, "right")
         if last == first:
             raise ManifestError(f"{self.storage}: no sample {key!r} in the {len(self.finished())} tars that are built")
         if last - first > 1:
-            tars = [self.tars[row // self.manifest.slot].path for row in rows_N[first:last].tolist()]
+            tars = [self.tars[row // self.manifest.rows_per_tar].path for row in rows_N[first:last].tolist()]
             raise ManifestError(
-                f"{self.storage}: several tars have a sample {key!r}: {tars[:5]}: name one, and use `row`"
+                f"{self.storage}: several tars have a sample {key!r}: {tars[:5]}: choose a tar and use `row`"
             )
-        tar_id, ordinal = divmod(int(rows_N[first]), self.manifest.slot)
+        tar_id, ordinal = divmod(int(rows_N[first]), self.manifest.rows_per_tar)
         return tar_id, ordinal
 
     def array(self, view: int = 0) -> Any:
-        """The Zarr array of a view, (tars x slot, D) as stored: row `tar_id * manifest.slot + ordinal`.
+        """Return the Zarr array of a view, as stored: row `tar_id * manifest.rows_per_tar + ordinal`.
 
-        A `zarr.Array`, for NumPy's slicing, `dask.array.from_zarr` and whatever else takes one. bfloat16 is stored as
-        uint16, int8 rows belong times the array `scale`; rows without an embedding hold the fill value.
+        A `zarr.Array` of shape (tars x rows_per_tar, D), for NumPy's slicing, `dask.array.from_zarr` and the like.
+        bfloat16 is stored as uint16, int8 rows are multiples of the array `scale`; rows without an embedding have the
+        fill value.
         """
         import zarr
         from zarr.storage import FsspecStore
 
-        name = f"{STORE}/{emb_name(self._known(view))}"
+        name = f"{STORE}/{emb_name(self._checked(view))}"
         path = self.storage.local_path(name)
         store = path if path is not None else FsspecStore.from_url(self.storage.uri(name), read_only=True)
         return zarr.open_array(store, mode="r")
 
-    def view_params(self, tar_id: int, ordinal: int, view: int = 0) -> Float32:
-        """(5,) where this view of a sample was cut, for `views.replay`: of caches of crops.
+    def view_params(self, tar_id: int, ordinal: int, view: int = 0) -> Float32Array:
+        """Return where this view of a sample was cut, (5,) for `views.apply_crop`; for caches of crops only.
 
         Raises:
-            ContractError: half built or damaged.
+            ManifestError: the tar is incomplete or damaged.
         """
         params = self._params.get(tar_id)
         if params is None:
             params = self._params[tar_id] = np.asarray(self._column(tar_id, "view_params"), np.float32)
-        found: Float32 = params[ordinal, self._known(view)].copy()
+        found: Float32Array = params[ordinal, self._checked(view)].copy()
         return found
 
     def moments(
         self, tar_ids: Sequence[int] | None = None, *, max_rows: int = 65536, seed: int = 0
-    ) -> tuple[Float32, Float32]:
-        """(D,) mean and (D,) population standard deviation of the OK rows of view 0 of some tars, by default of all.
+    ) -> tuple[Float32Array, Float32Array]:
+        """Return (D,) mean and (D,) population standard deviation of the OK rows of view 0, accumulated in float64.
 
-        Accumulated in float64. Exact where the tars have at most about `max_rows` samples; else over whole chunks drawn
-        without replacement until they hold that many. The same for the same tars, `max_rows` and `seed`.
+        Exact if the tars have at most about `max_rows` samples; else over chunks drawn without replacement until they
+        have that many rows. The result depends on the tars, `max_rows` and `seed` only.
+
+        Args:
+            tar_ids: which tars; by default all.
+            max_rows: rows to read, about.
+            seed: of the order of the chunks.
 
         Raises:
-            ContractError: half built, damaged, or without a single OK row.
+            ManifestError: a tar is incomplete or damaged, or no row has an embedding.
         """
-        rows = self.manifest.chunk_rows
+        chunk_rows = self.manifest.chunk_rows
         entries = self.tars if tar_ids is None else [self.tars[tar_id] for tar_id in sorted(tar_ids)]
-        places = [(entry.id, i) for entry in entries for i in range(-(-entry.n_samples // rows))]
-        count, total, square = 0, np.zeros(self.dim), np.zeros(self.dim)
+        chunks = []
+        for entry in entries:
+            n_chunks = -(-entry.n_samples // chunk_rows)
+            chunks += [(entry.id, i) for i in range(n_chunks)]
+        count = 0
+        total = np.zeros(self.dim)
+        square = np.zeros(self.dim)
         shift: npt.NDArray[np.float64] | None = None
-        for at in np.random.default_rng(seed).permutation(len(places)).tolist():
+        for at in np.random.default_rng(seed).permutation(len(chunks)).tolist():
             if count >= max_rows:
                 break
-            tar_id, i = places[at]
-            ok = i * rows + np.flatnonzero(self.slot(tar_id).status_n[i * rows : (i + 1) * rows] == RowStatus.OK)
-            x_nD = self._decoded(tar_id, 0, ok).astype(np.float64)
+            tar_id, i = chunks[at]
+            start = i * chunk_rows
+            status = self.columns(tar_id).status_n[start : start + chunk_rows]
+            x_nD = self._decoded(tar_id, 0, start + np.flatnonzero(status == RowStatus.OK)).astype(np.float64)
             if not len(x_nD):
                 continue
-            shift = x_nD[0] if shift is None else shift  # keeps sum of squares small where the mean is not
-            count, total, square = (
-                count + len(x_nD),
-                total + (x_nD - shift).sum(0),
-                square + ((x_nD - shift) ** 2).sum(0),
-            )
+            shift = x_nD[0] if shift is None else shift  # keeps the sum of squares small where the mean is large
+            count += len(x_nD)
+            total += (x_nD - shift).sum(0)
+            square += ((x_nD - shift) ** 2).sum(0)
         if shift is None:
             raise ManifestError(f"{self.storage}: no row has an embedding: see `threetowers cache info`")
         mean = total / count
         std = np.sqrt(np.maximum(square / count - mean**2, 0))
         return (mean + shift).astype(np.float32), std.astype(np.float32)
 
-    def slot(self, tar_id: int) -> Slot:
-        """What is stored of a tar beside its embeddings. Raises ContractError: half built or damaged."""
-        slot = self._slots.get(tar_id)
-        if slot is None:
-            record = self.record(tar_id)
-            hashes, status = (self._column(tar_id, name, record) for name in ("key_hash", "status"))
-            slot = self._slots[tar_id] = Slot(record, hashes.astype(np.uint64), status.astype(np.uint8))
-        return slot
-
-    def block(self, tar_id: int, view: int = 0) -> ShardRows:
-        """All rows of a tar as they are stored, by one read that is checked as a whole, and not kept.
+    def columns(self, tar_id: int) -> TarColumns:
+        """Return what is stored of a tar beside its embeddings.
 
         Raises:
-            ContractError: half built or damaged.
+            ManifestError: the tar is incomplete or damaged.
+        """
+        columns = self._columns.get(tar_id)
+        if columns is None:
+            record = self.record(tar_id)
+            hashes = self._column(tar_id, "key_hash", record).astype(np.uint64)
+            status = self._column(tar_id, "status", record).astype(np.uint8)
+            columns = self._columns[tar_id] = TarColumns(record, hashes, status)
+        return columns
+
+    def shard_rows(self, tar_id: int, view: int = 0) -> ShardRows:
+        """Read all rows of a tar as they are stored, in one read that is checked at once; they are not kept.
+
+        Raises:
+            ManifestError: the tar is incomplete or damaged.
         """
         try:
-            return read_block(self.storage, self.manifest, self.slot(tar_id).record, self._known(view))
+            return read_shard_rows(self.storage, self.manifest, self.columns(tar_id).record, self._checked(view))
         except BadShard as error:
-            raise self._damaged(tar_id, error) from error
+            raise self._damage_error(tar_id, error) from error
 
-    def _decoded(self, tar_id: int, view: int, ordinals: Int64) -> Float32:
-        where = tar_id, self._known(view)
+    def _decoded(self, tar_id: int, view: int, ordinals: Int64) -> Float32Array:
+        """Return (m, D) float32 rows of a tar, which is kept open."""
+        address = tar_id, self._checked(view)
         try:
-            block = self._blocks.get(where)
-            if block is None:
-                block = self._blocks[where] = open_block(self.storage, self.manifest, self.slot(tar_id).record, view)
-            stored, scale_n = block.take(ordinals), block.scale_n
+            shard = self._shards.get(address)
+            if shard is None:
+                record = self.columns(tar_id).record
+                shard = self._shards[address] = open_shard_rows(self.storage, self.manifest, record, view)
+            stored = shard.take(ordinals)
         except BadShard as error:
-            raise self._damaged(tar_id, error) from error
-        return self.manifest.precision.decode(stored, None if scale_n is None else scale_n[ordinals])
+            raise self._damage_error(tar_id, error) from error
+        scale_n = shard.scale_n
+        return self.manifest.storage_dtype.decode(stored, None if scale_n is None else scale_n[ordinals])
 
     def _column(self, tar_id: int, name: str, record: DoneRecord | None = None) -> npt.NDArray[np.generic]:
         try:
-            return read_column(self.storage, self.manifest, record or self.slot(tar_id).record, name)
+            return read_column(self.storage, self.manifest, record or self.columns(tar_id).record, name)
         except BadShard as error:
-            raise self._damaged(tar_id, error) from error
+            raise self._damage_error(tar_id, error) from error
 
-    def _known(self, view: int) -> int:
+    def _checked(self, view: int) -> int:
         if not 0 <= view < self.n_views:
             raise ValueError(
-                f"{self.storage}: view {view}: the cache holds {self.n_views}: {self.manifest.views.policy}"
+                f"{self.storage}: view {view}: expected 0 to {self.n_views - 1} (views: {self.manifest.views.policy})"
             )
         return view
 
-    def _refusal(self, tar_id: int, ordinal: int, key: str | None) -> ManifestError:
-        slot = self.slot(tar_id)
+    def _row_error(self, tar_id: int, ordinal: int, key: str | None) -> ManifestError:
+        columns = self.columns(tar_id)
         named = "" if key is None else f", key {key!r}"
         where = f"{self.storage}: tar {self.tars[tar_id].path} ({tar_id}), ordinal {ordinal}{named}"
-        if not 0 <= ordinal < len(slot.status_n):
-            return ManifestError(f"{where}: the tar has {len(slot.status_n)} samples")
-        if key is not None and slot.key_hash_n[ordinal] != key_hash(key):
+        if not 0 <= ordinal < len(columns.status_n):
+            return ManifestError(f"{where}: the tar has {len(columns.status_n)} samples")
+        if key is not None and columns.key_hash_n[ordinal] != key_hash(key):
             return ManifestError(f"{where}: the row there is of another key: the tar is not the one that was cached")
-        return ManifestError(f"{where}: no embedding: {RowStatus(slot.status_n[ordinal]).name.lower()}")
+        return ManifestError(f"{where}: no embedding: {RowStatus(columns.status_n[ordinal]).name.lower()}")
 
-    def _damaged(self, tar_id: int, error: BadShard) -> ManifestError:
+    def _damage_error(self, tar_id: int, error: BadShard) -> ManifestError:
         return ManifestError(
             f"{self.storage}: rows of tar {self.tars[tar_id].path} ({tar_id}) are damaged: {error}. Delete "
             f"{self.storage.uri(done_record_name(tar_id))} and run `threetowers cache build` again"

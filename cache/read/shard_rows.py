@@ -1,9 +1,7 @@
-"""The stored rows of one view of one tar: read whole into memory, or mapped and checked chunk by chunk.
+"""The stored rows of one view of one tar: read into memory, or memory-mapped and checked chunk by chunk.
 
-Either way no row is handed out unless its bytes are those that the tar's done record speaks of.
+In both cases a row is returned only if its bytes are those that the tar's done record describes.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Sequence
@@ -15,94 +13,102 @@ import numpy.typing as npt
 import xxhash
 
 from threetowers.cache.format.done_record import DoneRecord, FileSum
-from threetowers.cache.format.layout import arrays, emb_name, scale_name, slot_files
+from threetowers.cache.format.dtypes import Float32Array, StoredArray
+from threetowers.cache.format.layout import arrays, emb_name, scale_name, tar_files
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.format.shard import CRC, BadShard, chunk, chunk_offsets
 from threetowers.cache.storage.storage import Storage
 
-Stored = npt.NDArray[np.generic]
-Float32 = npt.NDArray[np.float32]
 Ordinals = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True, eq=False)
 class ShardRows:
-    """(n, D) rows as they are stored, in memory, and their (n,) scales where the precision has them."""
+    """(n, D) rows as they are stored, in memory, and their (n,) scales if the dtype has them."""
 
-    rows_nD: Stored
-    scale_n: Float32 | None
+    rows_nD: StoredArray
+    scale_n: Float32Array | None
 
     @property
     def nbytes(self) -> int:
+        """Bytes of memory of the rows."""
         return self.rows_nD.nbytes
 
-    def take(self, ordinals: Ordinals) -> Stored:
-        """The stored rows of these ordinals, a copy."""
+    def take(self, ordinals: Ordinals) -> StoredArray:
+        """Return a copy of the stored rows of these ordinals."""
         return self.rows_nD[ordinals]
 
 
 class MmapShardRows:
-    """The same of a local file that is mapped into memory. A chunk is checked when one of its rows is first touched."""
+    """The rows of a memory-mapped local file. A chunk is checked when one of its rows is first used."""
 
-    def __init__(self, path: Path, crc32c: Sequence[int], manifest: Manifest, scale_n: Float32 | None) -> None:
-        """Raises BadShard for a file that is not laid out as a shard of this cache is."""
-        dtype, dim = _dtype(manifest), manifest.dim
-        self._path, self._crc32c, self._chunk_rows = path, crc32c, manifest.chunk_rows
+    def __init__(self, path: Path, crc32c: Sequence[int], manifest: Manifest, scale_n: Float32Array | None) -> None:
+        """Map a file. Raises BadShard if it is not laid out as a shard of this cache."""
+        dtype = _dtype(manifest)
+        dim = manifest.dim
+        chunk_rows = manifest.chunk_rows
+        n_stored = len(crc32c)
+        self._path = path
+        self._crc32c = crc32c
+        self._chunk_rows = chunk_rows
         self.scale_n = scale_n
-        size = manifest.chunk_rows * dim * dtype.itemsize
-        self._data = data = np.memmap(path, np.uint8, "r")
-        offsets = chunk_offsets(data, manifest.n_chunks, len(crc32c), size)
-        if (offsets != np.arange(len(crc32c)) * (size + CRC)).any():
+        chunk_bytes = chunk_rows * dim * dtype.itemsize
+        self._data = np.memmap(path, np.uint8, "r")
+        offsets = chunk_offsets(self._data, manifest.chunks_per_tar, n_stored, chunk_bytes)
+        if (offsets != np.arange(n_stored) * (chunk_bytes + CRC)).any():
             raise BadShard(f"{path}: its chunks are not in the order in which they are written")
-        shape, strides = (len(crc32c), manifest.chunk_rows, dim), (size + CRC, dim * dtype.itemsize, dtype.itemsize)
-        self._chunks: Stored = np.ndarray(shape, dtype, data.data, strides=strides)
-        self._checked = np.zeros(len(crc32c), np.bool_)
+        strides = (chunk_bytes + CRC, dim * dtype.itemsize, dtype.itemsize)
+        self._chunks: StoredArray = np.ndarray((n_stored, chunk_rows, dim), dtype, self._data.data, strides=strides)
+        self._checked = np.zeros(n_stored, np.bool_)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that only this holds."""
+        """Bytes of memory that a memory map needs beside the page cache: none."""
         return 0
 
-    def take(self, ordinals: Ordinals) -> Stored:
-        """As Block.take. Raises BadShard if a chunk is not as it was written."""
-        at, inside = np.divmod(ordinals, self._chunk_rows)
-        if not self._checked[at].all():
-            for i in np.unique(at[~self._checked[at]]):
+    def take(self, ordinals: Ordinals) -> StoredArray:
+        """Return a copy of the stored rows of these ordinals. Raises BadShard if a chunk has changed."""
+        chunk_m, inside_m = np.divmod(ordinals, self._chunk_rows)
+        if not self._checked[chunk_m].all():
+            for i in np.unique(chunk_m[~self._checked[chunk_m]]):
                 self._check(int(i))
-        return self._chunks[at, inside]
+        return self._chunks[chunk_m, inside_m]
 
     def _check(self, i: int) -> None:
-        size = self._chunks[i].nbytes
+        chunk_bytes = self._chunks[i].nbytes
         try:
-            chunk(self._data, i * (size + CRC), size, self._crc32c[i])
+            chunk(self._data, i * (chunk_bytes + CRC), chunk_bytes, self._crc32c[i])
         except BadShard as error:
             raise BadShard(f"{self._path}: {error}") from error
         self._checked[i] = True
 
 
-def open_block(storage: Storage, manifest: Manifest, record: DoneRecord, view: int) -> ShardRows | MmapShardRows:
-    """The rows of one view of a tar: mapped where they lie in a local file, else read whole. Raises BadShard."""
-    path = storage.local_path(slot_files(manifest, record.tar_id)[emb_name(view)])
+def open_shard_rows(storage: Storage, manifest: Manifest, record: DoneRecord, view: int) -> ShardRows | MmapShardRows:
+    """Open the rows of one view of a tar: memory-mapped if local, else read. Raises BadShard."""
+    path = storage.local_path(tar_files(manifest, record.tar_id)[emb_name(view)])
     if path is None:
-        return read_block(storage, manifest, record, view)
+        return read_shard_rows(storage, manifest, record, view)
     return MmapShardRows(path, record.chunk_crc32c[emb_name(view)], manifest, _scale(storage, manifest, record, view))
 
 
-def read_block(storage: Storage, manifest: Manifest, record: DoneRecord, view: int) -> ShardRows:
-    """The rows of one view of a tar, read whole, by one request, and compared with the digest of the whole file.
+def read_shard_rows(storage: Storage, manifest: Manifest, record: DoneRecord, view: int) -> ShardRows:
+    """Read all rows of one view of a tar, by one request, and compare the file with its digest.
 
     Raises:
         BadShard: it is not the file that was written.
     """
-    name, dtype = emb_name(view), _dtype(manifest)
-    file, stored = slot_files(manifest, record.tar_id)[name], len(record.chunk_crc32c[name])
-    size, path = manifest.chunk_rows * manifest.dim * dtype.itemsize, storage.local_path(file)
-    rows_cB = np.empty((stored, size), np.uint8)
+    name = emb_name(view)
+    dtype = _dtype(manifest)
+    file = tar_files(manifest, record.tar_id)[name]
+    path = storage.local_path(file)
+    n_stored = len(record.chunk_crc32c[name])
+    chunk_bytes = manifest.chunk_rows * manifest.dim * dtype.itemsize
+    rows_cB = np.empty((n_stored, chunk_bytes), np.uint8)
     if path is None:
         data = storage.read(file)
         found = FileSum.of(data)
         if found == record.files[name]:
-            rows_cB[:] = np.ndarray((stored, size), np.uint8, data, strides=(size + CRC, 1))
+            rows_cB[:] = np.ndarray((n_stored, chunk_bytes), np.uint8, data, strides=(chunk_bytes + CRC, 1))
     else:
         found = _read_chunks(path, rows_cB)
     if found != record.files[name]:
@@ -111,19 +117,21 @@ def read_block(storage: Storage, manifest: Manifest, record: DoneRecord, view: i
     return ShardRows(rows_nD, _scale(storage, manifest, record, view))
 
 
-def read_column(storage: Storage, manifest: Manifest, record: DoneRecord, name: str) -> Stored:
-    """(n, ...) of an array that is not cut into chunks: hashes, statuses, scales, crop boxes. Raises BadShard."""
-    file, spec = slot_files(manifest, record.tar_id)[name], arrays(manifest)[name]
+def read_column(storage: Storage, manifest: Manifest, record: DoneRecord, name: str) -> StoredArray:
+    """Read an array without chunks, (n, ...): hashes, statuses, scales or crop parameters. Raises BadShard."""
+    file = tar_files(manifest, record.tar_id)[name]
+    spec = arrays(manifest)[name]
     data = storage.read(file)
     if FileSum.of(data) != record.files[name]:
         raise BadShard(f"{storage.uri(file)} is not the file that was written")
-    shape, dtype = (record.n_samples, *spec.row), np.dtype(spec.dtype).newbyteorder("<")
-    return np.ndarray(shape, dtype, data)
+    return np.ndarray((record.n_samples, *spec.row), np.dtype(spec.dtype).newbyteorder("<"), data)
 
 
 def _read_chunks(path: Path, rows_cB: npt.NDArray[np.uint8]) -> FileSum:
-    """Read a shard's chunks into place, hashing each while it is in the processor's cache; what the file was."""
-    digest, crc, total = xxhash.xxh3_128(), bytearray(CRC), 0
+    """Read a shard's chunks into place, hashing each while it is in the processor's cache; return the file's sum."""
+    digest = xxhash.xxh3_128()
+    crc = bytearray(CRC)
+    total = 0
     file = os.open(path, os.O_RDONLY)
     try:
         for row_B in rows_cB:
@@ -138,11 +146,11 @@ def _read_chunks(path: Path, rows_cB: npt.NDArray[np.uint8]) -> FileSum:
     return FileSum(total, digest.hexdigest())
 
 
-def _scale(storage: Storage, manifest: Manifest, record: DoneRecord, view: int) -> Float32 | None:
-    if not manifest.precision.scaled:
+def _scale(storage: Storage, manifest: Manifest, record: DoneRecord, view: int) -> Float32Array | None:
+    if not manifest.storage_dtype.scaled:
         return None
     return read_column(storage, manifest, record, scale_name(view)).astype(np.float32)
 
 
 def _dtype(manifest: Manifest) -> np.dtype[np.generic]:
-    return np.dtype(manifest.precision.stored).newbyteorder("<")
+    return np.dtype(manifest.storage_dtype.stored).newbyteorder("<")

@@ -1,6 +1,4 @@
-"""Do the rows of a cache mean what its contract says? A sample of pictures, embedded again by the live teacher."""
-
-from __future__ import annotations
+"""Recompute: a random sample of stored rows, compared with what the teacher computes for their images now."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +17,15 @@ from threetowers.cache.storage.storage import split_address
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 from threetowers.cache.webdataset.tar_index import Sample
 
-SLACK = 0.002  # below the precision tier's own bound: another device, batch size or reduced arithmetic
-SHOWN = 3
+COSINE_TOLERANCE = 0.002  # below the dtype's own bound: another device, batch size or reduced arithmetic
+WORST_SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One row to compare, and where its picture lies. `lot` was drawn to choose it."""
+class SampledRow:
+    """A stored row to recompute, and the location of its image. The rows with the smallest `priority` are chosen."""
 
-    lot: float
+    priority: float
     entry: TarEntry
     location: str
     sample: Sample
@@ -38,14 +36,15 @@ class Candidate:
     image_hash: int
 
     def __str__(self) -> str:
+        """Return tar, key, ordinal and view."""
         return (
             f"tar {self.entry.path} ({self.entry.id}): {self.sample.key!r} (ordinal {self.ordinal}), view {self.view}"
         )
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """Cosines of stored rows with the live teacher's, and the bound they were held to; the worst rows by name."""
+class Recomputation:
+    """Cosines of stored rows with recomputed ones, their bound, and the worst rows by name."""
 
     rows: int
     min: float | None
@@ -54,15 +53,17 @@ class Meaning:
     worst: tuple[tuple[str, float], ...]
 
     def __str__(self) -> str:
+        """Return one line for a person."""
         if self.min is None:
-            return "no row to compare with the live teacher"
+            return "no row to recompute"
         worst = ", ".join(f"{name}: {cosine:.6f}" for name, cosine in self.worst)
         return (
-            f"{self.rows} rows against the live teacher: cosine min {self.min:.6f}, mean {self.mean:.6f}, bound "
-            f"{self.bound:g}; worst {worst}"
+            f"{self.rows} rows recomputed: cosine min {self.min:.6f}, mean {self.mean:.6f}, bound {self.bound:g}; "
+            f"worst {worst}"
         )
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the numbers for a script."""
         return {
             "rows": self.rows,
             "min": self.min,
@@ -72,37 +73,49 @@ class Meaning:
         }
 
 
-def compare(
-    manifest: Manifest, candidates: Sequence[Candidate], weights: str | None, device: str, min_cosine: float | None
-) -> tuple[Meaning, list[tuple[int, str]]]:
-    """What the live teacher says of these rows, and the (tar id, problem) of each row that is not as it says.
+def recompute(
+    manifest: Manifest, rows: Sequence[SampledRow], weights: str | None, device: str, min_cosine: float | None
+) -> tuple[Recomputation, list[tuple[int, str]]]:
+    """Embed the images of some rows again and compare.
+
+    Args:
+        manifest: of the cache.
+        rows: the rows to recompute.
+        weights: path of the teacher's weights, if they came from a file.
+        device: of the teacher.
+        min_cosine: bound on the cosines; by default a little below that of the dtype.
+
+    Returns:
+        The cosines, and (tar id, problem) of each row whose image changed or whose cosine is below the bound.
 
     Raises:
-        ContractError, ValueError: the teacher is not the cache's, or cannot be had (`live_teacher`).
+        ManifestError, ValueError: the teacher is not that of the cache, or cannot be loaded (`live_teacher`).
     """
-    bound = manifest.precision.min_cosine - SLACK if min_cosine is None else min_cosine
+    bound = manifest.storage_dtype.min_cosine - COSINE_TOLERANCE if min_cosine is None else min_cosine
     teacher = live_teacher(manifest, weights, device)
     problems: list[tuple[int, str]] = []
-    kept, pixels = [], []
-    for candidate in candidates:
-        storage, name = split_address(candidate.location)
-        offset, size = candidate.sample.members[candidate.sample.image]
+    compared = []
+    pixels = []
+    for row in rows:
+        storage, name = split_address(row.location)
+        offset, size = row.sample.members[row.sample.image]
         data = storage.read(name, offset, offset + size)
-        if xxhash.xxh3_64_intdigest(data) != candidate.image_hash:
-            problems.append((candidate.entry.id, f"{candidate}: its image is not the one that was embedded"))
+        if xxhash.xxh3_64_intdigest(data) != row.image_hash:
+            problems.append((row.entry.id, f"{row}: its image is not the one that was embedded"))
             continue
         try:
             image = decode_rgb(data, min_side=None if manifest.views.cropped else teacher.min_side)
         except BadImage as error:
-            problems.append((candidate.entry.id, f"{candidate}: was embedded, and now: {error}"))
+            problems.append((row.entry.id, f"{row}: has an embedding, but its image cannot be decoded now: {error}"))
             continue
-        kept.append(candidate)
-        pixels.append(view_pixels(teacher, image, candidate.view, candidate.params_5))
-    if not kept:
-        return Meaning(0, None, None, bound, ()), problems
-    found = cosines(np.stack([candidate.row_D for candidate in kept]), embed(teacher, pixels))
+        compared.append(row)
+        pixels.append(view_pixels(teacher, image, row.view, row.params_5))
+    if not compared:
+        return Recomputation(0, None, None, bound, ()), problems
+    found = cosines(np.stack([row.row_D for row in compared]), embed(teacher, pixels))
     order = np.argsort(found)
     for i in order[found[order] < bound].tolist():
-        problems.append((kept[i].entry.id, f"{kept[i]}: cosine with the live teacher {found[i]:.6f}, bound {bound:g}"))
-    worst = tuple((str(kept[i]), float(found[i])) for i in order[:SHOWN].tolist())
-    return Meaning(len(kept), float(found.min()), float(found.mean()), bound, worst), problems
+        row = compared[i]
+        problems.append((row.entry.id, f"{row}: cosine with the recomputed row {found[i]:.6f}, expected {bound:g}"))
+    worst = tuple((str(compared[i]), float(found[i])) for i in order[:WORST_SHOWN].tolist())
+    return Recomputation(len(compared), float(found.min()), float(found.mean()), bound, worst), problems

@@ -1,6 +1,4 @@
-"""What the numbers of a cache look like: norms, and rows that no healthy teacher gives."""
-
-from __future__ import annotations
+"""Statistics of the rows of a cache: norms, and rows that no working teacher would produce."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,117 +8,133 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from threetowers.cache.format.dtypes import Float32Array
 from threetowers.cache.format.tar_table import TarEntry
 
-SHOWN = 5
+EXAMPLES_SHOWN = 5
 BINS = 10
-Name = Callable[[int], str]
-Float32 = npt.NDArray[np.float32]
+NORM_PERCENTILES = (0, 1, 50, 99, 100)
 
 
 @dataclass
-class Odd:
-    """Rows of one odd kind: how many, and the first few by tar and key."""
+class Anomaly:
+    """Anomalous rows of one kind: how many, and the first few by tar and key."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, count: int, examples: Sequence[str]) -> None:
+        """Count more rows, and keep some of them as examples."""
         self.count += count
-        self.examples += examples[: SHOWN - len(self.examples)]
+        self.examples += examples[: EXAMPLES_SHOWN - len(self.examples)]
 
     def __str__(self) -> str:
+        """Return the count with the examples."""
         return f"{self.count} ({', '.join(self.examples)}{', ...' if self.count > len(self.examples) else ''})"
 
 
-class Numbers:
-    """Gathers the OK rows of tar after tar: 4 bytes a row and view for norms, 24 a row for duplicates."""
+class RowStatistics:
+    """Collects the OK rows of tar after tar.
+
+    Memory: 4 bytes a row and view for norms, 24 bytes a row for duplicates.
+    """
 
     def __init__(self) -> None:
-        self.zero, self.constant, self.uniform = Odd(), Odd(), Odd()
-        self._norms: list[Float32] = []
+        self.zero = Anomaly()
+        self.constant = Anomaly()
+        self.uniform = Anomaly()
+        self._norms: list[Float32Array] = []
         self._digests: list[npt.NDArray[np.uint64]] = []
         self._images: list[npt.NDArray[np.uint64]] = []
-        self._places: list[npt.NDArray[np.int32]] = []
+        self._addresses: list[npt.NDArray[np.int32]] = []
 
     def add(
         self,
         entry: TarEntry,
-        name: Name,
+        name: Callable[[int], str],
         ordinals: npt.NDArray[np.int64],
-        views_VnD: Sequence[Float32],
+        views_VnD: Sequence[Float32Array],
         image_hash_n: npt.NDArray[np.uint64],
     ) -> None:
-        """The OK rows of one tar, of every view, their ordinals and image hashes; `name` says a sample in words."""
+        """Add the OK rows of one tar.
+
+        Args:
+            entry: the tar.
+            name: names the sample of an ordinal for a person.
+            ordinals: (n,) of the rows.
+            views_VnD: the rows of each view.
+            image_hash_n: hashes of the image files.
+        """
         for rows_nD in views_VnD:
             zero = ~rows_nD.any(axis=1)
             constant = ~zero & (np.ptp(rows_nD, axis=1) == 0) & (rows_nD.shape[1] > 1) if len(rows_nD) else zero
-            for odd, found in ((self.zero, zero), (self.constant, constant)):
-                odd.add(int(found.sum()), [name(i) for i in ordinals[found][:SHOWN].tolist()])
+            self.zero.add(int(zero.sum()), [name(i) for i in ordinals[zero][:EXAMPLES_SHOWN].tolist()])
+            self.constant.add(int(constant.sum()), [name(i) for i in ordinals[constant][:EXAMPLES_SHOWN].tolist()])
             self._norms.append(np.linalg.norm(rows_nD.astype(np.float64), axis=1).astype(np.float32))
         first_nD = views_VnD[0]
         if len(first_nD) > 1 and (first_nD == first_nD[0]).all() and len(np.unique(image_hash_n)) > 1:
             self.uniform.add(1, [f"{entry.path} ({entry.id})"])
         self._digests.append(np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in first_nD], dtype=np.uint64))
         self._images.append(image_hash_n)
-        self._places.append(np.stack([np.full(len(ordinals), entry.id), ordinals], axis=1).astype(np.int32))
+        self._addresses.append(np.stack([np.full(len(ordinals), entry.id), ordinals], axis=1).astype(np.int32))
 
     @property
-    def norms(self) -> Float32:
+    def norms(self) -> Float32Array:
         """(N,) L2 norms of all rows of all views."""
         return np.concatenate(self._norms) if self._norms else np.zeros(0, np.float32)
 
-    def duplicates(self) -> tuple[int, Odd]:
-        """How many rows equal an earlier one bit for bit; and of these, those whose pictures are different files."""
+    def duplicates(self) -> tuple[int, Anomaly]:
+        """Return how many rows equal an earlier one bit for bit, and those among them whose image files differ."""
         if not self._digests:
-            return 0, Odd()
-        digest_N, image_N = np.concatenate(self._digests), np.concatenate(self._images)
-        place_N2 = np.concatenate(self._places)
+            return 0, Anomaly()
+        digest_N = np.concatenate(self._digests)
+        image_N = np.concatenate(self._images)
+        address_N2 = np.concatenate(self._addresses)
         order = np.lexsort((image_N, digest_N))
-        digest_N, image_N, place_N2 = digest_N[order], image_N[order], place_N2[order]
-        same = digest_N[1:] == digest_N[:-1]
-        strange = np.flatnonzero(same & (image_N[1:] != image_N[:-1]))
-        pairs = [
-            f"tar {a[0]} ordinal {a[1]} = tar {b[0]} ordinal {b[1]}"
-            for a, b in zip(place_N2[strange[:SHOWN]].tolist(), place_N2[strange[:SHOWN] + 1].tolist(), strict=True)
-        ]
-        return int(same.sum()), Odd(len(strange), pairs)
+        digest_N = digest_N[order]
+        image_N = image_N[order]
+        address_N2 = address_N2[order]
+        equal = digest_N[1:] == digest_N[:-1]
+        anomalous = np.flatnonzero(equal & (image_N[1:] != image_N[:-1]))
+        examples = []
+        for i in anomalous[:EXAMPLES_SHOWN].tolist():
+            (tar, ordinal), (other_tar, other_ordinal) = address_N2[i : i + 2].tolist()
+            examples.append(f"tar {tar} ordinal {ordinal} = tar {other_tar} ordinal {other_ordinal}")
+        return int(equal.sum()), Anomaly(len(anomalous), examples)
 
     def histogram(self) -> tuple[list[int], list[float]]:
-        """Counts of norms in BINS equal bins, and the edges of the bins."""
+        """Return the counts of norms in BINS equal bins, and the edges of the bins."""
         counts, edges = np.histogram(self.norms, bins=BINS)
         return counts.tolist(), edges.tolist()
 
     def norm_lines(self) -> list[str]:
-        """The norms for a person."""
+        """Return percentiles and histogram of the norms for a person."""
         norms = self.norms
         if not len(norms):
             return ["norms      no rows"]
         low, median, high = np.percentile(norms, [1, 50, 99])
         lines = [f"norms      1 % {low:.4g}, median {median:.4g}, 99 % {high:.4g}"]
         counts, edges = self.histogram()
-        for count, a, b in zip(counts, edges[:-1], edges[1:], strict=True):
-            lines.append(f"  {a:10.4g} to {b:10.4g}  {count:9d} {'#' * int(np.ceil(40 * count / max(counts)))}")
+        for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
+            lines.append(f"  {left:10.4g} to {right:10.4g}  {count:9d} {'#' * int(np.ceil(40 * count / max(counts)))}")
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for a script."""
-        duplicates, strange = self.duplicates()
+        """Return the statistics for a script."""
+        duplicates, of_other_images = self.duplicates()
         counts, edges = self.histogram()
         norms = self.norms
-        percentiles = np.percentile(norms, [0, 1, 50, 99, 100]).tolist() if len(norms) else []
+        percentiles = np.percentile(norms, NORM_PERCENTILES).tolist() if len(norms) else []
+        anomalies = {
+            "zero": self.zero,
+            "constant": self.constant,
+            "duplicates_of_other_images": of_other_images,
+            "tars_of_one_row": self.uniform,
+        }
         return {
             "rows": len(norms),
-            "norm_percentiles": dict(zip(("0", "1", "50", "99", "100"), percentiles, strict=False)),
+            "norm_percentiles": dict(zip(map(str, NORM_PERCENTILES), percentiles, strict=False)),
             "norm_histogram": {"counts": counts, "edges": edges},
             "duplicates": duplicates,
-            **{
-                kind: {"count": odd.count, "examples": odd.examples}
-                for kind, odd in (
-                    ("zero", self.zero),
-                    ("constant", self.constant),
-                    ("duplicates_of_other_images", strange),
-                    ("tars_of_one_row", self.uniform),
-                )
-            },
+            **{kind: {"count": found.count, "examples": found.examples} for kind, found in anomalies.items()},
         }

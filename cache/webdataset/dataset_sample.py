@@ -1,6 +1,4 @@
-"""A look at a set of tars before anything is spent: how much there is, and a random sample of its pictures."""
-
-from __future__ import annotations
+"""A random sample of the images in some tars, and estimates of how many samples the tars have."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +14,12 @@ MAX_TARS = 16
 
 
 @dataclass(frozen=True)
-class Survey:
-    """`indexed` of `n_tars` tars, evenly spaced in the list; `sample` are (tar number, ordinal) in these."""
+class DatasetSample:
+    """Images drawn from some of the tars of a data set.
+
+    `indexed` are the indexes of some of the `n_tars` tars, evenly spaced in the list; `sample` are the (tar number,
+    ordinal) in these of the images that were drawn.
+    """
 
     n_tars: int
     indexed: tuple[TarIndex, ...]
@@ -25,54 +27,56 @@ class Survey:
 
     @property
     def exact(self) -> bool:
-        """Whether the counts are counted, not estimated from some of the tars."""
+        """Whether the number of samples is counted, not estimated from some of the tars."""
         return len(self.indexed) == self.n_tars
 
     @property
-    def samples_per_tar(self) -> float:
-        return float(np.mean([len(index.samples) for index in self.indexed]))
-
-    @property
     def n_samples(self) -> int:
-        return round(self.samples_per_tar * self.n_tars)
+        """Samples in all tars."""
+        return round(float(np.mean([len(index.samples) for index in self.indexed])) * self.n_tars)
 
     @property
     def largest(self) -> int:
-        """Samples in the largest tar that was looked at."""
+        """Samples in the largest indexed tar."""
         return max(len(index.samples) for index in self.indexed)
 
     def data(self, at: tuple[int, int]) -> bytes:
-        """The bytes of one image of the sample."""
-        index = self.indexed[at[0]]
-        return read_member(index, at[1], index.samples[at[1]].image)
+        """Return the bytes of one image of the sample."""
+        number, ordinal = at
+        index = self.indexed[number]
+        return read_member(index, ordinal, index.samples[ordinal].image)
 
     def key(self, at: tuple[int, int]) -> str:
-        return self.indexed[at[0]].samples[at[1]].key
+        """Return the key of one image of the sample."""
+        number, ordinal = at
+        return self.indexed[number].samples[ordinal].key
 
-    def pictures(self) -> tuple[list[tuple[str, Image.Image]], int]:
-        """Name and picture of each image of the sample that can be decoded, and how many cannot."""
-        found, bad = [], 0
+    def images(self) -> tuple[list[Image.Image], int]:
+        """Decode the images of the sample; return them and the number that cannot be decoded."""
+        found = []
+        bad = 0
         for at in self.sample:
             try:
-                found.append((f"{self.indexed[at[0]].location}: {self.key(at)}", decode_rgb(self.data(at))))
+                found.append(decode_rgb(self.data(at)))
             except BadImage:
                 bad += 1
         return found, bad
 
 
-def survey(tars: Sequence[str | Path], sample: int, seed: int = 0, max_tars: int = MAX_TARS) -> Survey:
+def sample_dataset(tars: Sequence[str | Path], sample: int, seed: int = 0, max_tars: int = MAX_TARS) -> DatasetSample:
     """Index up to `max_tars` of these tars and draw up to `sample` of their images.
 
     Raises:
-        BadTar, ValueError: bad input, named; `sample` below 1.
+        BadTar, ValueError: bad input, named in the message.
     """
     if sample < 1:
-        raise ValueError(f"sample={sample}: expected at least 1 picture")
+        raise ValueError(f"--sample {sample}: expected at least 1")
     paths = expand(tars)
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(max_tars, len(paths))).round().astype(int)).tolist()
     indexed = tuple(index_tar(paths[i]) for i in chosen)
     ends = np.cumsum([len(index.samples) for index in indexed])
+    starts = np.concatenate([[0], ends[:-1]])
     drawn = np.sort(np.random.default_rng(seed).permutation(int(ends[-1]))[:sample])
     tar_n = np.searchsorted(ends, drawn, side="right")
-    starts = np.concatenate([[0], ends[:-1]])
-    return Survey(len(paths), indexed, tuple(zip(tar_n.tolist(), (drawn - starts[tar_n]).tolist(), strict=True)))
+    ordinal_n = drawn - starts[tar_n]
+    return DatasetSample(len(paths), indexed, tuple(zip(tar_n.tolist(), ordinal_n.tolist(), strict=True)))

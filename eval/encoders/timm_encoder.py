@@ -38,7 +38,7 @@ class TimmEncoder(Encoder):
             weights or "pretrained",
             int(size) if size else None,
             options.torch_device(),
-            compute=options.precision,
+            precision=options.precision,
         )
         self.dim = self.teacher.dim
         self.info = ModelInfo(

@@ -1,4 +1,4 @@
-"""The CUDA back ends: C++ kernels for tiles of the similarity matrix, compiled at first use; docs/cuda-kernels.md has more."""
+"""The CUDA back ends: C++ kernels for tiles of the similarity matrix, compiled at first use."""
 
 import functools
 import logging

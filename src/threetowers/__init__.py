@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from threetowers.cache.builder.build import build_cache as build_cache
-    from threetowers.cache.builder.config import BuildConfig as BuildConfig
+    from threetowers.cache.builder.build_config import BuildConfig as BuildConfig
     from threetowers.cache.read.embedding_cache import EmbeddingCache as EmbeddingCache
     from threetowers.eval.encoders.load import load_encoder as load_encoder
     from threetowers.eval.suite import evaluate as evaluate
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULES = {
-    "BuildConfig": "threetowers.cache.builder.config",
+    "BuildConfig": "threetowers.cache.builder.build_config",
     "EmbeddingCache": "threetowers.cache.read.embedding_cache",
     "build_cache": "threetowers.cache.builder.build",
     "contrastive_loss": "threetowers.kernels.contrastive",

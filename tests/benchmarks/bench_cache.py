@@ -30,11 +30,12 @@ import zarr
 from PIL import Image
 from torch import Tensor
 
-from threetowers.cache.builder.build import build
-from threetowers.cache.builder.row_buffer import Made, Rows
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.format.done_record import done_record_name
-from threetowers.cache.format.layout import slot_and_chunk
+from threetowers.cache.format.layout import rows_and_chunk
 from threetowers.cache.format.manifest import Manifest, Preprocessing, to_json
 from threetowers.cache.format.store import fit_to_table
 from threetowers.cache.format.tar_table import extend
@@ -91,7 +92,7 @@ def bare_loop(tars: list[Path], threads: int) -> None:
     images = [read_member(index, i, "jpg") for index in map(index_tar, tars) for i in range(len(index.samples))]
 
     def prepare(data: bytes) -> Tensor:
-        return teacher.preprocess(decode_rgb(data))
+        return torch.from_numpy(np.ascontiguousarray(teacher.transform(decode_rgb(data))))
 
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Tensor]] = deque()
@@ -109,7 +110,7 @@ def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
 
     def ours() -> None:
         options: dict[str, Any] = {"image_size": SIZE, "batch_size": BATCH, "threads": threads, "device": "cpu"}
-        build(tars, folder / f"built-{next(outs)}", **TEACHER, **options)
+        build_cache(BuildConfig(tars=tars, output_dir=folder / f"built-{next(outs)}", **TEACHER, **options))
 
     def peer() -> float:
         out = str(folder / f"peer-{next(outs)}")
@@ -133,19 +134,19 @@ def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
 def random_cache(folder: Path) -> EmbeddingCache:
     """A cache of one tar of random rows."""
     storage, n = open_storage(folder), SHARD_ROWS
-    slot, chunk_rows = slot_and_chunk(2 * SHARD_DIM, n)
+    slot, chunk_rows = rows_and_chunk(2 * SHARD_DIM, n)
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
     manifest = Manifest("b", "w", "d", transform, SHARD_DIM, "float16", slot, chunk_rows, {})
     index = TarIndex("/0.tar", 1, "0", SampleList([Sample(str(k), {"png": Member(0, 1)}) for k in range(n)]), 0)
     (entry,) = extend(storage, [index], slot).entries
     fit_to_table(storage, manifest)
     storage.put("manifest.json", to_json(manifest), owner="manifest")
-    rows = Rows(index, manifest)
+    rows = RowBuffer(index, manifest)
     emb_nD = np.random.default_rng(0).normal(size=(n, 1, SHARD_DIM)).astype(np.float32)
     for k in range(n):
-        rows.note(k, k)
-    rows.put(list(range(n)), emb_nD)
-    record = rows.write(storage, entry, "", Made("teacher", 1, "cpu", 0.0))
+        rows.set_image(k, k)
+    rows.set_embeddings(list(range(n)), emb_nD)
+    record = rows.write(storage, entry, "", Provenance("teacher", 1, "cpu", 0.0))
     storage.put(done_record_name(0), to_json(record), owner="0.done")
     return EmbeddingCache.open(folder)
 
@@ -155,7 +156,7 @@ def bench_shard(folder: Path, rounds: int) -> None:
     path, array = folder / "store.zarr/emb/c/0/0", zarr.open_array(folder / "store.zarr/emb", mode="r")
     ours, raw, theirs = alternate(
         10 * rounds,
-        lambda: timed(lambda: cache.block(0)),
+        lambda: timed(lambda: cache.shard_rows(0)),
         lambda: timed(lambda: np.fromfile(path, np.uint8)),
         lambda: timed(lambda: array[:SHARD_ROWS]),
     )
@@ -180,7 +181,9 @@ def run_of(folder: Path, tars: list[Path], cached: bool) -> TrainConfig:
     if not tokenizer.exists():
         tokenizer.write_bytes(train_tokenizer([f"picture {k} of {i}" for k in range(99) for i in range(9)], 40))
     if cached and not cache.exists():
-        build(tars, cache, **TEACHER, image_size=SIZE, batch_size=BATCH, device="cpu")
+        build_cache(
+            BuildConfig(tars=tars, output_dir=cache, **TEACHER, image_size=SIZE, batch_size=BATCH, device="cpu")
+        )
     towers: dict[str, Any] = {
         "image": {"kind": "timm", "model": "test_vit"},
         "text": {"kind": "text", "width": 8, "depth": 1, "heads": 1},

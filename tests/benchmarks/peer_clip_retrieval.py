@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class TeacherAsClip:
         raise AssertionError("clip-retrieval was told to embed no captions")
 
     def preprocess(self, image: Any) -> Tensor:
-        return self.teacher.preprocess(image.convert("RGB"))
+        return torch.from_numpy(np.ascontiguousarray(self.teacher.transform(image.convert("RGB"))))
 
 
 def main() -> None:

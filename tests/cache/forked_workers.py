@@ -18,7 +18,8 @@ import webdataset  # noqa: F401 - imported here, so that no fork has to
 import zarr  # noqa: F401
 from PIL import Image
 
-from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
 
 OPTIONS = {"backbone": "test_vit", "image_size": 64, "batch_size": 5, "threads": 1}
 
@@ -31,7 +32,7 @@ def worker(pattern: str, out: Path, weights: str, rank: int, world: int) -> int:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(world)}
     code = 1
     try:
-        build([pattern], out, weights=weights, **OPTIONS)
+        build_cache(BuildConfig(tars=[pattern], output_dir=out, weights=weights, **OPTIONS))
         code = 0
     finally:
         os._exit(code)

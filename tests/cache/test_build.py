@@ -1,4 +1,4 @@
-"""A built cache holds what the live teacher says, in the right rows, and refuses to become another cache."""
+"""A built cache has the live teacher's embeddings in the right rows, and refuses to become another cache."""
 
 import dataclasses
 import shutil
@@ -12,7 +12,9 @@ import torch
 import zarr
 from PIL import Image
 
-from threetowers.cache.builder.build import build
+from tests.cache.caches import without_times
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError
@@ -43,7 +45,7 @@ def options(weights: Weights) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def cache(tars: list[Path], options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "cache"
-    report = build(tars, out, **options)
+    report = build_cache(BuildConfig(tars=tars, output_dir=out, **options))
     assert (report.tars_built, report.tars_kept, report.samples, report.ok) == (3, 0, 42, 42)
     return out
 
@@ -53,23 +55,27 @@ def cache(tars: list[Path], options: dict[str, Any], tmp_path_factory: pytest.Te
 def test_cached_equals_the_live_teacher(
     backbone: str, dtype: str, tars: list[Path], weights: Weights, tmp_path: Path
 ) -> None:
-    build(tars, tmp_path, backbone=backbone, weights=weights(backbone), image_size=64, dtype=dtype)
+    build_cache(
+        BuildConfig(
+            tars=tars, output_dir=tmp_path, backbone=backbone, weights=weights(backbone), image_size=64, dtype=dtype
+        )
+    )
     opened = EmbeddingCache.open(tmp_path)
     teacher = load_teacher(backbone, weights(backbone), image_size=64)
     group = zarr.open_group(tmp_path / "store.zarr", mode="r")
     assert len(opened) == 42
     for path in tars:
         index = index_tar(path)
-        tar_id = opened.tar_id(index)
+        tar_id = opened.table.find(index).id
         for ordinal, sample in enumerate(index.samples):
             picture = decode_rgb(read_member(index, ordinal, "png"))
-            live = teacher.embed(teacher.preprocess(picture)[None])[0].numpy()
+            live = teacher.embed(torch.from_numpy(np.ascontiguousarray(teacher.transform(picture)))[None])[0].numpy()
             row = opened.row(tar_id, ordinal, sample.key)
             assert row.dtype == np.float32
             cosine = row @ live / np.linalg.norm(row) / np.linalg.norm(live)
             assert cosine >= 0.9999
             np.testing.assert_allclose(row, live, rtol=2e-3 if dtype == "float16" else 1e-4, atol=1e-4)
-            at = tar_id * opened.manifest.slot + ordinal
+            at = tar_id * opened.manifest.rows_per_tar + ordinal
             assert np.array_equal(group["emb"][at].astype(np.float32), row)
             assert group["key_hash"][at] == key_hash(sample.key)
             assert group["status"][at] == RowStatus.OK
@@ -79,7 +85,7 @@ def test_cached_equals_the_live_teacher(
 def test_batches_of_any_size_fill_every_row(
     batch_size: int, tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    build(tars, tmp_path, **{**options, "batch_size": batch_size, "threads": 3})
+    build_cache(BuildConfig(tars=tars, output_dir=tmp_path, **{**options, "batch_size": batch_size, "threads": 3}))
     for tar_id in range(3):
         ours, theirs = EmbeddingCache.open(tmp_path).tar(tar_id), EmbeddingCache.open(cache).tar(tar_id)
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-3)
@@ -88,10 +94,10 @@ def test_batches_of_any_size_fill_every_row(
 def test_bytes_depend_on_the_inputs_alone(
     tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    build(tars, tmp_path / "again", **options, threads=4)
+    build_cache(BuildConfig(tars=tars, output_dir=tmp_path / "again", **options, threads=4))
     assert files(tmp_path / "again") == files(cache)
     records = [EmbeddingCache.open(folder).record(1) for folder in (cache, tmp_path / "again")]
-    assert records[0].undated() == records[1].undated()
+    assert without_times(records[0]) == without_times(records[1])
 
 
 def test_a_second_run_keeps_what_is_finished(
@@ -100,19 +106,19 @@ def test_a_second_run_keeps_what_is_finished(
     folder = shutil.copytree(cache, tmp_path / "cache")
     (folder / "done" / "1.json").unlink()
     (folder / "store.zarr" / "emb" / "c" / "2" / "0").write_bytes(b"cut short")
-    with pytest.raises(ManifestError, match=r"tar a/1\.tar \(1\): half built"):
-        EmbeddingCache.open(folder).tar_id(index_tar(tars[1]))
+    with pytest.raises(ManifestError, match=r"tar a/1\.tar \(1\): incomplete"):
+        EmbeddingCache.open(folder).record(1)
     with pytest.raises(ManifestError, match=r"b/0\.tar.*expected \d+ bytes, found 9"):
-        EmbeddingCache.open(folder).tar_id(index_tar(tars[2]))
-    report = build(tars, folder, **options)
+        EmbeddingCache.open(folder).record(2)
+    report = build_cache(BuildConfig(tars=tars, output_dir=folder, **options))
     assert (report.tars_built, report.tars_kept, report.samples) == (2, 1, 19)
     assert files(folder) == files(cache)
 
 
 def test_moved_tars_are_recognised(tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path) -> None:
     moved = Path(shutil.copy(tars[2], tmp_path / "elsewhere.tar"))
-    assert EmbeddingCache.open(cache).tar_id(index_tar(moved)) == 2
-    report = build([moved], cache, **options)
+    assert EmbeddingCache.open(cache).table.find(index_tar(moved)).id == 2
+    report = build_cache(BuildConfig(tars=[moved], output_dir=cache, **options))
     assert (report.tars_built, report.tars_kept) == (0, 1)
 
 
@@ -125,62 +131,66 @@ def test_moved_tars_are_recognised(tars: list[Path], cache: Path, options: dict[
         ({"weights": 1}, "weights_digest: expected [0-9a-f]{64}, found [0-9a-f]{64}"),
     ],
 )
-def test_another_contract_is_refused(
+def test_another_manifest_is_refused(
     change: dict[str, Any], message: str, tars: list[Path], cache: Path, options: dict[str, Any], weights: Weights
 ) -> None:
     asked = options | change
     asked["weights"] = weights(asked["backbone"], seed=change.get("weights", 0))
     before = files(cache)
     with pytest.raises(ManifestError, match=message):
-        build(tars, cache, **asked)
+        build_cache(BuildConfig(tars=tars, output_dir=cache, **asked))
     assert files(cache) == before
 
 
-def test_another_place_for_the_same_weights_is_a_note(
+def test_another_file_with_the_same_weights_is_a_note(
     tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path
 ) -> None:
     copy = shutil.copy(options["weights"], tmp_path / "renamed.safetensors")
-    report = build(tars, cache, **{**options, "weights": str(copy)})
-    assert report.notes == ("weights: expected file:test_vit-0-1.safetensors, found file:renamed.safetensors",)
+    report = build_cache(BuildConfig(tars=tars, output_dir=cache, **{**options, "weights": str(copy)}))
+    assert report.differences == ("weights: expected file:test_vit-0-1.safetensors, found file:renamed.safetensors",)
 
 
-def test_other_tars_are_refused(
+def test_unknown_tars_are_refused(
     tars: list[Path], cache: Path, options: dict[str, Any], pack: Pack, samples: MakeSamples, tmp_path: Path
 ) -> None:
     opened = EmbeddingCache.open(cache)
     with pytest.raises(ManifestError, match="not among the 3 tars of this cache"):
-        opened.tar_id(index_tar(pack(tmp_path / "new.tar", samples(3, 9))))
-    with pytest.raises(ManifestError, match="packed or downloaded again since"):
-        opened.tar_id(index_tar(pack(tmp_path / "b" / "0.tar", samples(12, 2), mtime=1_800_000_000)))
+        opened.table.find(index_tar(pack(tmp_path / "new.tar", samples(3, 9))))
+    with pytest.raises(ManifestError, match="repacked or downloaded again since"):
+        opened.table.find(index_tar(pack(tmp_path / "b" / "0.tar", samples(12, 2), mtime=1_800_000_000)))
     with pytest.raises(ManifestError, match="copies of each other"):
-        build([tars[1], shutil.copy(tars[1], tmp_path / "copy.tar")], tmp_path / "out", **options)
+        build_cache(
+            BuildConfig(
+                tars=[tars[1], shutil.copy(tars[1], tmp_path / "copy.tar")], output_dir=tmp_path / "out", **options
+            )
+        )
 
 
 def test_bad_tars_stop_a_build_before_it_writes(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar"
     cut.write_bytes(tars[0].read_bytes()[:-11_000])
     with pytest.raises(BadTar, match=r"cut\.tar"):
-        build([tars[1], cut], tmp_path / "out", **options)
+        build_cache(BuildConfig(tars=[tars[1], cut], output_dir=tmp_path / "out", **options))
     with pytest.raises(ValueError, match="matches no file"):
-        build([str(tmp_path / "*.tarr")], tmp_path / "out", **options)
+        build_cache(BuildConfig(tars=[str(tmp_path / "*.tarr")], output_dir=tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
 
 
 def test_foreign_folders_are_left_alone(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ManifestError, match=r"neither a cache nor empty, holds .'thesis\.tex'"):
-        build([tars[1]], tmp_path, **options)
+    with pytest.raises(ManifestError, match=r"neither a cache nor empty, found .'thesis\.tex'"):
+        build_cache(BuildConfig(tars=[tars[1]], output_dir=tmp_path, **options))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_bad_images_are_recorded_and_shift_nothing(
+def test_bad_images_get_a_status_and_other_rows_stay_in_place(
     tars: list[Path], cache: Path, options: dict[str, Any], pack: Pack, samples: MakeSamples, tmp_path: Path
 ) -> None:
     rows = samples(23, 0)
     for ordinal, broken in ((0, b""), (4, b"not an image"), (11, rows[11][1]["png"][:60])):
         rows[ordinal] = (rows[ordinal][0], {"png": broken})
     path = pack(tmp_path / "x.tar", rows)
-    report = build([path], tmp_path / "out", **options)
+    report = build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "out", **options))
     assert (report.samples, report.ok, report.counts) == (23, 20, {"undecodable": 3})
     opened, reference = EmbeddingCache.open(tmp_path / "out"), EmbeddingCache.open(cache).tar(0)
     status = opened.status(0)
@@ -197,30 +207,30 @@ def test_bad_images_are_recorded_and_shift_nothing(
     with pytest.raises(ManifestError, match=r"ordinal 4.*no embedding: undecodable"):
         opened.row(0, 4, rows[4][0])
     with pytest.raises(BadImage, match=r"x\.tar: sample 'part/0000000' \(ordinal 0\)"):
-        build([path], tmp_path / "strict", **options, on_bad="error")
-    with pytest.raises(ManifestError, match="half built"):
+        build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "strict", **options, on_bad="error"))
+    with pytest.raises(ManifestError, match="incomplete"):
         EmbeddingCache.open(tmp_path / "strict").tar(0)
 
 
 def test_a_tar_of_bad_images_only(options: dict[str, Any], pack: Pack, tmp_path: Path) -> None:
     path = pack(tmp_path / "x.tar", [(str(i), {"jpg": b"?"}) for i in range(3)])
-    assert build([path], tmp_path / "out", **options).ok == 0
+    assert build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "out", **options)).ok == 0
     opened = EmbeddingCache.open(tmp_path / "out")
     assert np.isnan(opened.tar(0)).all()
     with pytest.raises(ManifestError, match="no row has an embedding"):
         opened.moments()
 
 
-def test_output_that_is_not_finite_is_recorded(
+def test_nonfinite_output_gets_a_status(
     options: dict[str, Any], weights: Weights, pack: Pack, encode: Callable[..., bytes], tmp_path: Path
 ) -> None:
     pictures = [Image.new("RGB", (8, 8), (i * 20,) * 3) for i in range(9)]
     path = pack(tmp_path / "x.tar", [(str(i), {"png": encode(picture)}) for i, picture in enumerate(pictures)])
     teacher = load_teacher("test_vit", options["weights"], image_size=64)
-    x_b3HW = torch.stack([teacher.preprocess(picture) for picture in pictures])
+    x_b3HW = torch.stack([torch.from_numpy(np.ascontiguousarray(teacher.transform(picture))) for picture in pictures])
     middle = float(teacher.embed(x_b3HW).abs().amax(dim=1).sort().values[3:5].mean())
     large = options | {"weights": weights("test_vit", scale=65520 / middle)}  # 65520 rounds to infinity
-    report = build([path], tmp_path / "half", **large)
+    report = build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "half", **large))
     teacher = load_teacher("test_vit", large["weights"], image_size=64)
     beyond = teacher.embed(x_b3HW).abs().amax(dim=1) >= 65520
     assert beyond.sum() == 5
@@ -229,15 +239,15 @@ def test_output_that_is_not_finite_is_recorded(
     assert ((opened.status(0) == RowStatus.NON_FINITE) == beyond.numpy()).all()
     assert (np.isnan(opened.tar(0)).all(axis=1) == beyond.numpy()).all()
     assert "overflows float16" in opened.record(0).bad[0].reason
-    assert build([path], tmp_path / "single", **large, dtype="float32").ok == 9
+    assert build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "single", **large, dtype="float32")).ok == 9
     nowhere = options | {"weights": weights("test_vit", scale=float("nan"))}
-    assert build([path], tmp_path / "nan", **nowhere).counts == {"non_finite": 9}
+    assert build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "nan", **nowhere)).counts == {"non_finite": 9}
 
 
-def test_senseless_options_are_refused(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
-    for change in ({"batch_size": 0}, {"threads": 0}, {"dtype": "int4"}, {"on_bad": "skip"}, {"slot": 0}):
+def test_options_out_of_range_are_refused(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
+    for change in ({"batch_size": 0}, {"threads": 0}, {"dtype": "int4"}, {"on_bad": "ignore"}, {"rows_per_tar": 0}):
         with pytest.raises(ValueError, match="expected"):
-            build([tars[0]], tmp_path / "out", **(options | change))
+            build_cache(BuildConfig(tars=[tars[0]], output_dir=tmp_path / "out", **(options | change)))
 
 
 def test_ranks_come_from_the_launcher() -> None:
@@ -252,7 +262,7 @@ def test_ranks_come_from_the_launcher() -> None:
             World.from_env(env)
 
 
-def test_a_rank_that_waits_says_for_what(
+def test_a_timeout_names_what_the_rank_waited_for(
     tars: list[Path], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -260,10 +270,10 @@ def test_a_rank_that_waits_says_for_what(
     with pytest.raises(
         TimeoutError, match=r"rank 1 waited 0 s for rank 0 to index the tars and to write .*manifest\.json"
     ):
-        build([tars[0]], tmp_path / "out", **options, wait_seconds=0)
+        build_cache(BuildConfig(tars=[tars[0]], output_dir=tmp_path / "out", **options, wait_seconds=0))
 
 
-def test_records_tell_what_was_stored(cache: Path) -> None:
+def test_done_records_describe_the_stored_rows(cache: Path) -> None:
     opened = EmbeddingCache.open(cache)
     for tar_id in range(3):
         record, rows = opened.record(tar_id), opened.tar(tar_id).astype(np.float64)

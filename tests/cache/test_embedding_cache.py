@@ -9,71 +9,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from threetowers.cache.builder.row_buffer import Made, Rows
-from threetowers.cache.format.done_record import done_record_name
-from threetowers.cache.format.dtypes import PRECISIONS, precision
-from threetowers.cache.format.layout import STORE, RowStatus, slot_and_chunk
-from threetowers.cache.format.manifest import Manifest, ManifestError, Preprocessing, to_json
-from threetowers.cache.format.store import fit_to_table
-from threetowers.cache.format.tar_table import extend
+from tests.cache.caches import DTYPES, make_cache
+from threetowers.cache.format.dtypes import storage_dtype
+from threetowers.cache.format.layout import STORE
+from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import TarRows, stream_rows
-from threetowers.cache.storage.local import LocalStorage
-from threetowers.cache.storage.storage import open_storage
-from threetowers.cache.webdataset.tar_index import Member, Sample, SampleList, TarIndex
-
-TIERS = sorted(PRECISIONS)
-
-
-def make_cache(
-    where: str | Path, sizes: list[int], dim: int, dtype: Any = "float16", views: Views | None = None, seed: int = 0
-) -> list[np.ndarray]:
-    """A cache of random rows, every seventh without an embedding; returns (n, V, D) float32 rows of each tar."""
-    rng, views = np.random.default_rng(seed), views or Views()
-    slot, chunk_rows = slot_and_chunk(precision(dtype).row_bytes(dim), max(sizes))
-    transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
-    manifest = Manifest("b", "w", "d", transform, dim, dtype, slot, chunk_rows, {}, views)
-    storage = open_storage(where)
-    indexes = []
-    for i, n in enumerate(sizes):
-        samples = SampleList([Sample(f"{i}/{k}", {"png": Member(0, 1)}) for k in range(n)])
-        indexes.append(TarIndex(f"/tars/{i}.tar", 1, f"print {i}", samples, 0))
-    entries = extend(storage, indexes, slot).entries
-    fit_to_table(storage, manifest)
-    storage.put("manifest.json", to_json(manifest), owner="manifest")
-    tars = []
-    for entry, index in zip(entries, indexes, strict=True):
-        emb_nVD = (rng.normal(size=(entry.n_samples, views.count, dim)) * 3 + 5).astype(np.float32)
-        rows, bad = Rows(index, manifest), np.arange(entry.n_samples) % 7 == 6
-        for ordinal in range(entry.n_samples):
-            rows.note(ordinal, ordinal, views.params(ordinal, 40, 30) if views.cropped else None)
-        rows.put(np.flatnonzero(~bad).tolist(), emb_nVD[~bad])
-        for ordinal in np.flatnonzero(bad).tolist():
-            rows.reject(ordinal, RowStatus.UNDECODABLE, "not a picture")
-        record = rows.write(storage, entry, "", Made("teacher", 1, "cpu", 0.0))
-        storage.put(done_record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
-        emb_nVD[bad] = np.nan
-        tars.append(emb_nVD)
-    return tars
+from threetowers.cache.storage.storage import LocalStorage, open_storage
 
 
 def stored(rows_nD: np.ndarray, dtype: str) -> np.ndarray:
     """Rows as a reader of this precision sees them."""
-    tier = precision(dtype)
-    return tier.decode(*tier.encode(rows_nD))
+    number = storage_dtype(dtype)
+    return number.decode(*number.encode(rows_nD))
 
 
 @settings(max_examples=12, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     dim=st.integers(2, 17),
-    dtype=st.sampled_from(TIERS),
+    dtype=st.sampled_from(DTYPES),
     policy=st.sampled_from(["center", "center+flip", "crops:3"]),
     open_tars=st.integers(1, 3),
     remote=st.booleans(),
 )
-def test_rows_are_where_the_layout_says(
+def test_rows_are_at_the_addresses_of_the_layout(
     sizes: list[int],
     dim: int,
     dtype: str,
@@ -87,10 +48,10 @@ def test_rows_are_where_the_layout_says(
     views = Views(policy, 1, 0.3) if policy == "crops:3" else Views(policy)
     tars = make_cache(where, sizes, dim, dtype, views)
     opened = EmbeddingCache.open(where, open_tars=open_tars, memory=2000)
-    slot = opened.manifest.slot
+    rows_per_tar = opened.manifest.rows_per_tar
     for view in range(views.count):
         everything = opened.array(view)[:]
-        assert everything.shape == (len(sizes) * slot, dim)
+        assert everything.shape == (len(sizes) * rows_per_tar, dim)
         for tar_id, n in enumerate(sizes):
             expected = stored(tars[tar_id][:, view], dtype)
             assert np.array_equal(opened.tar(tar_id, view), expected, equal_nan=True)
@@ -102,13 +63,13 @@ def test_rows_are_where_the_layout_says(
             for ordinal in good[:3].tolist():
                 assert np.array_equal(opened.row(tar_id, ordinal, f"{tar_id}/{ordinal}", view), expected[ordinal])
                 if dtype in ("float16", "float32"):
-                    assert np.array_equal(everything[tar_id * slot + ordinal], expected[ordinal].astype(dtype))
+                    assert np.array_equal(everything[tar_id * rows_per_tar + ordinal], expected[ordinal].astype(dtype))
             if views.cropped:
                 assert np.array_equal(opened.view_params(tar_id, n - 1, view), views.params(n - 1, 40, 30)[view])
     assert len(opened) == sum(sizes)
     assert opened.finished() == list(range(len(sizes)))
-    assert max(len(opened._slots), len(opened._blocks)) <= open_tars
-    assert len(opened._blocks) == 1 or sum(block.nbytes for block in opened._blocks.values()) <= 2000
+    assert max(len(opened._columns), len(opened._shards)) <= open_tars
+    assert len(opened._shards) == 1 or sum(block.nbytes for block in opened._shards.values()) <= 2000
 
 
 @pytest.fixture(scope="module")
@@ -155,19 +116,19 @@ def test_a_sample_is_found_by_its_key(cache: Path, tmp_path: Path) -> None:
         opened.find("3/0")
     make_cache(tmp_path, [4, 4], 3)
     twice = EmbeddingCache.open(tmp_path)
-    twice.slot(1).key_hash_n[2] = twice.slot(0).key_hash_n[3]
+    twice.columns(1).key_hash_n[2] = twice.columns(0).key_hash_n[3]
     with pytest.raises(ManifestError, match=r"several tars have a sample '0/3': \['0\.tar', '1\.tar'\]"):
         twice.find("0/3")
 
 
-def test_a_view_that_is_not_there_is_refused(cache: Path) -> None:
+def test_an_unknown_view_is_refused(cache: Path) -> None:
     opened = EmbeddingCache.open(cache)
     for read in (opened.array, lambda v: opened.tar(0, v), lambda v: opened.row(0, 0, "0/0", v)):
-        with pytest.raises(ValueError, match="view 1: the cache holds 1: center"):
+        with pytest.raises(ValueError, match=r"view 1: expected 0 to 0 \(views: center\)"):
             read(1)
 
 
-def test_a_row_of_another_key_is_never_handed_out(cache: Path) -> None:
+def test_a_row_of_another_key_is_never_returned(cache: Path) -> None:
     opened = EmbeddingCache.open(cache)
     with pytest.raises(ManifestError, match=r"tar 1\.tar \(1\), ordinal 4, key '1/5': the row there is of another key"):
         opened.row(1, 4, "1/5")
@@ -209,7 +170,7 @@ def test_a_chunk_is_checked_when_first_touched(tmp_path: Path) -> None:
     data[3 * (8 * 5 * 4 + 4) + 17] ^= 64  # a row of the fourth chunk of 8 rows
     path.write_bytes(data)
     opened = EmbeddingCache.open(tmp_path)
-    for whole in (opened.tar, opened.block):
+    for whole in (opened.tar, opened.shard_rows):
         with pytest.raises(ManifestError, match=r"rows of tar 0\.tar \(0\) are damaged: .* is not the file that was"):
             whole(0)
     assert opened.manifest.chunk_rows == 8
@@ -224,18 +185,18 @@ def test_a_shard_of_another_cache_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_cache(tmp_path / name, [64], 5, seed=ord(name))
     (tmp_path / "b/store.zarr/emb/c/0/0").replace(tmp_path / "a/store.zarr/emb/c/0/0")
-    with pytest.raises(ManifestError, match="is sound but belongs elsewhere"):
+    with pytest.raises(ManifestError, match="is intact but belongs elsewhere"):
         EmbeddingCache.open(tmp_path / "a").row(0, 0, "0/0")
 
 
 def read_all(opened: EmbeddingCache, queue: Any) -> None:
     rows = [float(opened.row(tar, 3, f"{tar}/3").sum()) for tar in range(3)]
-    queue.put([*rows, *(float(np.nansum(rows.block.rows_nD)) for rows in stream_rows(opened, [0, 1, 2]))])
+    queue.put([*rows, *(float(np.nansum(rows.shard.rows_nD)) for rows in stream_rows(opened, [0, 1, 2]))])
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_an_open_cache_crosses_into_workers(method: str, cache: Path) -> None:
+def test_an_open_cache_works_in_child_processes(method: str, cache: Path) -> None:
     opened = EmbeddingCache.open(cache)
     context = multiprocessing.get_context(method)
     queue = context.Queue()
@@ -310,7 +271,7 @@ def test_tars_are_streamed_in_order(cache: Path, remote: str) -> None:
                 streamed[0].row(ordinal, "2/0")
 
 
-def test_a_damaged_tar_is_refused_when_its_turn_comes(tmp_path: Path) -> None:
+def test_a_damaged_tar_is_refused_in_its_turn(tmp_path: Path) -> None:
     make_cache(tmp_path, [9, 9, 9], 4)
     path = tmp_path / "store.zarr/emb/c/1/0"
     path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)

@@ -1,4 +1,4 @@
-"""A plan's bytes and files are those of the cache that is then built; what it measures, it measures on the tars."""
+"""The estimated bytes and files are those of the cache that is then built; rates are measured on its images."""
 
 import json
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from threetowers.cache import cli as command
-from threetowers.cache.builder.build import build
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, TeacherConfig
 from threetowers.cache.estimate import estimate
-from threetowers.cache.format.dtypes import PRECISIONS
+from threetowers.cache.format.dtypes import STORAGE_DTYPES
 from threetowers.cache.format.views import Views
 from threetowers.cache.measure_views import measure_views
-from threetowers.cache.webdataset.dataset_sample import survey
+from threetowers.cache.webdataset.dataset_sample import sample_dataset
 
 Pack = Callable[..., Path]
 
@@ -25,51 +25,56 @@ def options(weights: Callable[..., str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("views", [Views(), Views("crops:2", 1, 0.5)])
-def test_bytes_and_files_are_those_of_the_cache(
+def test_estimated_bytes_and_files_equal_those_of_the_built_cache(
     views: Views, tars: list[Path], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = estimate(tars, **options, views=views, sample=12, batch_size=4)
+    found = estimate(EmbeddingConfig(tars=tars, **options, views=views, batch_size=4), sample=12)
     assert (found.n_tars, found.n_samples, found.exact, found.sampled, found.bad) == (3, 42, True, 12, 0)
-    assert [tier.name for tier in found.tiers] == list(PRECISIONS)
-    for tier in found.tiers:
-        report = build(tars, tmp_path / tier.name, **options, views=views, dtype=tier.name, min_cosine=0.99)
-        files = [path for path in (tmp_path / tier.name).rglob("*") if path.is_file()]
-        assert tier.files == len(files)
-        records = sum(path.stat().st_size for path in (tmp_path / tier.name / "done").iterdir())
-        assert abs(tier.bytes - report.bytes - records) < 3 * 400, "done records differ by some digits"
-        assert 0.99 < tier.min_cosine <= tier.mean_cosine <= 1 + 1e-9
+    assert [cost.name for cost in found.dtypes] == list(STORAGE_DTYPES)
+    for cost in found.dtypes:
+        report = build_cache(
+            BuildConfig(
+                tars=tars, output_dir=tmp_path / cost.name, **options, views=views, dtype=cost.name, min_cosine=0.99
+            )
+        )
+        files = [path for path in (tmp_path / cost.name).rglob("*") if path.is_file()]
+        assert cost.files == len(files)
+        records = sum(path.stat().st_size for path in (tmp_path / cost.name / "done").iterdir())
+        assert abs(cost.bytes - report.bytes - records) < 3 * 400, "done records differ by some digits"
+        assert 0.99 < cost.min_cosine <= cost.mean_cosine <= 1 + 1e-9
     assert found.hours > 0
     assert found.break_even == pytest.approx(views.count / found.shares["forward"])
 
 
 def test_more_images_cost_in_proportion(tars: list[Path], options: dict[str, Any]) -> None:
-    found = estimate(tars, **options, sample=8, ranks=4)
+    found = estimate(EmbeddingConfig(tars=tars, **options), sample=8, ranks=4)
     more = found.scaled(42_000)
     assert (more.n_samples, more.n_tars, more.exact) == (42_000, 3000, False)
     assert more.hours == pytest.approx(1000 * found.hours)
-    assert more.tiers[0].bytes == 1000 * found.tiers[0].bytes
+    assert more.dtypes[0].bytes == 1000 * found.dtypes[0].bytes
     assert more.break_even == pytest.approx(found.break_even)
 
 
-def test_a_survey_of_some_tars_estimates_the_rest(pack: Pack, samples: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_sample_of_some_tars_estimates_the_rest(pack: Pack, samples: Callable[..., Any], tmp_path: Path) -> None:
     tars = [pack(tmp_path / f"{i}.tar", samples(5 + i % 2, i)) for i in range(9)]
-    some = survey(tars, 7, max_tars=4)
+    some = sample_dataset(tars, 7, max_tars=4)
     assert (len(some.indexed), some.n_tars, some.exact) == (4, 9, False)
     assert 45 <= some.n_samples <= 54
     assert len(set(some.sample)) == 7
-    assert some.sample == survey(tars, 7, max_tars=4).sample != survey(tars, 7, seed=1, max_tars=4).sample
-    every = survey(tars, 1000)
+    assert (
+        some.sample == sample_dataset(tars, 7, max_tars=4).sample != sample_dataset(tars, 7, seed=1, max_tars=4).sample
+    )
+    every = sample_dataset(tars, 1000)
     assert len(every.sample) == every.n_samples == 5 * 5 + 4 * 6
     assert {every.key(at) for at in every.sample} == {key for i in range(9) for key, _ in samples(5 + i % 2, i)}
 
 
 def test_measured_views_order_augmentations_by_how_far_they_go(tars: list[Path], options: dict[str, Any]) -> None:
-    teacher = load_teacher(**options)
-    found = measure_views(tars, teacher, crop_scales=(1.0, 0.9, 0.05), sample=20, draws=3)
-    assert (found.pictures, found.bad, found.draws) == (20, 0, 3)
+    found = measure_views(TeacherConfig(tars=tars, **options), crop_scales=(1.0, 0.9, 0.05), sample=20, draws=3)
+    assert (found.images, found.bad, found.draws) == (20, 0, 3)
     by_name = {row.name: row for row in found.rows}
     mild, strong = by_name["random crop, crop_scale 0.9"], by_name["random crop, crop_scale 0.05"]
-    other = by_name["another picture"]
+    other = by_name["another image"]
     assert mild.mean > strong.mean
     assert mild.mean > other.mean
     assert other.own_nearest == 0
@@ -81,27 +86,31 @@ def test_measured_views_order_augmentations_by_how_far_they_go(tars: list[Path],
 
 def test_bad_input_is_named(tars: list[Path], options: dict[str, Any], pack: Pack, tmp_path: Path) -> None:
     broken = pack(tmp_path / "x.tar", [(str(i), {"png": b"?"}) for i in range(9)])
-    with pytest.raises(ValueError, match="0 of 9 sampled pictures can be decoded: expected 8"):
-        estimate([broken], **options)
-    with pytest.raises(ValueError, match="0 of the sampled pictures can be decoded"):
-        measure_views([broken], load_teacher(**options))
+    with pytest.raises(ValueError, match="0 of 9 sampled images can be decoded: expected at least 8"):
+        estimate(EmbeddingConfig(tars=[broken], **options))
+    with pytest.raises(ValueError, match="0 of the sampled images can be decoded"):
+        measure_views(TeacherConfig(tars=[broken], **options))
     for change in ({"ranks": 0}, {"sample": 0}):
         with pytest.raises(ValueError, match="expected at least 1"):
-            estimate(tars, **(options | change))
+            estimate(EmbeddingConfig(tars=tars, **options), **change)
     with pytest.raises(ValueError, match="expected 0 < scale <= 1"):
-        measure_views(tars, load_teacher(**options), crop_scales=(0.0,))
+        measure_views(TeacherConfig(tars=tars, **options), crop_scales=(0.0,))
 
 
 def test_commands_print_and_write_json(
     tars: list[Path], options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = [str(tar) for tar in tars]
-    assert command.estimate(names, **options, sample=9, images=(1_000_000,), json=tmp_path / "plan.json") == 0
+    assert (
+        command.estimate(
+            EmbeddingConfig(tars=tars, **options), sample=9, images=(1_000_000,), json=tmp_path / "plan.json"
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "3, 42 samples (counted)" in printed
     assert "1,000,000 samples (estimated" in printed
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["break_even_epochs"] == pytest.approx(1 / told["shares"]["forward"])
-    assert command.measure_views(names, **options, sample=9, json=tmp_path / "views.json") == 0
+    assert command.measure_views(TeacherConfig(tars=tars, **options), sample=9, json=tmp_path / "views.json") == 0
     assert "random crop, crop_scale 0.35" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "views.json").read_text())["rows"]) == 6

@@ -1,5 +1,5 @@
-"""The store is plain Zarr v3: what others read from it is what this package reads. Those that are not fork-safe run in
-processes of their own."""
+"""The store is plain Zarr v3: other readers see the same values. Those that are not fork-safe run in processes of their
+own."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import pytest
 import torch
 import zarr
 
-from tests.cache.test_embedding_cache import TIERS, make_cache
-from threetowers.cache.format.dtypes import precision
+from tests.cache.caches import DTYPES, make_cache
+from threetowers.cache.format.dtypes import storage_dtype
 from threetowers.cache.format.layout import STORE
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
@@ -22,7 +22,7 @@ VIEWS = Views("crops:2", 1, 0.5)
 ARRAYS = ("emb", "emb_1", "key_hash", "image_hash", "status", "view_params")
 
 
-@pytest.fixture(scope="module", params=TIERS)
+@pytest.fixture(scope="module", params=DTYPES)
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     make_cache(folder, SIZES, 7, request.param, VIEWS)
@@ -30,7 +30,7 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def names(cache: Path) -> list[str]:
-    scaled = EmbeddingCache.open(cache).manifest.precision.scaled
+    scaled = EmbeddingCache.open(cache).manifest.storage_dtype.scaled
     return [*ARRAYS, *(("scale", "scale_1") if scaled else ())]
 
 
@@ -68,15 +68,15 @@ def elsewhere() -> Any:
 
 
 @pytest.mark.parametrize("read", [by_zarr, by_tensorstore, by_zarrs, by_dask])
-def test_everybody_sees_the_same_numbers(read: Callable[[Path, str], np.ndarray], cache: Path, elsewhere: Any) -> None:
+def test_all_readers_see_the_same_values(read: Callable[[Path, str], np.ndarray], cache: Path, elsewhere: Any) -> None:
     opened = EmbeddingCache.open(cache)
     found = elsewhere.apply(read_all, (read, cache))
-    slot, tier = opened.manifest.slot, opened.manifest.precision
+    slot, tier = opened.manifest.rows_per_tar, opened.manifest.storage_dtype
     for tar_id, n in enumerate(SIZES):
         rows = slice(tar_id * slot, tar_id * slot + n)
         good = opened.status(tar_id) == 1
         assert np.array_equal(found["status"][rows], opened.status(tar_id))
-        assert np.array_equal(found["key_hash"][rows], opened.slot(tar_id).key_hash_n)
+        assert np.array_equal(found["key_hash"][rows], opened.columns(tar_id).key_hash_n)
         for view in range(2):
             scale = found[f"scale{'_1' * view}"][rows] if tier.scaled else None
             decoded = tier.decode(found[f"emb{'_1' * view}"][rows], scale)
@@ -92,12 +92,12 @@ def test_everybody_sees_the_same_numbers(read: Callable[[Path, str], np.ndarray]
     assert logical == ("bfloat16" if tier.name == "bfloat16" else None)
 
 
-def test_an_array_goes_to_numpy_torch_and_dask(tmp_path: Path) -> None:
+def test_an_array_converts_to_numpy_torch_and_dask(tmp_path: Path) -> None:
     dask_array = pytest.importorskip("dask.array")
     make_cache(tmp_path, SIZES, 7)
     opened = EmbeddingCache.open(tmp_path)
     array = opened.array()
-    rows = array[opened.manifest.slot :][: SIZES[1]]
+    rows = array[opened.manifest.rows_per_tar :][: SIZES[1]]
     assert np.array_equal(rows.astype(np.float32), opened.tar(1), equal_nan=True)
     assert torch.equal(torch.from_numpy(rows).float().nan_to_num(), torch.from_numpy(opened.tar(1)).nan_to_num())
     lazy = dask_array.from_zarr(array)
@@ -105,6 +105,6 @@ def test_an_array_goes_to_numpy_torch_and_dask(tmp_path: Path) -> None:
     np.testing.assert_allclose(mean, opened.moments()[0], rtol=1e-4)
 
 
-def test_precision_is_said_in_the_store(cache: Path) -> None:
+def test_the_store_has_the_dtype_of_the_manifest(cache: Path) -> None:
     opened = EmbeddingCache.open(cache)
-    assert opened.array(1).dtype == np.dtype(precision(opened.manifest.dtype).stored)
+    assert opened.array(1).dtype == np.dtype(storage_dtype(opened.manifest.dtype).stored)

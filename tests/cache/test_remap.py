@@ -1,4 +1,4 @@
-"""Rows follow their key and image into other tars, bit for bit; nothing else is taken for them."""
+"""Remapped rows follow their key and image into other tars, bit for bit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,8 @@ import pytest
 import zarr
 
 from threetowers.cache import cli as command
-from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError, read_manifest
 from threetowers.cache.format.views import Views
@@ -20,11 +21,11 @@ from threetowers.cache.verify.verify import verify
 from threetowers.cache.webdataset.tar_index import index_tar, key_hash
 
 Pack = Callable[..., Path]
-Made = list[tuple[str, dict[str, bytes]]]
+Provenance = list[tuple[str, dict[str, bytes]]]
 
 
 @pytest.fixture(scope="module")
-def made(samples: Callable[[int, int], Made]) -> Made:
+def made(samples: Callable[[int, int], Provenance]) -> Provenance:
     """Thirty samples, one of them not decodable."""
     rows = samples(19, 0) + samples(11, 1)
     rows[4] = (rows[4][0], {"png": b"not an image"})
@@ -37,10 +38,12 @@ def options(weights: Callable[..., str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def old(made: Made, options: dict[str, Any], pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def old(made: Provenance, options: dict[str, Any], pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("old")
     tars = [pack(root / "0.tar", made[:19]), pack(root / "1.tar", made[19:])]
-    build(tars, root / "cache", **options, dtype="int8", views=Views("crops:2", 3, 0.4))
+    build_cache(
+        BuildConfig(tars=tars, output_dir=root / "cache", **options, dtype="int8", views=Views("crops:2", 3, 0.4))
+    )
     return root / "cache"
 
 
@@ -54,7 +57,7 @@ def rows_by_key(cache: Path) -> dict[int, dict[str, bytes]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_follow_their_samples_into_any_sharding(
-    seed: int, made: Made, old: Path, options: dict[str, Any], pack: Pack, tmp_path: Path
+    seed: int, made: Provenance, old: Path, options: dict[str, Any], pack: Pack, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(seed)
     order = rng.permutation(30)[: 30 - 5 * seed]
@@ -64,7 +67,7 @@ def test_rows_follow_their_samples_into_any_sharding(
     assert (report.tars, report.kept, report.rows, report.missing, report.changed) == (3, 0, len(order), 0, 0)
     source, taken = rows_by_key(old), rows_by_key(tmp_path / "new")
     assert taken == {key_hash(made[j][0]): source[key_hash(made[j][0])] for j in order}
-    found = verify(tmp_path / "new", tars, depth="meaning", payloads=True, sample=9, weights=options["weights"])
+    found = verify(tmp_path / "new", tars, depth="recompute", check_images=True, sample=9, weights=options["weights"])
     assert found.ok, found.text()
     assert found.counts == ({"undecodable": 1} if 4 in order else {})
     assert EmbeddingCache.open(tmp_path / "new").record(0).source == "remap"
@@ -73,11 +76,14 @@ def test_rows_follow_their_samples_into_any_sharding(
     assert (again.tars, again.kept) == (1, 2)
     assert rows_by_key(tmp_path / "new") == taken
     view = Views("crops:2", 3, 0.4)
-    assert build(tars, tmp_path / "new", **options, dtype="int8", views=view).tars_built == 0
+    assert (
+        build_cache(BuildConfig(tars=tars, output_dir=tmp_path / "new", **options, dtype="int8", views=view)).tars_built
+        == 0
+    )
 
 
-def test_a_sample_without_its_row_is_refused_filtered_or_left(
-    made: Made, old: Path, options: dict[str, Any], pack: Pack, encode: Any, draw: Any, tmp_path: Path
+def test_a_sample_without_a_row_is_refused_filtered_or_left_to_a_build(
+    made: Provenance, old: Path, options: dict[str, Any], pack: Pack, encode: Any, draw: Any, tmp_path: Path
 ) -> None:
     changed = (made[1][0], {"png": encode(draw(77))})
     tars = [
@@ -94,33 +100,38 @@ def test_a_sample_without_its_row_is_refused_filtered_or_left(
     opened = EmbeddingCache.open(tmp_path / "filtered")
     assert opened.status(0).tolist() == [RowStatus.OK, RowStatus.FILTERED, RowStatus.OK]
     assert opened.status(1).tolist() == [RowStatus.OK, RowStatus.FILTERED]
-    assert opened.record(1).bad[0].reason == "rekeyed: no row of this key"
-    assert verify(tmp_path / "filtered", tars, payloads=True).ok
+    assert opened.record(1).bad[0].reason == "remapped: no row of this key"
+    assert verify(tmp_path / "filtered", tars, check_images=True).ok
     report = remap(old, tmp_path / "left", tars, missing="build")
     assert report.left == tuple(map(str, tars[:2]))
     view = Views("crops:2", 3, 0.4)
-    assert build(tars, tmp_path / "left", **options, dtype="int8", views=view).tars_built == 2
-    assert verify(tmp_path / "left", tars, depth="meaning", weights=options["weights"]).ok
+    assert (
+        build_cache(
+            BuildConfig(tars=tars, output_dir=tmp_path / "left", **options, dtype="int8", views=view)
+        ).tars_built
+        == 2
+    )
+    assert verify(tmp_path / "left", tars, depth="recompute", weights=options["weights"]).ok
 
 
 def test_one_key_of_two_images_is_told_apart_by_the_image(
-    made: Made, options: dict[str, Any], pack: Pack, tmp_path: Path
+    made: Provenance, options: dict[str, Any], pack: Pack, tmp_path: Path
 ) -> None:
     same = [("same", made[0][1]), ("same", made[1][1])]
     tars = [pack(tmp_path / f"{i}.tar", [sample]) for i, sample in enumerate(same)]
-    build(tars, tmp_path / "old", **options)
+    build_cache(BuildConfig(tars=tars, output_dir=tmp_path / "old", **options))
     moved = [pack(tmp_path / "b.tar", [same[1], made[2]]), pack(tmp_path / "a.tar", [same[0]])]
     with pytest.raises(ManifestError, match="1 samples have no row of their key"):
         remap(tmp_path / "old", tmp_path / "new", moved)
     remap(tmp_path / "old", tmp_path / "new", moved, missing="filtered")
     before, after = EmbeddingCache.open(tmp_path / "old"), EmbeddingCache.open(tmp_path / "new")
     for tar, old_id in ((moved[0], 1), (moved[1], 0)):
-        new_id = after.tar_id(index_tar(tar))
+        new_id = after.table.find(index_tar(tar)).id
         assert np.array_equal(after.row(new_id, 0, "same"), before.row(old_id, 0, "same"))
 
 
-def test_what_is_not_whole_is_refused(
-    made: Made, old: Path, pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_incomplete_caches_and_foreign_folders_are_refused(
+    made: Provenance, old: Path, pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tar = pack(tmp_path / "0.tar", made[:3])
     (tmp_path / "other").mkdir()
@@ -128,9 +139,9 @@ def test_what_is_not_whole_is_refused(
     with pytest.raises(ManifestError, match="neither a cache nor empty"):
         remap(old, tmp_path / "other", [tar])
     assert command.remap(str(old), str(tmp_path / "new"), [str(tar)]) == 0
-    assert "1 tars taken over, 0 were finished before; 3 rows" in capsys.readouterr().out
+    assert "1 tars written, 0 already finished; 3 rows" in capsys.readouterr().out
     manifest = read_manifest(open_storage(tmp_path / "new"))
-    assert manifest.slot < read_manifest(open_storage(old)).slot
+    assert manifest.rows_per_tar < read_manifest(open_storage(old)).rows_per_tar
     (tmp_path / "new" / "done" / "0.json").unlink()
-    with pytest.raises(ManifestError, match=r"0\.tar \(0\): half built"):
+    with pytest.raises(ManifestError, match=r"0\.tar \(0\): incomplete"):
         remap(tmp_path / "new", tmp_path / "newer", [tar])

@@ -1,4 +1,4 @@
-"""The shard format spoken here is Zarr's: zarr-python reads what is written, and is read where it writes."""
+"""The shard format is that of Zarr: zarr-python reads our shards, and we read its shards."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from threetowers.cache.format import shard
-from threetowers.cache.format.layout import slot_and_chunk
+from threetowers.cache.format.layout import rows_and_chunk
 
 
 def zarr_array(store: MemoryStore, slots: int, n_chunks: int, chunk_rows: int, dim: int, dtype: str) -> zarr.Array:
@@ -35,7 +35,7 @@ def zarr_array(store: MemoryStore, slots: int, n_chunks: int, chunk_rows: int, d
     dtype=st.sampled_from(["float16", "float32"]),
     data=st.data(),
 )
-def test_zarr_reads_ours_and_we_read_zarrs(
+def test_shards_are_exchangeable_with_zarr_python(
     slots: int, n_chunks: int, chunk_rows: int, dim: int, dtype: str, data: st.DataObject
 ) -> None:
     files: dict[str, zarr.core.buffer.Buffer] = {}
@@ -63,7 +63,7 @@ def test_zarr_reads_ours_and_we_read_zarrs(
 
 @settings(max_examples=60, deadline=None)
 @given(at=st.integers(0, 10_000), bit=st.integers(0, 7))
-def test_any_flipped_bit_is_noticed(at: int, bit: int) -> None:
+def test_any_flipped_bit_is_detected(at: int, bit: int) -> None:
     rows = np.arange(35, dtype=np.float32).reshape(7, 5)
     data, _ = shard.encode(rows[:6], 2, 4)
     broken = bytearray(data)
@@ -87,8 +87,8 @@ def test_wrong_length_and_a_chunk_from_elsewhere() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(row_bytes=st.integers(1, 32768), largest=st.integers(1, 200_000))
-def test_slots_hold_the_largest_tar_in_whole_chunks(row_bytes: int, largest: int) -> None:
-    slot, chunk_rows = slot_and_chunk(row_bytes, largest)
+def test_rows_per_tar_are_complete_chunks_for_the_largest_tar(row_bytes: int, largest: int) -> None:
+    slot, chunk_rows = rows_and_chunk(row_bytes, largest)
     assert slot % chunk_rows == 0
     assert largest <= slot < largest + chunk_rows
     assert slot - largest < max(8, largest * row_bytes / 2**20 + 1), "less than a row for each chunk is left over"

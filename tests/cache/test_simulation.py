@@ -1,5 +1,5 @@
-"""100,000 tars, 256 workers that crash, come back, freeze and straggle, on a virtual clock, with the real assignment
-and claims: no tar is lost, nobody waits for long, and the store is asked a bounded number of times.
+"""100,000 tars, 256 workers that crash, come back, freeze and straggle, on a virtual clock, with the real work queue
+and leases: no tar is lost, no worker waits for long, and the number of requests to the storage is bounded.
 """
 
 import heapq
@@ -12,18 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from threetowers.cache.builder.leases import Claims, Worker
-from threetowers.cache.builder.scheduler import Assignment, Ledger, Work
+from threetowers.cache.builder.leases import Leases, Worker
+from threetowers.cache.builder.scheduler import TarStatus, WorkItem, WorkQueue
 from threetowers.cache.format.done_record import done_record_name
-from threetowers.cache.storage.storage import Storage
 
 LISTED = 1000  # names that one request lists, as S3 does
-STALE_SECONDS = 120
+LEASE_TIMEOUT = 120
 SECONDS = 60  # a tar, on an ordinary worker
 
 
-class Bucket(Storage):
-    """A storage in memory, with a virtual clock, that counts what it is asked."""
+class Bucket:
+    """A storage in memory, with a virtual clock, that counts requests."""
+
+    url = "simulated"
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -34,10 +35,7 @@ class Bucket(Storage):
         folder, _, base = name.rpartition("/")
         return self.folders[folder], base
 
-    def __str__(self) -> str:
-        return "simulated"
-
-    def uri(self, name: str) -> str:
+    def at(self, name: str) -> str:
         return name
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -57,7 +55,7 @@ class Bucket(Storage):
         folder, base = self._at(name)
         return folder[base][1] if base in folder else None
 
-    def listdir(self, folder: str = "") -> list[str]:
+    def names(self, folder: str = "") -> list[str]:
         self.asked["list"] += 1 + len(self.folders[folder]) // LISTED
         return list(self.folders[folder])
 
@@ -70,7 +68,7 @@ class Bucket(Storage):
         folder, base = self._at(name)
         folder[base] = data, self.now
 
-    def create_exclusive(self, name: str, data: bytes, owner: str) -> bool:
+    def put_new(self, name: str, data: bytes, owner: str) -> bool:
         folder, base = self._at(name)
         if base in folder:
             self.asked["write"] += 1
@@ -83,11 +81,11 @@ class Bucket(Storage):
         folder, base = self._at(name)
         folder.pop(base, None)
 
-    def remove_partial(self, owner: str) -> None: ...
+    def clear_staged(self, owner: str) -> None: ...
 
-    def remove_stale(self) -> None: ...
+    def clear_dead(self) -> None: ...
 
-    def local_path(self, name: str) -> Path | None:
+    def local(self, name: str) -> Path | None:
         return None
 
 
@@ -118,7 +116,7 @@ class Outcome:
 
 
 def simulate(costs: list[float], lives: list[Life], world: int) -> Outcome:
-    """Run the workers to the end. Each claims one tar ahead of the one that it works on, as builds do."""
+    """Run the workers to the end. Each leases one tar ahead of the one that it works on, as builds do."""
     bucket, events, order = Bucket(), [], itertools.count()
     finished: Counter[int] = Counter()
     wasted = 0
@@ -131,45 +129,45 @@ def simulate(costs: list[float], lives: list[Life], world: int) -> Outcome:
 
     def start(number: int, life: Life) -> None:
         worker = Worker(f"host{number}", number, f"{number:x}")
-        claims = Claims(bucket, worker, STALE_SECONDS, now=lambda: bucket.now + number)  # clocks differ
-        assignment = Assignment([Ledger(claims, ids)], life.rank, world, seed=worker.token, unfinished=[ids])
-        claimed: list[Work] = []
+        leases = Leases(bucket, worker, LEASE_TIMEOUT, now=lambda: bucket.now + number)  # clocks differ
+        queue = WorkQueue([TarStatus(leases, ids)], life.rank, world, seed=worker.token, unfinished=[ids])
+        leased: list[WorkItem] = []
 
         def take() -> float | None:
-            """Claim a tar ahead; returns the seconds to wait where there is none."""
-            work = assignment.next()
-            if not isinstance(work, Work):
+            """Lease a tar ahead; return the seconds to wait where there is none."""
+            work = queue.next()
+            if not isinstance(work, WorkItem):
                 return work
-            claimed.append(work)
+            leased.append(work)
             return None
 
         def begin() -> None:
-            wait = take() if not claimed else None
-            if claimed:
-                work = claimed.pop(0)
+            wait = take() if not leased else None
+            if leased:
+                work = leased.pop(0)
                 take()
                 at(life.done(bucket.now, costs[work.number]), life, lambda: end(work))
             elif wait is not None:
                 at(bucket.now + wait, life, begin)
 
-        def end(work: Work) -> None:
+        def end(work: WorkItem) -> None:
             nonlocal wasted
-            if claims.holds(work.number):
+            if leases.confirm(work.number):
                 for _ in range(4):  # rows, hashes, statuses
                     bucket.asked["write"] += 1
                 bucket.put(done_record_name(work.number), b"{}", owner="")
-                claims.release(work.number)
+                leases.release(work.number)
                 finished[work.number] += 1
             else:
                 wasted += 1
             begin()
 
         def refresh() -> None:
-            claims.refresh()
-            at(bucket.now + STALE_SECONDS / 4, life, refresh)
+            leases.refresh()
+            at(bucket.now + LEASE_TIMEOUT / 4, life, refresh)
 
         begin()
-        at(bucket.now + STALE_SECONDS / 4, life, refresh)
+        at(bucket.now + LEASE_TIMEOUT / 4, life, refresh)
 
     for number, life in enumerate(lives):
         at(life.joins, life, lambda number=number, life=life: start(number, life))

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.teacher import load_teacher, state_digest
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
@@ -26,7 +27,9 @@ def test_features_are_what_the_classifier_sees(backbone: str, weights: Weights, 
     model.load_state_dict(load_file(weights(backbone)))
     reference = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
     x_b3HW = torch.stack([reference(draw(seed)) for seed in range(3)])
-    features = teacher.embed(torch.stack([teacher.preprocess(draw(seed)) for seed in range(3)]))
+    features = teacher.embed(
+        torch.stack([torch.from_numpy(np.ascontiguousarray(teacher.transform(draw(seed)))) for seed in range(3)])
+    )
     assert features.shape == (3, teacher.dim)
     assert features.dtype == torch.float32
     logits = model.get_classifier()(features)
@@ -42,7 +45,7 @@ def test_preprocessing_is_resize_crop_normalise(weights: Weights, draw: Draw) ->
     resized = image.resize((side, int(side * 130 / 90)), Image.Resampling.BILINEAR)
     left, top = round((resized.width - 64) / 2), round((resized.height - 64) / 2)
     pixels = np.asarray(resized.crop((left, top, left + 64, top + 64)))
-    found = teacher.preprocess(image)
+    found = torch.from_numpy(np.ascontiguousarray(teacher.transform(image)))
     assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
     normalised = (torch.from_numpy(pixels / 255) - torch.tensor(teacher.preprocessing.mean)) / torch.tensor(
         teacher.preprocessing.std
@@ -82,7 +85,7 @@ def test_a_classifier_of_other_classes_loads(tmp_path: Path) -> None:
     assert load_teacher("test_resnet", str(tmp_path / "ten.pth"), image_size=32).dim == 96
 
 
-def test_digest_sees_every_tensor(weights: Weights) -> None:
+def test_the_digest_covers_every_tensor(weights: Weights) -> None:
     state = load_file(weights("test_resnet"))
     changed = {name: value.clone() for name, value in state.items()}
     changed["fc.bias"][3] += 1e-6
@@ -96,8 +99,8 @@ def test_digest_sees_every_tensor(weights: Weights) -> None:
     [
         ("test_resnett", "x.safetensors", "unknown to timm.*test_resnet"),
         ("test_resnet", "nowhere.safetensors", "no such file; expected a path, 'pretrained' or 'package:NAME'"),
-        ("test_resnet", "package:efficientnet-lite0", "do not go with backbone 'test_resnet'"),
-        ("tf_efficientnet_lite0", "package:resnet", "known: package:efficientnet-lite0"),
+        ("test_resnet", "package:efficientnet-lite0", "do not fit backbone 'test_resnet'"),
+        ("tf_efficientnet_lite0", "package:resnet", "expected one of package:efficientnet-lite0"),
     ],
 )
 def test_wrong_names_are_refused(backbone: str, source: str, message: str) -> None:
@@ -118,7 +121,10 @@ def test_a_real_classifier_names_real_photographs() -> None:
     assert teacher.dim == 1280
     names = timm.data.ImageNetInfo("imagenet-1k")
     x_b3HW = torch.stack(
-        [teacher.preprocess(decode_rgb((images / name).read_bytes())) for name in ("china.jpg", "flower.jpg")]
+        [
+            torch.from_numpy(np.ascontiguousarray(teacher.transform(decode_rgb((images / name).read_bytes()))))
+            for name in ("china.jpg", "flower.jpg")
+        ]
     )
     with torch.inference_mode():
         top = teacher.model.get_classifier()(teacher.embed(x_b3HW)).topk(1).indices.tolist()
@@ -126,18 +132,20 @@ def test_a_real_classifier_names_real_photographs() -> None:
     assert found == ["palace", "daisy"]
 
 
-def test_bfloat16_is_close_and_part_of_the_contract(weights: Weights, tars: list[Path], tmp_path: Path) -> None:
+def test_bfloat16_is_close_and_part_of_the_manifest(weights: Weights, tars: list[Path], tmp_path: Path) -> None:
     options = {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
-    build(tars[:1], tmp_path / "wide", **options)
-    build(tars[:1], tmp_path / "narrow", **options, compute="bfloat16", min_cosine=0.999)
+    build_cache(BuildConfig(tars=tars[:1], output_dir=tmp_path / "wide", **options))
+    build_cache(
+        BuildConfig(tars=tars[:1], output_dir=tmp_path / "narrow", **options, precision="bfloat16", min_cosine=0.999)
+    )
     wide, narrow = (EmbeddingCache.open(tmp_path / name).tar(0) for name in ("wide", "narrow"))
     cosine = (wide * narrow).sum(1) / np.linalg.norm(wide, axis=1) / np.linalg.norm(narrow, axis=1)
     assert (wide != narrow).any()
     assert cosine.min() > 0.999
-    with pytest.raises(ManifestError, match="compute: expected float32, found bfloat16"):
-        build(tars[:1], tmp_path / "wide", **options, compute="bfloat16")
+    with pytest.raises(ManifestError, match="precision: expected float32, found bfloat16"):
+        build_cache(BuildConfig(tars=tars[:1], output_dir=tmp_path / "wide", **options, precision="bfloat16"))
     with pytest.raises(ManifestError, match=r"preprocessing\.decode: expected pillow, found pillow-draft"):
-        build(tars[:1], tmp_path / "wide", **options, decode="pillow-draft")
+        build_cache(BuildConfig(tars=tars[:1], output_dir=tmp_path / "wide", **options, decode="pillow-draft"))
 
 
 @pytest.mark.slow
@@ -149,7 +157,7 @@ def test_compiled_is_the_same_but_for_rounding(weights: Weights) -> None:
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_draft_keeps_enough_pixels_and_is_for_large_jpegs_alone(
+def test_a_draft_keeps_enough_pixels_and_affects_large_jpegs_only(
     draw: Draw, encode: Callable[..., bytes], weights: Weights
 ) -> None:
     teacher = load_teacher("test_vit", weights("test_vit"), 64, decode="pillow-draft")

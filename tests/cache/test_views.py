@@ -1,4 +1,4 @@
-"""Declared views: what they cut, that a stored box cuts the same again, and that nothing else is accepted."""
+"""Declared views: their crops, that a stored box reproduces them, and that unknown policies are refused."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from threetowers.cache.format.views import Views, as_pixels, random_box, replay
+from threetowers.cache.format.views import Views, apply_crop, as_pixels, random_box
 
 Draw = Callable[..., Image.Image]
 
@@ -24,7 +24,7 @@ def center(image: Image.Image) -> np.ndarray:
     scale=st.floats(0.01, 1),
     seed=st.integers(0, 1000),
 )
-def test_a_box_lies_in_the_picture_and_has_the_area(width: int, height: int, scale: float, seed: int) -> None:
+def test_a_box_is_inside_the_image_and_has_the_area(width: int, height: int, scale: float, seed: int) -> None:
     left, top, right, bottom = random_box(width, height, scale, np.random.default_rng(seed))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -53,26 +53,26 @@ def test_params_are_a_function_of_seed_key_and_view(size: tuple[int, int], key: 
     assert (params[:, :4] <= 1).all()
     assert set(params[:, 4].tolist()) <= {0.0, 1.0}
     for row in params:  # any stored box can be cut from any picture of that size
-        assert replay(Image.new("RGB", size), row, (7, 5)).size == (5, 7)
+        assert apply_crop(Image.new("RGB", size), row, (7, 5)).size == (5, 7)
 
 
-def test_what_is_embedded_is_what_is_replayed(draw: Draw) -> None:
+def test_stored_crops_reproduce_the_embedded_pixels(draw: Draw) -> None:
     picture, views = draw(3, (61, 43)), Views("crops:4", seed=7, scale=0.3)
     pixels, params = views.pixels(picture, 99, center, (12, 16), "bilinear")
     assert pixels.shape == (4, 3, 12, 16)
     assert len(np.unique(pixels.reshape(4, -1), axis=0)) == 4
     stored = np.frombuffer(params.tobytes(), np.float32).reshape(4, 5)
     for view, row in zip(pixels, stored, strict=True):
-        assert np.array_equal(view, as_pixels(replay(picture, row, (12, 16), "bilinear")))
+        assert np.array_equal(view, as_pixels(apply_crop(picture, row, (12, 16), "bilinear")))
 
 
-def test_a_box_cuts_what_its_fractions_say(draw: Draw) -> None:
+def test_a_box_is_cut_at_its_fractions(draw: Draw) -> None:
     picture = draw(5, (64, 32))
     quarter = np.array([0.25, 0.5, 0.75, 1, 0], np.float32)
     expected = as_pixels(picture.crop((16, 16, 48, 32)))
-    assert np.array_equal(as_pixels(replay(picture, quarter, (16, 32))), expected)
+    assert np.array_equal(as_pixels(apply_crop(picture, quarter, (16, 32))), expected)
     quarter[4] = 1
-    assert np.array_equal(as_pixels(replay(picture, quarter, (16, 32))), expected[..., ::-1])
+    assert np.array_equal(as_pixels(apply_crop(picture, quarter, (16, 32))), expected[..., ::-1])
 
 
 def test_center_is_the_teachers_own_transform_and_flip_its_mirror(draw: Draw) -> None:
@@ -98,8 +98,8 @@ def test_center_is_the_teachers_own_transform_and_flip_its_mirror(draw: Draw) ->
         ("crops:2", {"scale": 0.0}, "0 < scale <= 1"),
         ("crops:2", {"scale": 1.5}, "0 < scale <= 1"),
         ("crops:2", {"seed": -1}, "seed >= 0"),
-        ("center", {"scale": 0.5}, "take no seed or scale"),
-        ("center+flip", {"seed": 1}, "take no seed or scale"),
+        ("center", {"scale": 0.5}, "have no seed or scale"),
+        ("center+flip", {"seed": 1}, "have no seed or scale"),
     ],
 )
 def test_other_policies_are_refused(policy: str, options: dict[str, float], message: str) -> None:

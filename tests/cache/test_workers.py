@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from threetowers.cache.builder.build import CacheSpec, build, build_all
-from threetowers.cache.builder.leases import Claims, Worker
-from threetowers.cache.builder.opening import Terms
+from tests.cache.caches import without_times
+from threetowers.cache.builder.build import build_cache, build_caches
+from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.builder.leases import Leases, Worker
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.storage.local import LocalStorage
-from threetowers.cache.storage.storage import WriteError, open_storage
+from threetowers.cache.storage.storage import LocalStorage, WriteError, open_storage
 from threetowers.cache.verify.verify import verify
 
 Weights = Callable[..., str]
@@ -42,7 +42,7 @@ def options(weights: Weights) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(pattern: str, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "cache"
-    build([pattern], out, **options)
+    build_cache(BuildConfig(tars=[pattern], output_dir=out, **options))
     return out
 
 
@@ -56,7 +56,7 @@ def same(found: str | Path, expected: Path) -> None:
             assert storage.read(name) == reference.read(name), name
     ours, theirs = EmbeddingCache.open(storage), EmbeddingCache.open(reference)
     for entry in theirs.tars:
-        assert ours.record(entry.id).undated() == theirs.record(entry.id).undated()
+        assert without_times(ours.record(entry.id)) == without_times(theirs.record(entry.id))
 
 
 def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -71,29 +71,29 @@ def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Pope
 
 
 def command(pattern: str, out: Path, options: dict[str, Any], *more: str) -> list[str]:
-    flags = (("tars", pattern), ("out", str(out)), ("backbone", "test_vit"), ("weights", options["weights"]))
+    flags = (("tars", pattern), ("output-dir", str(out)), ("backbone", "test_vit"), ("weights", options["weights"]))
     given = [part for name, value in flags for part in (f"--{name}", value)]
     return ["threetowers", "cache", "build", *given, "--image-size", "64", "--batch-size", "5", "--threads", "1", *more]
 
 
-def test_a_bucket_holds_what_a_folder_would(
+def test_a_cache_in_a_bucket_equals_one_in_a_folder(
     pattern: str, options: dict[str, Any], undisturbed: Path, bucket: str
 ) -> None:
     tars, out = open_storage(f"{bucket}/tars"), f"{bucket}/caches/a"
     for path in sorted(Path(pattern).parent.glob("*.tar")):
         tars.put(path.name, path.read_bytes(), owner="t")
     urls = [f"{bucket}/tars/{{00..05}}.tar", f"{bucket}/tars/0[6-9].tar", f"{bucket}/tars/1*.tar"]
-    assert build(urls, out, **options).tars_built == N_TARS
+    assert build_cache(BuildConfig(tars=urls, output_dir=out, **options)).tars_built == N_TARS
     storage = open_storage(out)
     storage.delete("done/3.json")
     storage.put("store.zarr/emb/c/5/0", b"torn", owner="t")
-    again = build(urls, out, **options)
+    again = build_cache(BuildConfig(tars=urls, output_dir=out, **options))
     assert (again.tars_built, again.tars_kept) == (2, N_TARS - 2)
     ours, theirs = EmbeddingCache.open(out), EmbeddingCache.open(undisturbed)
     for entry in theirs.tars:
         np.testing.assert_array_equal(ours.tar(entry.id), theirs.tar(entry.id))
         assert ours.record(entry.id).files == theirs.record(entry.id).files
-    assert not storage.listdir("claims")
+    assert not storage.listdir("leases")
     report = verify(out, urls)
     assert report.ok, report.text()
 
@@ -107,27 +107,31 @@ def test_two_caches_are_built_from_one_decode(
     real = pipeline.decode_rgb
     monkeypatch.setattr(pipeline, "decode_rgb", lambda data, **how: decoded.append(1) or real(data, **how))
     resnet = {"backbone": "test_resnet", "weights": weights("test_resnet"), "image_size": 48}
-    specs = [
-        CacheSpec(tmp_path / "vit", "test_vit", options["weights"], 64, Terms(slot=6)),
-        CacheSpec(tmp_path / "resnet", **resnet, terms=Terms(views=Views("center+flip"), slot=6)),
-    ]
+    shared = {"views": Views("center+flip"), "rows_per_tar": 6, "batch_size": 5, "threads": 1}
+    teachers = {
+        "output_dir": [tmp_path / "vit", tmp_path / "resnet"],
+        "backbone": ["test_vit", "test_resnet"],
+        "weights": [options["weights"], resnet["weights"]],
+        "image_size": [64, 48],
+    }
+    only_vit = {name: values[0] for name, values in teachers.items()}
     half = [str(path) for path in sorted(Path(pattern).parent.glob("*.tar"))[::2]]
-    first = build_all(half, specs[:1], batch_size=5, threads=1)
+    first = build_caches(BuildConfig(tars=half, **only_vit, **shared))
     assert [report.tars_built for report in first] == [N_TARS // 2]
     decoded.clear()
-    both = build_all(half, specs, batch_size=5, threads=1)  # the second backbone is added later
+    both = build_caches(BuildConfig(tars=half, **teachers, **shared))  # the second backbone is added later
     assert [(report.tars_built, report.tars_kept) for report in both] == [(0, N_TARS // 2), (N_TARS // 2, 0)]
     assert len(decoded) == len(EmbeddingCache.open(tmp_path / "vit"))
     all_tars = sorted(half + [str(path) for path in sorted(Path(pattern).parent.glob("*.tar"))[1::2]])
     decoded.clear()
-    appended = build_all(all_tars, specs, batch_size=5, threads=1)  # and so are tars
+    appended = build_caches(BuildConfig(tars=all_tars, **teachers, **shared))  # and so are tars
     assert [report.tars_built for report in appended] == [N_TARS // 2] * 2
     vit, alone = EmbeddingCache.open(tmp_path / "vit"), EmbeddingCache.open(undisturbed)
     assert len(decoded) + sum(entry.n_samples for entry in vit.tars[: N_TARS // 2]) == len(alone)
     numbers = {entry.fingerprint: entry.id for entry in vit.tars}
     for entry in alone.tars:
         np.testing.assert_array_equal(vit.tar(numbers[entry.fingerprint]), alone.tar(entry.id))
-    build(half, tmp_path / "one", **resnet, slot=6, views=Views("center+flip"), batch_size=5, threads=1)
+    build_cache(BuildConfig(tars=half, output_dir=tmp_path / "one", **resnet, **shared))
     one, two = EmbeddingCache.open(tmp_path / "one"), EmbeddingCache.open(tmp_path / "resnet")
     for entry in one.tars:
         for view in range(2):
@@ -136,15 +140,24 @@ def test_two_caches_are_built_from_one_decode(
     assert verify(tmp_path / "resnet", all_tars).ok
 
 
-def test_places_must_differ(pattern: str, options: dict[str, Any], tmp_path: Path) -> None:
-    specs = [CacheSpec(tmp_path / "a", "test_vit", options["weights"])] * 2
-    for some in (specs, []):
-        with pytest.raises(ValueError, match="expected different places"):
-            build_all([pattern], some)
+@pytest.mark.parametrize(
+    ("outputs", "backbones", "message"),
+    [
+        (["a", "a"], ["test_vit", "test_vit"], "expected different folders"),
+        (["a"], ["test_vit", "test_resnet"], "expected one output for each backbone"),
+        ([], [], "expected one of each for each backbone"),
+    ],
+)
+def test_outputs_and_backbones_that_do_not_match_are_refused(
+    outputs: list[str], backbones: list[str], message: str, pattern: str, tmp_path: Path
+) -> None:
+    folders = [tmp_path / output for output in outputs]
+    with pytest.raises(ValueError, match=message):
+        build_caches(BuildConfig(tars=[pattern], output_dir=folders, backbone=backbones))
 
 
 @pytest.mark.distributed
-def test_a_late_worker_of_a_rank_that_is_there_helps(
+def test_a_second_worker_of_the_same_rank_helps(
     pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "cache"
@@ -158,7 +171,7 @@ def test_a_late_worker_of_a_rank_that_is_there_helps(
 
 
 @pytest.mark.distributed
-def test_sigterm_drops_the_tar_and_exits_as_launchers_expect(
+def test_sigterm_abandons_the_tar_and_exits_with_143(
     pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "cache"
@@ -169,24 +182,24 @@ def test_sigterm_drops_the_tar_and_exits_as_launchers_expect(
     _, errors = worker.communicate(timeout=60)
     assert worker.returncode == 143, errors
     assert "Traceback" not in errors
-    assert not open_storage(out).listdir("claims")
+    assert not open_storage(out).names("leases")
     assert len(list((out / "done").iterdir())) < N_TARS
-    build([pattern], out, **options)
+    build_cache(BuildConfig(tars=[pattern], output_dir=out, **options))
     same(out, undisturbed)
 
 
 @pytest.mark.distributed
-def test_a_frozen_worker_loses_its_tar_and_leaves_it_alone_when_it_wakes(
+def test_a_frozen_worker_loses_its_lease_and_abandons_the_tar(
     pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "cache"
-    frozen = start(*command(pattern, out, options, "--stale-seconds", "2"))
+    frozen = start(*command(pattern, out, options, "--lease-timeout", "2"))
     try:
-        while len(list(out.glob("done/*.json"))) < 2 or not list(out.glob("claims/*.json")):
+        while len(list(out.glob("done/*.json"))) < 2 or not list(out.glob("leases/*.json")):
             time.sleep(0.002)
             assert frozen.poll() is None, frozen.communicate()
         frozen.send_signal(signal.SIGSTOP)
-        report = build([pattern], out, **options, stale_seconds=2)
+        report = build_cache(BuildConfig(tars=[pattern], output_dir=out, **options, lease_timeout=2))
         assert report.tars_built + report.tars_kept >= N_TARS - 1
         same_rows = [path.read_bytes() for path in sorted(out.glob("store.zarr/emb/c/*/0"))]
     finally:
@@ -207,24 +220,25 @@ def test_kill_9_at_random_moments(
     assert script.returncode == 0, errors
     assert f"killed {kills} builds" in output
     for out in tmp_path.iterdir():
-        build([pattern], out, **options)
+        build_cache(BuildConfig(tars=[pattern], output_dir=out, **options))
         same(out, undisturbed)
 
 
-def test_a_store_turned_read_only_is_one_message(
+def test_a_store_that_becomes_read_only_gives_one_message(
     pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "cache"
-    build([pattern], out, **options)
+    build_cache(BuildConfig(tars=[pattern], output_dir=out, **options))
     (out / "done" / "4.json").unlink()
     code = f"""
 import os
 from pathlib import Path
 from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.storage.storage import WriteError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 try:
-    build({pattern!r}.split(), Path({str(out)!r}), **{options!r})
+    build(BuildConfig(tars={pattern!r}.split(), output_dir=Path({str(out)!r}), **{options!r}))
 except WriteError as error:
     print("refused:", error)
 print("still read:", EmbeddingCache.open({str(out)!r}).tar(0).shape)
@@ -253,42 +267,42 @@ print("still read:", EmbeddingCache.open({str(out)!r}).tar(0).shape)
     assert "refused: cannot write" in result.stdout, result.stderr
     assert "Make room or choose another folder" in result.stdout
     assert "still read: (3, 64)" in result.stdout
-    build([pattern], out, **options)
+    build_cache(BuildConfig(tars=[pattern], output_dir=out, **options))
     same(out, undisturbed)
 
 
-def test_claims_keep_workers_apart(tmp_path: Path) -> None:
+def test_leases_keep_workers_apart(tmp_path: Path) -> None:
     storage, now = LocalStorage(tmp_path), time.time()
     a, b = Worker("a", 1, "a"), Worker("b", 1, "b")
-    one, two = Claims(storage, a, 100, now=lambda: now), Claims(storage, b, 100, now=lambda: now + 5000)
-    assert one.take(7)
-    assert not two.take(7), "clocks of workers may differ, that of the place counts"
-    assert one.holds(7)
+    one, two = Leases(storage, a, 100, now=lambda: now), Leases(storage, b, 100, now=lambda: now + 5000)
+    assert one.acquire(7)
+    assert not two.acquire(7), "clocks of workers may differ, that of the storage counts"
+    assert one.confirm(7)
     old = time.time() - 101
-    os.utime(tmp_path / "claims/7.json", (old, old))
+    os.utime(tmp_path / "leases/7.json", (old, old))
     one.refresh()
-    assert not two.take(7)
-    os.utime(tmp_path / "claims/7.json", (old, old))
-    assert two.take(7)
+    assert not two.acquire(7)
+    os.utime(tmp_path / "leases/7.json", (old, old))
+    assert two.acquire(7)
     one.refresh()
-    assert not one.has(7)
-    assert not one.holds(7)
+    assert not one.held(7)
+    assert not one.confirm(7)
     one.release(7)
-    assert two.holds(7), "nobody gives up the claim of another"
+    assert two.confirm(7), "a worker never releases the lease of another one"
     two.release_all()
-    assert storage.listdir("claims") == []
+    assert storage.listdir("leases") == []
     with pytest.raises(WriteError):
-        Claims(LocalStorage(tmp_path / "claims.txt" / "x"), a).take(1) if (
-            tmp_path / "claims.txt"
+        Leases(LocalStorage(tmp_path / "leases.txt" / "x"), a).acquire(1) if (
+            tmp_path / "leases.txt"
         ).touch() is None else 0
 
 
-def test_a_claim_of_a_process_that_ended_is_free_at_once(tmp_path: Path) -> None:
+def test_the_lease_of_a_process_that_ended_is_free_at_once(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    assert Claims(storage, Worker(pid=child.pid)).take(1)
-    assert Claims(storage, Worker(host="elsewhere", pid=child.pid)).take(2)
-    mine = Claims(storage, Worker())
-    assert mine.take(1)
-    assert not mine.take(2)
+    assert Leases(storage, Worker(pid=child.pid)).acquire(1)
+    assert Leases(storage, Worker(host="elsewhere", pid=child.pid)).acquire(2)
+    mine = Leases(storage, Worker())
+    assert mine.acquire(1)
+    assert not mine.acquire(2)

@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import COLOURS, THINGS, samples_of, write_tar
 from tests.eval.runs import finished
-from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.cli import EvalFlags, retrieval
@@ -119,7 +120,15 @@ def test_lit_run_reads_rows_of_the_right_teacher_only(
     ):
         run_retrieval([path], [heldout], tmp_path / "report")
     for name, size in (("same", 64), ("other", 96)):
-        build([str(heldout)], tmp_path / name, backbone="test_resnet", weights=weights, image_size=size)
+        build_cache(
+            BuildConfig(
+                tars=[str(heldout)],
+                output_dir=tmp_path / name,
+                backbone="test_resnet",
+                weights=weights,
+                image_size=size,
+            )
+        )
     other, same = (LoadOptions(caches={"third": tmp_path / name}) for name in ("other", "same"))
     with pytest.raises(ManifestError, match=r"not the teacher that .*lit was trained on: preprocessing\.input_size"):
         run_retrieval([path], [heldout], tmp_path / "report", options=other)

@@ -17,11 +17,12 @@ import yaml
 
 from tests.conftest import samples_of, write_tar
 from tests.trainer.loading import loader_of, open_run
-from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.live import embed, view_pixels
 from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.format.manifest import ManifestError
-from threetowers.cache.format.views import Views, as_pixels, replay
+from threetowers.cache.format.views import Views, apply_crop, as_pixels
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.sample import BadSample, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
@@ -57,7 +58,9 @@ def built(tars: list[Path], weights: str, tmp_path_factory: pytest.TempPathFacto
 
     def make(views: Views) -> Path:
         out = folder / views.policy
-        build(tars, out, backbone="test_resnet", weights=weights, image_size=64, views=views)
+        build_cache(
+            BuildConfig(tars=tars, output_dir=out, backbone="test_resnet", weights=weights, image_size=64, views=views)
+        )
         return out
 
     return make
@@ -71,7 +74,9 @@ def gap(tmp_path: Path, weights: str) -> Callable[..., tuple[Path, Path]]:
         samples = samples_of(0, 12)
         samples[6][1]["png"] = b"no image"
         tar, out = write_tar(tmp_path / "gap.tar", samples), tmp_path / "gap"
-        build([tar], out, backbone="test_resnet", weights=weights, image_size=64, views=views)
+        build_cache(
+            BuildConfig(tars=[tar], output_dir=out, backbone="test_resnet", weights=weights, image_size=64, views=views)
+        )
         leave_out(out, 3)
         return tar, out
 
@@ -80,7 +85,7 @@ def gap(tmp_path: Path, weights: str) -> Callable[..., tuple[Path, Path]]:
 
 def leave_out(folder: Path, ordinal: int) -> None:
     """Build the tar again as it would be with a filter that drops one sample."""
-    from threetowers.cache.builder.row_buffer import Made, Rows
+    from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
     from threetowers.cache.format.done_record import done_record_name
     from threetowers.cache.format.layout import RowStatus, arrays
     from threetowers.cache.format.manifest import to_json
@@ -88,12 +93,12 @@ def leave_out(folder: Path, ordinal: int) -> None:
 
     opened = EmbeddingCache.open(folder)
     index = index_tar(Path(opened.table.root) / opened.tars[0].path)
-    rows = Rows(index, opened.manifest)
+    rows = RowBuffer(index, opened.manifest)
     for name in arrays(opened.manifest):
         view = 0 if name == "emb" else int(name.rpartition("_")[2]) if name.startswith("emb") else None
-        rows.arrays[name][:] = opened.block(0, view).rows_nD if view is not None else opened._column(0, name)
+        rows.arrays[name][:] = opened.shard_rows(0, view).rows_nD if view is not None else opened._column(0, name)
     rows.reject(ordinal, RowStatus.FILTERED, "for the test")
-    record = rows.write(open_storage(folder), opened.tars[0], "", Made("teacher", 1, "cpu", 0.0))
+    record = rows.write(open_storage(folder), opened.tars[0], "", Provenance("teacher", 1, "cpu", 0.0))
     open_storage(folder).put(done_record_name(0), to_json(record), owner="test")
 
 
@@ -146,7 +151,9 @@ def test_live_computes_the_rows_that_the_cache_lacks(
     tree = with_cache(three, tar, cache, on_missing_row="live", weights=weights)
     tree["data"]["on_bad"] = "skip"
     whole = cache.parent / "whole"  # what the build would have given
-    build([tar], whole, backbone="test_resnet", weights=weights, image_size=64, views=views)
+    build_cache(
+        BuildConfig(tars=[tar], output_dir=whole, backbone="test_resnet", weights=weights, image_size=64, views=views)
+    )
     samples, _ = load(tree, 1)
     join, index = samples.caches["third"], index_tar(tar)
     assert samples.without_row == {"computed by the teacher of 'third'": 2}
@@ -165,7 +172,7 @@ def test_live_needs_the_teacher_of_the_cache(three: dict[str, Any], gap: Any, tm
     from safetensors.torch import save_file
 
     tar, cache = gap()
-    with pytest.raises(ValueError, match=r"weights came from 'teacher\.safetensors': say where it is"):
+    with pytest.raises(ValueError, match=r"weights came from 'teacher\.safetensors': give its path"):
         load(with_cache(three, tar, cache, on_missing_row="live"), 1)
     other = tmp_path / "other.safetensors"
     torch.manual_seed(6)
@@ -189,7 +196,7 @@ def test_the_image_tower_sees_the_crop_that_the_teacher_saw(
         for shown, row in zip(batch.inputs["image"], batch.inputs["third"].numpy(), strict=True):
             (ordinal,) = np.flatnonzero((rows[view] == row).all(1)).tolist()
             image, params_5 = read_image(index, ordinal, 10**6), cache.view_params(0, ordinal, view)
-            assert shown.equal(torch.from_numpy(as_pixels(replay(image, params_5, (32, 32), "bicubic"))))
+            assert shown.equal(torch.from_numpy(as_pixels(apply_crop(image, params_5, (32, 32), "bicubic"))))
             (seen,) = embed(teacher, [view_pixels(teacher, image, view, params_5)])
             assert np.linalg.norm(seen - row) < 1e-3 * np.linalg.norm(row)  # float16
             (mirrored,) = embed(teacher, [view_pixels(teacher, image.transpose(0), view, params_5)])
@@ -233,7 +240,7 @@ def growing(tmp_path: Path, weights: str) -> tuple[list[Path], Path, Callable[[i
     """Four tars of 8 samples, the folder of a cache of them with none built, and a function that finishes one."""
     tars = [write_tar(tmp_path / f"{i}.tar", samples_of(8 * i, 8)) for i in range(4)]
     out = tmp_path / "growing"
-    build(tars, out, backbone="test_resnet", weights=weights, image_size=64)
+    build_cache(BuildConfig(tars=tars, output_dir=out, backbone="test_resnet", weights=weights, image_size=64))
     (out / "done").rename(tmp_path / "held")
     (out / "done").mkdir()
     return tars, out, lambda i: Path(shutil.copy(tmp_path / f"held/{i}.json", out / "done")) and None
@@ -247,7 +254,7 @@ def test_epochs_visit_the_tars_that_were_built_when_they_began(
     three["data"] |= {"tars": [str(tar) for tar in tars], "on_incomplete_cache": "skip"}
     three["towers"]["third"]["path"] = str(cache)
     tree = three | {"global_batch_size": 8}
-    with pytest.raises(ManifestError, match="half built"):
+    with pytest.raises(ManifestError, match="incomplete"):
         open_run(three | {"data": three["data"] | {"on_incomplete_cache": "error"}})
     finish(2)
     samples = open_run(tree)

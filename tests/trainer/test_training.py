@@ -113,7 +113,8 @@ def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache
     join = CacheJoin(cache, indexes)
     teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
     addresses = [(0, 3), (1, 0), (1, 19), (0, 24), (0, 0), (1, 7)]
-    live = teacher.embed(torch.stack([teacher.preprocess(read_image(indexes[t], o, 10**6)) for t, o in addresses]))
+    pixels = [np.ascontiguousarray(teacher.transform(read_image(indexes[t], o, 10**6))) for t, o in addresses]
+    live = teacher.embed(torch.from_numpy(np.stack(pixels)))
     cached = torch.from_numpy(np.stack([join.row(t, o) for t, o in addresses]))
     assert torch.cosine_similarity(live, cached).min() >= 0.9999
     torch.manual_seed(0)

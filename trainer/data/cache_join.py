@@ -141,7 +141,7 @@ class CacheJoin:
         """
         if self.on_missing_row in ("mask", "live"):
             tar_id = self.tar_ids[tar_number]
-            if tar_id is None or self.cache.slot(tar_id).status_n[ordinal] != RowStatus.OK:
+            if tar_id is None or self.cache.columns(tar_id).status_n[ordinal] != RowStatus.OK:
                 return None
         return self.row(tar_number, ordinal, view)
 
@@ -192,7 +192,7 @@ class CacheJoin:
         return self.row(tar_number, ordinal, view)  # it existed when the epoch began: this raises what has changed
 
     def crop_params(self, tar_number: int, ordinal: int, view: int, size: tuple[int, int]) -> CachedRow:
-        """Return the crop parameters (5,) of one view of an image of this (width, height), for `views.replay`."""
+        """Return the crop parameters (5,) of one view of an image of this (width, height), for `views.apply_crop`."""
         tar_id = self.tar_ids[tar_number]
         if tar_id is not None:
             stored_5 = self.cache.view_params(tar_id, ordinal, view)

