@@ -39,12 +39,12 @@ def test_help(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cache", "info", "nowhere"], "ContractError: nowhere: no cache here"),
+        (["cache", "info", "nowhere"], "ManifestError: nowhere: no cache here"),
         (["cache", "build", "--tars", "no-*.tar", "--out", "x", "--backbone", "b"], "'no-*.tar' matches no file"),
         (["tokenizer", "train", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
         (["train", "no.yaml"], "ConfigError: no.yaml: cannot be read as YAML"),
-        (["eval", "retrieval", "no-run", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
-        (["eval", "retrieval", "r", "--tars", "t", "--out", "x", "--cache", "third"], "expected TOWER=PATH"),
+        (["eval", "retrieval", "no-run", "--tars", "no.tar", "--output-dir", "x"], "'no.tar' matches no file"),
+        (["eval", "retrieval", "r", "--tars", "t", "--output-dir", "x", "--cache", "third"], "expected TOWER=PATH"),
     ],
 )
 def test_bad_input_is_one_line(
