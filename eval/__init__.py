@@ -1,1 +1,1 @@
-"""Job 3: show what a trained model is worth."""
+"""Evaluation of trained models: retrieval, classification, probes, robustness, and reports that compare models."""

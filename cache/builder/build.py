@@ -105,10 +105,10 @@ def build_cache(config: BuildConfig) -> BuildReport:
         ...     weights=weights,
         ...     device="cpu",
         ... )
-        >>> report = build(config)
+        >>> report = build_cache(config)
         >>> report.tars_built, report.samples, report.ok
         (1, 2, 2)
-        >>> build(config).tars_kept
+        >>> build_cache(config).tars_kept
         1
         >>> folder.cleanup()
     """

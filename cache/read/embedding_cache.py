@@ -47,7 +47,7 @@ class EmbeddingCache:
         >>> import io, tarfile, tempfile
         >>> import timm, torch
         >>> from PIL import Image
-        >>> from threetowers.cache.builder.build import build
+        >>> from threetowers.cache.builder.build import build_cache
         >>> from threetowers.cache.builder.build_config import BuildConfig
         >>> folder = tempfile.TemporaryDirectory()
         >>> with tarfile.open(f"{folder.name}/0.tar", "w") as tar:
@@ -61,7 +61,7 @@ class EmbeddingCache:
         >>> torch.save(timm.create_model("test_resnet").state_dict(), weights)
         >>> tars = [f"{folder.name}/0.tar"]
         >>> out = f"{folder.name}/cache"
-        >>> _ = build(BuildConfig(tars=tars, output_dir=out, backbone="test_resnet", weights=weights, device="cpu"))
+        >>> _ = build_cache(BuildConfig(tars=tars, output_dir=out, backbone="test_resnet", weights=weights, device="cpu"))
 
         >>> cache = EmbeddingCache.open(out)
         >>> len(cache), cache.dim, cache.n_views

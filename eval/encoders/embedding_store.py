@@ -36,7 +36,7 @@ class EmbeddingStore:
     ) -> Embeddings:
         """Return stored or computed embeddings of some images of a set.
 
-        All images of the set are embedded, whichever are asked for: other tasks will ask for the others.
+        All images of the set are embedded, even if only some are wanted: other tasks will want the others.
 
         Args:
             kind: `images` or `features`.

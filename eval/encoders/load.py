@@ -31,7 +31,7 @@ def load_encoder(
         the images of an `ImageSet`.
 
     Raises:
-        ValueError: Nothing is a model of this name, or an ensemble is asked for without a third tower.
+        ValueError: There is no model of this name, or an ensemble is given for a model without a third tower.
 
     Example:
         >>> import tempfile, timm, torch
