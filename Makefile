@@ -29,7 +29,7 @@ demo: .venv/installed  ## cache a classifier, train CLIP, LiT and 3T on it, comp
 	$(RUN) cache build --tars 'data/emoji/*.tar' --output-dir $(DEMO)/cache \
 	    --backbone tf_efficientnet_lite0 --weights package:efficientnet-lite0 --image-size 160
 	$(RUN) cache verify $(DEMO)/cache --tars 'data/emoji/*.tar'
-	$(RUN) tokenizer train --tars 'data/emoji/train-*.tar' --vocab-size 4096 --out $(DEMO)/tokenizer.model
+	$(RUN) tokenizer train --tars 'data/emoji/train-*.tar' --vocab-size 4096 --output $(DEMO)/tokenizer.model
 	$(LAUNCH) train configs/emoji/clip.yaml
 	$(LAUNCH) train configs/emoji/lit.yaml
 	$(LAUNCH) train configs/emoji/3t.yaml

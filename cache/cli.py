@@ -1,7 +1,5 @@
 """The cache commands, as plain functions: their parameters are the flags, their results the exit codes."""
 
-from collections import Counter
-from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,17 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, TeacherConfig
-from threetowers.cache.format.done_record import DoneRecord, RejectedSample, read_done_record
-from threetowers.cache.format.manifest import ManifestError, read_manifest
-from threetowers.cache.format.tar_table import read_table
-from threetowers.cache.storage.storage import open_storage
+from threetowers.cache.info import bad_sample_lines, counts_text, read_info
 
 if TYPE_CHECKING:
     from threetowers.cache.builder.build import BuildReport
 
 FLAGS = tyro.conf.arg(name="")  # the fields of a config are flags without a prefix
-MAX_BAD_LISTED = 20
-MAX_MISSING_LISTED = 5
 
 
 def build(config: Annotated[BuildConfig, FLAGS]) -> int:
@@ -43,13 +36,14 @@ def _print_build(report: "BuildReport") -> None:
     left = f", {report.tars_left} taken over by other workers" if report.tars_left else ""
     print(f"{prefix}{report.storage}: {report.tars_built} tars built, {report.tars_kept} already finished{left}")
     print(
-        f"{prefix}{report.samples} samples: {report.ok} embedded, {_counts(report.counts)}; "
+        f"{prefix}{report.samples} samples: {report.ok} embedded, {counts_text(report.counts)}; "
         f"{report.seconds:.1f} s including start-up, {rate:.1f} img/s, {report.bytes / 1e6:.1f} MB written"
     )
     if report.tars_built:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
         print(f"{prefix}time by stage: {shares}; the first is the bottleneck")
-    _print_bad(report.bad)
+    for line in bad_sample_lines(report.bad):
+        print(line)
     for line in report.differences:
         print(f"note: {line} (expected: when the cache was created; found: now)")
 
@@ -60,50 +54,9 @@ def info(cache: tyro.conf.Positional[str]) -> int:
     Args:
         cache: Folder or URL of the cache.
     """
-    storage = open_storage(cache)
-    manifest = read_manifest(storage)
-    table = read_table(storage)
-
-    # Sum up the done records.
-    records: list[DoneRecord] = []
-    bad: list[tuple[str, RejectedSample]] = []
-    missing: list[str] = []
-    counts: Counter[str] = Counter()
-    for entry in table.entries:
-        try:
-            record = read_done_record(storage, manifest, entry)
-        except ManifestError as error:
-            missing.append(str(error))
-            continue
-        records.append(record)
-        counts.update(record.counts)
-        bad += [(entry.path, sample) for sample in record.bad]
-    n_all = sum(entry.n_samples for entry in table.entries)
-    n_samples = sum(record.n_samples for record in records)
-    n_ok = sum(record.n_ok for record in records)
-    n_bytes = sum(file.size for record in records for file in record.files.values())
-    cosines = [record.cosines.min for record in records if record.cosines.min is not None]
-
-    # Print.
-    preprocessing = manifest.preprocessing
-    height, width = preprocessing.input_size
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    print(f"{cache}: {manifest.backbone}, weights {manifest.weights} (sha256 {manifest.weights_digest[:16]})")
-    print(
-        f"feature   {manifest.feature}, {manifest.dim} x {manifest.dtype}, {height} x {width} px, "
-        f"{preprocessing.interpolation}, crop {preprocessing.crop_pct}"
-    )
-    print(f"views     {manifest.views}")
-    if cosines:
-        print(f"dtype     {manifest.dtype}: cosine between computed and stored rows at least {min(cosines):.7f}")
-    print(f"versions  {versions}")
-    print(f"tars      {len(records)} of {len(table.entries)} built, from {table.root}")
-    print(f"samples   {n_samples} of {n_all}: {n_ok} embedded, {_counts(counts)}")
-    print(f"bytes     {n_bytes}")
-    _print_bad(bad[:MAX_BAD_LISTED])
-    for line in missing[:MAX_MISSING_LISTED]:
-        print(f"not built: {line}")
-    return 1 if missing else 0
+    found = read_info(cache)
+    print(found.text())
+    return 1 if found.missing else 0
 
 
 def verify(
@@ -230,12 +183,3 @@ def measure_views(
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(dumps(content, indent=1) + "\n")
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none without an embedding"
-
-
-def _print_bad(bad: Sequence[tuple[str, RejectedSample]]) -> None:
-    for path, sample in bad:
-        print(f"  {path}: {sample.key} (ordinal {sample.ordinal}): {sample.reason}")

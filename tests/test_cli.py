@@ -44,10 +44,10 @@ def test_help(
             ["cache", "build", "--tars", "no-*.tar", "--output-dir", "x", "--backbone", "b"],
             "'no-*.tar' matches no file",
         ),
-        (["tokenizer", "train", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
+        (["tokenizer", "train", "--tars", "no.tar", "--output", "x"], "'no.tar' matches no file"),
         (["train", "no.yaml"], "ConfigError: no.yaml: cannot be read as YAML"),
-        (["eval", "retrieval", "no-run", "--tars", "no.tar", "--out", "x"], "'no.tar' matches no file"),
-        (["eval", "retrieval", "r", "--tars", "t", "--out", "x", "--cache", "third"], "expected TOWER=PATH"),
+        (["eval", "retrieval", "no-run", "--tars", "no.tar", "--output-dir", "x"], "'no.tar' matches no file"),
+        (["eval", "retrieval", "r", "--tars", "t", "--output-dir", "x", "--cache", "third"], "expected TOWER=PATH"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -70,7 +70,7 @@ def test_a_tokenizer_from_tars(
     tars: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "t.model"
-    arguments = ["tokenizer", "train", "--tars", *map(str, tars), "--vocab-size", "48", "--out", str(out)]
+    arguments = ["tokenizer", "train", "--tars", *map(str, tars), "--vocab-size", "48", "--output", str(out)]
     assert run(monkeypatch, *arguments) == 0
     assert out.exists()
     assert "from 40 distinct of 90 captions in 2 tars" in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_an_output_that_cannot_be_is_one_line(
 ) -> None:
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "t.model"
-    assert run(monkeypatch, "tokenizer", "train", "--tars", *map(str, tars), "--out", str(out)) == 2
+    assert run(monkeypatch, "tokenizer", "train", "--tars", *map(str, tars), "--output", str(out)) == 2
     error = capsys.readouterr().err.strip()
     assert str(tmp_path / "file") in error
     assert error.endswith("choose another path for it, or make room")

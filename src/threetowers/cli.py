@@ -9,6 +9,7 @@ import warnings
 
 from tyro.extras import SubcommandApp
 
+import threetowers
 from threetowers.cache import cli as cache
 from threetowers.cache.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.world import World
@@ -56,6 +57,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     # DeepSpeed calls it under its old name, on every rank.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated", category=FutureWarning)
+    if arguments == ["--version"]:
+        print(f"threetowers {threetowers.__version__}")
+        sys.exit(0)
     try:
         logging.getLogger("threetowers").setLevel(logging.INFO if World.from_env().first else logging.ERROR)
         code = app.cli(prog="threetowers", args=arguments)

@@ -1,0 +1,100 @@
+"""What a cache holds, and how much of it is built."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from threetowers.cache.format.done_record import DoneRecord, RejectedSample, read_done_record
+from threetowers.cache.format.manifest import Manifest, ManifestError, read_manifest
+from threetowers.cache.format.tar_table import TarTable, read_table
+from threetowers.cache.storage.storage import Storage, open_storage
+
+MAX_BAD_LISTED = 20
+MAX_MISSING_LISTED = 5
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """The manifest, tar table and done records of a cache.
+
+    Attributes:
+        records: Of the tars that are built.
+        bad: Path of the tar, and sample, of the samples without an embedding that the records name.
+        missing: Why each of the other tars counts as not built.
+    """
+
+    storage: Storage
+    manifest: Manifest
+    table: TarTable
+    records: list[DoneRecord]
+    bad: list[tuple[str, RejectedSample]]
+    missing: list[str]
+
+    def text(self) -> str:
+        """Return the information as aligned lines."""
+        manifest, records = self.manifest, self.records
+        counts: Counter[str] = Counter()
+        for record in records:
+            counts.update(record.counts)
+        n_all = sum(entry.n_samples for entry in self.table.entries)
+        n_samples = sum(record.n_samples for record in records)
+        n_ok = sum(record.n_ok for record in records)
+        n_bytes = sum(file.size for record in records for file in record.files.values())
+        cosines = [record.cosines.min for record in records if record.cosines.min is not None]
+
+        preprocessing = manifest.preprocessing
+        height, width = preprocessing.input_size
+        versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+        lines = [
+            f"{self.storage}: {manifest.backbone}, weights {manifest.weights} (sha256 {manifest.weights_digest[:16]})",
+            f"feature   {manifest.feature}, {manifest.dim} x {manifest.dtype}, {height} x {width} px, "
+            f"{preprocessing.interpolation}, crop {preprocessing.crop_pct}",
+            f"views     {manifest.views}",
+        ]
+        if cosines:
+            lines.append(
+                f"dtype     {manifest.dtype}: cosine between computed and stored rows at least {min(cosines):.7f}"
+            )
+        lines += [
+            f"versions  {versions}",
+            f"tars      {len(records)} of {len(self.table.entries)} built, from {self.table.root}",
+            f"samples   {n_samples} of {n_all}: {n_ok} embedded, {counts_text(counts)}",
+            f"bytes     {n_bytes}",
+            *bad_sample_lines(self.bad[:MAX_BAD_LISTED]),
+            *(f"not built: {line}" for line in self.missing[:MAX_MISSING_LISTED]),
+        ]
+        return "\n".join(lines)
+
+
+def read_info(cache: str | Path) -> CacheInfo:
+    """Read what the cache in a folder or at a URL holds.
+
+    Raises:
+        ManifestError: There is no cache, or its manifest or tar table is damaged.
+    """
+    storage = open_storage(cache)
+    manifest = read_manifest(storage)
+    table = read_table(storage)
+    records: list[DoneRecord] = []
+    bad: list[tuple[str, RejectedSample]] = []
+    missing: list[str] = []
+    for entry in table.entries:
+        try:
+            record = read_done_record(storage, manifest, entry)
+        except ManifestError as error:
+            missing.append(str(error))
+            continue
+        records.append(record)
+        bad += [(entry.path, sample) for sample in record.bad]
+    return CacheInfo(storage, manifest, table, records, bad, missing)
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Return the numbers of samples without an embedding, by status, as text."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none without an embedding"
+
+
+def bad_sample_lines(bad: Sequence[tuple[str, RejectedSample]]) -> list[str]:
+    """Return a line for each sample without an embedding: its tar, key, ordinal and the reason."""
+    return [f"  {path}: {sample.key} (ordinal {sample.ordinal}): {sample.reason}" for path, sample in bad]
