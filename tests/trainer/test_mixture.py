@@ -184,7 +184,7 @@ def test_an_index_is_kept_for_the_tar_as_it_is(
     assert opened == [str(copies[1])]
     assert [sample.key for sample in changed[1].samples] == [f"s{i:04d}" for i in range(7, 12)]
     storage = open_storage(kept)
-    for name in storage.names():
+    for name in storage.listdir():
         if name.endswith(".npz"):
             storage.put(name, storage.read(name)[:50], owner="test")
     assert len(index_sets(patterns, kept)[0]) == 2  # damaged: read again
