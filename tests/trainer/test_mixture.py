@@ -190,7 +190,7 @@ def test_a_kept_index_is_used_until_the_tar_changes(
     assert opened == [str(copies[1])]
     assert [sample.key for sample in changed[1].samples] == [f"s{i:04d}" for i in range(7, 12)]
     storage = open_storage(kept)
-    for name in storage.names():
+    for name in storage.listdir():
         if name.endswith(".npz"):
             storage.put(name, storage.read(name)[:50], owner="test")
     assert len(index_datasets(patterns, kept)[0]) == 2  # damaged: read again
