@@ -1,4 +1,4 @@
-"""Small tars of synthetic pictures, and tiny teachers with random weights saved to disk."""
+"""Small tars of synthetic images, and tiny teachers with random weights saved to disk."""
 
 import io
 import tarfile
@@ -14,7 +14,7 @@ Samples = Sequence[tuple[str, Mapping[str, bytes]]]
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 52)) -> Image.Image:
-    """A smooth random picture, (width, height)."""
+    """A smooth random image, (width, height)."""
     grid = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
 
@@ -51,19 +51,19 @@ def pack() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def samples() -> Callable[[int, int], list[tuple[str, dict[str, bytes]]]]:
-    """samples(n, seed): n samples of one picture and one text."""
+    """samples(n, seed): n samples of one image and one text."""
     return make_samples
 
 
 @pytest.fixture(scope="session")
 def encode() -> Callable[..., bytes]:
-    """encode(image, kind="png"): the bytes of a picture."""
+    """encode(image, kind="png"): the bytes of an image."""
     return encoded
 
 
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., Image.Image]:
-    """draw(seed, size=(40, 52)): a random picture."""
+    """draw(seed, size=(40, 52)): a random image."""
     return picture
 
 

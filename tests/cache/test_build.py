@@ -68,8 +68,8 @@ def test_cached_equals_the_live_teacher(
         index = index_tar(path)
         tar_id = opened.table.find(index).id
         for ordinal, sample in enumerate(index.samples):
-            picture = decode_rgb(read_member(index, ordinal, "png"))
-            live = teacher.embed(torch.from_numpy(np.ascontiguousarray(teacher.transform(picture)))[None])[0].numpy()
+            image = decode_rgb(read_member(index, ordinal, "png"))
+            live = teacher.embed(torch.from_numpy(np.ascontiguousarray(teacher.transform(image)))[None])[0].numpy()
             row = opened.row(tar_id, ordinal, sample.key)
             assert row.dtype == np.float32
             cosine = row @ live / np.linalg.norm(row) / np.linalg.norm(live)
@@ -224,10 +224,10 @@ def test_a_tar_of_bad_images_only(options: dict[str, Any], pack: Pack, tmp_path:
 def test_nonfinite_output_gets_a_status(
     options: dict[str, Any], weights: Weights, pack: Pack, encode: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    pictures = [Image.new("RGB", (8, 8), (i * 20,) * 3) for i in range(9)]
-    path = pack(tmp_path / "x.tar", [(str(i), {"png": encode(picture)}) for i, picture in enumerate(pictures)])
+    images = [Image.new("RGB", (8, 8), (i * 20,) * 3) for i in range(9)]
+    path = pack(tmp_path / "x.tar", [(str(i), {"png": encode(image)}) for i, image in enumerate(images)])
     teacher = load_teacher("test_vit", options["weights"], image_size=64)
-    x_b3HW = torch.stack([torch.from_numpy(np.ascontiguousarray(teacher.transform(picture))) for picture in pictures])
+    x_b3HW = torch.stack([torch.from_numpy(np.ascontiguousarray(teacher.transform(image))) for image in images])
     middle = float(teacher.embed(x_b3HW).abs().amax(dim=1).sort().values[3:5].mean())
     large = options | {"weights": weights("test_vit", scale=65520 / middle)}  # 65520 rounds to infinity
     report = build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "half", **large))

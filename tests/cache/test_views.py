@@ -52,39 +52,39 @@ def test_params_are_a_function_of_seed_key_and_view(size: tuple[int, int], key: 
     assert (params[:, :4] >= 0).all()
     assert (params[:, :4] <= 1).all()
     assert set(params[:, 4].tolist()) <= {0.0, 1.0}
-    for row in params:  # any stored box can be cut from any picture of that size
+    for row in params:  # any stored box can be cut from any image of that size
         assert apply_crop(Image.new("RGB", size), row, (7, 5)).size == (5, 7)
 
 
 def test_stored_crops_reproduce_the_embedded_pixels(draw: Draw) -> None:
-    picture, views = draw(3, (61, 43)), Views("crops:4", seed=7, scale=0.3)
-    pixels, params = views.pixels(picture, 99, center, (12, 16), "bilinear")
+    image, views = draw(3, (61, 43)), Views("crops:4", seed=7, scale=0.3)
+    pixels, params = views.pixels(image, 99, center, (12, 16), "bilinear")
     assert pixels.shape == (4, 3, 12, 16)
     assert len(np.unique(pixels.reshape(4, -1), axis=0)) == 4
     stored = np.frombuffer(params.tobytes(), np.float32).reshape(4, 5)
     for view, row in zip(pixels, stored, strict=True):
-        assert np.array_equal(view, as_pixels(apply_crop(picture, row, (12, 16), "bilinear")))
+        assert np.array_equal(view, as_pixels(apply_crop(image, row, (12, 16), "bilinear")))
 
 
 def test_a_box_is_cut_at_its_fractions(draw: Draw) -> None:
-    picture = draw(5, (64, 32))
+    image = draw(5, (64, 32))
     quarter = np.array([0.25, 0.5, 0.75, 1, 0], np.float32)
-    expected = as_pixels(picture.crop((16, 16, 48, 32)))
-    assert np.array_equal(as_pixels(apply_crop(picture, quarter, (16, 32))), expected)
+    expected = as_pixels(image.crop((16, 16, 48, 32)))
+    assert np.array_equal(as_pixels(apply_crop(image, quarter, (16, 32))), expected)
     quarter[4] = 1
-    assert np.array_equal(as_pixels(apply_crop(picture, quarter, (16, 32))), expected[..., ::-1])
+    assert np.array_equal(as_pixels(apply_crop(image, quarter, (16, 32))), expected[..., ::-1])
 
 
 def test_center_is_the_teachers_own_transform_and_flip_its_mirror(draw: Draw) -> None:
-    picture = draw(1)
+    image = draw(1)
     for policy, count in (("center", 1), ("center+flip", 2)):
         views = Views(policy)
-        pixels, params = views.pixels(picture, 1, center, (12, 16), "bicubic")
+        pixels, params = views.pixels(image, 1, center, (12, 16), "bicubic")
         assert views.count == count == len(pixels)
         assert not views.cropped
         assert not params.any()
-        assert np.array_equal(pixels[0], center(picture))
-    assert np.array_equal(pixels[1], center(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+        assert np.array_equal(pixels[0], center(image))
+    assert np.array_equal(pixels[1], center(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
 
 
 @pytest.mark.parametrize(
