@@ -78,6 +78,16 @@ def test_the_deepspeed_launcher(lit: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_examples_in_docstrings() -> None:
+    """In a process of their own: they start a process group that DeepSpeed does not let go of."""
+    modules = "threetowers.trainer.train", "threetowers.trainer.export.trained_model"
+    code = (
+        "import doctest, importlib, sys; sys.exit(sum(doctest.testmod(importlib.import_module(m)).failed for m in {}))"
+    )
+    run_command([sys.executable, "-c", code.format(modules)])
+
+
+@pytest.mark.distributed
 def test_bad_input_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
     samples = samples_of(0, 24)
     samples[9][1]["png"] = b"no picture"
