@@ -143,7 +143,9 @@ def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path:
     assert folder.check(run) == []
     folder.create(run, {}, {})
     assert folder.check(run) == []
-    with pytest.raises(ConfigError, match=r"holds a run with another config:\n  batch: 12 -> 15\nchoose another `out`"):
+    with pytest.raises(
+        ConfigError, match=r"holds a run with another config:\n  global_batch_size: 12 -> 15\nchoose another `out`"
+    ):
         folder.check(parse(clip | {"global_batch_size": 15}))
     elsewhere = clip | {
         "output_dir": "moved",
