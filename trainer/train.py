@@ -105,7 +105,7 @@ def train(config: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSum
         Interrupted: SIGTERM arrived; a checkpoint was written, and calling `train` again resumes from it.
 
     Example:
-        >>> import io, tarfile, tempfile
+        >>> import contextlib, io, tarfile, tempfile
         >>> from pathlib import Path
         >>> from PIL import Image
         >>> from threetowers.trainer.config import parse
@@ -130,7 +130,8 @@ def train(config: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSum
         ...     "terms": {"image-text": {"x": "f", "y": "g"}},
         ...     "deploy": {"image": "f", "text": "g"}, "log": {"tensorboard": False},
         ... })
-        >>> summary = train(config)
+        >>> with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints
+        ...     summary = train(config)
         >>> summary.steps, summary.samples, summary.epochs
         (2, 4, 2.0)
         >>> from threetowers.trainer.export.trained_model import load_model

@@ -124,10 +124,12 @@ def test_gradients_of_every_parameter(one_process_group: None, kind: str, parts:
     model = model_of(config).double()
     groups_b = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0])
     whole = gradients(model, 1, groups_b)
-    chunked = gradients(model, parts, groups_b)
-    assert whole.keys() == chunked.keys() == dict(model.named_parameters()).keys()
+    accumulated = gradients(model, parts, groups_b)
+    assert whole.keys() == accumulated.keys() == dict(model.named_parameters()).keys()
     for name, grad in whole.items():
-        assert float((chunked[name] - grad).norm()) <= 1e-5 * float(grad.norm()) + 1e-7, name  # embeddings are float32
+        assert float((accumulated[name] - grad).norm()) <= 1e-5 * float(grad.norm()) + 1e-7, (
+            name
+        )  # embeddings are float32
 
 
 def test_dropout_is_the_same_in_both_passes(one_process_group: None) -> None:
@@ -135,7 +137,7 @@ def test_dropout_is_the_same_in_both_passes(one_process_group: None) -> None:
     config = tree()
     config["towers"]["text"]["dropout"] = 0.5
     model = model_of(config).double()
-    chunked = gradients(model, 3)
+    accumulated = gradients(model, 3)
     model.zero_grad()
     outputs = []
     for number, part in enumerate(split(inputs_of(10), 3)):
@@ -146,20 +148,20 @@ def test_dropout_is_the_same_in_both_passes(one_process_group: None) -> None:
     loss.backward()
     for name, p in model.named_parameters():
         assert p.grad is not None
-        assert float((chunked[name] - p.grad).norm()) <= 1e-5 * float(p.grad.norm()) + 1e-7, name
+        assert float((accumulated[name] - p.grad).norm()) <= 1e-5 * float(p.grad.norm()) + 1e-7, name
 
 
 def test_running_moments_take_each_micro_batch_once(one_process_group: None) -> None:
     config = tree()
     config["towers"]["image"]["model"] = "test_resnet"
-    chunked, reference = model_of(config), model_of(config)
-    gradients(chunked, 2)
+    accumulated, reference = model_of(config), model_of(config)
+    gradients(accumulated, 2)
     for part in split(inputs_of(10), 2):
         reference(part)
-    moments = {name: b for name, b in chunked.named_buffers() if "running" in name or "tracked" in name}
+    moments = {name: b for name, b in accumulated.named_buffers() if "running" in name or "tracked" in name}
     assert moments
     for name, b in reference.named_buffers():
-        torch.testing.assert_close(b, dict(chunked.named_buffers())[name], msg=name)
+        torch.testing.assert_close(b, dict(accumulated.named_buffers())[name], msg=name)
 
 
 def test_heads_without_trained_parameters_get_no_gradient() -> None:

@@ -70,9 +70,9 @@ def test_every_variant_can_be_built(name: str, tmp_path: Path, monkeypatch: pyte
     [
         (["duration={epochs: 2}"], r"duration\.epochs: the length of an epoch is unknown without .*; give samples"),
         (["data.vocab_size=null"], r"data\.vocab_size: unknown without runs/emoji/tokenizer\.model"),
-        (["towers.third.backbone=null"], r"towers\.third\.backbone: name it; without the cache"),
+        (["towers.third.backbone=null"], r"towers\.third\.backbone: name it; .* unknown without the cache"),
         (["towers.third.backbone=resnet0"], r"backbone 'resnet0' is unknown to timm"),
-        (["global_batch_size=9"], r"batch 9 is not divisible by 2 ranks"),
+        (["global_batch_size=9"], r"global_batch_size: 9 is not divisible by 2 ranks"),
         (["data.tars=[broken.tar]"], r"broken\.tar"),
     ],
 )
@@ -92,7 +92,8 @@ def read(name: str, overrides: Sequence[str] = (), variant: str | None = None) -
 
 
 def build(config: TrainConfig) -> TowerModel:
-    teachers = {n: TeacherCost.named(str(t.backbone)) for n, t in config.towers.items() if isinstance(t, CacheTower)}
+    cached = {n: t for n, t in config.towers.items() if isinstance(t, CacheTower)}
+    teachers = {n: TeacherCost.from_backbone(str(t.backbone)) for n, t in cached.items()}
     return meta_model(config, config.data.vocab_size or 0, teachers)
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from threetowers.trainer.config import Specialize
 
-STAGES = 5  # of the stem and of the branch, each twice as wide as the one before, the last as wide as the tokens
+NUM_STAGES = 5  # of the stem and of the branch, each twice as wide as the one before, the last as wide as the tokens
 
 
 class SpecializedViT(nn.Module):
@@ -30,8 +30,8 @@ class SpecializedViT(nn.Module):
         grid = vit.patch_embed.grid_size[0]
         depth = len(vit.blocks)
         halvings = int(math.log2(patch))
-        strides = [2] * halvings + [1] * (STAGES - halvings)
-        widths = [vit.embed_dim // 2**k for k in reversed(range(STAGES))]
+        strides = [2] * halvings + [1] * (NUM_STAGES - halvings)
+        widths = [vit.embed_dim // 2**k for k in reversed(range(NUM_STAGES))]
 
         # The stem replaces the patch embedding and the first block.
         self.vit = vit
@@ -54,7 +54,7 @@ class SpecializedViT(nn.Module):
             else:
                 self.stages.append(Bottleneck(width_in, width, stride))
             size //= stride
-            block = (stage + 1) * depth // (STAGES + 1) - removed_blocks
+            block = (stage + 1) * depth // (NUM_STAGES + 1) - removed_blocks
             self.adapters[str(block)] = Adapter(width, vit.embed_dim, size // grid)
             width_in = width
 
@@ -83,13 +83,13 @@ def _check(vit: Any) -> None:
     """Raise ValueError for a model that cannot be specialised."""
     parts = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "forward_head")
     plain = all(hasattr(vit, part) for part in parts)
-    if not plain or vit.embed_dim % 2 ** (STAGES - 1) or len(vit.blocks) <= STAGES:
+    if not plain or vit.embed_dim % 2 ** (NUM_STAGES - 1) or len(vit.blocks) <= NUM_STAGES:
         raise ValueError(
             "specialize needs one of timm's vision transformers, with a width divisible by 16 and 6 blocks or more; "
             "choose another model, or leave specialize out"
         )
     patch = vit.patch_embed.patch_size[0]
-    if patch & (patch - 1) or not 2 <= patch <= 2**STAGES:
+    if patch & (patch - 1) or not 2 <= patch <= 2**NUM_STAGES:
         raise ValueError(f"specialize needs a patch of 2, 4, 8, 16 or 32 pixels, found {patch}; choose another model")
 
 
