@@ -174,7 +174,7 @@ def plan_evaluations(
     """
     if isinstance(dataset, DatasetConfig):
         config = dataset
-        label = config.name or str(config.tars or config.root)
+        label = ", ".join(config.tars) or str(config.root)
     else:
         config = load_dataset_config(dataset)
         label = str(dataset)

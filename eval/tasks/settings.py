@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass as validated
 from threetowers.eval.metrics import linear_probe, neighbour_votes, ridge_probe
 
 Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 FORBID_EXTRA = ConfigDict(extra="forbid")
 
@@ -34,7 +34,7 @@ class RetrievalSettings:
     max_captions: Count = 5
     index: str = "Flat"
     index_parameters: str = ""
-    examples: CountOrNone = 6
+    examples: CountOrZero = 6
     seed: int = 0
 
 
@@ -42,7 +42,7 @@ class RetrievalSettings:
 class ZeroShotSettings:
     """Settings of `zeroshot`: how many examples the report shows, and the seed of their choice."""
 
-    examples: CountOrNone = 6
+    examples: CountOrZero = 6
     seed: int = 0
 
 
@@ -73,7 +73,7 @@ class KnnSettings:
 
 @validated(frozen=True, config=FORBID_EXTRA)
 class ShiftSettings:
-    """Settings of `shift`: the task that is compared, and with `of: retrieval` its settings."""
+    """Settings of `shift`: the task that is compared; with `of: retrieval` also its group field and captions."""
 
     of: Literal["zeroshot", "retrieval"] = "zeroshot"
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
