@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from threetowers.kernels.distributed import RankGroup
+from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.operators import contrastive_forward, outputs_per_pair
 from threetowers.kernels.pair import LossKind, Pair, PairResult
 from threetowers.kernels.validation import argument_fault, exchange_headers

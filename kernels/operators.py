@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from threetowers.kernels.backends import backend_for
-from threetowers.kernels.columns import ColumnExchange, GatheredColumns
-from threetowers.kernels.distributed import BatchLayout, RankGroup
+from threetowers.kernels.distributed.columns import ColumnExchange, GatheredColumns
+from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
+from threetowers.kernels.distributed.ring import RingColumns
 from threetowers.kernels.pair_state import PairState
-from threetowers.kernels.ring import RingColumns
 from threetowers.kernels.sigmoid import SigmoidOutputs, sigmoid_forward
 from threetowers.kernels.softmax import SoftmaxOutputs, softmax_backward, softmax_forward
 from threetowers.kernels.tiling import CachedTiles

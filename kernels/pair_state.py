@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from threetowers.kernels.distributed import BatchLayout, RankGroup
+from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
 from threetowers.kernels.tiles import LOG2E, TileBackend, spans
 
 ROWS = 4096  # rows at once in the O(b D) loops below: bounds their temporaries

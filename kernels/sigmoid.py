@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from threetowers.kernels.columns import ColumnExchange
-from threetowers.kernels.distributed import RankGroup
+from threetowers.kernels.distributed.columns import ColumnExchange
+from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
 from threetowers.kernels.tiles import LOG2E, SigmoidSums, softplus
 from threetowers.kernels.tiling import sigmoid_sums_and_gradients

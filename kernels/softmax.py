@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from threetowers.kernels.buffer_pool import buffer_pool
-from threetowers.kernels.columns import ColumnExchange
-from threetowers.kernels.distributed import RankGroup
+from threetowers.kernels.distributed.columns import ColumnExchange
+from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
 from threetowers.kernels.tiles import LOG2E, OnlineLogSumExp, SoftmaxWeights, softplus
 from threetowers.kernels.tiling import CachedTiles, softmax_gradients, softmax_statistics

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from threetowers.kernels.distributed import RankGroup
+from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair import Pair
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -36,7 +36,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_pages_name_files_that_exist() -> None:
     """Files of the repository are named by their path; a page that names one which has moved is out of date."""
-    named = re.compile(r"`((?:cache|trainer|eval|kernels|tests|configs|reproduce|data|docs)/[\w./-]+\.\w+)`")
+    named = re.compile(
+        r"`((?:cache|trainer|eval|kernels|tests|configs|reproduce|data|docs)/[\w./-]+\.(?:py|md|yaml|cpp|cu|h|html))`"
+    )
     missing = {
         f"{page.relative_to(ROOT)}: {path}"
         for page in PAGES

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from threetowers.kernels import Pair, contrastive_losses, operators
-from threetowers.kernels.distributed import RankGroup
+from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.tiles import TorchTiles
 
 KINDS = ["softmax", "sigmoid"]

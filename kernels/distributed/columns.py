@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.kernels.distributed import RankGroup
+from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState
 
 ALIGNMENT = 64  # bytes between the parts of a packed buffer, so that every part is an aligned view

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.kernels.columns import AddGradient, ColumnExchange
-from threetowers.kernels.distributed import RankGroup
+from threetowers.kernels.distributed.columns import AddGradient, ColumnExchange
+from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState
 
 
