@@ -97,7 +97,7 @@ def evaluate(
         ValueError: A model or a data set cannot be used, models or data sets share a name, or a model can do none of
             the tasks.
 
-    Example:
+    Examples:
         >>> import io, json, tarfile, tempfile, timm, numpy as np
         >>> from PIL import Image
         >>> from safetensors.torch import save_file

@@ -37,7 +37,7 @@ def contrastive_losses(
     Raises:
         ValueError: an argument does not fit; the message names the pair.
 
-    Example:
+    Examples:
         >>> x_bD = torch.eye(2)
         >>> scale = torch.zeros(1)
         >>> matched, swapped = contrastive_losses([Pair(x_bD, x_bD, scale), Pair(x_bD, x_bD.flip(0), scale)])
@@ -132,7 +132,7 @@ def contrastive_loss(
             before any work, and on all ranks, whichever of them was at fault.
         RuntimeError: the loss is differentiated twice.
 
-    Example:
+    Examples:
         Two matched rows at right angles, at scale 1: ``log(1 + exp(0 - 1))``.
 
         >>> x_bD = torch.eye(2, requires_grad=True)

@@ -37,7 +37,7 @@ def reference_contrastive_loss(
     Returns:
         The mean loss, a scalar in ``dtype`` that autograd can differentiate to any order.
 
-    Example:
+    Examples:
         Two matched rows at right angles, at scale 1: ``log(1 + exp(0 - 1))``.
 
         >>> x_BD = torch.eye(2)
@@ -74,7 +74,7 @@ def reference_accuracies(
     Returns:
         Two scalars.
 
-    Example:
+    Examples:
         >>> x_BD = torch.eye(2)
         >>> [float(share) for share in reference_accuracies(x_BD, x_BD.flip(0))]
         [0.0, 0.0]

@@ -47,8 +47,8 @@ def train(
         print("\n".join(page(config, ranks)))
         return
 
-    from threetowers.cache.preemption import Interrupted
-    from threetowers.cache.world import World
+    from threetowers.cache.processes.preemption import Interrupted
+    from threetowers.cache.processes.world import World
     from threetowers.trainer.engine import join_process_group, leave_process_group
     from threetowers.trainer.train import Trainer
 

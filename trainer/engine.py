@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from threetowers.cache.world import World
+from threetowers.cache.processes.world import World
 from threetowers.trainer.config import ConfigError, TrainConfig
 from threetowers.trainer.optimizer.adafactor import Adafactor
 from threetowers.trainer.optimizer.optimizer import parameter_groups

@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from threetowers.cache.preemption import Interrupted, StopRequest
+from threetowers.cache.processes.preemption import Interrupted, StopRequest
+from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import write_atomic
 from threetowers.cache.webdataset.sample import BadSample
-from threetowers.cache.world import World
 from threetowers.trainer.checkpoint.checkpoint import (
     CheckpointReader,
     Progress,
@@ -104,7 +104,7 @@ def train(config: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSum
         FloatingPointError: A loss or gradient is nonfinite and `engine.on_nonfinite` does not allow to skip it.
         Interrupted: SIGTERM arrived; a checkpoint was written, and calling `train` again resumes from it.
 
-    Example:
+    Examples:
         >>> import contextlib, io, tarfile, tempfile
         >>> from pathlib import Path
         >>> from PIL import Image

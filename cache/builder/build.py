@@ -25,11 +25,11 @@ from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.done_record import RejectedSample, done_record_name, read_done_record
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.tar_table import refuse_copies, repacked_error
-from threetowers.cache.preemption import exit_on_sigterm
-from threetowers.cache.prefetch import prefetch
+from threetowers.cache.processes.preemption import exit_on_sigterm
+from threetowers.cache.processes.prefetch import prefetch
+from threetowers.cache.processes.world import World
 from threetowers.cache.storage.storage import Storage, is_url, open_storage
 from threetowers.cache.webdataset.tar_index import expand, index_tar
-from threetowers.cache.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def build_cache(config: BuildConfig) -> BuildReport:
         BadTar, BadImage, ValueError: bad input, named in the message.
         WriteError: the output cannot be written.
 
-    Example:
+    Examples:
         A tar of two images, and a small teacher with random weights:
 
         >>> import io, tarfile, tempfile

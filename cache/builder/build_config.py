@@ -133,7 +133,7 @@ class EmbeddingConfig(TeacherConfig):
 class BuildConfig(EmbeddingConfig):
     """One cache to build, or several by different teachers over the same images.
 
-    Example:
+    Examples:
         >>> config = BuildConfig(tars=["data/*.tar"], output_dir="cache", backbone="vit_base_patch16_224")
         >>> config.dtype
         'float16'

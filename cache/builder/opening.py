@@ -21,9 +21,9 @@ from threetowers.cache.format.manifest import (
 from threetowers.cache.format.store import MANIFEST_OWNER, fit_to_table
 from threetowers.cache.format.tar_table import TARS, TarTable, extend, read_table
 from threetowers.cache.format.views import Views
+from threetowers.cache.processes.world import World
 from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.cache.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, to_json
 from threetowers.cache.format.tar_table import TarEntry
 from threetowers.cache.format.views import Params
-from threetowers.cache.prefetch import prefetch
+from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.storage.object_file import READ_BYTES, open_object
 from threetowers.cache.storage.storage import Storage, is_url
 from threetowers.cache.webdataset.images import BadImage, decode_rgb

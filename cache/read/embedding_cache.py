@@ -43,7 +43,7 @@ class EmbeddingCache:
     len(tars) - 1), ordinal (position of the sample in its tar) and view (0 to n_views - 1). A cache is cheap to open,
     can be pickled, and can be used before and after a fork.
 
-    Example:
+    Examples:
         >>> import io, tarfile, tempfile
         >>> import timm, torch
         >>> from PIL import Image

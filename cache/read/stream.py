@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, ManifestError
-from threetowers.cache.prefetch import prefetch
+from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.read.embedding_cache import EmbeddingCache, TarColumns
 from threetowers.cache.read.shard_rows import ShardRows
 from threetowers.cache.webdataset.tar_index import key_hash

@@ -33,7 +33,7 @@ def load_encoder(
     Raises:
         ValueError: There is no model of this name, or an ensemble is given for a model without a third tower.
 
-    Example:
+    Examples:
         >>> import tempfile, timm, torch
         >>> from safetensors.torch import save_file
         >>> weights = f"{tempfile.mkdtemp()}/weights.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from threetowers.cache.prefetch import prefetch
+from threetowers.cache.processes.prefetch import prefetch
 
 
 def iter_chunks(vectors_MD: NDArray[Any], rows: int) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -11,8 +11,8 @@ from tyro.extras import SubcommandApp
 
 import threetowers
 from threetowers.cache import cli as cache
-from threetowers.cache.preemption import PREEMPTED_EXIT_CODE, Interrupted
-from threetowers.cache.world import World
+from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
+from threetowers.cache.processes.world import World
 from threetowers.eval import cli as evaluation
 from threetowers.trainer import cli as trainer
 

@@ -18,10 +18,10 @@ from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.processes.world import World
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 from threetowers.cache.webdataset.tar_index import BadTar, index_tar, key_hash, read_member
-from threetowers.cache.world import World
 
 Weights = Callable[..., str]
 Pack = Callable[..., Path]

@@ -8,13 +8,13 @@ import threading
 
 import pytest
 
-from threetowers.cache.preemption import StopRequest, exit_on_sigterm
+from threetowers.cache.processes.preemption import StopRequest, exit_on_sigterm
 
 
 def test_exit_on_sigterm_runs_clean_up_and_exits_with_143() -> None:
     code = (
         "import os, signal\n"
-        "from threetowers.cache.preemption import exit_on_sigterm\n"
+        "from threetowers.cache.processes.preemption import exit_on_sigterm\n"
         "with exit_on_sigterm():\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -56,7 +56,7 @@ def test_a_stop_request_is_noted_and_does_nothing_else() -> None:
 def test_ignored_sigterm_leaves_a_process_running() -> None:
     code = (
         "import os, signal\n"
-        "from threetowers.cache.preemption import ignore_sigterm\n"
+        "from threetowers.cache.processes.preemption import ignore_sigterm\n"
         "ignore_sigterm()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "print('still here')\n"

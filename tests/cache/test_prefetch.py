@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from threetowers.cache.prefetch import prefetch
+from threetowers.cache.processes.prefetch import prefetch
 
 
 def test_order_is_kept_and_read_ahead_is_bounded() -> None:

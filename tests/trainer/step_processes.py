@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from threetowers.cache.world import World
+from threetowers.cache.processes.world import World
 from threetowers.trainer.checkpoint.checkpoint import save_weights
 from threetowers.trainer.config import parse
 from threetowers.trainer.engine import (

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from threetowers.cache.preemption import Interrupted
-from threetowers.cache.world import World
+from threetowers.cache.processes.preemption import Interrupted
+from threetowers.cache.processes.world import World
 from threetowers.trainer.config import load_config
 from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.model.model import TowerModel

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
+from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import finish_partial, write_atomic
-from threetowers.cache.world import World
 from threetowers.trainer.checkpoint.partition import fragments, inner_optimizer, is_replicated
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
 

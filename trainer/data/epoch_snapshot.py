@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import distributed
 
+from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import write_atomic
-from threetowers.cache.world import World
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CacheJoin
 

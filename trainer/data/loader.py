@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.format.manifest import ManifestError
-from threetowers.cache.preemption import ignore_sigterm
+from threetowers.cache.processes.preemption import ignore_sigterm
 from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import BadTar, read_member
 from threetowers.trainer.config import Augment, TrainConfig

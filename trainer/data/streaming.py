@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from threetowers.cache.prefetch import prefetch
+from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.webdataset.sample_stream import stream_samples
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CachedRow

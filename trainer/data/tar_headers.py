@@ -12,9 +12,9 @@ import numpy as np
 import xxhash
 from torch import distributed
 
+from threetowers.cache.processes.world import World
 from threetowers.cache.storage.storage import Storage, open_storage, split_address
 from threetowers.cache.webdataset.tar_index import SampleList, TarIndex, expand, index_tar
-from threetowers.cache.world import World
 
 THREADS = 8  # remote tars wait for the network; local ones neither gain nor lose
 

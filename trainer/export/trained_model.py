@@ -30,7 +30,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> "Trained
     Raises:
         ValueError: The folder holds no finished run.
 
-    Example:
+    Examples:
         The example of `threetowers.trainer.train.train` loads the run that it trained.
 
         >>> load_model("runs/no-such-run")

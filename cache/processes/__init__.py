@@ -1,0 +1,1 @@
+"""Processes and threads: the ranks of a launch, SIGTERM, and reading ahead."""
