@@ -16,12 +16,14 @@ A new back end implements `TileBackend` and is chosen in `backends.backend_for`,
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 LOG2E = math.log2(math.e)
 
@@ -106,7 +108,7 @@ class SigmoidSums:
     col_max_c: Tensor
 
 
-class TileBackend(Protocol):
+class TileBackend(ABC):
     """What computes tiles on one kind of device; the module's docstring has the rules."""
 
     rows: int
@@ -114,10 +116,11 @@ class TileBackend(Protocol):
     dtype: torch.dtype  # of statistics, weights and gradients: float32, or float64 for float64 features
     cache_dtype: torch.dtype  # of tiles in the logit cache
 
+    @abstractmethod
     def features(self, z_nD: Tensor) -> Tensor:
         """Return rows in the form that the methods below take: dtype, contiguity."""
-        ...
 
+    @abstractmethod
     def stats(
         self,
         x_rD: Tensor,
@@ -131,8 +134,8 @@ class TileBackend(Protocol):
 
         The sample's own pair may be left as -inf there.
         """
-        ...
 
+    @abstractmethod
     def softmax_grad(
         self,
         x_rD: Tensor,
@@ -146,8 +149,8 @@ class TileBackend(Protocol):
 
         cache_rc holds the dots that `stats` stored (read only): then no dot needs computing.
         """
-        ...
 
+    @abstractmethod
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
@@ -155,18 +158,17 @@ class TileBackend(Protocol):
 
         Excluded entries are 0 there.
         """
-        ...
 
+    @abstractmethod
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
         """Do ``dx += grad @ y``, accumulated in ``dtype``."""
-        ...
 
+    @abstractmethod
     def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
         """Do ``dy += grad.T @ x``, accumulated in ``dtype``."""
-        ...
 
 
-class LibraryTiles:
+class LibraryTiles(TileBackend):
     """Base of back ends that multiply with library GEMMs: dots into a scratch buffer, gradients accumulated."""
 
     def __init__(self, dtype: torch.dtype, rows: int = 2048, cols: int = 2048) -> None:
@@ -175,6 +177,7 @@ class LibraryTiles:
         self.dtype = self.cache_dtype = dtype
         self._scratch_n = torch.empty(0, dtype=dtype)
 
+    @override
     def features(self, z_nD: Tensor) -> Tensor:
         return z_nD.to(self.dtype)
 
@@ -189,9 +192,11 @@ class LibraryTiles:
         """Return ``x @ y.T`` in out_rc, or else in the scratch buffer."""
         return torch.mm(x_rD, y_cD.T, out=self.scratch(x_rD, y_cD) if out_rc is None else out_rc)
 
+    @override
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
         dx_rD.addmm_(grad_rc, y_cD)
 
+    @override
     def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
         dy_cD.addmm_(grad_rc.T, x_rD)
 
@@ -213,6 +218,7 @@ class TorchTiles(LibraryTiles):
             t_rc.diagonal(tile.diagonal).fill_(-torch.inf)
         return t_rc
 
+    @override
     def stats(
         self,
         x_rD: Tensor,
@@ -228,6 +234,7 @@ class TorchTiles(LibraryTiles):
             base_n = torch.where(max_n == -torch.inf, 0, max_n)
             side.merge(max_n, torch.exp2(t_rc - base_n.unsqueeze(dim)).sum(dim))
 
+    @override
     def softmax_grad(
         self,
         x_rD: Tensor,
@@ -242,6 +249,7 @@ class TorchTiles(LibraryTiles):
         grad_rc = torch.exp2(t_rc - rows.shift_n[:, None]).mul_(rows.factor_n[:, None])
         return grad_rc.add_(torch.exp2(t_rc - cols.shift_n).mul_(cols.factor_n))
 
+    @override
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:

@@ -59,7 +59,7 @@ def test_a_wheel_holds_the_whole_package(tmp_path: Path) -> None:
 
 
 def test_imports_go_down_only() -> None:
-    """cli -> eval -> trainer -> cache, kernels; the last two import neither of the others.
+    """Cli -> eval -> trainer -> cache, kernels; the last two import neither of the others.
 
     The cli.py of each package belongs to the top layer, so only the command line itself imports it.
     """

@@ -463,7 +463,7 @@ class NonFiniteDetector:
     """Checks each gradient as it arrives: after backward ZeRO has already reduced and partitioned them."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Hook the parameters of `model` that are trained."""
+        """Register hooks on the trained parameters of `model`."""
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in trained]
         self._norms_P = torch.zeros(len(trained), device=device)

@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from threetowers.kernels.tiles import LOG2E, LibraryTiles, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile
 
@@ -21,6 +22,7 @@ class CpuTiles(LibraryTiles):
         self._isa = best_isa(library) if isa is None else isa
         self._partial_n = torch.empty(0)
 
+    @override
     def stats(
         self,
         x_rD: Tensor,
@@ -36,6 +38,7 @@ class CpuTiles(LibraryTiles):
             *self._head(dot_rc, tile.scale * LOG2E), *_excluded(tile), *map(_address, outputs)
         )
 
+    @override
     def softmax_grad(
         self,
         x_rD: Tensor,
@@ -53,6 +56,7 @@ class CpuTiles(LibraryTiles):
         )
         return grad_rc
 
+    @override
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:

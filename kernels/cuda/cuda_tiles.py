@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from threetowers.kernels.cuda.arguments import Argument, In, Out
 from threetowers.kernels.cuda.launch import (
@@ -19,12 +20,20 @@ from threetowers.kernels.cuda.launch import (
     pairs_launch,
     rows_launch,
 )
-from threetowers.kernels.tiles import LOG2E, LibraryTiles, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile
+from threetowers.kernels.tiles import (
+    LOG2E,
+    LibraryTiles,
+    OnlineLogSumExp,
+    SigmoidSums,
+    SoftmaxWeights,
+    Tile,
+    TileBackend,
+)
 
 GAIN = {torch.bfloat16: 1.0, torch.float16: 2.0**14}  # gradient tiles hold this multiple: kGain in tensor_core.h
 
 
-class TensorCoreTiles:
+class TensorCoreTiles(TileBackend):
     """Tiles of bf16 or fp16 features on sm_80 and later: dots leave the chip only for the logit cache.
 
     Statistics and weights are float32; gradient tiles have the features' dtype and go to library GEMMs that accumulate
@@ -59,6 +68,7 @@ class TensorCoreTiles:
             z_nD = pad(z_nD, (0, missing))  # a copy, also where nothing is missing
         return z_nD.contiguous()
 
+    @override
     def stats(
         self,
         x_rD: Tensor,
@@ -74,6 +84,7 @@ class TensorCoreTiles:
         merge_parts(self._launcher, row_parts, rows)
         merge_parts(self._launcher, col_parts, cols)
 
+    @override
     def softmax_grad(
         self,
         x_rD: Tensor,
@@ -90,6 +101,7 @@ class TensorCoreTiles:
             softmax_gradient_of(self._launcher, cache_rc, tile, rows, cols, gradient)
         return gradient[:, : len(y_cD)]
 
+    @override
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
@@ -104,9 +116,11 @@ class TensorCoreTiles:
         torch.maximum(sums.col_max_c, col_max[..., 0].amax(0), out=sums.col_max_c)
         return None if gradient is None else gradient[:, : len(y_cD)]
 
+    @override
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
         self._add_product(dx_rD, grad_rc, y_cD[:, : dx_rD.shape[1]])
 
+    @override
     def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
         self._add_product(dy_cD, grad_rc.T, x_rD[:, : dy_cD.shape[1]])
 
@@ -155,6 +169,7 @@ class DenseTiles(LibraryTiles):
             pairs_launch("dense_softmax_gradient", self.dtype, 1, 1, limits),
         ]
 
+    @override
     def stats(
         self,
         x_rD: Tensor,
@@ -168,6 +183,7 @@ class DenseTiles(LibraryTiles):
         self._run_rows("dense_row_stats", dots_rc, tile, Out(rows.max_n), Out(rows.sum_n))
         merge_parts(self._launcher, self._column_parts(dots_rc, tile), cols)
 
+    @override
     def softmax_grad(
         self,
         x_rD: Tensor,
@@ -182,6 +198,7 @@ class DenseTiles(LibraryTiles):
         softmax_gradient_of(self._launcher, dots_rc, tile, rows, cols, grad_rc)
         return grad_rc
 
+    @override
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:

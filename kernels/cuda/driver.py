@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from threetowers.kernels.cuda.arguments import Argument, PackedArguments
 from threetowers.kernels.cuda.compiler import KernelProgram, cached_cubin
-from threetowers.kernels.cuda.launch import BLOCK_THREADS, Launch, Limits
+from threetowers.kernels.cuda.launch import BLOCK_THREADS, Launch, Launcher, Limits
 
 SHARED_WITHOUT_ASKING = 48 * 1024
 
@@ -18,7 +19,7 @@ class DriverError(RuntimeError):
     """The CUDA driver refused a call."""
 
 
-class DriverLauncher:
+class DriverLauncher(Launcher):
     """Launcher of one device, which torch must have initialised. Kernels are loaded at first use."""
 
     def __init__(self, device_index: int) -> None:
@@ -33,11 +34,13 @@ class DriverLauncher:
             shared_per_processor=self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR),
         )
 
+    @override
     def prepare(self, launches: Sequence[Launch]) -> None:
         with torch.cuda.device(self._index):
             for launch in launches:
                 self._kernel(launch)
 
+    @override
     def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
         packed = PackedArguments(arguments)
         with torch.cuda.device(self._index):

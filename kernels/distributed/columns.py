@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState
@@ -89,6 +90,7 @@ class GatheredColumns(ColumnExchange):
         else:
             self.packed, self._wait = ranks.gather_async(self._pack())
 
+    @override
     def columns(self, k: int, rank: int) -> Tensor:
         if rank == self._ranks.rank:
             return self._pairs[k].y_bD
@@ -97,6 +99,7 @@ class GatheredColumns(ColumnExchange):
             self._wait = None
         return self._unpack(self.packed[rank], k, rank)
 
+    @override
     def accumulate_gradients(self, add: AddGradient) -> None:
         for k, pair in enumerate(self._pairs):
             sums: dict[int, Tensor] = {}  # by rank: complete, and not yet sent
@@ -122,6 +125,7 @@ class GatheredColumns(ColumnExchange):
         else:
             self._leaving.append(sent)
 
+    @override
     def own_gradient(self, k: int) -> Tensor | None:
         self._wait_until_leaving(0)
         if k not in self._arriving:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from threetowers.kernels.distributed.columns import AddGradient, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
@@ -27,6 +28,7 @@ class RingColumns(ColumnExchange):
         self._step = -1  # nothing is sent before columns are asked for: the sigmoid's backward asks for none
         self._complete: dict[int, Tensor] = {}
 
+    @override
     def columns(self, k: int, rank: int) -> Tensor:
         step = (rank - self._ranks.rank) % self._ranks.size
         if self._step < 0:
@@ -44,6 +46,7 @@ class RingColumns(ColumnExchange):
             raise RuntimeError(f"columns of step {step} asked for at step {self._step}: the ring only moves forward")
         return self._pairs[k].y_bD if step == 0 else self._unpack(self._held, k, rank)
 
+    @override
     def accumulate_gradients(self, add: AddGradient) -> None:
         wanted = [k for k, pair in enumerate(self._pairs) if pair.need_y]
         current, sent, arriving = ({k: self._padded_zeros(k) for k in wanted} for _ in range(3))
@@ -73,6 +76,7 @@ class RingColumns(ColumnExchange):
         pair = self._pairs[k]
         return pair.zero_rows(pair.layout.largest)
 
+    @override
     def own_gradient(self, k: int) -> Tensor | None:
         if k not in self._complete:
             return None

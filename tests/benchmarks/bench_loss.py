@@ -97,7 +97,7 @@ def dense(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def linear_cross_entropy() -> Callable[..., Tensor] | None:
-    """torch's chunked linear cross entropy, once for each direction, if this torch has it."""
+    """Torch's chunked linear cross entropy, once for each direction, if this torch has it."""
     function = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if function is None:
         return None

@@ -1,5 +1,6 @@
 """The store is plain Zarr v3: other readers see the same values. Those that are not fork-safe run in processes of their
-own."""
+own.
+"""
 
 import multiprocessing
 from collections.abc import Callable

@@ -199,7 +199,8 @@ def ideal(costs: list[float], lives: list[Life]) -> float:
 
 def lives_of(world: int, hours: float, seed: int) -> list[Life]:
     """An unquiet cluster: a tenth crashes (half of these come back), some freeze, some are four times slower, some join
-    late under ranks that exist already."""
+    late under ranks that exist already.
+    """
     rng, never, span = random.Random(seed), float("inf"), hours * 3600
     lives = []
     for rank in range(world):

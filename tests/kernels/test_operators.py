@@ -144,7 +144,8 @@ def test_deterministic_retained_and_scaled(kind: str) -> None:
 
 def test_sigmoid_backward_reuses_the_memory_of_forward() -> None:
     """Without retain_graph backward returns the memory that forward filled; with it, forward's results stay as they
-    are."""
+    are.
+    """
     leaves, saved = batch() + scalars("sigmoid"), []
 
     def pack(part: Tensor) -> Tensor:
@@ -210,7 +211,8 @@ def test_strided_features() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_further_apart_than_int32_counts(kind: str, dtype: torch.dtype) -> None:
     """Rows 2^29 elements from one another, in memory of which only the touched pages exist: the same bits as side by
-    side."""
+    side.
+    """
     apart = 2**29
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     near, far = batch(9, 8, dtype=dtype), []
@@ -300,7 +302,8 @@ def test_number_of_passes(
 
 def test_chunked_features_of_a_tower_with_dropout() -> None:
     """The recipe for batches whose activations do not fit: features without a graph, their gradients from the loss,
-    then each chunk again with the same dropout and its gradient fed in. Equal to one backward through everything."""
+    then each chunk again with the same dropout and its gradient fed in. Equal to one backward through everything.
+    """
     torch.manual_seed(0)
     tower = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Dropout(0.3), torch.nn.Linear(32, 16))
     x_BD, y_BD = (part.detach() for part in batch(64))

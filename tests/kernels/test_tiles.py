@@ -85,7 +85,7 @@ def test_sigmoid_sweep(sweep: CpuTiles, rows: int, cols: int, labelled: bool) ->
 
 
 def test_small_probabilities_keep_their_relative_accuracy(sweep: CpuTiles) -> None:
-    """softplus and sigmoid of very negative logits are tiny, not 0.
+    """Softplus and sigmoid of very negative logits are tiny, not 0.
 
     An exponent near 80 is rounded by up to 80 times 2^-24, and its power is off by as large a part of itself.
     """

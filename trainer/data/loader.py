@@ -283,7 +283,7 @@ def training_loader(
 
 
 def _leave_sigterm_to_the_trainer(worker: int) -> None:
-    """A scheduler sends SIGTERM to every process: workers must serve on until the last checkpoint is written.
+    """Ignore SIGTERM in a worker: schedulers send it to every process, and the last step still needs the workers.
 
     They end with the loader, or when their parent is gone.
     """
