@@ -91,7 +91,7 @@ def train(config: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSum
     Collective: every rank of the launch calls it. Without a launcher it runs as a single process.
 
     Args:
-        config: The run, as returned by `load` for a YAML file.
+        config: The run, as returned by `load_config` for a YAML file.
         evaluators: Online evaluations, each called at its own interval and at the end.
 
     Returns:

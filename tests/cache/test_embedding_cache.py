@@ -16,7 +16,8 @@ from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import TarRows, stream_rows
-from threetowers.cache.storage.storage import LocalStorage, open_storage
+from threetowers.cache.storage.local import LocalStorage
+from threetowers.cache.storage.storage import open_storage
 
 
 def stored(rows_nD: np.ndarray, dtype: str) -> np.ndarray:

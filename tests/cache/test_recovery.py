@@ -27,10 +27,10 @@ N_TARS = 4
 SCRIPT = """
 import sys
 from pathlib import Path
-from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 teacher = {"backbone": "test_vit", "weights": sys.argv[3], "image_size": 64}
-report = build(BuildConfig(tars=[sys.argv[1]], output_dir=Path(sys.argv[2]), batch_size=5, **teacher))
+report = build_cache(BuildConfig(tars=[sys.argv[1]], output_dir=Path(sys.argv[2]), batch_size=5, **teacher))
 print("built", report.tars_built, "kept", report.tars_kept)
 """
 

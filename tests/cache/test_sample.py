@@ -11,12 +11,12 @@ import yaml
 from tests.conftest import picture, write_tar
 from threetowers.cache.webdataset.sample import BadSample, read_annotation
 from threetowers.cache.webdataset.tar_index import BadTar, index_tar
-from threetowers.eval.datasets.config import Retrieval
-from threetowers.eval.datasets.dataset import load_description, open_set
-from threetowers.eval.datasets.evaluation_set import evaluation_set
+from threetowers.eval.datasets.dataset import load_dataset_config, open_dataset
+from threetowers.eval.datasets.image_set import read_images
+from threetowers.eval.tasks.settings import RetrievalSettings
 from threetowers.trainer.config import parse
-from threetowers.trainer.data.items import Item, Items
-from threetowers.trainer.data.sample_set import open_samples
+from threetowers.trainer.data.loader import TrainingSampleReader
+from threetowers.trainer.data.run_samples import open_samples
 
 LINES = ("a red disc", "one disc, in red", "", "a disc of red paint", "red: disc")
 AS_ONE = ("\n".join(LINES),)
@@ -39,8 +39,7 @@ def test_training_tokenizer_and_evaluation_see_the_same_captions(
     per_line: bool,
     expected: tuple[str, ...],
 ) -> None:
-    from threetowers import cli
-    from threetowers.trainer import tokenizer
+    from threetowers.trainer import cli, tokenizer
 
     index = index_tar(tar)
     assert read_annotation(index, 0, caption_per_line=per_line).captions == expected
@@ -48,13 +47,11 @@ def test_training_tokenizer_and_evaluation_see_the_same_captions(
     # Training draws one caption of each sample in each epoch.
     data = clip["data"] | {"tars": [str(tar)], "caption_per_line": per_line, "group_field": None}
     run = parse(clip | {"data": data})
-    items = Items(run, open_samples(run, tmp_path))
+    reader = TrainingSampleReader(run, open_samples(run, tmp_path))
     trained_on = set()
     for epoch in range(8):
         for sample in range(12):
-            item = items.read(epoch, sample)
-            assert isinstance(item, Item)
-            trained_on.add(item.caption)
+            trained_on.add(reader.read(epoch, sample).caption)
     assert trained_on == set(expected)
 
     # The tokenizer counts each distinct caption once.
@@ -66,16 +63,15 @@ def test_training_tokenizer_and_evaluation_see_the_same_captions(
         return train_tokenizer(captions, vocab_size)
 
     monkeypatch.setattr(tokenizer, "train_tokenizer", record)
-    cli.tokenizer_train((str(tar),), tmp_path / "tokenizer.model", vocab_size=24, caption_per_line=per_line)
+    cli.train_tokenizer((str(tar),), tmp_path / "tokenizer.model", vocab_size=24, caption_per_line=per_line)
     assert corpora == [list(expected)]
 
     # Evaluation, of tars and of a described data set
-    compared = evaluation_set([index], group_field=None, part_field=None, max_captions=9, caption_per_line=per_line)
-    assert {picture.captions for picture in compared.pictures} == {expected}
+    assert {image.captions for image in read_images([index], per_line).images} == {expected}
     description = {"name": "lines", "tars": ["lines.tar"], "caption_per_line": per_line, "tasks": {"retrieval": {}}}
     (tmp_path / "lines.yaml").write_text(yaml.safe_dump(description))
-    opened = open_set(load_description(tmp_path / "lines.yaml"), "retrieval", Retrieval())
-    assert {picture.captions for picture in opened.test.pictures()} == {expected}
+    opened = open_dataset(load_dataset_config(tmp_path / "lines.yaml"), "retrieval", RetrievalSettings())
+    assert {image.captions for image in opened.test.images()} == {expected}
 
 
 def test_a_clip_benchmark_folder_has_a_caption_a_line(tar: Path, tmp_path: Path) -> None:
@@ -84,8 +80,8 @@ def test_a_clip_benchmark_folder_has_a_caption_a_line(tar: Path, tmp_path: Path)
     tar.rename(split / "0.tar")
     (split / "nshards.txt").write_text("1\n")
     (tmp_path / "flickr" / "dataset_type.txt").write_text("retrieval\n")
-    opened = open_set(load_description(tmp_path / "flickr"), "retrieval", Retrieval())
-    assert {picture.captions for picture in opened.test.pictures()} == {BY_LINE}
+    opened = open_dataset(load_dataset_config(tmp_path / "flickr"), "retrieval", RetrievalSettings())
+    assert {image.captions for image in opened.test.images()} == {BY_LINE}
 
 
 def annotated(path: Path, **members: bytes) -> Path:

@@ -35,7 +35,7 @@ class Bucket:
         folder, _, base = name.rpartition("/")
         return self.folders[folder], base
 
-    def at(self, name: str) -> str:
+    def uri(self, name: str) -> str:
         return name
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -55,7 +55,7 @@ class Bucket:
         folder, base = self._at(name)
         return folder[base][1] if base in folder else None
 
-    def names(self, folder: str = "") -> list[str]:
+    def listdir(self, folder: str = "") -> list[str]:
         self.asked["list"] += 1 + len(self.folders[folder]) // LISTED
         return list(self.folders[folder])
 
@@ -68,7 +68,7 @@ class Bucket:
         folder, base = self._at(name)
         folder[base] = data, self.now
 
-    def put_new(self, name: str, data: bytes, owner: str) -> bool:
+    def create_exclusive(self, name: str, data: bytes, owner: str) -> bool:
         folder, base = self._at(name)
         if base in folder:
             self.asked["write"] += 1
@@ -81,11 +81,11 @@ class Bucket:
         folder, base = self._at(name)
         folder.pop(base, None)
 
-    def clear_staged(self, owner: str) -> None: ...
+    def remove_partial(self, owner: str) -> None: ...
 
-    def clear_dead(self) -> None: ...
+    def remove_stale(self) -> None: ...
 
-    def local(self, name: str) -> Path | None:
+    def local_path(self, name: str) -> Path | None:
         return None
 
 

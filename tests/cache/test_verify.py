@@ -305,7 +305,7 @@ def test_commands_print_and_give_exit_codes(
     assert "DAMAGED" in capsys.readouterr().out
     bad = pack(tmp_path / "bad.tar", [("a", {"png": b"?"}), ("b", {"png": b"!"})])
     options = {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
-    assert command.build_cache(BuildConfig(tars=[str(bad)], output_dir=tmp_path / "bad", **options)) == 0
+    assert command.build(BuildConfig(tars=[str(bad)], output_dir=tmp_path / "bad", **options)) == 0
     printed = capsys.readouterr().out
     assert "2 samples: 0 embedded, 2 undecodable" in printed
     assert "bad.tar: a (ordinal 0): cannot be decoded (1 bytes)" in printed

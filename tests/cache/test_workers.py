@@ -18,7 +18,8 @@ from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.builder.leases import Leases, Worker
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.storage.storage import LocalStorage, WriteError, open_storage
+from threetowers.cache.storage.local import LocalStorage
+from threetowers.cache.storage.storage import WriteError, open_storage
 from threetowers.cache.verify.verify import verify
 
 Weights = Callable[..., str]
@@ -182,7 +183,7 @@ def test_sigterm_abandons_the_tar_and_exits_with_143(
     _, errors = worker.communicate(timeout=60)
     assert worker.returncode == 143, errors
     assert "Traceback" not in errors
-    assert not open_storage(out).names("leases")
+    assert not open_storage(out).listdir("leases")
     assert len(list((out / "done").iterdir())) < N_TARS
     build_cache(BuildConfig(tars=[pattern], output_dir=out, **options))
     same(out, undisturbed)
@@ -233,12 +234,12 @@ def test_a_store_that_becomes_read_only_gives_one_message(
     code = f"""
 import os
 from pathlib import Path
-from threetowers.cache.builder.build import build
+from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.storage.storage import WriteError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 try:
-    build(BuildConfig(tars={pattern!r}.split(), output_dir=Path({str(out)!r}), **{options!r}))
+    build_cache(BuildConfig(tars={pattern!r}.split(), output_dir=Path({str(out)!r}), **{options!r}))
 except WriteError as error:
     print("refused:", error)
 print("still read:", EmbeddingCache.open({str(out)!r}).tar(0).shape)

@@ -23,7 +23,7 @@ from threetowers.eval.datasets.image_set import read_images
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.load import load_encoder
-from threetowers.eval.metrics.significance import grouped
+from threetowers.eval.metrics.significance import group_by_recipe
 from threetowers.eval.suite import SuiteResult, evaluate
 from threetowers.eval.tasks.settings import RetrievalSettings, TasksConfig
 from threetowers.eval.terminal import retrieval_text
@@ -236,7 +236,7 @@ def test_ensembles_are_models_and_seeds_are_grouped(three: dict[str, Any], tars:
     assert [model.name for model in result.results] == [
         f"three-{seed}{ensemble}" for seed in (1, 2) for ensemble in ("", "+third=0.25", "+third=0.75")
     ]
-    assert [len(group.members) for group in grouped(result.results)] == [2, 2, 2]
+    assert [len(group.members) for group in group_by_recipe(result.results)] == [2, 2, 2]
     assert "three (2 seeds)" in result.report.markdown.read_text()
 
 

@@ -222,7 +222,7 @@ def test_mirrored_epochs_read_the_mirrored_rows(three: dict[str, Any], tars: lis
 def test_augmentation_that_the_cache_does_not_hold_is_refused(three: dict[str, Any], built: Any) -> None:
     three["towers"]["third"]["path"] = str(built(CROPS))
     three["data"]["crop_scale"] = 0.4
-    with pytest.raises(ConfigError, match=r"data\.crop_scale: 0\.4 asks for .* set crop_scale: 1\.0"):
+    with pytest.raises(ConfigError, match=r"data\.crop_scale: found 0\.4, but .* set crop_scale: 1\.0"):
         parse(three)
 
 

@@ -83,8 +83,8 @@ def test_shared_parameters_are_stored_once() -> None:
         ({"blocks": 4}, {}, r"share\.blocks: 4, but the towers have 3 and 4 blocks"),
         ({}, {"args": VIT["args"] | {"embed_dim": 48}}, r"attn differs between the two towers .*give them one width"),
         ({}, {"model": "test_resnet", "args": {}}, r"'image' is not a timm vision transformer"),
-        ({"tower": "third"}, {}, r"share\.tower: 'third' is no image tower"),
-        ({}, {"frozen": True, "init": "x"}, r"one is frozen; freeze both or none"),
+        ({"tower": "third"}, {}, r"share\.tower: found 'third', expected an image tower"),
+        ({}, {"frozen": True, "init": "x"}, r"one of the two towers .* is frozen; freeze both or neither"),
     ],
 )
 def test_invalid_sharing_is_refused(share: dict[str, Any], image: dict[str, Any], message: str) -> None:

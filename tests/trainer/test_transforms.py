@@ -69,7 +69,7 @@ def test_beside_a_cache_flips_are_refused_and_colour_is_reported(three: dict[str
         parse(three)
     three["data"]["augment"] = {"hue": 0.1, "grayscale": 0.2}
     (line,) = _augmentation(parse(three))
-    assert line == "augmentation: hue 0.1, grayscale 0.2; the rows of third are of pictures without"
+    assert line == "augmentation: hue 0.1, grayscale 0.2; the rows of third are of images without it"
     three["data"]["augment"] = {}
     assert _augmentation(parse(three)) == []
     clip["data"] |= {"augment": {"flip": 0.5}, "crop_scale": 0.6}
