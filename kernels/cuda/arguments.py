@@ -3,7 +3,7 @@
 import ctypes
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,14 +41,6 @@ class PackedArguments:
             struct.pack_into(form, self._values, start, *map(_value, part))
         base = ctypes.addressof(self._values)
         self.table = (ctypes.c_void_p * len(parts))(*[base + start for start in starts[:-1]])
-
-
-def tensor_arguments(arguments: Sequence[Argument]) -> Iterator[In | Out]:
-    """Yield every tensor among the arguments, those inside structs included."""
-    for argument in arguments:
-        for part in argument if isinstance(argument, tuple) else (argument,):
-            if isinstance(part, In | Out):
-                yield part
 
 
 def _code(part: Scalar) -> str:

@@ -9,11 +9,11 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from threetowers.kernels.cuda.arguments import Argument, Out, PackedArguments, tensor_arguments
+from threetowers.kernels.cuda.arguments import Argument, In, Out, PackedArguments
 from threetowers.kernels.cuda.compiler import SOURCES
 from threetowers.kernels.cuda.launch import BLOCK_THREADS, Launch, Limits
 
@@ -152,3 +152,11 @@ def _mutated(text: str, mutation: Mutation) -> str:
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(repr((FLAGS, os.environ.get("CXX"), *parts)).encode()).hexdigest()[:24]
+
+
+def tensor_arguments(arguments: Sequence[Argument]) -> Iterator[In | Out]:
+    """Yield every tensor among the arguments, those inside structs included."""
+    for argument in arguments:
+        for part in argument if isinstance(argument, tuple) else (argument,):
+            if isinstance(part, In | Out):
+                yield part

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import LARGE, SMALL, EmulationError, Emulator
+from emulator import LARGE, SMALL, EmulationError, Emulator, tensor_arguments
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from threetowers.kernels import cuda
-from threetowers.kernels.cuda.arguments import In, Out, PackedArguments, tensor_arguments
+from threetowers.kernels.cuda.arguments import In, Out, PackedArguments
 from threetowers.kernels.cuda.cuda_tiles import DenseTiles, TensorCoreTiles
 from threetowers.kernels.cuda.launch import (
     Launch,
