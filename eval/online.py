@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from threetowers.cache.processes.world import World
 from threetowers.eval.datasets.dataset import open_dataset
 from threetowers.eval.datasets.dataset_config import DatasetConfig
 from threetowers.eval.datasets.image_set import ImageReader
@@ -31,17 +32,19 @@ class RetrievalEvaluator:
 
     name = "retrieval"
 
-    def __init__(self, run: TrainConfig, settings: OnlineEvaluation) -> None:
+    def __init__(self, config: TrainConfig, settings: OnlineEvaluation) -> None:
         """Read the held-out set. Raises ValueError when it holds nothing usable."""
-        self.run = run
+        self.config = config
         self.settings = settings
         self.retrieval = RetrievalSettings(group_field=settings.group_field)
-        config = DatasetConfig(name="held out", tars=list(settings.tars))
-        dataset = open_dataset(config, "retrieval", self.retrieval, ImageReader(run.data.max_pixels))
+        held_out = DatasetConfig(
+            name="held out", tars=list(settings.tars), caption_per_line=config.data.caption_per_line
+        )
+        dataset = open_dataset(held_out, "retrieval", self.retrieval, ImageReader(config.data.max_pixels))
         part, _ = captioned_part(dataset.test, self.retrieval)
         self.data = part.data
         self.gallery = Gallery.of(part, self.retrieval)
-        self.tokenizer = Tokenizer.load(run.data.tokenizer)
+        self.tokenizer = Tokenizer.load(config.data.tokenizer)
 
     def every(self, samples: int, batch: int, steps: int) -> int:
         """Return after how many steps it is due again."""
@@ -49,14 +52,15 @@ class RetrievalEvaluator:
 
     def __call__(self, model: TowerModel, step: int) -> Mapping[str, float]:
         """Return recalls in 0..1 of both directions; each rank embeds its share. Collective."""
-        manifests = RunFolder(Path(self.run.output_dir)).read_manifests()
-        trained = TrainedModel(self.run, model, self.tokenizer, manifests)
+        manifests = RunFolder(Path(self.config.output_dir)).read_manifests()
+        trained = TrainedModel(self.config, model, self.tokenizer, manifests)
         # No workers: the training's own run beside it, and a second set would have to be forked every time.
-        options = LoadOptions(workers=0, max_pixels=self.run.data.max_pixels)
+        options = LoadOptions(workers=0, max_pixels=self.config.data.max_pixels)
         source = image_source(trained, trained.image_tower, self.data, options)
 
         # This rank's share of the images, with the captions of each.
-        mine = slice(distributed.get_rank(), self.settings.max_samples, distributed.get_world_size())
+        world = World.from_process_group()
+        mine = slice(world.rank, self.settings.max_samples, world.size)
         images = self.gallery.images[mine]
         image_groups = self.gallery.groups[mine]
         captions: list[str] = []
