@@ -22,7 +22,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_not_broken(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in LINK.findall(text):
         if link.startswith(("https://", "http://")):
@@ -34,7 +34,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}: no such heading"
 
 
-def test_pages_name_files_that_exist() -> None:
+def test_named_files_exist() -> None:
     """Files of the repository are named by their path; a page that names one which has moved is out of date."""
     named = re.compile(
         r"`((?:cache|trainer|eval|kernels|tests|configs|reproduce|data|docs)/[\w./-]+\.(?:py|md|yaml|cpp|cu|h|html))`"

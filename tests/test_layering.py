@@ -75,7 +75,7 @@ def test_imports_go_down_only() -> None:
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
-def test_a_public_name_means_one_thing() -> None:
+def test_public_names_are_unique() -> None:
     """Classes and functions of the whole package; a command may be called like what it runs."""
     homes: dict[str, list[str]] = {}
     for path in MODULES:
@@ -87,7 +87,7 @@ def test_a_public_name_means_one_thing() -> None:
     assert not twice
 
 
-def test_a_folder_can_be_taken_in_at_a_glance() -> None:
+def test_folders_stay_small() -> None:
     """At most fifteen modules and folders beside each other, and never one alone."""
     for folder in {path.parent for path in MODULES}:
         siblings = [
@@ -98,13 +98,13 @@ def test_a_folder_can_be_taken_in_at_a_glance() -> None:
         assert 1 < len(siblings) <= 15, f"{folder.relative_to(ROOT)}: {sorted(siblings)}"
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_has_a_docstring() -> None:
     for path in MODULES:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert docstring, f"{path.relative_to(ROOT)} has no docstring"
 
 
-def test_every_command_finds_its_file() -> None:
+def test_every_command_has_its_file() -> None:
     """`threetowers eval knn` is in eval/.../knn.py, `threetowers cache build` in a file or folder of that name."""
     named = {path.stem for path in MODULES} | {path.parent.name for path in MODULES}
     for command in commands():
