@@ -141,7 +141,7 @@ def test_a_base_is_merged_below_the_file(tmp_path: Path) -> None:
     write(tmp_path / "bases" / "three.yaml", THREE | {"variants": {"faster": {"optim": {"lr": 1.0}}}})
     own = {
         "base": "bases/three.yaml",
-        "duration": {"epochs": None, "steps": 5},
+        "duration": {"steps": 5},  # in place of the base's epochs
         "data": {"tars": ["b.tar"]},
         "towers": {"third": None, "text": {"depth": 2}},
         "heads": {"f_h": None, "h_f": None},
@@ -159,6 +159,15 @@ def test_a_base_is_merged_below_the_file(tmp_path: Path) -> None:
     assert "base" not in dump(load_config(file))
     with pytest.raises(ConfigError, match="unknown variant 'faster'; its variants are: none"):
         load_config(file, variant="faster")
+
+
+def test_a_tower_of_another_kind_replaces_that_of_the_base(tmp_path: Path) -> None:
+    write(tmp_path / "three.yaml", THREE)
+    cached = {"kind": "cache", "path": "cache"}
+    file = write(tmp_path / "run.yaml", {"base": "three.yaml", "towers": {"image": cached}})
+    expected = copy.deepcopy(THREE)
+    expected["towers"]["image"] = cached
+    assert load_config(file) == parse(expected)
 
 
 def test_a_base_that_cannot_be_used(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ This page is generated from `trainer/config/schema.py` by `make docs/config.md`.
 Two further keys concern the file itself:
 
 - `base: OTHER.yaml` names a config, relative to the file, over which the keys of this one are merged: mappings key by
-  key, everything else is replaced. A base has no base.
+  key, everything else is replaced, and so are a duration and a tower of another kind. A base has no base.
 - `variants: {NAME: {...}}` holds named changes, merged in the same way over the config by `--variant NAME`. The
   variants of a base are not inherited.
 

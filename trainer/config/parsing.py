@@ -11,14 +11,17 @@ from threetowers.cache.schema import parse_as
 from threetowers.trainer.config.checks import ConfigError, check_config
 from threetowers.trainer.config.schema import TrainConfig
 
+DURATION_UNITS = {"epochs", "samples", "steps", "percent"}
+TOWER_KINDS = {"timm", "text", "cache"}
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> TrainConfig:
     """Return the checked config in a YAML file.
 
     Two keys concern the file itself. `base` names another config, relative to the file, over which the keys of this one
     are merged; a base has no base. `variants` holds named changes, of which `variant` is merged over the result.
-    Mappings are merged key by key, everything else is replaced. A tower, head or term that is null is left out. The
-    variants of a base are not inherited.
+    Mappings are merged key by key, everything else is replaced, and so are a duration and a tower of another kind. A
+    tower, head or term that is null is left out. The variants of a base are not inherited.
 
     Args:
         path: The YAML file, as in configs/.
@@ -112,13 +115,23 @@ def _check_variants(path: Path, variants: Any) -> dict[str, dict[str, Any]]:
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree with the keys of both; where both have a key, that of `above` counts."""
     merged = dict(below)
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and not _is_another_choice(old, value):
+            merged[key] = _merge(old, value)
         else:
             merged[key] = value
     return merged
+
+
+def _is_another_choice(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    """Whether keys of both would contradict each other: durations in two units, or towers of two kinds."""
+    if above and above.keys() <= DURATION_UNITS:
+        return True
+    kinds = {below.get("kind"), above.get("kind")}
+    return len(kinds) == 2 and kinds <= TOWER_KINDS
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
