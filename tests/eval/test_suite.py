@@ -1,10 +1,8 @@
 """The suite end to end on the shipped emoji, with small random towers: results, records, resumption and errors."""
 
-import doctest
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 from tests.eval.runs import finished
 from threetowers.cache.webdataset.tar_index import index_tar
-from threetowers.eval import suite
 from threetowers.eval.datasets.dataset_config import DatasetError
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet, read_images
-from threetowers.eval.encoders import load
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions
 from threetowers.eval.encoders.load import load_encoder
@@ -218,10 +214,3 @@ def test_knn_command(clip: dict[str, Any], config: Path, tmp_path: Path, capsys:
     assert "emoji  knn  majority@5/mean_per_class" in capsys.readouterr().out
     (record,) = (tmp_path / "out/records").glob("*.json")
     assert json.loads(record.read_text())["spec"]["task"] == "knn"
-
-
-@pytest.mark.parametrize("module", [suite, load], ids=["evaluate", "load_encoder"])
-def test_documented_examples_run(module: ModuleType) -> None:
-    outcome = doctest.testmod(module)
-    assert outcome.attempted > 0
-    assert outcome.failed == 0
