@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import timm
@@ -34,6 +35,9 @@ def worker(pattern: str, out: Path, weights: str, rank: int, world: int) -> int:
     try:
         build_cache(BuildConfig(tars=[pattern], output_dir=out, weights=weights, **OPTIONS))
         code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -52,7 +56,8 @@ def main(pattern: str, root: Path, weights: str, kills: int, seed: int) -> None:
                 for rank, pid in list(alive.items()):
                     done, status = os.waitpid(pid, os.WNOHANG)
                     if done:
-                        assert os.waitstatus_to_exitcode(status) == 0, f"worker {rank} failed"
+                        code = os.waitstatus_to_exitcode(status)
+                        assert code == 0, f"worker {rank} ended with {code}"
                         del alive[rank]
                 time.sleep(0.002)
             if alive and killed < kills:
