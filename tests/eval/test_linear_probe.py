@@ -31,7 +31,9 @@ def test_equals_scikit_learn(penalty: float) -> None:
     scores = np.concatenate(list(found.classifier.scores(test)))
     expected = peer.predict((test - x.astype(np.float64).mean(axis=0)) / deviation)
     assert (scores.argmax(axis=1) == expected).mean() > 0.99  # what is nearly tied may fall either way
-    assert found.gradient < 1e-5
+    # Float32 cannot tell a smaller gradient from none: scores are rounded, and their errors meet the features.
+    largest_score = np.abs(z @ peer.coef_.T + peer.intercept_).max()
+    assert found.gradient < np.finfo(np.float32).eps * largest_score * np.abs(z).max()
     assert found.held_out_accuracy == {}  # one penalty is no choice
 
 
