@@ -11,7 +11,9 @@ import xxhash
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from threetowers.cache.webdataset.sample_stream import stream_images
-from threetowers.cache.webdataset.tar_index import BadTar, expand, index_tar, key_hash, read_member, split_name
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import index_tar, key_hash, read_member, split_name
+from threetowers.cache.webdataset.tar_patterns import expand
 
 Pack = Callable[..., Path]
 MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]

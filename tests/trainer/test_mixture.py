@@ -200,7 +200,9 @@ def test_a_kept_index_is_used_until_the_tar_changes(
 def share_the_index(rank: int, store: str, patterns: dict[str, list[str]], bad: str) -> None:
     import torch.distributed as dist
 
-    from threetowers.cache.webdataset.tar_index import BadTar, expand, index_tar
+    from threetowers.cache.webdataset.tar_headers import BadTar
+    from threetowers.cache.webdataset.tar_index import index_tar
+    from threetowers.cache.webdataset.tar_patterns import expand
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     alone = [index_tar(path) for part in patterns.values() for path in expand(part)]
