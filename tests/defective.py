@@ -40,7 +40,7 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
 
 
 def write_defective(path: Path, samples: int = 24) -> Path:
-    """A tar of so many samples, those in DEFECTS without a usable image; the second has its text alone."""
+    """A tar of so many samples with a caption each, those in DEFECTS without a usable image."""
     entries: list[Entry] = []
     for number in range(samples):
         key = f"s{number:04d}"
