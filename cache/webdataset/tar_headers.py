@@ -23,7 +23,7 @@ class Member(NamedTuple):
 NOT_A_FILE = Member(-1, 0)  # a symbolic link, device or sparse file: it has no bytes of its own in one piece
 
 
-def read_headers(path: str, file: BinaryIO) -> list[tarfile.TarInfo]:
+def read_tar_headers(path: str, file: BinaryIO) -> list[tarfile.TarInfo]:
     """Return the headers of all members of an open tar, from its beginning to its end marker.
 
     Raises:

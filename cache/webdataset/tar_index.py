@@ -26,7 +26,7 @@ from threetowers.cache.webdataset.tar_headers import (
     BadTar,
     Member,
     locate_members,
-    read_headers,
+    read_tar_headers,
 )
 
 CHANGED = "the tar has changed since it was indexed"
@@ -95,7 +95,7 @@ def index_tar(path: Path | str, file: BinaryIO | None = None, image_member: str 
     """
     path = str(path)
     with open_object(path) if file is None else contextlib.nullcontext(file) as file:
-        infos = read_headers(path, file)
+        infos = read_tar_headers(path, file)
         size = file.seek(0, 2)
     samples, ignored = _group(path, infos)
     digest = xxhash.xxh3_128(f"tar index 1: {size}\n".encode())

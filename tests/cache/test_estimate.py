@@ -68,8 +68,6 @@ def test_a_sample_of_some_tars_estimates_the_rest(pack: Pack, samples: Callable[
     assert len(every.sample) == every.n_samples == 5 * 5 + 4 * 6
     keys = {every.indexed[number].samples.key(ordinal) for number, ordinal in every.sample}
     assert keys == {key for i in range(9) for key, _ in samples(5 + i % 2, i)}
-        key for i in range(9) for key, _ in samples(5 + i % 2, i)
-    }
 
 
 def test_measured_views_order_augmentations_by_how_far_they_go(tars: list[Path], options: dict[str, Any]) -> None:
