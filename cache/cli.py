@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, TeacherConfig
-from threetowers.cache.info import bad_sample_lines, counts_text, read_info
+from threetowers.cache.info import bad_sample_lines, counts_text, note_lines, read_info
+from threetowers.cache.webdataset.images import MAX_PIXELS
+from threetowers.cache.webdataset.tar_list import OnBad
 
 if TYPE_CHECKING:
     from threetowers.cache.builder.build import BuildReport
@@ -42,7 +44,9 @@ def _print_build(report: "BuildReport") -> None:
     if report.tars_built:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
         print(f"{prefix}time by stage: {shares}; the first is the bottleneck")
-    for line in bad_sample_lines(report.bad):
+    for line in (*note_lines(report.notes, report.ignored), *bad_sample_lines(report.bad)):
+        print(line)
+    for line in report.left_out.notes():
         print(line)
     for line in report.differences:
         print(f"note: {line} (expected: when the cache was created; found: now)")
@@ -69,6 +73,8 @@ def verify(
     min_cosine: float | None = None,
     weights: str | None = None,
     device: str = "cpu",
+    max_pixels: int = MAX_PIXELS,
+    on_bad: OnBad = "skip",
     fix: bool = False,
     json: Path | None = None,
 ) -> int:
@@ -84,6 +90,8 @@ def verify(
         min_cosine: Bound on the cosines that recompute finds; default: a little below that of the dtype.
         weights: Path of the teacher's weights, if they came from a file.
         device: Device of the teacher.
+        max_pixels: Largest width x height of an image that recompute decodes; as the build's.
+        on_bad: skip_tars passes over tars that cannot be used; otherwise they are problems.
         fix: Remove the rows of tars with a problem, so that the next build writes them again.
         json: Write the report to this file too.
     """
@@ -99,6 +107,8 @@ def verify(
         min_cosine=min_cosine,
         weights=weights,
         device=device,
+        max_pixels=max_pixels,
+        on_bad=on_bad,
         fix=fix,
     )
     print(report.text())
@@ -111,6 +121,8 @@ def remap(
     new: tyro.conf.Positional[str],
     tars: list[str],
     missing: Literal["error", "filtered", "build"] = "error",
+    image_member: str | None = None,
+    on_bad: OnBad = "skip",
 ) -> int:
     """Carry the rows of a cache over to other tars of the same images, by key and image, without the teacher.
 
@@ -120,10 +132,14 @@ def remap(
         tars: The tars as they are now: split, merged, filtered or downloaded again. Paths, globs, brace ranges.
         missing: Samples without a row in the old cache: error stops, filtered continues without them, build leaves
             their tars to `cache build`.
+        image_member: The member of these tars that is the image of a sample, by its extension; default: as in the old
+            cache.
+        on_bad: error stops at a sample without a usable image, or a bad tar; skip gives such samples their status;
+            skip_tars also leaves bad tars out.
     """
     from threetowers.cache.remap import remap as run
 
-    print(run(old, new, tars, missing=missing).text())
+    print(run(old, new, tars, missing=missing, image_member=image_member, on_bad=on_bad).text())
     return 0
 
 

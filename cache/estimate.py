@@ -29,7 +29,8 @@ from threetowers.cache.format.manifest import read_manifest
 from threetowers.cache.format.tar_table import read_table
 from threetowers.cache.format.views import Views
 from threetowers.cache.storage.storage import open_storage
-from threetowers.cache.webdataset.dataset_sample import DatasetSample, sample_dataset
+from threetowers.cache.webdataset.dataset_sample import DatasetSample
+from threetowers.cache.webdataset.tar_list import counts_by_reason
 
 MIN_TIMED = 8
 
@@ -64,7 +65,7 @@ class CostEstimate:
         n_samples: samples in them.
         exact: whether these are counted, not estimated from some of the tars.
         sampled: images that were measured.
-        bad: images of the sample that cannot be decoded.
+        bad: bad samples among those that were drawn, by the reason.
         dim: width D of a row.
         views: of each image.
         ranks: processes that share the work.
@@ -72,13 +73,14 @@ class CostEstimate:
         decode_rate: images per second of decoding and transforming in one thread.
         shares: of the build's time by stage, largest first.
         dtypes: cost of each storage dtype.
+        notes: lines on tars that are not used.
     """
 
     n_tars: int
     n_samples: int
     exact: bool
     sampled: int
-    bad: int
+    bad: dict[str, int]
     dim: int
     views: Views
     ranks: int
@@ -86,6 +88,7 @@ class CostEstimate:
     decode_rate: float
     shares: dict[str, float]
     dtypes: tuple[DtypeCost, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def hours(self) -> float:
@@ -115,10 +118,11 @@ class CostEstimate:
     def text(self) -> str:
         """Return the estimate for a person."""
         counted = "counted" if self.exact else "estimated from some of the tars"
-        bad = f", {self.bad} more cannot be decoded" if self.bad else ""
+        bad = f"; left out: {counts_by_reason(self.bad)}" if self.bad else ""
         stages = ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items())
         lines = [
             f"tars        {self.n_tars:,}, {self.n_samples:,} samples ({counted})",
+            *self.notes,
             f"measured    on {self.sampled} images{bad}",
             f"  decode and transform {self.decode_rate:10.1f} img/s per thread",
             f"  build                {self.rate:10.1f} img/s per process, views {self.views}; time by stage: {stages}",
@@ -156,7 +160,7 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
     """
     if ranks < 1:
         raise ValueError(f"--ranks {ranks}: expected at least 1")
-    drawn = sample_dataset(config.tars, sample, seed)
+    drawn = config.sample_images(sample, seed)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher = config.load_teacher(device)
 
@@ -180,7 +184,7 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
         n_samples=drawn.n_samples,
         exact=drawn.exact,
         sampled=len(pixels),
-        bad=bad,
+        bad=dict(bad),
         dim=teacher.dim,
         views=config.views,
         ranks=ranks,
@@ -188,6 +192,7 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
         decode_rate=len(drawn.sample) / decode_seconds,
         shares=shares,
         dtypes=tuple(costs),
+        notes=drawn.notes,
     )
 
 
@@ -213,8 +218,11 @@ def _pack(path: Path, drawn: DatasetSample, number: int) -> str:
     """Write the images of the sample to a tar."""
     with tarfile.open(path, "w") as archive:
         for i, (tar, ordinal) in enumerate(drawn.sample):
+            sample = drawn.indexed[tar].samples[ordinal]
+            if sample.defect is not None:
+                continue
             data = drawn.data((tar, ordinal))
-            info = tarfile.TarInfo(f"{number}-{i}.{drawn.indexed[tar].samples[ordinal].image}")
+            info = tarfile.TarInfo(f"{number}-{i}.{sample.image}")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return str(path)
@@ -229,7 +237,7 @@ def _dtype_cost(
     record_bytes: int,
 ) -> DtypeCost:
     rows_per_tar, chunk_rows = rows_and_chunk(dtype.row_bytes(teacher.dim), drawn.largest)
-    manifest = requested_manifest(teacher, dtype.name, views, rows_per_tar, chunk_rows)
+    manifest = requested_manifest(teacher, dtype.name, views, rows_per_tar, chunk_rows, None)
     bytes_per_tar = np.mean([stored_bytes(manifest, len(index.samples)) for index in drawn.indexed]) + record_bytes
     n_arrays = len(arrays(manifest))
     per_tar = n_arrays + 1  # a shard of each array, and the done record

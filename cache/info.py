@@ -9,6 +9,7 @@ from threetowers.cache.format.done_record import DoneRecord, RejectedSample, rea
 from threetowers.cache.format.manifest import Manifest, ManifestError, read_manifest
 from threetowers.cache.format.tar_table import TarTable, read_table
 from threetowers.cache.storage.storage import Storage, open_storage
+from threetowers.cache.webdataset.tar_list import counts_by_reason
 
 MAX_BAD_LISTED = 20
 MAX_MISSING_LISTED = 5
@@ -35,8 +36,12 @@ class CacheInfo:
         """Return the information as aligned lines."""
         manifest, records = self.manifest, self.records
         counts: Counter[str] = Counter()
+        notes: Counter[str] = Counter()
+        ignored: Counter[str] = Counter()
         for record in records:
             counts.update(record.counts)
+            notes.update(record.notes)
+            ignored.update(record.ignored_members)
         n_all = sum(entry.n_samples for entry in self.table.entries)
         n_samples = sum(record.n_samples for record in records)
         n_ok = sum(record.n_ok for record in records)
@@ -52,6 +57,8 @@ class CacheInfo:
             f"{preprocessing.interpolation}, crop {preprocessing.crop_pct}",
             f"views     {manifest.views}",
         ]
+        if manifest.image_member is not None:
+            lines.append(f"image     the member .{manifest.image_member} of each sample")
         if cosines:
             lines.append(
                 f"dtype     {manifest.dtype}: cosine between computed and stored rows at least {min(cosines):.7f}"
@@ -61,6 +68,7 @@ class CacheInfo:
             f"tars      {len(records)} of {len(self.table.entries)} built, from {self.table.root}",
             f"samples   {n_samples} of {n_all}: {n_ok} embedded, {counts_text(counts)}",
             f"bytes     {n_bytes}",
+            *note_lines(notes, ignored),
             *bad_sample_lines(self.bad[:MAX_BAD_LISTED]),
             *(f"not built: {line}" for line in self.missing[:MAX_MISSING_LISTED]),
         ]
@@ -92,7 +100,18 @@ def read_info(cache: str | Path) -> CacheInfo:
 
 def counts_text(counts: Mapping[str, int]) -> str:
     """Return the numbers of samples without an embedding, by status, as text."""
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none without an embedding"
+    named = [f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items())]
+    return ", ".join(named) or "none without an embedding"
+
+
+def note_lines(notes: Mapping[str, int], ignored: Mapping[str, int]) -> list[str]:
+    """Return lines on what was tolerated in embedded samples, and on members that nothing reads."""
+    lines = []
+    if notes:
+        lines.append(f"noted     {counts_by_reason(notes)}")
+    if ignored:
+        lines.append(f"not read  {counts_by_reason(ignored)}")
+    return lines
 
 
 def bad_sample_lines(bad: Sequence[tuple[str, RejectedSample]]) -> list[str]:

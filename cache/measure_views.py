@@ -13,7 +13,7 @@ from threetowers.cache.builder.build_config import TeacherConfig
 from threetowers.cache.encoders.live import embed, view_pixels
 from threetowers.cache.format.dtypes import cosines
 from threetowers.cache.format.views import Params, random_box
-from threetowers.cache.webdataset.dataset_sample import sample_dataset
+from threetowers.cache.webdataset.tar_list import counts_by_reason
 
 COSINE_PERCENTILES = (1, 5, 50)
 
@@ -34,16 +34,17 @@ class AugmentationRow:
 
 @dataclass(frozen=True)
 class ViewComparison:
-    """The table, the number of images it is measured on, and of those that cannot be decoded."""
+    """The table, the number of images it is measured on, of bad samples by reason, and lines on tars not used."""
 
     images: int
-    bad: int
+    bad: dict[str, int]
     draws: int
     rows: tuple[AugmentationRow, ...]
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return the table for a person."""
-        bad = f", {self.bad} more cannot be decoded" if self.bad else ""
+        bad = f"; left out: {counts_by_reason(self.bad)}" if self.bad else ""
         head = ("min", *(f"{p} %" for p in COSINE_PERCENTILES), "mean", "own nearest")
         lines = [
             f"cosine between the center view and an augmented one: {self.images} images, {self.draws} draws each{bad}",
@@ -52,7 +53,7 @@ class ViewComparison:
         for row in self.rows:
             values = (row.min, *row.percentiles, row.mean)
             lines.append(f"{row.name:34}" + "".join(f"{v:13.4f}" for v in values) + f"{row.own_nearest:13.1%}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the table for a script."""
@@ -93,8 +94,9 @@ def measure_views(
         raise ValueError(
             f"--crop-scales {tuple(crop_scales)}, --draws {draws}: expected 0 < scale <= 1 and at least one draw"
         )
+    drawn = config.sample_images(sample, seed)
     teacher = config.load_teacher(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    images, bad = sample_dataset(config.tars, sample, seed).images()
+    images, bad = drawn.images()
     if len(images) < 2:
         raise ValueError(f"{len(images)} of the sampled images can be decoded: expected at least 2")
     center_nD = embed(teacher, [view_pixels(teacher, image, 0, None) for image in images])
@@ -107,7 +109,7 @@ def measure_views(
             crops += [view_pixels(teacher, image, 0, _random_crop(image, scale, rng)) for _ in range(draws)]
         rows.append(_row(f"random crop, crop_scale {scale:g}", center_nD, embed(teacher, crops)))
     rows.append(_row("another image", center_nD, np.roll(center_nD, 1, axis=0)))
-    return ViewComparison(len(images), bad, draws, tuple(rows))
+    return ViewComparison(len(images), dict(bad), draws, tuple(rows), drawn.notes)
 
 
 def _random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Params:

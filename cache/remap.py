@@ -26,7 +26,9 @@ from threetowers.cache.format.store import Arrays, fit_to_table, read_tar_rows
 from threetowers.cache.format.tar_table import TarEntry, extend, read_table
 from threetowers.cache.storage.storage import Storage, open_storage
 from threetowers.cache.webdataset.sample_stream import stream_images
-from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, key_hash
+from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
+from threetowers.cache.webdataset.tar_list import OnBad, index_tars, refuse_defects, require_samples
+from threetowers.cache.webdataset.tar_patterns import expand
 
 OPEN_TARS = 64
 MAX_NAMES_SHOWN = 5
@@ -44,10 +46,12 @@ class RemapReport:
         tars: tars written now.
         kept: tars finished before.
         rows: rows written now.
+        bad: samples without a usable image, as far as headers tell.
         missing: samples whose key has no row in the old cache.
         changed: samples whose key has a row of another image.
         names: the first few of both.
         left: tars that `cache build` has to build.
+        notes: lines on tars that are not used.
         seconds: wall time.
     """
 
@@ -55,10 +59,12 @@ class RemapReport:
     tars: int
     kept: int
     rows: int
+    bad: int
     missing: int
     changed: int
     names: tuple[str, ...]
     left: tuple[str, ...]
+    notes: tuple[str, ...]
     seconds: float
 
     def text(self) -> str:
@@ -66,8 +72,10 @@ class RemapReport:
         lines = [
             f"{self.storage}: {self.tars} tars written, {self.kept} already finished; {self.rows} rows in "
             f"{self.seconds:.1f} s",
-            f"samples without a row: {self.missing} new, {self.changed} with another image",
+            f"samples without a row: {self.missing} new, {self.changed} with another image, {self.bad} without a "
+            "usable image",
             *(f"  {name}" for name in self.names),
+            *self.notes,
         ]
         if self.left:
             shown = ", ".join(self.left[:MAX_NAMES_SHOWN])
@@ -81,6 +89,8 @@ def remap(
     tars: Sequence[str | Path],
     *,
     missing: MissingRows = "error",
+    image_member: str | None = None,
+    on_bad: OnBad = "skip",
 ) -> RemapReport:
     """Create a cache of `tars` from the rows of another cache. Run it again to resume.
 
@@ -90,18 +100,24 @@ def remap(
         tars: paths, URLs, globs and brace ranges.
         missing: what to do with a sample that has no row of its key and image in the old cache. `error`: stop, and
             name it; `filtered`: give it no embedding and the status FILTERED; `build`: leave its tar to a later build.
+        image_member: the extension of the image of a sample in these tars; by default that of the old cache.
+        on_bad: whether samples without a usable image (`skip`) and bad tars (`skip_tars`) are accepted.
 
     Raises:
         ManifestError: a sample has no row (`error`), the old cache is incomplete or damaged, or the new folder has
             something else in it.
-        BadTar, ValueError: bad input, named in the message.
+        BadTar, BadSample, ValueError: bad input, named in the message.
     """
     started = time.monotonic()
     source = _OldCache(open_storage(old))
     storage = open_storage(new)
 
     # Match the samples of the tars that are not finished with the old rows.
-    indexes = [index_tar(path) for path in expand(tars)]
+    image_member = image_member or source.manifest.image_member
+    listed = require_samples(index_tars(expand(tars), image_member, on_bad))
+    indexes = listed.tars
+    if on_bad == "error":
+        refuse_defects(indexes)
     finished = _finished(storage, indexes)
     matches = [_TarMatch(index, source) for index in indexes if index.fingerprint not in finished]
     n_new = sum(int(match.new_n.sum()) for match in matches)
@@ -119,7 +135,8 @@ def remap(
     complete = [match for match in matches if match not in left]
 
     # Write the new cache.
-    manifest = _open_or_create(storage, source.manifest, indexes)
+    old_manifest = dataclasses.replace(source.manifest, image_member=image_member)
+    manifest = _open_or_create(storage, old_manifest, indexes)
     extend(storage, indexes, manifest.rows_per_tar)
     table = fit_to_table(storage, manifest)
     for match in complete:
@@ -129,10 +146,12 @@ def remap(
         tars=len(complete),
         kept=len(indexes) - len(matches),
         rows=sum(int((match.row_n >= 0).sum()) for match in complete),
+        bad=sum(int(match.defect_n.sum()) for match in matches),
         missing=n_new,
         changed=n_changed,
         names=tuple(names[:MAX_NAMES_SHOWN]),
         left=tuple(match.index.location for match in left),
+        notes=tuple(listed.notes()),
         seconds=time.monotonic() - started,
     )
 
@@ -201,19 +220,24 @@ class _TarMatch:
     def __init__(self, index: TarIndex, source: _OldCache) -> None:
         self.index = index
         digest = xxhash.xxh3_128()
-        image_hashes = (xxhash.xxh3_64_intdigest(data) for _, _, data in stream_images(index, digest))
-        self.image_n = np.fromiter(image_hashes, dtype=np.uint64)
+        self.image_n = np.zeros(len(index.samples), np.uint64)
+        for ordinal, _, data in stream_images(index, digest):
+            self.image_n[ordinal] = xxhash.xxh3_64_intdigest(data)
+        self.defect_n = np.zeros(len(index.samples), np.bool_)
+        for ordinals in index.samples.defects().values():
+            self.defect_n[ordinals] = True
         self.key_n = np.array([key_hash(sample.key) for sample in index.samples], dtype=np.uint64)
         self.tar_xxh3_128 = digest.hexdigest()
-        self.row_n = source.find(self.key_n, self.image_n)
-        self.changed_n = (self.row_n < 0) & source.has_key(self.key_n)
-        self.new_n = (self.row_n < 0) & ~self.changed_n
+        self.row_n = np.where(self.defect_n, -1, source.find(self.key_n, self.image_n))
+        lacks_n = (self.row_n < 0) & ~self.defect_n
+        self.changed_n = lacks_n & source.has_key(self.key_n)
+        self.new_n = lacks_n & ~self.changed_n
 
     def names(self) -> list[str]:
         """Return the samples without a row, and why."""
         return [
             f"{self.index.location}: {self.index.samples[ordinal].key!r}: {self.reason(ordinal)}"
-            for ordinal in np.flatnonzero(self.row_n < 0).tolist()
+            for ordinal in np.flatnonzero(self.new_n | self.changed_n).tolist()
         ]
 
     def reason(self, ordinal: int) -> str:
@@ -275,7 +299,8 @@ def _write(storage: Storage, manifest: Manifest, entry: TarEntry, match: _TarMat
     rows.arrays["image_hash"][:] = match.image_n
 
     # Samples without an embedding.
-    for ordinal in range(len(match.row_n)):
+    rows.reject_defects()
+    for ordinal in np.flatnonzero(~match.defect_n).tolist():
         if match.row_n[ordinal] < 0:
             rows.reject(ordinal, RowStatus.FILTERED, f"remapped: {match.reason(ordinal)}")
         elif rows.status_n[ordinal] != RowStatus.OK:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from threetowers.cache.webdataset.images import MAX_PIXELS
+
 if TYPE_CHECKING:
     from threetowers.eval.encoders.encoder import LoadOptions
     from threetowers.eval.encoders.ensemble import EnsembleOptions
@@ -34,6 +36,7 @@ class EvalFlags:
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         precision: Of the towers.
         workers: Processes that read and decode images; 0: none.
+        max_pixels: Images with more pixels are left out, a protection against decompression bombs.
         overwrite: Compute what is already recorded, too.
     """
 
@@ -46,6 +49,7 @@ class EvalFlags:
     device: str = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     workers: int = 1
+    max_pixels: int = MAX_PIXELS
     overwrite: bool = False
 
     def load_options(self) -> "LoadOptions":
@@ -58,6 +62,7 @@ class EvalFlags:
             device=self.device,
             precision=self.precision,
             workers=self.workers,
+            max_pixels=self.max_pixels,
         )
 
 
@@ -70,6 +75,7 @@ def retrieval(
     group_field: str | None = None,
     gallery_field: str | None = None,
     caption_per_line: bool = False,
+    image_member: str | None = None,
     max_captions: int = 5,
     index: str = "Flat",
     index_parameters: str = "",
@@ -84,6 +90,8 @@ def retrieval(
             matches its own image only.
         gallery_field: JSON field that splits the images into galleries, such as an art style.
         caption_per_line: Take each line of a .txt member as a caption; by default the member is one caption.
+        image_member: The member that is the image of a sample, by its extension, as jpg or left.jpg; by default its
+            only image.
         max_captions: Captions used per sample, the first ones.
         index: FAISS factory string of the index that is searched; the recalls in the table are exact in any case.
         index_parameters: Its search parameters, such as nprobe=16.
@@ -108,6 +116,7 @@ def retrieval(
         name="" if gallery_field else "all",  # galleries are named by the values of their field alone
         tars=list(tars),
         caption_per_line=caption_per_line,
+        image_member=image_member,
         tasks=TasksConfig(retrieval=settings),
     )
     result = evaluate(
@@ -134,6 +143,8 @@ def search(
     live_teacher: bool = False,
     device: str = "auto",
     workers: int = 1,
+    image_member: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     image_width: int = 0,
 ) -> None:
     """Search images by free text: prints keys, scores and captions, and writes a page.
@@ -151,6 +162,9 @@ def search(
         live_teacher: For such a run, compute the embeddings of the images by the teacher itself.
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         workers: Processes that read and decode images; 0: none.
+        image_member: The member that is the image of a sample, by its extension, as jpg or left.jpg; by default its
+            only image.
+        max_pixels: Images with more pixels are left out, a protection against decompression bombs.
         image_width: Draw each image in the terminal, that many characters wide (24-bit colour); 0: do not.
     """
     from threetowers.eval.datasets.image_set import ImageReader
@@ -164,10 +178,12 @@ def search(
         live_teacher=live_teacher,
         device=device,
         workers=workers,
+        max_pixels=max_pixels,
         embeddings=None if output_dir is None else output_dir / EMBEDDINGS_FOLDER,
     )
     encoder = load_encoder(model, options)
-    findings = find(encoder, ImageReader().read(tars), query, k, index=index, parameters=index_parameters)
+    data = ImageReader(max_pixels).read(tars, image_member=image_member)
+    findings = find(encoder, data, query, k, index=index, parameters=index_parameters)
     print(findings.text(image_width))
     if output_dir is not None:
         print(f"page: {findings.write(output_dir)}")

@@ -38,7 +38,10 @@ class RetrievalEvaluator:
         self.settings = settings
         self.retrieval = RetrievalSettings(group_field=settings.group_field)
         held_out = DatasetConfig(
-            name="held out", tars=list(settings.tars), caption_per_line=config.data.caption_per_line
+            name="held out",
+            tars=list(settings.tars),
+            caption_per_line=config.data.caption_per_line,
+            image_member=config.data.image_member,
         )
         dataset = open_dataset(held_out, "retrieval", self.retrieval, ImageReader(config.data.max_pixels))
         part, _ = captioned_part(dataset.test, self.retrieval)

@@ -126,12 +126,12 @@ def evaluate(
         raise ValueError(f"expected at least one model and one data set, got {list(models)} and {list(datasets)}")
 
     # Open and check everything before the long work, so that the last cannot fail it.
-    reader = ImageReader()
+    options = options or LoadOptions()
+    reader = ImageReader(options.max_pixels)
     planned: list[PlannedEvaluation] = []
     for dataset in datasets:
         planned += plan_evaluations(dataset, tasks, reader)
     _check_names(planned)
-    options = options or LoadOptions()
     if options.embeddings is None:
         options = replace(options, embeddings=output_dir / EMBEDDINGS_FOLDER)
     encoders: list[tuple[str | Path, Encoder]] = []
@@ -239,7 +239,7 @@ def run_evaluation(
         },
     )
     logger.info("%s: %s on %s", encoder.info.name, planned.task, dataset.name)
-    thumbnails = ThumbnailStore(output_dir / THUMBNAILS_FOLDER)
+    thumbnails = ThumbnailStore(output_dir / THUMBNAILS_FOLDER, dataset.test.data.max_pixels)
     return load_or_compute(
         spec,
         encoder.info,
@@ -289,9 +289,11 @@ def _texts(planned: PlannedEvaluation) -> list[str]:
 
 def _selection(config: DatasetConfig) -> dict[str, Any]:
     """Return which samples of the tars are used, and as what."""
-    selection = {}
+    selection: dict[str, dict[str, Any]] = {}
     for name, part in {"test": config.test, **config.parts()}.items():
         selection[name] = {"filter": part.filter, "label": part.label, "split": part.split}
+        if part.image_member is not None:
+            selection[name]["image_member"] = part.image_member
     return selection
 
 

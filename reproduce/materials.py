@@ -9,7 +9,8 @@ from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import BadPlan, Plan
 from threetowers.cache.storage.atomic import finish_partial, write_atomic
 from threetowers.cache.webdataset.sample import read_annotation
-from threetowers.cache.webdataset.tar_index import expand, index_tar, read_member
+from threetowers.cache.webdataset.tar_index import index_tar, read_member
+from threetowers.cache.webdataset.tar_patterns import expand
 from threetowers.trainer.tokenizer import train_tokenizer
 
 SPLITS = "data/splits.json"

@@ -115,7 +115,8 @@ def train_tokenizer(
     """
     from threetowers.cache.storage.atomic import write_atomic
     from threetowers.cache.webdataset.sample import read_annotation
-    from threetowers.cache.webdataset.tar_index import expand, index_tar
+    from threetowers.cache.webdataset.tar_index import index_tar
+    from threetowers.cache.webdataset.tar_patterns import expand
     from threetowers.trainer.tokenizer import Tokenizer
     from threetowers.trainer.tokenizer import train_tokenizer as train_on_captions
 

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from threetowers.cache.processes.preemption import Interrupted, StopRequest
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import write_atomic
-from threetowers.cache.webdataset.sample import BadSample
+from threetowers.cache.webdataset.defects import BadSample
 from threetowers.trainer.checkpoint.checkpoint import (
     CheckpointReader,
     Progress,
@@ -65,6 +65,8 @@ class TrainSummary:
     memory_gb: float  # peak of this process since its start
     skipped_samples: int  # samples that could not be read, on this rank
     nonfinite_steps: int  # steps skipped because a loss or gradient was nonfinite
+    notes: Mapping[str, int] = field(default_factory=dict)  # what was tolerated in samples, on this rank
+    skipped_by_reason: Mapping[str, int] = field(default_factory=dict)  # the skipped samples, on this rank
 
 
 class Evaluator(Protocol):
@@ -297,6 +299,7 @@ class Trainer:
 
     def _check_batch(self, batch: Batch) -> None:
         """Count and log the bad samples of a batch. Raises BadSample where the config does not allow them."""
+        self.counts.update(f"notes/{note}" for note in batch.notes)
         if not batch.bad:
             return
         if self.config.data.on_bad == "error":
@@ -309,6 +312,7 @@ class Trainer:
                 "check the files under data.tars"
             )
         self.counts["skipped_samples"] += len(batch.bad)
+        self.counts.update(f"skipped/{reason}" for reason in batch.reasons)
 
     def _set_learning_rate(self, step: int) -> float:
         """Set and return the learning rate of step `step`, counted from 0."""
@@ -386,6 +390,7 @@ class Trainer:
             "memory_gb": peak_memory(self.world.device),
             "skipped_samples": self.counts["skipped_samples"],
             "nonfinite_steps": self.counts["nonfinite_steps"],
+            **{name: count for name, count in self.counts.items() if name.startswith(("notes/", "skipped/"))},
         }
         for name, term in result.terms.items():
             metrics |= {f"terms/{name}/{key}": value for key, value in term.metrics().items()}
@@ -452,11 +457,22 @@ class Trainer:
             memory_gb=peak_memory(self.world.device),
             skipped_samples=self.counts["skipped_samples"],
             nonfinite_steps=self.counts["nonfinite_steps"],
+            notes=self._counts_below("notes/"),
+            skipped_by_reason=self._counts_below("skipped/"),
         )
         if self.world.first:
             write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
+            for note, count in summary.notes.items():
+                logger.info("noted: %s, %d times", note, count)
+            for reason, count in summary.skipped_by_reason.items():
+                logger.info("skipped: %s, %d samples on this rank", reason, count)
             logger.info("%s", summary.bottleneck)
         return summary
+
+    def _counts_below(self, prefix: str) -> dict[str, int]:
+        """Return the counts whose names begin so, by the rest of their names."""
+        found = {name: count for name, count in self.counts.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): found[name] for name in sorted(found)}
 
 
 class NonFiniteDetector:

@@ -21,15 +21,16 @@ from threetowers.cache.builder.opening import open_or_create
 from threetowers.cache.builder.pipeline import Embedder, OutputCache, StageTimer, TarReader, WrittenTar
 from threetowers.cache.builder.row_buffer import MAX_BAD_SHOWN
 from threetowers.cache.builder.scheduler import TarStatus, WorkQueue
-from threetowers.cache.encoders.teacher import Teacher
+from threetowers.cache.builder.tar_indexer import TarIndexer, index_new_tars
 from threetowers.cache.format.done_record import RejectedSample, done_record_name, read_done_record
 from threetowers.cache.format.manifest import ManifestError
-from threetowers.cache.format.tar_table import refuse_copies, repacked_error
+from threetowers.cache.format.tar_table import TarEntry, TarTable, refuse_copies, repacked_error
 from threetowers.cache.processes.preemption import exit_on_sigterm
 from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.storage import Storage, is_url, open_storage
-from threetowers.cache.webdataset.tar_index import expand, index_tar
+from threetowers.cache.webdataset.tar_list import TarList
+from threetowers.cache.webdataset.tar_patterns import expand
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ class BuildReport:
         samples: samples of the tars that it wrote; each is `ok` or in `counts`.
         ok: samples with an embedding.
         counts: samples without an embedding, by status.
+        notes: embedded samples of which something was tolerated, by what it was.
+        ignored: members of these tars that nothing reads, by the reason.
+        left_out: tars that were not used, as far as this process knows.
         bad: the first few of these, with the path of their tar.
         bytes: written.
         seconds: wall time, with loading.
@@ -62,6 +66,9 @@ class BuildReport:
     samples: int
     ok: int
     counts: dict[str, int]
+    notes: dict[str, int]
+    ignored: dict[str, int]
+    left_out: TarList
     bad: tuple[tuple[str, RejectedSample], ...]
     bytes: int
     seconds: float
@@ -78,7 +85,8 @@ def build_cache(config: BuildConfig) -> BuildReport:
     Raises:
         ManifestError: the output is a cache with another manifest, or of tars that were repacked.
         RoundingError: a row that the dtype stores with a smaller cosine to itself than `min_cosine`.
-        BadTar, BadImage, ValueError: bad input, named in the message.
+        BadTar, BadSample, BadImage, ValueError: bad input, named in the message. All bad tars are named at once, before
+            a teacher is loaded.
         WriteError: the output cannot be written.
 
     Examples:
@@ -137,26 +145,39 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
         stack.enter_context(exit_on_sigterm())
         pool = stack.enter_context(_thread_pool(threads))
 
+        # Find out which tars can be used, before anything is loaded or written.
+        indexer = TarIndexer(config.image_member, config.on_bad, pool)
+        if world.first:
+            index_new_tars(indexer, storages, paths)
+
         # Open or create each cache.
+        opened = [
+            (storage, teacher, *open_or_create(storage, paths, teacher, config, world, indexer))
+            for storage, teacher in zip(storages, config.load_teachers(device), strict=True)
+        ]
+        paths = indexer.usable(paths)
         outputs = []
         differences = []
-        for storage, teacher in zip(storages, config.load_teachers(device), strict=True):
-            output, tolerated = _open_output(storage, paths, teacher, config, world, worker, pool)
-            stack.enter_context(output.leases.heartbeat())
-            outputs.append(output)
+        for storage, teacher, manifest, table, tolerated in opened:
+            entries = _entries(storage, paths, table, indexer)
+            leases = Leases(storage, worker, config.lease_timeout)
+            stack.enter_context(leases.heartbeat())
+            outputs.append(OutputCache(storage, manifest, teacher, leases, entries, config.min_cosine))
             differences.append(tolerated)
+        indexer.release()
 
         # Find out what each cache lacks.
         statuses = [TarStatus(output.leases, [entry.id for entry in output.entries]) for output in outputs]
         own_share = range(world.rank, len(paths), world.size)
         unfinished = [
-            _unfinished(output, status, own_share, paths, pool)
+            _unfinished(output, status, own_share, paths, pool, indexer)
             for output, status in zip(outputs, statuses, strict=True)
         ]
+        indexer.release()
 
         # Read and decode in threads, embed here, until no tar is left.
         queue = WorkQueue(statuses, world.rank, world.size, seed=worker.token, unfinished=unfinished)
-        reader = TarReader(paths, outputs, queue, pool)
+        reader = TarReader(paths, outputs, queue, pool, config.image_member, config.max_pixels)
         stack.callback(reader.stopped.set)
         depth = 4 * config.batch_size + 2 * threads
         items = stack.enter_context(contextlib.closing(prefetch(reader.items(), depth=depth)))
@@ -168,28 +189,17 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
     for i, output in enumerate(outputs):
         kept = sum(number not in unfinished[i] for number in own_share)
         tars = [tar for tar in written if tar.cache == i]
-        reports.append(_report(output, world, tars, kept, seconds, timer, differences[i]))
+        reports.append(_report(output, world, tars, kept, seconds, timer, differences[i], indexer.listed()))
     return tuple(reports)
 
 
-def _open_output(
-    storage: Storage,
-    paths: Sequence[str],
-    teacher: Teacher,
-    config: BuildConfig,
-    world: World,
-    worker: Worker,
-    pool: ThreadPoolExecutor,
-) -> tuple[OutputCache, tuple[str, ...]]:
-    """Open or create a cache and find the entry of each tar; return also the tolerated differences."""
-    manifest, table, differences = open_or_create(
-        storage, paths, teacher, config, world, lambda missing: list(pool.map(index_tar, missing))
-    )
-    entries = list(pool.map(lambda path: table.at(path) or table.find(index_tar(path)), paths))
+def _entries(storage: Storage, paths: Sequence[str], table: TarTable, indexer: TarIndexer) -> list[TarEntry]:
+    """Return the entry of each tar in the tar table of a cache."""
+    moved = {index.location: index for index in indexer([path for path in paths if table.at(path) is None])}
+    entries = [table.at(path) or table.find(moved[path]) for path in paths]
     storage.remove_stale()
     refuse_copies(paths, [entry.fingerprint for entry in entries])
-    leases = Leases(storage, worker, config.lease_timeout)
-    return OutputCache(storage, manifest, teacher, leases, entries, config.min_cosine), differences
+    return entries
 
 
 @contextlib.contextmanager
@@ -233,7 +243,12 @@ def _progress_bar(
 
 
 def _unfinished(
-    output: OutputCache, status: TarStatus, own_share: Sequence[int], paths: Sequence[str], pool: ThreadPoolExecutor
+    output: OutputCache,
+    status: TarStatus,
+    own_share: Sequence[int],
+    paths: Sequence[str],
+    pool: ThreadPoolExecutor,
+    indexer: TarIndexer,
 ) -> set[int]:
     """Return the numbers of the tars without a done record, or, in this process's own share, without a valid one.
 
@@ -245,9 +260,9 @@ def _unfinished(
 
     # Local tars must still be the embedded ones; remote tars are compared by `verify` only.
     finished = [number for number in own_share if number not in left]
-    local = [number for number in finished if not is_url(paths[number])]
-    for number, index in zip(local, pool.map(index_tar, [paths[number] for number in local]), strict=True):
-        expected = output.entries[number].fingerprint
+    local = {paths[number]: number for number in finished if not is_url(paths[number])}
+    for index in indexer(list(local)):
+        expected = output.entries[local[index.location]].fingerprint
         if index.fingerprint != expected:
             raise repacked_error(index.location, [expected], index.fingerprint)
 
@@ -272,13 +287,18 @@ def _report(
     seconds: float,
     timer: StageTimer,
     differences: tuple[str, ...],
+    left_out: TarList,
 ) -> BuildReport:
     """Sum up what was written to one cache."""
     built = [(tar.entry, tar.record) for tar in written if tar.record is not None]
     counts: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     bad: list[tuple[str, RejectedSample]] = []
     for entry, record in built:
         counts.update(record.counts)
+        notes.update(record.notes)
+        ignored.update(record.ignored_members)
         bad += [(entry.path, sample) for sample in record.bad]
     return BuildReport(
         storage=output.storage,
@@ -289,6 +309,9 @@ def _report(
         samples=sum(record.n_samples for _, record in built),
         ok=sum(record.n_ok for _, record in built),
         counts=dict(counts),
+        notes=dict(notes),
+        ignored=dict(ignored),
+        left_out=left_out,
         bad=tuple(bad[:MAX_BAD_SHOWN]),
         bytes=sum(file.size for _, record in built for file in record.files.values()),
         seconds=seconds,

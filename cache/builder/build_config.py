@@ -7,7 +7,7 @@ smallest of them that has what it needs.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -16,6 +16,9 @@ from threetowers.cache.format.dtypes import DtypeName, storage_dtype
 from threetowers.cache.format.manifest import DecodeMode, TeacherPrecision
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.storage.storage import Storage
+from threetowers.cache.webdataset.dataset_sample import DatasetSample, sample_dataset
+from threetowers.cache.webdataset.images import MAX_PIXELS
+from threetowers.cache.webdataset.tar_list import OnBad
 
 if TYPE_CHECKING:
     from threetowers.cache.encoders.teacher import Teacher
@@ -74,6 +77,23 @@ class TeacherConfig:
     compile: bool = False
     """Run the backbone through torch.compile."""
 
+    image_member: str | None = None
+    """The member that is the image of a sample, by its extension, as jpg or left.jpg; default: its only image."""
+
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are bad samples, a protection against decompression bombs."""
+
+    on_bad: OnBad = "skip"
+    """error stops at a bad sample or tar; skip continues without bad samples, whose rows have a status instead of an
+    embedding; skip_tars also without bad tars."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that are unknown or out of range."""
+        if self.on_bad not in get_args(OnBad):
+            raise ValueError(f"--on-bad {self.on_bad}: expected {', '.join(get_args(OnBad))}")
+        if self.max_pixels < 1:
+            raise ValueError(f"--max-pixels {self.max_pixels}: expected at least 1")
+
     def sources(self) -> list[tuple[str, str, int | None]]:
         """Return backbone, weights and image size of each teacher.
 
@@ -89,6 +109,17 @@ class TeacherConfig:
                 "each for each backbone, or no --weights or --image-size at all"
             )
         return list(zip(backbones, weights, sizes, strict=True))
+
+    def sample_images(self, sample: int, seed: int) -> DatasetSample:
+        """Draw a sample of the images. Raises what `sample_dataset` raises."""
+        return sample_dataset(
+            self.tars,
+            sample,
+            seed,
+            image_member=self.image_member,
+            max_pixels=self.max_pixels,
+            on_bad=self.on_bad,
+        )
 
     def load_teachers(self, device: str) -> "list[Teacher]":
         """Load the teachers onto `device`. Raises ValueError as `load_teacher` does."""
@@ -125,6 +156,7 @@ class EmbeddingConfig(TeacherConfig):
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
+        super().__post_init__()
         if self.batch_size < 1 or (self.threads is not None and self.threads < 1):
             raise ValueError(f"--batch-size {self.batch_size}, --threads {self.threads}: expected at least 1")
 
@@ -151,9 +183,6 @@ class BuildConfig(EmbeddingConfig):
     rows_per_tar: int | None = None
     """Rows reserved for each tar; default: what the largest tar needs. More leaves room for larger tars later."""
 
-    on_bad: Literal["skip", "error"] = "skip"
-    """Bad sample: skip gives it a status instead of an embedding and continues, error stops."""
-
     lease_timeout: float = 120
     """Seconds without a heartbeat after which another worker may take over a tar."""
 
@@ -167,8 +196,6 @@ class BuildConfig(EmbeddingConfig):
         """Raise ValueError for values that are unknown or out of range."""
         super().__post_init__()
         storage_dtype(self.dtype)
-        if self.on_bad not in ("skip", "error"):
-            raise ValueError(f"--on-bad {self.on_bad}: expected skip or error")
         if self.rows_per_tar is not None and self.rows_per_tar < 1:
             raise ValueError(f"--rows-per-tar {self.rows_per_tar}: expected at least 1")
 

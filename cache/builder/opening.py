@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.builder.tar_indexer import TarIndexer
 from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
 from threetowers.cache.format.layout import STORE, rows_and_chunk
@@ -36,7 +37,7 @@ def open_or_create(
     teacher: Teacher,
     config: BuildConfig,
     world: World,
-    index: Callable[[Sequence[str]], list[TarIndex]],
+    index: TarIndexer,
 ) -> tuple[Manifest, TarTable, tuple[str, ...]]:
     """Create a cache, or add to an existing one the tars that it lacks: rank 0 writes, the others wait for it.
 
@@ -45,9 +46,9 @@ def open_or_create(
         paths: the tars.
         teacher: embeds the images.
         config: of the build.
-        rank: of this process.
-        index: reads the headers of tars. Tars that are where the table has them are not read here; whoever embeds one
-            compares its fingerprint.
+        world: the place of this process among all.
+        index: reads the headers of tars, and leaves out those that cannot be used. Tars that are where the table has
+            them are not read here; whoever embeds one compares its fingerprint.
 
     Returns:
         The manifest, the tar table, and the tolerated differences between the cache and this build.
@@ -74,7 +75,9 @@ def open_or_create(
         wait()
     manifest = read_manifest(storage)
     rows_per_tar = max(manifest.rows_per_tar, config.rows_per_tar or 0)
-    requested = requested_manifest(teacher, config.dtype, config.views, rows_per_tar, manifest.chunk_rows)
+    requested = requested_manifest(
+        teacher, config.dtype, config.views, rows_per_tar, manifest.chunk_rows, config.image_member
+    )
     check_compatible(storage, manifest, requested)
     differences = tuple(informative_differences(manifest, requested))
 
@@ -134,11 +137,16 @@ def _new_manifest(indexes: list[TarIndex], teacher: Teacher, config: BuildConfig
     largest = config.rows_per_tar or max(len(tar.samples) for tar in indexes)
     TarTable(()).missing(indexes, largest)  # refuses copies, and tars that are too large
     rows_per_tar, chunk_rows = rows_and_chunk(storage_dtype(config.dtype).row_bytes(teacher.dim), largest)
-    return requested_manifest(teacher, config.dtype, config.views, rows_per_tar, chunk_rows)
+    return requested_manifest(teacher, config.dtype, config.views, rows_per_tar, chunk_rows, config.image_member)
 
 
 def requested_manifest(
-    teacher: Teacher, dtype: DtypeName, views: Views, rows_per_tar: int, chunk_rows: int
+    teacher: Teacher,
+    dtype: DtypeName,
+    views: Views,
+    rows_per_tar: int,
+    chunk_rows: int,
+    image_member: str | None,
 ) -> Manifest:
     """Return the manifest that a build with these settings would write."""
     return Manifest(
@@ -153,4 +161,5 @@ def requested_manifest(
         versions={name: version(name) for name in ("torch", "timm", "pillow")},
         views=views,
         precision=teacher.precision,
+        image_member=image_member,
     )

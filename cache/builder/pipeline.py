@@ -32,9 +32,10 @@ from threetowers.cache.format.views import Params
 from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.storage.object_file import READ_BYTES, open_object
 from threetowers.cache.storage.storage import Storage, is_url
-from threetowers.cache.webdataset.images import BadImage, decode_rgb
+from threetowers.cache.webdataset.images import MAX_PIXELS, BadImage, decode_rgb
 from threetowers.cache.webdataset.sample_stream import stream_images
-from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, index_tar, key_hash
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import TarIndex, index_tar, key_hash
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class _Decoded:
 
     image_hash: int
     views: list[tuple[Tensor, Params]] | BadImage
+    notes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class TarReader:
     outputs: Sequence[OutputCache]
     queue: WorkQueue
     pool: ThreadPoolExecutor
+    image_member: str | None = None
+    max_pixels: int = MAX_PIXELS
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def items(self) -> Iterator[StreamItem]:
@@ -133,23 +137,26 @@ class TarReader:
     def _read(self, work: WorkItem, file: BinaryIO) -> Iterator[StreamItem]:
         path = self.paths[work.number]
         outputs = [self.outputs[i] for i in work.caches]
-        index = index_tar(path, file)
+        index = index_tar(path, file, self.image_member)
         if any(index.fingerprint != output.entries[work.number].fingerprint for output in outputs):
             raise BadTar(f"{path}: changed during the build: keep it unchanged and run the same command again")
         yield _TarStart(work, index)
         digest = xxhash.xxh3_128()
-        decode = partial(_decode, outputs)
+        decode = partial(_decode, outputs, self.max_pixels)
         file.seek(0)
         for ordinal, key, data in stream_images(index, digest, file):
             yield _Image(ordinal, self.pool.submit(decode, key, data))
         yield _TarEnd(digest.hexdigest())
 
 
-def _decode(outputs: Sequence[OutputCache], key: str, data: bytes) -> _Decoded:
+def _decode(outputs: Sequence[OutputCache], max_pixels: int, key: str, data: bytes) -> _Decoded:
     """Decode an image file, and make the views of each cache."""
     image_hash = xxhash.xxh3_64_intdigest(data)
+    notes: list[str] = []
+    images = {}
     try:
-        images = {side: decode_rgb(data, min_side=side) for side in {output.min_side for output in outputs}}
+        for side in {output.min_side for output in outputs}:
+            images[side] = decode_rgb(data, max_pixels=max_pixels, min_side=side, notes=notes)
     except BadImage as error:
         return _Decoded(image_hash, error)
     views = []
@@ -163,7 +170,7 @@ def _decode(outputs: Sequence[OutputCache], key: str, data: bytes) -> _Decoded:
             preprocessing.interpolation,
         )
         views.append((torch.from_numpy(pixels), params))
-    return _Decoded(image_hash, views)
+    return _Decoded(image_hash, views, frozenset(notes))
 
 
 class StageTimer:
@@ -225,6 +232,8 @@ class Embedder:
                         outputs = [self.outputs[i] for i in work.caches]
                         buffers = [RowBuffer(index, output.manifest, output.min_cosine) for output in outputs]
                         tar = _OpenTar(work, buffers, time.monotonic())
+                        advance(max(rows.reject_defects() for rows in buffers))
+                        self._check_bad(tar)
                     case _Image(ordinal, decoding):
                         advance(self._add_image(tar, ordinal, decoding))
                     case _TarEnd(tar_xxh3_128):
@@ -258,11 +267,12 @@ class Embedder:
         if isinstance(image.views, BadImage):
             for rows in tar.buffers:
                 rows.set_image(ordinal, image.image_hash)
-                rows.reject(ordinal, RowStatus.UNDECODABLE, str(image.views))
+                rows.reject(ordinal, RowStatus.of(image.views.defect), str(image.views))
             self._check_bad(tar)
             return 1
         for rows, (_, params) in zip(tar.buffers, image.views, strict=True):
             rows.set_image(ordinal, image.image_hash, params)
+            rows.notes.update(image.notes)
         tar.batch.append((ordinal, image.views))
         return self._embed_batch(tar) if len(tar.batch) == self.batch_size else 0
 

@@ -1,6 +1,7 @@
 """The rows of one tar while it is embedded: filled by ordinal, whatever the order of arrival."""
 
 import socket
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -53,11 +54,21 @@ class RowBuffer:
         self.arrays["key_hash"][:] = np.fromiter((key_hash(s.key) for s in index.samples), dtype=np.uint64, count=n)
         self.cosine_nV = np.full((n, manifest.views.count), np.nan)
         self.bad: list[RejectedSample] = []
+        self.notes: Counter[str] = Counter()
 
     @property
     def status_n(self) -> npt.NDArray[np.uint8]:
         """(n,) RowStatus of each sample."""
         return self.arrays["status"].view(np.uint8)
+
+    def reject_defects(self) -> int:
+        """Record the samples that have no usable image, as far as the tar's headers tell; return their number."""
+        count = 0
+        for defect, ordinals in self.index.samples.defects().items():
+            for ordinal in ordinals.tolist():
+                self.reject(ordinal, RowStatus.of(defect), self.index.describe_defect(ordinal))
+            count += len(ordinals)
+        return count
 
     def set_image(self, ordinal: int, image_hash: int, params_V5: Params | None = None) -> None:
         """Store the xxh3_64 of a sample's image file, and the parameters of its crops."""
@@ -165,7 +176,7 @@ class RowBuffer:
             n_ok=int((self.status_n == RowStatus.OK).sum()),
             counts=self.counts(),
             bad=tuple(sorted(self.bad, key=lambda bad: bad.ordinal)[:MAX_BAD_SHOWN]),
-            ignored_members=self.index.ignored,
+            ignored_members=dict(self.index.left_aside()),
             files=files,
             chunk_crc32c=chunk_crc32c,
             norms=norms,
@@ -179,4 +190,5 @@ class RowBuffer:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             host=socket.gethostname(),
             source=provenance.source,
+            notes=dict(self.notes),
         )

@@ -1,6 +1,6 @@
 """The done record of a tar: written last, so that its presence means that all rows of the tar are stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 import xxhash
@@ -72,7 +72,8 @@ class DoneRecord:
         n_ok: rows with an embedding.
         counts: samples without an embedding, by status.
         bad: the first few of these.
-        ignored_members: members of the tar that belong to no sample.
+        notes: embedded samples of which something was tolerated, by what it was.
+        ignored_members: members of the tar that nothing reads, by the reason.
         files: size and digest of each array's file.
         chunk_crc32c: crc32c of each stored chunk of each array of embeddings.
         norms: over the OK rows as stored, of all views.
@@ -97,7 +98,7 @@ class DoneRecord:
     n_ok: int
     counts: dict[str, int]
     bad: tuple[RejectedSample, ...]
-    ignored_members: int
+    ignored_members: dict[str, int]
     files: dict[str, FileSum]
     chunk_crc32c: dict[str, tuple[int, ...]]
     norms: Norms
@@ -111,6 +112,7 @@ class DoneRecord:
     finished: str
     host: str
     source: Literal["teacher", "remap"] = "teacher"
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 def done_record_name(tar_id: int) -> str:
@@ -131,16 +133,16 @@ def read_done_record(storage: Storage, manifest: Manifest, entry: TarEntry) -> D
         record = from_json(DoneRecord, storage, done_record_name(entry.id))
     except FileNotFoundError:
         raise ManifestError(f"tar {entry.path} ({entry.id}): incomplete, {path} is missing: {again}") from None
-    for field, expected in (
+    for name, expected in (
         ("tar_id", entry.id),
         ("fingerprint", entry.fingerprint),
         ("n_samples", entry.n_samples),
         ("manifest", manifest.digest),
     ):
-        if getattr(record, field) != expected:
+        if getattr(record, name) != expected:
             raise ManifestError(
-                f"tar {entry.path} ({entry.id}): {path} belongs to another tar or cache: {field}: expected {expected}, "
-                f"found {getattr(record, field)}. Delete it and {again}"
+                f"tar {entry.path} ({entry.id}): {path} belongs to another tar or cache: {name}: expected {expected}, "
+                f"found {getattr(record, name)}. Delete it and {again}"
             )
     for name, relative in tar_files(manifest, entry.id).items():
         size = storage.size(relative)

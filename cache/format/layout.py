@@ -3,11 +3,13 @@
 import enum
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.format.views import N_PARAMS
+from threetowers.cache.webdataset.defects import ImageDefect
 
 STORE = "store.zarr"
 CHUNK_BYTES = 1 << 20
@@ -22,6 +24,16 @@ class RowStatus(enum.IntEnum):
     UNDECODABLE = 2
     FILTERED = 3
     NON_FINITE = 4
+    NO_IMAGE = 5
+    AMBIGUOUS_IMAGE = 6
+    TOO_LARGE = 7
+    UNKNOWN_FORMAT = 8
+    NOT_A_FILE = 9
+
+    @classmethod
+    def of(cls, defect: ImageDefect) -> Self:
+        """Return the status of a sample whose image has this defect: the one of the same name."""
+        return cls[defect.name]
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ class Manifest:
         views: the views of each image.
         precision: arithmetic of the teacher's forward pass.
         feature: which features of the backbone are stored.
+        image_member: extension of the member that is the image of a sample; None: its only image.
         format: version of the format on disk.
     """
 
@@ -87,6 +88,7 @@ class Manifest:
     views: Views = CENTER
     precision: TeacherPrecision = "float32"
     feature: Literal["pre_logits"] = "pre_logits"
+    image_member: str | None = None
     format: int = FORMAT
 
     @cached_property

@@ -15,7 +15,7 @@ from threetowers.cache.format.tar_table import TarEntry
 from threetowers.cache.format.views import Params
 from threetowers.cache.storage.storage import split_address
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
-from threetowers.cache.webdataset.tar_index import Sample
+from threetowers.cache.webdataset.sample_list import Sample
 
 COSINE_TOLERANCE = 0.002  # below the dtype's own bound: another device, batch size or reduced arithmetic
 WORST_SHOWN = 3
@@ -74,7 +74,12 @@ class Recomputation:
 
 
 def recompute(
-    manifest: Manifest, rows: Sequence[SampledRow], weights: str | None, device: str, min_cosine: float | None
+    manifest: Manifest,
+    rows: Sequence[SampledRow],
+    weights: str | None,
+    device: str,
+    min_cosine: float | None,
+    max_pixels: int,
 ) -> tuple[Recomputation, list[tuple[int, str]]]:
     """Embed the images of some rows again and compare.
 
@@ -84,6 +89,7 @@ def recompute(
         weights: path of the teacher's weights, if they came from a file.
         device: of the teacher.
         min_cosine: bound on the cosines; by default a little below that of the dtype.
+        max_pixels: largest width x height of an image that is decoded.
 
     Returns:
         The cosines, and (tar id, problem) of each row whose image changed or whose cosine is below the bound.
@@ -97,6 +103,9 @@ def recompute(
     compared = []
     pixels = []
     for row in rows:
+        if row.sample.image is None:
+            problems.append((row.entry.id, f"{row}: has an embedding, but no image"))
+            continue
         storage, name = split_address(row.location)
         offset, size = row.sample.members[row.sample.image]
         data = storage.read(name, offset, offset + size)
@@ -104,7 +113,8 @@ def recompute(
             problems.append((row.entry.id, f"{row}: its image is not the one that was embedded"))
             continue
         try:
-            image = decode_rgb(data, min_side=None if manifest.views.cropped else teacher.min_side)
+            min_side = None if manifest.views.cropped else teacher.min_side
+            image = decode_rgb(data, max_pixels=max_pixels, min_side=min_side)
         except BadImage as error:
             problems.append((row.entry.id, f"{row}: has an embedding, but its image cannot be decoded now: {error}"))
             continue

@@ -47,7 +47,7 @@ class VerifyReport:
 
     def text(self) -> str:
         """Return the report for a person."""
-        bad = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items())) or "none"
+        bad = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(self.counts.items())) or "none"
         lines = [
             f"{self.storage}: {'OK' if self.ok else 'DAMAGED'} (depth {self.depth})",
             f"tars       {self.tars_intact} of {self.tars} intact, {self.tars_compared} compared with the tar itself",

@@ -28,8 +28,12 @@ from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage, open_stor
 from threetowers.cache.verify.recompute import SampledRow, recompute
 from threetowers.cache.verify.report import Depth, Problem, VerifyReport
 from threetowers.cache.verify.statistics import EXAMPLES_SHOWN
+from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.sample_stream import stream_images
-from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, expand, index_tar, key_hash
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import TarIndex, index_tar, key_hash
+from threetowers.cache.webdataset.tar_list import OnBad
+from threetowers.cache.webdataset.tar_patterns import expand
 
 
 def verify(
@@ -43,6 +47,8 @@ def verify(
     min_cosine: float | None = None,
     weights: str | None = None,
     device: str = "cpu",
+    max_pixels: int = MAX_PIXELS,
+    on_bad: OnBad = "skip",
     fix: bool = False,
 ) -> VerifyReport:
     """Check every tar of a cache.
@@ -61,6 +67,8 @@ def verify(
         min_cosine: bound on the cosines of recomputed rows, by default a little below that of the dtype.
         weights: path of the teacher's weights, if they came from a file.
         device: of the teacher.
+        max_pixels: largest width x height of an image that `recompute` decodes; as the build's.
+        on_bad: `skip_tars` passes over tars that cannot be used, with a warning; otherwise they are problems.
         fix: remove rows and record of each tar with a problem, and repair the Zarr metadata, for the next build.
 
     Raises:
@@ -82,9 +90,19 @@ def verify(
     compared: set[int] = set()
     for path in expand(tars) if tars is not None else ():
         try:
-            index = index_tar(path)
+            index = index_tar(path, image_member=manifest.image_member)
+        except BadTar as error:
+            if on_bad == "skip_tars":
+                report.warnings.append(f"left out, a bad tar: {error}")
+            else:
+                report.problems.append(Problem(str(error)))
+            continue
+        if not index.samples:
+            report.warnings.append(f"{path}: holds no samples, and has no rows")
+            continue
+        try:
             entry = table.find(index)
-        except (BadTar, ManifestError) as error:
+        except ManifestError as error:
             report.problems.append(Problem(str(error)))
             continue
         compared.add(entry.id)
@@ -100,7 +118,7 @@ def verify(
     _warn_of_unexpected_files(report, manifest, table)
 
     if depth == "recompute":
-        report.recomputed, problems = recompute(manifest, checker.sampled, weights, device, min_cosine)
+        report.recomputed, problems = recompute(manifest, checker.sampled, weights, device, min_cosine, max_pixels)
         report.problems += [Problem(text, tar_id) for tar_id, text in problems]
         report.tars_intact -= len({tar_id for tar_id, _ in problems})
     if fix and not report.ok:

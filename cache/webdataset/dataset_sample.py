@@ -1,5 +1,6 @@
 """A random sample of the images in some tars, and estimates of how many samples the tars have."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from threetowers.cache.webdataset.images import BadImage, decode_rgb
-from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, read_member
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.images import MAX_PIXELS
+from threetowers.cache.webdataset.sample import read_encoded_image, read_image
+from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.cache.webdataset.tar_list import OnBad, index_tars, require_samples
+from threetowers.cache.webdataset.tar_patterns import expand
 
 MAX_TARS = 16
 
@@ -17,13 +22,21 @@ MAX_TARS = 16
 class DatasetSample:
     """Images drawn from some of the tars of a data set.
 
-    `indexed` are the indexes of some of the `n_tars` tars, evenly spaced in the list; `sample` are the (tar number,
-    ordinal) in these of the images that were drawn.
+    Attributes:
+        n_tars: Tars of the data set.
+        indexed: The indexes of some of them, evenly spaced in the list.
+        sample: The (tar number, ordinal) in these of the samples that were drawn.
+        max_pixels: Largest width x height of an image that is decoded.
+        on_bad: Whether a bad sample stops the sampling.
+        notes: Lines on tars that are not used.
     """
 
     n_tars: int
     indexed: tuple[TarIndex, ...]
     sample: tuple[tuple[int, int], ...]
+    max_pixels: int = MAX_PIXELS
+    on_bad: OnBad = "skip"
+    notes: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -41,42 +54,63 @@ class DatasetSample:
         return max(len(index.samples) for index in self.indexed)
 
     def data(self, at: tuple[int, int]) -> bytes:
-        """Return the bytes of one image of the sample."""
+        """Return the bytes of one image of the sample. Raises BadSample where there is none."""
         number, ordinal = at
-        index = self.indexed[number]
-        return read_member(index, ordinal, index.samples[ordinal].image)
+        return read_encoded_image(self.indexed[number], ordinal)
 
-    def key(self, at: tuple[int, int]) -> str:
-        """Return the key of one image of the sample."""
-        number, ordinal = at
-        return self.indexed[number].samples[ordinal].key
+    def images(self) -> tuple[list[Image.Image], Counter[str]]:
+        """Decode the images of the sample; return them, and the number of bad samples by the reason.
 
-    def images(self) -> tuple[list[Image.Image], int]:
-        """Decode the images of the sample; return them and the number that cannot be decoded."""
+        Raises:
+            BadSample: A sample is bad, and `on_bad` is error.
+        """
         found = []
-        bad = 0
-        for at in self.sample:
+        bad: Counter[str] = Counter()
+        for number, ordinal in self.sample:
             try:
-                found.append(decode_rgb(self.data(at)))
-            except BadImage:
-                bad += 1
+                found.append(read_image(self.indexed[number], ordinal, self.max_pixels))
+            except BadSample as error:
+                if self.on_bad == "error":
+                    raise BadSample(f"{error}; on_bad: skip (--on-bad skip) leaves it out", error.reason) from error
+                bad[error.reason] += 1
         return found, bad
 
 
-def sample_dataset(tars: Sequence[str | Path], sample: int, seed: int = 0, max_tars: int = MAX_TARS) -> DatasetSample:
-    """Index up to `max_tars` of these tars and draw up to `sample` of their images.
+def sample_dataset(
+    tars: Sequence[str | Path],
+    sample: int,
+    seed: int = 0,
+    max_tars: int = MAX_TARS,
+    *,
+    image_member: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    on_bad: OnBad = "skip",
+) -> DatasetSample:
+    """Index up to `max_tars` of these tars and draw up to `sample` of their samples.
+
+    Args:
+        tars: Paths, globs, brace ranges or URLs.
+        sample: Samples to draw.
+        seed: Of the sample.
+        max_tars: Tars to index.
+        image_member: See `index_tar`.
+        max_pixels: Largest width x height of an image that is decoded.
+        on_bad: What is done about bad samples and tars.
 
     Raises:
-        BadTar, ValueError: bad input, named in the message.
+        BadTar, BadSample, ValueError: bad input, named in the message.
     """
     if sample < 1:
         raise ValueError(f"--sample {sample}: expected at least 1")
     paths = expand(tars)
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(max_tars, len(paths))).round().astype(int)).tolist()
-    indexed = tuple(index_tar(paths[i]) for i in chosen)
+    listed = require_samples(index_tars([paths[i] for i in chosen], image_member, on_bad))
+    indexed = tuple(listed.tars)
     ends = np.cumsum([len(index.samples) for index in indexed])
     starts = np.concatenate([[0], ends[:-1]])
     drawn = np.sort(np.random.default_rng(seed).permutation(int(ends[-1]))[:sample])
     tar_n = np.searchsorted(ends, drawn, side="right")
     ordinal_n = drawn - starts[tar_n]
-    return DatasetSample(len(paths), indexed, tuple(zip(tar_n.tolist(), ordinal_n.tolist(), strict=True)))
+    drawn_samples = tuple(zip(tar_n.tolist(), ordinal_n.tolist(), strict=True))
+    n_tars = len(paths) - len(listed.bad) - len(listed.empty)
+    return DatasetSample(n_tars, indexed, drawn_samples, max_pixels, on_bad, tuple(listed.notes()))

@@ -11,14 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 from threetowers.cache.webdataset.tar_index import TarIndex, read_member
 
 ReadMember = Callable[[str], bytes]  # a member of one sample, by its extension
-
-
-class BadSample(ValueError):
-    """A sample that cannot be used. The message names its tar and key."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,27 @@ def read_annotation(
     return Annotation(kept, fields)
 
 
-def read_image(tar: TarIndex, ordinal: int, max_pixels: int, read: ReadMember | None = None) -> Image.Image:
+def read_encoded_image(tar: TarIndex, ordinal: int, read: ReadMember | None = None) -> bytes:
+    """Return the image of a sample as it lies in its tar.
+
+    Args:
+        tar: Index of the tar.
+        ordinal: The sample's position in it.
+        read: Reads a member of this sample, where they are at hand; otherwise they are read from the tar.
+
+    Raises:
+        BadSample: The sample has no image, or several, or one that is no plain file or too large.
+        BadTar: The tar has changed since it was indexed.
+    """
+    sample = tar.samples[ordinal]
+    if sample.image is None or sample.defect is not None:
+        raise BadSample(f"{tar.describe(ordinal)}: {tar.describe_defect(ordinal)}", str(sample.defect))
+    return read_member(tar, ordinal, sample.image) if read is None else read(sample.image)
+
+
+def read_image(
+    tar: TarIndex, ordinal: int, max_pixels: int, read: ReadMember | None = None, notes: list[str] | None = None
+) -> Image.Image:
     """Return the decoded RGB image of a sample.
 
     Args:
@@ -98,14 +115,13 @@ def read_image(tar: TarIndex, ordinal: int, max_pixels: int, read: ReadMember | 
         ordinal: The sample's position in it.
         max_pixels: Largest width x height that is decoded.
         read: Reads a member of this sample, where they are at hand; otherwise they are read from the tar.
+        notes: What was tolerated is added to it, see `decode_rgb`.
 
     Raises:
-        BadSample: The image is broken, or larger than `max_pixels`.
+        BadSample: There is no image, or several; or it is broken, or larger than `max_pixels`.
         BadTar: The tar has changed since it was indexed.
     """
-    if read is None:
-        read = partial(read_member, tar, ordinal)
     try:
-        return decode_rgb(read(tar.samples[ordinal].image), max_pixels=max_pixels)
+        return decode_rgb(read_encoded_image(tar, ordinal, read), max_pixels=max_pixels, notes=notes)
     except BadImage as error:
-        raise BadSample(f"{tar.describe(ordinal)}: {error}") from error
+        raise BadSample(f"{tar.describe(ordinal)}: {error}", error.defect) from error

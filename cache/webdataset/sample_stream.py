@@ -2,21 +2,16 @@
 
 import contextlib
 import tarfile
-from collections.abc import Generator, Iterator
-from typing import BinaryIO
+from collections.abc import Collection, Generator, Iterator
+from typing import Any, BinaryIO
 
 import xxhash
 
 from threetowers.cache.storage.object_file import open_object
-from threetowers.cache.webdataset.tar_index import (
-    CHANGED,
-    IMAGE_EXTENSIONS,
-    TAR_BLOCK,
-    TEXT_EXTENSIONS,
-    BadTar,
-    TarIndex,
-    split_name,
-)
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.sample_list import TEXT_EXTENSIONS
+from threetowers.cache.webdataset.tar_headers import TAR_BLOCK, BadTar
+from threetowers.cache.webdataset.tar_index import CHANGED, TarIndex, read_member, split_name
 
 
 def stream_images(
@@ -24,7 +19,7 @@ def stream_images(
 ) -> Iterator[tuple[int, str, bytes]]:
     """Stream the images of a tar through webdataset's expander and grouper: (ordinal, key, undecoded bytes).
 
-    Each key, and the size of each image, is compared with the index.
+    Each key, and the size of each image, is compared with the index. Samples without a usable image are passed over.
 
     Args:
         index: Index of the tar.
@@ -36,26 +31,28 @@ def stream_images(
     """
     with open_object(index.location) if file is None else contextlib.nullcontext(file) as file:
         hashed = _HashingReader(file, digest if digest is not None else xxhash.xxh3_128())
-        for ordinal, members in _grouped(index, hashed, 0, IMAGE_EXTENSIONS):
+        for ordinal, members in _grouped(index, hashed, 0, index.samples.image_extensions):
             sample = index.samples[ordinal]
-            yield ordinal, sample.key, members[sample.image]
+            if sample.image is not None and sample.defect is None:
+                yield ordinal, sample.key, members[sample.image]
         while hashed.read(1 << 20):  # the end marker and the padding belong to the hash
             pass
 
 
-def stream_samples(index: TarIndex, first: int = 0) -> Generator[tuple[int, dict[str, bytes]], None, None]:
-    """Stream the samples of a tar from ordinal `first` on: (ordinal, image and text members by extension).
+def stream_samples(
+    index: TarIndex, first: int = 0, extensions: Collection[str] = TEXT_EXTENSIONS
+) -> Generator[tuple[int, dict[str, bytes]], None, None]:
+    """Stream the samples of a tar from ordinal `first` on: (ordinal, members by extension).
 
-    Checked as by `stream_images`. Nothing before the first sample is read.
+    The members are images, and those of the `extensions`, as far as they can be read. Checked as by `stream_images`.
+    Nothing before the first sample is read.
 
     Raises:
         BadTar: The stream and the index disagree, or the tar ends early.
     """
     with open_object(index.location) as file:
-        if first:
-            end = max(member.offset + member.size for member in index.samples[first - 1].members.values())
-            file.seek(-(-end // TAR_BLOCK) * TAR_BLOCK)
-        yield from _grouped(index, file, first, IMAGE_EXTENSIONS | TEXT_EXTENSIONS)
+        file.seek(-(-index.samples.start(first) // TAR_BLOCK) * TAR_BLOCK)
+        yield from _grouped(index, file, first, index.samples.image_extensions | set(extensions))
 
 
 class _HashingReader:
@@ -77,24 +74,34 @@ def _grouped(
     """Yield samples with their members of these extensions, checked; `file` is where sample `first` begins."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    ordinal = first
-    files = tar_file_expander(
-        [{"url": index.location, "stream": file}], select_files=lambda name: split_name(name)[1] in extensions
-    )
+    apart = index.samples.apart()
+
+    def select(name: str) -> bool:
+        key, extension = split_name(name)
+        return extension in extensions and (key, extension) not in apart
+
+    streamed = group_by_keys(tar_file_expander([{"url": index.location, "stream": file}], select_files=select))
     try:
-        for found in group_by_keys(files):
-            expected = index.samples[ordinal] if ordinal < len(index.samples) else None
-            if expected is None or found["__key__"] != expected.key or expected.image not in found:
-                name = expected.key if expected else "nothing"
-                raise BadTar(
-                    f"{index.location}: streamed {found['__key__']!r} as sample {ordinal}, indexed {name!r}: {CHANGED}"
-                )
-            members = {extension: found[extension] for extension in extensions & found.keys()}
-            if any(len(data) != expected.members[extension].size for extension, data in members.items()):
-                raise BadTar(f"{index.location}: sample {expected.key!r} has another size than indexed: {CHANGED}")
+        for ordinal in range(first, len(index.samples)):
+            sample = index.samples[ordinal]
+            wanted = sample.members.keys() & extensions
+            expected = {extension for extension in wanted if (sample.key, extension) not in apart}
+            members: dict[str, bytes] = {}
+            if expected:
+                found: dict[str, Any] = next(streamed, {"__key__": "nothing"})
+                if found["__key__"] != sample.key or not expected <= found.keys():
+                    raise BadTar(
+                        f"{index.location}: streamed {found['__key__']!r} as sample {ordinal}, indexed {sample.key!r}: "
+                        f"{CHANGED}"
+                    )
+                members = {extension: found[extension] for extension in expected}
+                if any(len(data) != sample.members[extension].size for extension, data in members.items()):
+                    raise BadTar(f"{index.location}: sample {sample.key!r} has another size than indexed: {CHANGED}")
+            for extension in wanted - expected:  # hard links; what cannot be read is named where it is needed
+                with contextlib.suppress(BadSample):
+                    members[extension] = read_member(index, ordinal, extension)
             yield ordinal, members
-            ordinal += 1
+        if (extra := next(streamed, None)) is not None:
+            raise BadTar(f"{index.location}: streamed {extra['__key__']!r} after the last sample indexed: {CHANGED}")
     except tarfile.TarError as error:
-        raise BadTar(f"{index.location}: ends early after {ordinal} samples: {error.args[0]}: {CHANGED}") from error
-    if ordinal != len(index.samples):
-        raise BadTar(f"{index.location}: {ordinal} samples streamed, {len(index.samples)} indexed: {CHANGED}")
+        raise BadTar(f"{index.location}: ends early: {error.args[0]}: {CHANGED}") from error

@@ -200,7 +200,7 @@ class _DatasetBuilder:
         # CLIP_benchmark's folders hold several captions in a .txt member, one a line.
         caption_per_line = self.config.caption_per_line or part.root is not None
         try:
-            return self.reader.read(tars, caption_per_line)
+            return self.reader.read(tars, caption_per_line, image_member=part.image_member)
         except ValueError as error:
             raise DatasetError(str(error)) from error
 

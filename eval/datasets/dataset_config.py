@@ -36,6 +36,8 @@ class PartConfig:
         label: JSON field with the class, or a list of classes; None: the `cls` member.
         classes: Names in the order of the `cls` numbers; or names by value of the label field; or
             `open_clip:imagenet`, `clip_benchmark:SET`.
+        image_member: Extension of the member that is the image of a sample, as `jpg` or `left.jpg`; None: the only
+            member with the extension of an image.
     """
 
     tars: list[str] = field(default_factory=list)
@@ -44,6 +46,7 @@ class PartConfig:
     filter: dict[str, str | list[str]] = field(default_factory=dict)
     label: str | None = None
     classes: list[str] | dict[str, str] | str | None = None
+    image_member: str | None = None
 
 
 @validated(frozen=True, config=FORBID_EXTRA)
@@ -79,7 +82,7 @@ class DatasetConfig(PartConfig):
     @property
     def test(self) -> PartConfig:
         """The images that are evaluated."""
-        return PartConfig(self.tars, self.root, self.split, self.filter, self.label, self.classes)
+        return PartConfig(self.tars, self.root, self.split, self.filter, self.label, self.classes, self.image_member)
 
     def parts(self) -> dict[str, PartConfig]:
         """Return the other parts by key: `train`, `shifted.NAME`, `outliers.NAME`."""
@@ -99,6 +102,7 @@ class DatasetConfig(PartConfig):
             label=part.label or self.label,
             # A root brings its own list of classes.
             classes=part.classes if part.classes is not None or part.root else self.classes,
+            image_member=part.image_member or self.image_member,
         )
 
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
-from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, read_member
-
-DEFAULT_MAX_PIXELS = 50_000_000
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.images import MAX_PIXELS
+from threetowers.cache.webdataset.sample import read_annotation, read_encoded_image, read_image
+from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.cache.webdataset.tar_list import index_tars, require_samples
+from threetowers.cache.webdataset.tar_patterns import expand
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,15 @@ class EvalImage:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The readable images of some tars. `skipped` lists the others, each with its reason."""
+    """The readable images of some tars. `skipped` lists the others, each with its reason.
+
+    `max_pixels` is the largest width x height of an image among them.
+    """
 
     tars: list[TarIndex]
     images: list[EvalImage]
     skipped: list[str]
+    max_pixels: int = MAX_PIXELS
 
     def name(self, image: EvalImage) -> str:
         """Return how messages call an image: its tar and its key."""
@@ -45,29 +51,29 @@ class ImageSet:
 
     def encoded(self, image: EvalImage) -> bytes:
         """Return the bytes of an image as they lie in its tar."""
-        tar = self.tars[image.tar]
-        return read_member(tar, image.ordinal, tar.samples[image.ordinal].image)
+        return read_encoded_image(self.tars[image.tar], image.ordinal)
 
 
 class ImageReader:
     """Reads the images of tars; tars that several data sets or parts share are read once."""
 
-    def __init__(self, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self.max_pixels = max_pixels
-        self._read: dict[tuple[bool, tuple[str, ...]], ImageSet] = {}
+        self._read: dict[tuple[object, ...], ImageSet] = {}
 
-    def read(self, patterns: Sequence[str], caption_per_line: bool = False) -> ImageSet:
-        """Return the images of tars, globs or brace ranges; see `read_images`."""
+    def read(
+        self, patterns: Sequence[str], caption_per_line: bool = False, *, image_member: str | None = None
+    ) -> ImageSet:
+        """Return the images of tars, globs or brace ranges; see `read_images`, and `index_tar` for `image_member`."""
         tars = tuple(expand(patterns))
-        key = (caption_per_line, tars)
+        key = (caption_per_line, image_member, tars)
         if key not in self._read:
-            self._read[key] = read_images([index_tar(tar) for tar in tars], caption_per_line, self.max_pixels)
+            listed = require_samples(index_tars(tars, image_member))
+            self._read[key] = read_images(listed.tars, caption_per_line, self.max_pixels)
         return self._read[key]
 
 
-def read_images(
-    tars: Sequence[TarIndex], caption_per_line: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
-) -> ImageSet:
+def read_images(tars: Sequence[TarIndex], caption_per_line: bool = False, max_pixels: int = MAX_PIXELS) -> ImageSet:
     """Read the annotation of every sample of some tars, and decode each image once to know that it can be.
 
     Args:
@@ -95,7 +101,7 @@ def read_images(
     if not images:
         reason = f"; the first of {len(skipped)} problems: {skipped[0]}" if skipped else ""
         raise ValueError(f"no usable image in {[tar.location for tar in tars]}{reason}")
-    return ImageSet(list(tars), images, skipped)
+    return ImageSet(list(tars), images, skipped, max_pixels)
 
 
 def _read(tar: TarIndex, number: int, caption_per_line: bool, max_pixels: int, ordinal: int) -> EvalImage | BadSample:

@@ -120,7 +120,8 @@ def images_digest(data: ImageSet, images: Sequence[EvalImage]) -> str:
     """Return a digest of some images and their order: tars by fingerprint, samples by position and key."""
     digest = xxhash.xxh3_128()
     for tar in data.tars:
-        digest.update(f"{tar.fingerprint}\n".encode())
+        member = "" if tar.samples.image_member is None else f" {tar.samples.image_member}"
+        digest.update(f"{tar.fingerprint}{member}\n".encode())
     for image in images:
         digest.update(f"{image.tar}:{image.ordinal}:{image.key}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from threetowers.eval.datasets.image_set import DEFAULT_MAX_PIXELS, EvalImage, ImageSet
+from threetowers.cache.webdataset.images import MAX_PIXELS
+from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings, EmbeddingStore
 
 PrecisionName = Literal["float32", "bfloat16", "float16"]
@@ -66,7 +67,7 @@ class LoadOptions:
     precision: PrecisionName = "float32"
     batch_size: int = 256
     workers: int = 1
-    max_pixels: int = DEFAULT_MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
     embeddings: Path | None = None
 
     def torch_device(self) -> torch.device:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from threetowers.cache.webdataset.sample import BadSample, read_image
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.eval.datasets.image_set import EvalImage
 from threetowers.eval.encoders.embedding_store import Embeddings

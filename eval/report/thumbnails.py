@@ -7,18 +7,19 @@ from pathlib import Path
 import xxhash
 
 from threetowers.cache.storage.atomic import write_atomic
+from threetowers.cache.webdataset.images import MAX_PIXELS, decode_rgb
 
 THUMBNAIL_PIXELS = 192
 INLINE_BYTES = 24_000  # larger images become thumbnails: a page of photographs must still load
-MAX_PIXELS = 50_000_000
 IMAGE_SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "webp": b"RIFF"}
 
 
 class ThumbnailStore:
-    """A folder of small images, each stored once."""
+    """A folder of small images, each stored once, made of images of at most `max_pixels`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
         self.folder = folder
+        self.max_pixels = max_pixels
 
     def add(self, image: bytes) -> str:
         """Store an encoded image, as it is or as a thumbnail, and return its name.
@@ -28,7 +29,7 @@ class ThumbnailStore:
         """
         kind = _kind(image)
         if kind is None or len(image) > INLINE_BYTES:
-            kind, image = "webp", thumbnail(image)
+            kind, image = "webp", thumbnail(image, self.max_pixels)
         name = f"{xxhash.xxh3_128_hexdigest(image)}.{kind}"
         path = self.folder / name
         if not path.exists():
@@ -46,15 +47,13 @@ class ThumbnailStore:
         return None if kind is None else f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def thumbnail(image: bytes) -> bytes:
-    """Return an image as a WebP of at most 192 pixels a side.
+def thumbnail(image: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Return an image, of at most `max_pixels`, as a WebP of at most 192 pixels a side.
 
     Raises:
         ValueError: For bytes that are no image, and for an image of too many pixels.
     """
-    from threetowers.cache.webdataset.images import decode_rgb
-
-    small = decode_rgb(image, max_pixels=MAX_PIXELS)
+    small = decode_rgb(image, max_pixels=max_pixels)
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.encoder import Encoder, NoTextTower
 from threetowers.eval.report.thumbnails import ThumbnailStore, thumbnail
@@ -44,7 +45,10 @@ class SearchResults:
                 captions = " | ".join(hit.image.captions[:2])
                 lines.append(f"{rank:4d}  {hit.score:6.3f}  {tar}:{hit.image.key}  {captions}".rstrip())
                 if columns:
-                    lines += ["      " + row for row in half_blocks(self.data.encoded(hit.image), columns)]
+                    lines += [
+                        "      " + row
+                        for row in half_blocks(self.data.encoded(hit.image), columns, self.data.max_pixels)
+                    ]
         kind = "exact" if self.exact else "approximate"
         lines.append(f"{self.model}, {kind} search of {len(self.data.images):,} images")
         return "\n".join(lines)
@@ -55,7 +59,7 @@ class SearchResults:
 
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         source = files("threetowers.eval.search").joinpath("search.html").read_text(encoding="utf-8")
-        thumbnails = ThumbnailStore(out / "thumbnails")
+        thumbnails = ThumbnailStore(out / "thumbnails", self.data.max_pixels)
         sections = []
         for query, hits in zip(self.queries, self.hits, strict=True):
             uris = [thumbnails.data_uri(thumbnails.add(self.data.encoded(hit.image))) for hit in hits]
@@ -113,11 +117,11 @@ def find(
     return SearchResults(encoder.info.name, data, tuple(queries), hits, index == "Flat")
 
 
-def half_blocks(image: bytes, columns: int) -> list[str]:
+def half_blocks(image: bytes, columns: int, max_pixels: int = MAX_PIXELS) -> list[str]:
     """Return an encoded image as lines of text, two pixels a character, in 24-bit colour (ANSI)."""
     from PIL import Image
 
-    with Image.open(BytesIO(thumbnail(image)), formats=("WEBP",)) as small:
+    with Image.open(BytesIO(thumbnail(image, max_pixels)), formats=("WEBP",)) as small:
         rows = max(2, round(columns * small.height / small.width / 2) * 2)
         pixels = np.asarray(small.convert("RGB").resize((columns, rows)))
     lines = []

@@ -42,7 +42,9 @@ from threetowers.cache.format.tar_table import extend
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.webdataset.images import decode_rgb
-from threetowers.cache.webdataset.tar_index import Member, Sample, SampleList, TarIndex, index_tar, read_member
+from threetowers.cache.webdataset.sample_list import SampleList
+from threetowers.cache.webdataset.tar_headers import Member
+from threetowers.cache.webdataset.tar_index import TarIndex, index_tar, read_member
 from threetowers.trainer.config import TrainConfig, parse
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
@@ -137,7 +139,7 @@ def random_cache(folder: Path) -> EmbeddingCache:
     slot, chunk_rows = rows_and_chunk(2 * SHARD_DIM, n)
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
     manifest = Manifest("b", "w", "d", transform, SHARD_DIM, "float16", slot, chunk_rows, {})
-    index = TarIndex("/0.tar", 1, "0", SampleList([Sample(str(k), {"png": Member(0, 1)}) for k in range(n)]), 0)
+    index = TarIndex("/0.tar", 1, "0", SampleList([(str(k), {"png": Member(0, 1)}) for k in range(n)]), {})
     (entry,) = extend(storage, [index], slot).entries
     fit_to_table(storage, manifest)
     storage.put("manifest.json", to_json(manifest), owner="manifest")

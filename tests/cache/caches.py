@@ -15,7 +15,9 @@ from threetowers.cache.format.store import fit_to_table
 from threetowers.cache.format.tar_table import extend
 from threetowers.cache.format.views import Views
 from threetowers.cache.storage.storage import open_storage
-from threetowers.cache.webdataset.tar_index import Member, Sample, SampleList, TarIndex
+from threetowers.cache.webdataset.sample_list import SampleList
+from threetowers.cache.webdataset.tar_headers import Member
+from threetowers.cache.webdataset.tar_index import TarIndex
 
 DTYPES = sorted(STORAGE_DTYPES)
 
@@ -31,8 +33,8 @@ def make_cache(
     storage = open_storage(where)
     indexes = []
     for i, n in enumerate(sizes):
-        samples = SampleList([Sample(f"{i}/{k}", {"png": Member(0, 1)}) for k in range(n)])
-        indexes.append(TarIndex(f"/tars/{i}.tar", 1, f"print {i}", samples, 0))
+        samples = SampleList([(f"{i}/{k}", {"png": Member(0, 1)}) for k in range(n)])
+        indexes.append(TarIndex(f"/tars/{i}.tar", 1, f"print {i}", samples, {}))
     entries = extend(storage, indexes, rows_per_tar).entries
     fit_to_table(storage, manifest)
     storage.put("manifest.json", to_json(manifest), owner="manifest")

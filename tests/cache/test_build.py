@@ -21,7 +21,8 @@ from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.processes.world import World
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
-from threetowers.cache.webdataset.tar_index import BadTar, index_tar, key_hash, read_member
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import index_tar, key_hash, read_member
 
 Weights = Callable[..., str]
 Pack = Callable[..., Path]

@@ -29,7 +29,7 @@ def test_estimated_bytes_and_files_equal_those_of_the_built_cache(
     views: Views, tars: list[Path], options: dict[str, Any], tmp_path: Path
 ) -> None:
     found = estimate(EmbeddingConfig(tars=tars, **options, views=views, batch_size=4), sample=12)
-    assert (found.n_tars, found.n_samples, found.exact, found.sampled, found.bad) == (3, 42, True, 12, 0)
+    assert (found.n_tars, found.n_samples, found.exact, found.sampled, found.bad) == (3, 42, True, 12, {})
     assert [cost.name for cost in found.dtypes] == list(STORAGE_DTYPES)
     for cost in found.dtypes:
         report = build_cache(
@@ -66,12 +66,13 @@ def test_a_sample_of_some_tars_estimates_the_rest(pack: Pack, samples: Callable[
     )
     every = sample_dataset(tars, 1000)
     assert len(every.sample) == every.n_samples == 5 * 5 + 4 * 6
-    assert {every.key(at) for at in every.sample} == {key for i in range(9) for key, _ in samples(5 + i % 2, i)}
+    keys = {every.indexed[number].samples.key(ordinal) for number, ordinal in every.sample}
+    assert keys == {key for i in range(9) for key, _ in samples(5 + i % 2, i)}
 
 
 def test_measured_views_order_augmentations_by_how_far_they_go(tars: list[Path], options: dict[str, Any]) -> None:
     found = measure_views(TeacherConfig(tars=tars, **options), crop_scales=(1.0, 0.9, 0.05), sample=20, draws=3)
-    assert (found.images, found.bad, found.draws) == (20, 0, 3)
+    assert (found.images, found.bad, found.draws) == (20, {}, 3)
     by_name = {row.name: row for row in found.rows}
     mild, strong = by_name["random crop, crop_scale 0.9"], by_name["random crop, crop_scale 0.05"]
     other = by_name["another image"]

@@ -84,3 +84,59 @@ def test_bombs_are_refused_from_the_header(encode: Encode) -> None:
     assert decode_rgb(encode(Image.new("RGB", (100, 1)))).size == (100, 1)
     with pytest.raises(BadImage, match="more than max_pixels=15"):
         decode_rgb(encode(Image.new("RGB", (4, 4))), max_pixels=15)
+
+
+def _chunk(kind: bytes, body: bytes, damage: int = 0) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ damage)
+
+
+QUARTER = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # EXIF: rotate to show upright
+JUNK = b"\0\x08\0\x02\x01\x12\0\x03" + bytes(12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metadata"),
+    [
+        ("png", _chunk(b"eXIf", JUNK)),
+        ("png", _chunk(b"eXIf", QUARTER, damage=1)),
+        ("png", _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta", damage=1)),
+        ("webp", JUNK),
+        ("webp", b"II*\0"),
+    ],
+)
+def test_an_image_with_malformed_metadata_is_taken_as_it_lies(
+    kind: str, metadata: bytes, draw: Draw, encode: Encode
+) -> None:
+    data = encode(draw(1), kind)
+    notes: list[str] = []
+    if kind == "png":
+        assert decode_rgb(data[:33] + _chunk(b"eXIf", QUARTER) + data[33:], notes=notes).size == (52, 40)
+        data = data[:33] + metadata + data[33:]
+    else:
+        buffer = io.BytesIO()
+        draw(1).save(buffer, "webp", exif=metadata)
+        data = buffer.getvalue()
+    assert notes == []
+    image = decode_rgb(data, notes=notes)
+    assert np.array_equal(np.asarray(image), np.asarray(decode_rgb(encode(draw(1), kind))))
+    assert notes == ["malformed EXIF or XMP, taken as upright"]
+
+
+def test_a_readable_orientation_counts_whatever_else_is_malformed(draw: Draw, encode: Encode) -> None:
+    resolution_by_zero = b"\x01\x1a\0\x05\0\0\0\x01\0\0\0\x26" + bytes(4) + bytes(8)
+    exif = b"Exif\0\0" + QUARTER[:9] + b"\x02" + QUARTER[10:22] + resolution_by_zero
+    data = encode(draw(1), "jpeg")
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+    notes: list[str] = []
+    assert decode_rgb(data, notes=notes).size == (52, 40)
+    assert notes == []
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_one_bound_on_pixels_replaces_that_of_pillow(encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for side in (12, 15):  # a warning of Pillow's, an error of Pillow's
+        with pytest.raises(BadImage, match=r"more .*max_pixels=90") as caught:
+            decode_rgb(encode(Image.new("RGB", (side, side))), max_pixels=90)
+        assert caught.value.defect == "too large"
+    assert decode_rgb(encode(Image.new("RGB", (15, 15))), max_pixels=225).size == (15, 15)

@@ -35,7 +35,8 @@ from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.local import LocalStorage
 from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.verify.verify import verify
-from threetowers.cache.webdataset.tar_index import Sample, SampleList, TarIndex, index_tar
+from threetowers.cache.webdataset.sample_list import SampleList
+from threetowers.cache.webdataset.tar_index import TarIndex, index_tar
 
 Pack = Callable[..., Path]
 MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
@@ -48,7 +49,7 @@ def manifest_of(tier: str = "float16", views: Views | None = None, dim: int = 5,
 
 def tar(location: str, fingerprint: str, n: int = 3) -> TarIndex:
     """An index with so many samples, none of which is looked at."""
-    return TarIndex(location, 512 * n, fingerprint, SampleList([Sample("k", {})] * n), 0)
+    return TarIndex(location, 512 * n, fingerprint, SampleList([("k", {})] * n), {})
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from tests.conftest import picture, write_tar
-from threetowers.cache.webdataset.sample import BadSample, read_annotation
-from threetowers.cache.webdataset.tar_index import BadTar, index_tar
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.sample import read_annotation
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.datasets.dataset import load_dataset_config, open_dataset
 from threetowers.eval.datasets.image_set import read_images
 from threetowers.eval.tasks.settings import RetrievalSettings

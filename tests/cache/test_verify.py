@@ -165,7 +165,7 @@ def put(array: Any, at: Any, value: Any) -> None:
         (lambda emb, keys, status: put(emb, 3, np.nan), "nonfinite row with status ok"),
         (lambda emb, keys, status: put(status, 3, 2), "an embedding in a row without status ok"),
         (lambda emb, keys, status: put(status, 3, 0), "a sample without a status"),
-        (lambda emb, keys, status: put(status, 3, 9), "a sample without a status"),
+        (lambda emb, keys, status: put(status, 3, 99), "a sample without a status"),
         (lambda emb, keys, status: put(keys, 3, keys[4]), "two samples with the same key"),
     ],
 )

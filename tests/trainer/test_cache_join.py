@@ -24,7 +24,8 @@ from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.views import Views, apply_crop, as_pixels
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.webdataset.sample import BadSample, read_image
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import epoch_snapshot

@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.conftest import picture, samples_of, write_tar
 from tests.trainer.loading import load_batches, same
-from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.sample import read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.loader import RandomAccessDataset, TrainingSample

@@ -166,18 +166,18 @@ def test_a_kept_index_is_used_until_the_tar_changes(
     kept = str(tmp_path / "index") if where == "folder" else f"memory://{tmp_path.name}/index"
     copies = [Path(shutil.copy(tar, tmp_path)) for tar in tars]
     patterns = {"": [str(tar) for tar in copies]}
-    fresh, _ = index_datasets(patterns, kept)
+    fresh = index_datasets(patterns, kept)
     opened: list[str] = []
 
-    def spied(path: str) -> TarIndex:
+    def spied(path: str, image_member: str | None) -> TarIndex:
         opened.append(path)
-        return index_tar(path)
+        return index_tar(path, image_member=image_member)
 
     monkeypatch.setattr(tar_headers, "index_tar", spied)
-    again, ranges = index_datasets(patterns, kept)
+    again = index_datasets(patterns, kept)
     assert opened == []
-    assert ranges == {"": range(2)}
-    for one, other in zip(fresh, again, strict=True):
+    assert again.tar_numbers == {"": range(2)}
+    for one, other in zip(fresh.tars, again.tars, strict=True):
         assert (one.location, one.size, one.fingerprint, one.ignored) == (
             other.location,
             other.size,
@@ -186,25 +186,27 @@ def test_a_kept_index_is_used_until_the_tar_changes(
         )
         assert list(one.samples) == list(other.samples)
     write_tar(copies[1], samples_of(7, 5))  # packed again
-    changed, _ = index_datasets(patterns, kept)
+    changed = index_datasets(patterns, kept)
     assert opened == [str(copies[1])]
-    assert [sample.key for sample in changed[1].samples] == [f"s{i:04d}" for i in range(7, 12)]
+    assert [sample.key for sample in changed.tars[1].samples] == [f"s{i:04d}" for i in range(7, 12)]
     storage = open_storage(kept)
     for name in storage.listdir():
         if name.endswith(".npz"):
             storage.put(name, storage.read(name)[:50], owner="test")
-    assert len(index_datasets(patterns, kept)[0]) == 2  # damaged: read again
+    assert len(index_datasets(patterns, kept).tars) == 2  # damaged: read again
     assert len(opened) == 3
 
 
 def share_the_index(rank: int, store: str, patterns: dict[str, list[str]], bad: str) -> None:
     import torch.distributed as dist
 
-    from threetowers.cache.webdataset.tar_index import BadTar, expand, index_tar
+    from threetowers.cache.webdataset.tar_headers import BadTar
+    from threetowers.cache.webdataset.tar_index import index_tar
+    from threetowers.cache.webdataset.tar_patterns import expand
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     alone = [index_tar(path) for part in patterns.values() for path in expand(part)]
-    tars, ranges = index_datasets(patterns)
+    tars, ranges, _ = index_datasets(patterns)
     assert [(tar.location, tar.fingerprint) for tar in tars] == [(tar.location, tar.fingerprint) for tar in alone]
     assert [list(tar.samples) for tar in tars] == [list(tar.samples) for tar in alone]
     assert ranges == {"main": range(2), "other": range(2, 4)}

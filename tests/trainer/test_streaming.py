@@ -14,7 +14,8 @@ from tests.conftest import samples_of, write_tar
 from tests.trainer.launches import metric, run_jobs, write_config
 from tests.trainer.loading import load_batches, loader_of, open_run
 from threetowers.cache.webdataset.sample_stream import stream_samples
-from threetowers.cache.webdataset.tar_index import BadTar, index_tar
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import streaming
 from threetowers.trainer.data.batch import Batch

@@ -12,6 +12,9 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from threetowers.cache.webdataset.images import MAX_PIXELS
+from threetowers.cache.webdataset.tar_list import OnBad
+
 
 def _divided(value: object) -> object:
     """Return the float nearest to a fraction such as "1/3", and everything else as it is."""
@@ -78,6 +81,8 @@ class TrainDataset:
     accepted."""
     group_field: str | None = None
     """JSON field that names the group of a sample; null: `data.group_field`."""
+    image_member: str | None = None
+    """Extension of the member that is the image of a sample; null: `data.image_member`."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -137,21 +142,28 @@ class Data:
     """JSON field that names the group of a sample, i.e. what it shows; null: each sample is its own group."""
     caption_per_line: bool = False
     """Read each line of a `txt` member as a caption of its own. Otherwise a `txt` member is a single caption."""
-    on_bad: Literal["error", "skip"] = "error"
-    """A sample that cannot be read: error stops the run, skip leaves the sample out. Missing rows of a cache are
-    handled by the tower's `on_missing_row`."""
+    image_member: str | None = None
+    """Extension of the member that is the image of a sample, such as `jpg` or `left.jpg`; null: the only member with
+    the extension of an image. Caches must have been built from the same member."""
+    on_bad: OnBad = "error"
+    """A sample or tar that cannot be used: error stops the run, skip leaves bad samples out, skip_tars bad tars, too.
+    Missing rows of a cache are handled by the tower's `on_missing_row`."""
     on_incomplete_cache: Literal["error", "wait", "skip"] = "error"
     """Tars whose rows are not all built: error refuses to train, wait waits for them, skip begins each epoch with the
     tars that are built by then. Durations count the samples of all tars in any case."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Processes per rank that read and decode samples; 0: the training process itself does."""
-    max_pixels: PositiveInt = 50_000_000
+    max_pixels: PositiveInt = MAX_PIXELS
     """Images with more pixels are bad samples, a protection against decompression bombs."""
 
     @property
     def named_sets(self) -> dict[str, TrainDataset]:
         """The data sets by name; `tars` are a single one with an empty name."""
         return self.datasets or {"": TrainDataset(tars=self.tars)}
+
+    def image_member_of(self, dataset: TrainDataset) -> str | None:
+        """Return the extension of the images of a data set; None: each sample's only image."""
+        return dataset.image_member or self.image_member
 
     @property
     def patterns(self) -> list[str]:

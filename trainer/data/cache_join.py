@@ -80,12 +80,23 @@ class CacheJoin:
             raise ManifestError(
                 f"{path}: holds none of the run's {len(self.tars)} tars; give the path of a cache of these tars"
             )
+        self._check_image_members(path)
         if not allow_incomplete:
             self.check_built()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the teacher, which every process loads itself."""
         return self.__dict__ | {"_teacher": None}
+
+    def _check_image_members(self, path: str | Path) -> None:
+        expected = self.cache.manifest.image_member
+        for tar, tar_id in zip(self.tars, self.tar_ids, strict=True):
+            if tar_id is not None and tar.samples.image_member != expected:
+                raise ManifestError(
+                    f"{path}: image_member: the cache was built from {_member(expected)}, the images of {tar.location} "
+                    f"are {_member(tar.samples.image_member)}; set image_member (data.image_member, --image-member) to "
+                    "that of the cache, or build a cache from the other member"
+                )
 
     def _holds_any(self, tar_numbers: range) -> bool:
         table = self.cache.table
@@ -227,3 +238,7 @@ class CacheJoin:
         if not np.isfinite(row_D).all():
             raise MissingRow(f"the embedding by teacher {teacher.backbone!r} is not finite")
         return row_D
+
+
+def _member(image_member: str | None) -> str:
+    return "the only image of each sample (null)" if image_member is None else f"the member {image_member!r}"

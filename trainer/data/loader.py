@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.processes.preemption import ignore_sigterm
-from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
-from threetowers.cache.webdataset.tar_index import BadTar, read_member
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.sample import read_annotation, read_image
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import read_member
 from threetowers.trainer.config import Augment, TrainConfig
 from threetowers.trainer.data.batch import Batch, concatenate_batches
 from threetowers.trainer.data.cache_join import CachedRow, MissingRow
@@ -33,12 +35,14 @@ class TrainingSample(NamedTuple):
         caption: One of its captions.
         rows: By cached tower, its embedding (D,); None where it has none.
         group: Hash of the name of its group.
+        notes: What was tolerated in it, as short phrases.
     """
 
     image: Tensor | None
     caption: str
     rows: dict[str, CachedRow | None]
     group: int
+    notes: tuple[str, ...] = ()
 
 
 class LoaderFailure(NamedTuple):
@@ -103,7 +107,8 @@ class TrainingSampleReader:
         caption = annotation.captions[rng.integers(len(annotation.captions))]
 
         # Decoded at most once, and only if a tower or a teacher needs it
-        decode = functools.cache(lambda: read_image(tar, ordinal, data.max_pixels, read))
+        image_notes: list[str] = []
+        decode = functools.cache(lambda: read_image(tar, ordinal, data.max_pixels, read, image_notes))
         image = None
         if self._needs_image:
             if data.crop_scale < 1:
@@ -121,7 +126,7 @@ class TrainingSampleReader:
                 raise BadSample(f"{tar.location}: sample {tar.samples[ordinal].key!r}: {error}") from error
 
         group = group_of(tar, ordinal, annotation, samples.component_of(tar_number).group_field)
-        return TrainingSample(image, caption, rows, group_hash(group))
+        return TrainingSample(image, caption, rows, group_hash(group), tuple(image_notes))
 
 
 def group_hash(name: str) -> int:
@@ -171,12 +176,20 @@ class SequentialDataset(Dataset[LoadedSample]):
         loaded: list[LoadedSample] = []
         for component in step.components:
             sample = next(self._open[step.stream, component])
-            read, stored_row = sample.members.__getitem__, sample.rows.__getitem__
+            read = functools.partial(self._member, sample)
+            stored_row = sample.rows.__getitem__
             try:
                 loaded.append(self._reader.prepare(sample.epoch, sample.sample_index, read, stored_row))
             except BadSample as error:
                 loaded.append(error)
         return loaded
+
+    def _member(self, sample: StreamedSample, extension: str) -> bytes:
+        """Return a member that was streamed; one that was not, by random access, which tells why."""
+        if extension in sample.members:
+            return sample.members[extension]
+        tar_number, ordinal = self._samples.address(sample.sample_index)
+        return read_member(self._samples.tars[tar_number], ordinal, extension)
 
 
 class Collator:
@@ -195,10 +208,11 @@ class Collator:
                 return sample
         good = [sample for sample in loaded if isinstance(sample, TrainingSample)]
         bad = tuple(str(sample) for sample in loaded if isinstance(sample, BadSample))
+        reasons = tuple(sample.reason for sample in loaded if isinstance(sample, BadSample))
         inputs: dict[str, Tensor] = {}
         present: dict[str, Tensor] = {}
         if not good:
-            return Batch(inputs, present, torch.empty(0, dtype=torch.int64), bad)
+            return Batch(inputs, present, torch.empty(0, dtype=torch.int64), bad, reasons=reasons)
         for name, tower in self._config.towers.items():
             if tower.kind == "timm":
                 inputs[name] = torch.stack([sample.image for sample in good if sample.image is not None])
@@ -212,7 +226,8 @@ class Collator:
                 if tower.on_missing_row == "mask":
                     present[name] = torch.tensor([row is not None for row in rows])
         groups_b = torch.tensor([sample.group for sample in good])
-        return Batch(inputs, present, groups_b, bad)
+        notes = tuple(itertools.chain.from_iterable(sample.notes for sample in good))
+        return Batch(inputs, present, groups_b, bad, notes, reasons)
 
 
 class TrainingBatches:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from threetowers.cache.storage.storage import is_url
+from threetowers.cache.webdataset.tar_list import left_aside_lines, refuse_defects
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.epoch_snapshot import EpochSnapshots, wait_until_built
@@ -26,7 +27,11 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
 
     # The tars, and the caches of their embeddings
     patterns = {name: dataset.tars for name, dataset in data.named_sets.items()}
-    tars, tar_numbers = index_datasets(patterns, data.index_dir)
+    members = {name: data.image_member_of(dataset) for name, dataset in data.named_sets.items()}
+    tars, tar_numbers, notes = index_datasets(patterns, data.index_dir, image_members=members, on_bad=data.on_bad)
+    reads_images = bool(config.towers_of("timm"))
+    if reads_images and data.on_bad == "error":
+        refuse_defects(tars)
     caches = {}
     for name, tower in config.towers.items():
         if isinstance(tower, CacheTower):
@@ -64,7 +69,16 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         )
 
     # Refuse a data set that is too small before anything else is set up
-    samples = SampleSet(tars, caches, components, sequential)
+    notes += left_aside_lines(tars)
+    samples = SampleSet(
+        tars,
+        caches,
+        components,
+        sequential,
+        reads_images=reads_images,
+        accepts_bad=data.on_bad != "error",
+        tar_notes=notes,
+    )
     for number, component in enumerate(components):
         usable = len(samples.epoch_indices(0, number))
         if usable < component.samples_per_batch:

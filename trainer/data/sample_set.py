@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
 from threetowers.cache.format.views import Views
-from threetowers.cache.webdataset.sample import Annotation, BadSample
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.sample import Annotation
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CachedRow, CacheJoin
@@ -70,8 +72,21 @@ class SampleSet:
         caches: Mapping[str, CacheJoin],
         components: Sequence[MixtureComponent] | None = None,
         sequential: bool = False,
+        *,
+        reads_images: bool = False,
+        accepts_bad: bool = True,
+        tar_notes: Sequence[str] = (),
     ) -> None:
-        """Set up the samples; without `components` all tars are one data set.
+        """Set up the samples.
+
+        Args:
+            tars: The run's list of tars.
+            caches: The joins of the caches to these tars, by the name of their tower.
+            components: The mixture; without it all tars are one data set.
+            sequential: Whether the samples are read by sequential access.
+            reads_images: Whether the run reads the image of every sample: those without a usable one are left out.
+            accepts_bad: Whether a sample that cannot be used is left out, or refused.
+            tar_notes: Lines on tars that are not used, for the start-up page.
 
         Raises:
             ConfigError: The caches hold different views.
@@ -80,6 +95,9 @@ class SampleSet:
         self.caches = dict(caches)
         self.components = [MixtureComponent("", range(len(self.tars)))] if components is None else list(components)
         self.sequential = sequential
+        self._reads_images = reads_images
+        self._accepts_bad = accepts_bad
+        self._tar_notes = list(tar_notes)
         self.views = _common_views(self.caches)
         self._first_indices = np.cumsum([0, *(len(tar.samples) for tar in self.tars)], dtype=np.int64)
         tar_counts = [len(component.tars) for component in self.components]
@@ -116,8 +134,8 @@ class SampleSet:
         return int(self._first_indices[component.tars.stop] - self._first_indices[component.tars.start])
 
     def notes(self) -> list[str]:
-        """Return lines for the start-up page: the data sets of a mixture, and sequential access."""
-        lines = []
+        """Return lines for the start-up page: tars that are not used, the data sets of a mixture, sequential access."""
+        lines = list(self._tar_notes)
         batch_size = sum(component.samples_per_batch for component in self.components)
         for number, component in enumerate(self.components):
             if component.name:
@@ -172,7 +190,8 @@ class SampleSet:
         """Return the samples of a component that an epoch visits. Collective where a cache is still being built.
 
         Raises:
-            BadSample: A cache lacks the row of a sample and its `on_missing_row` is error.
+            BadSample: A cache lacks the row of a sample and its `on_missing_row` is error; or, where bad samples are
+                not left out, the teacher would have to embed a sample without a usable image.
         """
         tar_numbers = self._epoch_tars(epoch, self.components[component])
         latest = self._latest.get(component)
@@ -212,8 +231,12 @@ class SampleSet:
         """Return the ordinals of a tar that an epoch visits, and count the others."""
         tar = self.tars[tar_number]
         usable = np.ones(len(tar.samples), bool)
+        if self._reads_images:
+            self._leave_out_defects(tar, usable, left_out)
         for name, join in self.caches.items():
-            missing = ~join.has_rows(tar_number)
+            if join.on_missing_row == "live":
+                self._leave_out_defects(tar, usable, left_out, ~join.has_rows(tar_number))
+            missing = usable & ~join.has_rows(tar_number)
             if join.on_missing_row == "error" and missing.any():
                 raise BadSample(
                     f"{_name(tar, int(np.argmax(missing)))}: the cache of tower {name!r} has no embedding for it "
@@ -227,9 +250,32 @@ class SampleSet:
                 if missing.any():
                     join.load_teacher()  # before the workers start: they share it, and it may be unavailable
             else:
-                left_out[f"no embedding in {name!r}"] += int(np.count_nonzero(usable & missing))
+                left_out[f"no embedding in {name!r}"] += int(np.count_nonzero(missing))
                 usable &= ~missing
         return np.flatnonzero(usable).astype(np.int64)
+
+    def _leave_out_defects(
+        self,
+        tar: TarIndex,
+        usable: npt.NDArray[np.bool_],
+        left_out: Counter[str],
+        among: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Take the samples without a usable image, as far as headers tell, out of `usable`, and count them by reason.
+
+        Where `among` is given, only samples that are true in it are concerned.
+        """
+        for defect, ordinals in tar.samples.defects().items():
+            bad = ordinals[usable[ordinals] if among is None else usable[ordinals] & among[ordinals]]
+            if len(bad) and not self._accepts_bad:
+                first = int(bad[0])
+                raise BadSample(
+                    f"{tar.describe(first)}: {tar.describe_defect(first)} ({len(bad)} such samples in this tar); "
+                    "repair it, or set data.on_bad: skip",
+                    defect,
+                )
+            left_out[str(defect)] += len(bad)
+            usable[bad] = False
 
 
 def _common_views(caches: Mapping[str, CacheJoin]) -> Views:

@@ -1,5 +1,6 @@
 """A dry run: the model is built on the meta device, and the summary of the run is all that is made of it."""
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -7,7 +8,10 @@ import torch
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.storage import is_url
-from threetowers.cache.webdataset.tar_index import expand, index_tar
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.cache.webdataset.tar_list import image_defects, refuse_defects, require_samples, select_tars, try_index
+from threetowers.cache.webdataset.tar_patterns import expand
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
@@ -45,12 +49,23 @@ def _dataset_stats(config: TrainConfig) -> DatasetStats | None:
     if any(map(is_url, config.data.patterns)):
         return None
     try:
-        paths = expand(config.data.patterns)
+        paths = [expand(dataset.tars) for dataset in config.data.named_sets.values()]
     except (OSError, ValueError):
         return None
-    tars = [index_tar(path) for path in paths]
-    total = sum(len(tar.samples) for tar in tars)
-    return DatasetStats(usable=total, total=total, tars=len(tars), left_out={})
+    data = config.data
+    found: list[TarIndex | BadTar] = []
+    for dataset, of_dataset in zip(data.named_sets.values(), paths, strict=True):
+        found += [try_index(path, data.image_member_of(dataset)) for path in of_dataset]
+    listed = require_samples(select_tars(found, data.on_bad))
+    left_out: Counter[str] = Counter()
+    if config.towers_of("timm"):
+        if data.on_bad == "error":
+            refuse_defects(listed.tars)
+        left_out = image_defects(listed.tars)
+    total = sum(len(tar.samples) for tar in listed.tars)
+    return DatasetStats(
+        usable=total - left_out.total(), total=total, tars=len(listed.tars), left_out=left_out, notes=listed.notes()
+    )
 
 
 def _teacher(name: str, tower: CacheTower) -> TeacherCost:
