@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from threetowers.eval.encoders.ensemble import EnsembleOptions
 
 Tars = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAR...")]
+Captions = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE...")]
 Datasets = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATASET...")]
 
 
@@ -69,6 +70,7 @@ def retrieval(
     tars: Tars,
     group_field: str | None = None,
     gallery_field: str | None = None,
+    captions: Captions = (),
     caption_per_line: bool = False,
     max_captions: int = 5,
     index: str = "Flat",
@@ -83,13 +85,16 @@ def retrieval(
         group_field: JSON field of the group of an image; images and captions of one group match. Without it, a caption
             matches its own image only.
         gallery_field: JSON field that splits the images into galleries, such as an art style.
-        caption_per_line: Take each line of a .txt member as a caption; by default the member is one caption.
+        captions: Sources of captions, in order: the extension of a text member (txt, cap), or json.FIELD. All captions
+            of all of them count. By default those of the first of txt, json.captions, json.caption that has some.
+        caption_per_line: Take each line of a text member as a caption; by default the member is one caption.
         max_captions: Captions used per sample, the first ones.
         index: FAISS factory string of the index that is searched; the recalls in the table are exact in any case.
         index_parameters: Its search parameters, such as nprobe=16.
         examples: Queries of each kind that the report shows.
         seed: Of the choice of examples.
     """
+    from threetowers.cache.webdataset.captions import CaptionFormat
     from threetowers.eval.datasets.dataset_config import DatasetConfig
     from threetowers.eval.suite import evaluate
     from threetowers.eval.tasks.settings import RetrievalSettings, TasksConfig
@@ -107,6 +112,7 @@ def retrieval(
     dataset = DatasetConfig(
         name="" if gallery_field else "all",  # galleries are named by the values of their field alone
         tars=list(tars),
+        captions=dict(CaptionFormat.parse(captions).sources),
         caption_per_line=caption_per_line,
         tasks=TasksConfig(retrieval=settings),
     )
@@ -135,6 +141,8 @@ def search(
     device: str = "auto",
     workers: int = 1,
     image_width: int = 0,
+    captions: Captions = (),
+    caption_per_line: bool = False,
 ) -> None:
     """Search images by free text: prints keys, scores and captions, and writes a page.
 
@@ -152,7 +160,10 @@ def search(
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         workers: Processes that read and decode images; 0: none.
         image_width: Draw each image in the terminal, that many characters wide (24-bit colour); 0: do not.
+        captions: Sources of the captions that are shown, as in `eval retrieval`.
+        caption_per_line: Take each line of a text member as a caption.
     """
+    from threetowers.cache.webdataset.captions import CaptionFormat
     from threetowers.eval.datasets.image_set import ImageReader
     from threetowers.eval.encoders.encoder import LoadOptions
     from threetowers.eval.encoders.load import load_encoder
@@ -167,7 +178,8 @@ def search(
         embeddings=None if output_dir is None else output_dir / EMBEDDINGS_FOLDER,
     )
     encoder = load_encoder(model, options)
-    findings = find(encoder, ImageReader().read(tars), query, k, index=index, parameters=index_parameters)
+    gallery = ImageReader().read(tars, CaptionFormat.parse(captions, caption_per_line))
+    findings = find(encoder, gallery, query, k, index=index, parameters=index_parameters)
     print(findings.text(image_width))
     if output_dir is not None:
         print(f"page: {findings.write(output_dir)}")

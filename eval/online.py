@@ -38,7 +38,10 @@ class RetrievalEvaluator:
         self.settings = settings
         self.retrieval = RetrievalSettings(group_field=settings.group_field)
         held_out = DatasetConfig(
-            name="held out", tars=list(settings.tars), caption_per_line=config.data.caption_per_line
+            name="held out",
+            tars=list(settings.tars),
+            captions=config.data.captions,
+            caption_per_line=config.data.caption_per_line,
         )
         dataset = open_dataset(held_out, "retrieval", self.retrieval, ImageReader(config.data.max_pixels))
         part, _ = captioned_part(dataset.test, self.retrieval)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,7 @@ from threetowers.trainer.checkpoint.checkpoint import (
     save_weights,
 )
 from threetowers.trainer.config import CacheTower, TrainConfig
+from threetowers.trainer.data.annotation_survey import survey_annotations
 from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
@@ -65,6 +66,7 @@ class TrainSummary:
     memory_gb: float  # peak of this process since its start
     skipped_samples: int  # samples that could not be read, on this rank
     nonfinite_steps: int  # steps skipped because a loss or gradient was nonfinite
+    notes: Mapping[str, int] = field(default_factory=dict)  # parts of annotations that cannot be used, on this rank
 
 
 class Evaluator(Protocol):
@@ -202,6 +204,7 @@ class Trainer:
         self.folder = RunFolder(Path(config.output_dir))
         self._config_changes = self.folder.check(config)
         self.samples = open_samples(config, self.folder.path)
+        self.survey = survey_annotations(config, self.samples)
         self.manifests = {name: join.cache.manifest for name, join in self.samples.caches.items()}
         self.folder.check_manifests(self.manifests)
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -263,7 +266,7 @@ class Trainer:
             tars=len(samples.tars),
             left_out=samples.left_out,
             without_row=samples.without_row,
-            notes=samples.notes(),
+            notes=[*samples.notes(), *self.survey],
         )
         teachers = {name: TeacherCost.from_manifest(manifest) for name, manifest in self.manifests.items()}
         shapes = meta_model(self.config, self.vocab_size, teachers)
@@ -297,6 +300,7 @@ class Trainer:
 
     def _check_batch(self, batch: Batch) -> None:
         """Count and log the bad samples of a batch. Raises BadSample where the config does not allow them."""
+        self.counts.update(f"notes/{note}" for note in batch.notes)
         if not batch.bad:
             return
         if self.config.data.on_bad == "error":
@@ -386,6 +390,7 @@ class Trainer:
             "memory_gb": peak_memory(self.world.device),
             "skipped_samples": self.counts["skipped_samples"],
             "nonfinite_steps": self.counts["nonfinite_steps"],
+            **{name: count for name, count in self.counts.items() if name.startswith("notes/")},
         }
         for name, term in result.terms.items():
             metrics |= {f"terms/{name}/{key}": value for key, value in term.metrics().items()}
@@ -452,9 +457,16 @@ class Trainer:
             memory_gb=peak_memory(self.world.device),
             skipped_samples=self.counts["skipped_samples"],
             nonfinite_steps=self.counts["nonfinite_steps"],
+            notes={
+                name.removeprefix("notes/"): count
+                for name, count in sorted(self.counts.items())
+                if name.startswith("notes/")
+            },
         )
         if self.world.first:
             write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
+            for note, count in summary.notes.items():
+                logger.info("not used of the samples: %s, %d times", note, count)
             logger.info("%s", summary.bottleneck)
         return summary
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import BinaryIO
 
 import xxhash
@@ -43,10 +43,13 @@ def stream_images(
             pass
 
 
-def stream_samples(index: TarIndex, first: int = 0) -> Generator[tuple[int, dict[str, bytes]], None, None]:
-    """Stream the samples of a tar from ordinal `first` on: (ordinal, image and text members by extension).
+def stream_samples(
+    index: TarIndex, first: int = 0, extensions: Collection[str] = TEXT_EXTENSIONS
+) -> Generator[tuple[int, dict[str, bytes]], None, None]:
+    """Stream the samples of a tar from ordinal `first` on: (ordinal, members by extension).
 
-    Checked as by `stream_images`. Nothing before the first sample is read.
+    The members are images, and those of the `extensions`. Checked as by `stream_images`. Nothing before the first
+    sample is read.
 
     Raises:
         BadTar: The stream and the index disagree, or the tar ends early.
@@ -55,7 +58,7 @@ def stream_samples(index: TarIndex, first: int = 0) -> Generator[tuple[int, dict
         if first:
             end = max(member.offset + member.size for member in index.samples[first - 1].members.values())
             file.seek(-(-end // TAR_BLOCK) * TAR_BLOCK)
-        yield from _grouped(index, file, first, IMAGE_EXTENSIONS | TEXT_EXTENSIONS)
+        yield from _grouped(index, file, first, IMAGE_EXTENSIONS | set(extensions))
 
 
 class _HashingReader:

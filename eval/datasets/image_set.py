@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, CaptionFormat
 from threetowers.cache.webdataset.sample import BadSample, read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import TarIndex, expand, index_tar, read_member
 
@@ -22,6 +23,7 @@ class EvalImage:
         key: Key of its sample.
         captions: Its captions; may be empty.
         fields: The keys of its `json` member, and `cls`, the list of numbers of a `cls` member.
+        notes: What of its annotation cannot be used, as short phrases.
     """
 
     tar: int
@@ -29,6 +31,7 @@ class EvalImage:
     key: str
     captions: tuple[str, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,25 @@ class ImageReader:
 
     def __init__(self, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
         self.max_pixels = max_pixels
-        self._read: dict[tuple[bool, tuple[str, ...]], ImageSet] = {}
+        self._read: dict[tuple[CaptionFormat, tuple[str, ...], tuple[str, ...]], ImageSet] = {}
 
-    def read(self, patterns: Sequence[str], caption_per_line: bool = False) -> ImageSet:
+    def read(self, patterns: Sequence[str], captions: CaptionFormat = DEFAULT_CAPTIONS) -> ImageSet:
         """Return the images of tars, globs or brace ranges; see `read_images`."""
         tars = tuple(expand(patterns))
-        key = (caption_per_line, tars)
+        key = (captions, tuple(captions.sources), tars)  # the first captions count, so their order matters here
         if key not in self._read:
-            self._read[key] = read_images([index_tar(tar) for tar in tars], caption_per_line, self.max_pixels)
+            self._read[key] = read_images([index_tar(tar) for tar in tars], captions, self.max_pixels)
         return self._read[key]
 
 
 def read_images(
-    tars: Sequence[TarIndex], caption_per_line: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+    tars: Sequence[TarIndex], captions: CaptionFormat = DEFAULT_CAPTIONS, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> ImageSet:
     """Read the annotation of every sample of some tars, and decode each image once to know that it can be.
 
     Args:
         tars: Indexes of the tars.
-        caption_per_line: Whether each line of a `txt` member is a caption; otherwise the member is one caption.
+        captions: Where the captions are; all sources that are named are read, in their order, whatever their weights.
         max_pixels: Largest width x height that is decoded.
 
     Returns:
@@ -86,7 +89,7 @@ def read_images(
     skipped: list[str] = []
     with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
         for number, tar in enumerate(tars):
-            read = partial(_read, tar, number, caption_per_line, max_pixels)
+            read = partial(_read, tar, number, captions, max_pixels)
             for found in pool.map(read, range(len(tar.samples))):
                 if isinstance(found, EvalImage):
                     images.append(found)
@@ -98,10 +101,11 @@ def read_images(
     return ImageSet(list(tars), images, skipped)
 
 
-def _read(tar: TarIndex, number: int, caption_per_line: bool, max_pixels: int, ordinal: int) -> EvalImage | BadSample:
+def _read(tar: TarIndex, number: int, captions: CaptionFormat, max_pixels: int, ordinal: int) -> EvalImage | BadSample:
     try:
-        annotation = read_annotation(tar, ordinal, caption_per_line=caption_per_line, captions_required=False)
+        annotation = read_annotation(tar, ordinal, captions=captions, captions_required=False)
         read_image(tar, ordinal, max_pixels)
     except BadSample as error:
         return error
-    return EvalImage(number, ordinal, tar.samples[ordinal].key, annotation.captions, annotation.fields)
+    key = tar.samples[ordinal].key
+    return EvalImage(number, ordinal, key, annotation.captions, annotation.fields, annotation.notes)

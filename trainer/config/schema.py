@@ -12,6 +12,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from threetowers.cache.webdataset.captions import CaptionFormat
+
 
 def _divided(value: object) -> object:
     """Return the float nearest to a fraction such as "1/3", and everything else as it is."""
@@ -78,6 +80,10 @@ class TrainDataset:
     accepted."""
     group_field: str | None = None
     """JSON field that names the group of a sample; null: `data.group_field`."""
+    captions: dict[str, Annotated[Weight, Field(gt=0)]] = field(default_factory=dict)
+    """Sources of its captions, by weight; {}: `data.captions`."""
+    caption_per_line: bool | None = None
+    """Whether each line of its text members is a caption; null: `data.caption_per_line`."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -134,9 +140,14 @@ class Data:
     augment: Augment = field(default_factory=Augment)
     """Random changes to the image, after the crop."""
     group_field: str | None = None
-    """JSON field that names the group of a sample, i.e. what it shows; null: each sample is its own group."""
+    """JSON field that names the group of a sample, i.e. what it shows; null: each sample is its own group. A sample
+    without a value (no such field, null, blank, NaN) is its own group, too."""
+    captions: dict[str, Annotated[Weight, Field(gt=0)]] = field(default_factory=dict)
+    """Sources of captions, by weight, as in `{txt: 1, json.recaption: 2}`: the extension of a text member, or
+    `json.FIELD`. In each epoch one of those that a sample has is drawn. {}: the `txt` member where it has a caption,
+    otherwise the `json` member's `captions`, otherwise its `caption`."""
     caption_per_line: bool = False
-    """Read each line of a `txt` member as a caption of its own. Otherwise a `txt` member is a single caption."""
+    """Read each line of a text member as a caption of its own. Otherwise a text member is a single caption."""
     on_bad: Literal["error", "skip"] = "error"
     """A sample that cannot be read: error stops the run, skip leaves the sample out. Missing rows of a cache are
     handled by the tower's `on_missing_row`."""
@@ -152,6 +163,17 @@ class Data:
     def named_sets(self) -> dict[str, TrainDataset]:
         """The data sets by name; `tars` are a single one with an empty name."""
         return self.datasets or {"": TrainDataset(tars=self.tars)}
+
+    def caption_format(self, dataset: TrainDataset | None = None) -> CaptionFormat:
+        """Return where the captions of a data set are, or of all where none is given.
+
+        Raises:
+            ValueError: What is named is no source.
+        """
+        if dataset is None:
+            return CaptionFormat(self.captions, self.caption_per_line)
+        per_line = self.caption_per_line if dataset.caption_per_line is None else dataset.caption_per_line
+        return CaptionFormat(dataset.captions or self.captions, per_line)
 
     @property
     def patterns(self) -> list[str]:

@@ -18,12 +18,14 @@ class Batch:
         present: For each tower that some samples may lack (`on_missing_row: mask`), which have its row: (b,) bool.
         groups_b: Group of each sample, int64; equal for samples that show the same thing.
         bad: Why samples of this batch are left out: one reason for each bad sample.
+        notes: What cannot be used of its samples' annotations, as short phrases, once for each sample.
     """
 
     inputs: dict[str, Tensor]
     present: dict[str, Tensor]
     groups_b: Tensor
     bad: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of usable samples."""
@@ -53,6 +55,7 @@ def concatenate_batches(parts: Sequence[Batch]) -> Batch:
         {name: _concatenate([part.present[name] for part in filled]) for name in filled[0].present},
         _concatenate([part.groups_b for part in filled]),
         tuple(itertools.chain.from_iterable(part.bad for part in parts)),
+        tuple(itertools.chain.from_iterable(part.notes for part in parts)),
     )
 
 

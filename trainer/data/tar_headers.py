@@ -38,11 +38,11 @@ def index_datasets(
     world = World.from_process_group()
 
     # One listing for all ranks, which may see a shared file system differently
-    (listed, *_) = _all_gather(lambda: [expand(tars) for tars in patterns.values()] if world.first else [])
+    (listed, *_) = gather_from_ranks(lambda: [expand(tars) for tars in patterns.values()] if world.first else [])
     locations = [location for tars in listed for location in tars]
 
     # Rank r of W indexes the tars r, r + W, r + 2 W, ...
-    by_rank = _all_gather(lambda: _index_tars(locations[world.rank :: world.size], index_dir))
+    by_rank = gather_from_ranks(lambda: _index_tars(locations[world.rank :: world.size], index_dir))
     tars = [by_rank[number % world.size][number // world.size] for number in range(len(locations))]
 
     tar_numbers = {}
@@ -83,8 +83,8 @@ def _kept_index(folder: Storage, location: str) -> TarIndex:
     return index
 
 
-def _all_gather(compute: Callable[[], Any]) -> list[Any]:
-    """Return the result of each rank. An error on one of them is raised on all."""
+def gather_from_ranks(compute: Callable[[], Any]) -> list[Any]:
+    """Return what each rank computes, in their order. An error on one of them is raised on all. Collective."""
     result: Any
     try:
         result = compute()
