@@ -61,7 +61,7 @@ def test_a_bounded_number_of_samples_is_looked_at(
     (captions, groups) = survey(clip)
     assert captions == "captions: from json.captions in 10 of 10 samples looked at"
     assert groups == (
-        "groups by 'concept': 10 in 10 of 10 samples looked at, 0 without a value, each a group of its own"
+        "groups by 'concept': 8 in 10 samples looked at; 0 of these have no value and are groups of their own"
     )
     assert len(set(looked_at)) == 10
     assert {("a.tar", 0), ("b.tar", 19)} <= set(looked_at)
@@ -71,7 +71,7 @@ def test_samples_without_a_group_are_their_own_and_told(clip: dict[str, Any], tm
     values = ["boat", "boat", None, "", float("nan"), 1, 1.0]
     texts = [{"json": {"caption": "a", "kind": value}} for value in values] + [{"txt": "b"}] * 5
     tree = with_samples(clip, tmp_path, texts, group_field="kind")
-    line = "groups by 'kind': 10 in 12 of 12 samples looked at, 8 without a value, each a group of its own"
+    line = "groups by 'kind': 10 in 12 samples looked at; 8 of these have no value and are groups of their own"
     assert line in survey(tree)
     (batch,) = load_batches(tree, stop=1)
     assert len(set(batch.groups_b.tolist())) == 10

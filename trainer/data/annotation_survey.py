@@ -49,7 +49,7 @@ class _Survey:
         captions = self.component.captions
         by_source = annotation.captions_by_source
         used, *others = by_source
-        self.sources.update(by_source if captions.sources else [used])
+        self.sources.update(list(by_source) if captions.sources else [used])
         self.differing += any(set(by_source[source]) - set(by_source[used]) for source in others)
         if not captions.caption_per_line and not used.startswith(FIELD):
             self.several_lines += any("\n" in caption for caption in by_source[used])
@@ -84,8 +84,8 @@ class _Survey:
 
         if self.component.group_field is not None:
             lines.append(
-                f"groups by {self.component.group_field!r}: {len(self.groups):,} in {self.usable:,} {of}, "
-                f"{self.without_group:,} without a value, each a group of its own"
+                f"groups by {self.component.group_field!r}: {len(self.groups):,} in {self.usable:,} samples looked at; "
+                f"{self.without_group:,} of these have no value and are groups of their own"
             )
         lines += [f"not used: {note}, in {count:,} {of}" for note, count in sorted(self.notes.items())]
         lines += [f"bad: {reason}, {count:,} {of}" for reason, count in sorted(self.bad.items())]
