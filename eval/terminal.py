@@ -55,7 +55,7 @@ def sample_notes(records: Sequence[EvalRecord]) -> list[str]:
     for record in records:
         for name, count in record.counts.items():
             if "notes/" in name:
-                lines.append(f"{record.spec.data}: not used: {name.replace('notes/', '')}, in {count:,} images")
+                lines.append(f"{record.spec.data}: noted: {name.replace('notes/', '')}, in {count:,} images")
     return list(dict.fromkeys(lines))
 
 

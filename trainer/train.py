@@ -66,7 +66,7 @@ class TrainSummary:
     memory_gb: float  # peak of this process since its start
     skipped_samples: int  # samples that could not be read, on this rank
     nonfinite_steps: int  # steps skipped because a loss or gradient was nonfinite
-    notes: Mapping[str, int] = field(default_factory=dict)  # parts of annotations that cannot be used, on this rank
+    notes: Mapping[str, int] = field(default_factory=dict)  # what was tolerated in samples, on this rank
 
 
 class Evaluator(Protocol):
@@ -457,18 +457,19 @@ class Trainer:
             memory_gb=peak_memory(self.world.device),
             skipped_samples=self.counts["skipped_samples"],
             nonfinite_steps=self.counts["nonfinite_steps"],
-            notes={
-                name.removeprefix("notes/"): count
-                for name, count in sorted(self.counts.items())
-                if name.startswith("notes/")
-            },
+            notes=self._counts_below("notes/"),
         )
         if self.world.first:
             write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
             for note, count in summary.notes.items():
-                logger.info("not used of the samples: %s, %d times", note, count)
+                logger.info("noted: %s, %d times", note, count)
             logger.info("%s", summary.bottleneck)
         return summary
+
+    def _counts_below(self, prefix: str) -> dict[str, int]:
+        """Return the counts whose names begin so, by the rest of their names."""
+        found = {name: count for name, count in self.counts.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): found[name] for name in sorted(found)}
 
 
 class NonFiniteDetector:

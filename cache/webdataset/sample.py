@@ -82,8 +82,11 @@ def read_annotation(
     for extension in sorted(members.keys() & captions.extensions):
         if members[extension].size > MAX_MEMBER_BYTES:
             notes.append(f"{extension}: too large")
-        else:
+            continue
+        try:
             data[extension] = read(extension)
+        except BadSample as error:
+            notes.append(f"{extension}: {error.reason}")
 
     fields: dict[str, Any] = {}
     if "json" in data:

@@ -38,7 +38,7 @@ def test_the_source_of_the_captions_is_told(clip: dict[str, Any], tmp_path: Path
         "captions: 3 of 20 samples looked at have a caption of several lines; if each line is one, set "
         "data.caption_per_line: true",
         "captions: 10 of 20 samples looked at have other captions in another source; data.captions chooses",
-        "not used: json.caption: null, in 3 of 20 samples looked at",
+        "noted: json.caption: null, in 3 of 20 samples looked at",
     ]
     tree["data"] |= {"captions": {"json.caption": 1, "txt": 0.5}, "caption_per_line": True}
     assert survey(tree)[0] == (
@@ -132,12 +132,16 @@ def test_sources_are_checked_with_the_config(clip: dict[str, Any]) -> None:
 
 
 def test_notes_are_in_the_log_and_the_summary(clip: dict[str, Any], tmp_path: Path) -> None:
+    from threetowers.trainer.engine import leave_process_group
     from threetowers.trainer.train import train
 
     texts = [{"txt": f"number {number}", "json": {"caption": None}} for number in range(12)]
     tree = with_samples(clip, tmp_path, texts) | {"duration": {"steps": 2}, "log": {"tensorboard": False}}
     tree["data"]["tars"] = [*tree["data"]["tars"], str(write_tar(tmp_path / "more.tar", samples_of(100, 12)))]
-    summary = train(parse(tree))
+    try:
+        summary = train(parse(tree))
+    finally:
+        leave_process_group()
     assert summary.notes == {"json.caption: null": 12}
     lines = (Path(tree["output_dir"]) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["notes/json.caption: null"] == 12

@@ -161,6 +161,6 @@ def test_the_command_prints_what_it_left_out(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path / 't.model'}: ")
     assert "left out: 1 samples: no caption (txt: empty)" in lines
-    assert "not used: caption: cut to 65,536 bytes, in 1 samples" in lines
+    assert "noted: caption: cut to 65,536 bytes, in 1 samples" in lines
     with pytest.raises(ValueError, match="--input-sentences: found 0, expected at least 1"):
         cli.train_tokenizer((mixed[0],), tmp_path / "t.model", input_sentences=0)

@@ -87,7 +87,7 @@ class _Survey:
                 f"groups by {self.component.group_field!r}: {len(self.groups):,} in {self.usable:,} samples looked at; "
                 f"{self.without_group:,} of these have no value and are groups of their own"
             )
-        lines += [f"not used: {note}, in {count:,} {of}" for note, count in sorted(self.notes.items())]
+        lines += [f"noted: {note}, in {count:,} {of}" for note, count in sorted(self.notes.items())]
         lines += [f"bad: {reason}, {count:,} {of}" for reason, count in sorted(self.bad.items())]
         return [named + line for line in lines]
 

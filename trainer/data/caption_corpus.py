@@ -46,7 +46,7 @@ class CaptionCorpus:
             f"captions: {distinct} of {self.n_captions:,}, in {self.n_samples:,} samples of {self.n_tars:,} tars",
             *(f"left out: {count:,} samples: {reason}" for reason, count in sorted(self.bad_samples.items())),
             *(f"left out: {problem}" for problem in self.bad_tars),
-            *(f"not used: {note}, in {count:,} samples" for note, count in sorted(self.notes.items())),
+            *(f"noted: {note}, in {count:,} samples" for note, count in sorted(self.notes.items())),
         ]
 
 
