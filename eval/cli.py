@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from threetowers.eval.encoders.ensemble import EnsembleOptions
 
 Tars = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAR...")]
+Captions = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE...")]
 Datasets = Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATASET...")]
 
 
@@ -74,6 +75,7 @@ def retrieval(
     tars: Tars,
     group_field: str | None = None,
     gallery_field: str | None = None,
+    captions: Captions = (),
     caption_per_line: bool = False,
     image_member: str | None = None,
     max_captions: int = 5,
@@ -89,7 +91,9 @@ def retrieval(
         group_field: JSON field of the group of an image; images and captions of one group match. Without it, a caption
             matches its own image only.
         gallery_field: JSON field that splits the images into galleries, such as an art style.
-        caption_per_line: Take each line of a .txt member as a caption; by default the member is one caption.
+        captions: Sources of captions, in order: the extension of a text member (txt, cap), or json.FIELD. All captions
+            of all of them count. By default those of the first of txt, json.captions, json.caption that has some.
+        caption_per_line: Take each line of a text member as a caption; by default the member is one caption.
         image_member: The member that is the image of a sample, by its extension, as jpg or left.jpg; by default its
             only image.
         max_captions: Captions used per sample, the first ones.
@@ -98,6 +102,7 @@ def retrieval(
         examples: Queries of each kind that the report shows.
         seed: Of the choice of examples.
     """
+    from threetowers.cache.webdataset.captions import CaptionFormat
     from threetowers.eval.datasets.dataset_config import DatasetConfig
     from threetowers.eval.suite import evaluate
     from threetowers.eval.tasks.settings import RetrievalSettings, TasksConfig
@@ -115,6 +120,7 @@ def retrieval(
     dataset = DatasetConfig(
         name="" if gallery_field else "all",  # galleries are named by the values of their field alone
         tars=list(tars),
+        captions=dict(CaptionFormat.parse(captions).sources),
         caption_per_line=caption_per_line,
         image_member=image_member,
         tasks=TasksConfig(retrieval=settings),
@@ -146,6 +152,8 @@ def search(
     image_member: str | None = None,
     max_pixels: int = MAX_PIXELS,
     image_width: int = 0,
+    captions: Captions = (),
+    caption_per_line: bool = False,
 ) -> None:
     """Search images by free text: prints keys, scores and captions, and writes a page.
 
@@ -166,7 +174,10 @@ def search(
             only image.
         max_pixels: Images with more pixels are left out, a protection against decompression bombs.
         image_width: Draw each image in the terminal, that many characters wide (24-bit colour); 0: do not.
+        captions: Sources of the captions that are shown, as in `eval retrieval`.
+        caption_per_line: Take each line of a text member as a caption.
     """
+    from threetowers.cache.webdataset.captions import CaptionFormat
     from threetowers.eval.datasets.image_set import ImageReader
     from threetowers.eval.encoders.encoder import LoadOptions
     from threetowers.eval.encoders.load import load_encoder
@@ -182,8 +193,10 @@ def search(
         embeddings=None if output_dir is None else output_dir / EMBEDDINGS_FOLDER,
     )
     encoder = load_encoder(model, options)
-    data = ImageReader(max_pixels).read(tars, image_member=image_member)
-    findings = find(encoder, data, query, k, index=index, parameters=index_parameters)
+    gallery = ImageReader(max_pixels).read(
+        tars, CaptionFormat.parse(captions, caption_per_line), image_member=image_member
+    )
+    findings = find(encoder, gallery, query, k, index=index, parameters=index_parameters)
     print(findings.text(image_width))
     if output_dir is not None:
         print(f"page: {findings.write(output_dir)}")

@@ -40,6 +40,7 @@ class RetrievalEvaluator:
         held_out = DatasetConfig(
             name="held out",
             tars=list(settings.tars),
+            captions=config.data.captions,
             caption_per_line=config.data.caption_per_line,
             image_member=config.data.image_member,
         )

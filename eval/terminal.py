@@ -33,7 +33,12 @@ def suite_text(result: SuiteResult) -> str:
             cell = f"{100 * values[model]:.1f}" if model in values else "-"
             line += f"  {cell:>{widths[model]}}"
         lines.append(line)
-    notes = ["in percent; ties count against the model", *result.left_out, f"report: {result.report.html}"]
+    notes = [
+        "in percent; ties count against the model",
+        *result.left_out,
+        *sample_notes(result.records),
+        f"report: {result.report.html}",
+    ]
     return "\n".join([*lines, *notes])
 
 
@@ -42,6 +47,16 @@ def headline_metrics(record: EvalRecord) -> dict[str, float]:
     metric = str(record.spec.settings.get("metric", "top1"))
     endings = tuple(ending.format(metric=metric) for ending in TASKS[record.spec.task].headline)
     return {name: value for name, value in record.metrics.items() if name.endswith(endings)}
+
+
+def sample_notes(records: Sequence[EvalRecord]) -> list[str]:
+    """Return what cannot be used of the samples of each data set, with the number of images."""
+    lines = []
+    for record in records:
+        for name, count in record.counts.items():
+            if "notes/" in name:
+                lines.append(f"{record.spec.data}: noted: {name.replace('notes/', '')}, in {count:,} images")
+    return list(dict.fromkeys(lines))
 
 
 def retrieval_text(result: SuiteResult) -> str:
@@ -59,7 +74,7 @@ def retrieval_text(result: SuiteResult) -> str:
     skipped = []
     if result.skipped:
         skipped.append(f"{len(result.skipped)} samples left out; the first: {result.skipped[0]}")
-    notes = "\n".join([EXPLANATION, *caches, *counts, *skipped])
+    notes = "\n".join([EXPLANATION, *caches, *counts, *skipped, *sample_notes(result.records)])
     table = _retrieval_table(result.results, galleries)
     return "\n\n".join([table.text(), notes, f"report: {result.report.html}"])
 

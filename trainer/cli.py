@@ -103,7 +103,12 @@ def train_tokenizer(
     tars: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TAR...")],
     output: Path,
     vocab_size: int = 4096,
+    character_coverage: float = 0.9995,
+    captions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE[=WEIGHT]...")] = (),
     caption_per_line: bool = False,
+    input_sentences: int = 10_000_000,
+    seed: int = 0,
+    on_bad: Literal["error", "skip", "skip_tars"] = "skip",
 ) -> None:
     """Train a SentencePiece tokenizer on the captions in tars.
 
@@ -111,27 +116,31 @@ def train_tokenizer(
         tars: Tars, globs or brace ranges; use the training tars only.
         output: The .model file to write.
         vocab_size: Number of pieces at most; a small corpus yields fewer.
-        caption_per_line: Take each line of a txt member for a caption, as data.caption_per_line does in training.
+        character_coverage: Share of the characters of the captions that have a piece; the rarest are unknown.
+        captions: Sources of captions, as data.captions names them in training: the extension of a text member (txt,
+            cap), or json.FIELD. All captions of all of them count, whatever their weights. By default those of the
+            first of txt, json.captions, json.caption that has some.
+        caption_per_line: Take each line of a text member for a caption, as data.caption_per_line does in training.
+        input_sentences: Distinct captions that are used at most, a random sample of all; memory grows with it.
+        seed: Of this sample.
+        on_bad: A sample without a usable caption: error stops, skip leaves it out and counts it. skip_tars leaves out
+            tars that cannot be read, too.
     """
     from threetowers.cache.storage.atomic import write_atomic
-    from threetowers.cache.webdataset.sample import read_annotation
-    from threetowers.cache.webdataset.tar_index import index_tar
-    from threetowers.cache.webdataset.tar_patterns import expand
+    from threetowers.cache.webdataset.captions import CaptionFormat
+    from threetowers.trainer.data.caption_corpus import read_corpus
     from threetowers.trainer.tokenizer import Tokenizer
     from threetowers.trainer.tokenizer import train_tokenizer as train_on_captions
 
-    indexes = [index_tar(path) for path in expand(tars)]
-    captions: list[str] = []
-    for tar in indexes:
-        for ordinal in range(len(tar.samples)):
-            captions += read_annotation(tar, ordinal, caption_per_line=caption_per_line).captions
-    # A caption counts once, however many images have it.
-    distinct = list(dict.fromkeys(captions))
-    model = train_on_captions(distinct, vocab_size)
+    if input_sentences < 1:
+        raise ValueError(f"--input-sentences: found {input_sentences}, expected at least 1")
+    wanted = CaptionFormat.parse(captions, caption_per_line)
+    corpus = read_corpus(tars, wanted, limit=input_sentences, seed=seed, on_bad=on_bad)
+    lines = corpus.lines()
+    try:
+        model = train_on_captions(corpus.captions, vocab_size, character_coverage)
+    except ValueError as error:
+        raise ValueError("\n".join([str(error), *lines])) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, model)
-    pieces = Tokenizer(model).vocab_size
-    print(
-        f"{output}: {pieces:,} pieces from {len(distinct):,} distinct of {len(captions):,} captions "
-        f"in {len(indexes)} tars"
-    )
+    print("\n".join([f"{output}: {Tokenizer(model).vocab_size:,} pieces", *lines]))

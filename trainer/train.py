@@ -28,6 +28,7 @@ from threetowers.trainer.checkpoint.checkpoint import (
     save_weights,
 )
 from threetowers.trainer.config import CacheTower, TrainConfig
+from threetowers.trainer.data.annotation_survey import survey_annotations
 from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
@@ -204,6 +205,7 @@ class Trainer:
         self.folder = RunFolder(Path(config.output_dir))
         self._config_changes = self.folder.check(config)
         self.samples = open_samples(config, self.folder.path)
+        self.survey = survey_annotations(config, self.samples)
         self.manifests = {name: join.cache.manifest for name, join in self.samples.caches.items()}
         self.folder.check_manifests(self.manifests)
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -265,7 +267,7 @@ class Trainer:
             tars=len(samples.tars),
             left_out=samples.left_out,
             without_row=samples.without_row,
-            notes=samples.notes(),
+            notes=[*samples.notes(), *self.survey],
         )
         teachers = {name: TeacherCost.from_manifest(manifest) for name, manifest in self.manifests.items()}
         shapes = meta_model(self.config, self.vocab_size, teachers)

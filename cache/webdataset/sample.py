@@ -1,8 +1,9 @@
 """Reading one sample: its image, and its annotation.
 
-The trainer, the tokenizer and the evaluation all read captions here, so that they see the same ones.
+The trainer, the tokenizer and the evaluation all read samples here, so that they see the same ones.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,22 +12,35 @@ from typing import Any
 
 from PIL import Image
 
+from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, BadText, CaptionFormat, decode_text
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
+from threetowers.cache.webdataset.sample_list import unreadable
 from threetowers.cache.webdataset.tar_index import TarIndex, read_member
 
 ReadMember = Callable[[str], bytes]  # a member of one sample, by its extension
+BAD_LABEL = "cls: not numbers"
 
 
 @dataclass(frozen=True)
 class Annotation:
     """The text side of one sample.
 
-    `fields` are those of the `json` member; `cls` is the list of numbers of a `cls` member.
+    Attributes:
+        captions_by_source: Its captions by the source that they come from (see `CaptionFormat`).
+        fields: Those of its `json` member; `cls` is the list of numbers of a `cls` member.
+        notes: What of its text members cannot be used, as short phrases by which samples are counted, such as
+            `json.caption: null`.
     """
 
-    captions: tuple[str, ...]
+    captions_by_source: Mapping[str, tuple[str, ...]]
     fields: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The captions of all sources."""
+        return tuple(itertools.chain.from_iterable(self.captions_by_source.values()))
 
 
 def read_annotation(
@@ -34,57 +48,67 @@ def read_annotation(
     ordinal: int,
     read: ReadMember | None = None,
     *,
-    caption_per_line: bool = False,
+    captions: CaptionFormat = DEFAULT_CAPTIONS,
     captions_required: bool = True,
 ) -> Annotation:
-    """Return the captions and fields of a sample.
-
-    Captions are the `captions` or the `caption` of the `json` member, else the `txt` member. White space around them
-    is dropped, and so are empty ones.
+    """Return the captions and fields of a sample, as far as they can be used; the rest is in its notes.
 
     Args:
         tar: Index of the tar.
         ordinal: The sample's position in it.
         read: Reads a member of this sample, where they are at hand; otherwise they are read from the tar.
-        caption_per_line: Whether each line of a `txt` member is a caption, as in CLIP_benchmark; otherwise it is one.
+        captions: Where the captions are.
         captions_required: Whether a sample without a caption is an error.
 
     Raises:
-        BadSample: A member is not what its name says, or a required caption is missing.
+        BadSample: A required caption is missing.
         BadTar: The tar has changed since it was indexed.
     """
     members = tar.samples[ordinal].members
     if read is None:
         read = partial(read_member, tar, ordinal)
-    data = {extension: read(extension) for extension in ("txt", "json", "cls") if extension in members}
+    notes: list[str] = []
+    data = {}
+    for extension in sorted(members.keys() & captions.extensions):
+        if defect := unreadable(members[extension]):
+            notes.append(f"{extension}: {defect}")
+        else:
+            data[extension] = read(extension)
 
     fields: dict[str, Any] = {}
-    captions: Any = []
-    try:
-        if "txt" in data:
-            text = data["txt"].decode()
-            captions = text.splitlines() if caption_per_line else [text]
-        if "json" in data:
-            fields = json.loads(data["json"])
-            if not isinstance(fields, dict):
-                raise ValueError(f"the json member holds a {type(fields).__name__}, expected an object")
-            captions = fields.get("captions", fields.get("caption", captions))
-        if "cls" in data:
-            fields["cls"] = [int(number) for number in data["cls"].decode().replace(",", " ").split()]
-    except ValueError as error:  # of UTF-8, JSON or a number
-        raise BadSample(f"{tar.describe(ordinal)}: {error}") from error
+    if "json" in data:
+        try:
+            fields = _json_object(data["json"])
+        except BadText as error:
+            notes.append(f"json: {error}")
+    if "cls" in data:
+        try:
+            fields["cls"] = [int(number) for number in decode_text(data["cls"]).replace(",", " ").split()]
+        except ValueError:
+            notes.append(BAD_LABEL)
 
-    if isinstance(captions, str):
-        captions = [captions]
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise BadSample(f"{tar.describe(ordinal)}: captions are {captions!r}, expected a list of strings")
-    kept = tuple(stripped for caption in captions if (stripped := caption.strip()))
-    if captions_required and not kept:
+    found, faults = captions.find(data, fields)
+    notes += faults
+    if captions_required and not found:
+        expected = ", ".join(captions.sources) or "a .txt member, or a .json member with `captions`"
+        reason = f"no caption ({', '.join(notes)})" if notes else "no caption"
         raise BadSample(
-            f"{tar.describe(ordinal)}: no caption; expected a .txt member, or a .json member with `captions`, "
-            f"found members {sorted(members)}"
+            f"{tar.describe(ordinal)}: {reason}; expected {expected}, found members {sorted(members)}", reason
         )
-    return Annotation(kept, fields)
+    return Annotation(found, fields, tuple(notes))
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    """Return the object in a json member. Raises BadText where there is none."""
+    try:
+        fields = json.loads(decode_text(data))
+    except BadText:
+        raise
+    except (ValueError, RecursionError):  # the latter for thousands of nested brackets
+        raise BadText("not JSON") from None
+    if not isinstance(fields, dict):
+        raise BadText("not an object")
+    return fields
 
 
 def read_encoded_image(tar: TarIndex, ordinal: int, read: ReadMember | None = None) -> bytes:

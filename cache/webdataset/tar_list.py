@@ -80,14 +80,20 @@ def select_tars(found: Iterable[TarIndex | BadTar], on_bad: OnBad = "error") -> 
             tars.append(tar)
         else:
             empty.append(tar.location)
-    if bad and on_bad != "skip_tars":
-        count = len(tars) + len(empty) + len(bad)
-        listed = bad[0] if len(bad) == 1 else "".join(f"\n  {message}" for message in bad)
-        raise BadTar(
-            f"{len(bad)} of {count} tars cannot be used: {listed}\nRepair or remove them, or leave them out by "
-            "on_bad: skip_tars (--on-bad skip_tars)"
-        )
+    if on_bad != "skip_tars":
+        refuse_bad_tars(bad, len(tars) + len(empty) + len(bad))
     return TarList(tars, empty, bad)
+
+
+def refuse_bad_tars(bad: Sequence[str], count: int) -> None:
+    """Raise BadTar if some of `count` tars are bad, with the message of each."""
+    if not bad:
+        return
+    listed = bad[0] if len(bad) == 1 else "".join(f"\n  {message}" for message in bad)
+    raise BadTar(
+        f"{len(bad)} of {count} tars cannot be used: {listed}\nRepair or remove them, or leave them out by "
+        "on_bad: skip_tars (--on-bad skip_tars)"
+    )
 
 
 def require_samples(listed: TarList) -> TarList:

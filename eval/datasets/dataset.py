@@ -1,6 +1,7 @@
 """A data set opened for one task: its images, with their labels as class numbers."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from numpy.typing import ArrayLike
 
 from threetowers.cache.storage.storage import is_url
+from threetowers.cache.webdataset.groups import WITHOUT_GROUP, BadField, field_name, sample_group, value_name
 from threetowers.eval.datasets.clip_benchmark import ClipBenchmarkFolder, folder_config
 from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError, PartConfig, parse_dataset_config
 from threetowers.eval.datasets.image_set import EvalImage, ImageReader, ImageSet
@@ -32,6 +34,7 @@ class DatasetPart:
         candidate_classes: The classes among which an image of this part is classified.
         left_out: Number of images left out, by reason.
         group_N: (n,) Equal for images that are drawn together in a bootstrap; None: each is its own group.
+        group_field: The field that names these groups.
     """
 
     data: ImageSet
@@ -40,6 +43,17 @@ class DatasetPart:
     candidate_classes: Ints
     left_out: Mapping[str, int]
     group_N: Ints | None = None
+    group_field: str | None = None
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """What of the part's own images cannot be used, or is not there: how many images, by `notes/<phrase>`."""
+        notes = Counter[str]()
+        for image in self.images():
+            notes.update(f"notes/{note}" for note in image.notes)
+            if self.group_field is not None and field_name(image.fields, self.group_field) is None:
+                notes[f"notes/{WITHOUT_GROUP}"] += 1
+        return dict(sorted(notes.items()))
 
     @property
     def label_N(self) -> Ints:
@@ -197,10 +211,8 @@ class _DatasetBuilder:
         tars = part.tars
         if part.root is not None:
             tars = ClipBenchmarkFolder(part.root).tars(part.split or "test")
-        # CLIP_benchmark's folders hold several captions in a .txt member, one a line.
-        caption_per_line = self.config.caption_per_line or part.root is not None
         try:
-            return self.reader.read(tars, caption_per_line, image_member=part.image_member)
+            return self.reader.read(tars, self.config.caption_format(part), image_member=part.image_member)
         except ValueError as error:
             raise DatasetError(str(error)) from error
 
@@ -218,7 +230,7 @@ class _DatasetBuilder:
                     f"{key}: filter: sample {image.key!r} of {data.tars[image.tar].name} has no field {missing[0]!r}, "
                     f"only {sorted(image.fields)}"
                 )
-            if all(str(image.fields[name]) in values for name, values in accepted.items()):
+            if all(_field_value(image, name, f"{key}: filter") in values for name, values in accepted.items()):
                 rows.append(row)
         if not rows:
             reason = f"; the first of {len(data.skipped)} problems: {data.skipped[0]}" if data.skipped else ""
@@ -244,7 +256,11 @@ class _DatasetBuilder:
             )
         value = image.fields[name]
         values = value if isinstance(value, list) else [value]
-        return [str(value) for value in values]
+        try:
+            names = [value_name(one) for one in values]
+        except BadField as error:
+            raise DatasetError(f"{key}: label: sample {image.key!r}: field {name!r} holds {error}") from error
+        return [label for label in names if label is not None]
 
     def classes(self, part: PartConfig, labelled: Sequence[PartConfig]) -> _Classes:
         """Return the classes of a part; where none are listed, every label value that the labelled parts hold."""
@@ -336,23 +352,28 @@ class _DatasetBuilder:
                 "outside_subset": outside_subset,
                 "without_label": without_label,
             },
-            group_N=self.groups([data.images[row] for row in kept], key),
+            group_N=self.groups(data, [data.images[row] for row in kept], key),
+            group_field=self.config.group_field,
         )
 
-    def groups(self, images: Sequence[EvalImage], key: str) -> Ints | None:
+    def groups(self, data: ImageSet, images: Sequence[EvalImage], key: str) -> Ints | None:
         """Return a number for the group of each image; None without a group field."""
         name = self.config.group_field
         if name is None:
             return None
+        if not any(name in image.fields for image in images):
+            raise DatasetError(
+                f"{key}: group_field: sample {images[0].key!r} has no field {name!r}, only {sorted(images[0].fields)}; "
+                "no other image has it either"
+            )
         numbers = np.empty(len(images), np.int64)
         for row, image in enumerate(images):
-            if name not in image.fields:
-                raise DatasetError(
-                    f"{key}: group_field: sample {image.key!r} has no field {name!r}, only {sorted(image.fields)}"
-                )
+            try:
+                group = sample_group(data.tars[image.tar], image.ordinal, image.fields, name)
+            except BadField as error:
+                raise DatasetError(f"{key}: group_field: sample {image.key!r}: {error}") from error
             # Hashed, so that a group has the same number in every part and record.
-            value = json.dumps(image.fields[name], sort_keys=True).encode()
-            numbers[row] = xxhash.xxh3_64_intdigest(value) >> 1
+            numbers[row] = xxhash.xxh3_64_intdigest(json.dumps(group.name).encode()) >> 1
         return numbers
 
     def translation(self, own: _Classes, classes: _Classes, key: str) -> dict[str, str]:
@@ -369,3 +390,11 @@ class _DatasetBuilder:
                 f"{key}: its classes are matched with the data set's by name, but some of those have the same name"
             )
         return {value: by_name[name] for value, name in zip(own.values, own.names, strict=True)}
+
+
+def _field_value(image: EvalImage, name: str, key: str) -> str | None:
+    """Return the value of a field as a name, None where there is none. Raises DatasetError for a list or an object."""
+    try:
+        return field_name(image.fields, name)
+    except BadField as error:
+        raise DatasetError(f"{key}: sample {image.key!r}: {error}") from error

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.storage import is_url
+from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.eval.datasets.prompts import PromptError, prompt_templates
 from threetowers.eval.tasks.settings import FORBID_EXTRA, TasksConfig
 
@@ -59,7 +60,10 @@ class DatasetConfig(PartConfig):
         prompts: Templates with a slot `{c}`, or the name of a shipped prompt set.
         group_field: JSON field of the group of an image. Images of one group show the same thing and are drawn
             together in a bootstrap, as they are no independent evidence.
-        caption_per_line: Whether each line of a `txt` member is a caption, as always below a root; otherwise the
+        captions: Sources of captions with their weights, as in training: `{txt: 1, json.recaption: 1}`. All captions
+            of all of them count, in this order; without any, those of the first of `txt`, `json.captions` and
+            `json.caption` that has some.
+        caption_per_line: Whether each line of a text member is a caption, as always below a root; otherwise the
             member is one caption.
         subset: Classes, by name or by value of the label field, that are the candidates; None: all.
         train: The images that probes, neighbours and outlier scores are fitted on.
@@ -72,6 +76,7 @@ class DatasetConfig(PartConfig):
     metric: Literal["top1", "top5", "mean_per_class", "mean_average_precision"] = "top1"
     prompts: list[str] | str | None = None
     group_field: str | None = None
+    captions: dict[str, float] = field(default_factory=dict)
     caption_per_line: bool = False
     subset: list[str] | None = None
     train: PartConfig | None = None
@@ -83,6 +88,10 @@ class DatasetConfig(PartConfig):
     def test(self) -> PartConfig:
         """The images that are evaluated."""
         return PartConfig(self.tars, self.root, self.split, self.filter, self.label, self.classes, self.image_member)
+
+    def caption_format(self, part: PartConfig) -> CaptionFormat:
+        """Return where the captions of a part are."""
+        return CaptionFormat(self.captions, self.caption_per_line or part.root is not None)
 
     def parts(self) -> dict[str, PartConfig]:
         """Return the other parts by key: `train`, `shifted.NAME`, `outliers.NAME`."""
@@ -161,6 +170,10 @@ def _check(config: DatasetConfig) -> None:
         raise DatasetError("tasks.shift: needs at least one part under shifted")
     if config.tasks.ood is not None and not config.outliers:
         raise DatasetError("tasks.ood: needs at least one part under outliers")
+    try:
+        config.caption_format(config)
+    except ValueError as error:
+        raise DatasetError(f"captions: {error}") from error
     if config.prompts is not None:
         try:
             prompt_templates(config.prompts)

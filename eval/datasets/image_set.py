@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.sample import read_annotation, read_encoded_image, read_image
@@ -24,6 +25,7 @@ class EvalImage:
         key: Key of its sample.
         captions: Its captions; may be empty.
         fields: The keys of its `json` member, and `cls`, the list of numbers of a `cls` member.
+        notes: What of its annotation cannot be used, as short phrases.
     """
 
     tar: int
@@ -31,6 +33,7 @@ class EvalImage:
     key: str
     captions: tuple[str, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,23 +65,30 @@ class ImageReader:
         self._read: dict[tuple[object, ...], ImageSet] = {}
 
     def read(
-        self, patterns: Sequence[str], caption_per_line: bool = False, *, image_member: str | None = None
+        self,
+        patterns: Sequence[str],
+        captions: CaptionFormat = DEFAULT_CAPTIONS,
+        *,
+        image_member: str | None = None,
     ) -> ImageSet:
         """Return the images of tars, globs or brace ranges; see `read_images`, and `index_tar` for `image_member`."""
         tars = tuple(expand(patterns))
-        key = (caption_per_line, image_member, tars)
+        # The first captions count, so the order of the sources matters here.
+        key = (captions, tuple(captions.sources), image_member, tars)
         if key not in self._read:
             listed = require_samples(index_tars(tars, image_member))
-            self._read[key] = read_images(listed.tars, caption_per_line, self.max_pixels)
+            self._read[key] = read_images(listed.tars, captions, self.max_pixels)
         return self._read[key]
 
 
-def read_images(tars: Sequence[TarIndex], caption_per_line: bool = False, max_pixels: int = MAX_PIXELS) -> ImageSet:
+def read_images(
+    tars: Sequence[TarIndex], captions: CaptionFormat = DEFAULT_CAPTIONS, max_pixels: int = MAX_PIXELS
+) -> ImageSet:
     """Read the annotation of every sample of some tars, and decode each image once to know that it can be.
 
     Args:
         tars: Indexes of the tars.
-        caption_per_line: Whether each line of a `txt` member is a caption; otherwise the member is one caption.
+        captions: Where the captions are; all sources that are named are read, in their order, whatever their weights.
         max_pixels: Largest width x height that is decoded.
 
     Returns:
@@ -92,7 +102,7 @@ def read_images(tars: Sequence[TarIndex], caption_per_line: bool = False, max_pi
     skipped: list[str] = []
     with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
         for number, tar in enumerate(tars):
-            read = partial(_read, tar, number, caption_per_line, max_pixels)
+            read = partial(_read, tar, number, captions, max_pixels)
             for found in pool.map(read, range(len(tar.samples))):
                 if isinstance(found, EvalImage):
                     images.append(found)
@@ -104,10 +114,11 @@ def read_images(tars: Sequence[TarIndex], caption_per_line: bool = False, max_pi
     return ImageSet(list(tars), images, skipped, max_pixels)
 
 
-def _read(tar: TarIndex, number: int, caption_per_line: bool, max_pixels: int, ordinal: int) -> EvalImage | BadSample:
+def _read(tar: TarIndex, number: int, captions: CaptionFormat, max_pixels: int, ordinal: int) -> EvalImage | BadSample:
     try:
-        annotation = read_annotation(tar, ordinal, caption_per_line=caption_per_line, captions_required=False)
+        annotation = read_annotation(tar, ordinal, captions=captions, captions_required=False)
         read_image(tar, ordinal, max_pixels)
     except BadSample as error:
         return error
-    return EvalImage(number, ordinal, tar.samples[ordinal].key, annotation.captions, annotation.fields)
+    key = tar.samples[ordinal].key
+    return EvalImage(number, ordinal, key, annotation.captions, annotation.fields, annotation.notes)

@@ -91,8 +91,8 @@ def group_items(part: DatasetPart) -> ItemArrays:
 
 
 def part_counts(part: DatasetPart) -> dict[str, int]:
-    """Return the numbers of images, candidate classes, and images left out."""
-    return {"images": len(part.rows), "classes": len(part.candidate_classes), **part.left_out}
+    """Return the numbers of images, candidate classes, images left out, and notes on the others."""
+    return {"images": len(part.rows), "classes": len(part.candidate_classes), **part.left_out, **part.notes}
 
 
 def with_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

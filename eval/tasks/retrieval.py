@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from threetowers.cache.webdataset.groups import BadField, field_name, sample_group
 from threetowers.eval.datasets.dataset import DatasetPart, EvalDataset
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
@@ -52,7 +53,10 @@ class Gallery:
     def of(cls, part: DatasetPart, settings: RetrievalSettings) -> "Gallery":
         """Return the gallery of a part in which each image has a caption and a group, see `captioned_part`."""
         images = part.images()
-        groups = [image_group_name(part.data, image, settings.group_field) for image in images]
+        groups = []
+        for image in images:
+            tar = part.data.tars[image.tar]
+            groups.append(sample_group(tar, image.ordinal, image.fields, settings.group_field).name)
         numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
         # Several images of one group bring the same captions: each is searched for once.
         pairs: dict[tuple[str, str], None] = {}
@@ -102,39 +106,61 @@ def retrieval(
     search = _IndexedGallery(data, gallery, image_ND, text_MD, settings, thumbnails)
     metrics = exact.metrics() | search.metrics()
     examples = search.text_examples(items["text_to_image/rank"]) + search.image_examples(items["image_to_text/rank"])
-    return EvalResult(metrics, {**exact.counts(), **dataset.test.left_out}, items, examples)
+    part = replace(dataset.test, group_field=settings.group_field)
+    return EvalResult(metrics, {**exact.counts(), **part.left_out, **part.notes}, items, examples)
 
 
 def captioned_part(part: DatasetPart, settings: RetrievalSettings) -> tuple[DatasetPart, list[str]]:
     """Return the images of a part that can be searched, and why each other one cannot.
 
-    An image needs a caption, and the fields that the settings name.
+    An image needs a caption, and a value of the gallery field where there is one; a list or an object is no group and
+    no gallery. Without a value of the group field an image is its own group.
 
     Raises:
-        ValueError: No image can be searched.
+        ValueError: No image can be searched, or none has the group field.
     """
-    fields = {"group_field": settings.group_field, "gallery_field": settings.gallery_field}
     usable: list[int] = []
     problems: list[str] = []
     left_out = Counter({"without_caption": 0})
+    has_group = settings.group_field is None
     for position, image in enumerate(part.images()):
-        missing = [key for key, field in fields.items() if field is not None and field not in image.fields]
-        if missing:
-            left_out[f"without_{missing[0]}"] += 1
-            problems.append(
-                f"{part.data.name(image)}: {missing[0]}: no field {fields[missing[0]]!r}, only {sorted(image.fields)}"
-            )
-        elif not image.captions:
-            left_out["without_caption"] += 1
-            problems.append(f"{part.data.name(image)}: no caption in a .txt or .json member")
+        has_group = has_group or settings.group_field in image.fields
+        reason, problem = _unsearchable(image, settings)
+        if problem:
+            left_out[reason] += 1
+            problems.append(f"{part.data.name(image)}: {problem}")
         else:
             usable.append(position)
+    if not has_group:
+        first = part.images()[0]
+        raise ValueError(
+            f"none of {len(part.rows)} images can be grouped; {part.data.name(first)}: group_field: no field "
+            f"{settings.group_field!r}, only {sorted(first.fields)}"
+        )
     if not usable:
         raise ValueError(
             f"none of {len(part.rows)} images can be used for retrieval; the first of {len(problems)} problems: "
             f"{problems[0]}"
         )
     return replace(part.select(usable), left_out={**part.left_out, **left_out}), problems
+
+
+def _unsearchable(image: EvalImage, settings: RetrievalSettings) -> tuple[str, str]:
+    """Return why an image cannot be searched, as a name to count by and in words; nothing where it can."""
+    for key, field in (("group_field", settings.group_field), ("gallery_field", settings.gallery_field)):
+        if field is None:
+            continue
+        try:
+            name = field_name(image.fields, field)
+        except BadField as error:
+            return f"bad_{key}", f"{key}: {error}"
+        if name is None and key == "gallery_field":
+            found = f"no value in field {field!r}" if field in image.fields else f"no field {field!r}"
+            return f"without_{key}", f"{key}: {found}, only {sorted(image.fields)}"
+    if not image.captions:
+        faults = f" ({', '.join(image.notes)})" if image.notes else ""
+        return "without_caption", f"no caption in a .txt or .json member{faults}"
+    return "", ""
 
 
 def split_galleries(
@@ -153,7 +179,9 @@ def split_galleries(
         return [(replace(dataset, test=part), settings)], problems
     positions: dict[str, list[int]] = {}
     for position, image in enumerate(part.images()):
-        positions.setdefault(str(image.fields[settings.gallery_field]), []).append(position)
+        name = field_name(image.fields, settings.gallery_field)
+        assert name is not None  # see captioned_part
+        positions.setdefault(name, []).append(position)
     share, extra = divmod(settings.examples, len(positions))
     galleries = []
     for number, name in enumerate(sorted(positions)):
@@ -164,13 +192,6 @@ def split_galleries(
         )
         galleries.append((gallery, replace(settings, examples=share + (number < extra))))
     return galleries, problems
-
-
-def image_group_name(data: ImageSet, image: EvalImage, group_field: str | None) -> str:
-    """Return the name of an image's group: the value of its field, or without a field its own address."""
-    if group_field is None:
-        return f"{data.tars[image.tar].location}:{image.ordinal}"
-    return str(image.fields[group_field])
 
 
 class _IndexedGallery:

@@ -88,6 +88,7 @@ def test_other_members_are_listed_but_never_read(tmp_path: Path) -> None:
     assert index.left_aside() == {**index.ignored, ".pkl in samples": 1, ".*.png in samples": 1}
     assert index.left_aside(["pkl"]) == {**index.ignored, ".*.png in samples": 1}
     assert list(stream_images(index)) == [(0, "a", b"image")]
+    assert [found.keys() for _, found in stream_samples(index)] == [{"jpg"}]
     with pytest.raises(ValueError, match=r"'a': has no \.txt"):
         read_member(index, 0, "txt")
 

@@ -309,6 +309,42 @@ def test_files_that_are_not_configs_are_refused(tmp_path: Path) -> None:
         load_dataset_config(tmp_path / "missing.yaml")
 
 
+def test_values_of_fields_are_compared_as_names(tmp_path: Path) -> None:
+    """Labels, filters and groups: numbers however they are written, and null is no value."""
+    values = [(1, "a", "x"), (1.0, True, "x"), ("1", "a", None), (2, True, ""), (None, True, "y"), (2, False, "y")]
+    samples = []
+    for number, (label, flag, group) in enumerate(values):
+        fields = json.dumps({"label": label, "flag": flag, "group": group, "caption": None})
+        samples.append((f"s{number}", {"png": image_bytes(number), "json": fields.encode()}))
+    tar = write_tar(tmp_path / "values.tar", samples)
+    tree = {
+        "name": "values",
+        "tars": [str(tar)],
+        "label": "label",
+        "classes": {"1": "one", "2": "two"},
+        "prompts": ["{c}"],
+        "group_field": "group",
+        "filter": {"flag": ["a", "true"]},
+    }
+    part = open_dataset(parse(tree, tmp_path), "zeroshot", ZeroShotSettings()).test
+    assert part.labels_NL[:, 0].tolist() == [0, 0, 0, 1]
+    assert sum(count for reason, count in part.left_out.items() if "label" in reason) == 1
+    assert part.group_N is not None
+    assert part.group_N[0] == part.group_N[1]
+    assert len(set(part.group_N.tolist())) == 3
+    assert part.notes == {"notes/group_field: no value": 2, "notes/json.caption: null": 4}
+    for key, value in {"label": "list", "group_field": "list", "filter": {"list": "a"}}.items():
+        bad = json.dumps({"label": "1", "flag": "a", "list": {"a": 1}}).encode()
+        write_tar(tar, [("s0", {"png": image_bytes(0), "json": bad})])
+        with pytest.raises(DatasetError, match="field 'list' holds an object, expected a text"):
+            open_dataset(parse({**tree, "group_field": None, key: value}, tmp_path), "zeroshot", ZeroShotSettings())
+
+
+def test_sources_of_captions_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="captions: found 'jpg', expected the extension of a text member"):
+        parse({"name": "x", "tars": ["x.tar"], "captions": {"jpg": 1}}, tmp_path)
+
+
 def test_captions_are_needed_for_retrieval(layout: Path) -> None:
     opened = open_dataset(load_dataset_config(layout), "retrieval", RetrievalSettings())
     with pytest.raises(ValueError, match=r"none of 5 images can be used .* 'test0000': no caption"):

@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import COLOURS, THINGS, samples_of, write_tar
+from tests.conftest import COLOURS, THINGS, picture, samples_of, write_tar
 from tests.eval.runs import finished
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
@@ -18,6 +19,7 @@ from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.cli import EvalFlags, retrieval
 from threetowers.eval.cli import compare as command_compare
 from threetowers.eval.compare import compare
+from threetowers.eval.datasets.dataset import open_dataset
 from threetowers.eval.datasets.dataset_config import DatasetConfig
 from threetowers.eval.datasets.image_set import read_images
 from threetowers.eval.encoders.encoder import LoadOptions
@@ -25,6 +27,7 @@ from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.eval.metrics.significance import group_by_recipe
 from threetowers.eval.suite import SuiteResult, evaluate
+from threetowers.eval.tasks.retrieval import Gallery, split_galleries
 from threetowers.eval.tasks.settings import RetrievalSettings, TasksConfig
 from threetowers.eval.terminal import retrieval_text
 
@@ -107,6 +110,42 @@ def test_each_gallery_has_a_record(clip: dict[str, Any], tmp_path: Path) -> None
     assert "'s0020': gallery_field: no field 'style'" in result.skipped[0]
     chosen = [[e for e in record.examples if e.heading == "Caption → images"] for record in result.records]
     assert [len(examples) for examples in chosen] == [2, 1]
+
+
+def test_images_without_a_group_are_their_own_and_those_without_a_gallery_are_left_out(tmp_path: Path) -> None:
+    values = [("boat", 1), ("boat", 1.0), (None, "1"), ("", 1), (float("nan"), 2), (["boat"], 1), ("ship", None)]
+    samples = []
+    for number, (kind, style) in enumerate(values):
+        fields = {"caption": f"caption {number}", "kind": kind, "style": style}
+        samples.append((f"s{number}", {"png": picture("red", "disc", number), "json": json.dumps(fields).encode()}))
+    tar = write_tar(tmp_path / "groups.tar", samples)
+    settings = RetrievalSettings(group_field="kind", gallery_field="style")
+    opened = open_dataset(DatasetConfig(name="groups", tars=[str(tar)]), "retrieval", settings)
+    galleries, problems = split_galleries(opened, settings)
+    assert [gallery.name for gallery, _ in galleries] == ["groups/1", "groups/2"]
+    first = Gallery.of(galleries[0][0].test, settings)
+    assert first.image_group_N.tolist() == [0, 0, 1, 2]
+    part = replace(galleries[0][0].test, group_field="kind")
+    assert part.notes == {"notes/group_field: no value": 2}
+    assert (part.left_out["bad_group_field"], part.left_out["without_gallery_field"]) == (1, 1)
+    assert "'s5': group_field: field 'kind' holds a list" in problems[0]
+    assert "'s6': gallery_field: no value in field 'style'" in problems[1]
+
+
+def test_named_captions_are_compared_in_their_order(clip: dict[str, Any], tmp_path: Path) -> None:
+    samples = []
+    for key, members in samples_of(0, 4):
+        fields = {"caption": None, "title": f"title {key}"}
+        samples.append((key, {"png": members["png"], "txt": b"one", "json": json.dumps(fields).encode()}))
+    tar = write_tar(tmp_path / "titles.tar", samples)
+    config = DatasetConfig(name="titles", tars=[str(tar)], captions={"json.title": 1, "txt": 1})
+    opened = open_dataset(config, "retrieval", RetrievalSettings())
+    assert opened.test.images()[0].captions == ("title s0000", "one")
+    flags = EvalFlags((str(finished(clip)),), tmp_path / "out", workers=0)
+    retrieval(flags, (str(tar),), captions=("json.title", "json.caption"))
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "out" / "records").glob("*.json")]
+    assert record["counts"]["captions"] == 4
+    assert record["counts"]["notes/json.caption: null"] == 4
 
 
 def test_lit_run_reads_rows_of_the_right_teacher_only(

@@ -147,9 +147,9 @@ def test_a_resumed_stream_opens_no_tar_that_is_done(uneven: list[Path], monkeypa
     whole = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 0), 8, rng())]
     opened: list[tuple[str, int]] = []
 
-    def spied(tar: Any, first: int = 0) -> Any:
+    def spied(tar: Any, first: int, extensions: Any) -> Any:
         opened.append((tar.name, first))
-        return stream_samples(tar, first)
+        return stream_samples(tar, first, extensions)
 
     monkeypatch.setattr(streaming, "stream_samples", spied)
     rest = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 70), 8, rng())]

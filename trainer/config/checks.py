@@ -3,8 +3,9 @@
 Each check yields its messages: the key, what was found, what was expected, and what to change.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.trainer.config.schema import CacheTower, Duration, ImageTower, TextTower, TrainConfig
 
 
@@ -31,6 +32,7 @@ def check_config(config: TrainConfig, source: str) -> None:
         _random_views,
         _heads,
         _terms,
+        _negatives,
         _deployed_heads,
         _unused,
         _frozen,
@@ -75,11 +77,23 @@ def _data(config: TrainConfig) -> Iterator[str]:
         if not dataset.tars:
             key = f"data.datasets.{name}.tars" if name else "data.tars"
             yield f"{key}: expected at least one tar or pattern, found none"
+    for key, sources in _caption_sources(config).items():
+        try:
+            CaptionFormat(sources)
+        except ValueError as error:
+            yield f"{key}: {error}"
     if data.access == "sequential" and config.global_batch_size % data.num_streams:
         yield (
             f"data.num_streams: {data.num_streams} does not divide global_batch_size {config.global_batch_size}; "
             "change one of them"
         )
+
+
+def _caption_sources(config: TrainConfig) -> dict[str, Mapping[str, float]]:
+    sources: dict[str, Mapping[str, float]] = {"data.captions": config.data.captions}
+    for name, dataset in config.data.datasets.items():
+        sources[f"data.datasets.{name}.captions"] = dataset.captions
+    return sources
 
 
 def _random_views(config: TrainConfig) -> Iterator[str]:
@@ -116,6 +130,16 @@ def _terms(config: TrainConfig) -> Iterator[str]:
     for name, term in config.terms.items():
         if term.x == term.y:
             yield f"terms.{name}: x and y are both {term.x!r}, expected two different heads"
+
+
+def _negatives(config: TrainConfig) -> Iterator[str]:
+    # A softmax over the sample itself alone is 1, with no loss and no gradient; the other losses need no negatives.
+    contrastive = [name for name, term in config.terms.items() if term.kind == "contrastive"]
+    if config.global_batch_size == 1 and config.loss.kind == "softmax" and contrastive:
+        yield (
+            f"global_batch_size: found 1, but the contrastive terms {contrastive} compare a sample with the others of "
+            "its batch and learn nothing without any; expected 2 or more, or loss.kind: sigmoid"
+        )
 
 
 def _deployed_heads(config: TrainConfig) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.tar_list import OnBad
 
@@ -81,6 +82,10 @@ class TrainDataset:
     accepted."""
     group_field: str | None = None
     """JSON field that names the group of a sample; null: `data.group_field`."""
+    captions: dict[str, Annotated[Weight, Field(gt=0)]] = field(default_factory=dict)
+    """Sources of its captions, by weight; {}: `data.captions`."""
+    caption_per_line: bool | None = None
+    """Whether each line of its text members is a caption; null: `data.caption_per_line`."""
     image_member: str | None = None
     """Extension of the member that is the image of a sample; null: `data.image_member`."""
 
@@ -139,9 +144,14 @@ class Data:
     augment: Augment = field(default_factory=Augment)
     """Random changes to the image, after the crop."""
     group_field: str | None = None
-    """JSON field that names the group of a sample, i.e. what it shows; null: each sample is its own group."""
+    """JSON field that names the group of a sample, i.e. what it shows; null: each sample is its own group. A sample
+    without a value (no such field, null, blank, NaN) is its own group, too."""
+    captions: dict[str, Annotated[Weight, Field(gt=0)]] = field(default_factory=dict)
+    """Sources of captions, by weight, as in `{txt: 1, json.recaption: 2}`: the extension of a text member, or
+    `json.FIELD`. In each epoch one of those that a sample has is drawn. {}: the `txt` member where it has a caption,
+    otherwise the `json` member's `captions`, otherwise its `caption`."""
     caption_per_line: bool = False
-    """Read each line of a `txt` member as a caption of its own. Otherwise a `txt` member is a single caption."""
+    """Read each line of a text member as a caption of its own. Otherwise a text member is a single caption."""
     image_member: str | None = None
     """Extension of the member that is the image of a sample, such as `jpg` or `left.jpg`; null: the only member with
     the extension of an image. Caches must have been built from the same member."""
@@ -164,6 +174,17 @@ class Data:
     def image_member_of(self, dataset: TrainDataset) -> str | None:
         """Return the extension of the images of a data set; None: each sample's only image."""
         return dataset.image_member or self.image_member
+
+    def caption_format(self, dataset: TrainDataset | None = None) -> CaptionFormat:
+        """Return where the captions of a data set are, or of all where none is given.
+
+        Raises:
+            ValueError: What is named is no source.
+        """
+        if dataset is None:
+            return CaptionFormat(self.captions, self.caption_per_line)
+        per_line = self.caption_per_line if dataset.caption_per_line is None else dataset.caption_per_line
+        return CaptionFormat(dataset.captions or self.captions, per_line)
 
     @property
     def patterns(self) -> list[str]:

@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.processes.preemption import ignore_sigterm
 from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.groups import BAD_GROUP, WITHOUT_GROUP, BadField, sample_group
 from threetowers.cache.webdataset.sample import read_annotation, read_image
 from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import read_member
 from threetowers.trainer.config import Augment, TrainConfig
 from threetowers.trainer.data.batch import Batch, concatenate_batches
 from threetowers.trainer.data.cache_join import CachedRow, MissingRow
-from threetowers.trainer.data.sample_set import SampleSet, group_of
+from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import RandomAccessSampler, SampleAddress
 from threetowers.trainer.data.streaming import StreamedSample, StreamSampler, StreamStep, read_segment
 from threetowers.trainer.data.transforms import augment, random_crop
@@ -35,7 +36,7 @@ class TrainingSample(NamedTuple):
         caption: One of its captions.
         rows: By cached tower, its embedding (D,); None where it has none.
         group: Hash of the name of its group.
-        notes: What was tolerated in it, as short phrases.
+        notes: What was tolerated in its image and its annotation, as short phrases.
     """
 
     image: Tensor | None
@@ -103,8 +104,9 @@ class TrainingSampleReader:
         view = samples.view(epoch)
         rng = np.random.default_rng([self._config.seed, epoch, index])
 
-        annotation = read_annotation(tar, ordinal, read, caption_per_line=data.caption_per_line)
-        caption = annotation.captions[rng.integers(len(annotation.captions))]
+        component = samples.component_of(tar_number)
+        annotation = read_annotation(tar, ordinal, read, captions=component.captions)
+        caption = component.captions.draw(annotation.captions_by_source, rng)
 
         # Decoded at most once, and only if a tower or a teacher needs it
         image_notes: list[str] = []
@@ -125,8 +127,12 @@ class TrainingSampleReader:
             except MissingRow as error:
                 raise BadSample(f"{tar.location}: sample {tar.samples[ordinal].key!r}: {error}") from error
 
-        group = group_of(tar, ordinal, annotation, samples.component_of(tar_number).group_field)
-        return TrainingSample(image, caption, rows, group_hash(group), tuple(image_notes))
+        try:
+            group = sample_group(tar, ordinal, annotation.fields, component.group_field)
+        except BadField as error:
+            raise BadSample(f"{tar.describe(ordinal)}: {error}; see data.group_field", BAD_GROUP) from error
+        notes = (*image_notes, *annotation.notes, *([WITHOUT_GROUP] if group.without_value else []))
+        return TrainingSample(image, caption, rows, group_hash(group.name), notes)
 
 
 def group_hash(name: str) -> int:
@@ -207,6 +213,7 @@ class Collator:
             if isinstance(sample, LoaderFailure):
                 return sample
         good = [sample for sample in loaded if isinstance(sample, TrainingSample)]
+        notes = tuple(itertools.chain.from_iterable(sample.notes for sample in good))
         bad = tuple(str(sample) for sample in loaded if isinstance(sample, BadSample))
         reasons = tuple(sample.reason for sample in loaded if isinstance(sample, BadSample))
         inputs: dict[str, Tensor] = {}
@@ -226,7 +233,6 @@ class Collator:
                 if tower.on_missing_row == "mask":
                     present[name] = torch.tensor([row is not None for row in rows])
         groups_b = torch.tensor([sample.group for sample in good])
-        notes = tuple(itertools.chain.from_iterable(sample.notes for sample in good))
         return Batch(inputs, present, groups_b, bad, notes, reasons)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, CaptionFormat
 from threetowers.trainer.data.epoch_snapshot import EpochSnapshots
 
 
@@ -18,6 +19,7 @@ class MixtureComponent:
         tars: The numbers of its tars in the run's list.
         samples_per_batch: Its samples in every global batch.
         group_field: The field that names the group of a sample; None where each sample is its own group.
+        captions: Where the captions of a sample are.
         snapshots: The tars of each epoch, where the caches of the run are still being built.
     """
 
@@ -25,6 +27,7 @@ class MixtureComponent:
     tars: range
     samples_per_batch: int = 1
     group_field: str | None = None
+    captions: CaptionFormat = DEFAULT_CAPTIONS
     snapshots: EpochSnapshots | None = None
 
 

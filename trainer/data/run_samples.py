@@ -58,7 +58,8 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
             file = f"epoch-snapshots-{name}.jsonl" if name else "epoch-snapshots.jsonl"
             snapshots = EpochSnapshots(folder / file, joins, count, tar_numbers[name])
         group_field = dataset.group_field or data.group_field
-        components.append(MixtureComponent(name, tar_numbers[name], count, group_field, snapshots))
+        captions = data.caption_format(dataset)
+        components.append(MixtureComponent(name, tar_numbers[name], count, group_field, captions, snapshots))
 
     # The access
     sequential = data.access == "sequential" or (data.access == "auto" and any(is_url(tar.location) for tar in tars))

@@ -11,29 +11,12 @@ from torch import Tensor
 
 from threetowers.cache.format.views import Views
 from threetowers.cache.webdataset.defects import BadSample
-from threetowers.cache.webdataset.sample import Annotation
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CachedRow, CacheJoin
 from threetowers.trainer.data.mixture import MixtureComponent
 from threetowers.trainer.data.sampler import Indices
 from threetowers.trainer.data.transforms import center_crop, stored_crop
-
-
-def group_of(tar: TarIndex, ordinal: int, annotation: Annotation, field: str | None) -> str:
-    """Return the name of a sample's group: its `field`, or a name of its own where no field is asked for.
-
-    Raises:
-        BadSample: The sample has no such field.
-    """
-    if field is None:
-        return f"{tar.location}:{ordinal}"
-    if field not in annotation.fields:
-        raise BadSample(
-            f"{_name(tar, ordinal)}: no field {field!r} in its json member (found {sorted(annotation.fields)}); "
-            "see data.group_field"
-        )
-    return str(annotation.fields[field])
 
 
 class EpochSamples(NamedTuple):

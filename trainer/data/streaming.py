@@ -208,7 +208,8 @@ def _read_tars(samples: SampleSet, epoch: int, indices: Indices) -> Iterator[Str
         for tar_number, ordinals in by_tar:
             row_of = {name: next(rows) for name, rows in rows_of_tars.items()}
             wanted = set(ordinals)
-            with contextlib.closing(stream_samples(samples.tars[tar_number], ordinals[0])) as tar_samples:
+            extensions = samples.component_of(tar_number).captions.extensions
+            with contextlib.closing(stream_samples(samples.tars[tar_number], ordinals[0], extensions)) as tar_samples:
                 for ordinal, members in tar_samples:
                     if ordinal in wanted:
                         rows = {name: row(ordinal) for name, row in row_of.items()}

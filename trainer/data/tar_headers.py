@@ -60,13 +60,13 @@ def index_datasets(
     world = World.from_process_group()
 
     # One listing for all ranks, which may see a shared file system differently
-    (listed, *_) = _all_gather(lambda: [expand(tars) for tars in patterns.values()] if world.first else [])
+    (listed, *_) = gather_from_ranks(lambda: [expand(tars) for tars in patterns.values()] if world.first else [])
     wanted = []
     for name, locations in zip(patterns, listed, strict=True):
         wanted += [(location, (image_members or {}).get(name)) for location in locations]
 
     # Rank r of W indexes the tars r, r + W, r + 2 W, ...
-    by_rank = _all_gather(lambda: _index_tars(wanted[world.rank :: world.size], index_dir))
+    by_rank = gather_from_ranks(lambda: _index_tars(wanted[world.rank :: world.size], index_dir))
     found = [by_rank[number % world.size][number // world.size] for number in range(len(wanted))]
 
     # All bad tars of all data sets are named at once
@@ -126,8 +126,8 @@ def _kept_index(folder: Storage, location: str, image_member: str | None) -> Tar
     return index
 
 
-def _all_gather(compute: Callable[[], Any]) -> list[Any]:
-    """Return the result of each rank. An error on one of them is raised on all."""
+def gather_from_ranks(compute: Callable[[], Any]) -> list[Any]:
+    """Return what each rank computes, in their order. An error on one of them is raised on all. Collective."""
     result: Any
     try:
         result = compute()
