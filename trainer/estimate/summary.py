@@ -108,7 +108,7 @@ def _towers(
         if isinstance(tower, CacheTower):
             teacher = teachers[name]
             rows = f"{teacher.dim:,} features = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
-            saved = "" if teacher.flops is None else f"; {flop(teacher.flops)} a sample less than with the live teacher"
+            saved = f"; {_counted(teacher.flops)} a sample less than with the live teacher"
             lines.append(f"tower {name}: {teacher.backbone}, {rows}, no forward passes{saved}")
             continue
         cost = costs[name]
@@ -116,10 +116,10 @@ def _towers(
         traits = [f"{cost.parameters:,} parameters"]
         if cost.shared:
             traits.append(f"{cost.shared:,} of them shared with another tower")
-        traits.append(f"{flop(cost.flops)} forward a sample")
+        traits.append(f"{_counted(cost.flops)} forward a sample")
         if tower.init is not None:
             traits.append(f"from {tower.init}")
-        if tower.frozen:
+        if name in model.frozen:
             traits.append("frozen")
         lines.append(f"tower {name}: {kind}, {', '.join(traits)}")
     return [
@@ -147,13 +147,16 @@ def _compute(
 ) -> list[str]:
     towers = training_flops(model, costs)
     loss = loss_flops(config, model.widths)
-    total = towers + loss
     contrastive = [term for term in config.terms.values() if term.kind == "contrastive"]
     passes = f"{len(contrastive)} terms x {LOSS_PASSES[config.loss.kind]} passes"
-    lines = [
-        f"FLOPs a sample: towers and heads, forward and backward, {flop(towers)} + loss {flop(loss)} ({passes} of 2 x "
-        f"{config.global_batch_size:,} x width) = {flop(total)}; the run {total * steps * config.global_batch_size:.2e}"
-    ]
+    parts = (
+        f"FLOPs a sample: towers and heads, forward and backward, {_counted(towers)} + loss {flop(loss)} ({passes} of "
+        f"2 x {config.global_batch_size:,} x width)"
+    )
+    if towers is None:
+        return [parts]
+    total = towers + loss
+    lines = [f"{parts} = {flop(total)}; the run {total * steps * config.global_batch_size:.2e}"]
     live = sum(teacher.flops or 0 for teacher in teachers.values())
     if live:
         lines.append(
@@ -170,7 +173,9 @@ def _memory(config: TrainConfig, model: TowerModel, world_size: int) -> list[str
     else:
         samples = min(local, config.engine.micro_batch_size or local)
         each = activation_bytes(model)
-        activations = f"activations {samples:,} x {size(each)} = {size(samples * each)}"
+        activations = "activations not counted"
+        if each is not None:
+            activations = f"activations {samples:,} x {size(each)} = {size(samples * each)}"
     return [
         f"memory of a rank: weights {size(memory.weights)} + gradients {size(memory.gradients)} + {config.optim.name} "
         f"{size(memory.optimizer)} = {size(memory.total)} (ZeRO {config.engine.zero_stage} over {world_size} ranks, "
@@ -181,6 +186,10 @@ def _memory(config: TrainConfig, model: TowerModel, world_size: int) -> list[str
 def num_parameters(module: nn.Module, trained: bool = False) -> int:
     """Return the number of a module's parameters, shared ones once; of all, or of those that are trained."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def _counted(count: int | None) -> str:
+    return "FLOPs not counted" if count is None else flop(count)
 
 
 def flop(count: float) -> str:
