@@ -14,7 +14,7 @@ from torch import nn
 
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import ConfigError, TrainConfig
-from threetowers.trainer.deepspeed_extra import check_deepspeed_extra
+from threetowers.trainer.config.deepspeed_extra import check_deepspeed_extra
 from threetowers.trainer.optimizer.adafactor import Adafactor
 from threetowers.trainer.optimizer.optimizer import parameter_groups
 

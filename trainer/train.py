@@ -32,8 +32,7 @@ from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
-from threetowers.trainer.estimate.cost import TeacherCost, meta_model, tower_costs, training_flops
-from threetowers.trainer.estimate.summary import DatasetStats, run_summary
+from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.grad_cache import GradCache, StepResult
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
@@ -262,10 +261,7 @@ class Trainer:
         self.nonfinite = NonFiniteDetector(self.engine.module, self.world.device)
 
     def _log_summary(self) -> None:
-        """Log what will be trained, on what, for how long and at which cost; the first rank alone.
-
-        A model's own code may raise anything where it is run without numbers. That costs lines of this page, no run.
-        """
+        """Log what will be trained, on what, for how long and at which cost; the first rank alone."""
         samples = self.samples
         stats = DatasetStats(
             usable=len(samples),
@@ -275,15 +271,9 @@ class Trainer:
             without_row=samples.without_row,
             notes=samples.notes(),
         )
-        self._flops_per_sample: int | None = None
-        try:
-            teachers = {name: TeacherCost.from_manifest(manifest) for name, manifest in self.manifests.items()}
-            shapes = meta_model(self.config, self.vocab_size, teachers)
-            self._flops_per_sample = training_flops(shapes, tower_costs(shapes))
-            lines = run_summary(self.world.size, self.world.device, shapes, teachers, stats, self.steps)
-        except Exception as error:
-            lines = [f"run {self.config.output_dir}"]
-            logger.warning("costs of the run: not counted (%s: %s)", type(error).__name__, error)
+        lines, self._flops_per_sample = summary_or_reason(
+            self.config, self.world, self.vocab_size, self.manifests, stats, self.steps
+        )
         for line in [*lines, *self._init_notes]:
             logger.info("%s", line)
         for change in self._config_changes:

@@ -1,11 +1,14 @@
 """The summary of a run, logged before its first step: what is trained, on what, for how long, at which cost."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
 
+from threetowers.cache.format.manifest import Manifest
+from threetowers.cache.processes.world import World
 from threetowers.trainer.config import Augment, CacheTower, ImageTower, TrainConfig
 from threetowers.trainer.estimate.cost import (
     LOSS_PASSES,
@@ -13,11 +16,14 @@ from threetowers.trainer.estimate.cost import (
     TowerCost,
     activation_bytes,
     loss_flops,
+    meta_model,
     state_memory,
     tower_costs,
     training_flops,
 )
 from threetowers.trainer.model.model import TowerModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,36 @@ def run_summary(
         *_compute(config, model, costs, teachers, steps),
         *_memory(config, model, world_size),
     ]
+
+
+def summary_or_reason(
+    config: TrainConfig,
+    world: World,
+    vocab_size: int,
+    manifests: Mapping[str, Manifest],
+    stats: DatasetStats,
+    steps: int,
+) -> tuple[list[str], int | None]:
+    """Return the summary of a run that is about to begin, and its FLOPs a sample, None where they are not counted.
+
+    It is arithmetic for the reader: whatever goes wrong in it costs lines of the summary, with a warning, but no run.
+
+    Args:
+        config: The run.
+        world: Of the launch.
+        vocab_size: Rows of the token embedding.
+        manifests: Of the caches, by tower.
+        stats: Of the tars.
+        steps: Of the run.
+    """
+    try:
+        teachers = {name: TeacherCost.from_manifest(manifest) for name, manifest in manifests.items()}
+        model = meta_model(config, vocab_size, teachers)
+        lines = run_summary(world.size, world.device, model, teachers, stats, steps)
+        return lines, training_flops(model, tower_costs(model))
+    except Exception as error:  # a model's own code may raise anything where it is run without numbers
+        logger.warning("costs of the run: not counted (%s: %s)", type(error).__name__, error)
+        return [f"run {config.output_dir}", *_data(config, world.size, world.device, stats, steps)], None
 
 
 def _data(

@@ -47,7 +47,12 @@ def fit_to_tower(
     elif config.specialize is not None:
         resampled = _specialized_positions(tower, state, expected, other)
     else:
-        resampled = _by_timm(config, state, other)
+        try:
+            resampled = _by_timm(config, state, other)
+        except RuntimeError:  # torch's list of all shapes that differ, of which ours is the short form
+            resampled = {}
+        except Exception as error:  # each family's code meets weights of another model with an error of its own
+            raise ValueError(f"{_differences(found, expected)}; timm: {type(error).__name__}: {error}") from error
     if any(name not in resampled or tuple(resampled[name].shape) != expected[name] for name in other):
         raise ValueError(_differences(found, expected))
     notes = [f"{name} from {_size(found[name])} to {_size(expected[name])}" for name in other]
@@ -79,20 +84,16 @@ def _specialized_positions(
 
 
 def _by_timm(config: ImageTower, state: Mapping[str, Tensor], other: list[str]) -> dict[str, Tensor]:
-    """Return what timm makes of the weights for a model of the tower's arguments; nothing where it cannot."""
+    """Return what timm makes of the weights for a model of the tower's arguments. Raises what its code raises."""
     weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    try:
-        model = timm.create_model(
-            config.model,
-            pretrained=True,
-            num_classes=0,
-            # Without a classifier on either side, so that timm loads strictly.
-            pretrained_cfg_overlay={"state_dict": weights, "num_classes": 0},
-            **config.args,
-        )
-    except Exception:  # each family's code meets weights of another depth or width with an error of its own
-        return {}
-    adapted = model.state_dict()
+    adapted = timm.create_model(
+        config.model,
+        pretrained=True,
+        num_classes=0,
+        # Without a classifier on either side, so that timm loads strictly.
+        pretrained_cfg_overlay={"state_dict": weights, "num_classes": 0},
+        **config.args,
+    ).state_dict()
     return {name: adapted[name.removeprefix("model.")] for name in other}
 
 

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from threetowers.trainer.config import ConfigError
+from threetowers.trainer.config.checks import ConfigError
 
 KEY = "engine.deepspeed_extra"
 
