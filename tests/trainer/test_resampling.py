@@ -1,6 +1,5 @@
 """Weights of another image size or context length: resampled as timm and open_clip do, and said; else refused."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.trainer.launches import RUN_CONFIGS, read_metrics, run_command, write_config
+from tests.trainer.launches import TRAIN, read_metrics, run_command, write_config
 from tests.trainer.small_models import SPECIALIZED, VIT, inputs_of, model_of
 from tests.trainer.test_config import changed
+from tests.trainer.test_export import finished_run
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.export.export import export
 from threetowers.trainer.export.trained_model import load_model
@@ -49,7 +49,7 @@ def saved(model: TowerModel, folder: Path) -> str:
     return str(folder / "run.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # of timm's interpolation: it would be faster in other memory
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")  # in timm's interpolation
 @pytest.mark.parametrize(
     ("image", "sizes", "args", "resampled"),
     [
@@ -188,14 +188,13 @@ def test_a_run_of_another_size_names_the_way_on(clip: dict[str, Any], tmp_path: 
 def test_going_on_at_a_higher_resolution_with_longer_captions(clip: dict[str, Any], tmp_path: Path) -> None:
     """A run from the weights of another; it is evaluated, loaded and exported like any other."""
     clip["towers"]["image"] |= {"args": {"img_size": 32}}
-    low, low_out = write_config(clip | {"duration": {"steps": 2}}, tmp_path, "low")
+    low = finished_run(clip | {"output_dir": str(tmp_path / "low")})
     clip["data"] |= {"image_size": 48, "context_length": 12}
-    clip["towers"]["image"] |= {"args": {"img_size": 48}, "init": f"{low_out}/model.safetensors#towers.image"}
-    clip["towers"]["text"] |= {"init": f"{low_out}/model.safetensors#towers.text"}
+    clip["towers"]["image"] |= {"args": {"img_size": 48}, "init": f"{low}/model.safetensors#towers.image"}
+    clip["towers"]["text"] |= {"init": f"{low}/model.safetensors#towers.text"}
     clip |= {"duration": {"steps": 2}, "evaluation": {"tars": clip["data"]["tars"][:1], "every": {"steps": 1}}}
     high, out = write_config(clip, tmp_path, "high")
-    run_command([sys.executable, RUN_CONFIGS, low])
-    done = run_command([sys.executable, "-m", "threetowers", "train", high])
+    done = run_command([*TRAIN, high])
     assert "towers.image.init: resampled model.pos_embed from 1 x 5 x 64 to 1 x 10 x 64" in done.stderr
     assert "towers.text.init: resampled position from 1 x 8 x 16 to 1 x 12 x 16" in done.stderr
     assert any("retrieval/text_to_image/recall@1" in line for line in read_metrics(out))
