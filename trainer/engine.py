@@ -14,6 +14,7 @@ from torch import nn
 
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import ConfigError, TrainConfig
+from threetowers.trainer.config.deepspeed_extra import check_deepspeed_extra
 from threetowers.trainer.optimizer.adafactor import Adafactor
 from threetowers.trainer.optimizer.optimizer import parameter_groups
 
@@ -63,9 +64,11 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
     """Return the DeepSpeed config of a run on `world` ranks; it is generated for every launch, never written by hand.
 
     Raises:
-        ValueError: The layout does not fit the global batch, the optimizer or the precision.
+        ConfigError: The layout does not fit the global batch, the optimizer or the precision, or DeepSpeed settings
+            of the config's own cannot be used.
     """
     _check_layout(config, world)
+    check_deepspeed_extra(config.engine.deepspeed_extra, config.engine.zero_stage)
     tree: dict[str, Any] = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.global_batch_size // world,
@@ -126,12 +129,20 @@ def start_engine(model: nn.Module, config: TrainConfig, engine_config: Mapping[s
 
     groups = parameter_groups(model, config.optim)
     adafactor = Adafactor(groups, config.optim.lr, config.optim.betas) if config.optim.name == "adafactor" else None
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=adafactor,
-        model_parameters=None if adafactor else groups,
-        config=dict(engine_config),
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=adafactor,
+            model_parameters=None if adafactor else groups,
+            config=dict(engine_config),
+        )
+    except Exception as error:
+        if not config.engine.deepspeed_extra:
+            raise
+        raise ConfigError(
+            f"engine.deepspeed_extra: DeepSpeed does not start with {config.engine.deepspeed_extra}: {error}; change "
+            "or remove it"
+        ) from error
     return engine
 
 

@@ -8,17 +8,16 @@ micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, distributed
 
 from threetowers.trainer.loss import TermResult
 from threetowers.trainer.model.model import Outputs, TowerModel
+from threetowers.trainer.model.running_moments import running_moments_kept
 
 LossFunction = Callable[[Outputs, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, TermResult]]]
 
@@ -111,7 +110,7 @@ class GradCache:
 
         # Backward.
         if len(micro_batches) == 1:
-            self.engine.backward(loss)
+            self._backward(loss)
             return result
         leaves = {key: tensor for key, tensor in _named_tensors(outputs) if tensor.requires_grad}
         # Not backward(): parameters take no part in this, and ZeRO must not count it as a pass over them.
@@ -121,7 +120,7 @@ class GradCache:
         for number, micro_batch in enumerate(micro_batches):
             outputs = self._forward(micro_batch, step, number)
             size = len(next(iter(micro_batch.values())))
-            self.engine.backward(_surrogate_loss(outputs, grads, slice(first, first + size), shared=number == 0))
+            self._backward(_surrogate_loss(outputs, grads, slice(first, first + size), shared=number == 0))
             first += size
         return result
 
@@ -131,6 +130,13 @@ class GradCache:
             {name: part.to(self.device, non_blocking=True) for name, part in micro_batch.items()}
         )
         return outputs
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to the engine's."""
+        # Checkpointed blocks run forward again in here, and their batch norms have counted this batch already.
+        module = self.engine.module
+        with running_moments_kept(module, enabled=module.config.engine.activation_checkpointing):
+            self.engine.backward(loss)
 
     def _nonfinite_embeddings(self, outputs: Outputs) -> tuple[str, ...]:
         """Name the heads with a nonfinite embedding on any rank. Collective."""
@@ -215,16 +221,3 @@ def _surrogate_loss(outputs: Outputs, grads: Mapping[tuple[str, str], Tensor], r
         grad = grad[rows] if kind == "embeddings" else grad * float(shared)
         total = total + (tensor * grad).sum()
     return total
-
-
-@contextmanager
-def running_moments_kept(model: nn.Module) -> Iterator[None]:
-    """Let batch norm use a micro-batch's statistics without adding them to its running moments."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True

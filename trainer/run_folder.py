@@ -37,6 +37,9 @@ CHANGEABLE = (
     "evaluation",
 )
 
+# Changes of these make another model, which may begin with the weights of this one.
+OTHER_MODEL = ("data.image_size", "data.context_length", "towers.")
+
 
 @dataclass(frozen=True)
 class ConfigChange:
@@ -110,9 +113,15 @@ class RunFolder:
         refused = [change for change in changes if not _changeable(change.key)]
         if refused:
             lines = "\n".join(f"  {change}" for change in refused)
+            weights = ""
+            if any(change.key.startswith(OTHER_MODEL) for change in refused):
+                weights = (
+                    f"; to go on from its weights, choose another `output_dir` and set `init` of its towers, as in "
+                    f"towers.NAME.init={self.weights}#towers.NAME"
+                )
             raise ConfigError(
                 f"{self.path} holds a run with another config:\n{lines}\n"
-                "choose another `output_dir`, restore that config to resume the run, or remove the folder"
+                f"choose another `output_dir`, restore that config to resume the run, or remove the folder{weights}"
             )
         return changes
 

@@ -33,11 +33,15 @@ from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
-from threetowers.trainer.estimate.cost import TeacherCost, meta_model, tower_costs, training_flops
-from threetowers.trainer.estimate.summary import DatasetStats, run_summary
+from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.grad_cache import GradCache, StepResult
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.model.running_moments import (
+    average_running_moments,
+    remember_running_moments,
+    running_moments_kept,
+)
 from threetowers.trainer.monitoring.metrics import Metrics, MetricsLog, step_line
 from threetowers.trainer.monitoring.profile import StepProfile
 from threetowers.trainer.monitoring.timer import Timer
@@ -180,9 +184,11 @@ class Trainer:
                 # Forward, loss over the global batch, backward; then all ranks update their weights, or none does.
                 with self.timer.phase("step"):
                     rate = self._set_learning_rate(step)
+                    restore_moments = remember_running_moments(self.engine.module) if self._may_skip else None
                     result = self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
                     nonfinite, (stop, overdue) = self.nonfinite.sync([request.received, self._checkpoint_overdue()])
-                    self._update(done, result, nonfinite)
+                    if not self._update(done, result, nonfinite) and restore_moments is not None:
+                        restore_moments()
                 self.timer.count_step(config.global_batch_size)
                 profile.after(done, last)
 
@@ -217,7 +223,7 @@ class Trainer:
         """Return the model with its initial weights, the same on every rank."""
         torch.manual_seed(self.config.seed)
         model = self._new_model()
-        model.load_initial_weights()
+        self._init_notes = model.load_initial_weights()
         for name in self.manifests:
             tower = self.config.towers[name]
             if isinstance(tower, CacheTower) and tower.standardize:
@@ -269,10 +275,10 @@ class Trainer:
             without_row=samples.without_row,
             notes=[*samples.notes(), *self.survey],
         )
-        teachers = {name: TeacherCost.from_manifest(manifest) for name, manifest in self.manifests.items()}
-        shapes = meta_model(self.config, self.vocab_size, teachers)
-        self._flops_per_sample = training_flops(shapes, tower_costs(shapes))
-        for line in run_summary(self.world.size, self.world.device, shapes, teachers, stats, self.steps):
+        lines, self._flops_per_sample = summary_or_reason(
+            self.config, self.world, self.vocab_size, self.manifests, stats, self.steps
+        )
+        for line in [*lines, *self._init_notes]:
             logger.info("%s", line)
         for change in self._config_changes:
             logger.info("changed since this run began: %s", change)
@@ -323,13 +329,20 @@ class Trainer:
             group["lr"] = rate * group["lr_factor"]
         return rate
 
-    def _update(self, done: int, result: StepResult, parameters: Sequence[str]) -> None:
+    @property
+    def _may_skip(self) -> bool:
+        return self.config.engine.on_nonfinite == "skip"
+
+    def _update(self, done: int, result: StepResult, parameters: Sequence[str]) -> bool:
         """Step the optimizer; or skip the step, on all ranks, where a loss or gradient is nonfinite.
 
         Args:
             done: Number of the step, from 1.
             result: Its loss.
             parameters: Names of the parameters with a nonfinite gradient on any rank.
+
+        Returns:
+            Whether the step was made.
 
         Raises:
             FloatingPointError: If the config does not allow to skip the step.
@@ -339,13 +352,13 @@ class Trainer:
             self.engine.step()
             self.updates += 1
             self._nonfinite_in_a_row = 0
-            return
+            return True
 
         self._nonfinite_in_a_row += 1
         self.counts["nonfinite_steps"] += 1
         limit = self.config.engine.nonfinite_limit
         names = ", ".join(nonfinite[:5]) + (", ..." if len(nonfinite) > 5 else "")
-        if self.config.engine.on_nonfinite == "stop" or self._nonfinite_in_a_row >= limit:
+        if not self._may_skip or self._nonfinite_in_a_row >= limit:
             raise FloatingPointError(
                 f"step {done}: nonfinite {names} ({self._nonfinite_in_a_row} such steps in a row); the weights are "
                 f"those after {self.updates} updates. Lower optim.lr or loss.scale_max, set optim.grad_clip_norm, or "
@@ -360,6 +373,7 @@ class Trainer:
         )
         if not result.nonfinite:  # else there was no backward pass
             self._discard_gradients()
+        return False
 
     def _discard_gradients(self) -> None:
         """Drop the step's gradients, of which DeepSpeed's wrappers have begun the reduction over ranks."""
@@ -378,6 +392,7 @@ class Trainer:
         """Write the metrics of step `done`, counted from 1."""
         norm = self.engine.get_global_grad_norm()
         interval = self.timer.interval()
+        flops = self._flops_per_sample  # of towers and heads
         metrics: Metrics = {
             "step": done,
             "epoch": done / self.steps_per_epoch,
@@ -386,7 +401,7 @@ class Trainer:
             "lr": rate,
             "grad_norm": None if norm is None else float(norm),
             "images_per_s": interval.images_per_s,
-            "tflops_per_s": interval.images_per_s * self._flops_per_sample / 1e12,  # of towers and heads, on all ranks
+            "tflops_per_s": None if flops is None else interval.images_per_s * flops / 1e12,  # on all ranks
             "data_wait": interval.data_wait,
             "seconds": self.timer.training,
             "memory_gb": peak_memory(self.world.device),
@@ -421,16 +436,19 @@ class Trainer:
 
         module: TowerModel = self.engine.module
         model = module
-        if self.config.engine.zero_stage == 3:
-            model = self._new_model().to(self.world.device)
-            with deepspeed.zero.GatheredParameters(list(module.parameters())):
-                model.load_state_dict(module.state_dict())
-        model.eval()
-        try:
-            with torch.no_grad():
-                yield model
-        finally:
-            module.train()
+        with running_moments_kept(module):
+            # Ranks embed parts of one set, so all use the moments that would be saved now.
+            average_running_moments(module)
+            if self.config.engine.zero_stage == 3:
+                model = self._new_model().to(self.world.device)
+                with deepspeed.zero.GatheredParameters(list(module.parameters())):
+                    model.load_state_dict(module.state_dict())
+            model.eval()
+            try:
+                with torch.no_grad():
+                    yield model
+            finally:
+                module.train()
 
     def _save_checkpoint(self, done: int) -> None:
         """Write a checkpoint after step `done`."""

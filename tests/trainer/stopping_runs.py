@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from threetowers.cache.processes.preemption import Interrupted
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import load_config
 from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.model.running_moments import running_moments
 from threetowers.trainer.train import NonFiniteDetector, Trainer
 
 
 class WeightSum:
-    """An evaluator that sums the weights, and sends SIGTERM to the last rank after a given step."""
+    """An evaluator that sums weights and running moments, the same on all ranks, and sends SIGTERM to the last rank
+    after a given step.
+    """
 
     name = "weights"
 
@@ -39,7 +43,14 @@ class WeightSum:
         assert not model.training
         if step == self.stop and self.world.rank == self.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"sum": float(sum(p.double().abs().sum() for p in model.parameters()))}
+        moments = torch.stack([moment.double().abs().sum() for moment in running_moments(model)] or [torch.zeros(())])
+        every_rank = [torch.empty_like(moments) for _ in range(self.world.size)]
+        distributed.all_gather(every_rank, moments)
+        assert all(found.equal(moments) for found in every_rank)
+        return {
+            "sum": float(sum(p.double().abs().sum() for p in model.parameters())),
+            "moments": float(moments.sum()),
+        }
 
 
 def poison(trainer: Trainer, steps: Mapping[str, str]) -> None:

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.trainer.launches import run_command, torchrun
-from tests.trainer.small_models import inputs_of, model_of
+from tests.trainer.small_models import VIT, inputs_of, model_of
 from tests.trainer.test_config import THREE
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.engine import deepspeed_config, num_micro_batches
 from threetowers.trainer.grad_cache import GradCache, learning_heads, seed_dropout, split
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.model.running_moments import running_moments
 
 RUN_STEPS = str(Path(__file__).with_name("step_processes.py"))
 STEPS, BATCH = 5, 12
@@ -151,17 +152,38 @@ def test_dropout_is_the_same_in_both_passes(one_process_group: None) -> None:
         assert float((accumulated[name] - p.grad).norm()) <= 1e-5 * float(p.grad.norm()) + 1e-7, name
 
 
-def test_running_moments_take_each_micro_batch_once(one_process_group: None) -> None:
-    config = tree()
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_running_moments_take_each_sample_once(one_process_group: None, parts: int, again: bool) -> None:
+    """Also where blocks run forward again in backward: to the bit."""
+    config = tree(activation_checkpointing=again)
     config["towers"]["image"]["model"] = "test_resnet"
     accumulated, reference = model_of(config), model_of(config)
-    gradients(accumulated, 2)
-    for part in split(inputs_of(10), 2):
+    if again:
+        accumulated.checkpoint_activations()
+    found = gradients(accumulated, parts)
+    assert len(running_moments(accumulated)) > 6
+    for part in split(inputs_of(10), parts):
         reference(part)
-    moments = {name: b for name, b in accumulated.named_buffers() if "running" in name or "tracked" in name}
-    assert moments
     for name, b in reference.named_buffers():
-        torch.testing.assert_close(b, dict(accumulated.named_buffers())[name], msg=name)
+        assert b.equal(accumulated.get_buffer(name)), name
+    reference = model_of(config | {"engine": {}})
+    for name, grad in gradients(reference, parts).items():
+        assert grad.equal(found[name]), name
+
+
+def test_micro_batches_and_recomputation_draw_the_same_depth(one_process_group: None) -> None:
+    """Stochastic depth and dropout: one draw for the first pass, the second, and the recomputation."""
+    config = tree(activation_checkpointing=True)
+    config["towers"]["image"] = VIT | {"args": VIT["args"] | {"drop_path_rate": 0.5, "proj_drop_rate": 0.3}}
+    config["towers"]["text"] |= {"dropout": 0.3}
+    again, once = model_of(config), model_of(config)
+    again.checkpoint_activations()
+    expected = gradients(once, 3)
+    for name, grad in gradients(again, 3).items():
+        assert grad.equal(expected[name]), name
+    evaluated = gradients(once.eval(), 3)
+    assert any(not evaluated[name].equal(grad) for name, grad in expected.items())
 
 
 def test_heads_without_trained_parameters_get_no_gradient() -> None:

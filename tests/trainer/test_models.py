@@ -16,6 +16,7 @@ from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import deduplicated_state_dict, load_deduplicated
 from threetowers.trainer.model.text import TextTransformer
+from threetowers.trainer.optimizer.optimizer import freeze
 from threetowers.trainer.tokenizer import END, PAD
 
 TEXT = {"kind": "text", "width": 32, "depth": 3, "heads": 2, "causal": True}
@@ -131,6 +132,32 @@ def test_a_frozen_tower_stays_as_it_is() -> None:
         assert tensor.equal(before[name]), name
     assert all(p.grad is None for p in model.towers["image"].parameters())
     assert model.heads["f"].weight.grad.any()  # type: ignore[union-attr, operator]
+
+
+def test_a_learning_rate_of_0_is_frozen() -> None:
+    """A whole tower like `frozen: true`; of part of one each module that has no other parameters."""
+    image = {"kind": "timm", "model": "test_resnet", "args": {"drop_rate": 0.5}}
+    plain = changed("towers.image", image)
+    frozen = model_of(changed("towers.image", image | {"frozen": True, "init": "given.safetensors"}))
+    by_rate = model_of(plain | {"optim": {"param_groups": [{"match": "towers.image.*", "lr": 0}]}})
+    freeze(by_rate, by_rate.config.optim)
+    assert by_rate.frozen == frozen.frozen == ["image"]
+    for model in (frozen, by_rate):
+        model.eval().train()
+        assert not any(module.training for module in model.towers["image"].modules())
+        assert model.towers["text"].training
+    before = {name: t.clone() for name, t in by_rate.towers["image"].state_dict().items()}
+    outputs = [model(inputs_of(6)).embeddings["f"] for model in (frozen, by_rate)]
+    assert outputs[0].equal(outputs[1])
+    assert all(t.equal(before[name]) for name, t in by_rate.towers["image"].state_dict().items())
+
+    part = model_of(plain | {"optim": {"param_groups": [{"match": "towers.image.model.layer1.*", "lr": 0}]}})
+    freeze(part, part.config.optim)
+    tower = part.towers["image"].model
+    part(inputs_of(6))
+    tracked = {name: int(b) for name, b in tower.named_buffers() if name.endswith("num_batches_tracked")}  # type: ignore[operator]
+    assert {name for name, count in tracked.items() if count == 0} == {n for n in tracked if n.startswith("layer1.")}
+    assert part.frozen == []
 
 
 def test_a_model_without_trained_parameters_is_refused() -> None:

@@ -19,8 +19,11 @@ from tests.trainer.launches import (
     RUN_CONFIGS,
     TRAIN,
     losses,
+    metric,
     read_metrics,
     run_command,
+    run_jobs,
+    same_weights,
     torchrun,
     write_config,
 )
@@ -32,6 +35,7 @@ from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.model.running_moments import NAMES
 from threetowers.trainer.run_folder import RunFolder
 
 
@@ -58,6 +62,30 @@ def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path
         assert not memory["teacher imported"]
         assert "timm.models.vision_transformer" in memory["models"]  # the image tower
         assert not any("resnet" in kind for kind in memory["models"])  # the teacher's kind
+
+
+@pytest.mark.distributed
+def test_running_moments_on_two_ranks(clip: dict[str, Any], tmp_path: Path) -> None:
+    """Recomputed activations count once, to the bit; skipped steps not at all; ranks evaluate by what is saved."""
+    clip["towers"]["image"] = {"kind": "timm", "model": "test_resnet"}
+    plain = write_config(clip, tmp_path, "plain", zero_stage=1, micro_batch_size=3)
+    again = write_config(clip, tmp_path, "again", zero_stage=1, micro_batch_size=3, activation_checkpointing=True)
+    whole = write_config(clip, tmp_path, "whole", zero_stage=3, activation_checkpointing=True)
+    skip = write_config(clip, tmp_path, "skip", zero_stage=1, on_nonfinite="skip")
+    jobs: list[dict[str, Any]] = [{"config": file} for file, _ in (plain, again, whole)]
+    jobs.append({"config": skip[0], "poison": {"2": "heads.f.weight", "5": "heads.f.weight"}})
+    assert {job["end"] for job in run_jobs(2, jobs, tmp_path)} == {"finished"}
+    assert same_weights(plain[1], again[1])
+    counts = {plain[1]: 12, whole[1]: 6, skip[1]: 4}  # two micro-batches a step, one, and one of which two are skipped
+    for out, count in counts.items():
+        weights = load_file(out / "model.safetensors")
+        names = [name for name in weights if name.rpartition(".")[2] in NAMES]
+        assert {int(weights[name]) for name in names if name.endswith("tracked")} == {count}
+        saved = torch.stack([weights[name].double().abs().sum() for name in names]).sum()
+        assert metric(out, "weights/moments")[-1] == pytest.approx(float(saved), rel=1e-12)
+    # A step that is skipped leaves them as they were.
+    moments = metric(skip[1], "weights/moments")
+    assert moments[0] == moments[1] != moments[2] != moments[3] == moments[4]
 
 
 @pytest.mark.distributed

@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import finish_partial, write_atomic
 from threetowers.trainer.checkpoint.partition import fragments, inner_optimizer, is_replicated
+from threetowers.trainer.model.running_moments import average_running_moments
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
 
 INDEX_FILE = "checkpoint.json"
@@ -57,7 +58,7 @@ def save_checkpoint(engine: Any, folder: Path, progress: Progress, keep: int, wo
     """
     final = folder / f"step-{progress.step:0{STEP_DIGITS}d}"
     partial = folder / f".{final.name}.partial"
-    average_buffers(engine)
+    average_running_moments(engine.module)
     tensors = _local_tensors(engine, world)
 
     # Every rank writes its file.
@@ -225,19 +226,11 @@ def _local_tensors(engine: Any, world: World) -> dict[str, Tensor]:
     return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
-def average_buffers(engine: Any) -> None:
-    """Replace buffers that each rank keeps for itself (batch norm's running moments) by their mean over the ranks."""
-    for buffer in engine.module.buffers():
-        if buffer.is_floating_point() and distributed.get_world_size() > 1:
-            distributed.all_reduce(buffer)
-            buffer /= distributed.get_world_size()
-
-
 def save_weights(engine: Any, path: Path, world: World) -> None:
     """Write the model's parameters and buffers as one safetensors file, complete also under ZeRO 3. Collective."""
     import deepspeed
 
-    average_buffers(engine)
+    average_running_moments(engine.module)
     module = engine.module
     partitioned = engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=partitioned):

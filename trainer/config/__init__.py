@@ -3,6 +3,7 @@
 schema.py           the keys, their types, defaults and descriptions
 parsing.py          YAML to config: base, variant and overrides
 checks.py           what the types cannot express: references between keys, and combinations that cannot be run
+deepspeed_extra.py  the DeepSpeed settings that a config may hold
 documentation.py    the reference of all keys, docs/config.md
 """
 

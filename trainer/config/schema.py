@@ -370,7 +370,8 @@ class ParameterGroup:
     match: str
     """Shell pattern of parameter names as in model.safetensors, such as `towers.image.*`."""
     lr: Annotated[float, Field(ge=0)] = 1.0
-    """Factor of the scheduled learning rate; 0 freezes the parameters."""
+    """Factor of the scheduled learning rate. 0 freezes the parameters, and a module of which all are frozen stays in
+    evaluation mode, as a `frozen` tower does: no dropout, fixed statistics."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Weight decay of its matrices; null: `optim.weight_decay`."""
 
@@ -420,7 +421,8 @@ class Engine:
     nonfinite_limit: PositiveInt = 10
     """skip: consecutive skipped steps after which the run stops."""
     deepspeed_extra: dict[str, Any] = field(default_factory=dict)
-    """DeepSpeed settings, merged last into the generated DeepSpeed config."""
+    """DeepSpeed settings merged into the generated DeepSpeed config, such as `zero_optimization.reduce_bucket_size` or
+    `comms_logger`. Those that a key of ours decides are refused, and so are unknown ones."""
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -4,10 +4,10 @@ FLOPs are counted by torch's own counter (a multiplication and an addition are t
 autograd would keep for backward, each storage once, with attention as the fused kernels compute it.
 """
 
-import contextlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -23,12 +23,14 @@ from threetowers.trainer.config import CacheTower, ConfigError, ImageTower, Text
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.optimizer.optimizer import freeze
 
+logger = logging.getLogger(__name__)
+
 LOSS_PASSES = {"softmax": 4, "sigmoid": 3}  # products of 2 B B D operations, forward and backward
 
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """The backbone of a cached tower; `flops` of a forward pass on one image, None where timm lacks the backbone."""
+    """The backbone of a cached tower; `flops` of a forward pass on one image, None where they cannot be counted."""
 
     backbone: str
     dim: int
@@ -38,9 +40,8 @@ class TeacherCost:
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> Self:
         """Return the cost of the teacher that built a cache."""
-        flops = None
-        with contextlib.suppress(ConfigError):  # a backbone of another timm: it has rows, but FLOPs cannot be counted
-            flops = _backbone(manifest.backbone, manifest.preprocessing.input_size)[1]
+        size = manifest.preprocessing.input_size
+        flops = _count_or_none(f"FLOPs of {manifest.backbone}", lambda: _backbone(manifest.backbone, size)[1])
         return cls(manifest.backbone, manifest.dim, manifest.storage_dtype.row_bytes(manifest.dim), flops)
 
     @classmethod
@@ -48,9 +49,17 @@ class TeacherCost:
         """Return the cost of the teacher of a cache yet to be built, at its own image size and in float16.
 
         Raises:
-            ConfigError: If timm does not have the backbone.
+            ConfigError: If timm does not have the backbone, or cannot run it without numbers.
         """
-        dim, flops = _backbone(backbone, None)
+        try:
+            dim, flops = _backbone(backbone, None)
+        except ConfigError:
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            raise ConfigError(
+                f"backbone {backbone!r}: the width of its rows is unknown, timm cannot run it on the meta device "
+                f"({error}); build its cache first"
+            ) from error
         return cls(backbone, dim, Float16Dtype().row_bytes(dim), flops)
 
 
@@ -60,7 +69,7 @@ class TowerCost:
 
     parameters: int
     shared: int  # those that belong to an earlier tower too
-    flops: int
+    flops: int | None  # None where they cannot be counted
 
 
 @dataclass(frozen=True)
@@ -98,21 +107,27 @@ def tower_costs(model: TowerModel) -> dict[str, TowerCost]:
         sizes = {id(p): p.numel() for p in tower.parameters()}
         shared = sum(size for key, size in sizes.items() if key in counted)
         counted |= sizes.keys()
-        costs[name] = TowerCost(sum(sizes.values()), shared, _flops(tower, inputs[name]))
+        flops = _count_or_none(f"FLOPs of tower {name}", partial(_flops, tower, inputs[name]))
+        costs[name] = TowerCost(sum(sizes.values()), shared, flops)
     model.train(training)
     return costs
 
 
-def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int:
+def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int | None:
     """Return FLOPs of one sample's training step, the loss aside: a backward pass costs two forward passes.
 
     A frozen tower has no backward pass; recomputing activations and micro-batches cost one more forward pass each.
+    None where a tower's FLOPs are not counted.
     """
     engine = model.config.engine
     head_passes = 3 + int(engine.micro_batch_size is not None)
     tower_passes = head_passes + int(engine.activation_checkpointing)
     heads = 2 * sum(p.numel() for p in model.heads.parameters() if p.ndim > 1)
-    towers = sum(cost.flops * (1 if name in model.frozen else tower_passes) for name, cost in costs.items())
+    towers = 0
+    for name, cost in costs.items():
+        if cost.flops is None:
+            return None
+        towers += cost.flops * (1 if name in model.frozen else tower_passes)
     return towers + heads * head_passes
 
 
@@ -140,9 +155,11 @@ def state_memory(config: TrainConfig, model: nn.Module, world: int) -> StateMemo
     )
 
 
-def activation_bytes(model: TowerModel) -> int:
-    """Return the bytes that autograd keeps for backward for one more sample of a batch."""
-    return (_bytes_for_backward(model, 4) - _bytes_for_backward(model, 2)) // 2
+def activation_bytes(model: TowerModel) -> int | None:
+    """Return the bytes that autograd keeps for backward for one more sample of a batch, None if not countable."""
+    return _count_or_none(
+        "memory of activations", lambda: (_bytes_for_backward(model, 4) - _bytes_for_backward(model, 2)) // 2
+    )
 
 
 def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
@@ -166,13 +183,18 @@ class FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
+        if func is not F.scaled_dot_product_attention or not _has_fused_kernel(*args[:3]):
             return func(*args, **kwargs)
         mask = kwargs.pop("attn_mask", None)
         if mask is not None:
             mask = torch.empty(mask.shape, dtype=args[0].dtype, device="meta")
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return fused(*args, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False), attn_mask=mask)[0]
+
+
+def _has_fused_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the fused kernels take these: (b, heads, L, d), with one number of heads and one head width."""
+    return query.ndim == 4 and query.shape[:2] == key.shape[:2] and query.shape[-1] == value.shape[-1]
 
 
 def _bytes_for_backward(model: TowerModel, samples: int) -> int:
@@ -193,8 +215,20 @@ def _bytes_for_backward(model: TowerModel, samples: int) -> int:
     return kept
 
 
+def _count_or_none(what: str, count: Callable[[], int]) -> int | None:
+    """Return a count; None, with a warning, where the model's own code cannot be run without numbers."""
+    try:
+        return count()
+    except Exception as error:  # it may raise anything, and arithmetic for the reader must not stop a run
+        logger.warning("%s: not counted (%s: %s)", what, type(error).__name__, error)
+        return None
+
+
 def _flops(module: nn.Module, value: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """Return the FLOPs of a forward pass."""
+    # With gradients: the counter hooks itself to the graph of whatever requires one, such as the latent query of an
+    # attention pooling, which is a parameter that goes into a module.
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
         module(value)
     return int(counter.get_total_flops())
 
@@ -212,6 +246,6 @@ def _backbone(name: str, size: tuple[int, int] | None) -> tuple[int, int]:
         if size is not None and size != own and hasattr(model, "set_input_size"):
             model.set_input_size(img_size=size)
         pixels = torch.empty(1, 3, *(size or own))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            features = model(pixels)
-    return int(features.shape[1]), int(counter.get_total_flops())
+        with torch.no_grad():
+            width = int(model(pixels).shape[1])
+        return width, _flops(model, pixels)

@@ -1,11 +1,14 @@
 """The summary of a run, logged before its first step: what is trained, on what, for how long, at which cost."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
 
+from threetowers.cache.format.manifest import Manifest
+from threetowers.cache.processes.world import World
 from threetowers.trainer.config import Augment, CacheTower, ImageTower, TrainConfig
 from threetowers.trainer.estimate.cost import (
     LOSS_PASSES,
@@ -13,11 +16,14 @@ from threetowers.trainer.estimate.cost import (
     TowerCost,
     activation_bytes,
     loss_flops,
+    meta_model,
     state_memory,
     tower_costs,
     training_flops,
 )
 from threetowers.trainer.model.model import TowerModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,36 @@ def run_summary(
         *_compute(config, model, costs, teachers, steps),
         *_memory(config, model, world_size),
     ]
+
+
+def summary_or_reason(
+    config: TrainConfig,
+    world: World,
+    vocab_size: int,
+    manifests: Mapping[str, Manifest],
+    stats: DatasetStats,
+    steps: int,
+) -> tuple[list[str], int | None]:
+    """Return the summary of a run that is about to begin, and its FLOPs a sample, None where they are not counted.
+
+    It is arithmetic for the reader: whatever goes wrong in it costs lines of the summary, with a warning, but no run.
+
+    Args:
+        config: The run.
+        world: Of the launch.
+        vocab_size: Rows of the token embedding.
+        manifests: Of the caches, by tower.
+        stats: Of the tars.
+        steps: Of the run.
+    """
+    try:
+        teachers = {name: TeacherCost.from_manifest(manifest) for name, manifest in manifests.items()}
+        model = meta_model(config, vocab_size, teachers)
+        lines = run_summary(world.size, world.device, model, teachers, stats, steps)
+        return lines, training_flops(model, tower_costs(model))
+    except Exception as error:  # a model's own code may raise anything where it is run without numbers
+        logger.warning("costs of the run: not counted (%s: %s)", type(error).__name__, error)
+        return [f"run {config.output_dir}", *_data(config, world.size, world.device, stats, steps)], None
 
 
 def _data(
@@ -108,7 +144,7 @@ def _towers(
         if isinstance(tower, CacheTower):
             teacher = teachers[name]
             rows = f"{teacher.dim:,} features = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
-            saved = "" if teacher.flops is None else f"; {flop(teacher.flops)} a sample less than with the live teacher"
+            saved = f"; {_counted(teacher.flops)} a sample less than with the live teacher"
             lines.append(f"tower {name}: {teacher.backbone}, {rows}, no forward passes{saved}")
             continue
         cost = costs[name]
@@ -116,10 +152,10 @@ def _towers(
         traits = [f"{cost.parameters:,} parameters"]
         if cost.shared:
             traits.append(f"{cost.shared:,} of them shared with another tower")
-        traits.append(f"{flop(cost.flops)} forward a sample")
+        traits.append(f"{_counted(cost.flops)} forward a sample")
         if tower.init is not None:
             traits.append(f"from {tower.init}")
-        if tower.frozen:
+        if name in model.frozen:
             traits.append("frozen")
         lines.append(f"tower {name}: {kind}, {', '.join(traits)}")
     return [
@@ -147,13 +183,16 @@ def _compute(
 ) -> list[str]:
     towers = training_flops(model, costs)
     loss = loss_flops(config, model.widths)
-    total = towers + loss
     contrastive = [term for term in config.terms.values() if term.kind == "contrastive"]
     passes = f"{len(contrastive)} terms x {LOSS_PASSES[config.loss.kind]} passes"
-    lines = [
-        f"FLOPs a sample: towers and heads, forward and backward, {flop(towers)} + loss {flop(loss)} ({passes} of 2 x "
-        f"{config.global_batch_size:,} x width) = {flop(total)}; the run {total * steps * config.global_batch_size:.2e}"
-    ]
+    parts = (
+        f"FLOPs a sample: towers and heads, forward and backward, {_counted(towers)} + loss {flop(loss)} ({passes} of "
+        f"2 x {config.global_batch_size:,} x width)"
+    )
+    if towers is None:
+        return [parts]
+    total = towers + loss
+    lines = [f"{parts} = {flop(total)}; the run {total * steps * config.global_batch_size:.2e}"]
     live = sum(teacher.flops or 0 for teacher in teachers.values())
     if live:
         lines.append(
@@ -170,7 +209,9 @@ def _memory(config: TrainConfig, model: TowerModel, world_size: int) -> list[str
     else:
         samples = min(local, config.engine.micro_batch_size or local)
         each = activation_bytes(model)
-        activations = f"activations {samples:,} x {size(each)} = {size(samples * each)}"
+        activations = "activations not counted"
+        if each is not None:
+            activations = f"activations {samples:,} x {size(each)} = {size(samples * each)}"
     return [
         f"memory of a rank: weights {size(memory.weights)} + gradients {size(memory.gradients)} + {config.optim.name} "
         f"{size(memory.optimizer)} = {size(memory.total)} (ZeRO {config.engine.zero_stage} over {world_size} ranks, "
@@ -181,6 +222,10 @@ def _memory(config: TrainConfig, model: TowerModel, world_size: int) -> list[str
 def num_parameters(module: nn.Module, trained: bool = False) -> int:
     """Return the number of a module's parameters, shared ones once; of all, or of those that are trained."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def _counted(count: int | None) -> str:
+    return "FLOPs not counted" if count is None else flop(count)
 
 
 def flop(count: float) -> str:

@@ -6,18 +6,24 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from threetowers.trainer.config import ImageTower, TextTower
+from threetowers.trainer.model.resampling import fit_to_tower
 
 
-def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> None:
+def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[str]:
     """Load the weights that `config.init` names into a tower, without the classifier.
+
+    Weights of another image size or context length are resampled.
 
     Args:
         tower: A `TimmTower` or `TextTransformer`.
         config: The tower's.
         key: Of `init` in the config, for messages.
+
+    Returns:
+        Which weights were resampled, and from what to what size.
 
     Raises:
         ValueError: If the weights cannot be loaded or do not fit.
@@ -26,20 +32,23 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> None:
     path, _, prefix = config.init.partition("#")
     if prefix or isinstance(config, TextTower):
         state = _under_prefix(_read(Path(path), key), prefix, config.init, key)
-        _load(tower, state, config.init, key)
-        return
+        return _load(tower, config, state, key)
     if config.specialize is not None:
         raise ValueError(
             f"{key}: {config.init!r} holds a plain {config.model}, but the tower is specialised; leave init out"
         )
-    from threetowers.cache.encoders.teacher import load_teacher  # a run that reads rows of a cache needs none of it
+    # A run that reads rows of a cache needs none of it.
+    from threetowers.cache.encoders.teacher import load_teacher, read_state
 
-    teacher = load_teacher(config.model, config.init, config.args.get("img_size"))
-    classifier = getattr(teacher.model, "pretrained_cfg", {}).get("classifier") or ()
+    if config.init == "pretrained" or config.init.startswith("package:"):
+        weights = load_teacher(config.model, config.init).model.state_dict()
+    else:
+        weights = dict(read_state(Path(path)))  # perhaps of a model with the tower's arguments
+    classifier = tower.model.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     prefixes = tuple(f"{name}." for name in names)
-    state = {name: t for name, t in teacher.model.state_dict().items() if not name.startswith(prefixes)}
-    _load(tower.model, state, config.init, key)
+    state = {f"model.{name}": t for name, t in weights.items() if not name.startswith(prefixes)}
+    return _load(tower, config, state, key)
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor]:
@@ -60,8 +69,13 @@ def _under_prefix(state: Mapping[str, Tensor], prefix: str, source: str, key: st
     return part
 
 
-def _load(module: nn.Module, state: Mapping[str, Tensor], source: str, key: str) -> None:
+def _load(tower: Any, config: ImageTower | TextTower, state: Mapping[str, Tensor], key: str) -> list[str]:
     try:
-        module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{key}: {source} does not fit the tower: {error}") from error
+        fitting, notes = fit_to_tower(tower, config, state)
+    except ValueError as error:
+        raise ValueError(
+            f"{key}: {config.init} does not fit the tower: {error}; change the tower to fit these weights, or choose "
+            "others (only positions are resampled, where timm or open_clip does so)"
+        ) from error
+    tower.load_state_dict(fitting, strict=True)
+    return [f"{key}: resampled {note}" for note in notes]

@@ -69,8 +69,9 @@ class TowerModel(nn.Module):
             if config.loss.kind == "sigmoid":
                 self.biases[name] = nn.Parameter(torch.full((1,), config.loss.bias_init))
 
-        for name in self.frozen:
-            self.towers[name].requires_grad_(False)
+        for name, tower in config.towers.items():
+            if not isinstance(tower, CacheTower) and tower.frozen:
+                self.towers[name].requires_grad_(False)
         self.train()
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError("no parameter is left to train: unfreeze a tower, or give one a linear head")
@@ -78,20 +79,34 @@ class TowerModel(nn.Module):
     @property
     def frozen(self) -> list[str]:
         """Names of the towers whose weights are never updated; cached ones have none."""
-        return [name for name, tower in self.config.towers.items() if tower.kind != "cache" and tower.frozen]
+        return [name for name, tower in self.towers.items() if _is_frozen(tower)]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode like `nn.Module.train`; frozen towers stay in evaluation mode: no dropout, fixed statistics."""
+        """Set the mode like `nn.Module.train`, but for what is frozen.
+
+        A module whose parameters are all frozen stays in evaluation mode, whether its tower is frozen or a group of
+        parameters with a learning rate of 0 holds it: no dropout, fixed statistics.
+        """
         super().train(mode)
-        for name in self.frozen:
-            self.towers[name].eval()
+        for module in self.modules():
+            if mode and module is not self and _is_frozen(module):
+                module.eval()
         return self
 
-    def load_initial_weights(self) -> None:
-        """Load the weights that the towers' `init` names. Raises ValueError where they do not fit."""
+    def load_initial_weights(self) -> list[str]:
+        """Load the weights that the towers' `init` names.
+
+        Returns:
+            Which of them were resampled, and from what to what size.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        notes = []
         for name, tower in self.config.towers.items():
             if not isinstance(tower, CacheTower) and tower.init is not None:
-                load_initial(self.towers[name], tower, f"towers.{name}.init")
+                notes += load_initial(self.towers[name], tower, f"towers.{name}.init")
+        return notes
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of each tower's blocks for backward. Raises ValueError for a tower that cannot."""
@@ -175,6 +190,16 @@ def build_head(head: Head, width: int, embed_dim: int) -> tuple[nn.Module, int]:
     for number in range(head.depth):
         layers += [nn.Linear(hidden if number else width, hidden, bias=head.bias), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(hidden, out, bias=head.bias)), out
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters, none of which is trained."""
+    has_parameters = False
+    for p in module.parameters():
+        if p.requires_grad:
+            return False
+        has_parameters = True
+    return has_parameters
 
 
 def _build_tower(config: TrainConfig, name: str, vocab_size: int, cache_widths: Mapping[str, int]) -> nn.Module:

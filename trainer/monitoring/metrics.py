@@ -62,7 +62,8 @@ def step_line(metrics: Metrics, total: int) -> str:
         parts.append(f"grad {norm:.2f}")
     parts.append(f"lr {metrics['lr']:.2e}")
     parts.append(f"{metrics['images_per_s']:.0f} img/s")
-    parts.append(f"{metrics['tflops_per_s']:.3g} TFLOP/s")
+    if (tflops := metrics["tflops_per_s"]) is not None:
+        parts.append(f"{tflops:.3g} TFLOP/s")
     parts.append(f"{metrics['memory_gb']:.1f} GB")
     parts.append(f"data {metrics['data_wait']:.0%}")
     if metrics["skipped_samples"]:

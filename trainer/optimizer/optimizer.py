@@ -14,6 +14,7 @@ def freeze(model: nn.Module, optim: Optim) -> None:
     for _, p, rule in rules_of(model, optim):
         if rule is not None and rule.lr == 0:
             p.requires_grad_(False)
+    model.train(model.training)  # a frozen module goes into evaluation mode
 
 
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
