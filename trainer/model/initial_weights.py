@@ -1,13 +1,11 @@
-"""The weights of a tower before its first step: from timm's hub, a package, or a safetensors file."""
+"""The weights of a tower before its first step: from timm's hub, a package, or a file."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from threetowers.cache.encoders.timm_models import head_tensors
+from threetowers.cache.encoders.weights_file import load_strictly, model_part, read_state, split_part
 from threetowers.trainer.config import ImageTower, TextTower
 
 
@@ -23,45 +21,36 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> None:
         ValueError: If the weights cannot be loaded or do not fit.
     """
     assert config.init is not None
-    path, _, prefix = config.init.partition("#")
-    if prefix or isinstance(config, TextTower):
-        state = _under_prefix(_read(Path(path), key), prefix, config.init, key)
-        _load(tower, state, config.init, key)
-        return
-    if config.specialize is not None:
-        raise ValueError(
-            f"{key}: {config.init!r} holds a plain {config.model}, but the tower is specialised; leave init out"
-        )
+    try:
+        if isinstance(config, TextTower):
+            state = _from_file(tower, config.init)
+        else:
+            weights = _image_weights(tower.model, config, config.init)
+            head: set[str] = set()
+            if config.specialize is None and weights.keys() - tower.model.state_dict().keys():
+                head = head_tensors(config.model, **config.args)
+            state = {f"model.{name}": tensor for name, tensor in weights.items() if name not in head}
+        load_strictly(tower, state, config.init, "the tower")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _image_weights(model: Any, config: ImageTower, init: str) -> dict[str, Tensor]:
+    """Return the weights for a timm model, perhaps a specialised one, under its own names."""
+    if not (init == "pretrained" or init.startswith("package:")):
+        state = _from_file(model, init)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        resized = [name for name in shapes if name in state and state[name].shape != shapes[name]]
+        if not resized or config.specialize is not None:
+            return state
+    elif config.specialize is not None:
+        raise ValueError(f"{init!r} holds a plain {config.model}, but the tower is specialised; leave init out")
     from threetowers.cache.encoders.teacher import load_teacher  # a run that reads rows of a cache needs none of it
 
-    teacher = load_teacher(config.model, config.init, config.args.get("img_size"))
-    classifier = getattr(teacher.model, "pretrained_cfg", {}).get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    prefixes = tuple(f"{name}." for name in names)
-    state = {name: t for name, t in teacher.model.state_dict().items() if not name.startswith(prefixes)}
-    _load(tower.model, state, config.init, key)
+    return dict(load_teacher(config.model, init, config.args.get("img_size")).model.state_dict())
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{key}: {path} cannot be read as safetensors: {error}") from error
-
-
-def _under_prefix(state: Mapping[str, Tensor], prefix: str, source: str, key: str) -> dict[str, Tensor]:
-    """Return the tensors under a dotted prefix, by their names below it; all of them for no prefix."""
-    if not prefix:
-        return dict(state)
-    part = {name.removeprefix(f"{prefix}."): t for name, t in state.items() if name.startswith(f"{prefix}.")}
-    if not part:
-        known = sorted({".".join(name.split(".")[:2]) for name in state})
-        raise ValueError(f"{key}: {source} has no tensor named {prefix}.*; known prefixes: {known}")
-    return part
-
-
-def _load(module: nn.Module, state: Mapping[str, Tensor], source: str, key: str) -> None:
-    try:
-        module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{key}: {source} does not fit the tower: {error}") from error
+def _from_file(module: Any, init: str) -> dict[str, Tensor]:
+    """Return the part of a file that is a module, under the module's own names."""
+    path, part = split_part(init)
+    return model_part(read_state(path), module.state_dict(), init, part)[0]
