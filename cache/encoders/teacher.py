@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.timm_models import (
+    SOURCES,
     classifiers,
     create_timm_model,
     local_folder,
@@ -20,6 +21,7 @@ from threetowers.cache.encoders.timm_models import (
 )
 from threetowers.cache.encoders.weights_file import (
     State,
+    check_finite,
     load_strictly,
     model_part,
     one_line,
@@ -152,7 +154,8 @@ def _load_model(backbone: str, weights: str) -> tuple[nn.Module, str]:
     """Return a timm model with weights, and where these came from, as manifests say it."""
     if weights == "pretrained":
         model = create_timm_model(backbone, pretrained=True)
-        tag = getattr(model, "pretrained_cfg", {}).get("tag")
+        # A tag is of timm's own names; what the hub or a folder gives under another name has none.
+        tag = None if backbone.startswith(SOURCES) else getattr(model, "pretrained_cfg", {}).get("tag")
         return model, local_folder(backbone) or (f"pretrained:{tag}" if tag else "pretrained")
     if weights.startswith("package:"):
         from threetowers.cache.encoders.packaged_weights import load_packaged_model
@@ -166,6 +169,7 @@ def _load_model(backbone: str, weights: str) -> tuple[nn.Module, str]:
     heads = [state[f"{name}.weight"] for name in classifiers(headless) if f"{name}.weight" in state]
     model = create_timm_model(backbone, num_classes=len(heads[0]) if heads else 0)
     load_strictly(model, state, str(path), f"backbone {backbone!r}")
+    check_finite(model, str(path))
     return model, f"file:{path.name}" + (f"#{part}" if part else "")
 
 

@@ -103,7 +103,7 @@ def load_strictly(module: nn.Module, state: State, source: str, target: str) -> 
         target: What the module is, for messages.
 
     Raises:
-        ValueError: They do not fit, or parameters are not finite.
+        ValueError: They do not fit.
     """
     expected = module.state_dict()
     problems = []
@@ -131,6 +131,10 @@ def load_strictly(module: nn.Module, state: State, source: str, target: str) -> 
             f"{source} does not fit {target}: of its tensors {'; '.join(problems)}. Name the model that was saved, or "
             "the part of the file that is the model, as FILE#PREFIX"
         )
+
+
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise ValueError if a parameter of a module holds NaN or infinity. `source`: of its weights, for messages."""
     bad = [name for name, parameter in module.named_parameters() if not parameter.detach().isfinite().all()]
     if bad:
         raise ValueError(
