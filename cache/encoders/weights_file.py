@@ -236,7 +236,7 @@ def _tensors(value: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 def _prefixes(state: State, names: Sequence[str]) -> list[str]:
     """Return the prefixes before the names of a model in a file, found by some of the names."""
     anchors = {name for name in names[:: max(1, len(names) // ANCHORS)]}
-    prefixes = {}
+    prefixes: dict[str, None] = {}
     for name in state:
         for anchor in anchors:
             if name == anchor:

@@ -72,7 +72,7 @@ class OpenClipEncoder(Encoder):
         if trunk is not None:
             features = pooled_features(trunk, pixels)
             # Attention pooling is in open_clip's head, and projects as it pools.
-            return features if features.ndim == 2 else visual.head.pool(features)  # type: ignore[no-any-return]
+            return features if features.ndim == 2 else visual.head.pool(features)
         # Otherwise the tower's last step is its projection, which open_clip keeps as one matrix.
         projection = getattr(visual, "proj", None)
         visual.proj = None

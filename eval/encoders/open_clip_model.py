@@ -177,7 +177,7 @@ def _load_weights(model: Any, file: str, spec: str) -> None:
     import open_clip
 
     path, part = split_part(file)
-    state = {}
+    state: dict[str, Tensor] = {}
     if path.suffix not in (".npz", ".npy"):  # of big_vision
         state, _ = model_part(read_state(path, WEIGHTS), model.state_dict(), str(path), part)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

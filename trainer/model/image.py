@@ -32,7 +32,7 @@ class TimmTower(nn.Module):
             raise ValueError(f"image tower: {error}") from error
         for name in ("mean", "std"):
             # Not persistent: they belong to the architecture's config, not to the weights.
-            value = torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1)
+            value = torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1)  # type: ignore[index]
             self.register_buffer(name, value, persistent=False)
         if config.specialize is not None:
             self.model = SpecializedViT(self.model, config.specialize)
