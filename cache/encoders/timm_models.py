@@ -50,9 +50,9 @@ def create_timm_model(name: str, pretrained: bool = False, **arguments: Any) -> 
         given = f" with {arguments}" if arguments else ""
         remedy = ""
         if full_name.startswith(SOURCES) and folder is None:
-            remedy = ". Without a connection: download its files, and name their folder instead"
+            remedy = "; without a connection, download its files and name their folder instead"
         elif pretrained:
-            remedy = ". Give its weights as the path of a .safetensors file instead"
+            remedy = "; give its weights as the path of a .safetensors file instead"
         what = "load the pretrained weights of" if pretrained else "create"
         raise ValueError(f"timm cannot {what} {name!r}{given}: {one_line(error)}{remedy}") from error
     return model

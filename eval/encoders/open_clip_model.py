@@ -31,6 +31,7 @@ WEIGHTS = (  # of a folder, in open_clip's order
     "model.pth",
 )
 DEFAULT = "default"  # instead of a tag: the preprocessing of models that are trained with open_clip as it is
+REMEDY = "; without a connection, download its files and name their folder or file instead"
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # as open_clip's tags state it
 
 
@@ -98,9 +99,6 @@ def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
     stem = Path(split_part(weights.partition("=")[2] or weights)[0]).stem if weights else ""
     short = (folder or Path(known.removeprefix(HUB))).name
     return OpenClipModel(short + (f":{stem}" if stem else ""), model, transform, _tokenizer(known, folder, model, spec))
-
-
-REMEDY = ". Without a connection: download its files, and name their folder or file instead"
 
 
 def _folder(name: str) -> Path | None:
