@@ -21,11 +21,11 @@ from threetowers.cache.encoders.timm_models import (
 )
 from threetowers.cache.encoders.weights_file import (
     State,
-    check_finite,
     load_strictly,
     model_part,
     one_line,
     read_state,
+    require_finite,
     split_part,
 )
 from threetowers.cache.format.manifest import DecodeMode, Preprocessing, TeacherPrecision
@@ -169,7 +169,7 @@ def _load_model(backbone: str, weights: str) -> tuple[nn.Module, str]:
     heads = [state[f"{name}.weight"] for name in classifiers(headless) if f"{name}.weight" in state]
     model = create_timm_model(backbone, num_classes=len(heads[0]) if heads else 0)
     load_strictly(model, state, str(path), f"backbone {backbone!r}")
-    check_finite(model, str(path))
+    require_finite(model, str(path))
     return model, f"file:{path.name}" + (f"#{part}" if part else "")
 
 

@@ -47,7 +47,8 @@ def create_timm_model(name: str, pretrained: bool = False, **arguments: Any) -> 
     try:
         model: nn.Module = timm.create_model(full_name, pretrained=pretrained, **arguments)
     except Exception as error:  # hub, network, file system and timm each raise their own kinds
-        given = f" with {arguments}" if arguments else ""
+        stated = {key: value for key, value in arguments.items() if key != "num_classes"}
+        given = f" with {stated}" if stated else ""
         remedy = ""
         if full_name.startswith(SOURCES) and folder is None:
             remedy = "; without a connection, download its files and name their folder instead"

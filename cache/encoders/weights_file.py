@@ -133,7 +133,7 @@ def load_strictly(module: nn.Module, state: State, source: str, target: str) -> 
         )
 
 
-def check_finite(module: nn.Module, source: str) -> None:
+def require_finite(module: nn.Module, source: str) -> None:
     """Raise ValueError if a parameter of a module holds NaN or infinity. `source`: of its weights, for messages."""
     bad = [name for name, parameter in module.named_parameters() if not parameter.detach().isfinite().all()]
     if bad:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from threetowers.cache.encoders.timm_models import head_tensors
-from threetowers.cache.encoders.weights_file import check_finite, load_strictly, model_part, read_state, split_part
+from threetowers.cache.encoders.weights_file import load_strictly, model_part, read_state, require_finite, split_part
 from threetowers.trainer.config import ImageTower, TextTower
 
 
@@ -31,7 +31,7 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> None:
                 head = head_tensors(config.model, **config.args)
             state = {f"model.{name}": tensor for name, tensor in weights.items() if name not in head}
         load_strictly(tower, state, config.init, "the tower")
-        check_finite(tower, config.init)
+        require_finite(tower, config.init)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 
