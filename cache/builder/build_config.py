@@ -57,10 +57,10 @@ class TeacherConfig:
     """Paths or URLs, globs in quotes, and brace ranges like 'data/{000..099}.tar'."""
 
     backbone: Annotated[str | Sequence[str], _several("NAME")]
-    """timm model name, or a folder that timm saved a model to."""
+    """timm model name, hf-hub:ORG/NAME, or a folder that timm saved a model to."""
 
     weights: Annotated[str | Sequence[str] | None, _several("WEIGHTS")] = None
-    """'pretrained' (the default), a .safetensors or .pth file, or package:efficientnet-lite0 (also 1, 2)."""
+    """'pretrained' (the default), a file or FILE#PREFIX for a part of it, or package:efficientnet-lite0 (also 1, 2)."""
 
     image_size: Annotated[int | Sequence[int] | None, _several("PIXELS", int)] = None
     """Side of the teacher's input in pixels; default: the size the model was trained for."""

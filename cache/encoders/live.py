@@ -27,7 +27,8 @@ def live_teacher(manifest: Manifest, weights: str | None = None, device: str = "
         ManifestError: the loaded model is not the one of the manifest.
         ValueError: the weights cannot be loaded; of a file the manifest has only the name, so its path must be given.
     """
-    source = weights or ("pretrained" if manifest.weights.startswith("pretrained") else manifest.weights)
+    own = manifest.weights.startswith("pretrained") or manifest.weights == manifest.backbone  # a folder that timm saved
+    source = weights or ("pretrained" if own else manifest.weights)
     if source.startswith("file:"):
         raise ValueError(f"the teacher's weights came from {source.removeprefix('file:')!r}: give its path (weights)")
     image_size = manifest.preprocessing.input_size[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from threetowers.cache.encoders.teacher import read_state
+from threetowers.cache.encoders.weights_file import read_state
 
 BACKBONES = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
 

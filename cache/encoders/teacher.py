@@ -1,11 +1,9 @@
 """The frozen teacher: a timm backbone with known weights, its evaluation transform, and raw pre-logits features."""
 
-import difflib
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from threetowers.cache.encoders.timm_models import (
+    SOURCES,
+    classifiers,
+    create_timm_model,
+    local_folder,
+    pooled_features,
+)
+from threetowers.cache.encoders.weights_file import (
+    State,
+    load_strictly,
+    model_part,
+    one_line,
+    read_state,
+    require_finite,
+    split_part,
+)
 from threetowers.cache.format.manifest import DecodeMode, Preprocessing, TeacherPrecision
 
-State = Mapping[str, Tensor]
 DRAFT_MARGIN = 2  # a draft keeps this many times the pixels per side of the resized image, enough for its filter
 
 
@@ -25,7 +38,7 @@ class Teacher:
     """A frozen backbone, ready to embed.
 
     Attributes:
-        backbone: timm name, or the folder that the model was saved to.
+        backbone: timm name, `hf-hub:` name, or the folder that the model was saved to.
         weights: where the weights came from.
         weights_digest: sha256 of the state dict.
         preprocessing: the evaluation transform, in timm's terms.
@@ -68,7 +81,7 @@ class Teacher:
         pixels = images_b3HW.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
         cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
         with torch.inference_mode(), cast:
-            features = _features(self.model, pixels.float().div_(255).sub_(mean).div_(std))
+            features = pooled_features(self.model, pixels.float().div_(255).sub_(mean).div_(std))
         return features.float().cpu().clone()  # a clone outside inference mode is an ordinary tensor
 
 
@@ -84,10 +97,11 @@ def load_teacher(
     """Load a timm backbone in evaluation mode.
 
     Args:
-        backbone: timm model name, e.g. `vit_base_patch16_224.augreg_in21k`, or a folder that timm saved a model to,
-            with its weights and transform.
-        weights: `pretrained` (timm's hub), a path to a `.safetensors`, `.pth` or `.pt` state dict (loaded strictly,
-            tensors only), or `package:efficientnet-lite0` (1, 2): weights inside a pip package.
+        backbone: timm model name, e.g. `vit_base_patch16_224.augreg_in21k`, `hf-hub:ORG/NAME`, or a folder that timm
+            saved a model to, also as `local-dir:FOLDER`.
+        weights: `pretrained`, those of timm's hub or of the folder; `package:efficientnet-lite0` (1, 2), those inside a
+            pip package; or a file or folder (`read_state`), loaded strictly. In a checkpoint the model is found by its
+            names, averaged weights first, as in timm; FILE#PREFIX names another part.
         image_size: side of the square input in pixels, by default the model's; position embeddings are resampled.
         device: where the model runs.
         precision: `bfloat16` runs the forward pass under autocast.
@@ -99,14 +113,9 @@ def load_teacher(
         ValueError: an unknown backbone, weights that cannot be loaded or do not fit, an input size that the model does
             not support, or a model without pooled features.
     """
-    import timm
     from timm.data import create_transform, resolve_data_config
 
-    saved = (Path(backbone) / "config.json").is_file()
-    if not saved and not timm.is_model(backbone):
-        close = difflib.get_close_matches(backbone, timm.list_models(pretrained=False), n=3)
-        raise ValueError(f"backbone {backbone!r} is unknown to timm {timm.__version__}; close: {close or 'none'}")
-    model, source = _load_folder(backbone) if saved else _load_model(backbone, weights)
+    model, source = _load_model(backbone, weights)
     digest = state_digest(model.state_dict())
     config = resolve_data_config({}, model=model)
     if image_size is not None:
@@ -127,6 +136,7 @@ def load_teacher(
     if compiled:
         module: Any = model
         module.forward_features = torch.compile(module.forward_features)
+    backbone = local_folder(backbone) or backbone  # one name for one model, also in the manifest
     return Teacher(backbone, source, digest, preprocessing, dim, torch.device(device), model, transform, precision)
 
 
@@ -140,73 +150,27 @@ def state_digest(state: State) -> str:
     return digest.hexdigest()
 
 
-def _load_folder(folder: str) -> tuple[nn.Module, str]:
-    import timm
-
-    try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True), folder
-    except (RuntimeError, OSError, KeyError) as error:
-        raise ValueError(f"backbone {folder!r} is a folder, but not one that timm saved a model to: {error}") from error
-
-
 def _load_model(backbone: str, weights: str) -> tuple[nn.Module, str]:
-    import timm
-
+    """Return a timm model with weights, and where these came from, as manifests say it."""
     if weights == "pretrained":
-        try:
-            model: nn.Module = timm.create_model(backbone, pretrained=True)
-        except Exception as error:  # hub, network, file system and timm each raise their own kinds
-            raise ValueError(
-                f"backbone {backbone!r}: cannot load its pretrained weights: {error}. Give weights as the path of a "
-                ".safetensors file instead"
-            ) from error
-        tag = getattr(model, "pretrained_cfg", {}).get("tag")
-        return model, f"pretrained:{tag}"
+        model = create_timm_model(backbone, pretrained=True)
+        # A tag is of timm's own names; what the hub or a folder gives under another name has none.
+        tag = None if backbone.startswith(SOURCES) else getattr(model, "pretrained_cfg", {}).get("tag")
+        return model, local_folder(backbone) or (f"pretrained:{tag}" if tag else "pretrained")
     if weights.startswith("package:"):
         from threetowers.cache.encoders.packaged_weights import load_packaged_model
 
         return load_packaged_model(backbone, weights.removeprefix("package:")), weights
-    path = Path(weights)
-    state = read_state(path)
-    model = timm.create_model(backbone, pretrained=False, num_classes=_n_classes(backbone, state))
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit backbone {backbone!r}: {error}") from error
-    return model, f"file:{path.name}"
-
-
-def read_state(path: Path) -> State:
-    """Read a state dict of tensors from a `.safetensors` file or a checkpoint.
-
-    Raises:
-        ValueError: there is no such file, or it holds something else.
-    """
-    if not path.is_file():
-        raise ValueError(f"weights {str(path)!r}: no such file; expected a path, 'pretrained' or 'package:NAME'")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling, zip and safetensors errors
-        raise ValueError(f"weights {path}: not a readable state dict: {error}") from error
-    for nested in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(nested), dict):
-            found = found[nested]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"weights {path}: expected a state dict of tensors, also under 'state_dict' or 'model'")
-    return found
-
-
-def _n_classes(backbone: str, state: State) -> int:
-    """Return the classes of the checkpoint's classifier, so that any number loads strictly; 0 without a classifier."""
-    import timm
-
-    classifier = getattr(timm.get_pretrained_cfg(backbone, allow_unregistered=True), "classifier", None)
-    head = state.get(f"{classifier}.weight")
-    return 0 if head is None else head.shape[0]
+    path, part = split_part(weights)
+    with torch.device("meta"):
+        headless = create_timm_model(backbone, num_classes=0)
+    state, part = model_part(read_state(path), headless.state_dict(), weights, part)
+    # The file's own classifier, of any number of classes, so that all of its tensors are loaded and counted.
+    heads = [state[f"{name}.weight"] for name in classifiers(headless) if f"{name}.weight" in state]
+    model = create_timm_model(backbone, num_classes=len(heads[0]) if heads else 0)
+    load_strictly(model, state, str(path), f"backbone {backbone!r}")
+    require_finite(model, str(path))
+    return model, f"file:{path.name}" + (f"#{part}" if part else "")
 
 
 def _resize_input(model: nn.Module, backbone: str, image_size: int) -> None:
@@ -221,17 +185,15 @@ def _resize_input(model: nn.Module, backbone: str, image_size: int) -> None:
         raise ValueError(f"backbone {backbone!r} does not support image_size={image_size}: {error}") from error
 
 
-def _features(model: Any, x: Tensor) -> Tensor:
-    features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
-    return features
-
-
 def _width(model: nn.Module, backbone: str, input_size: tuple[int, int, int], device: torch.device) -> int:
     try:
         with torch.inference_mode():
-            features = _features(model, torch.zeros(1, *input_size, device=device))
-    except (AttributeError, TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"backbone {backbone!r} gives no pre-logits features at {input_size}: {error}") from error
-    if features.ndim != 2:
-        raise ValueError(f"backbone {backbone!r}: expected pooled features (1, D), found {tuple(features.shape)}")
+            features = pooled_features(model, torch.zeros(1, *input_size, device=device))
+    except Exception as error:  # each family of models raises its own kinds
+        raise ValueError(
+            f"backbone {backbone!r} gives no pre-logits features at {input_size}: {one_line(error)}"
+        ) from error
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"backbone {backbone!r}: expected pooled features (1, D), found {found}")
     return features.shape[1]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from threetowers.cache.encoders.timm_models import SOURCES
 from threetowers.eval.encoders.embedding_store import EmbeddingStore
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions
 from threetowers.eval.encoders.ensemble import EnsembleEncoder, EnsembleOptions
@@ -18,10 +19,11 @@ def load_encoder(
         model: One of
 
             - the folder of a finished run, or of an export;
-            - `open_clip:NAME[:WEIGHTS]`: an open_clip model, or a folder it saved; WEIGHTS is a file or one of its
-              pretrained tags, without it they are random;
-            - `timm:NAME[@SIZE][:WEIGHTS]`: a timm model, or a folder it saved, images only; WEIGHTS is as of
-              `cache build --weights`, SIZE the side of the input in pixels;
+            - `open_clip:NAME[:WEIGHTS]`: an open_clip model, `hf-hub:ORG/NAME`, or a folder it saved; WEIGHTS is one of
+              its pretrained tags, a file, or TAG=FILE for a file with the preprocessing of that tag; without WEIGHTS
+              those of hub or folder, otherwise random ones;
+            - `timm:NAME[@SIZE][:WEIGHTS]`: a timm model, `hf-hub:ORG/NAME`, or a folder it saved, images only; WEIGHTS
+              is as of `cache build --weights`, SIZE the side of the input in pixels;
             - `cache:PATH`: the rows of a cache, images only.
         options: How the model is run; by default in float32, on a GPU if there is one, without keeping embeddings.
         ensemble: For a run with a third tower: mix that tower in.
@@ -63,7 +65,7 @@ def load_encoder(
 
 
 def _load_other(kind: str, rest: str, options: LoadOptions) -> Encoder:
-    name, _, weights = rest.partition(":")
+    name, weights = _split_weights(rest)
     if not name:
         raise ValueError(f"'{kind}:{rest}': expected {kind}:NAME")
     if kind == "open_clip":
@@ -77,6 +79,16 @@ def _load_other(kind: str, rest: str, options: LoadOptions) -> Encoder:
     from threetowers.eval.encoders.cache_rows import CacheEncoder
 
     return CacheEncoder(rest, options)
+
+
+def _split_weights(rest: str) -> tuple[str, str]:
+    """Return name and weights of `NAME[:WEIGHTS]`, where the name may be `hf-hub:ORG/NAME` or `local-dir:FOLDER`."""
+    source = next((prefix for prefix in SOURCES if rest.startswith(prefix)), "")
+    body = rest.removeprefix(source)
+    if Path(body).is_dir():  # a folder with a colon in its own name
+        return rest, ""
+    name, _, weights = body.partition(":")
+    return (source + name if name else ""), weights
 
 
 def _with_store(encoder: Encoder, options: LoadOptions) -> Encoder:

@@ -1,22 +1,17 @@
 """open_clip's models, by name or folder, with local weights, a pretrained tag or random weights."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from threetowers.cache.encoders.teacher import state_digest
+from threetowers.cache.encoders.timm_models import pooled_features
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
 from threetowers.eval.encoders.forward import PixelView, forward_captions, forward_images
-from threetowers.trainer.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
+from threetowers.eval.encoders.open_clip_model import load_open_clip_model
 
 
 class OpenClipEncoder(Encoder):
@@ -26,39 +21,26 @@ class OpenClipEncoder(Encoder):
         """Load a model by name or folder.
 
         Args:
-            name: Name of an open_clip model, or a folder it saved.
-            weights: A file of weights, one of its pretrained tags, or None for random weights.
+            name: As of `load_open_clip_model`.
+            weights: As of `load_open_clip_model`.
             options: How to run it.
 
         Raises:
-            ValueError: open_clip is not installed, or has no such model or weights, or cannot load them.
+            ValueError: It cannot be loaded.
         """
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ValueError(f"open_clip:{name}: run `pip install open_clip_torch` first") from error
-        folder = Path(name)
-        known = f"local-dir:{name}" if folder.is_dir() else name
-        if known == name and weights is None:
-            logger.warning(
-                "open_clip:%s has random weights; give a file or a pretrained tag as open_clip:NAME:WEIGHTS", name
-            )
-        try:
-            model, _, transform = open_clip.create_model_and_transforms(known, pretrained=weights)
-            tokenizer = _tokenizer(known, folder, model)
-        except (RuntimeError, OSError, KeyError) as error:
-            raise ValueError(f"open_clip:{name}: weights {weights!r} cannot be loaded: {error}") from error
+        loaded = load_open_clip_model(name, weights)
+        model, transform = loaded.model, loaded.transform
         self.options = options
         self.device = options.torch_device()
         digest = state_digest(model.state_dict())
         self.dtype = getattr(torch, options.precision)
         self.model = model.to(self.device, self.dtype).eval()
         self.transform = transform
-        self.tokenizer = tokenizer
+        self.tokenizer = loaded.tokenize
         self.logit_scale = float(model.logit_scale.detach().float().exp())
         self.dim = self._embed_text(["a"]).shape[1]
         self.info = ModelInfo(
-            name=f"open_clip:{folder.name}" + (f":{Path(weights).stem}" if weights else ""),
+            name=f"open_clip:{loaded.name}",
             digest=digest,
             step=None,
             precision=options.precision,
@@ -85,31 +67,23 @@ class OpenClipEncoder(Encoder):
     @torch.inference_mode()
     def _features(self, views: Tensor) -> Tensor:
         visual = self.model.visual
+        pixels = views.to(self.device, self.dtype)
         trunk = getattr(visual, "trunk", None)  # a timm model inside open_clip
         if trunk is not None:
-            features: Tensor = trunk(views.to(self.device, self.dtype))
-            return features
+            features = pooled_features(trunk, pixels)
+            # Attention pooling is in open_clip's head, and projects as it pools.
+            return features if features.ndim == 2 else visual.head.pool(features)
         # Otherwise the tower's last step is its projection, which open_clip keeps as one matrix.
         projection = getattr(visual, "proj", None)
         visual.proj = None
         try:
-            unprojected: Tensor = visual(views.to(self.device, self.dtype))
-            return unprojected
+            unprojected: Tensor | tuple[Tensor, Tensor] = visual(pixels)
         finally:
             visual.proj = projection
+        # CoCa's tower gives its tokens too.
+        return unprojected[0] if isinstance(unprojected, tuple) else unprojected
 
     @torch.inference_mode()
     def _embed_text(self, captions: Sequence[str]) -> Tensor:
         x_bD: Tensor = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
         return x_bD
-
-
-def _tokenizer(known: str, folder: Path, model: Any) -> Callable[[list[str]], Tensor]:
-    """Return open_clip's tokenizer of the model; our own where the folder is one of our exports, which contain it."""
-    own = folder / "tokenizer.model"
-    if own.is_file():
-        return partial(Tokenizer.load(own).encode, context_length=model.context_length)
-    import open_clip
-
-    theirs: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(known)
-    return theirs

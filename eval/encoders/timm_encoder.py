@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.timm_models import SOURCES
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
@@ -20,29 +21,34 @@ class TimmEncoder(Encoder):
         """Load a model by name or folder.
 
         Args:
-            name: A timm model or a folder it saved; it may end in @SIZE, the side of the input in pixels.
+            name: A timm model, `hf-hub:ORG/NAME`, or a folder it saved; it may end in @SIZE, the side of the input in
+                pixels.
             weights: As of `cache build --weights`; None: timm's pretrained weights.
             options: How to run it.
 
         Raises:
             ValueError: The name, size or precision is not usable, or `load_teacher` refuses the weights.
         """
-        name, _, size = name.partition("@")
-        if size and not size.isdecimal():
-            raise ValueError(f"timm:{name}@{size}: expected the side of the input in pixels after '@'")
+        spec = f"timm:{name}"
+        before, at, after = name.rpartition("@")
+        size = None
+        if at and after.isdecimal():
+            name, size = before, int(after)
+        elif at and not name.startswith(SOURCES) and not Path(name).is_dir():  # a revision on the hub follows an @ too
+            raise ValueError(f"{spec}: expected the side of the input in pixels after '@'")
         if options.precision == "float16":
-            raise ValueError(f"timm:{name}: timm models are run in float32 or bfloat16, not in float16")
+            raise ValueError(f"{spec}: timm models are run in float32 or bfloat16, not in float16")
         self.options = options
         self.teacher = load_teacher(
             name,
             weights or "pretrained",
-            int(size) if size else None,
+            size,
             options.torch_device(),
             precision=options.precision,
         )
         self.dim = self.teacher.dim
         self.info = ModelInfo(
-            name=f"timm:{Path(name).name}",
+            name=f"timm:{Path(self.teacher.backbone.partition(':')[2] or name).name}",
             digest=self.teacher.weights_digest,
             step=None,
             precision=options.precision,

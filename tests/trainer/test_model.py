@@ -143,7 +143,7 @@ def test_padding_does_not_change_a_text(pool: Any) -> None:
 @pytest.mark.parametrize(
     ("tower", "message"),
     [
-        ({"kind": "timm", "model": "no_such_model"}, "timm cannot create 'no_such_model'"),
+        ({"kind": "timm", "model": "no_such_model"}, "'no_such_model' is unknown to timm"),
         (
             {"kind": "timm", "model": "test_vit", "args": {"widht": 3}},
             "timm cannot create 'test_vit' with {'widht': 3}",

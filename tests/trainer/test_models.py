@@ -1,9 +1,11 @@
 """Kinds of towers and heads: shared, specialised, frozen, pretrained, several of a kind; and their cost."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -13,6 +15,7 @@ from threetowers.trainer.config import ConfigError, TextTower, parse
 from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, meta_model, state_memory, tower_costs
 from threetowers.trainer.estimate.summary import flop, size
 from threetowers.trainer.loss import total_loss
+from threetowers.trainer.model.initial_weights import load_initial
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import deduplicated_state_dict, load_deduplicated
 from threetowers.trainer.model.text import TextTransformer
@@ -190,13 +193,50 @@ def test_initial_weights(tmp_path: Path) -> None:
     for init, message in [
         (
             f"{tmp_path}/run.safetensors#towers.words",
-            r"has no tensor named towers\.words\.\*; known .*'towers\.text'",
+            r"has no tensor named towers\.words\.\*; known .*towers\.text",
         ),
         (f"{tmp_path}/run.safetensors#towers.image", r"towers\.text\.init: .* does not fit the tower"),
-        (f"{tmp_path}/none.safetensors", r"towers\.text\.init: .*none\.safetensors cannot be read"),
+        (f"{tmp_path}/none.safetensors", r"towers\.text\.init: .*none\.safetensors'?: no such file"),
     ]:
         with pytest.raises(ValueError, match=message):
             model_of(changed("towers.text.init", init)).load_initial_weights()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"num_classes": 10}, r"towers\.image\.args: found num_classes: 10, but a tower ends before its classifier"),
+        ({"features_only": True}, r"args: found features_only: True, but a tower gives one vector an image"),
+        ({"in_chans": 1}, r"args: found in_chans: 1, but images have three channels"),
+        ({"pretrained": True}, r"args: found pretrained: True, but the tower's `init` names its weights"),
+        ({"global_pool": ""}, r"'test_resnet' with args \{'global_pool': ''\} gives \(1, 96, 1, 1\) for an image"),
+        ({"no_such": 1}, r"timm cannot create 'test_resnet' with \{.*'no_such': 1\}: .*unexpected keyword"),
+    ],
+)
+def test_arguments_that_leave_no_vector_an_image_are_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_of(changed("towers.image", {"kind": "timm", "model": "test_resnet", "args": args}))
+
+
+def test_initial_weights_from_checkpoints_of_others(tmp_path: Path) -> None:
+    """Wrapped, averaged, with a classifier, of a model with other arguments: the tower is found by its names."""
+    tree = changed("towers.image", VIT)
+    config = parse(tree).towers["image"]
+    model = model_of(tree)
+    full = timm.create_model(VIT["model"], num_classes=7, **VIT["args"]).state_dict()
+    averaged = {f"module.{name}": tensor * 2 for name, tensor in full.items()}
+    torch.save({"state_dict": full, "state_dict_ema": averaged}, tmp_path / "last.pth.tar")
+    for init, factor in ((f"{tmp_path}/last.pth.tar", 2), (f"{tmp_path}/last.pth.tar#state_dict", 1)):
+        load_initial(model.towers["image"], replace(config, init=init), "init")  # type: ignore[type-var]
+        for name, tensor in model.towers["image"].model.state_dict().items():  # type: ignore[union-attr, operator]
+            assert tensor.equal(full[name] * factor), name
+    save_file({name: t.clone() for name, t in model.state_dict().items()}, tmp_path / "run.safetensors")
+    for name in ("image", "text"):  # without a prefix, since one tower of each kind is in it
+        tower = model.towers[name]
+        before = {key: tensor.clone() for key, tensor in tower.state_dict().items()}
+        torch.nn.init.zeros_(next(tower.parameters()))
+        load_initial(tower, replace(parse(tree).towers[name], init=f"{tmp_path}/run.safetensors"), "init")  # type: ignore[type-var]
+        assert all(before[key].equal(tensor) for key, tensor in tower.state_dict().items())
 
 
 def test_several_towers_of_each_kind() -> None:

@@ -8,6 +8,16 @@ from collections.abc import Iterator, Mapping
 from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.trainer.config.schema import CacheTower, Duration, ImageTower, TextTower, TrainConfig
 
+# Arguments of `timm.create_model` that are the trainer's own.
+OWNED_TIMM_ARGUMENTS = {
+    "num_classes": "a tower ends before its classifier",
+    "features_only": "a tower gives one vector an image",
+    "out_indices": "a tower gives one vector an image",
+    "in_chans": "images have three channels",
+    "pretrained": "the tower's `init` names its weights",
+    "checkpoint_path": "the tower's `init` names its weights",
+}
+
 
 class ConfigError(ValueError):
     """A config that cannot be run. The message names the key, what it holds and what is expected."""
@@ -35,6 +45,7 @@ def check_config(config: TrainConfig, source: str) -> None:
         _negatives,
         _deployed_heads,
         _unused,
+        _timm_arguments,
         _frozen,
         _shared_parameters,
         _masked_rows,
@@ -157,6 +168,15 @@ def _unused(config: TrainConfig) -> Iterator[str]:
     for key, unused in {"towers": set(config.towers) - towers, "heads": set(config.heads) - heads}.items():
         if unused:
             yield f"{key}: {sorted(unused)} are used by no term; remove them or add a term"
+
+
+def _timm_arguments(config: TrainConfig) -> Iterator[str]:
+    for name, tower in config.towers.items():
+        if not isinstance(tower, ImageTower):
+            continue
+        for argument, reason in OWNED_TIMM_ARGUMENTS.items():
+            if argument in tower.args:
+                yield f"towers.{name}.args: found {argument}: {tower.args[argument]!r}, but {reason}; leave it out"
 
 
 def _frozen(config: TrainConfig) -> Iterator[str]:

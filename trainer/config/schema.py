@@ -209,15 +209,15 @@ class ImageTower:
     kind: Literal["timm"]
     """The kind of tower."""
     model: str
-    """Name of the model in timm."""
+    """Name of the model in timm, `hf-hub:ORG/NAME`, or a folder that timm saved it to."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model`."""
+    """Further arguments of `timm.create_model`. With them the model must still give one vector an image."""
     specialize: Specialize | None = None
     """MS-CLIP-S's image-specific layers, for timm's plain vision transformers only; null: none."""
     init: str | None = None
     """Initial weights. null: random. `pretrained`: timm's own. `package:NAME`: those in an installed Python package.
-    FILE.safetensors, or FILE.safetensors#PREFIX for the part whose names begin with PREFIX, as in
-    `runs/a/model.safetensors#towers.image`."""
+    FILE (safetensors, or a checkpoint of torch), in which the model is found by its names; FILE#PREFIX for the part
+    whose names begin with PREFIX, as in `runs/a/model.safetensors#towers.image`."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
 
@@ -264,8 +264,8 @@ class TextTower:
     share: Share | None = None
     """Parameters in common with an image tower, as in MS-CLIP; null: none."""
     init: str | None = None
-    """Initial weights. null: random. FILE.safetensors, or FILE.safetensors#PREFIX for the part whose names begin with
-    PREFIX."""
+    """Initial weights. null: random. FILE (safetensors, or a checkpoint of torch), in which the tower is found by its
+    names; FILE#PREFIX for the part whose names begin with PREFIX."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
 

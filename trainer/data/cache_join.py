@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from threetowers.cache.encoders.timm_models import local_folder
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
@@ -59,7 +60,7 @@ class CacheJoin:
         """
         self.cache = EmbeddingCache.open(path)
         found = self.cache.manifest.backbone
-        if backbone is not None and found != backbone:
+        if backbone is not None and found != (local_folder(backbone) or backbone):
             raise ManifestError(
                 f"{path}: backbone: expected {backbone!r}, found {found!r}; build a cache with the expected one, or "
                 "change the tower's backbone"

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from threetowers.cache.encoders.timm_models import SOURCES, local_folder
 from threetowers.trainer.config import ImageTower, TextTower
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.image import TimmTower
@@ -87,6 +88,8 @@ def _check_expressible(model: TrainedModel) -> None:
         reasons.append("its image tower is a cached teacher, whose weights are not in the run")
     elif image.specialize is not None:
         reasons.append("its image tower is specialised (MS-CLIP-S), open_clip takes timm's models as they are")
+    elif image.model.startswith(SOURCES) or local_folder(image.model) is not None:
+        reasons.append(f"its image tower is {image.model}, open_clip takes timm's own names")
     elif image.args:
         reasons.append(f"its image tower has args {image.args}, open_clip takes timm's models by name alone")
     if not isinstance(text, TextTower) or text.pool == "mean":

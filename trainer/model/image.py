@@ -1,10 +1,13 @@
 """The image tower: any timm model; it takes bytes and returns its features before the classifier."""
 
-import timm
+from typing import Any
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from threetowers.cache.encoders.timm_models import create_timm_model
+from threetowers.cache.encoders.weights_file import one_line
 from threetowers.trainer.config import ImageTower
 from threetowers.trainer.model.pointwise import subsample_before_pointwise
 from threetowers.trainer.model.specialized import SpecializedViT
@@ -17,15 +20,19 @@ class TimmTower(nn.Module):
     std: Tensor
 
     def __init__(self, config: ImageTower, image_size: int) -> None:
-        """Build the model with random weights. Raises ValueError where timm cannot, or for another image size."""
+        """Build the model with random weights.
+
+        Raises:
+            ValueError: timm cannot build it, it takes no images of this size, or it does not give one vector an image.
+        """
         super().__init__()
         try:
-            self.model = timm.create_model(config.model, pretrained=False, num_classes=0, **config.args)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"image tower: timm cannot create {config.model!r} with {config.args}: {error}") from error
+            self.model: Any = create_timm_model(config.model, num_classes=0, **config.args)
+        except ValueError as error:
+            raise ValueError(f"image tower: {error}") from error
         for name in ("mean", "std"):
             # Not persistent: they belong to the architecture's config, not to the weights.
-            value = torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1)
+            value = torch.tensor(self.model.pretrained_cfg[name]).view(1, 3, 1, 1)  # type: ignore[index]
             self.register_buffer(name, value, persistent=False)
         if config.specialize is not None:
             self.model = SpecializedViT(self.model, config.specialize)
@@ -55,12 +62,18 @@ class TimmTower(nn.Module):
         with torch.no_grad():
             try:
                 probe = self.model.eval()(torch.zeros(1, 3, image_size, image_size))
-            except (RuntimeError, AssertionError) as error:
+            except Exception as error:  # each family of models raises its own kinds
                 raise ValueError(
-                    f"image tower: {config.model!r} does not take {image_size}-pixel images ({error}); "
+                    f"image tower: {config.model!r} does not take {image_size}-pixel images ({one_line(error)}); "
                     "change data.image_size or pass img_size in the tower's args"
                 ) from error
         self.model.train(was_training)
+        if not isinstance(probe, Tensor) or probe.ndim != 2:
+            found = tuple(probe.shape) if isinstance(probe, Tensor) else f"a {type(probe).__name__}"
+            raise ValueError(
+                f"image tower: {config.model!r} with args {config.args} gives {found} for an image, expected one "
+                "vector (1, width); change the tower's args, or choose a model with a global pool"
+            )
         return int(probe.shape[1])
 
     def forward(self, images_b3hw: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-"""The weights of a tower before its first step: from timm's hub, a package, or a safetensors file."""
+"""The weights of a tower before its first step: from timm's hub, a package, or a file."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from threetowers.cache.encoders.timm_models import head_tensors
+from threetowers.cache.encoders.weights_file import model_part, read_state, require_finite, split_part
 from threetowers.trainer.config import ImageTower, TextTower
 from threetowers.trainer.model.resampling import fit_to_tower
+
+COUNTER = "num_batches_tracked"
 
 
 def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[str]:
@@ -29,53 +30,54 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[s
         ValueError: If the weights cannot be loaded or do not fit.
     """
     assert config.init is not None
-    path, _, prefix = config.init.partition("#")
-    if prefix or isinstance(config, TextTower):
-        state = _under_prefix(_read(Path(path), key), prefix, config.init, key)
-        return _load(tower, config, state, key)
+    try:
+        if isinstance(config, TextTower):
+            state = _from_file(tower, config.init)
+        else:
+            weights = _image_weights(tower.model, config, config.init)
+            head: set[str] = set()
+            if config.specialize is None and weights.keys() - tower.model.state_dict().keys():
+                head = head_tensors(config.model, **config.args)
+            state = {f"model.{name}": tensor for name, tensor in weights.items() if name not in head}
+        notes = _load(tower, config, state, config.init)
+        require_finite(tower, config.init)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return [f"{key}: resampled {note}" for note in notes]
+
+
+def _image_weights(model: Any, config: ImageTower, init: str) -> dict[str, Tensor]:
+    """Return the weights for a timm model, perhaps a specialised one, under its own names."""
+    if not (init == "pretrained" or init.startswith("package:")):
+        return _from_file(model, init)
     if config.specialize is not None:
-        raise ValueError(
-            f"{key}: {config.init!r} holds a plain {config.model}, but the tower is specialised; leave init out"
-        )
-    # A run that reads rows of a cache needs none of it.
-    from threetowers.cache.encoders.teacher import load_teacher, read_state
+        raise ValueError(f"{init!r} holds a plain {config.model}, but the tower is specialised; leave init out")
+    from threetowers.cache.encoders.teacher import load_teacher  # a run that reads rows of a cache needs none of it
 
-    if config.init == "pretrained" or config.init.startswith("package:"):
-        weights = load_teacher(config.model, config.init).model.state_dict()
-    else:
-        weights = dict(read_state(Path(path)))  # perhaps of a model with the tower's arguments
-    classifier = tower.model.pretrained_cfg.get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    prefixes = tuple(f"{name}." for name in names)
-    state = {f"model.{name}": t for name, t in weights.items() if not name.startswith(prefixes)}
-    return _load(tower, config, state, key)
+    return dict(load_teacher(config.model, init).model.state_dict())
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor]:
+def _from_file(module: Any, init: str) -> dict[str, Tensor]:
+    """Return the part of a file that is a module, under the module's own names."""
+    path, part = split_part(init)
+    return model_part(read_state(path), module.state_dict(), init, part)[0]
+
+
+def _load(tower: Any, config: ImageTower | TextTower, state: Mapping[str, Tensor], init: str) -> list[str]:
+    """Load weights under the tower's names; return which of them were resampled."""
+    # Old files lack the counters of the batches that running moments come from; nothing reads them.
+    counters = {
+        name: count
+        for name, count in tower.state_dict().items()
+        if name.endswith(COUNTER) and name.removesuffix(COUNTER) + "running_mean" in state
+    }
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{key}: {path} cannot be read as safetensors: {error}") from error
-
-
-def _under_prefix(state: Mapping[str, Tensor], prefix: str, source: str, key: str) -> dict[str, Tensor]:
-    """Return the tensors under a dotted prefix, by their names below it; all of them for no prefix."""
-    if not prefix:
-        return dict(state)
-    part = {name.removeprefix(f"{prefix}."): t for name, t in state.items() if name.startswith(f"{prefix}.")}
-    if not part:
-        known = sorted({".".join(name.split(".")[:2]) for name in state})
-        raise ValueError(f"{key}: {source} has no tensor named {prefix}.*; known prefixes: {known}")
-    return part
-
-
-def _load(tower: Any, config: ImageTower | TextTower, state: Mapping[str, Tensor], key: str) -> list[str]:
-    try:
-        fitting, notes = fit_to_tower(tower, config, state)
+        fitting, notes = fit_to_tower(tower, config, {**counters, **state})
     except ValueError as error:
         raise ValueError(
-            f"{key}: {config.init} does not fit the tower: {error}; change the tower to fit these weights, or choose "
-            "others (only positions are resampled, where timm or open_clip does so)"
+            f"{init} does not fit the tower: {error}; change the tower to fit these weights, choose others, or name "
+            "the part of the file that is the model, as FILE#PREFIX (only positions are resampled, where timm or "
+            "open_clip does so)"
         ) from error
     tower.load_state_dict(fitting, strict=True)
-    return [f"{key}: resampled {note}" for note in notes]
+    return notes
