@@ -34,6 +34,9 @@ class EvalFlags:
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         precision: Of the towers.
         workers: Processes that read and decode images; 0: none.
+        on_bad: What is done with what cannot be read. error: stop at the first; skip: leave out such samples, and
+            count them beside every number; skip_tars: leave out whole tars that cannot be read, too. By default what
+            the data set says, else skip.
         overwrite: Compute what is already recorded, too.
     """
 
@@ -46,6 +49,7 @@ class EvalFlags:
     device: str = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     workers: int = 1
+    on_bad: Literal["error", "skip", "skip_tars"] | None = None
     overwrite: bool = False
 
     def load_options(self) -> "LoadOptions":
@@ -70,13 +74,16 @@ def retrieval(
     group_field: str | None = None,
     gallery_field: str | None = None,
     caption_per_line: bool = False,
-    max_captions: int = 5,
+    max_captions: int | None = 5,
+    duplicate_captions: Literal["once", "each"] = "once",
     index: str = "Flat",
     index_parameters: str = "",
     examples: int = 6,
     seed: int = 0,
-) -> None:
-    """Compare models by image-text retrieval on held-out tars.
+) -> int:
+    """Compare models by image-text retrieval on held-out tars. Exit code 1 if a part of it could not be done.
+
+    `--max-captions None --duplicate-captions each` is clip-benchmark's protocol.
 
     Args:
         tars: Held-out tars, globs or brace ranges.
@@ -84,7 +91,8 @@ def retrieval(
             matches its own image only.
         gallery_field: JSON field that splits the images into galleries, such as an art style.
         caption_per_line: Take each line of a .txt member as a caption; by default the member is one caption.
-        max_captions: Captions used per sample, the first ones.
+        max_captions: Captions used per sample, the first ones; None: all.
+        duplicate_captions: Equal captions of one image or group: search for each text once, or for each caption.
         index: FAISS factory string of the index that is searched; the recalls in the table are exact in any case.
         index_parameters: Its search parameters, such as nprobe=16.
         examples: Queries of each kind that the report shows.
@@ -99,6 +107,7 @@ def retrieval(
         group_field=group_field,
         gallery_field=gallery_field,
         max_captions=max_captions,
+        duplicate_captions=duplicate_captions,
         index=index,
         index_parameters=index_parameters,
         examples=examples,
@@ -118,8 +127,10 @@ def retrieval(
         ensembles=parse_ensembles(flags.ensemble, flags.ensemble_space),
         title="Retrieval on held-out data",
         overwrite=flags.overwrite,
+        on_bad=flags.on_bad,
     )
     print(retrieval_text(result))
+    return result.exit_code
 
 
 def search(
@@ -127,13 +138,14 @@ def search(
     tars: Tars,
     query: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT...")],
     output_dir: Path | None = None,
-    k: int = 10,
+    k: int | None = None,
     index: str = "Flat",
     index_parameters: str = "",
     cache: tuple[str, ...] = (),
     live_teacher: bool = False,
     device: str = "auto",
     workers: int = 1,
+    on_bad: Literal["error", "skip", "skip_tars"] = "skip",
     image_width: int = 0,
 ) -> None:
     """Search images by free text: prints keys, scores and captions, and writes a page.
@@ -144,18 +156,20 @@ def search(
         query: Texts to search for.
         output_dir: Folder for search.html and the gallery's embeddings, which are then computed once. Without it,
             nothing is written.
-        k: Images per query.
+        k: Images per query; by default ten, or all if there are fewer.
         index: FAISS factory string; Flat searches exactly.
         index_parameters: Its search parameters, such as nprobe=16.
         cache: TOWER=PATH of a cache with the images, for a run whose image tower is a cached teacher (LiT).
         live_teacher: For such a run, compute the embeddings of the images by the teacher itself.
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         workers: Processes that read and decode images; 0: none.
+        on_bad: What is done with what cannot be read. error: stop at the first; skip: leave out such samples, and say
+            so; skip_tars: leave out whole tars that cannot be read, too.
         image_width: Draw each image in the terminal, that many characters wide (24-bit colour); 0: do not.
     """
     from threetowers.eval.datasets.image_set import ImageReader
     from threetowers.eval.encoders.encoder import LoadOptions
-    from threetowers.eval.encoders.load import load_encoder
+    from threetowers.eval.encoders.load import check_caches, load_encoder
     from threetowers.eval.search.search import find
     from threetowers.eval.suite import EMBEDDINGS_FOLDER
 
@@ -167,7 +181,10 @@ def search(
         embeddings=None if output_dir is None else output_dir / EMBEDDINGS_FOLDER,
     )
     encoder = load_encoder(model, options)
-    findings = find(encoder, ImageReader().read(tars), query, k, index=index, parameters=index_parameters)
+    check_caches([encoder], options)
+    findings = find(
+        encoder, ImageReader().read(tars, on_bad=on_bad), query, k, index=index, parameters=index_parameters
+    )
     print(findings.text(image_width))
     if output_dir is not None:
         print(f"page: {findings.write(output_dir)}")
@@ -194,8 +211,8 @@ def compare(
     print(f"report: {report.html}")
 
 
-def suite(flags: Flags, datasets: Datasets, tasks: tuple[str, ...] = ()) -> None:
-    """Run every task that the data sets name, for every model.
+def suite(flags: Flags, datasets: Datasets, tasks: tuple[str, ...] = ()) -> int:
+    """Run every task that the data sets name, for every model. Exit code 1 if one of them could not be done.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
@@ -212,62 +229,64 @@ def suite(flags: Flags, datasets: Datasets, tasks: tuple[str, ...] = ()) -> None
         options=flags.load_options(),
         ensembles=parse_ensembles(flags.ensemble, flags.ensemble_space),
         overwrite=flags.overwrite,
+        on_bad=flags.on_bad,
     )
     print(suite_text(result))
+    return result.exit_code
 
 
-def zeroshot(flags: Flags, datasets: Datasets) -> None:
+def zeroshot(flags: Flags, datasets: Datasets) -> int:
     """Classify images by the nearest class name, each name a mean of prompts.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("zeroshot",))
+    return suite(flags, datasets, ("zeroshot",))
 
 
-def fewshot(flags: Flags, datasets: Datasets) -> None:
+def fewshot(flags: Flags, datasets: Datasets) -> int:
     """Fit ridge probes on 1, 5, 10 and 25 images per class, by big_vision's protocol.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("fewshot",))
+    return suite(flags, datasets, ("fewshot",))
 
 
-def probe(flags: Flags, datasets: Datasets) -> None:
+def probe(flags: Flags, datasets: Datasets) -> int:
     """Fit a logistic probe on all training images, its penalty chosen on some of them.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("probe",))
+    return suite(flags, datasets, ("probe",))
 
 
-def knn(flags: Flags, datasets: Datasets) -> None:
+def knn(flags: Flags, datasets: Datasets) -> int:
     """Classify images by their nearest training images.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("knn",))
+    return suite(flags, datasets, ("knn",))
 
 
-def shift(flags: Flags, datasets: Datasets) -> None:
+def shift(flags: Flags, datasets: Datasets) -> int:
     """Compare accuracy or retrieval on shifted versions of a data set with the original.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("shift",))
+    return suite(flags, datasets, ("shift",))
 
 
-def ood(flags: Flags, datasets: Datasets) -> None:
+def ood(flags: Flags, datasets: Datasets) -> int:
     """Tell the images of a data set from outliers.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("ood",))
+    return suite(flags, datasets, ("ood",))
 
 
 def parse_ensembles(items: Sequence[str], space: Literal["embedding", "logit"]) -> "list[EnsembleOptions]":
@@ -286,11 +305,13 @@ def parse_ensembles(items: Sequence[str], space: Literal["embedding", "logit"]) 
 
 
 def parse_caches(items: Sequence[str]) -> dict[str, Path]:
-    """Parse TOWER=PATH. Raises ValueError for anything else."""
-    caches = {}
+    """Parse TOWER=PATH. Raises ValueError for anything else, and for a tower that is given twice."""
+    caches: dict[str, Path] = {}
     for item in items:
         tower, sign, path = item.partition("=")
         if not sign:
             raise ValueError(f"--cache {item!r}: expected TOWER=PATH, as in third=runs/heldout-cache")
+        if tower in caches:
+            raise ValueError(f"--cache {item!r}: {tower!r} is given twice, first as {caches[tower]}; give it once")
         caches[tower] = Path(path)
     return caches

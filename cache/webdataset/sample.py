@@ -3,17 +3,20 @@
 The trainer, the tokenizer and the evaluation all read captions here, so that they see the same ones.
 """
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
-from threetowers.cache.webdataset.tar_index import TarIndex, read_member
+from threetowers.cache.webdataset.tar_index import BadTar, TarIndex, read_member
 
+MAX_LABEL_BYTES = 1 << 20  # of an npy member with labels
 ReadMember = Callable[[str], bytes]  # a member of one sample, by its extension
 
 
@@ -88,6 +91,33 @@ def read_annotation(
             f"found members {sorted(members)}"
         )
     return Annotation(kept, fields)
+
+
+def read_label_vector(tar: TarIndex, ordinal: int) -> list[int]:
+    """Return the `npy` member of a sample: for each class 1 if it is a label of the image, else 0.
+
+    It is read without unpickling.
+
+    Raises:
+        BadSample: The sample has none, or it is no vector of zeros and ones.
+        BadTar: The tar has changed since it was indexed.
+    """
+    try:
+        if "npy" not in tar.samples[ordinal].members:
+            raise ValueError(f"no .npy member with labels, only {sorted(tar.samples[ordinal].members)}")
+        data = read_member(tar, ordinal, "npy", max_bytes=MAX_LABEL_BYTES)
+        vector = np.load(io.BytesIO(data), allow_pickle=False)
+        if not isinstance(vector, np.ndarray) or vector.ndim != 1 or vector.dtype.kind not in "biuf":
+            found = f"{vector.dtype} of shape {vector.shape}" if isinstance(vector, np.ndarray) else "an archive"
+            raise ValueError(f"the npy member holds {found}, expected a vector of 0 and 1, one for each class")
+        if not np.isin(vector, (0, 1)).all():
+            raise ValueError("the npy member holds other numbers than 0 and 1")
+    except BadTar:
+        raise
+    except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:  # of NumPy's reader
+        raise BadSample(f"{tar.describe(ordinal)}: label: {error}") from error
+    numbers: list[int] = vector.astype(np.int64).tolist()
+    return numbers
 
 
 def read_image(tar: TarIndex, ordinal: int, max_pixels: int, read: ReadMember | None = None) -> Image.Image:

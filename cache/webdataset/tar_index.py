@@ -2,7 +2,8 @@
 
 A tar is indexed from its headers alone and refused when reading it could pair the wrong things: truncation, repeated or
 scattered samples, two images under one key. Payloads are only ever decoded as images or text; whatever else a sample
-carries (`.npy`, `.pkl`, `.pth`, ...) is listed in the index and never opened.
+carries (`.npy`, `.pkl`, `.pth`, ...) is listed in the index and never opened, but for labels in `.npy` members where an
+evaluation's data set asks for them, which are read without unpickling.
 """
 
 import contextlib
@@ -324,19 +325,27 @@ def _check_image(path: str, sample: Sample) -> None:
         )
 
 
-def read_member(index: TarIndex, ordinal: int, extension: str) -> bytes:
-    """Return the bytes of one image or text member, by random access.
+def read_member(index: TarIndex, ordinal: int, extension: str, max_bytes: int | None = None) -> bytes:
+    """Return the bytes of one member, by random access.
+
+    Args:
+        index: Index of the tar.
+        ordinal: The sample's position in it.
+        extension: Of the member: an image or a text.
+        max_bytes: The most that may be read of a member that is neither; None: it is not read at all.
 
     Raises:
-        ValueError: The extension is neither image nor text, or the sample lacks it.
+        ValueError: The extension is neither image nor text, or the sample lacks it, or it is larger than `max_bytes`.
         BadTar: The tar is shorter than when it was indexed.
     """
     members = index.samples[ordinal].members
-    if extension not in IMAGE_EXTENSIONS | TEXT_EXTENSIONS:
+    if extension not in IMAGE_EXTENSIONS | TEXT_EXTENSIONS and max_bytes is None:
         raise ValueError(f"{index.describe(ordinal)}: .{extension} is neither image nor text and is never read")
     if extension not in members:
         raise ValueError(f"{index.describe(ordinal)}: has no .{extension} member, only {sorted(members)}")
     offset, size = members[extension]
+    if max_bytes is not None and size > max_bytes:
+        raise ValueError(f"{index.describe(ordinal)}: .{extension} has {size} bytes, expected at most {max_bytes}")
     storage, name = split_address(index.location)
     data = storage.read(name, offset, offset + size)
     if len(data) != size:

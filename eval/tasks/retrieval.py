@@ -10,10 +10,12 @@ import numpy.typing as npt
 import xxhash
 
 from threetowers.eval.datasets.dataset import DatasetPart, EvalDataset
+from threetowers.eval.datasets.dataset_config import DatasetError, UnfitForTask
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder
-from threetowers.eval.metrics.recall import RECALL_KS, evaluate_retrieval, hit_rate
+from threetowers.eval.left_out import NO_CAPTION
+from threetowers.eval.metrics.recall import RECALL_KS, count_duplicates, evaluate_retrieval, hit_rate
 from threetowers.eval.record import EvalResult, Example, ExampleItem
 from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.search.index import VectorIndex, build_index, recall_against_exact
@@ -32,7 +34,10 @@ MISSED = "Missed most: "
 
 @dataclass(frozen=True)
 class Gallery:
-    """What is searched: some images, and each distinct caption of each of their groups once.
+    """What is searched: some images, and their captions.
+
+    By default each distinct caption of a group is searched for once; with `duplicate_captions: each` every caption of
+    every image is.
 
     Attributes:
         images: The images.
@@ -40,6 +45,8 @@ class Gallery:
         captions: The captions.
         image_group_N: Number of the group of each image.
         text_group_M: Number of the group of each caption.
+        given: Every caption of the images up to the limit, with the number of its group; equal ones are not merged.
+        beyond_limit: Captions beyond the limit per image, which are not used.
     """
 
     images: list[EvalImage]
@@ -47,6 +54,8 @@ class Gallery:
     captions: list[str]
     image_group_N: GroupIds
     text_group_M: GroupIds
+    given: list[tuple[int, str]]
+    beyond_limit: int
 
     @classmethod
     def of(cls, part: DatasetPart, settings: RetrievalSettings) -> "Gallery":
@@ -54,18 +63,32 @@ class Gallery:
         images = part.images()
         groups = [image_group_name(part.data, image, settings.group_field) for image in images]
         numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        # Several images of one group bring the same captions: each is searched for once.
-        pairs: dict[tuple[str, str], None] = {}
+        given: list[tuple[int, str]] = []
+        beyond_limit = 0
         for image, group in zip(images, groups, strict=True):
-            for caption in image.captions[: settings.max_captions]:
-                pairs[group, caption] = None
+            used = image.captions[: settings.max_captions]
+            given += [(numbers[group], caption) for caption in used]
+            beyond_limit += len(image.captions) - len(used)
+        # Several images of one group bring the same captions.
+        searched = list(dict.fromkeys(given)) if settings.duplicate_captions == "once" else given
         return cls(
             images=images,
             groups=groups,
-            captions=[caption for _, caption in pairs],
+            captions=[caption for _, caption in searched],
             image_group_N=np.array([numbers[group] for group in groups]),
-            text_group_M=np.array([numbers[group] for group, _ in pairs]),
+            text_group_M=np.array([number for number, _ in searched]),
+            given=given,
+            beyond_limit=beyond_limit,
         )
+
+    def caption_counts(self) -> dict[str, int]:
+        """Return how many captions the images have: beyond the limit, merged with an equal one, and duplicates."""
+        duplicates = count_duplicates([caption for _, caption in self.given], [number for number, _ in self.given])
+        return {
+            "captions_beyond_limit": self.beyond_limit,
+            "captions_merged": len(self.given) - len(self.captions),
+            **{f"caption_{name}": count for name, count in duplicates.items()},
+        }
 
 
 def retrieval(
@@ -88,7 +111,6 @@ def retrieval(
         gallery.image_group_N,
         gallery.text_group_M,
         image_hashes=[xxhash.xxh3_64_intdigest(data.encoded(image)) for image in gallery.images],
-        text_hashes=gallery.captions,
     )
     items = dict(exact.items()) | embedding_map(image_ND, text_MD, settings.seed)
     # A group is no independent evidence: it has the same number in every gallery of the data set.
@@ -102,7 +124,7 @@ def retrieval(
     search = _IndexedGallery(data, gallery, image_ND, text_MD, settings, thumbnails)
     metrics = exact.metrics() | search.metrics()
     examples = search.text_examples(items["text_to_image/rank"]) + search.image_examples(items["image_to_text/rank"])
-    return EvalResult(metrics, {**exact.counts(), **dataset.test.left_out}, items, examples)
+    return EvalResult(metrics, exact.counts() | gallery.caption_counts(), items, examples)
 
 
 def captioned_part(part: DatasetPart, settings: RetrievalSettings) -> tuple[DatasetPart, list[str]]:
@@ -111,30 +133,47 @@ def captioned_part(part: DatasetPart, settings: RetrievalSettings) -> tuple[Data
     An image needs a caption, and the fields that the settings name.
 
     Raises:
-        ValueError: No image can be searched.
+        UnfitForTask: No image can be searched.
     """
     fields = {"group_field": settings.group_field, "gallery_field": settings.gallery_field}
     usable: list[int] = []
     problems: list[str] = []
-    left_out = Counter({"without_caption": 0})
+    left_out = Counter(part.left_out)
     for position, image in enumerate(part.images()):
         missing = [key for key, field in fields.items() if field is not None and field not in image.fields]
         if missing:
-            left_out[f"without_{missing[0]}"] += 1
+            left_out[f"no {missing[0].replace('_', ' ')}"] += 1
             problems.append(
                 f"{part.data.name(image)}: {missing[0]}: no field {fields[missing[0]]!r}, only {sorted(image.fields)}"
             )
         elif not image.captions:
-            left_out["without_caption"] += 1
+            left_out[NO_CAPTION] += 1
             problems.append(f"{part.data.name(image)}: no caption in a .txt or .json member")
         else:
             usable.append(position)
     if not usable:
-        raise ValueError(
+        raise UnfitForTask(
             f"none of {len(part.rows)} images can be used for retrieval; the first of {len(problems)} problems: "
             f"{problems[0]}"
         )
-    return replace(part.select(usable), left_out={**part.left_out, **left_out}), problems
+    return replace(part.select(usable), left_out=left_out), problems
+
+
+def captioned(dataset: EvalDataset, settings: RetrievalSettings) -> tuple[EvalDataset, list[str]]:
+    """Return a data set with those images of each part that can be searched, and why each other one cannot.
+
+    Raises:
+        UnfitForTask: No image of a part can be searched.
+        DatasetError: An image cannot, and `on_bad` is `error`.
+    """
+    test, problems = captioned_part(dataset.test, settings)
+    shifted = {}
+    for name, part in dataset.shifted.items():
+        shifted[name], more = captioned_part(part, settings)
+        problems += more
+    if problems and dataset.config.on_bad == "error":
+        raise DatasetError(f"{problems[0]}; set on_bad: skip to leave such samples out")
+    return replace(dataset, test=test, shifted=shifted), problems
 
 
 def split_galleries(
@@ -146,11 +185,12 @@ def split_galleries(
         The galleries in the order of their names, and the problem of each image that is left out.
 
     Raises:
-        ValueError: No image can be searched.
+        UnfitForTask, DatasetError: As `captioned` does.
     """
-    part, problems = captioned_part(dataset.test, settings)
+    dataset, problems = captioned(dataset, settings)
+    part = dataset.test
     if settings.gallery_field is None:
-        return [(replace(dataset, test=part), settings)], problems
+        return [(dataset, settings)], problems
     positions: dict[str, list[int]] = {}
     for position, image in enumerate(part.images()):
         positions.setdefault(str(image.fields[settings.gallery_field]), []).append(position)

@@ -91,7 +91,7 @@ def test_labels_of_a_field(pets: dict[str, Any], tmp_path: Path) -> None:
     opened = open_dataset(parse(pets, tmp_path), "fewshot", FewShotSettings())
     assert opened.class_names == ["cat", "dog", "emu", "fox"]
     assert labels(opened.test) == [[0]] * 3 + [[1]] * 3 + [[2]] * 3 + [[3]] * 3
-    assert opened.test.left_out == {"unreadable": 1, "outside_subset": 0, "without_label": 0}
+    assert opened.test.left_out == {"unreadable": 1}
     assert opened.train is not None
     assert len(opened.train.rows) == 24
 
@@ -103,7 +103,7 @@ def test_class_names_by_value_and_subset(pets: dict[str, Any], tmp_path: Path) -
     )
     assert opened.class_names == ["red fox", "cat"]  # in the order of the classes
     assert labels(opened.test) == [[1]] * 3 + [[0]] * 3
-    assert opened.test.left_out["outside_subset"] == 6
+    assert opened.test.left_out["outside the subset"] == 6
     assert [p.fields["kind"] for p in opened.test.images()] == ["cat"] * 3 + ["fox"] * 3
 
 
@@ -131,7 +131,7 @@ def test_several_labels_and_none(tmp_path: Path) -> None:
     }
     opened = open_dataset(parse(tree, tmp_path), "zeroshot", ZeroShotSettings())
     assert labels(opened.test) == [[0, 1], [2], [1]]
-    assert opened.test.left_out["without_label"] == 1
+    assert opened.test.left_out["no label"] == 1
     with pytest.raises(ValueError, match="need one label per image"):
         _ = opened.test.label_N
 
@@ -198,14 +198,14 @@ def test_retrieval_in_a_clip_benchmark_folder(tmp_path: Path) -> None:
     (root / "dataset_type.txt").write_text("retrieval\n")
     write_tar(root / "test" / "0.tar", samples([{"txt": "one\ntwo \n\nthree"}, {"txt": "four"}, {"txt": " "}]))
     config = load_dataset_config(str(root))
-    assert config.tasks.retrieval == RetrievalSettings()
+    assert config.tasks.retrieval == RetrievalSettings(max_captions=None, duplicate_captions="each")
     opened = open_dataset(config, "retrieval", RetrievalSettings())
     part, problems = captioned_part(opened.test, RetrievalSettings(max_captions=2))
     gallery = Gallery.of(part, RetrievalSettings(max_captions=2))
     assert gallery.captions == ["one", "two", "four"]
     assert gallery.text_group_M.tolist() == [0, 0, 1]
     assert len(problems) == 1
-    assert part.left_out == {"unreadable": 0, "without_caption": 1}
+    assert part.left_out == {"no caption": 1}
 
 
 def test_shifted_part_with_fewer_classes_is_matched_by_name(layout: Path, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_bad_configs_are_refused(pets: dict[str, Any], tmp_path: Path, change: d
         ({"classes": ["cat", "dog"]}, "has the label 'emu', which is none of the 2 classes"),
         ({"classes": "open_clip:cars"}, "expected a list, a mapping"),
         ({"subset": ["cat", "yak"]}, r"subset: \['yak'\] are none of the 4 classes"),
-        ({"filter": {"style": "pen"}}, "test: none of 12 images is left .*the first of 1 problems: .*broken"),
+        ({"filter": {"style": "pen"}}, r"test: filter: style: no image has 'pen'; found \['ink', 'oil'\]"),
         ({"filter": {"ink": "oil"}}, "filter: sample 's000' of test.tar has no field 'ink'"),
         ({"tars": ["nothing.tar"]}, "matches no file"),
         ({"prompts": None}, "zero-shot classification needs templates"),
@@ -287,7 +287,7 @@ def test_task_without_its_parts_is_refused(pets: dict[str, Any], tmp_path: Path,
         ("classnames.txt", None, "classes: labels are numbers"),
         ("classnames.txt", "cat\ndog\n", "has the label '2', which is none of the 2 classes"),
         ("zeroshot_classification_templates.txt", "a photo\n", "'a photo' has no slot"),
-        ("dataset_type.txt", "multilabel", "holds 'multilabel', expected one of"),
+        ("dataset_type.txt", "regression", "holds 'regression', expected one of"),
     ],
 )
 def test_bad_clip_benchmark_folders_are_refused(layout: Path, file: str, content: str | None, message: str) -> None:

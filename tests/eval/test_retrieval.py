@@ -103,7 +103,7 @@ def test_each_gallery_has_a_record(clip: dict[str, Any], tmp_path: Path) -> None
     result = run_retrieval([finished(clip)], [tar], tmp_path / "report", settings)
     assert [record.spec.data for record in result.records] == ["a", "b"]
     assert [record.counts["captions"] for record in result.records] == [10, 10]
-    assert [record.counts["without_gallery_field"] for record in result.records] == [1, 1]
+    assert [record.left_out for record in result.records] == [{"no gallery field": 1}] * 2
     assert "'s0020': gallery_field: no field 'style'" in result.skipped[0]
     chosen = [[e for e in record.examples if e.heading == "Caption → images"] for record in result.records]
     assert [len(examples) for examples in chosen] == [2, 1]
@@ -157,9 +157,8 @@ def test_unreadable_samples_are_listed(clip: dict[str, Any], tmp_path: Path) -> 
     assert len(result.skipped) == 2
     assert "sample 's0002'" in result.skipped[0]
     assert "sample 's0004': no caption" in result.skipped[1]
-    assert "2 samples left out; the first: " in retrieval_text(result)
-    assert result.records[0].counts["unreadable"] == 1
-    assert result.records[0].counts["without_caption"] == 1
+    assert "left out of all, retrieval: 2 of 6 images: 1 unreadable, 1 no caption" in retrieval_text(result)
+    assert result.records[0].left_out == {"unreadable": 1, "no caption": 1}
     assert result.records[0].counts["images"] == 4
 
 

@@ -1,0 +1,50 @@
+"""What an evaluation leaves out: images by reason, and how tables and pages tell it beside every number.
+
+A count is kept under its reason, a short phrase, with the part of the data set before it unless that is the evaluated
+one: `unreadable`, `train/unreadable`.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+# error: the first bad sample or tar stops; skip: bad samples are left out; skip_tars: whole bad tars, too.
+OnBad = Literal["error", "skip", "skip_tars"]
+
+UNREADABLE = "unreadable"
+NO_CAPTION = "no caption"
+NO_LABEL = "no label"
+OUTSIDE_FILTER = "outside the filter"
+OUTSIDE_SUBSET = "outside the subset"
+BAD_TARS = "bad tars"  # counts tars: how many samples they hold is unknown
+NOTHING = "nothing"
+
+
+def evaluated_images(counts: Mapping[str, int]) -> int:
+    """Return how many images were evaluated, by the counts of a record."""
+    return counts.get("images", counts.get("original/images", 0))
+
+
+def left_out_share(images: int, left_out: Mapping[str, int]) -> str:
+    """Return what was left out of the evaluated part, as `40 of 64`; `0` for nothing."""
+    own = sum(count for reason, count in left_out.items() if "/" not in reason and reason != BAD_TARS)
+    return f"{own:,} of {own + images:,}" if own else "0"
+
+
+def left_out_text(images: int, left_out: Mapping[str, int]) -> str:
+    """Return what was left out and why, as `40 of 64 images: 38 unreadable, 2 no caption; train: 3 unreadable`.
+
+    Args:
+        images: How many images were evaluated.
+        left_out: Counts by reason.
+    """
+    by_part: dict[str, list[str]] = {}
+    for name, count in left_out.items():
+        part, _, reason = name.rpartition("/")
+        if count:
+            by_part.setdefault(part, []).append(f"{count:,} {reason}")
+    texts = []
+    for part, reasons in by_part.items():
+        share = left_out_share(images, left_out)
+        head = part or ("" if share == "0" else f"{share} images")
+        texts.append(f"{head}: {', '.join(reasons)}" if head else ", ".join(reasons))
+    return "; ".join(texts) or NOTHING
