@@ -17,6 +17,8 @@ OUTSIDE_FILTER = "outside the filter"
 OUTSIDE_SUBSET = "outside the subset"
 BAD_TARS = "bad tars"  # counts tars: how many samples they hold is unknown
 NOTHING = "nothing"
+# What a data set's own keys do not select is no loss: it is told apart from what could not be used.
+UNSELECTED = (OUTSIDE_FILTER, OUTSIDE_SUBSET)
 
 
 def evaluated_images(counts: Mapping[str, int]) -> int:
@@ -25,26 +27,40 @@ def evaluated_images(counts: Mapping[str, int]) -> int:
 
 
 def left_out_share(images: int, left_out: Mapping[str, int]) -> str:
-    """Return what was left out of the evaluated part, as `40 of 64`; `0` for nothing."""
-    own = sum(count for reason, count in left_out.items() if "/" not in reason and reason != BAD_TARS)
+    """Return what could not be used of the evaluated part, as `40 of 64`; `0` for nothing."""
+    own = sum(
+        count for reason, count in left_out.items() if "/" not in reason and reason not in (BAD_TARS, *UNSELECTED)
+    )
     return f"{own:,} of {own + images:,}" if own else "0"
+
+
+def is_complete(left_out: Mapping[str, int]) -> bool:
+    """Return whether everything that the data set selects was used."""
+    return not any(count for name, count in left_out.items() if name.rpartition("/")[2] not in UNSELECTED)
 
 
 def left_out_text(images: int, left_out: Mapping[str, int]) -> str:
     """Return what was left out and why, as `40 of 64 images: 38 unreadable, 2 no caption; train: 3 unreadable`.
 
+    What was not selected follows: `not selected: 9 outside the filter`.
+
     Args:
         images: How many images were evaluated.
         left_out: Counts by reason.
     """
-    by_part: dict[str, list[str]] = {}
+    unusable: dict[str, list[str]] = {}
+    unselected: dict[str, list[str]] = {}
     for name, count in left_out.items():
         part, _, reason = name.rpartition("/")
         if count:
+            by_part = unselected if reason in UNSELECTED else unusable
             by_part.setdefault(part, []).append(f"{count:,} {reason}")
     texts = []
-    for part, reasons in by_part.items():
+    for part, reasons in unusable.items():
         share = left_out_share(images, left_out)
         head = part or ("" if share == "0" else f"{share} images")
         texts.append(f"{head}: {', '.join(reasons)}" if head else ", ".join(reasons))
-    return "; ".join(texts) or NOTHING
+    texts = texts or [NOTHING]
+    for part, reasons in unselected.items():
+        texts.append(f"not selected{f' of {part}' if part else ''}: {', '.join(reasons)}")
+    return "; ".join(texts)

@@ -81,8 +81,9 @@ def retrieval_text(result: SuiteResult) -> str:
             counts.append(
                 f"{record.spec.data}: {record.counts['images']:,} images, {record.counts['captions']:,} captions, "
                 f"{record.counts['groups']:,} groups; {record.counts['captions_merged']:,} further captions equal one "
-                f"of their group, {record.counts['captions_beyond_limit']:,} are beyond the limit; duplicates: {record.counts['image_duplicates']} images, "
-                f"{record.counts['caption_duplicates']} captions; ids {record.sample_ids[:12]}"
+                f"of their group, {record.counts['captions_beyond_limit']:,} are beyond the limit; duplicates: "
+                f"{record.counts['image_duplicates']} images, {record.counts['caption_duplicates']} captions; "
+                f"ids {record.sample_ids[:12]}"
             )
     refused = [f"not done: {line}" for line in result.refused]
     notes = "\n".join([EXPLANATION, *caches, *counts, *left_out_lines(result.records), *_skipped(result), *refused])

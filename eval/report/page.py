@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from threetowers.eval.left_out import NOTHING, evaluated_images, left_out_text
+from threetowers.eval.left_out import evaluated_images, is_complete, left_out_text
 from threetowers.eval.metrics.significance import significance
 from threetowers.eval.record import EvalRecord, ExampleItem
 from threetowers.eval.report import plots, tables
@@ -211,8 +211,8 @@ def _left_out(results: Sequence[RunResult]) -> list[str]:
     lines: dict[str, None] = {}
     for result in results:
         for record in result.records:
-            text = left_out_text(evaluated_images(record.counts), record.left_out)
-            if text != NOTHING:
+            if not is_complete(record.left_out):
+                text = left_out_text(evaluated_images(record.counts), record.left_out)
                 lines[f"Left out of {record.spec.data}, {record.spec.task}: {text}."] = None
     return list(lines)
 

@@ -6,20 +6,30 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from tests.conftest import write_tar
 from threetowers.eval.datasets.dataset import DatasetPart, load_dataset_config, open_dataset
 from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError, parse_dataset_config
+from threetowers.eval.metrics.classification import LinearClassifier
+from threetowers.eval.tasks.classifier_evaluation import evaluate_classifier
 from threetowers.eval.tasks.retrieval import Gallery, captioned_part
-from threetowers.eval.tasks.settings import FewShotSettings, RetrievalSettings, ShiftSettings, ZeroShotSettings
+from threetowers.eval.tasks.settings import (
+    FewShotSettings,
+    RetrievalSettings,
+    ShiftSettings,
+    TasksConfig,
+    ZeroShotSettings,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -307,6 +317,87 @@ def test_files_that_are_not_configs_are_refused(tmp_path: Path) -> None:
             load_dataset_config(path)
     with pytest.raises(DatasetError, match="cannot be read as YAML"):
         load_dataset_config(tmp_path / "missing.yaml")
+
+
+def npy(value: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(value))
+    return file.getvalue()
+
+
+@pytest.fixture
+def multilabel(tmp_path: Path) -> Path:
+    """A multi-label folder as `clip_benchmark_export_wds` writes it: a 0 or 1 for each class of each image."""
+    root = tmp_path / "voc"
+    (root / "test").mkdir(parents=True)
+    (root / "test/nshards.txt").write_text("1")
+    (root / "dataset_type.txt").write_text("multilabel\n")
+    (root / "classnames.txt").write_text("cat\ndog\nemu\n")
+    (root / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    vectors = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]
+    made = [(f"s{n}", {"png": image_bytes(n), "npy": npy(vector)}) for n, vector in enumerate(vectors)]
+    write_tar(root / "test/0.tar", made)
+    return root
+
+
+def test_label_vectors_of_a_clip_benchmark_folder(multilabel: Path) -> None:
+    config = load_dataset_config(multilabel)
+    assert config.tasks == TasksConfig(zeroshot=ZeroShotSettings())
+    opened = open_dataset(config, "zeroshot", ZeroShotSettings())
+    assert labels(opened.test) == [[0], [0, 1], [], [1, 2]]
+    assert opened.metric == "mean_average_precision"
+    # The mean average precision is clip-benchmark's, an image of no class included.
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    scores_NC = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    result = evaluate_classifier(LinearClassifier(np.eye(3, dtype=np.float32)), scores_NC, opened.test)
+    target = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]])
+    expected = peer.average_precision_per_class(torch.from_numpy(scores_NC), target).mean()
+    assert result.metrics["mean_average_precision"] == pytest.approx(float(expected), abs=1e-6)
+    assert np.isnan(result.items["top1"]).tolist() == [False, False, True, False]
+    assert np.nanmean(result.items["top1"]) == pytest.approx(result.metrics["top1"])
+
+
+class Unpickled:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (npy([0, 1, 2]), "other numbers than 0 and 1"),
+        (npy([[0, 1, 0]]), r"holds int64 of shape \(1, 3\), expected a vector"),
+        (npy(["a", "b", "c"]), "expected a vector"),
+        (npy([0, 1, 0])[:-3], "label: "),
+        (b"", "label: "),
+        (npy(np.array([Unpickled()], dtype=object)), "allow_pickle=False"),
+        (npy(np.zeros(200_000)), "has 1600128 bytes, expected at most 1048576"),
+    ],
+)
+def test_bad_label_vector_is_a_bad_sample(
+    multilabel: Path, member: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [("s0", {"png": image_bytes(0), "npy": npy([0, 1, 0])}), ("s1", {"png": image_bytes(1), "npy": member})]
+    write_tar(multilabel / "test/0.tar", made)
+    test = open_dataset(load_dataset_config(multilabel), "zeroshot", ZeroShotSettings()).test
+    assert (len(test.rows), sum(test.left_out.values())) == (1, 1)
+    assert re.search(message, test.data.skipped[0])
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_label_vector_of_another_length_is_refused(multilabel: Path) -> None:
+    (multilabel / "classnames.txt").write_text("cat\ndog\n")
+    with pytest.raises(DatasetError, match=r"'s0' of 0\.tar has a vector of 3 labels, expected one for each of 2 cl"):
+        open_dataset(load_dataset_config(multilabel), "zeroshot", ZeroShotSettings())
+
+
+def test_samples_without_a_label_are_counted(layout: Path, tmp_path: Path) -> None:
+    made = samples([{"cls": 0}, {"txt": "no label"}, {"cls": 2}])
+    write_tar(layout / "test/1.tar", made)
+    config = load_dataset_config(layout)
+    assert open_dataset(config, "zeroshot", ZeroShotSettings()).test.left_out == {"no label": 1}
+    with pytest.raises(DatasetError, match=r"sample 's001' has no \.cls member"):
+        open_dataset(replace(config, on_bad="error"), "zeroshot", ZeroShotSettings())
 
 
 def test_captions_are_needed_for_retrieval(layout: Path) -> None:
