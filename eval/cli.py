@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from threetowers.cache.webdataset.images import MAX_PIXELS
+from threetowers.cache.webdataset.tar_list import OnBad
 
 if TYPE_CHECKING:
     from threetowers.eval.encoders.encoder import LoadOptions
@@ -38,6 +39,9 @@ class EvalFlags:
         precision: Of the towers.
         workers: Processes that read and decode images; 0: none.
         max_pixels: Images with more pixels are left out, a protection against decompression bombs.
+        on_bad: What is done with what cannot be read. error: stop at the first; skip: leave out such samples, and
+            count them beside every number; skip_tars: leave out whole tars that cannot be read, too. By default what
+            the data set says, else skip.
         overwrite: Compute what is already recorded, too.
     """
 
@@ -51,6 +55,7 @@ class EvalFlags:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     workers: int = 1
     max_pixels: int = MAX_PIXELS
+    on_bad: OnBad | None = None
     overwrite: bool = False
 
     def load_options(self) -> "LoadOptions":
@@ -78,13 +83,16 @@ def retrieval(
     captions: Captions = (),
     caption_per_line: bool = False,
     image_member: str | None = None,
-    max_captions: int = 5,
+    max_captions: int | None = 5,
+    duplicate_captions: Literal["once", "each"] = "once",
     index: str = "Flat",
     index_parameters: str = "",
     examples: int = 6,
     seed: int = 0,
-) -> None:
-    """Compare models by image-text retrieval on held-out tars.
+) -> int:
+    """Compare models by image-text retrieval on held-out tars. Exit code 1 if a part of it could not be done.
+
+    `--max-captions None --duplicate-captions each` is clip-benchmark's protocol.
 
     Args:
         tars: Held-out tars, globs or brace ranges.
@@ -96,7 +104,8 @@ def retrieval(
         caption_per_line: Take each line of a text member as a caption; by default the member is one caption.
         image_member: The member that is the image of a sample, by its extension, as jpg or left.jpg; by default its
             only image.
-        max_captions: Captions used per sample, the first ones.
+        max_captions: Captions used per sample, the first ones; None: all.
+        duplicate_captions: Equal captions of one image or group: search for each text once, or for each caption.
         index: FAISS factory string of the index that is searched; the recalls in the table are exact in any case.
         index_parameters: Its search parameters, such as nprobe=16.
         examples: Queries of each kind that the report shows.
@@ -112,6 +121,7 @@ def retrieval(
         group_field=group_field,
         gallery_field=gallery_field,
         max_captions=max_captions,
+        duplicate_captions=duplicate_captions,
         index=index,
         index_parameters=index_parameters,
         examples=examples,
@@ -133,8 +143,10 @@ def retrieval(
         ensembles=parse_ensembles(flags.ensemble, flags.ensemble_space),
         title="Retrieval on held-out data",
         overwrite=flags.overwrite,
+        on_bad=flags.on_bad,
     )
     print(retrieval_text(result))
+    return result.exit_code
 
 
 def search(
@@ -142,7 +154,7 @@ def search(
     tars: Tars,
     query: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT...")],
     output_dir: Path | None = None,
-    k: int = 10,
+    k: int | None = None,
     index: str = "Flat",
     index_parameters: str = "",
     cache: tuple[str, ...] = (),
@@ -151,6 +163,7 @@ def search(
     workers: int = 1,
     image_member: str | None = None,
     max_pixels: int = MAX_PIXELS,
+    on_bad: OnBad = "skip",
     image_width: int = 0,
     captions: Captions = (),
     caption_per_line: bool = False,
@@ -163,7 +176,7 @@ def search(
         query: Texts to search for.
         output_dir: Folder for search.html and the gallery's embeddings, which are then computed once. Without it,
             nothing is written.
-        k: Images per query.
+        k: Images per query; by default ten, or all if there are fewer.
         index: FAISS factory string; Flat searches exactly.
         index_parameters: Its search parameters, such as nprobe=16.
         cache: TOWER=PATH of a cache with the images, for a run whose image tower is a cached teacher (LiT).
@@ -173,6 +186,8 @@ def search(
         image_member: The member that is the image of a sample, by its extension, as jpg or left.jpg; by default its
             only image.
         max_pixels: Images with more pixels are left out, a protection against decompression bombs.
+        on_bad: What is done with what cannot be read. error: stop at the first; skip: leave out such samples, and say
+            so; skip_tars: leave out whole tars that cannot be read, too.
         image_width: Draw each image in the terminal, that many characters wide (24-bit colour); 0: do not.
         captions: Sources of the captions that are shown, as in `eval retrieval`.
         caption_per_line: Take each line of a text member as a caption.
@@ -180,7 +195,7 @@ def search(
     from threetowers.cache.webdataset.captions import CaptionFormat
     from threetowers.eval.datasets.image_set import ImageReader
     from threetowers.eval.encoders.encoder import LoadOptions
-    from threetowers.eval.encoders.load import load_encoder
+    from threetowers.eval.encoders.load import check_caches, load_encoder
     from threetowers.eval.search.search import find
     from threetowers.eval.suite import EMBEDDINGS_FOLDER
 
@@ -193,8 +208,9 @@ def search(
         embeddings=None if output_dir is None else output_dir / EMBEDDINGS_FOLDER,
     )
     encoder = load_encoder(model, options)
+    check_caches([encoder], options)
     gallery = ImageReader(max_pixels).read(
-        tars, CaptionFormat.parse(captions, caption_per_line), image_member=image_member
+        tars, CaptionFormat.parse(captions, caption_per_line), image_member=image_member, on_bad=on_bad
     )
     findings = find(encoder, gallery, query, k, index=index, parameters=index_parameters)
     print(findings.text(image_width))
@@ -223,8 +239,8 @@ def compare(
     print(f"report: {report.html}")
 
 
-def suite(flags: Flags, datasets: Datasets, tasks: tuple[str, ...] = ()) -> None:
-    """Run every task that the data sets name, for every model.
+def suite(flags: Flags, datasets: Datasets, tasks: tuple[str, ...] = ()) -> int:
+    """Run every task that the data sets name, for every model. Exit code 1 if one of them could not be done.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
@@ -241,62 +257,64 @@ def suite(flags: Flags, datasets: Datasets, tasks: tuple[str, ...] = ()) -> None
         options=flags.load_options(),
         ensembles=parse_ensembles(flags.ensemble, flags.ensemble_space),
         overwrite=flags.overwrite,
+        on_bad=flags.on_bad,
     )
     print(suite_text(result))
+    return result.exit_code
 
 
-def zeroshot(flags: Flags, datasets: Datasets) -> None:
+def zeroshot(flags: Flags, datasets: Datasets) -> int:
     """Classify images by the nearest class name, each name a mean of prompts.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("zeroshot",))
+    return suite(flags, datasets, ("zeroshot",))
 
 
-def fewshot(flags: Flags, datasets: Datasets) -> None:
+def fewshot(flags: Flags, datasets: Datasets) -> int:
     """Fit ridge probes on 1, 5, 10 and 25 images per class, by big_vision's protocol.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("fewshot",))
+    return suite(flags, datasets, ("fewshot",))
 
 
-def probe(flags: Flags, datasets: Datasets) -> None:
+def probe(flags: Flags, datasets: Datasets) -> int:
     """Fit a logistic probe on all training images, its penalty chosen on some of them.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("probe",))
+    return suite(flags, datasets, ("probe",))
 
 
-def knn(flags: Flags, datasets: Datasets) -> None:
+def knn(flags: Flags, datasets: Datasets) -> int:
     """Classify images by their nearest training images.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("knn",))
+    return suite(flags, datasets, ("knn",))
 
 
-def shift(flags: Flags, datasets: Datasets) -> None:
+def shift(flags: Flags, datasets: Datasets) -> int:
     """Compare accuracy or retrieval on shifted versions of a data set with the original.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("shift",))
+    return suite(flags, datasets, ("shift",))
 
 
-def ood(flags: Flags, datasets: Datasets) -> None:
+def ood(flags: Flags, datasets: Datasets) -> int:
     """Tell the images of a data set from outliers.
 
     Args:
         datasets: Configs of data sets (YAML), or folders or URLs in CLIP_benchmark's webdataset layout.
     """
-    suite(flags, datasets, ("ood",))
+    return suite(flags, datasets, ("ood",))
 
 
 def parse_ensembles(items: Sequence[str], space: Literal["embedding", "logit"]) -> "list[EnsembleOptions]":
@@ -315,11 +333,13 @@ def parse_ensembles(items: Sequence[str], space: Literal["embedding", "logit"]) 
 
 
 def parse_caches(items: Sequence[str]) -> dict[str, Path]:
-    """Parse TOWER=PATH. Raises ValueError for anything else."""
-    caches = {}
+    """Parse TOWER=PATH. Raises ValueError for anything else, and for a tower that is given twice."""
+    caches: dict[str, Path] = {}
     for item in items:
         tower, sign, path = item.partition("=")
         if not sign:
             raise ValueError(f"--cache {item!r}: expected TOWER=PATH, as in third=runs/heldout-cache")
+        if tower in caches:
+            raise ValueError(f"--cache {item!r}: {tower!r} is given twice, first as {caches[tower]}; give it once")
         caches[tower] = Path(path)
     return caches

@@ -1,5 +1,6 @@
 """Online evaluation: retrieval on held-out tars while a run trains, on all ranks together."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.forward import forward_captions, forward_images
 from threetowers.eval.encoders.image_source import image_source
+from threetowers.eval.left_out import left_out_text
 from threetowers.eval.metrics.recall import evaluate_retrieval
 from threetowers.eval.tasks.retrieval import Gallery, captioned_part
 from threetowers.eval.tasks.settings import RetrievalSettings
@@ -23,6 +25,8 @@ from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 LOGGED = ("text_to_image/recall@1", "text_to_image/recall@5", "image_to_text/recall@1", "image_to_text/recall@5")
 
@@ -47,6 +51,13 @@ class RetrievalEvaluator:
         dataset = open_dataset(held_out, "retrieval", self.retrieval, ImageReader(config.data.max_pixels))
         part, _ = captioned_part(dataset.test, self.retrieval)
         self.data = part.data
+        self.left_out = {reason: count for reason, count in part.left_out.items() if count}
+        logger.info(
+            "online evaluation: %d of %d images used; left out: %s",
+            min(len(part.rows), settings.max_samples),
+            len(part.rows),
+            left_out_text(len(part.rows), self.left_out),
+        )
         self.gallery = Gallery.of(part, self.retrieval)
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
 
@@ -55,7 +66,10 @@ class RetrievalEvaluator:
         return self.settings.every.in_steps(samples, batch, steps)
 
     def __call__(self, model: TowerModel, step: int) -> Mapping[str, float]:
-        """Return recalls in 0..1 of both directions; each rank embeds its share. Collective."""
+        """Return recalls in 0..1 of both directions, and how many images they are of; each rank embeds its share.
+
+        Collective. `left_out/<reason>` is the number of images that could not be used.
+        """
         manifests = RunFolder(Path(self.config.output_dir)).read_manifests()
         trained = TrainedModel(self.config, model, self.tokenizer, manifests)
         # No workers: the training's own run beside it, and a second set would have to be forked every time.
@@ -92,7 +106,10 @@ class RetrievalEvaluator:
             torch.tensor([numbers[group] for group in all_text_groups]),
             device=trained.device,
         ).metrics()
-        return {name: metrics[name] for name in LOGGED}
+        counts = {"images": float(len(all_image_groups)), "left_out": float(sum(self.left_out.values()))}
+        for reason, count in self.left_out.items():
+            counts[f"left_out/{reason.replace(' ', '_')}"] = float(count)
+        return {name: metrics[name] for name in LOGGED} | counts
 
 
 def _gather(batches: list[Embeddings], groups: list[str]) -> tuple[Embeddings, list[str]]:

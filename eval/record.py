@@ -28,7 +28,7 @@ from threetowers.eval.encoders.encoder import ModelInfo
 
 logger = logging.getLogger(__name__)
 
-RECORD_FORMAT = 3
+RECORD_FORMAT = 4
 ItemArrays = Mapping[str, NDArray[Any]]
 LIBRARIES = (
     "torch",
@@ -71,6 +71,7 @@ class EvalSpec:
         preprocessing: Transform before the image tower, in words.
         precision: Of the towers' forward pass.
         cache_manifest: Digest of the cache's manifest, where the model reads cached rows.
+        model_fingerprint: Of all that decides the model's embeddings (see `ModelInfo`).
         settings: Whatever else changes the numbers, such as the task's settings and the filter of the images.
     """
 
@@ -83,6 +84,7 @@ class EvalSpec:
     preprocessing: str
     precision: str
     cache_manifest: str | None = None
+    model_fingerprint: str = ""
     settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
 
     @classmethod
@@ -105,6 +107,7 @@ class EvalSpec:
             preprocessing=model.preprocessing,
             precision=model.precision,
             cache_manifest=model.cache_manifest,
+            model_fingerprint=model.fingerprint,
             settings=dict(settings),
         )
 
@@ -160,7 +163,7 @@ class EvalResult:
 
     Attributes:
         metrics: Metrics by name.
-        counts: Of what was scored, left out, tied, ...
+        counts: Of what was scored, tied, ...
         items: Arrays by name. For a metric that is a mean over items, the array of its name holds the summands (N,)
             float, NaN for an item that does not count; intervals and paired comparisons are computed from them. Items
             that are not independent have equal numbers in `<prefix>/group` (N,) int64, or in `group` for metrics
@@ -182,7 +185,7 @@ class EvalRecord:
     Attributes:
         spec: The spec.
         metrics: Metrics by name, all finite.
-        counts: Of what was scored, left out, tied, ...
+        counts: Of what was scored, tied, ...
         sample_ids: `digest` of the keys of the samples.
         texts: `digest` of the captions, prompts or class names. Two results are comparable where both digests agree.
         seconds: Wall time.
@@ -190,6 +193,7 @@ class EvalRecord:
         seed: Of the model.
         items: Names of the arrays in the .npz file.
         examples: Queries with the model's answers.
+        left_out: Number of images that were left out, by reason (see `eval.left_out`).
         date: UTC, in ISO 8601.
         versions: Of the libraries that can change a result.
         format: Version of this format.
@@ -205,6 +209,7 @@ class EvalRecord:
     seed: int | None = None
     items: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
     format: int = RECORD_FORMAT
@@ -243,6 +248,7 @@ def load_or_compute(
     *,
     sample_ids: str,
     texts: str,
+    left_out: Mapping[str, int] | None = None,
     overwrite: bool = False,
 ) -> EvalRecord:
     """Return the record of a spec: the one in `folder`, or a newly computed one, which is written there.
@@ -255,6 +261,7 @@ def load_or_compute(
         sample_ids: `digest` of the keys of the samples. A record of other samples or texts is computed again, and so
             is one that cannot be read.
         texts: `digest` of the captions or prompts.
+        left_out: Number of images that were left out, by reason.
         overwrite: Compute the result even if it is recorded.
     """
     path = folder / spec.file_name
@@ -279,6 +286,7 @@ def load_or_compute(
         seed=model.seed,
         items=tuple(result.items),
         examples=tuple(result.examples),
+        left_out=dict(left_out or {}),
     )
     write_record(record, folder, result.items)
     return record

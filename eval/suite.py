@@ -1,26 +1,31 @@
 """Evaluation of models on data sets: one path from specs over records to a report."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from threetowers.cache.webdataset.tar_list import OnBad
 from threetowers.eval.datasets.dataset import EvalDataset, load_dataset_config, open_dataset
-from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError
+from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError, UnfitForTask
 from threetowers.eval.datasets.image_set import ImageReader
 from threetowers.eval.datasets.prompts import fill_templates, prompts_hash
+from threetowers.eval.encoders.embedding_store import images_digest
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions
 from threetowers.eval.encoders.ensemble import EnsembleOptions
-from threetowers.eval.encoders.load import load_encoder
+from threetowers.eval.encoders.load import check_caches, load_encoder
+from threetowers.eval.left_out import left_out_text
+from threetowers.eval.metrics.classification import telling_ks
 from threetowers.eval.record import EvalRecord, EvalSpec, digest, load_or_compute
 from threetowers.eval.report.model_metadata import model_metadata, write_model_metadata
 from threetowers.eval.report.page import ReportPaths, render
 from threetowers.eval.report.results import MODELS_FOLDER, RECORDS_FOLDER, THUMBNAILS_FOLDER, RunResult, load_results
 from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.tasks.registry import TASKS
-from threetowers.eval.tasks.retrieval import Gallery, captioned_part, split_galleries
+from threetowers.eval.tasks.retrieval import Gallery, captioned, split_galleries
 from threetowers.eval.tasks.settings import RetrievalSettings, ShiftSettings
 
 logger = logging.getLogger(__name__)
@@ -36,7 +41,7 @@ class PlannedEvaluation:
         task: Name of the task.
         dataset: The data set, or one gallery of it.
         settings: Settings of the task.
-        skipped: The images that are left out, each with the reason.
+        skipped: The samples and tars that are left out, each with the reason.
     """
 
     task: str
@@ -46,15 +51,32 @@ class PlannedEvaluation:
 
 
 @dataclass(frozen=True)
+class EvaluationPlan:
+    """What is to be evaluated of a data set.
+
+    Attributes:
+        evaluations: Each task that can be done, on the data set or on each of its galleries.
+        refused: Tasks that cannot be done on it, each with the reason.
+        notes: Defaults that were changed to fit it.
+    """
+
+    evaluations: list[PlannedEvaluation]
+    refused: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class SuiteResult:
     """The results of some models on some data sets.
 
     Attributes:
         records: One per model, task and data set.
         results: All that the report tells of each model, among it what earlier evaluations left in the folder.
-        left_out: Tasks that a model cannot do, each with the reason.
-        skipped: Images that were left out, each with the reason.
+        left_out: Tasks that a model cannot do as it sees images only, each with the reason.
+        skipped: Samples and tars that were left out, each with the reason.
         report: The files of the report.
+        refused: Tasks that could not be done, each with the reason.
+        notes: Defaults that were changed to fit a data set.
     """
 
     records: list[EvalRecord]
@@ -62,6 +84,13 @@ class SuiteResult:
     left_out: list[str]
     skipped: list[str]
     report: ReportPaths
+    refused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where a task could not be done."""
+        return 1 if self.refused else 0
 
 
 def evaluate(
@@ -74,6 +103,7 @@ def evaluate(
     ensembles: Sequence[EnsembleOptions] = (),
     title: str = "Evaluation",
     overwrite: bool = False,
+    on_bad: OnBad | None = None,
 ) -> SuiteResult:
     """Evaluate models on the tasks of data sets, and write a record for each result and a report of all.
 
@@ -89,13 +119,15 @@ def evaluate(
         ensembles: Evaluate each model also with its third tower mixed in, in each of these ways.
         title: Of the report, before the names of the models.
         overwrite: Compute what is recorded, too.
+        on_bad: What is done with samples and tars that cannot be used (see `DatasetConfig`); None: what each data set
+            says.
 
     Returns:
         The records, whose metrics are fractions in 0..1, and the paths of the report.
 
     Raises:
-        ValueError: A model or a data set cannot be used, models or data sets share a name, or a model can do none of
-            the tasks.
+        ValueError: A model or a data set cannot be used, models or data sets share a name, or no model can do any task.
+            A task that cannot be done beside others that can is named in `refused` instead.
 
     Examples:
         >>> import io, json, tarfile, tempfile, timm, numpy as np
@@ -129,8 +161,15 @@ def evaluate(
     options = options or LoadOptions()
     reader = ImageReader(options.max_pixels)
     planned: list[PlannedEvaluation] = []
+    refused: list[str] = []
+    notes: list[str] = []
     for dataset in datasets:
-        planned += plan_evaluations(dataset, tasks, reader)
+        plan = plan_evaluations(dataset, tasks, reader, on_bad)
+        planned += plan.evaluations
+        refused += plan.refused
+        notes += plan.notes
+    if not planned:
+        raise DatasetError("\n".join(refused))
     _check_names(planned)
     if options.embeddings is None:
         options = replace(options, embeddings=output_dir / EMBEDDINGS_FOLDER)
@@ -138,39 +177,63 @@ def evaluate(
     for model in models:
         for ensemble in (None, *ensembles):
             encoders.append((model, load_encoder(model, options, ensemble)))
+    check_caches([encoder for _, encoder in encoders], options)
     _check_models([encoder for _, encoder in encoders], planned)
 
-    # Evaluate each model on each task, or read its record.
+    # Evaluate each model on each task, or read its record. What fails does not take the others with it.
     records: list[EvalRecord] = []
     left_out: list[str] = []
+    failures: list[ValueError] = []
     for model, encoder in encoders:
         write_model_metadata(model_metadata(model, encoder), output_dir / MODELS_FOLDER)
         for one in planned:
             if TASKS[one.task].needs_text and not encoder.sees_text:
                 left_out.append(f"{encoder.info.name}: no {one.task}, as it sees images only")
-            else:
+                continue
+            try:
                 records.append(run_evaluation(one, encoder, output_dir, overwrite))
+            except ValueError as error:
+                refused.append(f"{encoder.info.name}: {one.dataset.name}: {one.task}: {error}")
+                failures.append(error)
+    if not records:
+        if len(failures) == 1:
+            raise failures[0]
+        raise ValueError("\n".join(refused))
 
     # Report on these models, with what else the folder holds of them.
-    names = [encoder.info.name for _, encoder in encoders]
+    evaluated = {record.spec.model for record in records}
+    names = [encoder.info.name for _, encoder in encoders if encoder.info.name in evaluated]
     results = load_results([output_dir], names, records)
-    report = render(results, output_dir, title=f"{title}: {', '.join(names)}", description=_description(planned))
+    report = render(
+        results,
+        output_dir,
+        title=f"{title}: {', '.join(names)}",
+        description=_description(planned),
+        notes=[*(f"Not done: {line}" for line in refused), *left_out, *notes],
+    )
     skipped = list(dict.fromkeys(message for one in planned for message in one.skipped))
-    return SuiteResult(records, results, left_out, skipped, report)
+    return SuiteResult(records, results, left_out, skipped, report, refused, notes)
 
 
 def plan_evaluations(
-    dataset: str | Path | DatasetConfig, tasks: Sequence[str] | None = None, reader: ImageReader | None = None
-) -> list[PlannedEvaluation]:
+    dataset: str | Path | DatasetConfig,
+    tasks: Sequence[str] | None = None,
+    reader: ImageReader | None = None,
+    on_bad: OnBad | None = None,
+) -> EvaluationPlan:
     """Open a data set for each of its tasks; retrieval is planned for each of its galleries.
 
     Args:
         dataset: A YAML file, a folder or URL in CLIP_benchmark's layout, or a config.
         tasks: Tasks to plan, by default those that the data set names.
         reader: Reads images; share it among calls, so that each image is read once.
+        on_bad: What is done with samples and tars that cannot be used; None: what the data set says.
+
+    Returns:
+        The tasks that can be done, and why others cannot.
 
     Raises:
-        DatasetError: The data set cannot be used, or a task cannot be run on it.
+        DatasetError: The data set cannot be used.
     """
     if isinstance(dataset, DatasetConfig):
         config = dataset
@@ -178,6 +241,8 @@ def plan_evaluations(
     else:
         config = load_dataset_config(dataset)
         label = str(dataset)
+    if on_bad is not None:
+        config = replace(config, on_bad=on_bad)
     wanted: dict[str, Any] = {}
     for task in TASKS if tasks is None else tasks:
         if task not in TASKS:
@@ -189,21 +254,57 @@ def plan_evaluations(
         raise DatasetError(f"{label}: names no task: list them under tasks, or select some with --tasks")
 
     reader = reader or ImageReader()
-    planned: list[PlannedEvaluation] = []
+    plan = EvaluationPlan([], [], [])
     for task, settings in wanted.items():
         try:
             opened = open_dataset(config, task, settings, reader)
-            TASKS[task].check(opened, settings)
-            skipped = opened.test.data.skipped
-            if task == "retrieval":
-                galleries, problems = split_galleries(opened, settings)
-                for gallery, share in galleries:
-                    planned.append(PlannedEvaluation(task, gallery, share, (*skipped, *problems)))
-            else:
-                planned.append(PlannedEvaluation(task, opened, settings, tuple(skipped)))
+            evaluations, notes = _fitted(task, opened, settings)
+        except UnfitForTask as error:
+            plan.refused.append(f"{label}: {task}: {error}")
         except ValueError as error:
             raise DatasetError(f"{label}: {task}: {error}") from error
-    return planned
+        else:
+            plan.evaluations.extend(evaluations)
+            plan.notes.extend(f"{label}: {task}: {note}" for note in notes)
+    return plan
+
+
+def _fitted(task: str, opened: EvalDataset, settings: Any) -> tuple[list[PlannedEvaluation], list[str]]:
+    """Return a task on an opened data set, gallery by gallery, and the defaults that were changed to fit it.
+
+    Raises:
+        UnfitForTask: The task cannot be done on it.
+        DatasetError: An image cannot be used, and `on_bad` is `error`.
+    """
+    try:
+        settings, notes = TASKS[task].fit(opened, settings)
+    except ValueError as error:
+        raise UnfitForTask(str(error)) from error
+    _check_metric(task, opened)
+    skipped = [message for part in opened.parts().values() for message in part.data.skipped]
+    if task == "retrieval":
+        galleries, problems = split_galleries(opened, settings)
+        return [PlannedEvaluation(task, one, share, (*skipped, *problems)) for one, share in galleries], notes
+    if isinstance(settings, ShiftSettings) and settings.of == "retrieval":
+        opened, problems = captioned(opened, settings.retrieval)
+        skipped += problems
+    return [PlannedEvaluation(task, opened, settings, tuple(skipped))], notes
+
+
+def _check_metric(task: str, dataset: EvalDataset) -> None:
+    """Raise UnfitForTask where the config asks for a metric that says nothing, or is not defined, on the data set."""
+    classes = len(dataset.class_names)
+    if task not in ("zeroshot", "probe", "shift") or not classes:
+        return
+    if dataset.config.metric == "top5" and 5 not in telling_ks(classes):
+        raise UnfitForTask(
+            f"metric: top5 of {classes} classes: every prediction would be right; expected top1 or mean_per_class"
+        )
+    if dataset.config.metric == "mean_average_precision" and not dataset.test.multi_label:
+        raise UnfitForTask(
+            "metric: mean_average_precision needs images with several labels, found one each; expected top1, top5 or "
+            "mean_per_class"
+        )
 
 
 def run_evaluation(
@@ -224,16 +325,18 @@ def run_evaluation(
         tars.update({tar.location: tar for tar in part.data.tars})
         for image in part.images():
             sample_names.append(f"{name}/{part.data.tars[image.tar].name}/{image.key}")
-    texts = _texts(planned)
+    galleries = _galleries(planned)
+    texts = _texts(planned, galleries)
     spec = EvalSpec.of(
         planned.task,
         dataset.name,
         encoder.info,
         tars.values(),
         {
-            "metric": dataset.config.metric,
+            "metric": dataset.metric,
             "settings": json.dumps(asdict(planned.settings), sort_keys=True),
             "images": json.dumps(_selection(dataset.config), sort_keys=True),
+            "data": _data_digest(dataset, galleries),
             "texts": prompts_hash(texts),
             "classes": prompts_hash(dataset.class_names),
         },
@@ -247,6 +350,7 @@ def run_evaluation(
         lambda: TASKS[planned.task].run(encoder, dataset, planned.settings, thumbnails),
         sample_ids=digest(sample_names),
         texts=digest(texts),
+        left_out=dataset.left_out(),
         overwrite=overwrite,
     )
 
@@ -273,18 +377,39 @@ def _check_models(encoders: Sequence[Encoder], planned: Sequence[PlannedEvaluati
             raise ValueError(f"{blind} see images only, but {', '.join(tasks)} needs a text tower: leave them out")
 
 
-def _texts(planned: PlannedEvaluation) -> list[str]:
+def _galleries(planned: PlannedEvaluation) -> list[Gallery]:
+    """Return what is searched in, part by part; empty for tasks that search nothing."""
+    settings = planned.settings
+    if isinstance(settings, ShiftSettings) and settings.of == "retrieval":
+        settings = settings.retrieval
+    if not isinstance(settings, RetrievalSettings):
+        return []
+    return [Gallery.of(part, settings) for part in planned.dataset.parts().values()]
+
+
+def _texts(planned: PlannedEvaluation, galleries: Sequence[Gallery]) -> list[str]:
     """Return every text that the result depends on: captions, prompts or class names."""
     dataset = planned.dataset
-    settings = planned.settings
-    if isinstance(settings, RetrievalSettings):
-        return Gallery.of(dataset.test, settings).captions
-    if isinstance(settings, ShiftSettings) and settings.of == "retrieval":
-        part, _ = captioned_part(dataset.test, settings.retrieval)
-        return Gallery.of(part, settings.retrieval).captions
+    if galleries:
+        return [caption for gallery in galleries for caption in gallery.captions]
     if dataset.templates:
         return fill_templates(dataset.templates, dataset.class_names)
     return list(dataset.class_names)
+
+
+def _data_digest(dataset: EvalDataset, galleries: Sequence[Gallery]) -> str:
+    """Return a digest of what the tars gave: the images of each part with labels and groups, and what was left out."""
+    sha = hashlib.sha256()
+    for name, part in dataset.parts().items():
+        sha.update(f"{name} {images_digest(part.data, part.images())} {part.multi_label}\n".encode())
+        for array in (part.labels_NL, part.candidate_classes, part.group_N):
+            sha.update(b"none" if array is None else f"{array.shape}".encode() + array.tobytes())
+    for gallery in galleries:
+        sha.update(gallery.image_group_N.tobytes() + gallery.text_group_M.tobytes())
+        sha.update(json.dumps(gallery.groups).encode())
+        sha.update(json.dumps(gallery.caption_counts(), sort_keys=True).encode())
+    sha.update(json.dumps(dataset.left_out(), sort_keys=True).encode())
+    return sha.hexdigest()
 
 
 def _selection(config: DatasetConfig) -> dict[str, Any]:
@@ -307,8 +432,9 @@ def _description(planned: Sequence[PlannedEvaluation]) -> str:
     tars = len(first.dataset.test.data.tars)
     split = f", one gallery per {settings.gallery_field!r}" if settings.gallery_field else ""
     match = f"of one {settings.group_field!r}" if settings.group_field else "of one sample"
-    skipped = f" {len(first.skipped)} samples cannot be used and are left out." if first.skipped else ""
+    limit = f"at most {settings.max_captions} captions" if settings.max_captions else "all captions"
+    each = ", each as often as it is there" if settings.duplicate_captions == "each" else ""
     return (
-        f"{images:,} images in {tars} tars{split}. An image and a caption match if they are {match}; at most "
-        f"{settings.max_captions} captions per sample.{skipped}"
+        f"{images:,} images in {tars} tars{split}. An image and a caption match if they are {match}; {limit} per "
+        f"sample{each}. Left out: {left_out_text(images, first.dataset.left_out())}."
     )

@@ -133,5 +133,5 @@ def _planned(folder: Path) -> dict[str, PlannedEvaluation]:
     reader = ImageReader()
     planned = {}
     for name in (VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS):
-        (planned[name],) = plan_evaluations(folder / "sets" / f"{name}.yaml", reader=reader)
+        (planned[name],) = plan_evaluations(folder / "sets" / f"{name}.yaml", reader=reader).evaluations
     return planned

@@ -59,7 +59,7 @@ def cache_teacher(name: str, plan: Plan, folder: Folder) -> None:
     """Cache a teacher over the contrastive, validation and test tars, and measure how well it fits the data."""
     _build(tars_of(plan, folder), folder[f"caches/{name}"], CENTER, **backbone_options(name, plan, folder))
     if not folder[f"fits/{name}.json"].exists():
-        (planned,) = plan_evaluations(folder["sets/fit.yaml"])
+        (planned,) = plan_evaluations(folder["sets/fit.yaml"]).evaluations
         encoder = load_encoder(f"cache:{folder[f'caches/{name}']}", LoadOptions(workers=0))
         record = run_evaluation(planned, encoder, folder.path)
         write_json(folder[f"fits/{name}.json"], {"fit": record.metrics[FIT_METRIC], "record": record.file_name})

@@ -3,6 +3,7 @@
 The trainer, the tokenizer and the evaluation all read samples here, so that they see the same ones.
 """
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -10,16 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, BadText, CaptionFormat, decode_text
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 from threetowers.cache.webdataset.sample_list import unreadable
+from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import TarIndex, read_member
 
+MAX_LABEL_BYTES = 1 << 20  # of an npy member with labels
 ReadMember = Callable[[str], bytes]  # a member of one sample, by its extension
 BAD_LABEL = "cls: not numbers"
+BAD_LABEL_VECTOR = "npy: no labels"
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,35 @@ def _json_object(data: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise BadText("not an object")
     return fields
+
+
+def read_label_vector(tar: TarIndex, ordinal: int) -> list[int]:
+    """Return the `npy` member of a sample: for each class 1 if it is a label of the image, else 0.
+
+    It is read without unpickling.
+
+    Raises:
+        BadSample: The sample has none, or it is no vector of zeros and ones.
+        BadTar: The tar has changed since it was indexed.
+    """
+    members = tar.samples[ordinal].members
+    try:
+        if "npy" not in members:
+            raise ValueError(f"no .npy member with labels, only {sorted(members)}")
+        if members["npy"].size > MAX_LABEL_BYTES:
+            raise ValueError(f".npy has {members['npy'].size} bytes, expected at most {MAX_LABEL_BYTES}")
+        vector = np.load(io.BytesIO(read_member(tar, ordinal, "npy")), allow_pickle=False)
+        if not isinstance(vector, np.ndarray) or vector.ndim != 1 or vector.dtype.kind not in "biuf":
+            found = f"{vector.dtype} of shape {vector.shape}" if isinstance(vector, np.ndarray) else "an archive"
+            raise ValueError(f"the npy member holds {found}, expected a vector of 0 and 1, one for each class")
+        if not np.isin(vector, (0, 1)).all():
+            raise ValueError("the npy member holds other numbers than 0 and 1")
+    except BadTar:
+        raise
+    except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:  # of NumPy's reader
+        raise BadSample(f"{tar.describe(ordinal)}: label: {error}", BAD_LABEL_VECTOR) from error
+    numbers: list[int] = vector.astype(np.int64).tolist()
+    return numbers
 
 
 def read_encoded_image(tar: TarIndex, ordinal: int, read: ReadMember | None = None) -> bytes:

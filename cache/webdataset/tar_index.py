@@ -3,7 +3,7 @@
 A tar is indexed from its headers alone and refused when reading it could pair the wrong things: truncation, repeated or
 scattered samples. What is wrong with one sample, such as no image, or two, is a defect of that sample. Payloads are
 only ever decoded as images or text; whatever else a sample carries (`.npy`, `.pkl`, `.pth`, ...) is listed in the index
-and never opened.
+and never opened, but for labels in `.npy` members where an evaluation's data set asks for them.
 """
 
 import contextlib

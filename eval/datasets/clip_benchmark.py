@@ -1,7 +1,7 @@
 """CLIP_benchmark's webdataset layout: a folder or URL that holds splits of numbered tars and what they need.
 
 classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt  with one name or template a line
-<split>/nshards.txt  <split>/0.tar  <split>/1.tar ...  with .cls members, or .txt with a caption a line
+<split>/nshards.txt  <split>/0.tar  <split>/1.tar ...  with .cls or .npy members, or .txt with a caption a line
 """
 
 import re
@@ -15,7 +15,7 @@ from threetowers.eval.tasks.settings import KnnSettings, ProbeSettings, Retrieva
 CLASSES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 TYPE_FILE = "dataset_type.txt"
-DATASET_TYPES = ("classification", "retrieval")
+DATASET_TYPES = ("classification", "multilabel", "retrieval")
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,10 @@ class ClipBenchmarkFolder:
 
     @cached_property
     def dataset_type(self) -> str:
-        """`classification` or `retrieval`. Raises DatasetError for another."""
+        """`classification`, `multilabel` or `retrieval`. Raises DatasetError for another."""
         found = (self._text(TYPE_FILE) or DATASET_TYPES[0]).strip().lower()
         if found not in DATASET_TYPES:
-            raise DatasetError(
-                f"{self.root}: {TYPE_FILE} holds {found!r}, expected one of {DATASET_TYPES}; several labels per image "
-                "are read from a list in a .json member or from numbers in a .cls member, not from .npy"
-            )
+            raise DatasetError(f"{self.root}: {TYPE_FILE} holds {found!r}, expected one of {DATASET_TYPES}")
         return found
 
     @property
@@ -80,19 +77,27 @@ class ClipBenchmarkFolder:
 def folder_config(root: str) -> DatasetConfig:
     """Return the config of a folder in this layout.
 
-    It serves retrieval if its `dataset_type.txt` holds that; otherwise zero-shot classification if it has templates,
-    and k-NN and a linear probe if it has a `train` split.
+    It serves retrieval if its `dataset_type.txt` holds that, by CLIP_benchmark's protocol: every caption of an image,
+    each as often as it is there. Otherwise it serves zero-shot classification, and k-NN and a linear probe if it has a
+    `train` split and one label per image. Labels are in `cls` members, or in `npy` members if the type is `multilabel`.
     """
     folder = ClipBenchmarkFolder(root)
     name = root.rstrip("/").rpartition("/")[2]
     if folder.dataset_type == "retrieval":
-        tasks = TasksConfig(retrieval=RetrievalSettings())
+        tasks = TasksConfig(retrieval=RetrievalSettings(max_captions=None, duplicate_captions="each"))
         return DatasetConfig(name=name, root=root, split="test", caption_per_line=True, tasks=tasks)
+    multilabel = folder.dataset_type == "multilabel"
     has_train = folder.has("train")
+    fits = has_train and not multilabel
     tasks = TasksConfig(
-        zeroshot=ZeroShotSettings() if folder.templates else None,
-        knn=KnnSettings() if has_train else None,
-        probe=ProbeSettings() if has_train else None,
+        zeroshot=ZeroShotSettings(), knn=KnnSettings() if fits else None, probe=ProbeSettings() if fits else None
     )
-    train = PartConfig(split="train") if has_train else None
-    return DatasetConfig(name=name, root=root, split="test", caption_per_line=True, train=train, tasks=tasks)
+    return DatasetConfig(
+        name=name,
+        root=root,
+        split="test",
+        label="npy" if multilabel else None,
+        caption_per_line=True,
+        train=PartConfig(split="train") if has_train else None,
+        tasks=tasks,
+    )

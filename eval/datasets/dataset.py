@@ -14,13 +14,21 @@ from numpy.typing import ArrayLike
 from threetowers.cache.storage.storage import is_url
 from threetowers.cache.webdataset.groups import WITHOUT_GROUP, BadField, field_name, sample_group, value_name
 from threetowers.eval.datasets.clip_benchmark import ClipBenchmarkFolder, folder_config
-from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError, PartConfig, parse_dataset_config
+from threetowers.eval.datasets.dataset_config import (
+    DatasetConfig,
+    DatasetError,
+    PartConfig,
+    UnfitForTask,
+    parse_dataset_config,
+)
 from threetowers.eval.datasets.image_set import EvalImage, ImageReader, ImageSet
 from threetowers.eval.datasets.prompts import PromptError, class_names, prompt_templates
+from threetowers.eval.left_out import NO_LABEL, OUTSIDE_FILTER, OUTSIDE_SUBSET
 from threetowers.eval.metrics.classification import Ints, label_matrix
 from threetowers.eval.tasks.settings import ShiftSettings
 
 TASKS_WITH_TRAINING = ("fewshot", "probe", "knn", "ood")
+LABEL_VECTOR = "npy"  # the label of CLIP_benchmark's multi-label sets
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class DatasetPart:
         left_out: Number of images left out, by reason.
         group_N: (n,) Equal for images that are drawn together in a bootstrap; None: each is its own group.
         group_field: The field that names these groups.
+        multi_label: Whether an image may have several labels, or none of the classes.
     """
 
     data: ImageSet
@@ -44,6 +53,7 @@ class DatasetPart:
     left_out: Mapping[str, int]
     group_N: Ints | None = None
     group_field: str | None = None
+    multi_label: bool = False
 
     @property
     def notes(self) -> dict[str, int]:
@@ -57,9 +67,9 @@ class DatasetPart:
 
     @property
     def label_N(self) -> Ints:
-        """(n,) The one label of each image. Raises ValueError where an image has several."""
-        if self.labels_NL.shape[1] > 1:
-            raise ValueError("probes and neighbours need one label per image; some images have several")
+        """(n,) The one label of each image. Raises UnfitForTask where an image may have several."""
+        if self.multi_label:
+            raise UnfitForTask("probes and neighbours need one label per image; here images have several")
         label_N: Ints = self.labels_NL[:, 0]
         return label_N
 
@@ -100,10 +110,23 @@ class EvalDataset:
 
     @property
     def train_part(self) -> DatasetPart:
-        """The images that are fitted on. Raises ValueError where there are none."""
+        """The images that are fitted on. Raises UnfitForTask where there are none."""
         if self.train is None:
-            raise ValueError("needs training images; give them under train")
+            raise UnfitForTask("needs training images; give them under train")
         return self.train
+
+    @property
+    def metric(self) -> str:
+        """The metric that tables lead with."""
+        return self.config.metric or ("mean_average_precision" if self.test.multi_label else "top1")
+
+    def left_out(self) -> dict[str, int]:
+        """Return the number of images left out by reason, those of other parts than the evaluated one by `part/`."""
+        found = {reason: count for reason, count in self.test.left_out.items() if count}
+        for name, part in self.parts().items():
+            if part is not self.test:
+                found |= {f"{name}/{reason}": count for reason, count in part.left_out.items() if count}
+        return found
 
     def parts(self) -> dict[str, DatasetPart]:
         """Return all parts by name, the evaluated one first."""
@@ -138,8 +161,9 @@ def open_dataset(config: DatasetConfig, task: str, settings: object, reader: Ima
         reader: Reads images; share it among calls, so that each image is read once.
 
     Raises:
-        DatasetError: Classes, prompts or the subset do not fit, a label is not a class, a part has no images, or tars
-            cannot be read.
+        UnfitForTask: The data set lacks what this task needs: training images, prompts, shifted parts, outliers.
+        DatasetError: Classes, prompts or the subset do not fit, a label is not a class, a part has no images, tars
+            cannot be read, or a sample cannot and `on_bad` is `error`.
     """
     try:
         return _DatasetBuilder(config, reader or ImageReader()).build(task, settings)
@@ -166,11 +190,11 @@ class _DatasetBuilder:
         config = self.config
         trains = task in TASKS_WITH_TRAINING
         if trains and config.train is None:
-            raise DatasetError(f"{task} needs training images; give them under train")
+            raise UnfitForTask(f"{task} needs training images; give them under train")
         if task == "shift" and not config.shifted:
-            raise DatasetError("shift needs at least one part under shifted")
+            raise UnfitForTask("shift needs at least one part under shifted")
         if task == "ood" and not config.outliers:
-            raise DatasetError("ood needs at least one part under outliers")
+            raise UnfitForTask("ood needs at least one part under outliers")
 
         # The parts that this task reads; outliers have no labels.
         test = config.test
@@ -212,49 +236,86 @@ class _DatasetBuilder:
         if part.root is not None:
             tars = ClipBenchmarkFolder(part.root).tars(part.split or "test")
         try:
-            return self.reader.read(tars, self.config.caption_format(part), image_member=part.image_member)
+            return self.reader.read(
+                tars,
+                self.config.caption_format(part),
+                image_member=part.image_member,
+                on_bad=self.config.on_bad,
+                label_vectors=part.label == LABEL_VECTOR,
+            )
         except ValueError as error:
             raise DatasetError(str(error)) from error
 
-    def filtered(self, part: PartConfig, key: str) -> tuple[ImageSet, list[int]]:
-        """Return all images of a part's tars, and the rows that pass its filter."""
+    def filtered(self, part: PartConfig, key: str) -> tuple[ImageSet, list[int], Counter[str]]:
+        """Return all images of a part's tars, the rows that pass its filter, and the others' number by reason."""
         data = self.data(part)
         accepted: dict[str, set[str]] = {}
         for name, values in part.filter.items():
             if values:
                 accepted[name] = {values} if isinstance(values, str) else set(values)
         rows = []
+        left_out = Counter(data.left_out)
+        unfiltered: list[str] = []
         for row, image in enumerate(data.images):
             if missing := sorted(accepted.keys() - image.fields.keys()):
-                raise DatasetError(
+                unfiltered.append(
                     f"{key}: filter: sample {image.key!r} of {data.tars[image.tar].name} has no field {missing[0]!r}, "
                     f"only {sorted(image.fields)}"
                 )
-            if all(_field_value(image, name, f"{key}: filter") in values for name, values in accepted.items()):
+            elif all(_field_value(image, name, f"{key}: filter") in values for name, values in accepted.items()):
                 rows.append(row)
+            else:
+                left_out[OUTSIDE_FILTER] += 1
+        self.count(unfiltered, "no filter field", len(data.images), left_out)
+        self.check_filter(part, key, data)
         if not rows:
             reason = f"; the first of {len(data.skipped)} problems: {data.skipped[0]}" if data.skipped else ""
             raise DatasetError(
                 f"{key}: none of {len(data.images)} images is left (filter: {part.filter or 'all'}){reason}"
             )
-        return data, rows
+        return data, rows, left_out
+
+    def count(self, problems: Sequence[str], reason: str, images: int, left_out: Counter[str]) -> None:
+        """Count images that lack something. Raises the first problem if all do, or if `on_bad` is `error`."""
+        if problems and (len(problems) == images or self.config.on_bad == "error"):
+            raise DatasetError(problems[0])
+        if problems:
+            left_out[reason] += len(problems)
+
+    def check_filter(self, part: PartConfig, key: str, data: ImageSet) -> None:
+        """Raise DatasetError for a value in the data set's own filter that none of its images has."""
+        if key != "test":  # the other parts inherit values that may be those of the data set's images alone
+            return
+        for name, values in part.filter.items():
+            wanted = [values] if isinstance(values, str) else values
+            there = {str(image.fields[name]) for image in data.images if name in image.fields}
+            if unknown := [value for value in wanted if value not in there]:
+                known = sorted(there)
+                raise DatasetError(
+                    f"{key}: filter: {name}: no image has {unknown[0]!r}; found {known[:20]}"
+                    f"{' ...' if len(known) > 20 else ''}"
+                )
 
     def unlabelled(self, part: PartConfig, key: str) -> DatasetPart:
         """Return a part whose labels do not matter."""
-        data, rows = self.filtered(part, key)
+        data, rows, left_out = self.filtered(part, key)
         labels_NL = np.full((len(rows), 1), -1, np.int64)
-        return DatasetPart(data, np.array(rows), labels_NL, np.empty(0, np.int64), {"unreadable": len(data.skipped)})
+        return DatasetPart(data, np.array(rows), labels_NL, np.empty(0, np.int64), left_out)
 
-    def label_values(self, image: EvalImage, part: PartConfig, key: str) -> list[str]:
-        """Return the labels of an image as its sample holds them."""
+    def label_values(self, image: EvalImage, part: PartConfig, key: str) -> list[str] | DatasetError:
+        """Return the labels of an image as its sample holds them, or the error where it has none to read."""
         name = part.label or "cls"
-        if name not in image.fields:
+        if image.fields.get(name) is None:
             member = f"no field {name!r} in its .json member" if part.label else "no .cls member"
-            raise DatasetError(
+            if name in image.fields:
+                member = f"null as its field {name!r}"
+            return DatasetError(
                 f"{key}: sample {image.key!r} has {member} (found {sorted(image.fields)}); name the JSON field that "
                 "holds the class under label"
             )
         value = image.fields[name]
+        if name == LABEL_VECTOR:
+            return [str(number) for number, is_label in enumerate(value) if is_label]
         values = value if isinstance(value, list) else [value]
         try:
             names = [value_name(one) for one in values]
@@ -272,16 +333,22 @@ class _DatasetBuilder:
         if isinstance(given, dict):
             return _Classes(list(given), list(given.values()))
         if given is not None:
-            return _Classes(list(given) if part.label else [str(n) for n in range(len(given))], list(given))
-        if part.label is None:
+            numbered = part.label in (None, LABEL_VECTOR)
+            return _Classes([str(n) for n in range(len(given))] if numbered else list(given), list(given))
+        if part.label in (None, LABEL_VECTOR):
             raise DatasetError(
-                "classes: labels are numbers (.cls), so names are needed: give a list, or classnames.txt"
+                "classes: labels are numbers (.cls or .npy), so names are needed: give a list, or classnames.txt"
             )
         found: set[str] = set()
         for other in labelled:
-            data, rows = self.filtered(other, "test")
+            data, rows, _ = self.filtered(other, "test" if other is part else "train or shifted")
             for row in rows:
-                found.update(self.label_values(data.images[row], other, "test"))
+                values = self.label_values(data.images[row], other, "test")
+                if not isinstance(values, DatasetError):  # `labelled` counts those
+                    found.update(values)
+        if not found:
+            data, rows, _ = self.filtered(part, "test")
+            self.labels_of(data, rows, part, "test", Counter())
         return _Classes(sorted(found), sorted(found))
 
     def subset(self, classes: _Classes) -> list[int]:
@@ -304,7 +371,7 @@ class _DatasetBuilder:
         if given is not None:
             return prompt_templates(given)
         if required:
-            raise DatasetError("prompts: zero-shot classification needs templates: a list, or a shipped prompt set")
+            raise UnfitForTask("prompts: zero-shot classification needs templates: a list, or a shipped prompt set")
         return []
 
     def labelled(self, part: PartConfig, key: str, classes: _Classes, number: Mapping[str, int]) -> DatasetPart:
@@ -316,45 +383,61 @@ class _DatasetBuilder:
             classes: All classes of the data set.
             number: Of the classes that are kept, by label value.
         """
-        data, rows = self.filtered(part, key)
+        data, rows, left_out = self.filtered(part, key)
         own = self.classes(part, [part]) if part.classes is not None or part.root is not None else classes
         to_dataset = self.translation(own, classes, key)
 
         kept: list[int] = []
         labels: list[list[int]] = []
-        outside_subset = without_label = 0
-        for row in rows:
+        for row, values in self.labels_of(data, rows, part, key, left_out):
             image = data.images[row]
-            values = self.label_values(image, part, key)
+            if part.label == LABEL_VECTOR and len(image.fields[LABEL_VECTOR]) != len(own.values):
+                raise DatasetError(
+                    f"{key}: sample {image.key!r} of {data.tars[image.tar].name} has a vector of "
+                    f"{len(image.fields[LABEL_VECTOR])} labels, expected one for each of {len(own.values)} classes"
+                )
             if unknown := [value for value in values if value not in to_dataset]:
                 raise DatasetError(
                     f"{key}: sample {image.key!r} of {data.tars[image.tar].name} has the label {unknown[0]!r}, "
                     f"which is none of the {len(own.values)} classes ({own.values[0]!r} to {own.values[-1]!r})"
                 )
             numbers = [number[to_dataset[value]] for value in values if to_dataset[value] in number]
-            if numbers:
+            # By a vector an image without labels is known to be of no class: it counts against each, as in
+            # CLIP_benchmark. An empty list says nothing.
+            if numbers or (part.label == LABEL_VECTOR and not values):
                 kept.append(row)
                 labels.append(numbers)
-            elif values:
-                outside_subset += 1
             else:
-                without_label += 1
-        if not kept:
+                left_out[OUTSIDE_SUBSET if values else NO_LABEL] += 1
+        if not any(labels):
             raise DatasetError(f"{key}: none of {len(rows)} images has a label in the subset of {len(number)} classes")
 
+        labels_NL = label_matrix(labels, len(number))
         return DatasetPart(
             data=data,
             rows=np.array(kept),
-            labels_NL=label_matrix(labels, len(number)),
+            labels_NL=labels_NL,
             candidate_classes=np.array(sorted({number[value] for value in to_dataset.values() if value in number})),
-            left_out={
-                "unreadable": len(data.skipped),
-                "outside_subset": outside_subset,
-                "without_label": without_label,
-            },
+            left_out=left_out,
             group_N=self.groups(data, [data.images[row] for row in kept], key),
             group_field=self.config.group_field,
+            multi_label=labels_NL.shape[1] > 1 or part.label == LABEL_VECTOR,
         )
+
+    def labels_of(
+        self, data: ImageSet, rows: Sequence[int], part: PartConfig, key: str, left_out: Counter[str]
+    ) -> list[tuple[int, list[str]]]:
+        """Return the rows that have a label to read, with it; the others are counted."""
+        found: list[tuple[int, list[str]]] = []
+        problems: list[str] = []
+        for row in rows:
+            values = self.label_values(data.images[row], part, key)
+            if isinstance(values, DatasetError):
+                problems.append(str(values))
+            else:
+                found.append((row, values))
+        self.count(problems, NO_LABEL, len(rows), left_out)
+        return found
 
     def groups(self, data: ImageSet, images: Sequence[EvalImage], key: str) -> Ints | None:
         """Return a number for the group of each image; None without a group field."""

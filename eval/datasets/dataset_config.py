@@ -14,12 +14,17 @@ from pydantic.dataclasses import dataclass as validated
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.storage import is_url
 from threetowers.cache.webdataset.captions import CaptionFormat
+from threetowers.cache.webdataset.tar_list import OnBad
 from threetowers.eval.datasets.prompts import PromptError, prompt_templates
 from threetowers.eval.tasks.settings import FORBID_EXTRA, TasksConfig
 
 
 class DatasetError(ValueError):
     """A data set that cannot be used. The message names the file and key, what was found and what was expected."""
+
+
+class UnfitForTask(DatasetError):
+    """A data set on which one task cannot be done, though others may be."""
 
 
 @validated(frozen=True, config=FORBID_EXTRA)
@@ -34,7 +39,8 @@ class PartConfig:
         root: Folder or URL in CLIP_benchmark's layout.
         split: Split of a root: train, test, ...
         filter: Accepted values by JSON field; an empty list accepts all.
-        label: JSON field with the class, or a list of classes; None: the `cls` member.
+        label: JSON field with the class, or a list of classes; `npy` for the `npy` member, a vector with 1 for each
+            label of the image and 0 for the other classes; None: the `cls` member.
         classes: Names in the order of the `cls` numbers; or names by value of the label field; or
             `open_clip:imagenet`, `clip_benchmark:SET`.
         image_member: Extension of the member that is the image of a sample, as `jpg` or `left.jpg`; None: the only
@@ -56,7 +62,8 @@ class DatasetConfig(PartConfig):
 
     Attributes:
         name: Of the data set in records and tables; required in a file.
-        metric: The metric that tables lead with.
+        metric: The metric that tables lead with; None: `mean_average_precision` where images have several labels,
+            else `top1`. Tasks that do not compute it lead with `top1`.
         prompts: Templates with a slot `{c}`, or the name of a shipped prompt set.
         group_field: JSON field of the group of an image. Images of one group show the same thing and are drawn
             together in a bootstrap, as they are no independent evidence.
@@ -65,6 +72,8 @@ class DatasetConfig(PartConfig):
             `json.caption` that has some.
         caption_per_line: Whether each line of a text member is a caption, as always below a root; otherwise the
             member is one caption.
+        on_bad: `error` stops at the first sample that cannot be used, `skip` leaves such samples out and counts them,
+            `skip_tars` leaves out whole tars that cannot be read, too.
         subset: Classes, by name or by value of the label field, that are the candidates; None: all.
         train: The images that probes, neighbours and outlier scores are fitted on.
         shifted: Other versions of the same classes, by name.
@@ -73,11 +82,12 @@ class DatasetConfig(PartConfig):
     """
 
     name: str = ""
-    metric: Literal["top1", "top5", "mean_per_class", "mean_average_precision"] = "top1"
+    metric: Literal["top1", "top5", "mean_per_class", "mean_average_precision"] | None = None
     prompts: list[str] | str | None = None
     group_field: str | None = None
     captions: dict[str, float] = field(default_factory=dict)
     caption_per_line: bool = False
+    on_bad: OnBad = "skip"
     subset: list[str] | None = None
     train: PartConfig | None = None
     shifted: dict[str, PartConfig] = field(default_factory=dict)

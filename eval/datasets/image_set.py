@@ -1,5 +1,6 @@
 """The images of some tars, with the captions and fields of their samples, by address."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from typing import Any
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import MAX_PIXELS
-from threetowers.cache.webdataset.sample import read_annotation, read_encoded_image, read_image
+from threetowers.cache.webdataset.sample import read_annotation, read_encoded_image, read_image, read_label_vector
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.cache.webdataset.tar_list import index_tars, require_samples
+from threetowers.cache.webdataset.tar_list import OnBad, index_tars, require_samples
 from threetowers.cache.webdataset.tar_patterns import expand
+from threetowers.eval.left_out import BAD_TARS
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class EvalImage:
         ordinal: Position of its sample in that tar.
         key: Key of its sample.
         captions: Its captions; may be empty.
-        fields: The keys of its `json` member, and `cls`, the list of numbers of a `cls` member.
+        fields: The keys of its `json` member; `cls`, the list of numbers of a `cls` member; and where the data set
+            asks for it `npy`, the 0 and 1 of each class in an `npy` member.
         notes: What of its annotation cannot be used, as short phrases.
     """
 
@@ -38,14 +41,20 @@ class EvalImage:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The readable images of some tars. `skipped` lists the others, each with its reason.
+    """The usable images of some tars.
 
-    `max_pixels` is the largest width x height of an image among them.
+    Attributes:
+        tars: The tars.
+        images: The images.
+        skipped: What cannot be used, each with the reason: samples, and under `on_bad: skip_tars` tars.
+        left_out: Their number by reason.
+        max_pixels: Largest width x height of an image.
     """
 
     tars: list[TarIndex]
     images: list[EvalImage]
     skipped: list[str]
+    left_out: Mapping[str, int] = field(default_factory=dict)
     max_pixels: int = MAX_PIXELS
 
     def name(self, image: EvalImage) -> str:
@@ -70,19 +79,38 @@ class ImageReader:
         captions: CaptionFormat = DEFAULT_CAPTIONS,
         *,
         image_member: str | None = None,
+        on_bad: OnBad = "skip",
+        label_vectors: bool = False,
     ) -> ImageSet:
-        """Return the images of tars, globs or brace ranges; see `read_images`, and `index_tar` for `image_member`."""
-        tars = tuple(expand(patterns))
+        """Return the images of tars, globs or brace ranges; see `read_images`, and `index_tar` for `image_member`.
+
+        Raises:
+            BadTar: Tars cannot be read, and `on_bad` is not `skip_tars`. The message names all of them.
+        """
+        paths = tuple(expand(patterns))
         # The first captions count, so the order of the sources matters here.
-        key = (captions, tuple(captions.sources), image_member, tars)
+        key = (captions, tuple(captions.sources), image_member, on_bad, label_vectors, paths)
         if key not in self._read:
-            listed = require_samples(index_tars(tars, image_member))
-            self._read[key] = read_images(listed.tars, captions, self.max_pixels)
+            listed = require_samples(index_tars(paths, image_member, on_bad))
+            self._read[key] = read_images(
+                listed.tars,
+                captions,
+                self.max_pixels,
+                on_bad=on_bad,
+                label_vectors=label_vectors,
+                bad_tars=listed.bad,
+            )
         return self._read[key]
 
 
 def read_images(
-    tars: Sequence[TarIndex], captions: CaptionFormat = DEFAULT_CAPTIONS, max_pixels: int = MAX_PIXELS
+    tars: Sequence[TarIndex],
+    captions: CaptionFormat = DEFAULT_CAPTIONS,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    on_bad: OnBad = "skip",
+    label_vectors: bool = False,
+    bad_tars: Sequence[str] = (),
 ) -> ImageSet:
     """Read the annotation of every sample of some tars, and decode each image once to know that it can be.
 
@@ -90,35 +118,47 @@ def read_images(
         tars: Indexes of the tars.
         captions: Where the captions are; all sources that are named are read, in their order, whatever their weights.
         max_pixels: Largest width x height that is decoded.
+        on_bad: `error` raises the first sample that cannot be used; otherwise it is left out.
+        label_vectors: Read labels from `npy` members, as the field `npy`.
+        bad_tars: What is wrong with tars that were left out before.
 
     Returns:
-        The images that can be read, in the order of the tars; the others are listed in `skipped`.
+        The images that can be used, in the order of the tars; the others are listed and counted.
 
     Raises:
-        ValueError: No image can be read.
+        ValueError: No image can be used.
+        BadSample: A sample cannot be used, and `on_bad` is `error`.
         BadTar: A tar has changed since it was indexed.
     """
     images: list[EvalImage] = []
-    skipped: list[str] = []
+    skipped = list(bad_tars)
+    left_out = Counter({BAD_TARS: len(bad_tars)} if bad_tars else {})
     with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
         for number, tar in enumerate(tars):
-            read = partial(_read, tar, number, captions, max_pixels)
+            read = partial(_read, tar, number, captions, max_pixels, label_vectors)
             for found in pool.map(read, range(len(tar.samples))):
                 if isinstance(found, EvalImage):
                     images.append(found)
+                elif on_bad == "error":
+                    raise BadSample(f"{found}; set on_bad: skip to leave such samples out") from found
                 else:
                     skipped.append(str(found))
+                    left_out[found.reason] += 1
     if not images:
         reason = f"; the first of {len(skipped)} problems: {skipped[0]}" if skipped else ""
         raise ValueError(f"no usable image in {[tar.location for tar in tars]}{reason}")
-    return ImageSet(list(tars), images, skipped, max_pixels)
+    return ImageSet(list(tars), images, skipped, left_out, max_pixels)
 
 
-def _read(tar: TarIndex, number: int, captions: CaptionFormat, max_pixels: int, ordinal: int) -> EvalImage | BadSample:
+def _read(
+    tar: TarIndex, number: int, captions: CaptionFormat, max_pixels: int, label_vectors: bool, ordinal: int
+) -> EvalImage | BadSample:
     try:
         annotation = read_annotation(tar, ordinal, captions=captions, captions_required=False)
+        fields = dict(annotation.fields)
+        if label_vectors:
+            fields["npy"] = read_label_vector(tar, ordinal)
         read_image(tar, ordinal, max_pixels)
     except BadSample as error:
         return error
-    key = tar.samples[ordinal].key
-    return EvalImage(number, ordinal, key, annotation.captions, annotation.fields, annotation.notes)
+    return EvalImage(number, ordinal, tar.samples[ordinal].key, annotation.captions, fields, annotation.notes)

@@ -7,6 +7,7 @@ from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
+from threetowers.eval.encoders.fingerprint import model_fingerprint
 from threetowers.eval.encoders.forward import RowView, forward_images
 from threetowers.eval.encoders.image_source import describe_preprocessing
 from threetowers.trainer.data.cache_join import CacheJoin
@@ -29,6 +30,7 @@ class CacheEncoder(Encoder):
             step=None,
             precision=manifest.dtype,
             preprocessing=describe_preprocessing(manifest.preprocessing),
+            fingerprint=model_fingerprint(kind="cache rows", manifest=manifest.digest),
             cache_manifest=manifest.digest,
         )
 

@@ -29,7 +29,7 @@ class EmbeddingStore:
     def images(
         self,
         kind: str,
-        model: Sequence[str | None],
+        model: str,
         data: ImageSet,
         images: Sequence[EvalImage],
         batches: Callable[[ImageSet, Sequence[EvalImage]], Iterator[Embeddings]],
@@ -40,13 +40,13 @@ class EmbeddingStore:
 
         Args:
             kind: `images` or `features`.
-            model: The strings that identify the model and how it runs.
+            model: The model's fingerprint (see `ModelInfo`).
             data: The set.
             images: The images whose embeddings are returned, in this order.
             batches: Computes the embeddings of images, batch by batch.
         """
         all_ND = self._load_or_compute(
-            [kind, images_digest(data, data.images), *model],
+            [kind, images_digest(data, data.images), model],
             len(data.images),
             lambda start, stop: batches(data, data.images[start:stop]),
         )
@@ -58,7 +58,7 @@ class EmbeddingStore:
 
     def texts(
         self,
-        model: Sequence[str | None],
+        model: str,
         captions: Sequence[str],
         batches: Callable[[Sequence[str]], Iterator[Embeddings]],
     ) -> Embeddings:
@@ -68,13 +68,13 @@ class EmbeddingStore:
             encoded = caption.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return self._load_or_compute(
-            ["texts", digest.hexdigest(), *model],
+            ["texts", digest.hexdigest(), model],
             len(captions),
             lambda start, stop: batches(captions[start:stop]),
         )
 
     def _load_or_compute(
-        self, key: Sequence[str | None], count: int, batches: Callable[[int, int], Iterator[Embeddings]]
+        self, key: Sequence[str], count: int, batches: Callable[[int, int], Iterator[Embeddings]]
     ) -> Embeddings:
         """Return the memory-mapped embeddings of `count` inputs, computing those that an earlier call has not."""
         kind = key[0]
@@ -117,11 +117,11 @@ def _fill(path: Path, count: int, batches: Callable[[int, int], Iterator[Embeddi
 
 
 def images_digest(data: ImageSet, images: Sequence[EvalImage]) -> str:
-    """Return a digest of some images and their order: tars by fingerprint, samples by position and key."""
+    """Return a digest of some images and their order: tars by fingerprint, samples by place and image member."""
     digest = xxhash.xxh3_128()
     for tar in data.tars:
-        member = "" if tar.samples.image_member is None else f" {tar.samples.image_member}"
-        digest.update(f"{tar.fingerprint}{member}\n".encode())
+        digest.update(f"{tar.fingerprint}\n".encode())
     for image in images:
-        digest.update(f"{image.tar}:{image.ordinal}:{image.key}\n".encode("utf-8", "surrogatepass"))
+        member = data.tars[image.tar].samples[image.ordinal].image
+        digest.update(f"{image.tar}:{image.ordinal}:{image.key}.{member}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -31,7 +31,9 @@ class ModelInfo:
         step: Optimizer steps it was trained for; None: unknown.
         precision: Of its forward pass.
         preprocessing: Transform before the image tower, in words.
-        cache_manifest: Digest of the cache's manifest, for a model that reads cached rows.
+        fingerprint: `model_fingerprint` of all that decides its embeddings and scores: what the other fields tell in
+            words, and the architecture with its arguments, the heads, the tokenizer and the transform as they are.
+        cache_manifest: Digest of the manifest of the cache whose rows it reads.
         recipe: Digest of a run's config without its seed and folder; runs of one recipe are compared over their seeds.
         seed: Seed of a run.
     """
@@ -41,6 +43,7 @@ class ModelInfo:
     step: int | None
     precision: str
     preprocessing: str
+    fingerprint: str
     cache_manifest: str | None = None
     recipe: str | None = None
     seed: int | None = None
@@ -71,10 +74,16 @@ class LoadOptions:
     embeddings: Path | None = None
 
     def torch_device(self) -> torch.device:
-        """Return the device to run on."""
+        """Return the device to run on. Raises ValueError for one that is not there."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"--device {self.device!r}: expected cpu, cuda, cuda:N or auto") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {self.device!r}: found {torch.cuda.device_count()} GPUs; use cpu or auto")
+        return device
 
 
 class Encoder(ABC):
@@ -97,6 +106,11 @@ class Encoder(ABC):
     logit_scale: float = 1.0
     store: EmbeddingStore | None = None
 
+    @property
+    def cached_towers(self) -> tuple[str, ...]:
+        """The towers that are cached teachers, by the names that `LoadOptions.caches` knows them by."""
+        return ()
+
     @abstractmethod
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
         """Yield embeddings, not yet normalised, or with `features` features, of images in their order."""
@@ -110,21 +124,21 @@ class Encoder(ABC):
         if self.store is None:
             return self._concatenate(self.image_batches(data, images))
         self._check_not_empty(images)
-        return self.store.images("images", self._key(), data, images, self.image_batches)
+        return self.store.images("images", self.info.fingerprint, data, images, self.image_batches)
 
     def features(self, data: ImageSet, images: Sequence[EvalImage]) -> Embeddings:
         """Return the image tower's output (n, width), float32, before heads and normalisation: the input of probes."""
         if self.store is None:
             return self._concatenate(self.feature_batches(data, images))
         self._check_not_empty(images)
-        return self.store.images("features", self._key(), data, images, self.feature_batches)
+        return self.store.images("features", self.info.fingerprint, data, images, self.feature_batches)
 
     def texts(self, captions: Sequence[str]) -> Embeddings:
         """Return unit-norm embeddings (n, dim), float32. Raises NoTextTower for a model that sees images only."""
         if self.store is None:
             return self._concatenate(self.text_batches(captions))
         self._check_not_empty(captions)
-        return self.store.texts(self._key(), captions, self.text_batches)
+        return self.store.texts(self.info.fingerprint, captions, self.text_batches)
 
     def image_batches(self, data: ImageSet, images: Sequence[EvalImage]) -> Iterator[Embeddings]:
         """Yield batches of what `images` returns."""
@@ -158,10 +172,6 @@ class Encoder(ABC):
     def no_text_tower(self) -> NoTextTower:
         """Return the error of a model that is given captions but sees images only."""
         return NoTextTower(f"{self.info.name} sees images only: leave it out of tasks with captions or prompts")
-
-    def _key(self) -> list[str | None]:
-        """Return the strings that identify this model's embeddings in the store."""
-        return [self.info.digest, self.info.precision, self.info.preprocessing, self.info.cache_manifest]
 
     def _concatenate(self, batches: Iterator[Embeddings]) -> Embeddings:
         parts = list(batches)

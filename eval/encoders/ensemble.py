@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder
+from threetowers.eval.encoders.fingerprint import model_fingerprint
 
 EnsembleSpace = Literal["embedding", "logit"]
 
@@ -62,9 +63,17 @@ class EnsembleEncoder(Encoder):
             name=f"{main.info.name}+{options}",
             digest=hashlib.sha256(identity.encode()).hexdigest(),
             preprocessing=f"{main.info.preprocessing}; third: {third.info.preprocessing}",
+            fingerprint=model_fingerprint(
+                main=main.info.fingerprint, third=third.info.fingerprint, options=asdict(options)
+            ),
             cache_manifest=third.info.cache_manifest,
             recipe=f"{main.info.recipe} {options!r}" if main.info.recipe else None,
         )
+
+    @property
+    def cached_towers(self) -> tuple[str, ...]:
+        """Those of both parts."""
+        return tuple(dict.fromkeys((*self.main.cached_towers, *self.third.cached_towers)))
 
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
         """Yield one batch: mixed embeddings, or with `features` the main tower's features."""

@@ -1,5 +1,6 @@
 """The source of an image tower's input: pixels, the rows of a cache, or the live teacher (for LiT runs)."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from threetowers.cache.format.manifest import ManifestError, Preprocessing, teacher_mismatch
+from threetowers.cache.format.manifest import Manifest, ManifestError, Preprocessing, teacher_mismatch
+from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.eval.datasets.image_set import ImageSet
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.forward import ImageView, PixelView, RowView, TeacherTransform
@@ -45,7 +47,7 @@ def image_source(trained: TrainedModel, tower: str, data: ImageSet, options: Loa
         return ImageSource(PixelView(data.tars, transform, options.max_pixels))
     if options.live_teacher:
         return _teacher_source(trained, tower, data, options)
-    path = options.caches.get(tower, Path(config.path))
+    path = _cache_path(config, tower, options)
     try:
         join = CacheJoin(path, data.tars)
     except ManifestError as error:
@@ -55,6 +57,25 @@ def image_source(trained: TrainedModel, tower: str, data: ImageSet, options: Loa
         ) from error
     _check(trained, tower, path, join)
     return ImageSource(RowView(join))
+
+
+def evaluated_manifest(trained: TrainedModel, tower: str, options: LoadOptions) -> Manifest | None:
+    """Return the manifest of the cache whose rows a tower is given in evaluation; None for a tower without one.
+
+    It may be another cache than that of training, with other views, another dtype or precision. It is that of training
+    for the live teacher, and where there is no cache: then `image_source` raises the error, once images are read.
+    """
+    config = trained.config.towers[tower]
+    if not isinstance(config, CacheTower):
+        return None
+    if not options.live_teacher:
+        with contextlib.suppress(ManifestError):
+            return EmbeddingCache.open(_cache_path(config, tower, options)).manifest
+    return trained.manifests[tower]
+
+
+def _cache_path(config: CacheTower, tower: str, options: LoadOptions) -> str | Path:
+    return options.caches.get(tower, config.path)
 
 
 def describe_view(trained: TrainedModel, tower: str) -> str:
@@ -70,7 +91,7 @@ def describe_preprocessing(p: Preprocessing) -> str:
     return f"teacher's: {p.crop_mode} crop {p.crop_pct}, {p.interpolation} to {height} x {width} px"
 
 
-def _check(trained: TrainedModel, tower: str, path: Path, join: CacheJoin) -> None:
+def _check(trained: TrainedModel, tower: str, path: str | Path, join: CacheJoin) -> None:
     """Raise ManifestError for a cache of another teacher; its tars and dtype may differ from those of training."""
     manifest = join.cache.manifest
     if lines := teacher_mismatch(trained.manifests[tower], manifest):

@@ -1,5 +1,6 @@
 """Models by name: our runs and exports, open_clip and timm models, the rows of a cache."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from threetowers.cache.encoders.timm_models import SOURCES
@@ -62,6 +63,20 @@ def load_encoder(
         return main
     third = _with_store(load_third_tower_heads(path, ensemble.tower, options), options)
     return EnsembleEncoder(main, third, ensemble)
+
+
+def check_caches(encoders: Sequence[Encoder], options: LoadOptions) -> None:
+    """Check that the options name only what the models have.
+
+    Raises:
+        ValueError: No model has a cached tower of a name in `caches`, or any for `live_teacher`.
+    """
+    known = sorted({tower for encoder in encoders for tower in encoder.cached_towers})
+    there = f"found the cached towers {known}" if known else "found no model with a cached tower"
+    if unknown := [tower for tower in options.caches if tower not in known]:
+        raise ValueError(f"--cache {unknown[0]}={options.caches[unknown[0]]}: no such tower; {there}")
+    if options.live_teacher and not known:
+        raise ValueError(f"--live-teacher: {there}; leave the flag out")
 
 
 def _load_other(kind: str, rest: str, options: LoadOptions) -> Encoder:

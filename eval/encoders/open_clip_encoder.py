@@ -10,6 +10,7 @@ from threetowers.cache.encoders.timm_models import pooled_features
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
+from threetowers.eval.encoders.fingerprint import model_fingerprint
 from threetowers.eval.encoders.forward import PixelView, forward_captions, forward_images
 from threetowers.eval.encoders.open_clip_model import load_open_clip_model
 
@@ -33,6 +34,14 @@ class OpenClipEncoder(Encoder):
         self.options = options
         self.device = options.torch_device()
         digest = state_digest(model.state_dict())
+        fingerprint = model_fingerprint(
+            kind="open_clip",
+            weights=digest,
+            model=model,
+            transform=transform,
+            tokenizer=loaded.tokenize,
+            precision=options.precision,
+        )
         self.dtype = getattr(torch, options.precision)
         self.model = model.to(self.device, self.dtype).eval()
         self.transform = transform
@@ -46,6 +55,7 @@ class OpenClipEncoder(Encoder):
             precision=options.precision,
             preprocessing="open_clip's: "
             + ", ".join(str(step) for step in transform.transforms if "<" not in str(step)),
+            fingerprint=fingerprint,
         )
 
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo, file_digest
+from threetowers.eval.encoders.fingerprint import model_fingerprint
 from threetowers.eval.encoders.forward import forward_captions, forward_images
-from threetowers.eval.encoders.image_source import describe_view, image_source
+from threetowers.eval.encoders.image_source import describe_view, evaluated_manifest, image_source
 from threetowers.trainer.config import CacheTower, TrainConfig, dump
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
 from threetowers.trainer.model.model import clamp_log_scale
@@ -39,18 +40,35 @@ class RunEncoder(Encoder):
         digest = file_digest(folder.weights)
         if (image_head, text_head) != (trained.config.deploy.image, trained.config.deploy.text):
             digest = hashlib.sha256(f"{digest} {image_head} {text_head}".encode()).hexdigest()
-        manifest = trained.manifests.get(self.image_tower)
-        live = manifest is not None and options.live_teacher
+        live = self.image_tower in trained.manifests and options.live_teacher
+        manifest = evaluated_manifest(trained, self.image_tower, options)
         self.info = ModelInfo(
             name=path.resolve().name,
             digest=digest,
             step=int(json.loads(folder.summary.read_text())["steps"]) if folder.summary.exists() else None,
             precision=options.precision,
             preprocessing=describe_view(trained, self.image_tower) + (", live" if live else ""),
+            fingerprint=model_fingerprint(
+                kind="run",
+                weights=digest,
+                parts=self._parts(),
+                image_size=trained.config.data.image_size,
+                tokenizer=trained.tokenizer.model,
+                context_length=trained.config.data.context_length,
+                rows=manifest.digest if manifest else None,
+                live=live,
+                scale=self.logit_scale,
+                precision=options.precision,
+            ),
             cache_manifest=manifest.digest if manifest else None,
             recipe=recipe_digest(trained.config),
             seed=trained.config.seed,
         )
+
+    @property
+    def cached_towers(self) -> tuple[str, ...]:
+        """The cached towers of the run."""
+        return tuple(self.trained.manifests)
 
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
         """Yield embeddings of the image head, or with `features` the output of its tower."""
@@ -76,6 +94,17 @@ class RunEncoder(Encoder):
         tower = self.trained.config.root_of(self.text_head)
         tokens_bL = self.trained.tokenizer.encode(captions, self.trained.config.data.context_length).to(self.device)
         return self.trained.model.embed({tower: tokens_bL}, [self.text_head])[self.text_head]
+
+    def _parts(self) -> dict[str, nn.Module]:
+        """Return the towers and heads that the two heads stand on, and these, by name."""
+        model = self.trained.model
+        parts = {}
+        for name in (self.image_head, self.text_head):
+            while name in model.heads:
+                parts[f"head {name}"] = model.heads[name]
+                name = self.trained.config.heads[name].of
+            parts[f"tower {name}"] = model.towers[name]
+        return parts
 
     def _logit_scale(self) -> float:
         run = self.trained.config

@@ -8,6 +8,7 @@ from threetowers.cache.encoders.timm_models import SOURCES
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
+from threetowers.eval.encoders.fingerprint import model_fingerprint
 from threetowers.eval.encoders.forward import PixelView, TeacherTransform, forward_images
 from threetowers.eval.encoders.image_source import describe_preprocessing
 
@@ -53,6 +54,14 @@ class TimmEncoder(Encoder):
             step=None,
             precision=options.precision,
             preprocessing=describe_preprocessing(self.teacher.preprocessing),
+            fingerprint=model_fingerprint(
+                kind="timm",
+                weights=self.teacher.weights_digest,
+                model=self.teacher.model,
+                preprocessing=self.teacher.preprocessing,
+                transform=self.teacher.transform,
+                precision=options.precision,
+            ),
         )
 
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:

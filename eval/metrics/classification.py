@@ -16,6 +16,11 @@ NO_LABEL = -1  # pads the labels of items that have fewer than others
 TOP_KS = (1, 5)
 
 
+def telling_ks(classes: int, ks: Sequence[int] = TOP_KS) -> list[int]:
+    """Return 1 and those k for which not every prediction among the classes is right."""
+    return [k for k in ks if k == 1 or k < classes]
+
+
 @dataclass(frozen=True)
 class LinearClassifier:
     """Scores of C classes, x W + b: class embeddings, a ridge probe and a logistic probe are all of this form."""
@@ -136,7 +141,7 @@ def _score_chunk(scores_bC: Floats, labels_bL: Ints, scale: float) -> tuple[Ints
 def accuracies(predictions: ScoredPredictions, labels_NL: Ints, top: Sequence[int] = TOP_KS) -> dict[str, float]:
     """Return accuracies in 0..1 by name; those over items count the labelled ones.
 
-    `top<k>`: a label is among the k best classes, for each k of `top` that is not above the number of classes. Of
+    `top<k>`: a label is among the k best classes, for each k of `top` that is below the number of classes. Of
     several labels any one will do, as in ImageNet-ReaL (Beyer et al., 2020). `top1_optimistic`: the same for k = 1 with
     every tie won. `mean_per_class`: the mean of the accuracies of the classes that have items, where an item with
     several labels counts in each of its classes.
@@ -148,9 +153,8 @@ def accuracies(predictions: ScoredPredictions, labels_NL: Ints, top: Sequence[in
     if not labelled_N.any():
         raise ValueError(f"none of {len(labelled_N)} items has a label: check the label field and the class subset")
     values = {}
-    for k in top:
-        if k <= predictions.classes:
-            values[f"top{k}"] = float(predictions.correct_N(k)[labelled_N].mean())
+    for k in telling_ks(predictions.classes, top):
+        values[f"top{k}"] = float(predictions.correct_N(k)[labelled_N].mean())
     values["top1_optimistic"] = float((predictions.optimistic_N[labelled_N] < 1).mean())
     item, column = np.nonzero(labels_NL != NO_LABEL)
     label = labels_NL[item, column]

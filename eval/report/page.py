@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from threetowers.eval.left_out import evaluated_images, is_complete, left_out_text
 from threetowers.eval.metrics.significance import significance
 from threetowers.eval.record import EvalRecord, ExampleItem
 from threetowers.eval.report import plots, tables
@@ -25,7 +26,12 @@ class ReportPaths:
 
 
 def render(
-    results: Sequence[RunResult], output_dir: Path, *, title: str = "Evaluation", description: str = ""
+    results: Sequence[RunResult],
+    output_dir: Path,
+    *,
+    title: str = "Evaluation",
+    description: str = "",
+    notes: Sequence[str] = (),
 ) -> ReportPaths:
     """Write `report.html` (no script, no outside request) and `report.md` into a folder, replacing older ones.
 
@@ -37,11 +43,12 @@ def render(
         output_dir: Folder of the report.
         title: Of the page.
         description: A sentence on what is compared.
+        notes: Tasks that could not be done, and the like, for the top of the page.
 
     Raises:
         ValueError: There are no models, two of one name, or two records of one model for one gallery.
     """
-    page = _Page(results, title, description)
+    page = _Page(results, title, description, notes)
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(output_dir / "report.html", output_dir / "report.md")
     # A caption may hold what UTF-8 cannot encode; that must not cost the report.
@@ -53,7 +60,7 @@ def render(
 class _Page:
     """What both forms of the report show, computed once."""
 
-    def __init__(self, results: Sequence[RunResult], title: str, description: str) -> None:
+    def __init__(self, results: Sequence[RunResult], title: str, description: str, notes: Sequence[str]) -> None:
         names = [result.name for result in results]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a report needs at least one run and a different name for each, got {names}")
@@ -66,7 +73,7 @@ class _Page:
         self.galleries = list(dict.fromkeys(name for run in self.runs for name in run.galleries))
         scored = [run for run in self.runs if run.galleries]
         self.shared = [name for name in self.galleries if all(name in run.galleries for run in scored)]
-        self.warnings = _warnings(self.runs, self.galleries, self.shared)
+        self.warnings = [*notes, *_left_out(results), *_warnings(self.runs, self.galleries, self.shared)]
 
         self.comparison = tables.comparison_table(self.runs, self.shared)
         self.by_gallery = tables.gallery_table(self.runs, self.galleries)
@@ -197,6 +204,17 @@ def _warnings(runs: Sequence[RunRecords], galleries: Sequence[str], shared: Sequ
                         "they count against it."
                     )
     return warnings
+
+
+def _left_out(results: Sequence[RunResult]) -> list[str]:
+    """Return what was left out of each data set and why, each text once."""
+    lines: dict[str, None] = {}
+    for result in results:
+        for record in result.records:
+            if not is_complete(record.left_out):
+                text = left_out_text(evaluated_images(record.counts), record.left_out)
+                lines[f"Left out of {record.spec.data}, {record.spec.task}: {text}."] = None
+    return list(lines)
 
 
 def _provenance(records: Sequence[EvalRecord]) -> list[tuple[str, str]]:

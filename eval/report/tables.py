@@ -3,15 +3,18 @@
 import html
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from threetowers.eval.left_out import evaluated_images, left_out_share, left_out_text
 from threetowers.eval.record import EvalRecord
 
 RETRIEVAL = "retrieval"
 DIRECTIONS = {"text_to_image": "Text → image", "image_to_text": "Image → text"}
 CHANCE = "chance"
 NO_VALUE = "—"
+LEFT_OUT = "left out"
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,14 @@ def comparison_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Ta
     formats = [_percent] * len(keys) + [_rank] * len(medians)
     rows = []
     for (index, run), cells in zip(scored, _marked_cells(values, best, formats), strict=True):
-        rows.append(TableRow((run.name, run.method), cells, index))
+        share = TableCell(_left_out([run.galleries[name] for name in galleries]))
+        rows.append(TableRow((run.name, run.method), (*cells, share), index))
 
     # Chance is the same for every run, and has no median rank.
     chance = [TableCell(_percent(_mean(scored[0][1], galleries, _chance_key(key)))) for key in keys]
-    rows.append(TableRow((CHANCE, ""), (*chance, *(TableCell("") for _ in medians))))
-    columns += ("text → image", "image → text")
-    return Table(("Run", "Method"), columns, tuple(rows), (*spans, ("Median rank", 2)))
+    rows.append(TableRow((CHANCE, ""), (*chance, *(TableCell("") for _ in medians), TableCell(""))))
+    columns += ("text → image", "image → text", LEFT_OUT)
+    return Table(("Run", "Method"), columns, tuple(rows), (*spans, ("Median rank", 2), ("Images", 1)))
 
 
 def gallery_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | None:
@@ -168,11 +172,12 @@ def gallery_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table
             values.append([run.galleries[name].metrics.get(key, math.nan) for key in keys])
         cells = _marked_cells(values, [max] * len(keys), [_percent] * len(keys))
         for (index, run), run_cells in zip(scored, cells, strict=True):
-            rows.append(TableRow((name, run.name), run_cells, index))
+            share = TableCell(_left_out([run.galleries[name]]))
+            rows.append(TableRow((name, run.name), (*run_cells, share), index))
         metrics = scored[0][1].galleries[name].metrics
         chance = [TableCell(_percent(metrics.get(_chance_key(key), math.nan))) for key in keys]
-        rows.append(TableRow((name, CHANCE), tuple(chance)))
-    return Table(("Gallery", "Run"), columns, tuple(rows), spans)
+        rows.append(TableRow((name, CHANCE), (*chance, TableCell(""))))
+    return Table(("Gallery", "Run"), (*columns, LEFT_OUT), tuple(rows), (*spans, ("Images", 1)))
 
 
 def stage_table(names: Sequence[str], stage_seconds: Sequence[Mapping[str, float]]) -> Table | None:
@@ -195,7 +200,9 @@ def data_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | 
     """Return the counts and duplicates of each gallery, and the start of the digests that identify it."""
     columns = {
         "images": "images",
-        "captions": "captions",
+        "captions": "searched for",
+        "captions_merged": "merged",
+        "captions_beyond_limit": "over the limit",
         "groups": "groups",
         "image_duplicates": "all",
         "image_duplicates_across_groups": "across groups",
@@ -204,15 +211,26 @@ def data_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | 
         "image_to_text/excluded": "images",
         "text_to_image/excluded": "captions",
     }
-    spans = (("", 3), ("Duplicate images", 2), ("Duplicate captions", 2), ("Without a match", 2), ("Digest of", 2))
+    spans = (
+        ("", 1),
+        ("Captions", 3),
+        ("", 1),
+        ("Duplicate images", 2),
+        ("Duplicate captions", 2),
+        ("Without a match", 2),
+        ("Digest of", 2),
+        ("Left out", 1),
+    )
     rows = []
     for name in galleries:
         records = [run.galleries[name] for run in runs if name in run.galleries]
         if records:
             counts = [TableCell(_count(records[0].counts.get(key))) for key in columns]
             digests = (TableCell(records[0].sample_ids[:8]), TableCell(records[0].texts[:8]))
-            rows.append(TableRow((name,), (*counts, *digests)))
-    return Table(("Gallery",), (*columns.values(), "sample ids", "captions"), tuple(rows), spans) if rows else None
+            reasons = TableCell(left_out_text(evaluated_images(records[0].counts), records[0].left_out))
+            rows.append(TableRow((name,), (*counts, *digests, reasons)))
+    names = (*columns.values(), "sample ids", "captions", "images")
+    return Table(("Gallery",), names, tuple(rows), spans) if rows else None
 
 
 def tie_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | None:
@@ -239,18 +257,21 @@ def tie_table(runs: Sequence[RunRecords], galleries: Sequence[str]) -> Table | N
 def other_table(names: Sequence[str], records: Sequence[Sequence[EvalRecord]]) -> Table | None:
     """Return every metric of the records of other tasks than retrieval, a column a run; no value is marked as best."""
     values: dict[tuple[str, str, str], dict[int, float]] = {}
+    shares: dict[tuple[str, str], dict[str, None]] = {}
     for index, run in enumerate(records):
         for record in run:
             if record.spec.task == RETRIEVAL:
                 continue
+            shares.setdefault((record.spec.task, record.spec.data), {})[_left_out([record])] = None
             for metric, value in record.metrics.items():
                 if not re.search(r"_seed\d+$", metric):  # the mean and the deviation over seeds are shown instead
                     values.setdefault((record.spec.task, record.spec.data, metric), {})[index] = value
     rows = []
     for key, by_run in values.items():
         cells = [TableCell(f"{by_run[i]:.4g}" if i in by_run else NO_VALUE) for i in range(len(names))]
-        rows.append(TableRow(key, tuple(cells)))
-    return Table(("Task", "Data", "Metric"), tuple(names), tuple(rows)) if rows else None
+        share = TableCell(" / ".join(shares[key[:2]]))
+        rows.append(TableRow(key, (*cells, share)))
+    return Table(("Task", "Data", "Metric"), (*names, LEFT_OUT), tuple(rows)) if rows else None
 
 
 def tie_gap(run: RunRecords, gallery: str, direction: str) -> float:
@@ -290,6 +311,21 @@ def _recall_columns(records: Iterable[EvalRecord]) -> tuple[list[str], tuple[tup
     keys = [f"{direction}/recall@{k}" for direction in DIRECTIONS for k in ks]
     spans = tuple((text, len(ks)) for text in DIRECTIONS.values())
     return keys, spans, tuple(f"R@{k}" for k in ks) * len(DIRECTIONS)
+
+
+def _left_out(records: Sequence[EvalRecord]) -> str:
+    """Return how many images were left out of how many, over some records.
+
+    The galleries of one data set name the same images.
+    """
+    left_out: Counter[str] = Counter()
+    seen = set()
+    for record in records:
+        key = (record.spec.tars, record.spec.settings.get("images"), tuple(sorted(record.left_out.items())))
+        if key not in seen:
+            seen.add(key)
+            left_out.update(record.left_out)
+    return left_out_share(sum(evaluated_images(record.counts) for record in records), left_out)
 
 
 def _chance_key(recall_key: str) -> str:

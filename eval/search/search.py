@@ -11,10 +11,12 @@ import numpy as np
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.encoder import Encoder, NoTextTower
+from threetowers.eval.left_out import left_out_text
 from threetowers.eval.report.thumbnails import ThumbnailStore, thumbnail
 from threetowers.eval.search.index import Device, build_index, exact_search
 
 UPPER_HALF = "▀"
+DEFAULT_K = 10
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class SearchResults:
     hits: list[list[SearchHit]]
     exact: bool
 
+    @property
+    def left_out(self) -> str:
+        """What of the gallery could not be searched, and why."""
+        return left_out_text(len(self.data.images), self.data.left_out)
+
     def text(self, columns: int = 0) -> str:
         """Return keys, scores and captions, with `columns` > 0 also the images, that many characters wide."""
         lines = []
@@ -50,7 +57,7 @@ class SearchResults:
                         for row in half_blocks(self.data.encoded(hit.image), columns, self.data.max_pixels)
                     ]
         kind = "exact" if self.exact else "approximate"
-        lines.append(f"{self.model}, {kind} search of {len(self.data.images):,} images")
+        lines.append(f"{self.model}, {kind} search of {len(self.data.images):,} images; left out: {self.left_out}")
         return "\n".join(lines)
 
     def write(self, out: Path) -> Path:
@@ -75,7 +82,7 @@ def find(
     encoder: Encoder,
     data: ImageSet,
     queries: Sequence[str],
-    k: int,
+    k: int | None = None,
     *,
     index: str = "Flat",
     parameters: str = "",
@@ -89,7 +96,7 @@ def find(
         encoder: The model.
         data: The gallery.
         queries: The texts.
-        k: Number of images a text.
+        k: Number of images a text; None: ten, or all if there are fewer.
         index: FAISS factory string (see `build_index`).
         parameters: Search settings of the index.
         device: Where the search runs.
@@ -100,6 +107,8 @@ def find(
     """
     if not encoder.sees_text:
         raise NoTextTower(f"{encoder.info.name} sees images only: search by text needs a text tower")
+    if k is None:
+        k = min(DEFAULT_K, len(data.images))
     if not 1 <= k <= len(data.images):
         raise ValueError(f"k must be between 1 and the {len(data.images)} images of the gallery, got {k}")
     if empty := [query for query in queries if not query.strip()]:

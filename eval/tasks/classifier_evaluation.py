@@ -19,6 +19,7 @@ from threetowers.eval.metrics.classification import (
     mean_average_precision,
     reliability,
     score_predictions,
+    telling_ks,
 )
 from threetowers.eval.record import EvalResult, ItemArrays
 
@@ -46,20 +47,21 @@ def evaluate_classifier(
 
     Returns:
         `top1`, `top5`, `top1_optimistic`, `mean_per_class`, `calibration_error`, and with several labels per image
-        `mean_average_precision`; for each image whether it is right, its confidence, prediction and labels.
+        `mean_average_precision`; for each image whether it is right (NaN for one without a label, which accuracies
+        leave out), its confidence, prediction and labels.
     """
     labels_NL = _candidate_labels(part)
     judged = score_part(classifier, x_ND, part, scale)
     metrics = accuracies(judged, labels_NL, TOP_KS)
-    metrics["calibration_error"] = reliability(judged.confidence_N, judged.correct_N()).error
-    if labels_NL.shape[1] > 1:
+    labelled_N = judged.labelled_N
+    metrics["calibration_error"] = reliability(judged.confidence_N[labelled_N], judged.correct_N()[labelled_N]).error
+    if part.multi_label:
         scores_NC = np.concatenate(list(_candidates_only(classifier, part).scores(x_ND)))
         metrics["mean_average_precision"] = mean_average_precision(scores_NC, labels_NL)
 
     items: dict[str, NDArray[Any]] = {}
-    for k in TOP_KS:
-        if k <= judged.classes:
-            items[f"top{k}"] = judged.correct_N(k).astype(np.float32)
+    for k in telling_ks(judged.classes):
+        items[f"top{k}"] = np.where(labelled_N, judged.correct_N(k), np.nan).astype(np.float32)
     items["confidence"] = judged.confidence_N
     items["predicted"] = part.candidate_classes[judged.predicted_N]
     items["label"] = part.labels_NL
@@ -91,8 +93,8 @@ def group_items(part: DatasetPart) -> ItemArrays:
 
 
 def part_counts(part: DatasetPart) -> dict[str, int]:
-    """Return the numbers of images, candidate classes, images left out, and notes on the others."""
-    return {"images": len(part.rows), "classes": len(part.candidate_classes), **part.left_out, **part.notes}
+    """Return the numbers of images and candidate classes, and notes on the images."""
+    return {"images": len(part.rows), "classes": len(part.candidate_classes), **part.notes}
 
 
 def with_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Out-of-distribution detection: the images of a data set are told from outliers by a score."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from threetowers.eval.tasks.classifier_evaluation import embed_part, part_counts
 from threetowers.eval.tasks.settings import OodSettings
 from threetowers.eval.tasks.zeroshot import zero_shot_classifier
 
+NEIGHBOUR = 50
+
 
 def ood(encoder: Encoder, dataset: EvalDataset, settings: OodSettings, thumbnails: ThumbnailStore) -> EvalResult:
     """Return `<outliers>/<score>/auroc` and so on for each part of outliers, see `detection_metrics`.
@@ -23,12 +26,13 @@ def ood(encoder: Encoder, dataset: EvalDataset, settings: OodSettings, thumbnail
     """
     train = dataset.train_part
     train_MD = embed_part(encoder, train)
+    k = settings.k or min(NEIGHBOUR, len(train_MD))
     mahalanobis = Mahalanobis.fit(train_MD, train.label_N)
     classifier = zero_shot_classifier(encoder, dataset) if encoder.sees_text and dataset.templates else None
 
     def scores(part: DatasetPart) -> dict[str, NDArray[np.float64]]:
         x_ND = embed_part(encoder, part)
-        found = {"knn": neighbour_score(train_MD, x_ND, settings.k), "mahalanobis": mahalanobis.score(x_ND)}
+        found = {"knn": neighbour_score(train_MD, x_ND, k), "mahalanobis": mahalanobis.score(x_ND)}
         if classifier is not None:
             blocks = [class_scores(cosine_bC, encoder.logit_scale) for cosine_bC in classifier.scores(x_ND)]
             for name in blocks[0]:
@@ -47,6 +51,16 @@ def ood(encoder: Encoder, dataset: EvalDataset, settings: OodSettings, thumbnail
     return EvalResult(metrics, counts, items)
 
 
-def check_ood(dataset: EvalDataset, settings: OodSettings) -> None:
-    """Raise ValueError for a neighbour beyond the training images."""
-    check_neighbours([settings.k], len(dataset.train_part.label_N))
+def fit_ood(dataset: EvalDataset, settings: OodSettings) -> tuple[OodSettings, list[str]]:
+    """Return settings with a neighbour that there is, and how it differs from the usual one.
+
+    Raises:
+        ValueError: For a neighbour of the settings beyond the training images.
+    """
+    images = len(dataset.train_part.label_N)
+    if settings.k is not None:
+        check_neighbours([settings.k], images)
+        return settings, []
+    k = min(NEIGHBOUR, images)
+    notes = [f"k of {k} instead of {NEIGHBOUR}, as there are {images} training images"] if k < NEIGHBOUR else []
+    return replace(settings, k=k), notes

@@ -11,10 +11,12 @@ import xxhash
 
 from threetowers.cache.webdataset.groups import BadField, field_name, sample_group
 from threetowers.eval.datasets.dataset import DatasetPart, EvalDataset
+from threetowers.eval.datasets.dataset_config import DatasetError, UnfitForTask
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder
-from threetowers.eval.metrics.recall import RECALL_KS, evaluate_retrieval, hit_rate
+from threetowers.eval.left_out import NO_CAPTION
+from threetowers.eval.metrics.recall import RECALL_KS, count_duplicates, evaluate_retrieval, hit_rate
 from threetowers.eval.record import EvalResult, Example, ExampleItem
 from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.search.index import VectorIndex, build_index, recall_against_exact
@@ -33,7 +35,10 @@ MISSED = "Missed most: "
 
 @dataclass(frozen=True)
 class Gallery:
-    """What is searched: some images, and each distinct caption of each of their groups once.
+    """What is searched: some images, and their captions.
+
+    By default each distinct caption of a group is searched for once; with `duplicate_captions: each` every caption of
+    every image is.
 
     Attributes:
         images: The images.
@@ -41,6 +46,8 @@ class Gallery:
         captions: The captions.
         image_group_N: Number of the group of each image.
         text_group_M: Number of the group of each caption.
+        given: Every caption of the images up to the limit, with the number of its group; equal ones are not merged.
+        beyond_limit: Captions beyond the limit per image, which are not used.
     """
 
     images: list[EvalImage]
@@ -48,6 +55,8 @@ class Gallery:
     captions: list[str]
     image_group_N: GroupIds
     text_group_M: GroupIds
+    given: list[tuple[int, str]]
+    beyond_limit: int
 
     @classmethod
     def of(cls, part: DatasetPart, settings: RetrievalSettings) -> "Gallery":
@@ -58,18 +67,32 @@ class Gallery:
             tar = part.data.tars[image.tar]
             groups.append(sample_group(tar, image.ordinal, image.fields, settings.group_field).name)
         numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        # Several images of one group bring the same captions: each is searched for once.
-        pairs: dict[tuple[str, str], None] = {}
+        given: list[tuple[int, str]] = []
+        beyond_limit = 0
         for image, group in zip(images, groups, strict=True):
-            for caption in image.captions[: settings.max_captions]:
-                pairs[group, caption] = None
+            used = image.captions[: settings.max_captions]
+            given += [(numbers[group], caption) for caption in used]
+            beyond_limit += len(image.captions) - len(used)
+        # Several images of one group bring the same captions.
+        searched = list(dict.fromkeys(given)) if settings.duplicate_captions == "once" else given
         return cls(
             images=images,
             groups=groups,
-            captions=[caption for _, caption in pairs],
+            captions=[caption for _, caption in searched],
             image_group_N=np.array([numbers[group] for group in groups]),
-            text_group_M=np.array([numbers[group] for group, _ in pairs]),
+            text_group_M=np.array([number for number, _ in searched]),
+            given=given,
+            beyond_limit=beyond_limit,
         )
+
+    def caption_counts(self) -> dict[str, int]:
+        """Return how many captions the images have: beyond the limit, merged with an equal one, and duplicates."""
+        duplicates = count_duplicates([caption for _, caption in self.given], [number for number, _ in self.given])
+        return {
+            "captions_beyond_limit": self.beyond_limit,
+            "captions_merged": len(self.given) - len(self.captions),
+            **{f"caption_{name}": count for name, count in duplicates.items()},
+        }
 
 
 def retrieval(
@@ -92,7 +115,6 @@ def retrieval(
         gallery.image_group_N,
         gallery.text_group_M,
         image_hashes=[xxhash.xxh3_64_intdigest(data.encoded(image)) for image in gallery.images],
-        text_hashes=gallery.captions,
     )
     items = dict(exact.items()) | embedding_map(image_ND, text_MD, settings.seed)
     # A group is no independent evidence: it has the same number in every gallery of the data set.
@@ -107,7 +129,7 @@ def retrieval(
     metrics = exact.metrics() | search.metrics()
     examples = search.text_examples(items["text_to_image/rank"]) + search.image_examples(items["image_to_text/rank"])
     part = replace(dataset.test, group_field=settings.group_field)
-    return EvalResult(metrics, {**exact.counts(), **part.left_out, **part.notes}, items, examples)
+    return EvalResult(metrics, exact.counts() | gallery.caption_counts() | part.notes, items, examples)
 
 
 def captioned_part(part: DatasetPart, settings: RetrievalSettings) -> tuple[DatasetPart, list[str]]:
@@ -117,11 +139,11 @@ def captioned_part(part: DatasetPart, settings: RetrievalSettings) -> tuple[Data
     no gallery. Without a value of the group field an image is its own group.
 
     Raises:
-        ValueError: No image can be searched, or none has the group field.
+        UnfitForTask: No image can be searched, or none has the group field.
     """
     usable: list[int] = []
     problems: list[str] = []
-    left_out = Counter({"without_caption": 0})
+    left_out = Counter(part.left_out)
     has_group = settings.group_field is None
     for position, image in enumerate(part.images()):
         has_group = has_group or settings.group_field in image.fields
@@ -133,16 +155,33 @@ def captioned_part(part: DatasetPart, settings: RetrievalSettings) -> tuple[Data
             usable.append(position)
     if not has_group:
         first = part.images()[0]
-        raise ValueError(
+        raise UnfitForTask(
             f"none of {len(part.rows)} images can be grouped; {part.data.name(first)}: group_field: no field "
             f"{settings.group_field!r}, only {sorted(first.fields)}"
         )
     if not usable:
-        raise ValueError(
+        raise UnfitForTask(
             f"none of {len(part.rows)} images can be used for retrieval; the first of {len(problems)} problems: "
             f"{problems[0]}"
         )
-    return replace(part.select(usable), left_out={**part.left_out, **left_out}), problems
+    return replace(part.select(usable), left_out=left_out), problems
+
+
+def captioned(dataset: EvalDataset, settings: RetrievalSettings) -> tuple[EvalDataset, list[str]]:
+    """Return a data set with those images of each part that can be searched, and why each other one cannot.
+
+    Raises:
+        UnfitForTask: No image of a part can be searched.
+        DatasetError: An image cannot, and `on_bad` is `error`.
+    """
+    test, problems = captioned_part(dataset.test, settings)
+    shifted = {}
+    for name, part in dataset.shifted.items():
+        shifted[name], more = captioned_part(part, settings)
+        problems += more
+    if problems and dataset.config.on_bad == "error":
+        raise DatasetError(f"{problems[0]}; set on_bad: skip to leave such samples out")
+    return replace(dataset, test=test, shifted=shifted), problems
 
 
 def _unsearchable(image: EvalImage, settings: RetrievalSettings) -> tuple[str, str]:
@@ -153,13 +192,13 @@ def _unsearchable(image: EvalImage, settings: RetrievalSettings) -> tuple[str, s
         try:
             name = field_name(image.fields, field)
         except BadField as error:
-            return f"bad_{key}", f"{key}: {error}"
+            return f"{key}: no name", f"{key}: {error}"
         if name is None and key == "gallery_field":
             found = f"no value in field {field!r}" if field in image.fields else f"no field {field!r}"
-            return f"without_{key}", f"{key}: {found}, only {sorted(image.fields)}"
+            return "no gallery field", f"{key}: {found}, only {sorted(image.fields)}"
     if not image.captions:
         faults = f" ({', '.join(image.notes)})" if image.notes else ""
-        return "without_caption", f"no caption in a .txt or .json member{faults}"
+        return NO_CAPTION, f"no caption in a .txt or .json member{faults}"
     return "", ""
 
 
@@ -172,11 +211,12 @@ def split_galleries(
         The galleries in the order of their names, and the problem of each image that is left out.
 
     Raises:
-        ValueError: No image can be searched.
+        UnfitForTask, DatasetError: As `captioned` does.
     """
-    part, problems = captioned_part(dataset.test, settings)
+    dataset, problems = captioned(dataset, settings)
+    part = dataset.test
     if settings.gallery_field is None:
-        return [(replace(dataset, test=part), settings)], problems
+        return [(dataset, settings)], problems
     positions: dict[str, list[int]] = {}
     for position, image in enumerate(part.images()):
         name = field_name(image.fields, settings.gallery_field)

@@ -22,7 +22,9 @@ class RetrievalSettings:
         group_field: JSON field that names the group of an image; images and captions of one group match. Without it, a
             caption matches its own image only.
         gallery_field: JSON field that splits the images into galleries, such as an art style; each gets a record.
-        max_captions: Captions used per image, the first ones.
+        max_captions: Captions used per image, the first ones; None: all, as clip-benchmark does.
+        duplicate_captions: Equal captions of one image or group: `once` searches for each text once, `each` for every
+            caption that is there, as clip-benchmark does.
         index: FAISS factory string of the index that is searched beside the exact ranks.
         index_parameters: Search parameters of the index, such as `nprobe=16`.
         examples: Queries of each kind that the report shows.
@@ -31,7 +33,8 @@ class RetrievalSettings:
 
     group_field: str | None = None
     gallery_field: str | None = None
-    max_captions: Count = 5
+    max_captions: Count | None = 5
+    duplicate_captions: Literal["once", "each"] = "once"
     index: str = "Flat"
     index_parameters: str = ""
     examples: CountOrZero = 6
@@ -48,9 +51,12 @@ class ZeroShotSettings:
 
 @validated(frozen=True, config=FORBID_EXTRA)
 class FewShotSettings:
-    """Settings of `fewshot`: training images per class, seeds of their choice, and the ridge penalty."""
+    """Settings of `fewshot`: training images per class, seeds of their choice, and the ridge penalty.
 
-    shots: list[Count] = field(default_factory=lambda: list(ridge_probe.SHOTS))
+    Without `shots`, those of 1, 5, 10 and 25 that every class has.
+    """
+
+    shots: list[Count] | None = None
     seeds: list[int] = field(default_factory=lambda: list(ridge_probe.SEEDS))
     l2: PositiveFloat = ridge_probe.L2
 
@@ -65,9 +71,12 @@ class ProbeSettings:
 
 @validated(frozen=True, config=FORBID_EXTRA)
 class KnnSettings:
-    """Settings of `knn`: numbers of neighbours, and the temperature of weighted votes."""
+    """Settings of `knn`: numbers of neighbours, and the temperature of weighted votes.
 
-    ks: list[Count] = field(default_factory=lambda: list(neighbour_votes.NEIGHBOUR_KS))
+    Without `ks`, those of 1, 5, 10 and 20 for which there are training images.
+    """
+
+    ks: list[Count] | None = None
     temperature: PositiveFloat = neighbour_votes.TEMPERATURE
 
 
@@ -81,9 +90,9 @@ class ShiftSettings:
 
 @validated(frozen=True, config=FORBID_EXTRA)
 class OodSettings:
-    """Settings of `ood`: the neighbour whose cosine is the k-NN score."""
+    """Settings of `ood`: the neighbour whose cosine is the k-NN score; without `k` the 50th, or the last there is."""
 
-    k: Count = 50
+    k: Count | None = None
 
 
 @validated(frozen=True, config=FORBID_EXTRA)

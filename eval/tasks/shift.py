@@ -17,7 +17,7 @@ from threetowers.eval.tasks.classifier_evaluation import (
     score_part,
     with_prefix,
 )
-from threetowers.eval.tasks.retrieval import DIRECTION_NAMES, Gallery, captioned_part
+from threetowers.eval.tasks.retrieval import DIRECTION_NAMES, Gallery
 from threetowers.eval.tasks.settings import RetrievalSettings, ShiftSettings
 from threetowers.eval.tasks.zeroshot import zero_shot_classifier
 
@@ -60,8 +60,7 @@ def _retrieval_shift(encoder: Encoder, dataset: EvalDataset, settings: Retrieval
     counts: dict[str, int] = {}
     items: dict[str, NDArray[Any]] = {}
     for name, part in {ORIGINAL: dataset.test, **dataset.shifted}.items():
-        usable, _ = captioned_part(part, settings)
-        gallery = Gallery.of(usable, settings)
+        gallery = Gallery.of(part, settings)
         found = evaluate_retrieval(
             encoder.images(part.data, gallery.images),
             encoder.texts(gallery.captions),
@@ -79,11 +78,9 @@ def _retrieval_shift(encoder: Encoder, dataset: EvalDataset, settings: Retrieval
     return EvalResult(metrics, counts, items)
 
 
-def check_shift(dataset: EvalDataset, settings: ShiftSettings) -> None:
-    """Raise ValueError for a version without captions, or without an original of its classes."""
-    if settings.of == "retrieval":
-        for part in (dataset.test, *dataset.shifted.values()):
-            captioned_part(part, settings.retrieval)
-    else:
+def fit_shift(dataset: EvalDataset, settings: ShiftSettings) -> tuple[ShiftSettings, list[str]]:
+    """Return the settings as they are. Raises ValueError for a version without an original of its classes."""
+    if settings.of == "zeroshot":
         for part in dataset.shifted.values():
             restrict_classes(dataset.test, part.candidate_classes)
+    return settings, []

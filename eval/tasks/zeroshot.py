@@ -51,7 +51,8 @@ def _examples(
     right_N = items["top1"] > 0
     drawn = np.random.default_rng(settings.seed).permutation(len(part.rows))[: settings.examples].tolist()
     by_confidence = np.argsort(-items["confidence"], kind="stable").tolist()
-    missed = [row for row in by_confidence if not right_N[row]][: settings.examples]
+    labelled_N = np.isfinite(items["top1"])
+    missed = [row for row in by_confidence if labelled_N[row] and not right_N[row]][: settings.examples]
 
     examples = []
     for heading, rows in ((TO_CLASSES, drawn), (MOST_CONFIDENT_MISSES, missed)):
@@ -65,6 +66,6 @@ def _examples(
                 ExampleItem(dataset.class_names[number], score=float(scores_C[number]), hit=number in labels)
                 for number in best_C[:EXAMPLE_CLASSES].tolist()
             )
-            rank = 1 + int(np.isin(best_C, list(labels)).argmax())
+            rank = 1 + int(np.isin(best_C, list(labels)).argmax()) if labels else None
             examples.append(Example(heading, ExampleItem(names, thumbnail), answers, rank))
     return examples

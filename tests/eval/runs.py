@@ -21,7 +21,7 @@ def finished(tree: dict[str, Any], constant: bool = False) -> Path:
     tars = [index_tar(tar) for tar in run.data.tars]
     caches = {name: CacheJoin(run.towers[name].path, tars).cache for name in run.towers_of("cache")}  # type: ignore[union-attr]
     torch.manual_seed(2)
-    vocab = Tokenizer.load(run.data.tokenizer).vocab_size
+    vocab = Tokenizer.load(run.data.tokenizer).embedding_rows(run.data.vocab_size)
     model = TowerModel(run, vocab, {name: cache.dim for name, cache in caches.items()})
     if constant:
         for head in (run.deploy.image, run.deploy.text):

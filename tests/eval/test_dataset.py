@@ -6,20 +6,30 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from tests.conftest import write_tar
 from threetowers.eval.datasets.dataset import DatasetPart, load_dataset_config, open_dataset
 from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError, parse_dataset_config
+from threetowers.eval.metrics.classification import LinearClassifier
+from threetowers.eval.tasks.classifier_evaluation import evaluate_classifier
 from threetowers.eval.tasks.retrieval import Gallery, captioned_part
-from threetowers.eval.tasks.settings import FewShotSettings, RetrievalSettings, ShiftSettings, ZeroShotSettings
+from threetowers.eval.tasks.settings import (
+    FewShotSettings,
+    RetrievalSettings,
+    ShiftSettings,
+    TasksConfig,
+    ZeroShotSettings,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,7 +101,7 @@ def test_labels_of_a_field(pets: dict[str, Any], tmp_path: Path) -> None:
     opened = open_dataset(parse(pets, tmp_path), "fewshot", FewShotSettings())
     assert opened.class_names == ["cat", "dog", "emu", "fox"]
     assert labels(opened.test) == [[0]] * 3 + [[1]] * 3 + [[2]] * 3 + [[3]] * 3
-    assert opened.test.left_out == {"unreadable": 1, "outside_subset": 0, "without_label": 0}
+    assert opened.test.left_out == {"unreadable": 1}
     assert opened.train is not None
     assert len(opened.train.rows) == 24
 
@@ -103,7 +113,7 @@ def test_class_names_by_value_and_subset(pets: dict[str, Any], tmp_path: Path) -
     )
     assert opened.class_names == ["red fox", "cat"]  # in the order of the classes
     assert labels(opened.test) == [[1]] * 3 + [[0]] * 3
-    assert opened.test.left_out["outside_subset"] == 6
+    assert opened.test.left_out["outside the subset"] == 6
     assert [p.fields["kind"] for p in opened.test.images()] == ["cat"] * 3 + ["fox"] * 3
 
 
@@ -131,7 +141,7 @@ def test_several_labels_and_none(tmp_path: Path) -> None:
     }
     opened = open_dataset(parse(tree, tmp_path), "zeroshot", ZeroShotSettings())
     assert labels(opened.test) == [[0, 1], [2], [1]]
-    assert opened.test.left_out["without_label"] == 1
+    assert opened.test.left_out["no label"] == 1
     with pytest.raises(ValueError, match="need one label per image"):
         _ = opened.test.label_N
 
@@ -198,14 +208,14 @@ def test_retrieval_in_a_clip_benchmark_folder(tmp_path: Path) -> None:
     (root / "dataset_type.txt").write_text("retrieval\n")
     write_tar(root / "test" / "0.tar", samples([{"txt": "one\ntwo \n\nthree"}, {"txt": "four"}, {"txt": " "}]))
     config = load_dataset_config(str(root))
-    assert config.tasks.retrieval == RetrievalSettings()
+    assert config.tasks.retrieval == RetrievalSettings(max_captions=None, duplicate_captions="each")
     opened = open_dataset(config, "retrieval", RetrievalSettings())
     part, problems = captioned_part(opened.test, RetrievalSettings(max_captions=2))
     gallery = Gallery.of(part, RetrievalSettings(max_captions=2))
     assert gallery.captions == ["one", "two", "four"]
     assert gallery.text_group_M.tolist() == [0, 0, 1]
     assert len(problems) == 1
-    assert part.left_out == {"unreadable": 0, "without_caption": 1}
+    assert part.left_out == {"no caption": 1}
 
 
 def test_shifted_part_with_fewer_classes_is_matched_by_name(layout: Path, tmp_path: Path) -> None:
@@ -256,7 +266,7 @@ def test_bad_configs_are_refused(pets: dict[str, Any], tmp_path: Path, change: d
         ({"classes": ["cat", "dog"]}, "has the label 'emu', which is none of the 2 classes"),
         ({"classes": "open_clip:cars"}, "expected a list, a mapping"),
         ({"subset": ["cat", "yak"]}, r"subset: \['yak'\] are none of the 4 classes"),
-        ({"filter": {"style": "pen"}}, "test: none of 12 images is left .*the first of 1 problems: .*broken"),
+        ({"filter": {"style": "pen"}}, r"test: filter: style: no image has 'pen'; found \['ink', 'oil'\]"),
         ({"filter": {"ink": "oil"}}, "filter: sample 's000' of test.tar has no field 'ink'"),
         ({"tars": ["nothing.tar"]}, "matches no file"),
         ({"prompts": None}, "zero-shot classification needs templates"),
@@ -287,7 +297,7 @@ def test_task_without_its_parts_is_refused(pets: dict[str, Any], tmp_path: Path,
         ("classnames.txt", None, "classes: labels are numbers"),
         ("classnames.txt", "cat\ndog\n", "has the label '2', which is none of the 2 classes"),
         ("zeroshot_classification_templates.txt", "a photo\n", "'a photo' has no slot"),
-        ("dataset_type.txt", "multilabel", "holds 'multilabel', expected one of"),
+        ("dataset_type.txt", "regression", "holds 'regression', expected one of"),
     ],
 )
 def test_bad_clip_benchmark_folders_are_refused(layout: Path, file: str, content: str | None, message: str) -> None:
@@ -343,6 +353,87 @@ def test_values_of_fields_are_compared_as_names(tmp_path: Path) -> None:
 def test_sources_of_captions_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="captions: found 'jpg', expected the extension of a text member"):
         parse({"name": "x", "tars": ["x.tar"], "captions": {"jpg": 1}}, tmp_path)
+
+
+def npy(value: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(value))
+    return file.getvalue()
+
+
+@pytest.fixture
+def multilabel(tmp_path: Path) -> Path:
+    """A multi-label folder as `clip_benchmark_export_wds` writes it: a 0 or 1 for each class of each image."""
+    root = tmp_path / "voc"
+    (root / "test").mkdir(parents=True)
+    (root / "test/nshards.txt").write_text("1")
+    (root / "dataset_type.txt").write_text("multilabel\n")
+    (root / "classnames.txt").write_text("cat\ndog\nemu\n")
+    (root / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    vectors = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]
+    made = [(f"s{n}", {"png": image_bytes(n), "npy": npy(vector)}) for n, vector in enumerate(vectors)]
+    write_tar(root / "test/0.tar", made)
+    return root
+
+
+def test_label_vectors_of_a_clip_benchmark_folder(multilabel: Path) -> None:
+    config = load_dataset_config(multilabel)
+    assert config.tasks == TasksConfig(zeroshot=ZeroShotSettings())
+    opened = open_dataset(config, "zeroshot", ZeroShotSettings())
+    assert labels(opened.test) == [[0], [0, 1], [], [1, 2]]
+    assert opened.metric == "mean_average_precision"
+    # The mean average precision is clip-benchmark's, an image of no class included.
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    scores_NC = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    result = evaluate_classifier(LinearClassifier(np.eye(3, dtype=np.float32)), scores_NC, opened.test)
+    target = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]])
+    expected = peer.average_precision_per_class(torch.from_numpy(scores_NC), target).mean()
+    assert result.metrics["mean_average_precision"] == pytest.approx(float(expected), abs=1e-6)
+    assert np.isnan(result.items["top1"]).tolist() == [False, False, True, False]
+    assert np.nanmean(result.items["top1"]) == pytest.approx(result.metrics["top1"])
+
+
+class Unpickled:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (npy([0, 1, 2]), "other numbers than 0 and 1"),
+        (npy([[0, 1, 0]]), r"holds int64 of shape \(1, 3\), expected a vector"),
+        (npy(["a", "b", "c"]), "expected a vector"),
+        (npy([0, 1, 0])[:-3], "label: "),
+        (b"", "label: "),
+        (npy(np.array([Unpickled()], dtype=object)), "allow_pickle=False"),
+        (npy(np.zeros(200_000)), "has 1600128 bytes, expected at most 1048576"),
+    ],
+)
+def test_bad_label_vector_is_a_bad_sample(
+    multilabel: Path, member: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [("s0", {"png": image_bytes(0), "npy": npy([0, 1, 0])}), ("s1", {"png": image_bytes(1), "npy": member})]
+    write_tar(multilabel / "test/0.tar", made)
+    test = open_dataset(load_dataset_config(multilabel), "zeroshot", ZeroShotSettings()).test
+    assert (len(test.rows), sum(test.left_out.values())) == (1, 1)
+    assert re.search(message, test.data.skipped[0])
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_label_vector_of_another_length_is_refused(multilabel: Path) -> None:
+    (multilabel / "classnames.txt").write_text("cat\ndog\n")
+    with pytest.raises(DatasetError, match=r"'s0' of 0\.tar has a vector of 3 labels, expected one for each of 2 cl"):
+        open_dataset(load_dataset_config(multilabel), "zeroshot", ZeroShotSettings())
+
+
+def test_samples_without_a_label_are_counted(layout: Path, tmp_path: Path) -> None:
+    made = samples([{"cls": 0}, {"txt": "no label"}, {"cls": 2}])
+    write_tar(layout / "test/1.tar", made)
+    config = load_dataset_config(layout)
+    assert open_dataset(config, "zeroshot", ZeroShotSettings()).test.left_out == {"no label": 1}
+    with pytest.raises(DatasetError, match=r"sample 's001' has no \.cls member"):
+        open_dataset(replace(config, on_bad="error"), "zeroshot", ZeroShotSettings())
 
 
 def test_captions_are_needed_for_retrieval(layout: Path) -> None:

@@ -23,7 +23,7 @@ class CountingEncoder(Encoder):
     """Embeds each image as its ordinal, counts its inputs, and can raise after some of them."""
 
     dim = 3
-    info = ModelInfo("counting", "d1", None, "float32", "none")
+    info = ModelInfo("counting", "d1", None, "float32", "none", "f1")
 
     def __init__(self, folder: Path | None = None, dies_after: int | None = None, block_rows: int = 8) -> None:
         self.store = None if folder is None else EmbeddingStore(folder, block_rows)

@@ -58,6 +58,7 @@ def test_round_trip(tmp_path: Path) -> None:
         {"model_digest": "ab13"},
         {"precision": "bfloat16"},
         {"cache_manifest": None},
+        {"model_fingerprint": "another architecture"},
         {"settings": {"group": "concept", "captions": 4}},
         {"tars": (TarRef("test-00000.tar", "9f86", 77),)},
     ],
@@ -114,7 +115,7 @@ def test_damaged_records_are_refused_by_file_and_field(tmp_path: Path) -> None:
 
     refused(json.dumps(content)[:-20], "cannot be read as JSON")
     refused("[1]", "record format None")
-    refused(json.dumps(content | {"format": 99}), "record format 99, this version reads 3")
+    refused(json.dumps(content | {"format": 99}), "record format 99, this version reads 4")
     refused(json.dumps(content | {"spec": content["spec"] | {"step": "many"}}), "spec.step: Input should be")
     del content["counts"]
     refused(json.dumps(content), "counts: ")

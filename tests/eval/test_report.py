@@ -139,7 +139,7 @@ def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     assert page.text.count(visible) >= 5  # title, heading, description, run, query, captions
     assert "<script" not in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("| ") and "script" in line]
-    assert rows[0].replace("\\|", "").count("|") == 1 + 2 + 8  # the comparison: two heads and eight values
+    assert rows[0].replace("\\|", "").count("|") == 1 + 2 + 9  # the comparison: two heads and nine values
 
 
 def test_best_values_are_marked_and_chance_is_shown(tmp_path: Path) -> None:

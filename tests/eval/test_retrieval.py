@@ -1,14 +1,17 @@
 """The retrieval task on real runs: matches, the rows of LiT runs, galleries, ensembles, records and report."""
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import xxhash
 
 from tests.conftest import COLOURS, THINGS, picture, samples_of, write_tar
 from tests.eval.runs import finished
@@ -21,12 +24,14 @@ from threetowers.eval.cli import compare as command_compare
 from threetowers.eval.compare import compare
 from threetowers.eval.datasets.dataset import open_dataset
 from threetowers.eval.datasets.dataset_config import DatasetConfig
-from threetowers.eval.datasets.image_set import read_images
-from threetowers.eval.encoders.encoder import LoadOptions
+from threetowers.eval.datasets.image_set import EvalImage, ImageSet, read_images
+from threetowers.eval.encoders.embedding_store import Embeddings
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
 from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.eval.metrics.significance import group_by_recipe
-from threetowers.eval.suite import SuiteResult, evaluate
+from threetowers.eval.record import EvalRecord
+from threetowers.eval.suite import SuiteResult, evaluate, plan_evaluations, run_evaluation
 from threetowers.eval.tasks.retrieval import Gallery, split_galleries
 from threetowers.eval.tasks.settings import RetrievalSettings, TasksConfig
 from threetowers.eval.terminal import retrieval_text
@@ -106,7 +111,7 @@ def test_each_gallery_has_a_record(clip: dict[str, Any], tmp_path: Path) -> None
     result = run_retrieval([finished(clip)], [tar], tmp_path / "report", settings)
     assert [record.spec.data for record in result.records] == ["a", "b"]
     assert [record.counts["captions"] for record in result.records] == [10, 10]
-    assert [record.counts["without_gallery_field"] for record in result.records] == [1, 1]
+    assert [record.left_out for record in result.records] == [{"no gallery field": 1}] * 2
     assert "'s0020': gallery_field: no field 'style'" in result.skipped[0]
     chosen = [[e for e in record.examples if e.heading == "Caption → images"] for record in result.records]
     assert [len(examples) for examples in chosen] == [2, 1]
@@ -196,9 +201,8 @@ def test_unreadable_samples_are_listed(clip: dict[str, Any], tmp_path: Path) -> 
     assert len(result.skipped) == 2
     assert "sample 's0002'" in result.skipped[0]
     assert "sample 's0004': no caption" in result.skipped[1]
-    assert "2 samples left out; the first: " in retrieval_text(result)
-    assert result.records[0].counts["unreadable"] == 1
-    assert result.records[0].counts["without_caption"] == 1
+    assert "left out of all, retrieval: 2 of 6 images: 1 unreadable, 1 no caption" in retrieval_text(result)
+    assert result.records[0].left_out == {"unreadable": 1, "no caption": 1}
     assert result.records[0].counts["images"] == 4
 
 
@@ -293,3 +297,91 @@ def test_retrieval_command(
     assert "all: 45 images, 40 captions, 20 groups" in capsys.readouterr().out
     command_compare((tmp_path / "out",))
     assert "report: " in capsys.readouterr().out
+
+
+def captions_of(number: int) -> list[str]:
+    """Three to seven captions of an image, of which the first two are equal."""
+    looks = [f"{number} look {look}" for look in range(number % 5)]
+    return [f"thing {number}", f"thing {number}", f"{number} seen", *looks]
+
+
+class NoisyEncoder(Encoder):
+    """Embeds an image by its number, and a caption as the image of its number with noise of its own."""
+
+    dim = 8
+    info = ModelInfo("noisy", "d", None, "float32", "none", "f")
+
+    def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
+        for image in images:
+            yield self.vector(int(image.key[1:]))
+
+    def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
+        for caption in captions:
+            number = int(re.findall(r"\d+", caption)[0])
+            yield self.vector(number) + 1.2 * self.vector(xxhash.xxh3_64_intdigest(caption.encode()))
+
+    def vector(self, seed: int) -> Embeddings:
+        vector = np.random.default_rng(seed).standard_normal((1, self.dim)).astype(np.float32)
+        return vector / np.linalg.norm(vector)
+
+
+@pytest.fixture
+def repeated(tmp_path: Path) -> Path:
+    """A CLIP_benchmark folder of 40 images with duplicate captions, and with more and fewer than five."""
+    root = tmp_path / "repeated"
+    (root / "test").mkdir(parents=True)
+    (root / "test/nshards.txt").write_text("1")
+    (root / "dataset_type.txt").write_text("retrieval")
+    samples = []
+    for number, (key, members) in enumerate(samples_of(0, 40)):
+        samples.append((key, {"png": members["png"], "txt": "\n".join(captions_of(number)).encode()}))
+    write_tar(root / "test/0.tar", samples)
+    return root
+
+
+def recorded(dataset: str | Path | DatasetConfig, output_dir: Path) -> EvalRecord:
+    (planned,) = plan_evaluations(dataset).evaluations
+    return run_evaluation(planned, NoisyEncoder(), output_dir)
+
+
+def test_a_clip_benchmark_folder_gives_clip_benchmarks_recalls(repeated: Path, tmp_path: Path) -> None:
+    peer = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    record = recorded(repeated, tmp_path / "out")
+    # As clip-benchmark's `evaluate` does: all lines of all images, each its own query and its own item.
+    model = NoisyEncoder()
+    owner = [row for row in range(40) for _ in captions_of(row)]
+    text_MD = torch.from_numpy(model.texts([caption for row in range(40) for caption in captions_of(row)]))
+    image_ND = torch.from_numpy(np.concatenate([model.vector(row) for row in range(40)]))
+    scores = text_MD @ image_ND.T
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(len(owner)), torch.tensor(owner)] = True
+    sides = {"text_to_image": (scores, positive), "image_to_text": (scores.T, positive.T)}
+    merged = recorded(DatasetConfig(name="ours", root=str(repeated), tasks=ONCE), tmp_path / "out")
+    for direction, (side, matches) in sides.items():
+        assert record.counts[f"{direction}/tied"] == 0
+        for k in (1, 5, 10):
+            expected = (peer.batchify(peer.recall_at_k, side, matches, 7, "cpu", k=k) > 0).float().mean()
+            assert record.metrics[f"{direction}/recall@{k}"] == pytest.approx(float(expected), abs=1e-6)
+        assert record.metrics[f"{direction}/recall@1"] != merged.metrics[f"{direction}/recall@1"]
+
+
+ONCE = TasksConfig(retrieval=RetrievalSettings())
+
+
+def test_duplicates_and_limits_are_settings_and_their_counts_true(repeated: Path, tmp_path: Path) -> None:
+    given = [captions_of(number) for number in range(40)]
+    total = sum(map(len, given))
+    assert min(map(len, given)) < 5 < max(map(len, given))
+    found = []
+    for limit, each in ((None, "each"), (None, "once"), (5, "each"), (5, "once")):
+        settings = RetrievalSettings(max_captions=limit, duplicate_captions=each)  # type: ignore[arg-type]
+        config = DatasetConfig(name="r", root=str(repeated), tasks=TasksConfig(retrieval=settings))
+        counts = recorded(config, tmp_path / "out").counts
+        beyond = 0 if limit is None else sum(max(0, len(captions) - limit) for captions in given)
+        assert counts["captions_beyond_limit"] == beyond
+        assert counts["captions_merged"] == (40 if each == "once" else 0)
+        assert counts["captions"] + counts["captions_merged"] + beyond == total
+        assert counts["caption_duplicates"] == 80
+        assert counts["caption_duplicates_across_groups"] == 0
+        found.append(counts["captions"])
+    assert len(set(found)) == 4

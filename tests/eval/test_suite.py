@@ -11,9 +11,10 @@ import torch
 import yaml
 from sklearn.metrics import balanced_accuracy_score
 
+from tests.conftest import samples_of, write_tar
 from tests.eval.runs import finished
 from threetowers.cache.webdataset.tar_index import index_tar
-from threetowers.eval.datasets.dataset_config import DatasetError
+from threetowers.eval.datasets.dataset_config import DatasetConfig, DatasetError
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet, read_images
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions
@@ -214,3 +215,165 @@ def test_knn_command(clip: dict[str, Any], config: Path, tmp_path: Path, capsys:
     assert "emoji  knn  majority@5/mean_per_class" in capsys.readouterr().out
     (record,) = (tmp_path / "out/records").glob("*.json")
     assert json.loads(record.read_text())["spec"]["task"] == "knn"
+
+
+def test_task_that_cannot_be_done_is_named_and_the_others_are_done(
+    clip: dict[str, Any], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Explicit values that do not fit are refused by name; so are tasks that lack images of a class, or prompts."""
+    from threetowers.eval.cli import EvalFlags, suite
+
+    tree = {name: value for name, value in TREE.items() if name != "prompts"} | {
+        "classes": {**TREE["classes"], "dragons": "dragon"},
+        "tasks": {"retrieval": {}, "zeroshot": {}, "probe": {}, "knn": {"ks": [1, 9999]}, "ood": {}},
+    }
+    config.write_text(yaml.safe_dump(tree))
+    flags = EvalFlags((str(finished(clip)),), tmp_path / "out", workers=0)
+    assert suite(flags, (str(config),)) == 1
+    printed = capsys.readouterr().out
+    markdown = (tmp_path / "out/report.md").read_text()
+    for reason in (
+        "emoji.yaml: zeroshot: prompts: zero-shot classification needs templates",
+        "emoji.yaml: probe: 1 of 8 classes have no training item, the first is class ",
+        "emoji.yaml: knn: k of (1, 9999) over 582 training items: expected each from 1 to 582",
+    ):
+        assert f"not done: {config.parent}/{reason}" in printed
+        assert reason.partition(": ")[2].partition(":")[0] in markdown
+    assert sorted(path.name.partition("_")[0] for path in (tmp_path / "out/records").glob("*.json")) == [
+        "ood",
+        "retrieval",
+    ]
+
+
+def small(config: Path, count: int, tmp_path: Path, **changes: Any) -> Path:
+    """A data set of two classes with few training images and all defaults."""
+    for name, number in (("test", 12), ("train", count)):
+        samples = samples_of(0, number)
+        for row, (_, members) in enumerate(samples):
+            members["cls"] = str(row % 2).encode()
+        write_tar(tmp_path / f"{name}.tar", samples)
+    tree = {
+        "name": "two",
+        "tars": ["test.tar"],
+        "train": {"tars": ["train.tar"]},
+        "classes": ["even", "odd"],
+        "prompts": ["{c}"],
+        "outliers": {"same": {}},
+        "tasks": {"zeroshot": {}, "knn": {}, "fewshot": {}, "ood": {}},
+    }
+    config.write_text(yaml.safe_dump(tree | changes))
+    return config
+
+
+def test_defaults_fit_the_data_set_and_say_so(clip: dict[str, Any], config: Path, tmp_path: Path) -> None:
+    small(config, 15, tmp_path)
+    result = evaluate([finished(clip)], [config], tmp_path / "out", options=LoadOptions(workers=0))
+    assert result.exit_code == 0
+    found = {record.spec.task: record.metrics for record in result.records}
+    assert {name for name in found["knn"] if name.endswith("top1") and "majority" in name} == {
+        "majority@1/top1",
+        "majority@5/top1",
+        "majority@10/top1",
+    }
+    assert {name.partition("/")[0] for name in found["fewshot"]} == {"1-shot", "5-shot"}
+    assert "top5" not in found["zeroshot"]
+    text = suite_text(result)
+    assert "knn: no k of 20, as there are 15 training images" in text
+    assert "fewshot: no 10 shots, as the smallest class has 7 training images" in text
+    assert "ood: k of 15 instead of 50, as there are 15 training images" in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        ("top5", "metric: top5 of 2 classes: every prediction would be right; expected top1 or mean_per_class"),
+        ("mean_average_precision", "metric: mean_average_precision needs images with several labels, found one each"),
+    ],
+)
+def test_metric_that_says_nothing_is_refused(
+    clip: dict[str, Any], config: Path, tmp_path: Path, metric: str, reason: str
+) -> None:
+    small(config, 15, tmp_path, metric=metric, tasks={"zeroshot": {}, "knn": {}})
+    result = evaluate([finished(clip)], [config], tmp_path / "out", options=LoadOptions(workers=0))
+    (line,) = result.refused
+    assert reason in line
+    rows = [row for row in suite_text(result).splitlines() if row.startswith("two  ")]
+    assert any("majority@1/top1" in row for row in rows)  # what the task has in place of the set's metric
+    config.write_text(config.read_text().replace("knn: {}, ", "").replace("  knn: {}\n", ""))
+    with pytest.raises(DatasetError, match=reason):
+        evaluate([finished(clip)], [config], tmp_path / "out")
+
+
+def test_failure_of_one_model_leaves_the_others(
+    clip: dict[str, Any], lit: dict[str, Any], config: Path, tmp_path: Path
+) -> None:
+    """The LiT run has no rows of these images."""
+    result = evaluate([finished(clip), finished(lit)], [config], tmp_path / "out", tasks=["zeroshot"])
+    assert [record.spec.model for record in result.records] == ["clip"]
+    (line,) = result.refused
+    assert line.startswith("lit: emoji: zeroshot: ")
+    assert "--cache third=PATH" in line
+    assert result.exit_code == 1
+
+
+def test_what_labels_and_groups_are_read_from_is_in_the_spec(
+    clip: dict[str, Any], config: Path, tmp_path: Path
+) -> None:
+    small(config, 15, tmp_path)
+    run, out = finished(clip), tmp_path / "out"
+    changes: list[dict[str, Any]] = [
+        {},
+        {"group_field": "concept"},
+        {"label": "cls", "classes": {"0": "even", "1": "odd"}},
+        {"label": "cls", "classes": {"1": "even", "0": "odd"}},  # the same names in the same order
+    ]
+    files = []
+    for change in changes:
+        small(config, 15, tmp_path, **change)
+        files += [r.file_name for r in evaluate([run], [config], out, tasks=["zeroshot"]).records]
+    assert files[2] != files[3]
+    assert len(set(files)) == 3 + (files[0] != files[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            LoadOptions(caches={"fourth": Path("c")}),
+            r"--cache fourth=c: no such tower; .* cached towers \['third'\]",
+        ),
+        (LoadOptions(device="gpu"), "--device 'gpu': expected cpu, cuda"),
+    ],
+)
+def test_options_that_name_what_is_not_there_are_refused(
+    lit: dict[str, Any], tars: list[Path], tmp_path: Path, options: LoadOptions, message: str
+) -> None:
+    dataset = DatasetConfig(name="all", tars=[str(tar) for tar in tars])
+    with pytest.raises(ValueError, match=message):
+        evaluate([finished(lit)], [dataset], tmp_path / "out", tasks=["retrieval"], options=options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            LoadOptions(caches={"third": Path("c")}),
+            "--cache third=c: no such tower; found no model with",
+        ),
+        (LoadOptions(live_teacher=True), "--live-teacher: found no model with a cached tower; leave the flag out"),
+    ],
+)
+def test_options_for_cached_towers_need_one(
+    clip: dict[str, Any], tars: list[Path], tmp_path: Path, options: LoadOptions, message: str
+) -> None:
+    dataset = DatasetConfig(name="all", tars=[str(tar) for tar in tars])
+    with pytest.raises(ValueError, match=message):
+        evaluate([finished(clip)], [dataset], tmp_path / "out", tasks=["retrieval"], options=options)
+
+
+def test_a_tower_is_given_one_cache() -> None:
+    from threetowers.eval.cli import parse_caches
+
+    assert parse_caches(["a=x", "b=y=z"]) == {"a": Path("x"), "b": Path("y=z")}
+    with pytest.raises(ValueError, match="'a' is given twice, first as x"):
+        parse_caches(["a=x", "a=y"])

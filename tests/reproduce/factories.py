@@ -47,7 +47,13 @@ def _write_record(folder: Folder, experiment: Experiment, share: str, name: str,
     hard = {metric: np.random.default_rng(number).random(CONCEPTS) for number, metric in enumerate(metrics)}
     items = {metric: (x < quality).astype(np.float32) for metric, x in hard.items()}
     facts = ModelInfo(
-        f"made-up-{experiment.name}-{share}", "0" * 64, 10, "float32", "made up by a test", seed=experiment.seed
+        f"made-up-{experiment.name}-{share}",
+        "0" * 64,
+        10,
+        "float32",
+        "made up by a test",
+        "0" * 32,
+        seed=experiment.seed,
     )
     record = EvalRecord(
         spec=EvalSpec.of(task, gallery, facts, [], {}),

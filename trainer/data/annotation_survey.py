@@ -9,8 +9,9 @@ import numpy as np
 
 from threetowers.cache.processes.world import World
 from threetowers.cache.webdataset.captions import FIELD
+from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.groups import BAD_GROUP, BadField, SampleGroup, sample_group
-from threetowers.cache.webdataset.sample import Annotation, BadSample, read_annotation
+from threetowers.cache.webdataset.sample import Annotation, read_annotation
 from threetowers.trainer.config import ConfigError, TrainConfig
 from threetowers.trainer.data.mixture import MixtureComponent
 from threetowers.trainer.data.sample_set import SampleSet
@@ -120,8 +121,8 @@ def survey_annotations(config: TrainConfig, samples: SampleSet) -> list[str]:
         return [line for survey in surveys for line in survey.lines()]
 
     first = World.from_process_group().first
-    by_rank = gather_from_ranks(look if first else _nothing)
-    return by_rank[0]
+    lines: list[str] = gather_from_ranks(look if first else _nothing)[0]
+    return lines
 
 
 def _nothing() -> list[str]:

@@ -70,7 +70,8 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         )
 
     # Refuse a data set that is too small before anything else is set up
-    notes += left_aside_lines(tars)
+    read = set().union(*(component.captions.extensions for component in components))
+    notes += left_aside_lines(tars, read)
     samples = SampleSet(
         tars,
         caches,
