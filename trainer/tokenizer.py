@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import sentencepiece
 import torch
@@ -115,7 +115,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, character_coverage
         raise ValueError(f"--character-coverage: found {character_coverage}, expected 0.98 to 1")
 
     # What differs from SentencePiece's defaults alone: the model file lists whatever is given.
-    options: dict[str, float] = {}
+    options: dict[str, Any] = {}
     if character_coverage != CHARACTER_COVERAGE:
         options["character_coverage"] = character_coverage
     longest = max(len(text.encode()) for text in texts)

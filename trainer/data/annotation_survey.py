@@ -120,7 +120,7 @@ def survey_annotations(config: TrainConfig, samples: SampleSet) -> list[str]:
         return [line for survey in surveys for line in survey.lines()]
 
     first = World.from_process_group().first
-    by_rank = gather_from_ranks(look if first else _nothing)
+    by_rank: list[list[str]] = gather_from_ranks(look if first else _nothing)
     return by_rank[0]
 
 
