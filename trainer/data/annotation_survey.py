@@ -121,8 +121,8 @@ def survey_annotations(config: TrainConfig, samples: SampleSet) -> list[str]:
         return [line for survey in surveys for line in survey.lines()]
 
     first = World.from_process_group().first
-    lines: list[str] = gather_from_ranks(look if first else _nothing)[0]
-    return lines
+    by_rank: list[list[str]] = gather_from_ranks(look if first else _nothing)
+    return by_rank[0]
 
 
 def _nothing() -> list[str]:
