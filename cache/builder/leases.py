@@ -56,7 +56,7 @@ class Leases:
         self._data = json.dumps(asdict(worker)).encode()
         self._clock_offset: float | None = None  # seconds from this clock to the storage's
         self._held: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # held while a lease of this worker is written or deleted
 
     def acquire(self, tar_id: int) -> bool:
         """Acquire the lease on a tar if it is free or expired; return whether that succeeded."""
@@ -99,9 +99,9 @@ class Leases:
 
     def release(self, tar_id: int) -> None:
         """Release a lease, if it is still this worker's."""
-        if self.confirm(tar_id):
-            self.storage.delete(_name(tar_id))
         with self._lock:
+            if self.confirm(tar_id):
+                self.storage.delete(_name(tar_id))
             self._held.discard(tar_id)
 
     def release_all(self) -> None:
@@ -112,8 +112,9 @@ class Leases:
     def refresh(self) -> None:
         """Renew every lease that this worker holds."""
         for tar_id in tuple(self._held):
-            if self.confirm(tar_id):
-                self.storage.put(_name(tar_id), self._data, owner=_owner(tar_id))
+            with self._lock:  # a lease that is released meanwhile must not come back
+                if tar_id in self._held and self.confirm(tar_id):
+                    self.storage.put(_name(tar_id), self._data, owner=_owner(tar_id))
 
     def leased(self) -> set[int]:
         """Return the tars with a lease of any worker, by one listing."""

@@ -200,6 +200,8 @@ def read_table(storage: Storage, *, allow_empty: bool = False) -> TarTable:
     Raises:
         ManifestError: there is no table, or it was changed or copied in part.
     """
+    # Listed before the segments are read: another process may add one at any time, and each that is listed can be read.
+    listed = set(storage.listdir(TARS))
     segments: list[TableSegment] = []
     while True:
         name = _segment_name(len(segments))
@@ -218,7 +220,7 @@ def read_table(storage: Storage, *, allow_empty: bool = False) -> TarTable:
             )
         segments.append(segment)
     known = {_segment_name(i).removeprefix(f"{TARS}/") for i in range(len(segments))}
-    if unexpected := sorted(set(storage.listdir(TARS)) - known):
+    if unexpected := sorted(listed - known):
         raise ManifestError(
             f"{storage}: {storage.uri(_segment_name(len(segments)))} is missing, but {unexpected} exists: copy the "
             "cache again"

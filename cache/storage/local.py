@@ -10,6 +10,8 @@ from pathlib import Path
 from threetowers.cache.storage.atomic import make_folder, sync_folder, write_synced
 from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage, StorageError, WriteError
 
+MAX_ATTEMPTS = 20  # at a write whose partial file others remove each time
+
 
 class LocalStorage(Storage):
     """A folder of a file system.
@@ -85,15 +87,17 @@ class LocalStorage(Storage):
         writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
         partial = self.folder / PARTIAL_FOLDER / f"{owner}.{path.name}.{writer}"
         try:
-            make_folder(partial.parent)
-            make_folder(path.parent)
             try:
-                write_synced(partial, data)
-                try:
-                    written = finish(partial, path)
-                except FileNotFoundError:  # another process finished the same tar and removed its partial files
+                for attempt in range(MAX_ATTEMPTS):
+                    make_folder(partial.parent)
+                    make_folder(path.parent)
                     write_synced(partial, data)
-                    written = finish(partial, path)
+                    try:
+                        written = finish(partial, path)
+                        break
+                    except FileNotFoundError:  # each worker that finishes the same tar removes the tar's partial files
+                        if attempt == MAX_ATTEMPTS - 1:
+                            raise
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise

@@ -4,9 +4,13 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import pytest
+
 from threetowers.cache.builder.leases import LEASES, Leases, Worker
+from threetowers.cache.storage.local import LocalStorage
 from threetowers.cache.storage.storage import open_storage
 
 
@@ -23,3 +27,23 @@ def test_stale_leases_are_removed_and_live_ones_kept(tmp_path: Path) -> None:
     storage.put(probe, json.dumps(dataclasses.asdict(dead)).encode(), owner="clock")
     Leases(storage, Worker(token="another"), timeout=60).remove_stale({1})
     assert storage.listdir(LEASES) == ["2.json", "3.json"]  # 2 is not finished: its next worker takes it over
+
+
+def test_a_lease_that_is_released_during_a_heartbeat_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    leases = Leases(storage, Worker())
+    assert leases.acquire(1)
+    releasing = threading.Thread(target=leases.release, args=(1,))
+    real = storage.put
+
+    def put(name: str, data: bytes, owner: str) -> None:
+        releasing.start()
+        releasing.join(timeout=0.05)  # long enough to be over, if nothing holds it up
+        real(name, data, owner)
+
+    monkeypatch.setattr(storage, "put", put)
+    leases.refresh()
+    releasing.join()
+    assert storage.listdir(LEASES) == []

@@ -32,6 +32,7 @@ from threetowers.cache.format.store import write_tar_rows
 from threetowers.cache.format.tar_table import TableSegment, TarEntry, TarTable, common_root, extend, read_table
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.storage.local import LocalStorage
 from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.verify.verify import verify
 from threetowers.cache.webdataset.tar_index import Sample, SampleList, TarIndex, index_tar
@@ -191,6 +192,26 @@ def test_concurrent_builds_all_add_their_tars(tmp_path: Path) -> None:
     table = read_table(open_storage(tmp_path))
     assert [entry.id for entry in table.entries] == list(range(16))
     assert {entry.fingerprint for entry in table.entries} == {f"{i}-{j}" for i in range(4) for j in range(4)}
+
+
+class GrowsWhenRead(LocalStorage):
+    """A storage to which another process adds a segment right after a reader found that there is no further one."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        try:
+            return super().read(name, start, stop)
+        except FileNotFoundError:
+            extend(LocalStorage(self.folder), [tar(f"/late/{name}.tar", name)], rows_per_tar=5)
+            raise
+
+
+@pytest.mark.parametrize("segments", [0, 1])
+def test_a_table_to_which_another_process_adds_tars_is_read(segments: int, tmp_path: Path) -> None:
+    for number in range(segments):
+        extend(LocalStorage(tmp_path), [tar(f"/d/{number}.tar", f"A{number}")], rows_per_tar=5)
+    before = read_table(GrowsWhenRead(tmp_path), allow_empty=True)
+    assert [entry.fingerprint for entry in before.entries] == [f"A{number}" for number in range(segments)]
+    assert len(read_table(LocalStorage(tmp_path)).segments) == segments + 1
 
 
 @settings(max_examples=100, deadline=None)

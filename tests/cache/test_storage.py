@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from threetowers.cache.storage import local
 from threetowers.cache.storage.local import LocalStorage
 from threetowers.cache.storage.object_file import open_object
 from threetowers.cache.storage.remote import RemoteStorage
@@ -143,3 +144,24 @@ def test_an_unreachable_server_is_named_by_its_address(monkeypatch: pytest.Monke
             RemoteStorage("s3://gone").read("x")
     finally:
         fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.mark.parametrize("operation", ["put", "create_exclusive"])
+def test_a_write_survives_others_that_remove_its_partial_file(
+    operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that finish a tar remove its partial files, among them those of a worker that is still at it."""
+    storage, others = LocalStorage(tmp_path), LocalStorage(tmp_path)
+    removals = iter(range(3))
+    real = local.write_synced
+
+    def write_and_lose(path: Path, data: bytes) -> None:
+        real(path, data)
+        if next(removals, None) is not None:
+            others.remove_partial("3")
+
+    monkeypatch.setattr(local, "write_synced", write_and_lose)
+    getattr(storage, operation)("done/3.json", b"whole", owner="3.done")
+    assert storage.read("done/3.json") == b"whole"
+    assert next(removals, None) is None
+    assert storage.listdir("tmp") == []
