@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from threetowers import __version__
 from threetowers.cache.schema import parse_as
-from threetowers.cache.storage.atomic import finish_partial, write_atomic
+from threetowers.cache.storage.atomic import finish_partial, partial_path, write_atomic
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.eval.encoders.encoder import ModelInfo
 
@@ -316,7 +316,7 @@ def write_record(record: EvalRecord, folder: Path, items: ItemArrays | None = No
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.file_name
     if items:
-        temporary = path.with_suffix(".npz.partial")
+        temporary = partial_path(path.with_suffix(".npz"))
         with temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **dict(items))
         finish_partial(temporary, path.with_suffix(".npz"))  # before the record that lists them

@@ -47,7 +47,7 @@ def train(
         print("\n".join(page(config, ranks)))
         return
 
-    from threetowers.cache.processes.preemption import Interrupted
+    from threetowers.cache.processes.preemption import Interrupted, ignore_sigterm
     from threetowers.cache.processes.world import World
     from threetowers.trainer.engine import join_process_group, leave_process_group
     from threetowers.trainer.train import Trainer
@@ -59,9 +59,11 @@ def train(
         evaluators.append(RetrievalEvaluator(config, config.evaluation))
     try:
         summary = Trainer(config, join_process_group(), evaluators).train()
-    except Interrupted:  # on every rank; after other errors the others may still be waiting for this one
-        leave_process_group()
+    except Interrupted as interruption:
+        if not interruption.at_once:  # on every rank; after other errors the others may still be waiting for this one
+            leave_process_group()
         raise
+    ignore_sigterm()  # the run is finished
     leave_process_group()
     if World.from_env().first:
         print(

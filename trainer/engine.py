@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from threetowers.cache.processes.stop_request import RankStore
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import ConfigError, TrainConfig
 from threetowers.trainer.config.deepspeed_extra import check_deepspeed_extra
@@ -47,6 +48,14 @@ def join_process_group() -> World:
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return World.from_process_group()
+
+
+def rank_store() -> RankStore | None:
+    """Return a connection of its own to what all ranks can read and write at any time; None for a single rank."""
+    if torch.distributed.get_world_size() == 1:
+        return None
+    store: RankStore = torch.distributed.distributed_c10d._get_default_store().clone()
+    return store
 
 
 def leave_process_group() -> None:

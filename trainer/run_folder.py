@@ -5,11 +5,14 @@ tokenizer.model   a copy                       cache_manifests.json   the manife
 metrics.jsonl     one line per logged step     tensorboard/
 checkpoints/      to resume from               model.safetensors, summary.json   written at the end
 profile.json      a trace, if one was asked for
+.lease/           who trains the run, while it is trained
 """
 
+import contextlib
 import json
-import shutil
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,16 @@ import yaml
 from threetowers.cache.format.manifest import Manifest, ManifestError, incompatibilities
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.atomic import write_atomic
+from threetowers.cache.storage.lease import Lease, LeaseOwner, LocalLease
+from threetowers.trainer.checkpoint.checkpoint import checkpoint_step, newest_checkpoint
 from threetowers.trainer.config import ConfigError, TrainConfig, dump, load_config
+from threetowers.trainer.optimizer.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS = 120.0  # of silence after which the lease of a process that cannot be looked at is expired
+POLL_SECONDS = 1.0
+SETTLE_SECONDS = 0.5  # after an expired lease was taken over: others may be doing the same
 
 # The keys that a resumed run may change: none of them changes what is computed, beyond rounding.
 CHANGEABLE = (
@@ -39,6 +51,12 @@ CHANGEABLE = (
 
 # Changes of these make another model, which may begin with the weights of this one.
 OTHER_MODEL = ("data.image_size", "data.context_length", "towers.")
+# The keys that say how the learning rate goes on. They may change as long as the steps that were taken keep theirs.
+SCHEDULE = ("duration", "optim.schedule", "optim.warmup", "optim.cooldown", "optim.lr_end")
+
+
+class RunInUse(ValueError):
+    """A run folder in which another process trains. The message names the process."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +117,130 @@ class RunFolder:
         """The profiler's trace."""
         return self.path / "profile.json"
 
+    @contextlib.contextmanager
+    def lease(self, timeout: float = LEASE_SECONDS) -> Iterator[Lease]:
+        """Hold the lease on the folder inside the context, so that no second process trains this run meanwhile.
+
+        That of a process that has ended is taken over: at once if it ran on this machine, else after `timeout` seconds
+        without a sign of life.
+
+        Raises:
+            RunInUse: Another process holds it and lives.
+        """
+        local = LocalLease(self.path, "owner.json", timeout)
+        self._acquire(local.lease)
+        try:
+            with local.kept() as lease:
+                yield lease
+        finally:
+            with contextlib.suppress(OSError):  # not empty: of a run that has begun
+                self.path.rmdir()
+
+    def _acquire(self, lease: Lease) -> None:
+        seen: tuple[LeaseOwner, float] | None = None
+        while True:
+            holder = lease.holder()
+            if lease.acquire():
+                if holder is not None:
+                    logger.info("%s: %s, which trained this run, has ended", self.path, holder)
+                    time.sleep(SETTLE_SECONDS)
+                if holder is None or lease.confirm():
+                    return
+            holder = lease.holder()
+            modified = lease.modified()
+            if holder is not None and modified is not None:
+                if seen not in (None, (holder, modified)) or lease.owner.sees(holder):
+                    raise RunInUse(
+                        f"{self.path}: {holder} has been training this run since {holder.since}. Wait until it has "
+                        "ended, stop it, or choose another `output_dir`"
+                    )
+                if seen is None:
+                    logger.info("%s: waiting up to %.0f s for a sign of life of %s", self.path, lease.timeout, holder)
+                seen = (holder, modified)
+            time.sleep(POLL_SECONDS)
+
+    def taken_over(self) -> str:
+        """Return the message for a process that has lost the folder's lease."""
+        return (
+            f"{self.path}: taken over by another process, or removed, while this one gave no sign of life for "
+            f"{LEASE_SECONDS:.0f} s. Nothing was written since; the other one goes on"
+        )
+
+    def finished_steps(self) -> int | None:
+        """Return the steps of the finished run in the folder; None where there is none."""
+        if not self.summary.exists() or not self.weights.exists():
+            return None
+        steps: int = json.loads(self.summary.read_text())["steps"]
+        return steps
+
+    def remove_results(self) -> None:
+        """Remove what only a finished run has, because this one goes on; and what writers left that were killed."""
+        if self.summary.exists():
+            logger.info("%s: goes on; its weights and summary are removed until it is finished again", self.path)
+        for path in (self.summary, self.weights, *self.path.glob(".*.partial")):
+            path.unlink(missing_ok=True)
+
+    def check_schedule(self, config: TrainConfig, samples: int) -> None:
+        """Check that the steps which the folder's run has taken keep their learning rates under this config.
+
+        A run can be extended where that is so: it then is the run that would have been of the new duration from the
+        start.
+
+        Args:
+            config: Of this launch.
+            samples: Of one epoch.
+
+        Raises:
+            ConfigError: They do not, or there are more of them than the run shall have. The message names the way on.
+        """
+        if not self.config.exists():
+            return
+        old = load_config(self.config)
+        changes = [change for change in config_changes(old, config) if _is_below(change.key, SCHEDULE)]
+        if not changes:
+            return
+        before, after = (_schedule(each, samples) for each in (old, config))
+        checkpoint = newest_checkpoint(self.checkpoints)
+        taken = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        headline = f"{self.path} holds a run with another schedule:\n" + "\n".join(f"  {change}" for change in changes)
+        if checkpoint is None and self.finished_steps() is not None:
+            raise ConfigError(
+                f"{headline}\nthe run is finished and has no checkpoint to go on from; choose another `output_dir`"
+            )
+        if after.total < taken:
+            raise ConfigError(
+                f"{headline}\n{taken} steps were taken already, and the run would now have {after.total}; choose "
+                "another `output_dir`, or a longer duration"
+            )
+        step = before.first_difference(after, taken)
+        if step is not None:
+            raise ConfigError(
+                f"{headline}\nof the {taken} steps that were taken, step {step + 1} had the learning rate "
+                f"{before.rate(step):.4g} and would now have had {after.rate(step):.4g}; "
+                f"{self._way_on(before, after, step, taken)}"
+            )
+
+    def _way_on(self, before: Schedule, after: Schedule, step: int, taken: int) -> str:
+        """Return what to do about a schedule that gives a step that was taken another learning rate."""
+        if before.warmup != after.warmup and step < max(before.warmup, after.warmup):
+            return f"keep the warm-up: 'optim.warmup={{steps: {before.warmup}}}'"
+        if "cosine" in (before.optim.schedule, after.optim.schedule):
+            return (
+                "a cosine is laid out over the duration with which the run began, constant and rsqrt are not: train a "
+                "new run in another `output_dir`, whose towers may start from the weights of this one, by "
+                f"towers.NAME.init={self.weights}#towers.NAME"
+            )
+        if before.cooldown and step >= before.total - before.cooldown:
+            return (
+                f"the cooldown began after step {before.total - before.cooldown}: to go on from before it, remove the "
+                f"later checkpoints in {self.checkpoints}, if there is an earlier one"
+            )
+        return f"let a cooldown begin after step {taken}, and keep the rest of the schedule"
+
     def check(self, config: TrainConfig) -> list[ConfigChange]:
         """Return the changes between the folder's config and this one, all of which a resumed run may make.
 
-        A folder without a config has none.
+        A folder without a config has none. Changes of the schedule are subject to `check_schedule`.
 
         Raises:
             ConfigError: Other keys differ, too. The message lists them.
@@ -110,7 +248,7 @@ class RunFolder:
         if not self.config.exists():
             return []
         changes = config_changes(load_config(self.config), config)
-        refused = [change for change in changes if not _changeable(change.key)]
+        refused = [change for change in changes if not _is_below(change.key, CHANGEABLE + SCHEDULE)]
         if refused:
             lines = "\n".join(f"  {change}" for change in refused)
             weights = ""
@@ -166,7 +304,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if Path(config.data.tokenizer).resolve() != self.tokenizer.resolve():
-            shutil.copyfile(config.data.tokenizer, self.tokenizer)
+            write_atomic(self.tokenizer, Path(config.data.tokenizer).read_bytes())
         write_atomic(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
         self.write_manifests(manifests)
         write_atomic(self.config, yaml.safe_dump(dump(config), sort_keys=False))  # last: it marks the folder as a run's
@@ -191,5 +329,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _changeable(key: str) -> bool:
-    return any(key == changeable or key.startswith(f"{changeable}.") for changeable in CHANGEABLE)
+def _is_below(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _schedule(config: TrainConfig, samples: int) -> Schedule:
+    steps = config.duration.in_steps(samples, config.global_batch_size)
+    return Schedule.of(config.optim, steps, samples, config.global_batch_size)

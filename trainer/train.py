@@ -3,10 +3,11 @@
 import json
 import logging
 import resource
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from threetowers.cache.processes.preemption import Interrupted, StopRequest
+from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
+from threetowers.cache.processes.stop_request import StopRequest
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import write_atomic
+from threetowers.cache.storage.lease import Lease
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.trainer.checkpoint.checkpoint import (
     CheckpointReader,
@@ -32,7 +35,7 @@ from threetowers.trainer.data.annotation_survey import survey_annotations
 from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
-from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
+from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, rank_store, start_engine
 from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.grad_cache import GradCache, StepResult
 from threetowers.trainer.loss import total_loss
@@ -47,7 +50,7 @@ from threetowers.trainer.monitoring.profile import StepProfile
 from threetowers.trainer.monitoring.timer import Timer
 from threetowers.trainer.optimizer.optimizer import freeze
 from threetowers.trainer.optimizer.schedule import Schedule
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run_folder import RunFolder, RunInUse
 from threetowers.trainer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -109,7 +112,9 @@ def train(config: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSum
         ManifestError: A cache does not fit the config, or is another one than the run began with.
         BadSample, BadTar: A sample or tar cannot be used and `data.on_bad` is `error`.
         FloatingPointError: A loss or gradient is nonfinite and `engine.on_nonfinite` does not allow to skip it.
-        Interrupted: SIGTERM arrived; a checkpoint was written, and calling `train` again resumes from it.
+        Interrupted: SIGTERM or Ctrl-C arrived. Calling `train` again goes on from a checkpoint that was written, or
+            from where this launch began if it had not made a step yet.
+        RunInUse: Another process trains this run.
 
     Examples:
         >>> import contextlib, io, tarfile, tempfile
@@ -145,21 +150,31 @@ def train(config: TrainConfig, evaluators: Sequence[Evaluator] = ()) -> TrainSum
         >>> load_model(folder / "run").encode_texts(["a red square", "a blue disc"]).shape
         torch.Size([2, 8])
     """
-    return Trainer(config, join_process_group(), evaluators).train()
+    with StopRequest.of_process().listening():
+        return Trainer(config, join_process_group(), evaluators).train()
 
 
 class Trainer:
     """One rank of a run: its data, model, engine and progress."""
 
     def __init__(self, config: TrainConfig, world: World, evaluators: Sequence[Evaluator] = ()) -> None:
-        """Set the run up, as far as its newest checkpoint. Raises what `train` raises before the first step."""
+        """Set the run up, as far as its newest checkpoint. Raises what `train` raises before the first step.
+
+        The run's folder is leased to this process from here to the end of `train`.
+        """
         self.config = config
         self.world = world
-        self._open_data()
-        self.evaluators = [(e.every(len(self.samples), config.global_batch_size, self.steps), e) for e in evaluators]
-        model = self._build_model()
-        self._start_engine(model)
-        self._resume()
+        self.folder = RunFolder(Path(config.output_dir))
+        self.stop = StopRequest.of_process()
+        self._leased = ExitStack()
+        with self._interruptible():
+            self._lease_folder()
+            self._open_data()
+            samples = len(self.samples)
+            self.evaluators = [(e.every(samples, config.global_batch_size, self.steps), e) for e in evaluators]
+            model = self._build_model()
+            self._start_engine(model)
+            self._resume()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -168,11 +183,18 @@ class Trainer:
 
     def train(self) -> TrainSummary:
         """Run the remaining steps, write the weights and return the summary."""
+        with self._leased, self._interruptible():
+            self._run_steps()
+            return self._finish()
+
+    def _run_steps(self) -> None:
+        """Run the remaining steps."""
         config = self.config
         log = MetricsLog(self.folder.path, self.start, config.log.tensorboard) if self.world.first else None
         profile = StepProfile(config.log.profile if self.world.first else None, self.folder.profile)
         self._saved_at = time.monotonic()
-        with StopRequest().listening() as request, closing(self._batches()) as batches:
+        self.stop.begin_first_step()
+        with closing(self._batches()) as batches:
             for step in range(self.start, self.steps):
                 done = step + 1
                 last = done == self.steps
@@ -186,7 +208,13 @@ class Trainer:
                     rate = self._set_learning_rate(step)
                     restore_moments = remember_running_moments(self.engine.module) if self._may_skip else None
                     result = self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
-                    nonfinite, (stop, overdue) = self.nonfinite.sync([request.received, self._checkpoint_overdue()])
+                    nonfinite, (stop, by_keyboard, overdue, lost) = self.nonfinite.sync(
+                        [self.stop.received, self.stop.by_keyboard, self._checkpoint_overdue(), self._lease_lost()]
+                    )
+                    if step == self.start:
+                        self.stop.first_step_done()
+                    if lost:
+                        raise RunInUse(self.folder.taken_over())
                     if not self._update(done, result, nonfinite) and restore_moments is not None:
                         restore_moments()
                 self.timer.count_step(config.global_batch_size)
@@ -198,17 +226,52 @@ class Trainer:
                 if last or stop or overdue or done % (config.checkpoint.every_steps or self.steps) == 0:
                     self._save_checkpoint(done)
                 if stop and not last:
+                    cause, code = ("Ctrl-C", 128 + signal.SIGINT) if by_keyboard else ("SIGTERM", PREEMPTED_EXIT_CODE)
                     raise Interrupted(
-                        f"stopped by SIGTERM after step {done} of {self.steps}; run the same command again to resume"
+                        f"stopped by {cause} after step {done} of {self.steps}; run the same command again to resume",
+                        code,
                     )
         if log is not None:
             log.close()
-        return self._finish()
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let a request to stop end all ranks alike inside the context; give the folder free on any error."""
+        with self.stop.listening(), self.stop.together(rank_store(), self.world.size):
+            try:
+                yield
+            except BaseException:
+                self._leased.close()
+                raise
+
+    def _lease_folder(self) -> None:
+        """Lease the run's folder to the first rank. Raises RunInUse, on all ranks, where another process has it."""
+        self._lease: Lease | None = None
+
+        def lease() -> None:
+            self._lease = self._leased.enter_context(self.folder.lease())
+
+        self._do_on_first_rank(lease)
+
+    def _do_on_first_rank(self, action: Callable[[], None]) -> None:
+        """Do something on the first rank, while the others wait. An error there is raised on all. Collective."""
+        error: list[Exception | None] = [None]
+        if self.world.first:
+            try:
+                action()
+            except (OSError, ValueError) as problem:
+                error = [problem]
+        distributed.broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
+
+    def _lease_lost(self) -> bool:
+        """Whether this is the first rank and the run's folder is no longer leased to it."""
+        return self._lease is not None and not self._lease.still_held()
 
     def _open_data(self) -> None:
         """Open the samples, caches and tokenizer, check them against the run's folder, and fix the number of steps."""
         config = self.config
-        self.folder = RunFolder(Path(config.output_dir))
         self._config_changes = self.folder.check(config)
         self.samples = open_samples(config, self.folder.path)
         self.survey = survey_annotations(config, self.samples)
@@ -218,6 +281,8 @@ class Trainer:
         self.vocab_size = self.tokenizer.embedding_rows(config.data.vocab_size)
         self.steps = config.duration.in_steps(len(self.samples), config.global_batch_size)
         self.schedule = Schedule.of(config.optim, self.steps, len(self.samples), config.global_batch_size)
+        self.folder.check_schedule(config, len(self.samples))
+        self._finished = self.folder.finished_steps() == self.steps
 
     def _build_model(self) -> TowerModel:
         """Return the model with its initial weights, the same on every rank."""
@@ -242,11 +307,15 @@ class Trainer:
         """Create the run's folder and hand the model, with the newest checkpoint's weights, to DeepSpeed."""
         config = self.config
         engine_config = deepspeed_config(config, self.world.size)
-        if self.world.first:
+
+        def create_folder() -> None:
             self._log_summary()
             self.folder.create(config, engine_config, self.manifests)
             remove_partial_checkpoints(self.folder.checkpoints)
-        distributed.barrier()
+            if not self._finished:
+                self.folder.remove_results()
+
+        self._do_on_first_rank(create_folder)
 
         # Weights go into the model before the engine cuts it into the ranks' shares.
         path = newest_checkpoint(self.folder.checkpoints)
@@ -290,7 +359,7 @@ class Trainer:
             self._checkpoint.load_optimizer(self.engine)
             progress = self._checkpoint.progress
             self._checkpoint = None  # closes its files
-        self.start = progress.step
+        self.start = self.steps if self._finished else progress.step
         self.updates = progress.updates
         self.counts: Counter[str] = Counter(progress.counts)
         self.timer = Timer(progress.timer)
@@ -459,7 +528,7 @@ class Trainer:
 
     def _finish(self) -> TrainSummary:
         """Write the weights and the summary, and return the latter."""
-        if self.start == self.steps and self.folder.summary.exists():  # the run was finished before
+        if self._finished:  # before this launch
             return TrainSummary(**json.loads(self.folder.summary.read_text()))
         save_weights(self.engine, self.folder.weights, self.world)
         timer = self.timer

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from threetowers.cache.builder.build_config import BuildConfig
-from threetowers.cache.builder.leases import Leases, Worker
+from threetowers.cache.builder.leases import Leases
 from threetowers.cache.builder.opening import open_or_create
 from threetowers.cache.builder.pipeline import Embedder, OutputCache, StageTimer, TarReader, WrittenTar
 from threetowers.cache.builder.row_buffer import MAX_BAD_SHOWN
@@ -28,6 +28,7 @@ from threetowers.cache.format.tar_table import TarEntry, TarTable, refuse_copies
 from threetowers.cache.processes.preemption import exit_on_sigterm
 from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.processes.world import World
+from threetowers.cache.storage.lease import LeaseOwner
 from threetowers.cache.storage.storage import Storage, is_url, open_storage
 from threetowers.cache.webdataset.tar_list import TarList
 from threetowers.cache.webdataset.tar_patterns import expand
@@ -139,7 +140,7 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
     paths = expand(config.tars)
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     device = config.device or str(world.device)
-    worker = Worker()
+    worker = LeaseOwner()
     timer = StageTimer()
     with contextlib.ExitStack() as stack:
         stack.enter_context(exit_on_sigterm())

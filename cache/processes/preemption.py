@@ -1,7 +1,7 @@
 """SIGTERM, by which schedulers and launchers ask a process to stop.
 
-A build stops at once (`exit_on_sigterm`), a training run after a checkpoint (`StopRequest`), and the workers that load
-its data only when the run has ended (`ignore_sigterm`).
+A build stops at once (`exit_on_sigterm`), a training run as its `StopRequest` says, and the workers that load its data
+only when the run has ended (`ignore_sigterm`).
 """
 
 import contextlib
@@ -9,32 +9,24 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Self
 
-PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped on request after a checkpoint; start again to resume
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and did so after a checkpoint. The message names the step."""
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, with more to do; start again to go on
 
 
-class StopRequest:
-    """Whether SIGTERM has arrived. While `listening`, the signal does nothing else."""
+class Interrupted(BaseException):
+    """The run was asked to stop, and did so: before its first step, or after a checkpoint. The message says which.
 
-    def __init__(self) -> None:
-        self.received = False
+    Like KeyboardInterrupt it is no error: what handles errors should let it pass.
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Self]:
-        """Note SIGTERM instead of ending the process."""
-        before = signal.signal(signal.SIGTERM, self._note)
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    Attributes:
+        exit_code: with which the process should end.
+        at_once: whether nothing needs to be brought to an end first.
+    """
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+    def __init__(self, message: str, exit_code: int = PREEMPTED_EXIT_CODE, at_once: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.at_once = at_once
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A storage in a folder of a local file system."""
 
+import errno
 import os
 import re
 import socket
@@ -7,10 +8,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from threetowers.cache.processes.liveness import process_exists
 from threetowers.cache.storage.atomic import make_folder, sync_folder, write_synced
 from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage, StorageError, WriteError
 
 MAX_ATTEMPTS = 20  # at a write whose partial file others remove each time
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of file systems without hard links
 
 
 class LocalStorage(Storage):
@@ -89,10 +92,10 @@ class LocalStorage(Storage):
         try:
             try:
                 for attempt in range(MAX_ATTEMPTS):
-                    make_folder(partial.parent)
-                    make_folder(path.parent)
-                    write_synced(partial, data)
                     try:
+                        make_folder(partial.parent)
+                        make_folder(path.parent)
+                        write_synced(partial, data)
                         written = finish(partial, path)
                         break
                     except FileNotFoundError:  # each worker that finishes the same tar removes the tar's partial files
@@ -136,25 +139,28 @@ class LocalStorage(Storage):
         return self.folder / name
 
 
-def process_exists(pid: int) -> bool:
-    """Return whether this machine has a process of that id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True
-
-
 def _link(partial: Path, path: Path) -> bool:
     try:
         os.link(partial, path)
         return True
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _claim(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _claim(partial: Path, path: Path) -> bool:
+    """Rename to a file that was created exclusively, where there are no links: it is empty for a moment."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    os.replace(partial, path)
+    return True
 
 
 def _pread(file: int, start: int, stop: int) -> bytes:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from threetowers.cache.storage.atomic import finish_partial, write_atomic
+from threetowers.cache.storage.lease import one_at_a_time
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,10 @@ class EmbeddingStore:
         kind = key[0]
         path = self.folder / f"{kind}-{xxhash.xxh3_128_hexdigest(json.dumps(list(key)).encode())}.npy"
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _fill(path, count, batches, self.block_rows)
+            # Another process may need the same embeddings at the same time: it waits, and finds them.
+            with one_at_a_time(self.folder, path.stem):
+                if not path.exists():
+                    _fill(path, count, batches, self.block_rows)
         stored: Embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
         return stored
 

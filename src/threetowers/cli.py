@@ -11,7 +11,6 @@ from tyro.extras import SubcommandApp
 
 import threetowers
 from threetowers.cache import cli as cache
-from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.processes.world import World
 from threetowers.eval import cli as evaluation
 from threetowers.trainer import cli as trainer
@@ -70,10 +69,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader, `head` perhaps, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (ValueError, OSError, FloatingPointError, Interrupted) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         # The system's own errors name the file but not the remedy.
         hint = "; choose another path for it, or make room" if getattr(error, "errno", None) in UNWRITABLE else ""
         print(f"threetowers: {rank}{type(error).__name__}: {error}{hint}", file=sys.stderr)
-        sys.exit(PREEMPTED_EXIT_CODE if isinstance(error, Interrupted) else 2)
+        sys.exit(2)
     sys.exit(code)

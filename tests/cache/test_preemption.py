@@ -1,14 +1,11 @@
-"""SIGTERM: a build exits with 143, a run notes the request, a data worker ignores it."""
+"""SIGTERM: a build exits with 143, a data worker ignores it."""
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 
-import pytest
-
-from threetowers.cache.processes.preemption import StopRequest, exit_on_sigterm
+from threetowers.cache.processes.preemption import exit_on_sigterm
 
 
 def test_exit_on_sigterm_runs_clean_up_and_exits_with_143() -> None:
@@ -46,13 +43,6 @@ def test_outside_the_main_thread_nothing_is_changed() -> None:
     assert seen == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_a_stop_request_is_noted_and_does_nothing_else() -> None:
-    request = StopRequest()
-    with request.listening():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert request.received
-
-
 def test_ignored_sigterm_leaves_a_process_running() -> None:
     code = (
         "import os, signal\n"
@@ -63,11 +53,3 @@ def test_ignored_sigterm_leaves_a_process_running() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "still here\n"), result.stderr
-
-
-def test_stop_request_is_false_until_the_signal_comes() -> None:
-    with StopRequest().listening() as request:
-        assert not request.received
-    with pytest.raises(KeyError), StopRequest().listening():
-        raise KeyError
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

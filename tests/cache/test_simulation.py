@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from threetowers.cache.builder.leases import Leases, Worker
+from threetowers.cache.builder.leases import Leases
 from threetowers.cache.builder.scheduler import TarStatus, WorkItem, WorkQueue
 from threetowers.cache.format.done_record import done_record_name
+from threetowers.cache.storage.lease import LeaseOwner
 
 LISTED = 1000  # names that one request lists, as S3 does
 LEASE_TIMEOUT = 120
@@ -128,7 +129,7 @@ def simulate(costs: list[float], lives: list[Life], world: int) -> Outcome:
             heapq.heappush(events, (stop if start <= when < stop else when, next(order), act))
 
     def start(number: int, life: Life) -> None:
-        worker = Worker(f"host{number}", number, f"{number:x}")
+        worker = LeaseOwner(f"host{number}", number, f"{number:x}")
         leases = Leases(bucket, worker, LEASE_TIMEOUT, now=lambda: bucket.now + number)  # clocks differ
         queue = WorkQueue([TarStatus(leases, ids)], life.rank, world, seed=worker.token, unfinished=[ids])
         leased: list[WorkItem] = []

@@ -165,3 +165,17 @@ def test_a_write_survives_others_that_remove_its_partial_file(
     assert storage.read("done/3.json") == b"whole"
     assert next(removals, None) is None
     assert storage.listdir("tmp") == []
+
+
+def test_exclusive_creation_on_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = LocalStorage(tmp_path)
+    assert storage.create_exclusive("leases/1.json", b"first", owner="t")
+    assert not storage.create_exclusive("leases/1.json", b"second", owner="t")
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # both looked before either wrote
+    assert not storage.create_exclusive("leases/1.json", b"second", owner="t")
+    assert storage.read("leases/1.json") == b"first"
+    assert storage.listdir("tmp") == []

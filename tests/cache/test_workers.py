@@ -15,9 +15,10 @@ import pytest
 from tests.cache.caches import without_times
 from threetowers.cache.builder.build import build_cache, build_caches
 from threetowers.cache.builder.build_config import BuildConfig
-from threetowers.cache.builder.leases import Leases, Worker
+from threetowers.cache.builder.leases import Leases
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.storage.lease import LeaseOwner
 from threetowers.cache.storage.local import LocalStorage
 from threetowers.cache.storage.storage import WriteError, open_storage
 from threetowers.cache.verify.verify import verify
@@ -274,7 +275,7 @@ print("still read:", EmbeddingCache.open({str(out)!r}).tar(0).shape)
 
 def test_leases_keep_workers_apart(tmp_path: Path) -> None:
     storage, now = LocalStorage(tmp_path), time.time()
-    a, b = Worker("a", 1, "a"), Worker("b", 1, "b")
+    a, b = LeaseOwner("a", 1, "a"), LeaseOwner("b", 1, "b")
     one, two = Leases(storage, a, 100, now=lambda: now), Leases(storage, b, 100, now=lambda: now + 5000)
     assert one.acquire(7)
     assert not two.acquire(7), "clocks of workers may differ, that of the storage counts"
@@ -302,8 +303,8 @@ def test_the_lease_of_a_process_that_ended_is_free_at_once(tmp_path: Path) -> No
     storage = LocalStorage(tmp_path)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    assert Leases(storage, Worker(pid=child.pid)).acquire(1)
-    assert Leases(storage, Worker(host="elsewhere", pid=child.pid)).acquire(2)
-    mine = Leases(storage, Worker())
+    assert Leases(storage, LeaseOwner(pid=child.pid)).acquire(1)
+    assert Leases(storage, LeaseOwner(host="elsewhere", pid=child.pid)).acquire(2)
+    mine = Leases(storage, LeaseOwner())
     assert mine.acquire(1)
     assert not mine.acquire(2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,13 @@ RUN_JOBS = str(Path(__file__).with_name("stopping_runs.py"))
 def torchrun(ranks: int) -> list[str]:
     """The start of a command line that launches `ranks` processes."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
+def free_port() -> str:
+    """A port on which nothing listened a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def run_command(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/trainer/stopping_runs.py JOBS.json
 
-A job: {"config": file, "stop": step after which the last rank alone gets SIGTERM, or null, "poison": {step: parameter}
-whose gradient is NaN on the last rank at that step}. Prints one JSON line a job: how it ended.
+A job: {"config": file, "stop": step after which the last rank alone gets SIGTERM, or null; "stop_in": name of a method
+of Trainer in which it gets it; "poison": {step: parameter} whose gradient is NaN on the last rank at that step;
+"take_over": whether another process takes the run's folder over}. Prints one JSON line a job: how it ended.
 """
 
 import json
@@ -19,10 +20,13 @@ from torch import distributed
 
 from threetowers.cache.processes.preemption import Interrupted
 from threetowers.cache.processes.world import World
+from threetowers.cache.storage.lease import LeaseOwner
+from threetowers.cache.storage.local import LocalStorage
 from threetowers.trainer.config import load_config
 from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import running_moments
+from threetowers.trainer.run_folder import RunInUse
 from threetowers.trainer.train import NonFiniteDetector, Trainer
 
 
@@ -70,14 +74,43 @@ def poison(trainer: Trainer, steps: Mapping[str, str]) -> None:
     trainer.nonfinite = NonFiniteDetector(trainer.engine.module, trainer.world.device)
 
 
+def stop_in(name: str, world: World) -> None:
+    """Send SIGTERM to the last rank when it next comes to a method of the trainer."""
+    real = getattr(Trainer, name)
+
+    def stop(self: Trainer, *arguments: Any) -> Any:
+        setattr(Trainer, name, real)
+        if world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    setattr(Trainer, name, stop)
+
+
+def take_over(trainer: Trainer) -> None:
+    """Give the lease on the run's folder to another machine, while this one is frozen."""
+    if trainer.world.first:
+        other = LeaseOwner(host="elsewhere")
+        LocalStorage(trainer.folder.path / ".lease").put("owner.json", other.content, owner="t")
+        assert trainer._lease is not None
+        trainer._lease._confirmed_at -= trainer._lease.timeout
+
+
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
-    trainer = Trainer(load_config(job["config"]), world, [WeightSum(job.get("stop"), world)])
-    poison(trainer, job.get("poison", {}))
-    start = trainer.start
+    start = None
+    if "stop_in" in job:
+        stop_in(job["stop_in"], world)
     try:
+        trainer = Trainer(load_config(job["config"]), world, [WeightSum(job.get("stop"), world)])
+        poison(trainer, job.get("poison", {}))
+        start = trainer.start
+        if job.get("take_over"):
+            take_over(trainer)
         return {"end": "finished", "start": start, "summary": vars(trainer.train())}
     except Interrupted as error:
         return {"end": "interrupted", "start": start, "message": str(error)}
+    except RunInUse as error:
+        return {"end": "in use", "start": start, "message": str(error)}
     except FloatingPointError as error:
         return {"end": "nonfinite", "start": start, "message": str(error)}
 

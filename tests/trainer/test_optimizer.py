@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -139,3 +140,21 @@ def test_adafactor_keeps_factored_moments() -> None:
     assert (state["row"].shape, state["column"].shape) == ((1, 48, 3, 3), (64, 1, 3, 3))
     with pytest.raises(ValueError, match="takes no closure"):
         optimizer.step(lambda: 0.0)
+
+
+@pytest.mark.parametrize(
+    ("spans", "problem"),
+    [
+        (
+            {"warmup": Duration(steps=400)},
+            "400 steps is not shorter than the run of 100: .* to 0.0005 of optim.lr",
+        ),
+        ({"warmup": 0.6, "cooldown": 0.5, "schedule": "constant"}, "do not both fit into the run"),
+        ({"warmup": 0.6, "cooldown": 0.4, "schedule": "constant"}, None),
+        ({}, None),
+    ],
+)
+def test_spans_that_do_not_fit_into_the_run_are_told(spans: dict[str, Any], problem: str | None) -> None:
+    found = Schedule.of(Optim(lr=0.002, **spans), 100, 1000, 10).problems()
+    assert len(found) == (problem is not None)
+    assert problem is None or re.search(problem, found[0])

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.trainer.launches import ENVIRONMENT, TRAIN, metric, run_jobs, same_weights, write_config
+from tests.trainer.launches import ENVIRONMENT, TRAIN, free_port, metric, run_jobs, same_weights, write_config
 
 
 @pytest.mark.distributed
@@ -51,6 +54,95 @@ def test_sigterm_to_one_rank_and_resuming_on_other_layouts(three: dict[str, Any]
         for key in ("loss", "weights/sum"):
             np.testing.assert_allclose(metric(out, key), metric(reference[1], key), rtol=2e-4)
     assert found[-1]["summary"]["seconds"] == pytest.approx(metric(ends[-1][1], "seconds")[-1])
+
+
+@pytest.mark.distributed
+def test_sigterm_after_the_last_step_and_a_lost_folder(clip: dict[str, Any], tmp_path: Path) -> None:
+    """A request that comes too late changes nothing; a run whose folder another process has writes nothing."""
+    files = {name: write_config(clip, tmp_path, name, zero_stage=2) for name in ("alone", "last", "finish", "lost")}
+    stops = {"alone": {}, "last": {"stop": 6}, "finish": {"stop_in": "_finish"}, "lost": {"take_over": True}}
+    *late, lost = run_jobs(2, [{"config": files[name][0]} | stop for name, stop in stops.items()], tmp_path)
+    assert [job["end"] for job in late] == ["finished"] * 3
+    assert all(same_weights(files["alone"][1], files[name][1]) for name in ("last", "finish"))
+    assert "taken over by another process" in lost["message"]
+    assert (lost["end"], metric(files["lost"][1], "step")) == ("in use", [])
+    assert not list((files["lost"][1] / "checkpoints").glob("*"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt"])
+def test_an_extended_run_is_that_of_the_longer_duration(schedule: str, clip: dict[str, Any], tmp_path: Path) -> None:
+    clip |= {"optim": {"schedule": schedule, "warmup": {"steps": 2}}, "checkpoint": {"every_steps": 3}}
+    clip["towers"]["text"]["dropout"] = 0.2
+    nine = clip | {"duration": {"steps": 9}}
+    configs = [
+        write_config(nine, tmp_path, "whole"),
+        write_config(clip, tmp_path, "grown six"),
+        write_config(nine, tmp_path, "grown nine"),
+    ]
+    first, six, rest = run_jobs(1, [{"config": file} for file, _ in configs], tmp_path)
+    assert [job["start"] for job in (first, six, rest)] == [0, 0, 6]
+    whole, grown = configs[0][1], configs[2][1]
+    for key in ("lr", "loss", "grad_norm"):
+        assert metric(whole, key) == metric(grown, key), key
+    assert same_weights(whole, grown)
+    assert json.loads((grown / "summary.json").read_text())["steps"] == 9
+
+
+@pytest.mark.distributed
+def test_a_run_that_waits_for_its_cache(three: dict[str, Any], cache: Path, tmp_path: Path) -> None:
+    """Started twice, the second is refused; on SIGTERM to one rank the launcher ends with 75."""
+    unfinished = Path(shutil.copytree(cache, tmp_path / "cache"))
+    (unfinished / "done" / "1.json").unlink()
+    three["towers"]["third"] |= {"path": str(unfinished)}
+    three["data"] |= {"on_incomplete_cache": "wait"}
+    file, out = write_config(three, tmp_path, "run")
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        free_port(),
+    ]
+    command = [*launcher, "--module", "threetowers", "train", file]
+    run = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        assert run.stderr is not None
+        seen = []
+        for line in run.stderr:
+            seen.append(line)
+            if "waiting for the cache: 1 of 2 tars are built" in line:
+                break
+        holder = json.loads((out / ".lease" / "owner.json").read_text())
+        second = subprocess.run([*TRAIN, file], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+        assert second.returncode == 2, second.stderr
+        assert f"{out}: process {holder['pid']} on {holder['host']} has been training this run" in second.stderr
+        os.kill(holder["pid"], signal.SIGTERM)
+        _, errors = run.communicate(timeout=100)
+        assert run.returncode == 75, (seen, errors)
+        assert errors.count("stopped by SIGTERM before the first step: nothing to save") == 2
+        assert "Traceback" not in errors
+    finally:
+        run.kill()
+        run.communicate()
+    assert not out.exists()
+
+
+@pytest.mark.distributed
+def test_sigterm_in_the_first_moment(clip: dict[str, Any], tmp_path: Path) -> None:
+    """As soon as Python handles the signal at all, long before torch is imported."""
+    file, out = write_config(clip, tmp_path, "run")
+    process = subprocess.Popen([*TRAIN, file], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    caught = f"/proc/{process.pid}/status"
+    while not int(re.findall(r"SigCgt:\s*(\w+)", Path(caught).read_text())[0], 16) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 75, errors
+    assert "before the first step: nothing to save; run the same command again" in errors
+    assert not out.exists()
 
 
 @pytest.mark.distributed

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from threetowers.cache.processes.world import World
-from threetowers.cache.storage.atomic import finish_partial, write_atomic
+from threetowers.cache.storage.atomic import finish_partial, partial_path, sync_folder, write_atomic
 from threetowers.trainer.checkpoint.partition import fragments, inner_optimizer, is_replicated
 from threetowers.trainer.model.running_moments import average_running_moments
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
@@ -44,8 +44,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-" + "[0-9]" * STEP_DIGITS), default=None)
 
 
+def checkpoint_step(path: Path) -> int:
+    """Return the number of steps that a run had made when it wrote a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
 def remove_partial_checkpoints(folder: Path) -> None:
-    """Remove what a run left that died while writing a checkpoint. For one rank alone, before any other writes."""
+    """Remove what a run left that died while writing or removing one. For one rank alone, before any other writes."""
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
 
@@ -89,8 +94,11 @@ def save_checkpoint(engine: Any, folder: Path, progress: Progress, keep: int, wo
         write_atomic(partial / INDEX_FILE, json.dumps(index, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
+        sync_folder(folder)
         for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+            obsolete = folder / f".{old.name}.partial"  # never half a checkpoint under the name of a complete one
+            old.replace(obsolete)
+            shutil.rmtree(obsolete)
     distributed.barrier()
 
 
@@ -227,16 +235,30 @@ def _local_tensors(engine: Any, world: World) -> dict[str, Tensor]:
 
 
 def save_weights(engine: Any, path: Path, world: World) -> None:
-    """Write the model's parameters and buffers as one safetensors file, complete also under ZeRO 3. Collective."""
+    """Write the model's parameters and buffers as one safetensors file, complete also under ZeRO 3. Collective.
+
+    Raises:
+        OSError: On all ranks, when the first one cannot write.
+    """
     import deepspeed
 
     average_running_moments(engine.module)
     module = engine.module
     partitioned = engine.zero_optimization_stage() == 3
+    error: list[str | None] = [None]
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=partitioned):
         if world.first:
             state = deduplicated_state_dict(module)
-            temporary = path.with_name(f".{path.name}.partial")
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
-            finish_partial(temporary, path)
-    distributed.barrier()
+            partial = partial_path(path)
+            try:
+                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+                finish_partial(partial, path)
+            except (OSError, SafetensorError) as problem:
+                error = [str(problem)]
+                partial.unlink(missing_ok=True)
+    distributed.broadcast_object_list(error)  # all ranks fail together
+    if error[0] is not None:
+        raise OSError(
+            f"{path} cannot be written: {error[0]}. Make room, then run the same command again: it goes on from the "
+            "last checkpoint"
+        )

@@ -84,7 +84,7 @@ def _data(config: TrainConfig) -> Iterator[str]:
     data = config.data
     if data.tars and data.datasets:
         yield "data: tars and datasets are both given; name all tars in one of them"
-    for name, dataset in data.named_sets.items():
+    for name, dataset in data.named_datasets.items():
         if not dataset.tars:
             key = f"data.datasets.{name}.tars" if name else "data.tars"
             yield f"{key}: expected at least one tar or pattern, found none"

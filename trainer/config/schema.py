@@ -167,7 +167,7 @@ class Data:
     """Images with more pixels are bad samples, a protection against decompression bombs."""
 
     @property
-    def named_sets(self) -> dict[str, TrainDataset]:
+    def named_datasets(self) -> dict[str, TrainDataset]:
         """The data sets by name; `tars` are a single one with an empty name."""
         return self.datasets or {"": TrainDataset(tars=self.tars)}
 
@@ -189,7 +189,7 @@ class Data:
     @property
     def patterns(self) -> list[str]:
         """The paths and patterns of the tars of all data sets."""
-        return [pattern for dataset in self.named_sets.values() for pattern in dataset.tars]
+        return [pattern for dataset in self.named_datasets.values() for pattern in dataset.tars]
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -472,7 +472,7 @@ class TrainConfig:
     global_batch_size: PositiveInt
     """Samples of a step, over all ranks; a multiple of the world size."""
     duration: Duration
-    """Length of the run, in epochs, samples or steps."""
+    """Length of the run, in epochs, samples or steps. A run whose schedule is constant or rsqrt may be extended."""
     embed_dim: PositiveInt
     """Width of the embeddings that heads produce."""
     data: Data

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -298,14 +299,15 @@ def training_loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_sigterm_to_the_trainer,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     return TrainingBatches(loader, parts, stop - start)
 
 
-def _leave_sigterm_to_the_trainer(worker: int) -> None:
-    """Ignore SIGTERM in a worker: schedulers send it to every process, and the last step still needs the workers.
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ignore SIGTERM and Ctrl-C in a worker: every process gets them, and the last step still needs the workers.
 
     They end with the loader, or when their parent is gone.
     """
     ignore_sigterm()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -26,8 +26,8 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
     data = config.data
 
     # The tars, and the caches of their embeddings
-    patterns = {name: dataset.tars for name, dataset in data.named_sets.items()}
-    members = {name: data.image_member_of(dataset) for name, dataset in data.named_sets.items()}
+    patterns = {name: dataset.tars for name, dataset in data.named_datasets.items()}
+    members = {name: data.image_member_of(dataset) for name, dataset in data.named_datasets.items()}
     tars, tar_numbers, notes = index_datasets(patterns, data.index_dir, image_members=members, on_bad=data.on_bad)
     reads_images = bool(config.towers_of("timm"))
     if reads_images and data.on_bad == "error":
@@ -49,10 +49,10 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         wait_until_built(joins)
 
     # The mixture
-    weights = [dataset.weight for dataset in data.named_sets.values()]
+    weights = [dataset.weight for dataset in data.named_datasets.values()]
     counts = samples_per_batch(weights, config.global_batch_size)
     components = []
-    for (name, dataset), count in zip(data.named_sets.items(), counts, strict=True):
+    for (name, dataset), count in zip(data.named_datasets.items(), counts, strict=True):
         snapshots = None
         if joins and data.on_incomplete_cache == "skip":
             file = f"epoch-snapshots-{name}.jsonl" if name else "epoch-snapshots.jsonl"

@@ -49,12 +49,12 @@ def _dataset_stats(config: TrainConfig) -> DatasetStats | None:
     if any(map(is_url, config.data.patterns)):
         return None
     try:
-        paths = [expand(dataset.tars) for dataset in config.data.named_sets.values()]
+        paths = [expand(dataset.tars) for dataset in config.data.named_datasets.values()]
     except (OSError, ValueError):
         return None
     data = config.data
     found: list[TarIndex | BadTar] = []
-    for dataset, of_dataset in zip(data.named_sets.values(), paths, strict=True):
+    for dataset, of_dataset in zip(data.named_datasets.values(), paths, strict=True):
         found += [try_index(path, data.image_member_of(dataset)) for path in of_dataset]
     listed = require_samples(select_tars(found, data.on_bad))
     left_out: Counter[str] = Counter()

@@ -22,6 +22,7 @@ from threetowers.trainer.estimate.cost import (
     training_flops,
 )
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.optimizer.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def run_summary(
         *_data(config, world_size, device, stats, steps),
         *_towers(config, model, costs, teachers),
         *_terms(config),
+        *_learning_rate(config, stats, steps),
         *_compute(config, model, costs, teachers, steps),
         *_memory(config, model, world_size),
     ]
@@ -172,6 +174,18 @@ def _terms(config: TrainConfig) -> list[str]:
         kind = config.loss.kind if term.kind == "contrastive" else term.kind
         terms.append(f"{term.weight:g} x {name} ({term.x}, {term.y}; {kind})")
     return [f"terms: {', '.join(terms)}", f"scales: {', '.join(config.scales()) or 'none'}"]
+
+
+def _learning_rate(config: TrainConfig, stats: DatasetStats | None, steps: int) -> list[str]:
+    if stats is None:  # the steps of a span in epochs are unknown
+        return []
+    schedule = Schedule.of(config.optim, steps, stats.usable, config.global_batch_size)
+    cooldown = f", cooldown {schedule.cooldown:,}" if schedule.cooldown else ""
+    spans = f"warm-up {schedule.warmup:,} of {steps:,} steps{cooldown}"
+    return [
+        f"learning rate: {config.optim.lr:g}, {config.optim.schedule}, {spans}",
+        *(f"warning: {problem}" for problem in schedule.problems()),
+    ]
 
 
 def _compute(

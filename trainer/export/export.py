@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from threetowers.cache.storage.atomic import partial_path
 from threetowers.trainer.config import dump
 from threetowers.trainer.estimate.summary import num_parameters
 from threetowers.trainer.export.model_card import ExportFormat, model_card
@@ -60,7 +61,7 @@ def export(
     trained = load_model(run)
     source = RunFolder(Path(run))
     deployed = deployed_model(trained)
-    partial = out.with_name(f".{out.name}.partial")
+    partial = partial_path(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from threetowers.cache.storage.atomic import write_atomic
+
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float | int | None]
@@ -46,7 +48,8 @@ class MetricsLog:
             return
         lines = self._path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self._path.write_text("".join(kept))
+        if len(kept) < len(lines):
+            write_atomic(self._path, "".join(kept))
 
 
 def step_line(metrics: Metrics, total: int) -> str:

@@ -31,6 +31,28 @@ class Schedule:
 
         return cls(optim, total, steps(optim.warmup), steps(optim.cooldown))
 
+    def problems(self) -> list[str]:
+        """Return what does not fit into the run, for its summary."""
+        optim = self.optim
+        found = []
+        if self.warmup >= self.total:
+            last = self.rate(self.total - 1)
+            found.append(
+                f"the warm-up of {self.warmup:,} steps is not shorter than the run of {self.total:,}: the learning "
+                f"rate only rises, to {last:.3g} of optim.lr {optim.lr:.3g}; shorten optim.warmup or lengthen duration"
+            )
+        elif self.warmup + self.cooldown > self.total:
+            found.append(
+                f"the warm-up of {self.warmup:,} steps and the cooldown of {self.cooldown:,} do not both fit into the "
+                f"run of {self.total:,}: the learning rate stays below optim.lr {optim.lr:.3g}; shorten optim.warmup "
+                "or optim.cooldown, or lengthen duration"
+            )
+        return found
+
+    def first_difference(self, other: "Schedule", steps: int) -> int | None:
+        """Return the first of so many steps, counted from 0, with another learning rate; None if there is none."""
+        return next((step for step in range(steps) if self.rate(step) != other.rate(step)), None)
+
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         optim = self.optim
