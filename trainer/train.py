@@ -27,7 +27,7 @@ from threetowers.trainer.checkpoint.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from threetowers.trainer.config import CacheTower, TrainConfig
+from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.data.annotation_survey import survey_annotations
 from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
@@ -51,6 +51,8 @@ from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+ONE_VALUE = "Expected more than 1 value per channel"  # torch, of batch normalization
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,16 @@ class Trainer:
                 with self.timer.phase("step"):
                     rate = self._set_learning_rate(step)
                     restore_moments = remember_running_moments(self.engine.module) if self._may_skip else None
-                    result = self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
+                    try:
+                        result = self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
+                    except ValueError as error:
+                        if ONE_VALUE not in str(error):
+                            raise
+                        raise ConfigError(
+                            f"step {done}: a rank has {len(batch)} usable samples of its batch, too few for batch "
+                            f"normalization ({len(batch.bad)} were left out); raise global_batch_size (now "
+                            f"{config.global_batch_size} on {self.world.size} ranks) or engine.micro_batch_size"
+                        ) from error
                     nonfinite, (stop, overdue) = self.nonfinite.sync([request.received, self._checkpoint_overdue()])
                     if not self._update(done, result, nonfinite) and restore_moments is not None:
                         restore_moments()
@@ -483,7 +494,7 @@ class Trainer:
         if self.world.first:
             write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
             for note, count in summary.notes.items():
-                logger.info("noted: %s, %d times", note, count)
+                logger.info("noted: %s, in %d samples on this rank", note, count)
             for reason, count in summary.skipped_by_reason.items():
                 logger.info("skipped: %s, %d samples on this rank", reason, count)
             logger.info("%s", summary.bottleneck)

@@ -1,6 +1,7 @@
 """Decoding untrusted image bytes to RGB, or to one named error."""
 
 import io
+import warnings
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -22,6 +23,9 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Pillow's own messages on files that are used all the same, or refused here by name
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(ValueError):

@@ -60,7 +60,7 @@ class DatasetPart:
         """What of the part's own images cannot be used, or is not there: how many images, by `notes/<phrase>`."""
         notes = Counter[str]()
         for image in self.images():
-            notes.update(f"notes/{note}" for note in image.notes)
+            notes.update(f"notes/{note}" for note in (*image.notes, *image.image_notes))
             if self.group_field is not None and field_name(image.fields, self.group_field) is None:
                 notes[f"notes/{WITHOUT_GROUP}"] += 1
         return dict(sorted(notes.items()))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from threetowers.cache.webdataset.groups import BadField, field_name, sample_group
+from threetowers.cache.webdataset.sample import describe_missing_captions
 from threetowers.eval.datasets.dataset import DatasetPart, EvalDataset
 from threetowers.eval.datasets.dataset_config import DatasetError, UnfitForTask
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
@@ -147,7 +148,7 @@ def captioned_part(part: DatasetPart, settings: RetrievalSettings) -> tuple[Data
     has_group = settings.group_field is None
     for position, image in enumerate(part.images()):
         has_group = has_group or settings.group_field in image.fields
-        reason, problem = _unsearchable(image, settings)
+        reason, problem = _unsearchable(image, part, settings)
         if problem:
             left_out[reason] += 1
             problems.append(f"{part.data.name(image)}: {problem}")
@@ -184,7 +185,7 @@ def captioned(dataset: EvalDataset, settings: RetrievalSettings) -> tuple[EvalDa
     return replace(dataset, test=test, shifted=shifted), problems
 
 
-def _unsearchable(image: EvalImage, settings: RetrievalSettings) -> tuple[str, str]:
+def _unsearchable(image: EvalImage, part: DatasetPart, settings: RetrievalSettings) -> tuple[str, str]:
     """Return why an image cannot be searched, as a name to count by and in words; nothing where it can."""
     for key, field in (("group_field", settings.group_field), ("gallery_field", settings.gallery_field)):
         if field is None:
@@ -197,8 +198,9 @@ def _unsearchable(image: EvalImage, settings: RetrievalSettings) -> tuple[str, s
             found = f"no value in field {field!r}" if field in image.fields else f"no field {field!r}"
             return "no gallery field", f"{key}: {found}, only {sorted(image.fields)}"
     if not image.captions:
-        faults = f" ({', '.join(image.notes)})" if image.notes else ""
-        return NO_CAPTION, f"no caption in a .txt or .json member{faults}"
+        members = part.data.tars[image.tar].samples[image.ordinal].members
+        found = describe_missing_captions(members, image.fields, image.notes)
+        return NO_CAPTION, f"{found} (captions, --captions, names the sources)"
     return "", ""
 
 

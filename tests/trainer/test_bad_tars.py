@@ -17,7 +17,7 @@ from threetowers.eval.datasets.dataset import load_dataset_config, open_dataset
 from threetowers.eval.datasets.image_set import ImageReader
 from threetowers.eval.encoders.embedding_store import images_digest
 from threetowers.eval.tasks.settings import RetrievalSettings
-from threetowers.trainer.config import parse
+from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.estimate.dry_run import dry_run
 
 
@@ -67,6 +67,17 @@ def test_defective_samples_are_left_out_up_front(run: dict[str, Any], tar: Path,
     run["data"] |= {"access": "sequential", "num_streams": 2}
     in_order = loader_of(run, open_run(run), stop=1)
     assert [(len(batch), batch.bad) for batch in in_order] == [(12, ())]
+
+    # Nothing to learn from, or too little
+    for change, message in (
+        ({"global_batch_size": 20}, "a batch of 20 needs at least 20 samples, the tars hold 19 that can be used .1 no"),
+        (
+            {"data": run["data"] | {"image_member": "gif"}},
+            "none of 24 samples can be used: 24 no image; the first: ",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_run(run | change)
 
     run["data"]["on_bad"] = "error"
     for open_it in (open_run, lambda tree: dry_run(parse(tree))):
