@@ -112,7 +112,10 @@ def _upright(image: Image.Image, notes: list[str] | None) -> Image.Image:
     Pillow's `exif_transpose` also writes the EXIF back without the orientation, which fails for many files.
     """
     try:
-        method = TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        exif = image.getexif()
+        if not exif and "exif" in image.info:
+            Image.Exif().load(image.info["exif"])  # opening a JPEG has met an error here and hidden it
+        method = TRANSPOSITIONS.get(exif.get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
     except Exception:  # Pillow's parsers raise SyntaxError, struct.error, TypeError, UnicodeDecodeError, ...

@@ -103,6 +103,7 @@ JUNK = b"\0\x08\0\x02\x01\x12\0\x03" + bytes(12)
         ("png", _chunk(b"eXIf", JUNK)),
         ("png", _chunk(b"eXIf", QUARTER, damage=1)),
         ("png", _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta", damage=1)),
+        ("jpeg", JUNK),
         ("webp", JUNK),
         ("webp", b"II*\0"),
     ],
@@ -115,6 +116,8 @@ def test_an_image_with_malformed_metadata_is_taken_as_it_lies(
     if kind == "png":
         assert decode_rgb(data[:33] + _chunk(b"eXIf", QUARTER) + data[33:], notes=notes).size == (52, 40)
         data = data[:33] + metadata + data[33:]
+    elif kind == "jpeg":
+        data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(metadata) + 8) + b"Exif\0\0" + metadata + data[2:]
     else:
         buffer = io.BytesIO()
         draw(1).save(buffer, "webp", exif=metadata)
