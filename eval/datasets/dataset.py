@@ -288,7 +288,8 @@ class _DatasetBuilder:
             return
         for name, values in part.filter.items():
             wanted = [values] if isinstance(values, str) else values
-            there = {str(image.fields[name]) for image in data.images if name in image.fields}
+            names = {_field_value(image, name, f"{key}: filter") for image in data.images if name in image.fields}
+            there = {value for value in names if value is not None}
             if unknown := [value for value in wanted if value not in there]:
                 known = sorted(there)
                 raise DatasetError(

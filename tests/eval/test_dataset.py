@@ -101,7 +101,7 @@ def test_labels_of_a_field(pets: dict[str, Any], tmp_path: Path) -> None:
     opened = open_dataset(parse(pets, tmp_path), "fewshot", FewShotSettings())
     assert opened.class_names == ["cat", "dog", "emu", "fox"]
     assert labels(opened.test) == [[0]] * 3 + [[1]] * 3 + [[2]] * 3 + [[3]] * 3
-    assert opened.test.left_out == {"unreadable": 1}
+    assert opened.test.left_out == {"undecodable": 1}
     assert opened.train is not None
     assert len(opened.train.rows) == 24
 

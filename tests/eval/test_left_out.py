@@ -74,11 +74,11 @@ def test_every_form_of_a_result_tells_what_was_left_out(clip: dict[str, Any], br
     parts = {"fewshot": "train", "probe": "train", "knn": "train", "shift": "again", "ood": "train"}
     for task, record in found.items():
         own = {"no caption": 1} if task == "retrieval" else {"no label": 1}
-        expected = {"unreadable": 9, **own}
+        expected = {"undecodable": 9, **own}
         if task in parts:
-            expected[f"{parts[task]}/unreadable"] = 3
+            expected[f"{parts[task]}/undecodable"] = 3
         if task == "ood":
-            expected["same/unreadable"] = 3
+            expected["same/undecodable"] = 3
         assert record.left_out == expected
         images = record.counts.get("images", record.counts.get("original/images"))
         assert images == 14  # the images in are those used and those left out
@@ -89,8 +89,8 @@ def test_every_form_of_a_result_tells_what_was_left_out(clip: dict[str, Any], br
         suite_text(result),
     )
     for text in (page, markdown, terminal):
-        assert "retrieval: 10 of 24 images: 9 unreadable, 1 no caption" in text
-        assert "knn: 10 of 24 images: 9 unreadable, 1 no label; train: 3 unreadable" in text
+        assert "retrieval: 10 of 24 images: 9 undecodable, 1 no caption" in text
+        assert "knn: 10 of 24 images: 9 undecodable, 1 no label; train: 3 undecodable" in text
     rows = [line for line in terminal.splitlines() if line.startswith("colours  ")]
     assert len(rows) > 7
     assert all(line.endswith("10 of 24") for line in rows)
@@ -99,7 +99,7 @@ def test_every_form_of_a_result_tells_what_was_left_out(clip: dict[str, Any], br
     assert len(numbers) > 20
     assert all(line.endswith("| 10 of 24 |") for line in numbers)
     again = compare([tmp_path / "out"], tmp_path / "elsewhere").markdown.read_text()
-    assert "retrieval: 10 of 24 images: 9 unreadable, 1 no caption" in again
+    assert "retrieval: 10 of 24 images: 9 undecodable, 1 no caption" in again
 
 
 def test_galleries_of_one_set_count_their_images_once(clip: dict[str, Any], broken: Path, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_search_tells_what_it_did_not_search(
     tars = (str(tmp_path / "test.tar"),)
     search(model, tars, ("a red disc",), tmp_path / "out", workers=0)
     last = capsys.readouterr().out.splitlines()[-2]
-    assert last == "clip, exact search of 15 images; left out: 9 of 24 images: 9 unreadable"
-    assert "Left out: 9 of 24 images: 9 unreadable" in (tmp_path / "out/search.html").read_text()
+    assert last == "clip, exact search of 15 images; left out: 9 of 24 images: 9 undecodable"
+    assert "Left out: 9 of 24 images: 9 undecodable" in (tmp_path / "out/search.html").read_text()
     with pytest.raises(BadSample, match=r"test\.tar: sample 's0000': .*set on_bad: skip"):
         search(model, tars, ("a red disc",), on_bad="error", workers=0)
 

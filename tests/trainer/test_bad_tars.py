@@ -158,7 +158,9 @@ def test_a_data_set_counts_samples_without_an_image(tar: Path, tmp_path: Path) -
     assert data.encoded(data.images[0]).startswith(b"\x89PNG")
 
     # The embeddings of another member are kept under another name
-    assert images_digest(part.data, data.images) != images_digest(data, data.images)
+    other = ImageReader().read([str(tar)], image_member="jpg")
+    assert [image.key for image in other.images] == ["s0003"]
+    assert images_digest(part.data, other.images) != images_digest(other, other.images)
     (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"1 of 2 tars cannot be used: .*cut\.tar"):
         ImageReader().read([str(tar), str(tmp_path / "cut.tar")])
