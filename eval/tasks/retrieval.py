@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from threetowers.cache.webdataset.groups import BadField, field_name, sample_group
+from threetowers.cache.webdataset.groups import BAD_GROUP, BadField, field_name, sample_group
 from threetowers.cache.webdataset.sample import describe_missing_captions
 from threetowers.eval.datasets.dataset import DatasetPart, EvalDataset
 from threetowers.eval.datasets.dataset_config import DatasetError, UnfitForTask
@@ -23,6 +23,7 @@ from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.search.index import VectorIndex, build_index, recall_against_exact
 from threetowers.eval.tasks.settings import RetrievalSettings
 
+BAD_GALLERY = "gallery_field: a list or an object"  # counts samples whose field is no name
 GroupIds = npt.NDArray[np.int64]
 
 DIRECTION_NAMES = ("image_to_text", "text_to_image")
@@ -193,7 +194,7 @@ def _unsearchable(image: EvalImage, part: DatasetPart, settings: RetrievalSettin
         try:
             name = field_name(image.fields, field)
         except BadField as error:
-            return f"{key}: no name", f"{key}: {error}"
+            return BAD_GROUP if key == "group_field" else BAD_GALLERY, f"{key}: {error}"
         if name is None and key == "gallery_field":
             found = f"no value in field {field!r}" if field in image.fields else f"no field {field!r}"
             return "no gallery field", f"{key}: {found}, only {sorted(image.fields)}"
