@@ -44,7 +44,7 @@ def _print_build(report: "BuildReport") -> None:
     if report.tars_built:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
         print(f"{prefix}time by stage: {shares}; the first is the bottleneck")
-    for line in (*note_lines(report.notes, report.ignored), *bad_sample_lines(report.bad)):
+    for line in (*note_lines(report.notes, report.ignored), *bad_sample_lines(report.bad, sum(report.counts.values()))):
         print(line)
     for line in report.left_out.notes():
         print(line)

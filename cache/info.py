@@ -69,9 +69,11 @@ class CacheInfo:
             f"samples   {n_samples} of {n_all}: {n_ok} embedded, {counts_text(counts)}",
             f"bytes     {n_bytes}",
             *note_lines(notes, ignored),
-            *bad_sample_lines(self.bad[:MAX_BAD_LISTED]),
+            *bad_sample_lines(self.bad[:MAX_BAD_LISTED], counts.total()),
             *(f"not built: {line}" for line in self.missing[:MAX_MISSING_LISTED]),
         ]
+        if len(self.missing) > MAX_MISSING_LISTED:
+            lines.append(f"not built: {len(self.missing) - MAX_MISSING_LISTED:,} more")
         return "\n".join(lines)
 
 
@@ -114,6 +116,12 @@ def note_lines(notes: Mapping[str, int], ignored: Mapping[str, int]) -> list[str
     return lines
 
 
-def bad_sample_lines(bad: Sequence[tuple[str, RejectedSample]]) -> list[str]:
-    """Return a line for each sample without an embedding: its tar, key, ordinal and the reason."""
-    return [f"  {path}: {sample.key} (ordinal {sample.ordinal}): {sample.reason}" for path, sample in bad]
+def bad_sample_lines(bad: Sequence[tuple[str, RejectedSample]], total: int) -> list[str]:
+    """Return a line for each of these samples without an embedding: its tar, key, ordinal and the reason.
+
+    A last line tells how many of `total` these are not.
+    """
+    lines = [f"  {path}: {sample.key} (ordinal {sample.ordinal}): {sample.reason}" for path, sample in bad]
+    if len(bad) < total:
+        lines.append(f"  and {total - len(bad):,} more without an embedding")
+    return lines

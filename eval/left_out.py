@@ -35,7 +35,7 @@ def is_complete(left_out: Mapping[str, int]) -> bool:
 
 
 def left_out_text(images: int, left_out: Mapping[str, int]) -> str:
-    """Return what was left out and why, as `40 of 64 images: 38 unreadable, 2 no caption; train: 3 unreadable`.
+    """Return what was left out and why, as `40 of 64 images: 38 undecodable, 2 no caption; train: 3 undecodable`.
 
     What was not selected follows: `not selected: 9 outside the filter`.
 

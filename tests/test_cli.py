@@ -73,7 +73,7 @@ def test_a_tokenizer_from_tars(
     arguments = ["tokenizer", "train", "--tars", *map(str, tars), "--vocab-size", "48", "--output", str(out)]
     assert run(monkeypatch, *arguments) == 0
     assert out.exists()
-    assert "from 40 distinct of 90 captions in 2 tars" in capsys.readouterr().out
+    assert "captions: 40 distinct of 90, in 45 samples of 2 tars" in capsys.readouterr().out
 
 
 def test_an_output_that_cannot_be_is_one_line(

@@ -30,7 +30,7 @@ from threetowers.trainer.checkpoint.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from threetowers.trainer.config import CacheTower, TrainConfig
+from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.data.annotation_survey import survey_annotations
 from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
@@ -54,6 +54,8 @@ from threetowers.trainer.run_folder import RunFolder, RunInUse
 from threetowers.trainer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+ONE_VALUE = "Expected more than 1 value per channel"  # torch, of batch normalization
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class Trainer:
                 with self.timer.phase("step"):
                     rate = self._set_learning_rate(step)
                     restore_moments = remember_running_moments(self.engine.module) if self._may_skip else None
-                    result = self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
+                    result = self._compute_gradients(step, batch)
                     nonfinite, (stop, by_keyboard, overdue, lost) = self.nonfinite.sync(
                         [self.stop.received, self.stop.by_keyboard, self._checkpoint_overdue(), self._lease_lost()]
                     )
@@ -391,6 +393,23 @@ class Trainer:
         self.counts["skipped_samples"] += len(batch.bad)
         self.counts.update(f"skipped/{reason}" for reason in batch.reasons)
 
+    def _compute_gradients(self, step: int, batch: Batch) -> StepResult:
+        """Run forward, loss over the global batch, and backward.
+
+        Raises:
+            ConfigError: A rank has too few usable samples for batch normalization.
+        """
+        try:
+            return self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            raise ConfigError(
+                f"step {step + 1}: a rank has {len(batch)} usable samples of its batch, too few for batch "
+                f"normalization ({len(batch.bad)} were left out); raise global_batch_size (now "
+                f"{self.config.global_batch_size} on {self.world.size} ranks) or engine.micro_batch_size"
+            ) from error
+
     def _set_learning_rate(self, step: int) -> float:
         """Set and return the learning rate of step `step`, counted from 0."""
         rate = self.schedule.rate(step)
@@ -552,7 +571,7 @@ class Trainer:
         if self.world.first:
             write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
             for note, count in summary.notes.items():
-                logger.info("noted: %s, %d times", note, count)
+                logger.info("noted: %s, in %d samples on this rank", note, count)
             for reason, count in summary.skipped_by_reason.items():
                 logger.info("skipped: %s, %d samples on this rank", reason, count)
             logger.info("%s", summary.bottleneck)

@@ -12,6 +12,7 @@ from threetowers.cache.webdataset.tar_list import (
     OnBad,
     TarList,
     refuse_defects,
+    require_images,
     require_samples,
     select_tars,
     try_index,
@@ -65,9 +66,12 @@ def index_new_tars(indexer: TarIndexer, storages: Iterable[Storage], paths: Sequ
     """Index the tars that one of these caches does not know by their place.
 
     Raises:
-        BadTar, BadSample: As by the indexer; and where no tar is left.
+        BadTar, BadSample: As by the indexer; and where no tar is left, or no sample of them all has an image.
     """
     tables = [read_table(storage, allow_empty=True) for storage in storages]
-    indexer([path for path in paths if any(table.at(path) is None for table in tables)])
+    new = [path for path in paths if any(table.at(path) is None for table in tables)]
+    tars = indexer(new)
     if not indexer.usable(paths):
         require_samples(indexer.listed())
+    if len(new) == len(paths):
+        require_images(tars)

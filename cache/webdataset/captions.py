@@ -82,6 +82,11 @@ class CaptionFormat:
         members = {source for source in self.sources or DEFAULT_SOURCES if not source.startswith(FIELD)}
         return frozenset(members | {"json", "cls"})
 
+    def sources_text(self) -> str:
+        """Return the sources that are looked at, for messages."""
+        *others, last = self.sources or DEFAULT_SOURCES
+        return f"{', '.join(others)} or {last}" if others else last
+
     def with_all_sources(self) -> "CaptionFormat":
         """Return the format that finds the captions of every source, also of those that would not be looked at."""
         return self if self.sources else CaptionFormat(dict.fromkeys(DEFAULT_SOURCES, 1.0), self.caption_per_line)

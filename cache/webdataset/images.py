@@ -1,6 +1,7 @@
 """Decoding untrusted image bytes to RGB, or to one named error."""
 
 import io
+import warnings
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -22,6 +23,9 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Pillow's own messages on files that are used all the same, or refused here by name
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(ValueError):
@@ -108,7 +112,10 @@ def _upright(image: Image.Image, notes: list[str] | None) -> Image.Image:
     Pillow's `exif_transpose` also writes the EXIF back without the orientation, which fails for many files.
     """
     try:
-        method = TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        exif = image.getexif()
+        if not exif and "exif" in image.info:
+            Image.Exif().load(image.info["exif"])  # opening a JPEG has met an error here and hidden it
+        method = TRANSPOSITIONS.get(exif.get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
     except Exception:  # Pillow's parsers raise SyntaxError, struct.error, TypeError, UnicodeDecodeError, ...

@@ -6,7 +6,7 @@ The trainer, the tokenizer and the evaluation all read samples here, so that the
 import io
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, BadText, CaptionFormat, decode_text
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
-from threetowers.cache.webdataset.sample_list import unreadable
+from threetowers.cache.webdataset.sample_list import members_text, unreadable
 from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import TarIndex, read_member
 
@@ -95,12 +95,23 @@ def read_annotation(
     found, faults = captions.find(data, fields)
     notes += faults
     if captions_required and not found:
-        expected = ", ".join(captions.sources) or "a .txt member, or a .json member with `captions`"
-        reason = f"no caption ({', '.join(notes)})" if notes else "no caption"
+        reason = _no_caption(notes)
         raise BadSample(
-            f"{tar.describe(ordinal)}: {reason}; expected {expected}, found members {sorted(members)}", reason
+            f"{tar.describe(ordinal)}: {describe_missing_captions(members, fields, notes)}, expected a caption in "
+            f"{captions.sources_text()} (captions, --captions, names other sources)",
+            reason,
         )
     return Annotation(found, fields, tuple(notes))
+
+
+def describe_missing_captions(members: Collection[str], fields: Mapping[str, Any], notes: Sequence[str]) -> str:
+    """Return that a sample has no caption, and what it has instead: its members and the fields of its `json` member."""
+    in_json = f", json fields {members_text(fields.keys() - {'cls'})}" if "json" in members else ""
+    return f"{_no_caption(notes)}; found members {members_text(members)}{in_json}"
+
+
+def _no_caption(notes: Sequence[str]) -> str:
+    return f"no caption ({', '.join(notes)})" if notes else "no caption"
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
@@ -128,7 +139,7 @@ def read_label_vector(tar: TarIndex, ordinal: int) -> list[int]:
     members = tar.samples[ordinal].members
     try:
         if "npy" not in members:
-            raise ValueError(f"no .npy member with labels, only {sorted(members)}")
+            raise ValueError(f"no .npy member with labels, only {members_text(members)}")
         if members["npy"].size > MAX_LABEL_BYTES:
             raise ValueError(f".npy has {members['npy'].size} bytes, expected at most {MAX_LABEL_BYTES}")
         vector = np.load(io.BytesIO(read_member(tar, ordinal, "npy")), allow_pickle=False)

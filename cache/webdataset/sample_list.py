@@ -18,6 +18,7 @@ OTHER_IMAGE_EXTENSIONS = frozenset(
 )
 MAX_MEMBER_BYTES = 64 << 20  # of an image or text; a larger one is never read
 MAX_UNREAD_KINDS = 20
+MAX_MEMBERS_SHOWN = 8
 DEFECTS = tuple(ImageDefect)
 
 
@@ -48,7 +49,7 @@ class SampleList(Sequence[Sample]):
     """The samples of a tar in order, held as a few arrays: millions of samples stay small, and forks share them.
 
     The image of a sample is its member `image_member`, an extension as `jpg` or `left.jpg`; or, where that is None, its
-    only member with one of IMAGE_EXTENSIONS.
+    only member with one of IMAGE_EXTENSIONS. Another way to write the extension is a ValueError.
     """
 
     def __init__(self, samples: Sequence[tuple[str, Mapping[str, Member]]], image_member: str | None = None) -> None:
@@ -165,6 +166,11 @@ class SampleList(Sequence[Sample]):
 
     def _find_images(self, image_member: str | None) -> None:
         """Find the image of each sample, and the samples that have none or several, or one that cannot be read."""
+        if image_member is not None and image_member != image_member.lower().lstrip("."):
+            raise ValueError(
+                f"image_member (--image-member): found {image_member!r}, expected an extension in lower case and "
+                f"without the first dot: {image_member.lower().lstrip('.')}"
+            )
         self.image_member = image_member
         n = len(self)
         sample_m = np.repeat(np.arange(n), np.diff(self._member_ends))
@@ -196,19 +202,27 @@ class SampleList(Sequence[Sample]):
 
 def describe_defect(sample: Sample, image_member: str | None) -> str:
     """Return what is wrong with the image of a sample, as a sentence: what was found and what was expected."""
-    found = sorted(sample.members)
+    found = members_text(sample.members)
     expected = f"one of {sorted(IMAGE_EXTENSIONS)}" if image_member is None else f"a member .{image_member}"
     rule = "the extension is all that follows the first dot of the name"
+    remedy = "image_member (--image-member) names the image"
     match sample.defect:
         case ImageDefect.NO_IMAGE:
-            return f"no image: found members {found}, expected {expected} ({rule}; see image_member)"
+            return f"no image: found members {found}, expected {expected} ({rule}; {remedy})"
         case ImageDefect.AMBIGUOUS_IMAGE:
-            return f"ambiguous image: found members {found}, expected only {expected}; name the image by image_member"
+            return f"ambiguous image: found members {found}, expected only {expected} ({remedy})"
         case ImageDefect.UNKNOWN_FORMAT:
             return f"unknown format: found members {found}, expected {expected}"
     if sample.image is None:
         return "nothing is wrong"
     return describe_unreadable(sample.image, sample.members[sample.image])
+
+
+def members_text(members: Collection[str]) -> str:
+    """Return the extensions of a sample's members, for messages: the first few of many."""
+    found = sorted(members)
+    more = f" and {len(found) - MAX_MEMBERS_SHOWN:,} more" if len(found) > MAX_MEMBERS_SHOWN else ""
+    return f"{found[:MAX_MEMBERS_SHOWN]}{more}"
 
 
 def describe_unreadable(extension: str, member: Member) -> str:

@@ -20,7 +20,13 @@ import xxhash
 from threetowers.cache.storage.object_file import open_object
 from threetowers.cache.storage.storage import split_address
 from threetowers.cache.webdataset.defects import BadSample
-from threetowers.cache.webdataset.sample_list import SampleList, describe_defect, describe_unreadable, unreadable
+from threetowers.cache.webdataset.sample_list import (
+    SampleList,
+    describe_defect,
+    describe_unreadable,
+    members_text,
+    unreadable,
+)
 from threetowers.cache.webdataset.tar_headers import (
     VOLUME_LABEL,
     BadTar,
@@ -178,7 +184,7 @@ def read_member(index: TarIndex, ordinal: int, extension: str) -> bytes:
     """
     members = index.samples[ordinal].members
     if extension not in members:
-        raise ValueError(f"{index.describe(ordinal)}: has no .{extension} member, only {sorted(members)}")
+        raise ValueError(f"{index.describe(ordinal)}: has no .{extension} member, only {members_text(members)}")
     member = members[extension]
     if defect := unreadable(member):
         raise BadSample(f"{index.describe(ordinal)}: {describe_unreadable(extension, member)}", defect)

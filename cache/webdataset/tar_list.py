@@ -114,15 +114,35 @@ def image_defects(tars: Iterable[TarIndex]) -> Counter[str]:
 
 def refuse_defects(tars: Sequence[TarIndex]) -> None:
     """Raise BadSample where a sample has no usable image, as far as headers tell: the first by name, and the counts."""
+    if first := first_defect(tars):
+        raise BadSample(
+            f"{first}. Samples like it: {counts_by_reason(image_defects(tars))}. Repair them, or leave them out by "
+            "on_bad: skip (--on-bad skip)",
+            first.reason,
+        )
+
+
+def require_images(tars: Sequence[TarIndex]) -> None:
+    """Raise BadSample where no sample has a usable image, as far as headers tell."""
+    counts = image_defects(tars)
+    n_samples = sum(len(tar.samples) for tar in tars)
+    if counts.total() == n_samples and (first := first_defect(tars)):
+        raise BadSample(none_usable(n_samples, counts, str(first)), first.reason)
+
+
+def none_usable(n_samples: int, counts: Mapping[str, int], first: str) -> str:
+    """Return the message for samples of which none can be used."""
+    return f"none of {n_samples:,} samples can be used: {counts_by_reason(counts)}; the first: {first}"
+
+
+def first_defect(tars: Iterable[TarIndex]) -> BadSample | None:
+    """Return the first sample without a usable image, as far as headers tell; None where there is none."""
     for tar in tars:
         if defects := tar.samples.defects():
             ordinal = min(int(ordinals[0]) for ordinals in defects.values())
-            raise BadSample(
-                f"{tar.describe(ordinal)}: {tar.describe_defect(ordinal)}. Samples like it: "
-                f"{counts_by_reason(image_defects(tars))}. Repair them, or leave them out by on_bad: skip "
-                "(--on-bad skip)",
-                str(tar.samples[ordinal].defect),
-            )
+            message = f"{tar.describe(ordinal)}: {tar.describe_defect(ordinal)}"
+            return BadSample(message, str(tar.samples[ordinal].defect))
+    return None
 
 
 def left_aside_lines(tars: Iterable[TarIndex], others: Collection[str] = ()) -> list[str]:
@@ -130,7 +150,12 @@ def left_aside_lines(tars: Iterable[TarIndex], others: Collection[str] = ()) -> 
     counts: Counter[str] = Counter()
     for tar in tars:
         counts.update(tar.left_aside(others))
-    return [f"members that are not read: {counts_by_reason(counts)}"] if counts else []
+    return [left_aside_line(counts)] if counts else []
+
+
+def left_aside_line(counts: Mapping[str, int]) -> str:
+    """Return the line on members that nothing reads."""
+    return f"members that are not read: {counts_by_reason(counts)}"
 
 
 def counts_by_reason(counts: Mapping[str, int]) -> str:

@@ -60,7 +60,7 @@ class DatasetPart:
         """What of the part's own images cannot be used, or is not there: how many images, by `notes/<phrase>`."""
         notes = Counter[str]()
         for image in self.images():
-            notes.update(f"notes/{note}" for note in image.notes)
+            notes.update(f"notes/{note}" for note in (*image.notes, *image.image_notes))
             if self.group_field is not None and field_name(image.fields, self.group_field) is None:
                 notes[f"notes/{WITHOUT_GROUP}"] += 1
         return dict(sorted(notes.items()))
@@ -288,7 +288,8 @@ class _DatasetBuilder:
             return
         for name, values in part.filter.items():
             wanted = [values] if isinstance(values, str) else values
-            there = {str(image.fields[name]) for image in data.images if name in image.fields}
+            names = {_field_value(image, name, f"{key}: filter") for image in data.images if name in image.fields}
+            there = {value for value in names if value is not None}
             if unknown := [value for value in wanted if value not in there]:
                 known = sorted(there)
                 raise DatasetError(

@@ -1,5 +1,6 @@
 """The images of some tars, with the captions and fields of their samples, by address."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,11 @@ from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.sample import read_annotation, read_encoded_image, read_image, read_label_vector
 from threetowers.cache.webdataset.tar_index import TarIndex
-from threetowers.cache.webdataset.tar_list import OnBad, index_tars, require_samples
+from threetowers.cache.webdataset.tar_list import OnBad, TarList, index_tars, left_aside_lines, require_samples
 from threetowers.cache.webdataset.tar_patterns import expand
 from threetowers.eval.left_out import BAD_TARS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class EvalImage:
         fields: The keys of its `json` member; `cls`, the list of numbers of a `cls` member; and where the data set
             asks for it `npy`, the 0 and 1 of each class in an `npy` member.
         notes: What of its annotation cannot be used, as short phrases.
+        image_notes: What was tolerated of the image itself (see `decode_rgb`).
     """
 
     tar: int
@@ -37,6 +41,7 @@ class EvalImage:
     captions: tuple[str, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    image_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ class ImageReader:
         key = (captions, tuple(captions.sources), image_member, on_bad, label_vectors, paths)
         if key not in self._read:
             listed = require_samples(index_tars(paths, image_member, on_bad))
+            read = captions.extensions | ({"npy"} if label_vectors else set())
+            for line in (*TarList([], listed.empty).notes(), *left_aside_lines(listed.tars, read)):
+                logger.info("%s", line)
             self._read[key] = read_images(
                 listed.tars,
                 captions,
@@ -158,7 +166,9 @@ def _read(
         fields = dict(annotation.fields)
         if label_vectors:
             fields["npy"] = read_label_vector(tar, ordinal)
-        read_image(tar, ordinal, max_pixels)
+        image_notes: list[str] = []
+        read_image(tar, ordinal, max_pixels, notes=image_notes)
     except BadSample as error:
         return error
-    return EvalImage(number, ordinal, tar.samples[ordinal].key, annotation.captions, fields, annotation.notes)
+    key = tar.samples[ordinal].key
+    return EvalImage(number, ordinal, key, annotation.captions, fields, annotation.notes, tuple(image_notes))

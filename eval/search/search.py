@@ -17,6 +17,7 @@ from threetowers.eval.search.index import Device, build_index, exact_search
 
 UPPER_HALF = "▀"
 DEFAULT_K = 10
+MAX_CAPTION_SHOWN = 200  # characters in the terminal
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SearchResults:
             lines.append(f"“{query}”")
             for rank, hit in enumerate(hits, 1):
                 tar = self.data.tars[hit.image.tar].name
-                captions = " | ".join(hit.image.captions[:2])
+                captions = " | ".join(map(_one_line, hit.image.captions[:2]))
                 lines.append(f"{rank:4d}  {hit.score:6.3f}  {tar}:{hit.image.key}  {captions}".rstrip())
                 if columns:
                     lines += [
@@ -110,7 +111,7 @@ def find(
     if k is None:
         k = min(DEFAULT_K, len(data.images))
     if not 1 <= k <= len(data.images):
-        raise ValueError(f"k must be between 1 and the {len(data.images)} images of the gallery, got {k}")
+        raise ValueError(f"--k: found {k}, expected 1 to {len(data.images)}, the images of the gallery")
     if empty := [query for query in queries if not query.strip()]:
         raise ValueError(f"{len(empty)} of {len(queries)} queries are empty: expected text in each --query")
     text_ND = encoder.texts(list(queries))
@@ -124,6 +125,12 @@ def find(
         # An approximate index pads with -1 where it found fewer than k.
         hits.append([SearchHit(data.images[i], score) for i, score in zip(ids, scores, strict=True) if i >= 0])
     return SearchResults(encoder.info.name, data, tuple(queries), hits, index == "Flat")
+
+
+def _one_line(caption: str) -> str:
+    """Return a caption for the terminal: on one line, the end of a long one left out."""
+    line = " ".join(caption.split())
+    return line if len(line) <= MAX_CAPTION_SHOWN else f"{line[: MAX_CAPTION_SHOWN - 1]}…"
 
 
 def half_blocks(image: bytes, columns: int, max_pixels: int = MAX_PIXELS) -> list[str]:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from threetowers.cache.webdataset.groups import BadField, field_name, sample_group
+from threetowers.cache.webdataset.groups import BAD_GROUP, BadField, field_name, sample_group
+from threetowers.cache.webdataset.sample import describe_missing_captions
 from threetowers.eval.datasets.dataset import DatasetPart, EvalDataset
 from threetowers.eval.datasets.dataset_config import DatasetError, UnfitForTask
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
@@ -22,6 +23,7 @@ from threetowers.eval.report.thumbnails import ThumbnailStore
 from threetowers.eval.search.index import VectorIndex, build_index, recall_against_exact
 from threetowers.eval.tasks.settings import RetrievalSettings
 
+BAD_GALLERY = "gallery_field: a list or an object"  # counts samples whose field is no name
 GroupIds = npt.NDArray[np.int64]
 
 DIRECTION_NAMES = ("image_to_text", "text_to_image")
@@ -147,7 +149,7 @@ def captioned_part(part: DatasetPart, settings: RetrievalSettings) -> tuple[Data
     has_group = settings.group_field is None
     for position, image in enumerate(part.images()):
         has_group = has_group or settings.group_field in image.fields
-        reason, problem = _unsearchable(image, settings)
+        reason, problem = _unsearchable(image, part, settings)
         if problem:
             left_out[reason] += 1
             problems.append(f"{part.data.name(image)}: {problem}")
@@ -184,7 +186,7 @@ def captioned(dataset: EvalDataset, settings: RetrievalSettings) -> tuple[EvalDa
     return replace(dataset, test=test, shifted=shifted), problems
 
 
-def _unsearchable(image: EvalImage, settings: RetrievalSettings) -> tuple[str, str]:
+def _unsearchable(image: EvalImage, part: DatasetPart, settings: RetrievalSettings) -> tuple[str, str]:
     """Return why an image cannot be searched, as a name to count by and in words; nothing where it can."""
     for key, field in (("group_field", settings.group_field), ("gallery_field", settings.gallery_field)):
         if field is None:
@@ -192,13 +194,14 @@ def _unsearchable(image: EvalImage, settings: RetrievalSettings) -> tuple[str, s
         try:
             name = field_name(image.fields, field)
         except BadField as error:
-            return f"{key}: no name", f"{key}: {error}"
+            return BAD_GROUP if key == "group_field" else BAD_GALLERY, f"{key}: {error}"
         if name is None and key == "gallery_field":
             found = f"no value in field {field!r}" if field in image.fields else f"no field {field!r}"
             return "no gallery field", f"{key}: {found}, only {sorted(image.fields)}"
     if not image.captions:
-        faults = f" ({', '.join(image.notes)})" if image.notes else ""
-        return NO_CAPTION, f"no caption in a .txt or .json member{faults}"
+        members = part.data.tars[image.tar].samples[image.ordinal].members
+        found = describe_missing_captions(members, image.fields, image.notes)
+        return NO_CAPTION, f"{found} (captions, --captions, names the sources)"
     return "", ""
 
 

@@ -109,6 +109,9 @@ def test_the_image_member_can_be_named(tmp_path: Path, names: tuple[str, ...], i
     with pytest.raises(BadSample, match=rf"found members \['gif'\], expected a member \.{image_member}"):
         read_encoded_image(index, 1)
 
+    with pytest.raises(ValueError, match=r"image_member \(--image-member\): found '\.JPG', .*: jpg$"):
+        index_tar(path, image_member=".JPG")
+
     # What is kept of an index does not depend on it
     unnamed = index_tar(path)
     assert unnamed.fingerprint == index.fingerprint
@@ -129,6 +132,7 @@ def test_numbered_copies_and_doubled_extensions_are_counted(tmp_path: Path) -> N
     many = index_tar(write_members(tmp_path / "y.tar", *((f"a.{i:03d}", b"") for i in range(99))))
     assert many.samples.unread().total() == 99
     assert len(many.samples.unread()) == 21
+    assert "'005', '006', '007'] and 91 more, expected one of" in many.describe_defect(0)
 
 
 def test_all_bad_tars_are_named_at_once(tmp_path: Path, tar: Path) -> None:
@@ -179,6 +183,9 @@ def test_a_build_gives_defective_samples_a_status(tar: Path, options: dict[str, 
         build_cache(strict)
     with pytest.raises(BadTar, match=r"1 of 2 tars cannot be used.*cut\.tar"):
         build_cache(dataclasses.replace(strict, tars=[cut, tar], on_bad="skip"))
+    useless = write_members(tmp_path / "useless.tar", ("a.tif", b""), ("b.txt", b""))
+    with pytest.raises(BadSample, match=r"none of 2 samples can be used: 1 .*, 1 .*; the first: .*useless\.tar.* 'a'"):
+        build_cache(dataclasses.replace(strict, tars=[useless, empty], on_bad="skip"))
     assert not (tmp_path / "strict").exists()
     resumed = build_cache(dataclasses.replace(config, tars=[cut, tar], on_bad="skip_tars"))
     assert (resumed.tars_built, resumed.tars_kept) == (0, 1)

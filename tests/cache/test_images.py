@@ -1,7 +1,10 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +103,7 @@ JUNK = b"\0\x08\0\x02\x01\x12\0\x03" + bytes(12)
         ("png", _chunk(b"eXIf", JUNK)),
         ("png", _chunk(b"eXIf", QUARTER, damage=1)),
         ("png", _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta", damage=1)),
+        ("jpeg", JUNK),
         ("webp", JUNK),
         ("webp", b"II*\0"),
     ],
@@ -112,6 +116,8 @@ def test_an_image_with_malformed_metadata_is_taken_as_it_lies(
     if kind == "png":
         assert decode_rgb(data[:33] + _chunk(b"eXIf", QUARTER) + data[33:], notes=notes).size == (52, 40)
         data = data[:33] + metadata + data[33:]
+    elif kind == "jpeg":
+        data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(metadata) + 8) + b"Exif\0\0" + metadata + data[2:]
     else:
         buffer = io.BytesIO()
         draw(1).save(buffer, "webp", exif=metadata)
@@ -120,6 +126,18 @@ def test_an_image_with_malformed_metadata_is_taken_as_it_lies(
     image = decode_rgb(data, notes=notes)
     assert np.array_equal(np.asarray(image), np.asarray(decode_rgb(encode(draw(1), kind))))
     assert notes == ["malformed EXIF or XMP, taken as upright"]
+
+
+def test_pillow_itself_says_nothing(draw: Draw, encode: Encode, tmp_path: Path) -> None:
+    short = b"Exif\0\0" + QUARTER[:12]
+    data = encode(draw(1), "jpeg")
+    (tmp_path / "x.jpg").write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(short) + 2) + short + data[2:])
+    code = (
+        "import sys; from pathlib import Path; from threetowers.cache.webdataset.images import decode_rgb\n"
+        "decode_rgb(Path(sys.argv[1]).read_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.jpg"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_a_readable_orientation_counts_whatever_else_is_malformed(draw: Draw, encode: Encode) -> None:

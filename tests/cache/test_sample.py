@@ -163,7 +163,7 @@ def test_what_can_be_used_is_used_and_the_rest_is_noted(
 def test_a_sample_without_a_usable_caption_tells_why(tmp_path: Path) -> None:
     index = index_tar(annotated(tmp_path / "x.tar", txt=b"\xff", json=b'{"caption": null, "kind": "cat"}'))
     reason = "no caption (txt: neither UTF-8 nor UTF-16, json.caption: null)"
-    with pytest.raises(BadSample, match=re.escape(f"x.tar: sample 's': {reason}; expected")) as raised:
+    with pytest.raises(BadSample, match=re.escape(f"x.tar: sample 's': {reason}; found members")) as raised:
         read_annotation(index, 0)
     assert raised.value.reason == reason
     # Where labels count and captions do not, the sample is good.
@@ -178,7 +178,9 @@ def test_named_sources_are_read_alone_and_in_their_order(tmp_path: Path) -> None
     assert annotation.captions_by_source == {"json.TEXT": ("three",), "cap": ("one", "two"), "json.a.b": ("four",)}
     assert annotation.notes == ()  # nobody asked for json.caption
     with pytest.raises(
-        BadSample, match=r"no caption; expected outputs\.txt, found members \['cap', 'json', 'png', 'txt'"
+        BadSample,
+        match=r"no caption; found members \['cap', 'json', 'png', 'txt'\], json fields \['TEXT', 'a\.b', 'caption'\], "
+        r"expected a caption in outputs\.txt \(captions, --captions,",
     ):
         read(tmp_path, CaptionFormat({"outputs.txt": 1}), **members)
     assert read(tmp_path, CaptionFormat({"outputs.txt": 1}), outputs_txt=b"five").captions == ("five",)

@@ -101,7 +101,7 @@ def test_labels_of_a_field(pets: dict[str, Any], tmp_path: Path) -> None:
     opened = open_dataset(parse(pets, tmp_path), "fewshot", FewShotSettings())
     assert opened.class_names == ["cat", "dog", "emu", "fox"]
     assert labels(opened.test) == [[0]] * 3 + [[1]] * 3 + [[2]] * 3 + [[3]] * 3
-    assert opened.test.left_out == {"unreadable": 1}
+    assert opened.test.left_out == {"undecodable": 1}
     assert opened.train is not None
     assert len(opened.train.rows) == 24
 
@@ -346,8 +346,9 @@ def test_values_of_fields_are_compared_as_names(tmp_path: Path) -> None:
     for key, value in {"label": "list", "group_field": "list", "filter": {"list": "a"}}.items():
         bad = json.dumps({"label": "1", "flag": "a", "list": {"a": 1}}).encode()
         write_tar(tar, [("s0", {"png": image_bytes(0), "json": bad})])
+        one = {**tree, "group_field": None, "filter": {"flag": "a"}, key: value}
         with pytest.raises(DatasetError, match="field 'list' holds an object, expected a text"):
-            open_dataset(parse({**tree, "group_field": None, key: value}, tmp_path), "zeroshot", ZeroShotSettings())
+            open_dataset(parse(one, tmp_path), "zeroshot", ZeroShotSettings())
 
 
 def test_sources_of_captions_are_checked(tmp_path: Path) -> None:

@@ -74,11 +74,11 @@ def test_every_form_of_a_result_tells_what_was_left_out(clip: dict[str, Any], br
     parts = {"fewshot": "train", "probe": "train", "knn": "train", "shift": "again", "ood": "train"}
     for task, record in found.items():
         own = {"no caption": 1} if task == "retrieval" else {"no label": 1}
-        expected = {"unreadable": 9, **own}
+        expected = {"undecodable": 9, **own}
         if task in parts:
-            expected[f"{parts[task]}/unreadable"] = 3
+            expected[f"{parts[task]}/undecodable"] = 3
         if task == "ood":
-            expected["same/unreadable"] = 3
+            expected["same/undecodable"] = 3
         assert record.left_out == expected
         images = record.counts.get("images", record.counts.get("original/images"))
         assert images == 14  # the images in are those used and those left out
@@ -89,8 +89,8 @@ def test_every_form_of_a_result_tells_what_was_left_out(clip: dict[str, Any], br
         suite_text(result),
     )
     for text in (page, markdown, terminal):
-        assert "retrieval: 10 of 24 images: 9 unreadable, 1 no caption" in text
-        assert "knn: 10 of 24 images: 9 unreadable, 1 no label; train: 3 unreadable" in text
+        assert "retrieval: 10 of 24 images: 9 undecodable, 1 no caption" in text
+        assert "knn: 10 of 24 images: 9 undecodable, 1 no label; train: 3 undecodable" in text
     rows = [line for line in terminal.splitlines() if line.startswith("colours  ")]
     assert len(rows) > 7
     assert all(line.endswith("10 of 24") for line in rows)
@@ -99,7 +99,7 @@ def test_every_form_of_a_result_tells_what_was_left_out(clip: dict[str, Any], br
     assert len(numbers) > 20
     assert all(line.endswith("| 10 of 24 |") for line in numbers)
     again = compare([tmp_path / "out"], tmp_path / "elsewhere").markdown.read_text()
-    assert "retrieval: 10 of 24 images: 9 unreadable, 1 no caption" in again
+    assert "retrieval: 10 of 24 images: 9 undecodable, 1 no caption" in again
 
 
 def test_galleries_of_one_set_count_their_images_once(clip: dict[str, Any], broken: Path, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_search_tells_what_it_did_not_search(
     tars = (str(tmp_path / "test.tar"),)
     search(model, tars, ("a red disc",), tmp_path / "out", workers=0)
     last = capsys.readouterr().out.splitlines()[-2]
-    assert last == "clip, exact search of 15 images; left out: 9 of 24 images: 9 unreadable"
-    assert "Left out: 9 of 24 images: 9 unreadable" in (tmp_path / "out/search.html").read_text()
+    assert last == "clip, exact search of 15 images; left out: 9 of 24 images: 9 undecodable"
+    assert "Left out: 9 of 24 images: 9 undecodable" in (tmp_path / "out/search.html").read_text()
     with pytest.raises(BadSample, match=r"test\.tar: sample 's0000': .*set on_bad: skip"):
         search(model, tars, ("a red disc",), on_bad="error", workers=0)
 
@@ -139,19 +139,24 @@ def test_what_cannot_be_read_is_refused_where_asked(clip: dict[str, Any], broken
     samples = coloured(0, 4, 0)
     samples[2][1]["json"] = b'{"colour": "red"}'
     write_tar(tmp_path / "test.tar", samples)
-    with pytest.raises(DatasetError, match=r"sample 's0002': no caption .*set on_bad: skip"):
+    with pytest.raises(DatasetError, match=r"sample 's0002': no caption; .*set on_bad: skip"):
         suite(flags, (str(broken),), ("retrieval",))
 
 
-def test_bad_tars_are_named_together_or_left_out(clip: dict[str, Any], tmp_path: Path) -> None:
+def test_bad_tars_are_named_together_or_left_out(
+    clip: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_tar(tmp_path / "a.tar", samples_of(0, 8))
     whole = (tmp_path / "a.tar").read_bytes()
     for name in ("b", "c"):
         (tmp_path / f"{name}.tar").write_bytes(whole[: len(whole) // 2])
     patterns = [str(tmp_path / "?.tar")]
-    with pytest.raises(ValueError, match=r"2 of 3 tars cannot be read: .*b\.tar: truncated.*c\.tar: trunc.*skip_tars"):
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 tars cannot be used: .*b\.tar: truncated.*c\.tar: tr.*skip_tars"):
         ImageReader().read(patterns)
-    data = ImageReader().read(patterns, on_bad="skip_tars")
+    write_tar(tmp_path / "d.tar", [])
+    with caplog.at_level("INFO"):
+        data = ImageReader().read(patterns, on_bad="skip_tars")
+    assert f"1 tars hold no samples: {tmp_path / 'd.tar'}" in caplog.messages
     assert (len(data.images), dict(data.left_out)) == (8, {"bad tars": 2})
     config = {"name": "some", "tars": patterns, "on_bad": "skip_tars", "tasks": {"retrieval": {}}}
     (tmp_path / "some.yaml").write_text(yaml.safe_dump(config))

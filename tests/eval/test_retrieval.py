@@ -18,6 +18,7 @@ from tests.eval.runs import finished
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.webdataset.groups import BAD_GROUP
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.cli import EvalFlags, retrieval
 from threetowers.eval.cli import compare as command_compare
@@ -132,7 +133,7 @@ def test_images_without_a_group_are_their_own_and_those_without_a_gallery_are_le
     assert first.image_group_N.tolist() == [0, 0, 1, 2]
     part = replace(galleries[0][0].test, group_field="kind")
     assert part.notes == {"notes/group_field: no value": 2}
-    assert (part.left_out["bad_group_field"], part.left_out["without_gallery_field"]) == (1, 1)
+    assert (part.left_out[BAD_GROUP], part.left_out["no gallery field"]) == (1, 1)
     assert "'s5': group_field: field 'kind' holds a list" in problems[0]
     assert "'s6': gallery_field: no value in field 'style'" in problems[1]
 
@@ -192,7 +193,7 @@ def test_live_and_cached_rows_agree(lit: dict[str, Any], cache: Path, tars: list
     assert [encoder.info.preprocessing.endswith(", live") for encoder in encoders] == [True, False]
 
 
-def test_unreadable_samples_are_listed(clip: dict[str, Any], tmp_path: Path) -> None:
+def test_bad_samples_are_listed(clip: dict[str, Any], tmp_path: Path) -> None:
     samples = samples_of(0, 6)
     samples[2][1]["png"] = b"not an image"
     samples[4][1]["json"] = json.dumps({"concept": "x"}).encode()
@@ -201,8 +202,8 @@ def test_unreadable_samples_are_listed(clip: dict[str, Any], tmp_path: Path) -> 
     assert len(result.skipped) == 2
     assert "sample 's0002'" in result.skipped[0]
     assert "sample 's0004': no caption" in result.skipped[1]
-    assert "left out of all, retrieval: 2 of 6 images: 1 unreadable, 1 no caption" in retrieval_text(result)
-    assert result.records[0].left_out == {"unreadable": 1, "no caption": 1}
+    assert "left out of all, retrieval: 2 of 6 images: 1 undecodable, 1 no caption" in retrieval_text(result)
+    assert result.records[0].left_out == {"undecodable": 1, "no caption": 1}
     assert result.records[0].counts["images"] == 4
 
 

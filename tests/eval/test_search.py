@@ -14,7 +14,7 @@ from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.datasets.image_set import ImageSet, read_images
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.load import load_encoder
-from threetowers.eval.search.search import find, half_blocks
+from threetowers.eval.search.search import SearchHit, SearchResults, find, half_blocks
 
 QUERIES = ["a red disc", "<b>blue & bar</b>"]
 
@@ -49,9 +49,20 @@ def test_nearest_images_are_found_and_shown(clip: dict[str, Any], gallery: Image
     assert "approximate search" in approximate.text()
 
 
+def test_captions_are_shown_on_one_line(tmp_path: Path) -> None:
+    captions = {"s0": b"two\nlines", "s1": b"word " * 100}
+    (_, image), *_ = samples_of(0, 1)
+    tar = write_tar(tmp_path / "x.tar", [(key, {"png": image["png"], "txt": text}) for key, text in captions.items()])
+    images = read_images([index_tar(tar)])
+    hits = [SearchHit(image, 0.5) for image in images.images]
+    first, second = SearchResults("m", images, ("q",), [hits], True).text().splitlines()[1:-1]
+    assert first.endswith("x.tar:s0  two lines")
+    assert (second[-1], len(second) < 250) == ("…", True)
+
+
 def test_bad_queries_are_refused(clip: dict[str, Any], cache: Path, gallery: ImageSet) -> None:
     encoder = load_encoder(finished(clip), LoadOptions(workers=0))
-    with pytest.raises(ValueError, match="between 1 and the 12 images of the gallery, got 13"):
+    with pytest.raises(ValueError, match="--k: found 13, expected 1 to 12, the images of the gallery"):
         find(encoder, gallery, QUERIES, 13)
     with pytest.raises(ValueError, match="1 of 2 queries are empty"):
         find(encoder, gallery, ["a", " "], 2)

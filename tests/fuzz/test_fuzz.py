@@ -127,6 +127,10 @@ def test_a_cache_has_a_row_or_a_status_for_every_sample(
         with pytest.raises(BadTar, match="none of"):
             build_cache(config)
         return
+    if all(sample.defect for index, _ in pairs for sample in index.samples):
+        with pytest.raises(BadSample, match="none of"):
+            build_cache(config)
+        return
     report = build_cache(config)
     assert report.samples == sum(len(index.samples) for index, _ in pairs)
     assert report.samples == report.ok + sum(report.counts.values())
@@ -245,10 +249,14 @@ def test_the_tokenizer_and_evaluation_use_or_report_every_sample(
     paths = write(tars, folder)
     listed, pairs = listed_tars(tars, paths)
 
+    if not pairs:
+        with pytest.raises(BadTar, match="none of"):
+            read_corpus(paths, DEFAULT_CAPTIONS, limit=1000, on_bad="skip_tars")
+        return
     corpus = read_corpus(paths, DEFAULT_CAPTIONS, limit=1000, on_bad="skip_tars")
     assert corpus.n_samples + sum(corpus.bad_samples.values()) == len(packed(pairs))
-    assert corpus.n_tars + len(corpus.bad_tars) == len(paths)
-    assert len(corpus.bad_tars) == len(listed.bad)
+    assert corpus.n_tars + len(corpus.left_out.empty) + len(corpus.left_out.bad) == len(paths)
+    assert len(corpus.left_out.bad) == len(listed.bad)
     keys = {sample.key for sample in packed(pairs)}
     if all(tar.damage != "flipped bit" for tar in tars):
         assert all(any(key in caption for key in keys) for caption in corpus.captions)

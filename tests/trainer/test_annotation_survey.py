@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import picture, samples_of, write_tar
 from tests.trainer.loading import load_batches, open_run
 from threetowers.cache.webdataset import sample
+from threetowers.cache.webdataset.defects import BadSample
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import annotation_survey
 from threetowers.trainer.data.annotation_survey import survey_annotations
@@ -81,6 +82,17 @@ def test_samples_without_a_group_are_their_own_and_told(clip: dict[str, Any], tm
     (batch,) = load_batches(with_samples(clip, tmp_path, texts, group_field="kind"), stop=1)
     assert len(batch) == 11
     assert "sample 's0000': field 'kind' holds a list, expected a text" in batch.bad[0]
+
+
+def test_a_bad_sample_that_is_seen_stops_a_strict_run_before_its_first_step(
+    clip: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = with_samples(clip, tmp_path, [{"txt": "a"}] * 9 + [{"txt": ""}] * 2 + [{"txt": "a"}])
+    message = r"survey\.tar: sample 's00(09|10)': no caption \(txt: empty\); .*of 12 looked at: 2 no.*on_bad: skip"
+    with pytest.raises(BadSample, match=message):
+        survey(tree)
+    tree["data"]["on_bad"] = "skip"
+    assert survey(tree)[-1] == "bad: no caption (txt: empty), 2 of 12 samples looked at"
 
 
 @pytest.mark.parametrize(

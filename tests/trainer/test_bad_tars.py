@@ -17,7 +17,7 @@ from threetowers.eval.datasets.dataset import load_dataset_config, open_dataset
 from threetowers.eval.datasets.image_set import ImageReader
 from threetowers.eval.encoders.embedding_store import images_digest
 from threetowers.eval.tasks.settings import RetrievalSettings
-from threetowers.trainer.config import parse
+from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.estimate.dry_run import dry_run
 
 
@@ -67,6 +67,17 @@ def test_defective_samples_are_left_out_up_front(run: dict[str, Any], tar: Path,
     run["data"] |= {"access": "sequential", "num_streams": 2}
     in_order = loader_of(run, open_run(run), stop=1)
     assert [(len(batch), batch.bad) for batch in in_order] == [(12, ())]
+
+    # Nothing to learn from, or too little
+    for change, message in (
+        ({"global_batch_size": 20}, "a batch of 20 needs at least 20 samples, the tars hold 19 that can be used .1 no"),
+        (
+            {"data": run["data"] | {"image_member": "gif"}},
+            "none of 24 samples can be used: 24 no image; the first: ",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_run(run | change)
 
     run["data"]["on_bad"] = "error"
     for open_it in (open_run, lambda tree: dry_run(parse(tree))):
@@ -147,7 +158,9 @@ def test_a_data_set_counts_samples_without_an_image(tar: Path, tmp_path: Path) -
     assert data.encoded(data.images[0]).startswith(b"\x89PNG")
 
     # The embeddings of another member are kept under another name
-    assert images_digest(part.data, data.images) != images_digest(data, data.images)
+    other = ImageReader().read([str(tar)], image_member="jpg")
+    assert [image.key for image in other.images] == ["s0003"]
+    assert images_digest(part.data, other.images) != images_digest(other, other.images)
     (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"1 of 2 tars cannot be used: .*cut\.tar"):
         ImageReader().read([str(tar), str(tmp_path / "cut.tar")])

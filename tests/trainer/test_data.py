@@ -64,13 +64,13 @@ def test_bad_samples_are_named_and_counted(clip: dict[str, Any], tmp_path: Path)
     assert len(batch.bad) == 2
     broken, without_caption = sorted(batch.bad, key=lambda reason: "s0007" in reason)
     assert "bad.tar: sample 's0004': " in broken
-    assert "bad.tar: sample 's0007': no caption (json.captions: empty); expected a .txt member" in without_caption
+    assert "bad.tar: sample 's0007': no caption (json.captions: empty); found members" in without_caption
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"png": b""}, r"sample 'k': no caption; .* found members \['png'\]"),
+        ({"png": b""}, r"sample 'k': no caption; found members \['png'\], expected a caption in txt, json"),
         ({"png": b"", "txt": b"  \n"}, "no caption"),
         ({"png": b"", "txt": b"\xff"}, "neither UTF-8 nor UTF-16"),
         ({"png": b"", "json": b"{"}, r"sample 'k': no caption \(json: not JSON\)"),

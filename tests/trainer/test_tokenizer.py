@@ -151,7 +151,23 @@ def test_bad_captions_are_left_out_and_counted(mixed: list[str]) -> None:
         read_corpus(mixed, DEFAULT_CAPTIONS, limit=9)
     with_tars = read_corpus(mixed, DEFAULT_CAPTIONS, limit=9, on_bad="skip_tars")
     assert with_tars.captions == corpus.captions
-    assert [problem.partition(" ")[0] for problem in with_tars.bad_tars] == [mixed[1]]
+    assert [problem.partition(" ")[0] for problem in with_tars.left_out.bad] == [mixed[1]]
+
+
+def test_tars_without_captions_are_refused_by_what_they_have(mixed: list[str], tmp_path: Path) -> None:
+    other = write_tar(
+        tmp_path / "other.tar", [("s0", {"png": b"", "npy": b"", "json": b'{"TEXT": "a boat", "url": "u"}'})]
+    )
+    empty = write_tar(tmp_path / "empty.tar", [])
+    expected = (
+        r"(?s)hold no captions.*left out: 1, no caption.*the first: .*other\.tar: sample 's0'.*'json', 'npy', "
+        r"'png'\], json fields \['TEXT', 'url'\], expected a caption in txt, .*--captions.*"
+        r"1 tars hold no samples: .*empty\.tar\nmembers that are not read: 1 \.npy in samples"
+    )
+    with pytest.raises(ValueError, match=expected):
+        cli.train_tokenizer((str(other), str(empty)), tmp_path / "t.model")
+    with pytest.raises(BadTar, match=r"none of 2 tars can be used; the first: .*broken"):
+        read_corpus([mixed[1], str(empty)], DEFAULT_CAPTIONS, limit=9, on_bad="skip_tars")
 
 
 def test_the_command_prints_what_it_left_out(
@@ -160,7 +176,7 @@ def test_the_command_prints_what_it_left_out(
     cli.train_tokenizer((mixed[0],), tmp_path / "t.model", 30, captions=("txt",))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{tmp_path / 't.model'}: ")
-    assert "left out: 1 samples: no caption (txt: empty)" in lines
+    assert "left out: 1, no caption (txt: empty)" in lines
     assert "noted: caption: cut to 65,536 bytes, in 1 samples" in lines
     with pytest.raises(ValueError, match="--input-sentences: found 0, expected at least 1"):
         cli.train_tokenizer((mixed[0],), tmp_path / "t.model", input_sentences=0)

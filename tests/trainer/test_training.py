@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.conftest import samples_of, write_tar
 from tests.trainer.launches import (
@@ -37,6 +38,7 @@ from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import NAMES
 from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.train import ONE_VALUE
 
 
 @pytest.mark.distributed
@@ -121,6 +123,12 @@ def test_bad_input_is_one_message(clip: dict[str, Any], tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
     run_command([*command, "data.on_bad=skip", f"output_dir={tmp_path / 'skipping'}"])
     assert sum(m["skipped_samples"] for m in read_metrics(tmp_path / "skipping")) >= 1
+
+
+def test_torch_says_so_where_one_sample_cannot_be_normalized() -> None:
+    """By this message a run tells that too few samples of a batch are left, from its other errors."""
+    with pytest.raises(ValueError, match=ONE_VALUE):
+        nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
 
 
 @pytest.mark.distributed

@@ -12,6 +12,7 @@ from threetowers.cache.webdataset.captions import FIELD
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.groups import BAD_GROUP, BadField, SampleGroup, sample_group
 from threetowers.cache.webdataset.sample import Annotation, read_annotation
+from threetowers.cache.webdataset.tar_list import counts_by_reason
 from threetowers.trainer.config import ConfigError, TrainConfig
 from threetowers.trainer.data.mixture import MixtureComponent
 from threetowers.trainer.data.sample_set import SampleSet
@@ -102,6 +103,7 @@ def survey_annotations(config: TrainConfig, samples: SampleSet) -> list[str]:
     Raises:
         ConfigError: No sample of a data set can be used, none has the group field, or all are of one group, so that a
             contrastive softmax has no negatives.
+        BadSample: A sample is bad, and `data.on_bad` is error.
         BadTar: A tar has changed since it was indexed.
         OSError: A tar cannot be read.
     """
@@ -149,6 +151,12 @@ def _check(config: TrainConfig, surveys: list[_Survey]) -> None:
             raise ConfigError(
                 f"{prefix}: none of {survey.looked_at:,} samples looked at can be used; check {prefix}.captions and "
                 f"{prefix}.group_field; the first: {survey.first_bad}"
+            )
+        if survey.bad and config.data.on_bad == "error":
+            raise BadSample(
+                f"{survey.first_bad}. Samples like it, of {survey.looked_at:,} looked at: "
+                f"{counts_by_reason(survey.bad)}. Repair them, or leave them out by data.on_bad: skip",
+                next(iter(survey.bad)),
             )
     by_field: dict[str, list[_Survey]] = {}
     for survey in surveys:

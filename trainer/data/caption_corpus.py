@@ -11,7 +11,14 @@ from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.sample import read_annotation
 from threetowers.cache.webdataset.tar_headers import BadTar
-from threetowers.cache.webdataset.tar_list import OnBad, refuse_bad_tars, try_index
+from threetowers.cache.webdataset.tar_list import (
+    OnBad,
+    TarList,
+    left_aside_line,
+    refuse_bad_tars,
+    require_samples,
+    try_index,
+)
 from threetowers.cache.webdataset.tar_patterns import expand
 
 LONGEST = 1 << 16  # bytes of a caption that are used: memory and time of SentencePiece grow with the longest
@@ -26,9 +33,11 @@ class CaptionCorpus:
         sampled: Whether there are more distinct captions, of which these are a random sample.
         n_captions: Number of captions that were read, repeated ones included.
         n_samples: Number of samples that they come from.
-        n_tars: Number of tars.
+        n_tars: Number of tars with samples that were read.
         bad_samples: Number of samples left out, by reason.
-        bad_tars: What is wrong with the tars that are left out.
+        first_bad: What is wrong with the first of them; empty where there is none.
+        left_out: The tars that are left out, and those without a sample.
+        left_aside: Number of members that nothing reads, by the reason (see `TarIndex.left_aside`).
         notes: What of the other samples cannot be used, by short phrases.
     """
 
@@ -38,7 +47,9 @@ class CaptionCorpus:
     n_samples: int
     n_tars: int
     bad_samples: Counter[str]
-    bad_tars: list[str]
+    first_bad: str
+    left_out: TarList
+    left_aside: Counter[str]
     notes: Counter[str]
 
     def lines(self) -> list[str]:
@@ -46,8 +57,10 @@ class CaptionCorpus:
         distinct = f"a sample of {len(self.captions):,}" if self.sampled else f"{len(self.captions):,} distinct"
         return [
             f"captions: {distinct} of {self.n_captions:,}, in {self.n_samples:,} samples of {self.n_tars:,} tars",
-            *(f"left out: {count:,} samples: {reason}" for reason, count in sorted(self.bad_samples.items())),
-            *(f"left out: {problem}" for problem in self.bad_tars),
+            *(f"left out: {count:,}, {reason}" for reason, count in sorted(self.bad_samples.items())),
+            *([f"the first: {self.first_bad}"] if self.first_bad else []),
+            *self.left_out.notes(),
+            *([left_aside_line(self.left_aside)] if self.left_aside else []),
             *(f"noted: {note}, in {count:,} samples" for note, count in sorted(self.notes.items())),
         ]
 
@@ -106,22 +119,28 @@ def read_corpus(
             `skip` leaves such samples out, `skip_tars` such tars, too.
 
     Raises:
-        BadSample, BadTar: As `on_bad` says.
+        BadSample, BadTar: As `on_bad` says, and where no tar holds a sample.
         ValueError: A pattern matches no file.
     """
     distinct = DistinctSample(limit, seed)
     counts = Counter[str]()
     bad_samples, notes = Counter[str](), Counter[str]()
-    bad_tars: list[str] = []
+    first_bad = ""
+    left_out = TarList([])
+    left_aside = Counter[str]()
     paths = expand(tars)
     for path in paths:
         tar = try_index(path)
         if isinstance(tar, BadTar):
-            bad_tars.append(str(tar))
+            left_out.bad.append(str(tar))
             continue
-        if bad_tars and on_bad != "skip_tars":
-            continue  # only to name all bad tars at once
+        if not tar.samples:
+            left_out.empty.append(path)
+            continue
         counts["tars"] += 1
+        if left_out.bad and on_bad != "skip_tars":
+            continue  # only to name all bad tars at once
+        left_aside.update(tar.left_aside(captions.extensions))
         for ordinal in range(len(tar.samples)):
             try:
                 annotation = read_annotation(tar, ordinal, captions=captions)
@@ -129,6 +148,7 @@ def read_corpus(
                 if on_bad == "error":
                     raise BadSample(f"{error}; --on-bad skip leaves such samples out", error.reason) from error
                 bad_samples[error.reason] += 1
+                first_bad = first_bad or str(error)
                 continue
             counts["samples"] += 1
             notes.update(annotation.notes)
@@ -140,7 +160,9 @@ def read_corpus(
                     notes[f"caption: cut to {LONGEST:,} bytes"] += 1
                 distinct.add(caption)
     if on_bad != "skip_tars":
-        refuse_bad_tars(bad_tars, len(paths))
+        refuse_bad_tars(left_out.bad, len(paths))
+    if not counts["tars"]:
+        require_samples(left_out)
     return CaptionCorpus(
         distinct.texts(),
         not distinct.complete,
@@ -148,6 +170,8 @@ def read_corpus(
         counts["samples"],
         counts["tars"],
         bad_samples,
-        bad_tars,
+        first_bad,
+        left_out,
+        left_aside,
         notes,
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from threetowers.cache.storage.storage import is_url
-from threetowers.cache.webdataset.tar_list import left_aside_lines, refuse_defects
+from threetowers.cache.webdataset.tar_list import first_defect, left_aside_lines, none_usable, refuse_defects
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.epoch_snapshot import EpochSnapshots, wait_until_built
@@ -85,5 +85,9 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         usable = len(samples.epoch_indices(0, number))
         if usable < component.samples_per_batch:
             key = f"data.datasets.{component.name}: " if component.name else ""
-            raise ConfigError(key + too_few_samples(component.samples_per_batch, usable))
+            left_out = +samples.component_left_out(number)
+            own = [tars[tar_number] for tar_number in component.tars]
+            if not usable and left_out and (first := first_defect(own)):
+                raise ConfigError(key + none_usable(left_out.total(), left_out, str(first)))
+            raise ConfigError(key + too_few_samples(component.samples_per_batch, usable, left_out))
     return samples

@@ -109,6 +109,10 @@ class SampleSet:
         """
         return sum(self.component_length(number) for number in range(len(self.components)))
 
+    def component_left_out(self, number: int) -> Counter[str]:
+        """Return how many samples of one component the epoch last asked for leaves out, by reason."""
+        return self._latest[number].left_out
+
     def component_length(self, number: int) -> int:
         """Return the number of samples of an epoch that are of one component."""
         component = self.components[number]

@@ -1,11 +1,12 @@
 """The order of samples under random access: a pure function of (seed, epoch), for any number of ranks and workers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from threetowers.cache.webdataset.tar_list import counts_by_reason
 from threetowers.trainer.data.mixture import batch_layout
 
 Indices = npt.NDArray[np.int64]
@@ -53,10 +54,12 @@ def epochs(indices_of: EpochIndices, batch_size: int, start: int, stop: int) -> 
         first_step += steps
 
 
-def too_few_samples(batch_size: int, samples: int) -> str:
-    """Return the message for a component that cannot fill its positions in one batch."""
+def too_few_samples(batch_size: int, samples: int, left_out: Mapping[str, int] | None = None) -> str:
+    """Return the message for a component that cannot fill its positions in one batch, for what it leaves out."""
+    usable = f" that can be used ({counts_by_reason(left_out)} left out)" if left_out else ""
     return (
-        f"a batch of {batch_size} needs at least {batch_size} samples, the tars hold {samples}; lower global_batch_size"
+        f"a batch of {batch_size} needs at least {batch_size} samples, the tars hold {samples}{usable}; lower "
+        "global_batch_size"
     )
 
 
