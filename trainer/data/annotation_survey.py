@@ -100,8 +100,8 @@ def survey_annotations(config: TrainConfig, samples: SampleSet) -> list[str]:
     or nothing can be learned.
 
     Raises:
-        ConfigError: No sample of a data set can be used, none has the group field, or all are of one group, so that a
-            contrastive softmax has no negatives.
+        ConfigError: No sample of a data set can be used, none has a caption in a source that is named, none has the
+            group field, or all are of one group, so that a contrastive softmax has no negatives.
         BadTar: A tar has changed since it was indexed.
         OSError: A tar cannot be read.
     """
@@ -149,6 +149,18 @@ def _check(config: TrainConfig, surveys: list[_Survey]) -> None:
             raise ConfigError(
                 f"{prefix}: none of {survey.looked_at:,} samples looked at can be used; check {prefix}.captions and "
                 f"{prefix}.group_field; the first: {survey.first_bad}"
+            )
+    by_source: dict[str, list[_Survey]] = {}
+    for survey in surveys:
+        for source in survey.component.captions.sources:
+            by_source.setdefault(source, []).append(survey)
+    for source, naming in by_source.items():
+        if not any(survey.sources[source] for survey in naming):
+            found = sorted(set().union(*(survey.sources for survey in naming)))
+            fields = sorted(set().union(*(survey.fields for survey in naming)))
+            raise ConfigError(
+                f"data.captions: none of {sum(survey.usable for survey in naming):,} samples looked at has a caption "
+                f"in {source} (found captions in {found}, and the JSON fields {fields}); correct the name, or leave it out"
             )
     by_field: dict[str, list[_Survey]] = {}
     for survey in surveys:
