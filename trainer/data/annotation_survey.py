@@ -160,7 +160,8 @@ def _check(config: TrainConfig, surveys: list[_Survey]) -> None:
             fields = sorted(set().union(*(survey.fields for survey in naming)))
             raise ConfigError(
                 f"data.captions: none of {sum(survey.usable for survey in naming):,} samples looked at has a caption "
-                f"in {source} (found captions in {found}, and the JSON fields {fields}); correct the name, or leave it out"
+                f"in {source} (found captions in {found}, and the JSON fields {fields}); correct the name, "
+                "or leave it out"
             )
     by_field: dict[str, list[_Survey]] = {}
     for survey in surveys:
