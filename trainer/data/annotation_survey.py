@@ -157,10 +157,10 @@ def _check(config: TrainConfig, surveys: list[_Survey]) -> None:
     for source, naming in by_source.items():
         if not any(survey.sources[source] for survey in naming):
             found = sorted(set().union(*(survey.sources for survey in naming)))
-            fields = sorted(set().union(*(survey.fields for survey in naming)))
+            json_fields = sorted(set().union(*(survey.fields for survey in naming)))
             raise ConfigError(
                 f"data.captions: none of {sum(survey.usable for survey in naming):,} samples looked at has a caption "
-                f"in {source} (found captions in {found}, and the JSON fields {fields}); correct the name, "
+                f"in {source} (found captions in {found}, and the JSON fields {json_fields}); correct the name, "
                 "or leave it out"
             )
     by_field: dict[str, list[_Survey]] = {}
