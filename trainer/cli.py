@@ -66,9 +66,10 @@ def train(
     ignore_sigterm()  # the run is finished
     leave_process_group()
     if World.from_env().first:
+        rate = f"{summary.images_per_s:.0f} images/s, " if summary.images_per_s else ""  # known only after warm-up
         print(
             f"trained {summary.steps} steps, {summary.epochs:.1f} epochs of {summary.samples:,} samples "
-            f"in {summary.seconds:.0f} s: {summary.images_per_s:.0f} images/s, {summary.bottleneck}"
+            f"in {summary.seconds:.0f} s: {rate}{summary.bottleneck}"
         )
 
 

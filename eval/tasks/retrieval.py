@@ -33,6 +33,7 @@ MAP_POINTS = 1000  # of each kind
 TO_IMAGES = "Caption → images"
 TO_CAPTIONS = "Image → captions"
 MISSED = "Missed most: "
+SEVERAL_LINES = "a caption of several lines (caption_per_line takes each line of a text member as one)"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ class Gallery:
     def caption_counts(self) -> dict[str, int]:
         """Return how many captions the images have: beyond the limit, merged with an equal one, and duplicates."""
         duplicates = count_duplicates([caption for _, caption in self.given], [number for number, _ in self.given])
+        # One caption of five lines or five captions: other recalls, and only the user knows which is meant
+        several = sum(any("\n" in caption for caption in image.captions) for image in self.images)
         return {
+            **({f"notes/{SEVERAL_LINES}": several} if several else {}),
             "captions_beyond_limit": self.beyond_limit,
             "captions_merged": len(self.given) - len(self.captions),
             **{f"caption_{name}": count for name, count in duplicates.items()},

@@ -213,8 +213,10 @@ def test_each_line_is_a_caption_only_if_the_config_says_so(clip: dict[str, Any],
     model = finished(clip)
     for per_line, captions in ((False, 4), (True, 8)):
         config = DatasetConfig(name="lines", tars=[str(tar)], caption_per_line=per_line)
-        (record,) = evaluate([model], [config], tmp_path / "out", tasks=["retrieval"]).records
-        assert record.counts["captions"] == captions
+        result = evaluate([model], [config], tmp_path / "out", tasks=["retrieval"])
+        assert result.records[0].counts["captions"] == captions
+        told = "lines: noted: a caption of several lines (caption_per_line takes each line of a text member as one)"
+        assert (f"{told}, in 4 images" in retrieval_text(result)) is not per_line
 
 
 def test_models_that_cannot_be_compared_are_refused(clip: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:

@@ -48,6 +48,14 @@ def test_the_source_of_the_captions_is_told(clip: dict[str, Any], tmp_path: Path
     )
 
 
+def test_a_source_of_captions_that_no_sample_has_is_refused(clip: dict[str, Any], tmp_path: Path) -> None:
+    tree = with_samples(clip, tmp_path, [{"txt": "a", "json": {"caption": "b"}}] * 12)
+    tree["data"] |= {"captions": {"txt": 1, "json.captoin": 2}}
+    with pytest.raises(ConfigError, match=r"none of 12 samples looked at has a caption in json\.captoin") as error:
+        survey(tree)
+    assert "found captions in ['txt'], and the JSON fields ['caption']" in str(error.value)
+
+
 def test_a_bounded_number_of_samples_is_looked_at(
     clip: dict[str, Any], tars: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,4 +48,4 @@ def test_bottleneck(data: float, step: float, bottleneck: str) -> None:
 def test_no_bottleneck_before_warm_up_is_over() -> None:
     timer = Timer()
     spend(timer, WARM_UP_STEPS, 0.001, 0.001)
-    assert timer.bottleneck() == "bottleneck unknown: the run has no steps after warm-up"
+    assert timer.bottleneck() == "rate and bottleneck unknown: no steps after warm-up"

@@ -101,8 +101,8 @@ def survey_annotations(config: TrainConfig, samples: SampleSet) -> list[str]:
     or nothing can be learned.
 
     Raises:
-        ConfigError: No sample of a data set can be used, none has the group field, or all are of one group, so that a
-            contrastive softmax has no negatives.
+        ConfigError: No sample of a data set can be used, none has a caption in a source that is named, none has the
+            group field, or all are of one group, so that a contrastive softmax has no negatives.
         BadSample: A sample is bad, and `data.on_bad` is error.
         BadTar: A tar has changed since it was indexed.
         OSError: A tar cannot be read.
@@ -157,6 +157,19 @@ def _check(config: TrainConfig, surveys: list[_Survey]) -> None:
                 f"{survey.first_bad}. Samples like it, of {survey.looked_at:,} looked at: "
                 f"{counts_by_reason(survey.bad)}. Repair them, or leave them out by data.on_bad: skip",
                 next(iter(survey.bad)),
+            )
+    by_source: dict[str, list[_Survey]] = {}
+    for survey in surveys:
+        for source in survey.component.captions.sources:
+            by_source.setdefault(source, []).append(survey)
+    for source, naming in by_source.items():
+        if not any(survey.sources[source] for survey in naming):
+            found = sorted(set().union(*(survey.sources for survey in naming)))
+            json_fields = sorted(set().union(*(survey.fields for survey in naming)))
+            raise ConfigError(
+                f"data.captions: none of {sum(survey.usable for survey in naming):,} samples looked at has a caption "
+                f"in {source} (found captions in {found}, and the JSON fields {json_fields}); correct the name, "
+                "or leave it out"
             )
     by_field: dict[str, list[_Survey]] = {}
     for survey in surveys:

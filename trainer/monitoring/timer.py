@@ -89,7 +89,7 @@ class Timer:
         """Return in a sentence what bounds the run, and what to do about it."""
         wait = self.data_wait
         if not self.images:
-            return "bottleneck unknown: the run has no steps after warm-up"
+            return "rate and bottleneck unknown: no steps after warm-up"
         if wait >= DATA_BOUND:
             return f"data-bound: {wait:.0%} of the time waiting for data; raise data.workers or use faster storage"
         return f"compute-bound: {wait:.1%} of the time waiting for data"
