@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import COLOURS, THINGS
 from tests.eval.runs import finished
-from threetowers.cache.webdataset.tar_index import Member, Sample, SampleList, index_tar
+from threetowers.cache.webdataset.sample_list import SampleList
+from threetowers.cache.webdataset.tar_headers import Member
+from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.datasets.image_set import ImageSet, read_images
 from threetowers.eval.encoders.embedding_store import images_digest
 from threetowers.eval.encoders.encoder import LoadOptions, ModelInfo
@@ -241,7 +243,7 @@ def test_another_process_finds_the_same(
 def test_embeddings_are_named_by_the_image_member(tars: list[Path]) -> None:
     tar = index_tar(tars[0])
     other = dataclasses.replace(
-        tar, samples=SampleList([Sample(sample.key, {"jpg": Member(0, 1)}) for sample in tar.samples])
+        tar, samples=SampleList([(sample.key, {"jpg": Member(0, 1)}) for sample in tar.samples])
     )
     images = read_images([tar]).images
     digests = {images_digest(ImageSet([index], images, []), images) for index in (tar, other)}
