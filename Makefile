@@ -9,7 +9,7 @@ RANKS ?= 2
 LAUNCH := $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --module threetowers
 DEMO := runs/emoji
 
-.PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow lint types docs bench
+.PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow fuzz lint types docs bench
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -57,6 +57,10 @@ test-isa: .venv/installed  ## what computes, once more as processors with fewer 
 
 test-slow: .venv/installed  ## the long sweeps of the CUDA kernels under emulation
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
+
+fuzz: export FUZZ_EXAMPLES ?= 1000
+fuzz: .venv/installed  ## data sets with random defects, other ones each time and many more than the tests draw
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --timeout 0 -o faulthandler_timeout=0 tests/fuzz
 
 lint: .venv/installed  ## style
 	$(BIN)/ruff check .
