@@ -49,7 +49,7 @@ def train(
 
     from threetowers.cache.processes.preemption import Interrupted, ignore_sigterm
     from threetowers.cache.processes.world import World
-    from threetowers.trainer.engine import join_process_group, leave_process_group
+    from threetowers.trainer.engine import finish_collectives, join_process_group, leave_process_group
     from threetowers.trainer.train import Trainer
 
     evaluators = []
@@ -60,8 +60,11 @@ def train(
     try:
         summary = Trainer(config, join_process_group(), evaluators).train()
     except Interrupted as interruption:
-        if not interruption.at_once:  # on every rank; after other errors the others may still be waiting for this one
+        if not interruption.at_once:
             leave_process_group()
+        raise
+    except Exception:  # perhaps on this rank alone: others may still be waiting for it in the group
+        finish_collectives()
         raise
     ignore_sigterm()  # the run is finished
     leave_process_group()

@@ -61,12 +61,19 @@ def rank_store() -> RankStore | None:
 def leave_process_group() -> None:
     """Leave the process group, once every rank is done with it.
 
-    Gloo's threads release the tensors of the last collective after it has returned, and need the interpreter for it. A
-    thread that asks for it during shutdown aborts the process, so they get some time before; destroying the group does
-    not wait for them, as DeepSpeed keeps references to it.
+    By itself it would not wait for gloo's threads, as DeepSpeed keeps references to it.
+    """
+    finish_collectives()
+    torch.distributed.destroy_process_group()
+
+
+def finish_collectives() -> None:
+    """Give gloo's threads the time to release the tensors of the last collective, before the process ends.
+
+    They do so after it has returned, and need the interpreter for it. A thread that asks for it during shutdown aborts
+    the process, whose exit code would then say nothing.
     """
     time.sleep(GRACE_SECONDS)
-    torch.distributed.destroy_process_group()
 
 
 def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:

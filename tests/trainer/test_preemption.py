@@ -107,7 +107,14 @@ def test_a_run_that_waits_for_its_cache(three: dict[str, Any], cache: Path, tmp_
         free_port(),
     ]
     command = [*launcher, "--module", "threetowers", "train", file]
-    run = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    run = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     try:
         assert run.stderr is not None
         seen = []
@@ -125,7 +132,8 @@ def test_a_run_that_waits_for_its_cache(three: dict[str, Any], cache: Path, tmp_
         assert errors.count("stopped by SIGTERM before the first step: nothing to save") == 2
         assert "Traceback" not in errors
     finally:
-        run.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
     assert not out.exists()
 
