@@ -185,56 +185,49 @@ class Trainer:
 
     def train(self) -> TrainSummary:
         """Run the remaining steps, write the weights and return the summary."""
-        with self._leased, self._interruptible():
-            self._run_steps()
-            return self._finish()
-
-    def _run_steps(self) -> None:
-        """Run the remaining steps."""
         config = self.config
-        log = MetricsLog(self.folder.path, self.start, config.log.tensorboard) if self.world.first else None
-        profile = StepProfile(config.log.profile if self.world.first else None, self.folder.profile)
-        self._saved_at = time.monotonic()
-        self.stop.begin_first_step()
-        with closing(self._batches()) as batches:
-            for step in range(self.start, self.steps):
-                done = step + 1
-                last = done == self.steps
-                profile.before(done)
-                with self.timer.phase("data"):
-                    batch = next(batches)
-                self._check_batch(batch)
+        with self._leased, self._interruptible():
+            log = MetricsLog(self.folder.path, self.start, config.log.tensorboard) if self.world.first else None
+            profile = StepProfile(config.log.profile if self.world.first else None, self.folder.profile)
+            self._saved_at = time.monotonic()
+            self.stop.begin_first_step()
+            with closing(self._batches()) as batches:
+                for step in range(self.start, self.steps):
+                    done = step + 1
+                    last = done == self.steps
+                    profile.before(done)
+                    with self.timer.phase("data"):
+                        batch = next(batches)
+                    self._check_batch(batch)
 
-                # Forward, loss over the global batch, backward; then all ranks update their weights, or none does.
-                with self.timer.phase("step"):
-                    rate = self._set_learning_rate(step)
-                    restore_moments = remember_running_moments(self.engine.module) if self._may_skip else None
-                    result = self._compute_gradients(step, batch)
-                    nonfinite, (stop, by_keyboard, overdue, lost) = self.nonfinite.sync(
-                        [self.stop.received, self.stop.by_keyboard, self._checkpoint_overdue(), self._lease_lost()]
-                    )
-                    if step == self.start:
-                        self.stop.first_step_done()
-                    if lost:
-                        raise RunInUse(self.folder.taken_over())
-                    if not self._update(done, result, nonfinite) and restore_moments is not None:
-                        restore_moments()
-                self.timer.count_step(config.global_batch_size)
-                profile.after(done, last)
+                    # Forward, loss over the global batch, backward; then all ranks update their weights, or none does.
+                    with self.timer.phase("step"):
+                        rate = self._set_learning_rate(step)
+                        restore_moments = remember_running_moments(self.engine.module) if self._may_skip else None
+                        with self._explained(step, batch):
+                            result = self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
+                        nonfinite, (stop, by_keyboard, overdue, lost) = self.nonfinite.sync(
+                            [self.stop.received, self.stop.by_keyboard, self._checkpoint_overdue(), self._lease_lost()]
+                        )
+                        if step == self.start:
+                            self.stop.first_step_done()
+                        if lost:
+                            raise RunInUse(self.folder.taken_over())
+                        if not self._update(done, result, nonfinite) and restore_moments is not None:
+                            restore_moments()
+                    self.timer.count_step(config.global_batch_size)
+                    profile.after(done, last)
 
-                if log is not None and (last or done % config.log.every_steps == 0):
-                    self._log_step(log, done, result, rate)
-                self._evaluate(log, done)
-                if last or stop or overdue or done % (config.checkpoint.every_steps or self.steps) == 0:
-                    self._save_checkpoint(done)
-                if stop and not last:
-                    cause, code = ("Ctrl-C", 128 + signal.SIGINT) if by_keyboard else ("SIGTERM", PREEMPTED_EXIT_CODE)
-                    raise Interrupted(
-                        f"stopped by {cause} after step {done} of {self.steps}; run the same command again to resume",
-                        code,
-                    )
-        if log is not None:
-            log.close()
+                    if log is not None and (last or done % config.log.every_steps == 0):
+                        self._log_step(log, done, result, rate)
+                    self._evaluate(log, done)
+                    if last or stop or overdue or done % (config.checkpoint.every_steps or self.steps) == 0:
+                        self._save_checkpoint(done)
+                    if stop and not last:
+                        raise self._interruption(done, by_keyboard)
+            if log is not None:
+                log.close()
+            return self._finish()
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -393,14 +386,11 @@ class Trainer:
         self.counts["skipped_samples"] += len(batch.bad)
         self.counts.update(f"skipped/{reason}" for reason in batch.reasons)
 
-    def _compute_gradients(self, step: int, batch: Batch) -> StepResult:
-        """Run forward, loss over the global batch, and backward.
-
-        Raises:
-            ConfigError: A rank has too few usable samples for batch normalization.
-        """
+    @contextmanager
+    def _explained(self, step: int, batch: Batch) -> Iterator[None]:
+        """Raise ConfigError, for torch's own error, where a rank has too few usable samples for batch normalization."""
         try:
-            return self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
+            yield
         except ValueError as error:
             if ONE_VALUE not in str(error):
                 raise
@@ -409,6 +399,13 @@ class Trainer:
                 f"normalization ({len(batch.bad)} were left out); raise global_batch_size (now "
                 f"{self.config.global_batch_size} on {self.world.size} ranks) or engine.micro_batch_size"
             ) from error
+
+    def _interruption(self, done: int, by_keyboard: bool) -> Interrupted:
+        """Return what ends a run that was asked to stop, after `done` steps and a checkpoint."""
+        cause, code = ("Ctrl-C", 128 + signal.SIGINT) if by_keyboard else ("SIGTERM", PREEMPTED_EXIT_CODE)
+        return Interrupted(
+            f"stopped by {cause} after step {done} of {self.steps}; run the same command again to resume", code
+        )
 
     def _set_learning_rate(self, step: int) -> float:
         """Set and return the learning rate of step `step`, counted from 0."""
