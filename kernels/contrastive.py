@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from threetowers.kernels.distributed.agreement import agree_on_sizes
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.operators import contrastive_forward, outputs_per_pair
 from threetowers.kernels.pair import LossKind, Pair, PairResult
-from threetowers.kernels.validation import argument_fault, exchange_headers
+from threetowers.kernels.validation import argument_fault
 
 
 def contrastive_losses(
@@ -18,6 +19,7 @@ def contrastive_losses(
     group_ids: Tensor | None = None,
     logit_cache_bytes: int = 0,
     ring: bool = False,
+    check: bool = True,
 ) -> list[PairResult]:
     """Return the losses of several pairs over one global batch, with one set of collectives for all of them.
 
@@ -30,9 +32,11 @@ def contrastive_losses(
         group_ids: int64 (b,), for all pairs.
         logit_cache_bytes: the budget of all pairs together.
         ring: whether column features travel from rank to rank instead of being gathered.
+        check: whether to raise where values do not fit, for which a GPU is waited for once. False: nothing is waited
+            for, and what is wrong with a pair's values is told by `PairResult.fault`.
 
     Returns:
-        The loss and the accuracies of each pair.
+        The loss and the accuracies of each pair, and what is wrong with its values.
 
     Raises:
         ValueError: an argument does not fit; the message names the pair.
@@ -48,7 +52,7 @@ def contrastive_losses(
     """
     fault = argument_fault(pairs, group_ids, kind, logit_cache_bytes)
     if fault:
-        exchange_headers(RankGroup(), fault, "", [])
+        agree_on_sizes(RankGroup(), fault, "", [])  # raises, on all ranks
 
     # Only the column side's gradient crosses ranks: a side without one is the better column side.
     swapped = [_wants_gradient(pair.y) and not _wants_gradient(pair.x) for pair in pairs]
@@ -70,14 +74,17 @@ def contrastive_losses(
         [_wants_gradient(part) for part in x],
         [_wants_gradient(part) for part in y],
         [_wants_gradient(part) for part in log_scale],
+        swapped,
+        check,
     )
+    faults_K = outputs[-1].detach()
 
     results = []
     for k, swap in enumerate(swapped):
         first = k * outputs_per_pair(kind)
         loss = outputs[first]
         accuracy_2 = outputs[first + 1].detach()
-        results.append(PairResult(loss, accuracy_2[int(swap)], accuracy_2[1 - int(swap)]))
+        results.append(PairResult(loss, accuracy_2[int(swap)], accuracy_2[1 - int(swap)], faults_K[k]))
     return results
 
 
@@ -91,6 +98,7 @@ def contrastive_loss(
     group_ids: Tensor | None = None,
     logit_cache_bytes: int = 0,
     ring: bool = False,
+    check: bool = True,
 ) -> Tensor:
     """Return the contrastive loss of matched rows of x and y over the global batch, in memory linear in the batch.
 
@@ -119,7 +127,9 @@ def contrastive_loss(
             sigmoid always costs 3. On the CPU buffers of 32 MiB or more are reused by the next step once backward has
             ended, and the system may have them back when it is short of memory.
         ring: on several ranks, pass the column side from rank to rank instead of gathering it: features then take
-            O(b D) memory a rank instead of O(B D), as gradients always do, and are sent again in backward.
+            O(b D) memory a rank instead of O(B D), and so do gradients; features are sent again in backward.
+        check: whether to raise where values do not fit, for which a GPU is waited for once. False: nothing is waited
+            for, and such values give a loss and gradients that mean nothing; `contrastive_losses` tells of them.
 
     Returns:
         The global batch's loss, the same on all ranks, float32 (float64 for float64 features). Gradients are scaled for
@@ -129,7 +139,7 @@ def contrastive_loss(
 
     Raises:
         ValueError: shapes, types, devices, values (NaN, infinite, beyond floating point) or ranks that do not fit;
-            before any work, and on all ranks, whichever of them was at fault.
+            before any tile is computed, and on all ranks, whichever of them was at fault.
         RuntimeError: the loss is differentiated twice.
 
     Examples:
@@ -144,9 +154,10 @@ def contrastive_loss(
         torch.Size([2, 2])
     """
     pairs = [Pair(x, y, log_scale, bias)]
-    return contrastive_losses(pairs, kind=kind, group_ids=group_ids, logit_cache_bytes=logit_cache_bytes, ring=ring)[
-        0
-    ].loss
+    (result,) = contrastive_losses(
+        pairs, kind=kind, group_ids=group_ids, logit_cache_bytes=logit_cache_bytes, ring=ring, check=check
+    )
+    return result.loss
 
 
 def _wants_gradient(part: Tensor) -> bool:

@@ -1,29 +1,32 @@
 """The losses as torch operators: real and fake kernels, and gradients, registered with torch.library.
 
 An operator takes and returns flat lists of tensors. Forward returns, pair by pair, the fields of `SoftmaxOutputs` or
-`SigmoidOutputs`, and after them what is common to all pairs: the gathered columns (bytes), the labels (int32) and the
-ranks' headers (float64, on the CPU).
+`SigmoidOutputs`, and after them what is common to all pairs: the gathered columns (bytes), the labels (int32),
+how many rows of each pair every rank holds (int64 (W, K), on the CPU), each pair's scale and bias (float64 (K, 2)) and
+what is wrong with its values (int32 (K,)).
 """
 
+import contextlib
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from threetowers.kernels.backends import backend_for
+from threetowers.kernels.distributed.agreement import agree_on_sizes
 from threetowers.kernels.distributed.columns import ColumnExchange, GatheredColumns
 from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
 from threetowers.kernels.distributed.ring import RingColumns
 from threetowers.kernels.pair_state import PairState
 from threetowers.kernels.sigmoid import SigmoidOutputs, sigmoid_forward
 from threetowers.kernels.softmax import SoftmaxOutputs, softmax_backward, softmax_forward
+from threetowers.kernels.tiles import LogitMap
 from threetowers.kernels.tiling import CachedTiles
-from threetowers.kernels.validation import RankHeader, exchange_headers, joint_fault, read_headers
+from threetowers.kernels.validation import check_values, value_facts, value_faults
 
-NUM_COMMON = 3  # outputs of forward that are common to all pairs
+NUM_COMMON = 5  # outputs of forward that are common to all pairs
 
 
 def outputs_per_pair(kind: str) -> int:
@@ -44,29 +47,43 @@ def contrastive_forward(
     need_x: list[bool],
     need_y: list[bool],
     need_scale: list[bool],
+    swapped: list[bool],
+    check: bool,
 ) -> list[Tensor]:
-    """Return losses, accuracies and what backward needs. need_x, need_y, need_scale: which gradients are wanted."""
-    with torch.autocast(x[0].device.type, enabled=False):  # else it would turn the logits to half precision
+    """Return losses, accuracies and what backward needs.
+
+    need_x, need_y, need_scale: which gradients are wanted. swapped: which pairs' sides the caller calls y and x.
+    check: whether to raise where values do not fit.
+    """
+    with _on_device_of(x[0]):
         ranks = RankGroup()
         needs = need_x, need_y, need_scale
 
-        # Ranks tell each other their sizes, scale and layout: they agree, or all raise.
-        headers, fault = read_headers(x, y, log_scale, bias)
+        # Hosts tell each other their sizes and layout: they agree, or all raise.
+        fault = None
         if not ranks.serves(x[0].device):
             fault = (
                 f"x is on {x[0].device}, which the default process group cannot send from; "
                 "initialise it with a backend for that device, such as nccl for cuda"
             )
         shapes = [(part.shape[1], str(part.dtype), part.device.type) for part in x]
-        layout = f"{kind}, ring {ring}, group_ids {group_ids is not None}, widths {shapes}, gradients {needs}"
-        headers_Wk = exchange_headers(ranks, fault, layout, headers)
-        fault = joint_fault(headers_Wk, [part.shape[1] for part in x], [part.dtype for part in x])
-        if fault:
-            raise ValueError(fault)
+        layout = (
+            f"{kind}, ring {ring}, check {check}, group_ids {group_ids is not None}, widths {shapes}, gradients {needs}"
+        )
+        sizes_WK = agree_on_sizes(ranks, fault, layout, [len(part) for part in x])
+
+        # What lies on the device is judged there.
+        sides = [(b, a) if swap else (a, b) for a, b, swap in zip(x, y, swapped, strict=True)]
+        facts_K6 = value_facts([side[0] for side in sides], [side[1] for side in sides], log_scale, bias)
+        facts_WK6 = ranks.gather(facts_K6)
+        faults_K = value_faults(facts_WK6, [part.shape[1] for part in x], [part.dtype for part in x])
+        if check:
+            check_values(faults_K, facts_WK6)
 
         # The pairs as this rank sees them, and their losses.
-        labels = _group_labels(ranks, group_ids, [int(headers[0].batch) for headers in headers_Wk])
-        pairs = _pair_states(x, y, headers_Wk, ranks, labels, needs)
+        scalars_K2 = torch.stack([facts_K6[:, 0].exp(), facts_K6[:, 1]], 1)
+        labels = _group_labels(ranks, group_ids, sizes_WK[:, 0].tolist())
+        pairs = _pair_states(x, y, sizes_WK, scalars_K2, ranks, labels, needs)
         exchange = _column_exchange(ranks, pairs, ring)
         outputs: Sequence[SoftmaxOutputs | SigmoidOutputs]
         if kind == "softmax":
@@ -74,7 +91,14 @@ def contrastive_forward(
         else:
             outputs = sigmoid_forward(pairs, exchange, ranks)
         flat = [tensor for output in outputs for tensor in output]
-        return [*flat, exchange.packed, labels, torch.tensor(headers_Wk, dtype=torch.float64)]
+        return [*flat, exchange.packed, labels, sizes_WK, scalars_K2, faults_K]
+
+
+@contextlib.contextmanager
+def _on_device_of(x_bD: Tensor) -> Iterator[None]:
+    """Make the features' device the current one, and autocast idle, which would turn the logits to half precision."""
+    with torch.autocast(x_bD.device.type, enabled=False), torch.cuda.device_of(x_bD):  # type: ignore[no-untyped-call]
+        yield
 
 
 def _group_labels(ranks: RankGroup, group_ids: Tensor | None, sizes: Sequence[int]) -> Tensor:
@@ -92,7 +116,8 @@ def _group_labels(ranks: RankGroup, group_ids: Tensor | None, sizes: Sequence[in
 def _pair_states(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
-    headers_Wk: Sequence[Sequence[RankHeader]],
+    sizes_WK: Tensor,
+    scalars_K2: Tensor,
     ranks: RankGroup,
     labels: Tensor,
     needs: tuple[Sequence[bool], Sequence[bool], Sequence[bool]],
@@ -101,18 +126,20 @@ def _pair_states(
     backends = {part.dtype: backend_for(part) for part in x}  # pairs take turns with one back end's scratch memory
     pairs = []
     for k in range(len(x)):
-        header = headers_Wk[ranks.rank][k]
+        backend = backends[x[k].dtype]
+        scale, bias = scalars_K2[k]
         state = PairState(
             x_bD=x[k],
             y_bD=y[k],
-            scale=math.exp(header.log_scale),
-            bias=header.bias,
+            scale=scale,
+            bias=bias,
             need_x=need_x[k],
             need_y=need_y[k],
             need_scale=need_scale[k],
-            layout=BatchLayout([int(headers[k].batch) for headers in headers_Wk], ranks.rank),
+            layout=BatchLayout(sizes_WK[:, k].tolist(), ranks.rank),
             labels_B=labels if len(labels) else None,
-            backend=backends[x[k].dtype],
+            backend=backend,
+            logit_map=LogitMap.of(scale, bias, backend.dtype),
         )
         pairs.append(state)
     return pairs
@@ -142,13 +169,12 @@ def contrastive_backward(
 
     grads: one 0-d gradient a pair. saved: what forward returned.
     """
-    with torch.autocast(x[0].device.type, enabled=False):
+    with _on_device_of(x[0]):
         if kind == "sigmoid":
             return _scaled_sigmoid_gradients(grads, saved, need_x, need_y, need_scale)
         ranks = RankGroup()
-        packed, labels, known = saved[-NUM_COMMON:]
-        headers_Wk = [[RankHeader(*header) for header in headers] for headers in known.tolist()]
-        pairs = _pair_states(x, y, headers_Wk, ranks, labels, (need_x, need_y, need_scale))
+        packed, labels, sizes_WK, scalars_K2, _ = saved[-NUM_COMMON:]
+        pairs = _pair_states(x, y, sizes_WK, scalars_K2, ranks, labels, (need_x, need_y, need_scale))
         exchange = _column_exchange(ranks, pairs, ring, packed)
         outputs = [SoftmaxOutputs(*part) for part in _by_pair(saved, kind, len(x))]
         results = softmax_backward(pairs, outputs, grads, exchange)
@@ -193,7 +219,7 @@ def _dynamic_size() -> Any:
 
 
 @contrastive_forward.register_fake
-def _(x, y, log_scale, bias, group_ids, kind, logit_cache_bytes, ring, need_x, need_y, need_scale):  # type: ignore[no-untyped-def]
+def _(x, y, log_scale, bias, group_ids, kind, logit_cache_bytes, ring, need_x, need_y, need_scale, swapped, check):  # type: ignore[no-untyped-def]
     num_ranks = RankGroup().size
     alone = num_ranks == 1
     outputs = []
@@ -222,8 +248,10 @@ def _(x, y, log_scale, bias, group_ids, kind, logit_cache_bytes, ring, need_x, n
     labels = torch.empty(0, dtype=torch.int32)
     if group_ids is not None:
         labels = group_ids.new_empty(group_ids.shape if alone else _dynamic_size(), dtype=torch.int32)
-    headers = torch.empty(num_ranks, len(x), len(RankHeader._fields), dtype=torch.float64)
-    return [*outputs, packed, labels, headers]
+    sizes_WK = torch.empty(num_ranks, len(x), dtype=torch.int64)
+    scalars_K2 = x[0].new_empty(len(x), 2, dtype=torch.float64)
+    faults_K = x[0].new_empty(len(x), dtype=torch.int32)
+    return [*outputs, packed, labels, sizes_WK, scalars_K2, faults_K]
 
 
 @contrastive_backward.register_fake
@@ -239,7 +267,7 @@ def _(grads, x, y, saved, kind, ring, need_x, need_y, need_scale):  # type: igno
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, y, log_scale, bias, _, ctx.kind, _, ctx.ring, ctx.need_x, ctx.need_y, ctx.need_scale = inputs
+    x, y, log_scale, bias, _, ctx.kind, _, ctx.ring, ctx.need_x, ctx.need_y, ctx.need_scale, _, _ = inputs
     ctx.num_pairs = len(x)
     losses = {k * outputs_per_pair(ctx.kind) for k in range(len(x))}
     ctx.mark_non_differentiable(*(part for i, part in enumerate(output) if i not in losses))
@@ -275,7 +303,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         if need_scale[k]:
             scale_grads[k] = d_scale[k].to(log_scale[k].dtype).view(log_scale[k].shape)
     bias_grads = [d_bias[k].to(bias[k].dtype).view(bias[k].shape) for k in range(num_bias)]
-    return x_grads, y_grads, scale_grads, bias_grads, None, None, None, None, None, None, None
+    return x_grads, y_grads, scale_grads, bias_grads, *[None] * 9
 
 
 def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:

@@ -21,8 +21,12 @@ class PairResult(NamedTuple):
 
     Accuracies (detached) are the share of rows (x→y) and of columns (y→x) whose positive is above every admissible
     negative by more than rounding.
+
+    fault (int32, detached) is 0, or the bits of a `ValueFault` where the call was told not to check values: loss and
+    gradients then mean nothing.
     """
 
     loss: Tensor
     accuracy_xy: Tensor
     accuracy_yx: Tensor
+    fault: Tensor

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
-from threetowers.kernels.tiles import LOG2E, TileBackend, spans
+from threetowers.kernels.tiles import LOG2E, LogitMap, TileBackend, spans
 
 ROWS = 4096  # rows at once in the O(b D) loops below: bounds their temporaries
 
@@ -18,14 +18,15 @@ class PairState:
 
     x_bD: Tensor
     y_bD: Tensor
-    scale: float
-    bias: float
+    scale: Tensor  # 0-d, float64
+    bias: Tensor
     need_x: bool
     need_y: bool
     need_scale: bool
     layout: BatchLayout
     labels_B: Tensor | None  # int32, of the global batch
     backend: TileBackend
+    logit_map: LogitMap
 
     @property
     def needs_gradient(self) -> bool:

@@ -53,8 +53,7 @@ def softmax_forward(
     positives_b, margins_b = [], []
     for pair in pairs:
         dot_b, margin_b = pair.positives()
-        factor = torch.tensor(pair.scale * LOG2E, dtype=dot_b.dtype).item()  # rounded as the tiles round it
-        positives_b.append(dot_b.double() * factor)
+        positives_b.append(dot_b.double() * pair.logit_map.base2_2[0].double())  # the factor as the tiles round it
         margins_b.append(margin_b)
     positives_B = _reduce_columns(pairs, cols_B, positives_b, ranks)
 

@@ -44,11 +44,27 @@ def softplus(z_n: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitMap:
+    """How the dots of a pair become logits, ``scale * dot + bias``, in numbers that lie where its features do.
+
+    Rounded once, here: every tile and the positives then take the same factor. The host need not know them.
+    """
+
+    natural_2: Tensor  # (scale, bias) of natural logits, in the back end's dtype
+    base2_2: Tensor  # of logits in base 2
+
+    @classmethod
+    def of(cls, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Self:
+        """Return the map of 0-d float64 tensors; the bias is 0 for the softmax."""
+        natural_2 = torch.stack([scale, bias])
+        return cls(natural_2.to(dtype), (natural_2 * LOG2E).to(dtype))
+
+
+@dataclass(frozen=True, slots=True)
 class Tile:
     """Where a tile lies, and how its dots become logits."""
 
-    scale: float  # natural units: logit = scale * dot + bias; finite, > 0
-    bias: float  # 0 for softmax
+    logit_map: LogitMap
     diagonal: int  # entry (i, i + diagonal) is the sample's own pair; any integer, often outside the tile
     row_labels_r: Tensor | None = None  # int32, contiguous; both or none
     col_labels_c: Tensor | None = None
@@ -56,7 +72,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class OnlineLogSumExp:
-    """OnlineLogSumExp log-sum-exps in base 2, each in two parts: ``2^max * sum``. Empty is (-inf, 0).
+    """Running log-sum-exps in base 2, each in two parts: ``2^max * sum``. Empty is (-inf, 0).
 
     Both parts are contiguous, and updated in place.
     """
@@ -100,7 +116,7 @@ class SoftmaxWeights:
 
 @dataclass(frozen=True, slots=True)
 class SigmoidSums:
-    """OnlineLogSumExp results of the sigmoid loss over admissible entries, z the natural logit. Updated in place."""
+    """Running results of the sigmoid loss over admissible entries, z the natural logit. Updated in place."""
 
     loss_r: Tensor  # += Σ_j softplus(z_ij)
     prob_r: Tensor  # += Σ_j σ(z_ij)
@@ -207,10 +223,10 @@ class TorchTiles(LibraryTiles):
     def __init__(self, dtype: torch.dtype, rows: int = 1024, cols: int = 2048) -> None:
         super().__init__(dtype, rows, cols)
 
-    def _logits(self, dot_rc: Tensor, tile: Tile, factor: float, offset: float = 0.0) -> Tensor:
+    def _logits(self, dot_rc: Tensor, tile: Tile, factor: Tensor, offset: Tensor | None = None) -> Tensor:
         """Return ``dot * factor + offset`` as a new tensor, with -inf where excluded."""
         t_rc = dot_rc * factor
-        if offset:
+        if offset is not None:
             t_rc += offset
         if tile.row_labels_r is not None and tile.col_labels_c is not None:
             t_rc.masked_fill_(tile.row_labels_r[:, None] == tile.col_labels_c, -torch.inf)
@@ -228,7 +244,7 @@ class TorchTiles(LibraryTiles):
         cols: OnlineLogSumExp,
         cache_rc: Tensor | None,
     ) -> None:
-        t_rc = self._logits(self.dots(x_rD, y_cD, cache_rc), tile, tile.scale * LOG2E)
+        t_rc = self._logits(self.dots(x_rD, y_cD, cache_rc), tile, tile.logit_map.base2_2[0])
         for side, dim in ((rows, 1), (cols, 0)):
             max_n = t_rc.amax(dim)
             base_n = torch.where(max_n == -torch.inf, 0, max_n)
@@ -245,7 +261,7 @@ class TorchTiles(LibraryTiles):
         cache_rc: Tensor | None,
     ) -> Tensor:
         dot_rc = self.dots(x_rD, y_cD) if cache_rc is None else cache_rc
-        t_rc = self._logits(dot_rc, tile, tile.scale * LOG2E)
+        t_rc = self._logits(dot_rc, tile, tile.logit_map.base2_2[0])
         grad_rc = torch.exp2(t_rc - rows.shift_n[:, None]).mul_(rows.factor_n[:, None])
         return grad_rc.add_(torch.exp2(t_rc - cols.shift_n).mul_(cols.factor_n))
 
@@ -253,7 +269,7 @@ class TorchTiles(LibraryTiles):
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
-        z_rc = self._logits(self.dots(x_rD, y_cD), tile, tile.scale, tile.bias)
+        z_rc = self._logits(self.dots(x_rD, y_cD), tile, *tile.logit_map.natural_2)
         prob_rc = torch.sigmoid(z_rc)
         sums.loss_r.add_(softplus(z_rc).sum(1))
         sums.prob_r.add_(prob_rc.sum(1))

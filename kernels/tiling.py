@@ -55,11 +55,11 @@ def iter_tiles(pair: PairState, y_sD: Tensor, rank: int) -> Iterator[tuple[slice
         for j in spans(len(y_sD), pair.backend.cols):
             y_cD = pair.backend.features(y_sD[j])
             diagonal = (row_start + i.start) - (col_start + j.start)
-            tile = Tile(pair.scale, pair.bias, diagonal)
+            tile = Tile(pair.logit_map, diagonal)
             if pair.labels_B is not None:
                 row_labels_r = pair.labels_B[row_start + i.start : row_start + i.stop]
                 col_labels_c = pair.labels_B[col_start + j.start : col_start + j.stop]
-                tile = Tile(pair.scale, pair.bias, diagonal, row_labels_r, col_labels_c)
+                tile = Tile(pair.logit_map, diagonal, row_labels_r, col_labels_c)
             yield i, j, x_rD, y_cD, tile
 
 

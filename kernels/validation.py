@@ -1,31 +1,34 @@
-"""What a call must fulfil before any work starts.
+"""What a call must fulfil: arguments, judged on the host before any work, and values, judged where they lie.
 
 On several ranks all are told of a fault, and all raise: none waits for a rank that has left.
 """
 
-import hashlib
+import enum
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from threetowers.kernels.distributed.rank_group import RankGroup
+from threetowers.kernels.distributed.agreement import MAX_PAIRS
 from threetowers.kernels.pair import Pair
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_PAIRS = 32  # bounds what ranks exchange
+MAX_LOG_SCALE = 80.0  # of either sign
 
 
-class RankHeader(NamedTuple):
-    """What one rank tells the others about one pair."""
+class ValueFault(enum.IntFlag):
+    """What is wrong with the values of one pair, over all ranks: the bits of `PairResult.fault`."""
 
-    batch: float
-    log_scale: float
-    bias: float
-    x_largest: float
-    y_largest: float
+    X_NOT_FINITE = 1
+    Y_NOT_FINITE = 2
+    LOG_SCALE_NOT_FINITE = 4
+    BIAS_NOT_FINITE = 8
+    LOG_SCALE_DIFFERS = 16  # between ranks
+    BIAS_DIFFERS = 32
+    LOG_SCALE_OUT_OF_RANGE = 64  # beyond ±80
+    LOGITS_OVERFLOW = 128  # logits may reach beyond floating point
 
 
 def argument_fault(pairs: Sequence[Pair], group_ids: Tensor | None, kind: str, logit_cache_bytes: int) -> str | None:
@@ -73,96 +76,135 @@ def _pair_fault(pair: Pair, group_ids: Tensor | None, kind: str) -> str | None:
     return None
 
 
-def read_headers(
+def value_facts(
     x: Sequence[Tensor], y: Sequence[Tensor], log_scale: Sequence[Tensor], bias: Sequence[Tensor]
-) -> tuple[list[RankHeader], str | None]:
-    """Return every pair's header, and what is wrong with its values. One transfer from the device for all pairs."""
-    columns = []
-    for k in range(len(x)):
-        scalars = [log_scale[k], bias[k] if bias else log_scale[k].new_zeros(1), *_bounds(x[k]), *_bounds(y[k])]
-        columns.append(torch.stack([part.reshape(()).to(torch.float64) for part in scalars]))
+) -> Tensor:
+    """Return what the values of every pair are judged by, float64 (K, 6), on their device and without waiting for it.
 
-    names = ("log_scale", "bias", "x", "x", "y", "y")
-    headers: list[RankHeader] = []
-    nonfinite: list[str] = []
-    for k, values in enumerate(torch.stack(columns).tolist()):
-        found = {name for name, value in zip(names, values, strict=True) if not math.isfinite(value)}
-        nonfinite += [f"{name} of pair {k}" for name in sorted(found)]
-        scale, bias_value, x_low, x_high, y_low, y_high = values
-        x_largest = max(abs(x_low), abs(x_high))
-        y_largest = max(abs(y_low), abs(y_high))
-        headers.append(RankHeader(len(x[k]), scale, bias_value, x_largest, y_largest))
-    if not nonfinite:
-        return headers, None
-    return headers, f"NaN or infinite values in {', '.join(nonfinite)}; lower the learning rate or skip this batch"
+    They are log_scale and bias, and the lowest and the highest value of x and of y; NaN where any is NaN.
+    """
+    facts = []
+    for k in range(len(x)):
+        offset = bias[k] if bias else torch.zeros_like(log_scale[k])
+        facts += [log_scale[k].reshape(()), offset.reshape(()), *_bounds(x[k]), *_bounds(y[k])]
+    dtype = functools.reduce(torch.promote_types, {fact.dtype for fact in facts})
+    return torch.stack([fact.detach().to(dtype) for fact in facts]).double().view(len(x), 6)
 
 
 def _bounds(side_bD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest value; NaN where any is NaN."""
     if side_bD.numel() == 0:
         return side_bD.new_zeros(()), side_bD.new_zeros(())
     low, high = side_bD.detach().aminmax()
     return low, high
 
 
-def exchange_headers(
-    ranks: RankGroup, fault: str | None, layout: str, headers: Sequence[RankHeader]
-) -> list[list[RankHeader]]:
-    """Return every rank's headers, by rank and pair.
+def value_faults(facts_WK6: Tensor, widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
+    """Return every pair's `ValueFault` bits, int32 (K,), from the `value_facts` of all ranks, without waiting for them.
+
+    widths, dtypes: of the features of each pair.
+    """
+    limits = [(width, torch.finfo(_sum_dtype(dtype)).max) for width, dtype in zip(widths, dtypes, strict=True)]
+    width_K, largest_K = _on_device(torch.tensor(limits, dtype=torch.float64).T, facts_WK6.device)
+    lowest_K6, highest_K6 = facts_WK6.aminmax(dim=0)
+    size_K6 = torch.maximum(highest_K6, -lowest_K6)  # the largest magnitude
+    finite_K6 = size_K6.isfinite()
+    differs_K2 = (lowest_K6[:, :2] != highest_K6[:, :2]) & finite_K6[:, :2]
+
+    # A logit is at most scale |x| |y| + |bias|, and twice that leaves room for its base.
+    dot_K = size_K6[:, 2:4].amax(1) * size_K6[:, 4:6].amax(1) * width_K
+    logit_K = 2 * (dot_K * highest_K6[:, 0].exp() + size_K6[:, 1])
+    faults_K8 = torch.stack(
+        [
+            ~finite_K6[:, 2:4].all(1),
+            ~finite_K6[:, 4:6].all(1),
+            ~finite_K6[:, 0],
+            ~finite_K6[:, 1],
+            differs_K2[:, 0],
+            differs_K2[:, 1],
+            (size_K6[:, 0] > MAX_LOG_SCALE) & finite_K6[:, 0],
+            (torch.maximum(dot_K, logit_K) > largest_K) & finite_K6.all(1),
+        ],
+        dim=1,
+    )
+    bits_8 = torch.arange(8, dtype=torch.int32, device=facts_WK6.device)
+    return (faults_K8.to(torch.int32) << bits_8).sum(1, dtype=torch.int32)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _on_device(host_n: Tensor, device: torch.device) -> Tensor:
+    """Return a few numbers on the device; the host goes on at once."""
+    return host_n.to(device, non_blocking=True)
+
+
+def describe_fault(fault: int) -> str:
+    """Return what a `PairResult.fault` says, for a message; empty for 0.
+
+    Examples:
+        >>> describe_fault(ValueFault.X_NOT_FINITE | ValueFault.LOG_SCALE_DIFFERS)
+        'NaN or infinite values in x; log_scale differs between ranks'
+        >>> describe_fault(0)
+        ''
+    """
+    return "; ".join(_WORDS[bit] for bit in ValueFault if bit & fault)
+
+
+_WORDS = {
+    ValueFault.X_NOT_FINITE: "NaN or infinite values in x",
+    ValueFault.Y_NOT_FINITE: "NaN or infinite values in y",
+    ValueFault.LOG_SCALE_NOT_FINITE: "NaN or infinite values in log_scale",
+    ValueFault.BIAS_NOT_FINITE: "NaN or infinite values in bias",
+    ValueFault.LOG_SCALE_DIFFERS: "log_scale differs between ranks",
+    ValueFault.BIAS_DIFFERS: "bias differs between ranks",
+    ValueFault.LOG_SCALE_OUT_OF_RANGE: f"log_scale is not between {-MAX_LOG_SCALE:g} and {MAX_LOG_SCALE:g}",
+    ValueFault.LOGITS_OVERFLOW: "logits may reach beyond floating point; normalise x and y",
+}
+
+
+def check_values(faults_K: Tensor, facts_WK6: Tensor) -> None:
+    """Raise ValueError, on all ranks alike, if any pair has a fault. Waits for the device.
 
     Args:
-        ranks: the ranks that share the batch.
-        fault: what is wrong on this rank.
-        layout: whatever must be the same on all ranks, as text.
-        headers: this rank's, one a pair.
-
-    Raises:
-        ValueError: a rank has a fault or another layout; on all ranks.
+        faults_K: the `value_faults` of all pairs.
+        facts_WK6: the facts that they were found in.
     """
-    if ranks.size == 1:
-        if fault:
-            raise ValueError(fault)
-        return [list(headers)]
+    faults = [ValueFault(fault) for fault in faults_K.tolist()]
+    if not any(faults):
+        return
+    facts = facts_WK6.tolist()
 
-    # One row of fixed length a rank: whether it has a fault, a digest of its layout, its headers.
-    digest = int.from_bytes(hashlib.sha256(layout.encode()).digest()[:6], "big")  # 48 bits: exact in float64
-    length = len(RankHeader._fields)
-    row = torch.zeros(2 + length * MAX_PAIRS, dtype=torch.float64)
-    row[0] = fault is not None
-    row[1] = digest
-    if fault is None:
-        row[2 : 2 + length * len(headers)] = torch.tensor(headers, dtype=torch.float64).flatten()
-    rows = ranks.gather(row.to(ranks.device())).tolist()
+    # Nonfinite values: where they are, rank by rank.
+    nonfinite = []
+    names = ("log_scale", "bias", "x", "x", "y", "y")
+    for rank, of_rank in enumerate(facts):
+        found = []
+        for k, numbers in enumerate(of_rank):
+            of_pair = {name for name, number in zip(names, numbers, strict=True) if not math.isfinite(number)}
+            found += [f"{name} of pair {k}" for name in sorted(of_pair)]
+        if found:
+            where = f"rank {rank}: " if len(facts) > 1 else ""
+            nonfinite.append(f"{where}NaN or infinite values in {', '.join(found)}")
+    if nonfinite:
+        raise ValueError("; ".join(nonfinite) + "; lower the learning rate or skip this batch")
 
-    # All ranks see the same rows, and raise together.
-    if any(found[0] for found in rows):
-        faults = [f"rank {rank}: {text}" for rank, text in enumerate(ranks.objects(fault)) if text]
-        raise ValueError("; ".join(faults))
-    if len({found[1] for found in rows}) > 1:
-        layouts = [f"rank {rank}: {text}" for rank, text in enumerate(ranks.objects(layout))]
-        raise ValueError("ranks call the loss with different arguments; " + "; ".join(layouts))
-    starts = range(2, 2 + length * len(headers), length)
-    return [[RankHeader(*found[start : start + length]) for start in starts] for found in rows]
-
-
-def joint_fault(
-    headers_Wk: Sequence[Sequence[RankHeader]], widths: Sequence[int], dtypes: Sequence[torch.dtype]
-) -> str | None:
-    """Return what is wrong with the ranks' values taken together; the same on every rank."""
-    for k, headers in enumerate(zip(*headers_Wk, strict=True)):
-        if sum(header.batch for header in headers) == 0:
-            return f"pair {k}: the global batch is empty; expected at least one sample on some rank"
-        for name in ("log_scale", "bias"):
-            values = [getattr(header, name) for header in headers]
-            if len(set(values)) > 1:
-                return f"pair {k}: {name} differs between ranks, {values}; expected the same on all"
-        log_scale = headers[0].log_scale
-        if abs(log_scale) > 80:
-            return f"pair {k}: log_scale is {log_scale:g}; expected between -80 and 80"
-        x_largest = max(header.x_largest for header in headers)
-        y_largest = max(header.y_largest for header in headers)
-        dot = x_largest * y_largest * widths[k]
-        largest = 2 * (dot * math.exp(log_scale) + abs(headers[0].bias))
-        if max(largest, dot) > torch.finfo(torch.promote_types(dtypes[k], torch.float32)).max:
-            return f"pair {k}: logits may reach {largest:.1e}, beyond floating point; normalise x and y"
-    return None
+    # Numbers that do not fit: of the first pair at fault.
+    k = next(k for k, fault in enumerate(faults) if fault)
+    of_pair_W6 = [of_rank[k] for of_rank in facts]
+    for bit, name, at in ((ValueFault.LOG_SCALE_DIFFERS, "log_scale", 0), (ValueFault.BIAS_DIFFERS, "bias", 1)):
+        if faults[k] & bit:
+            values = [numbers[at] for numbers in of_pair_W6]
+            raise ValueError(f"pair {k}: {name} differs between ranks, {values}; expected the same on all")
+    log_scale = of_pair_W6[0][0]
+    if faults[k] & ValueFault.LOG_SCALE_OUT_OF_RANGE:
+        raise ValueError(
+            f"pair {k}: log_scale is {log_scale:g}; expected between {-MAX_LOG_SCALE:g} and {MAX_LOG_SCALE:g}"
+        )
+    x_largest, y_largest = (
+        max(abs(number) for numbers in of_pair_W6 for number in numbers[side : side + 2]) for side in (2, 4)
+    )
+    raise ValueError(
+        f"pair {k}: values of x reach {x_largest:.1e} and of y {y_largest:.1e}, so that at log_scale {log_scale:g} "
+        "logits may reach beyond floating point; normalise x and y"
+    )

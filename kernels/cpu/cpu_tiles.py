@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from threetowers.kernels.tiles import LOG2E, LibraryTiles, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile
+from threetowers.kernels.tiles import LibraryTiles, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile
 
 # What ATEN_CPU_CAPABILITY can hold torch back to; the sweep keeps to it, so that both compute as on such a processor.
 ISA_OF_TORCH = {"DEFAULT": 0, "AVX2": 1}
@@ -35,7 +35,7 @@ class CpuTiles(LibraryTiles):
         dot_rc = self.dots(x_rD, y_cD, cache_rc)
         outputs = (rows.max_n, rows.sum_n, cols.max_n, cols.sum_n, self._partial(dot_rc))
         self._library.threetowers_sweep_stats(
-            *self._head(dot_rc, tile.scale * LOG2E), *_excluded(tile), *map(_address, outputs)
+            *self._head(dot_rc, tile.logit_map.base2_2[0].item()), *_excluded(tile), *map(_address, outputs)
         )
 
     @override
@@ -52,7 +52,7 @@ class CpuTiles(LibraryTiles):
         grad_rc = dot_rc if cache_rc is None else self.scratch(x_rD, y_cD)  # the cache is read only
         vectors = (rows.shift_n, rows.factor_n, cols.shift_n, cols.factor_n, grad_rc)
         self._library.threetowers_sweep_softmax_grad(
-            *self._head(dot_rc, tile.scale * LOG2E), *_excluded(tile), *map(_address, vectors)
+            *self._head(dot_rc, tile.logit_map.base2_2[0].item()), *_excluded(tile), *map(_address, vectors)
         )
         return grad_rc
 
@@ -64,8 +64,9 @@ class CpuTiles(LibraryTiles):
         results = (sums.loss_r, sums.prob_r, sums.row_max_r, sums.col_max_c)
         grad_rc = None if weights_r is None else dot_rc
         vectors = (*results, weights_r, grad_rc, self._partial(dot_rc))
+        scale, bias = tile.logit_map.natural_2.tolist()
         self._library.threetowers_sweep_sigmoid(
-            *self._head(dot_rc, tile.scale), tile.bias, *_excluded(tile), *map(_address, vectors)
+            *self._head(dot_rc, scale), bias, *_excluded(tile), *map(_address, vectors)
         )
         return grad_rc
 

@@ -142,6 +142,7 @@ DEVICE void exclude_equal_labels(BlockLogits& logits, const Tile& tile) {
 
 // Dots to logits in base 2, -infinity where the pair is excluded or outside the tile.
 DEVICE void to_logits(BlockLogits& dots, const Tile& tile) {
-  dots.each([&](float& value, int i, int j) { value = tile.holds(i, j) ? tile.logit(value) : -infinity(); });
+  const LogitMap logit = tile.logit_map();
+  dots.each([&](float& value, int i, int j) { value = tile.holds(i, j) ? logit(value) : -infinity(); });
   if (tile.row_labels.given()) exclude_equal_labels(dots, tile);
 }

@@ -21,7 +21,6 @@ from threetowers.kernels.cuda.launch import (
     rows_launch,
 )
 from threetowers.kernels.tiles import (
-    LOG2E,
     LibraryTiles,
     OnlineLogSumExp,
     SigmoidSums,
@@ -243,9 +242,8 @@ def softmax_gradient_of(
 
 
 def _tile(tile: Tile, rows: int, cols: int) -> Argument:
-    labels = In(tile.row_labels_r), In(tile.col_labels_c)
-    diagonal = clipped_diagonal(tile.diagonal, rows, cols)
-    return (*labels, rows, cols, diagonal, tile.scale * LOG2E, tile.bias * LOG2E)
+    tensors = In(tile.row_labels_r), In(tile.col_labels_c), In(tile.logit_map.base2_2)
+    return (*tensors, rows, cols, clipped_diagonal(tile.diagonal, rows, cols))
 
 
 def _weights(weights: SoftmaxWeights) -> Argument:

@@ -3,20 +3,27 @@
 #pragma once
 #include "log_sum.h"
 
+// How dots become logits in base 2. Rounded once, here: forward and backward then take the same differences, and a row's
+// probabilities sum to 1.
+struct LogitMap {
+  float scale, bias;
+  DEVICE float operator()(float dot) const { return fmaf(dot, scale, bias); }
+};
+
 struct Tile {
   In<int> row_labels, column_labels;  // or both absent: pairs of equal labels are excluded
+  In<float> scale_and_bias;           // of the logit map
   int rows, columns;
-  int diagonal;       // pairs (i, i + diagonal) are excluded: the samples' own
-  float scale, bias;  // logit = scale * dot + bias, in base 2
+  int diagonal;  // pairs (i, i + diagonal) are excluded: the samples' own
+
+  DEVICE LogitMap logit_map() const { return {scale_and_bias[0], scale_and_bias[1]}; }  // read it once a thread
 
   DEVICE bool holds(int i, int j) const { return i < rows && j < columns && j - i != diagonal; }
   DEVICE bool same_label(int i, int j) const { return row_labels.given() && row_labels[i] == column_labels[j]; }
   DEVICE int row_label(int i) const { return i < rows ? row_labels[i] : 0; }
   DEVICE int column_label(int j) const { return j < columns ? column_labels[j] : 0; }
-  // Rounded once, here: forward and backward then take the same differences, and a row's probabilities sum to 1.
-  DEVICE float logit(float dot) const { return fmaf(dot, scale, bias); }
   DEVICE float logit(float dot, int i, int j) const {
-    return holds(i, j) && !same_label(i, j) ? logit(dot) : -infinity();
+    return holds(i, j) && !same_label(i, j) ? logit_map()(dot) : -infinity();
   }
 };
 

@@ -1,6 +1,7 @@
 """The ranks that share one global batch: who holds which rows, and the few collectives of a loss."""
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,11 +22,6 @@ class RankGroup:
             self.rank = dist.get_rank()
             self.size = dist.get_world_size()
 
-    def device(self) -> torch.device:
-        """Return a device that the group's backend can send from; the CPU where it can."""
-        types = self._device_types()
-        return torch.device("cpu" if "cpu" in types else types[0])
-
     def serves(self, device: torch.device) -> bool:
         """Return whether the group has a backend for tensors of this device."""
         return self._group is None or device.type in self._device_types()
@@ -39,13 +35,31 @@ class RankGroup:
         wait()
         return all_Wn
 
+    def gather_on_host(self, part_n: Tensor) -> Tensor:
+        """Return the equal-sized parts of all ranks, (W, *part). On the CPU, and no other device is waited for."""
+        if self._group is None:
+            return part_n[None]
+        all_Wn = part_n.new_empty(self.size, *part_n.shape)
+        _all_gather(all_Wn.view(-1), part_n.reshape(-1), group=self._host_group())
+        return all_Wn
+
+    def _host_group(self) -> Any:
+        """Return a group of the same ranks that sends from the CPU. Collective the first time.
+
+        It is the group itself where that can; else, beside NCCL, one of gloo's, made once.
+        """
+        if "cpu" in self._device_types():
+            return self._group
+        if self._group not in _host_groups:
+            _host_groups[self._group] = dist.new_group(backend="gloo")
+        return _host_groups[self._group]
+
     def gather_async(self, part_n: Tensor) -> tuple[Tensor, Callable[[], Any]]:
         """Return the result of `gather`, which may be read once the second value has been called."""
         if self._group is None:
             return part_n[None], _no_wait
         all_Wn = part_n.new_empty(self.size, *part_n.shape)
-        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # 2.14 renamed it
-        return all_Wn, gather(all_Wn.view(-1), part_n.reshape(-1), async_op=True).wait
+        return all_Wn, _all_gather(all_Wn.view(-1), part_n.reshape(-1), async_op=True).wait
 
     def reduce_async(self, part_n: Tensor, rank: int) -> Callable[[], Any]:
         """Sum over ranks, in place on this rank and undefined on others; done once the result has been called."""
@@ -76,8 +90,17 @@ class RankGroup:
     def objects(self, value: object) -> list[Any]:
         """Return one picklable object of every rank."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        if self._group is None:
+            return [value]
+        dist.all_gather_object(values, value, group=self._host_group())
         return values
+
+
+_host_groups: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()  # by the group that they stand beside
+
+# torch 2.14 renamed them.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _no_wait() -> None:

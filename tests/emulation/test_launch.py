@@ -109,20 +109,19 @@ def test_a_diagonal_far_away_is_moved_just_outside(diagonal: int, clipped: int) 
 
 
 def test_arguments_are_laid_out_as_in_cpp() -> None:
-    """The struct Tile of tile.h: two pointers, three ints, two floats."""
+    """The struct Tile of tile.h: three pointers, three ints."""
     tensor = torch.zeros(3)
-    packed = PackedArguments([(In(tensor), Out(None), 2, 3, -4, 0.5, 1.5), 7, In(tensor)])
+    packed = PackedArguments([(In(tensor), Out(None), In(tensor[1:]), 2, 3, -4), 7, In(tensor)])
 
     class Tile(ctypes.Structure):
         _fields_ = (
-            *[(name, ctypes.c_void_p) for name in ("row_labels", "column_labels")],
+            *[(name, ctypes.c_void_p) for name in ("row_labels", "column_labels", "scale_and_bias")],
             *[(name, ctypes.c_int) for name in ("rows", "columns", "diagonal")],
-            *[(name, ctypes.c_float) for name in ("scale", "bias")],
         )
 
     tile = Tile.from_address(packed.table[0])
     assert (tile.row_labels, tile.column_labels) == (tensor.data_ptr(), None)
-    assert (tile.rows, tile.columns, tile.diagonal, tile.scale, tile.bias) == (2, 3, -4, 0.5, 1.5)
+    assert (tile.scale_and_bias, tile.rows, tile.columns, tile.diagonal) == (tensor.data_ptr() + 4, 2, 3, -4)
     assert ctypes.c_int.from_address(packed.table[1]).value == 7
     assert ctypes.c_void_p.from_address(packed.table[2]).value == tensor.data_ptr()
     assert list(tensor_arguments([(In(tensor), 3), 1, Out(None), 2.0])) == [In(tensor), Out(None)]

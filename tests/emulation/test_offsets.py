@@ -57,7 +57,7 @@ Job = tuple[Launch, Sequence[Argument], list[Tensor]]
 
 
 def tile(rows: int, cols: int) -> Argument:
-    return (In(None), In(None), rows, cols, cols, 1.5, -0.5)  # the diagonal is outside
+    return (In(None), In(None), In(torch.tensor([1.5, -0.5])), rows, cols, cols)  # the diagonal is outside
 
 
 def weights(before: int, count: int) -> Argument:

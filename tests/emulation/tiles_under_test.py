@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from threetowers.kernels.cuda.cuda_tiles import GAIN, DenseTiles, TensorCoreTiles
-from threetowers.kernels.tiles import OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile, TileBackend, TorchTiles
+from threetowers.kernels.tiles import (
+    LogitMap,
+    OnlineLogSumExp,
+    SigmoidSums,
+    SoftmaxWeights,
+    Tile,
+    TileBackend,
+    TorchTiles,
+)
 
 
 class EmulatedTensorCoreTiles(TensorCoreTiles):
@@ -41,11 +49,13 @@ class Case:
         y_cD = normalize(torch.randn(self.cols, self.width, generator=generator), dim=1)
         return x_rD.to(element), y_cD.to(element)
 
-    def tile(self, bias: float = 0.0) -> Tile:
+    def tile(self, dtype: torch.dtype, bias: float = 0.0) -> Tile:
+        scale_and_bias = torch.tensor([self.scale, bias], dtype=torch.float64)
+        logit_map = LogitMap.of(*scale_and_bias, dtype)
         if not self.labels:
-            return Tile(self.scale, bias, self.diagonal)
+            return Tile(logit_map, self.diagonal)
         row_labels_r = torch.arange(self.rows, dtype=torch.int32) % 7
-        return Tile(self.scale, bias, self.diagonal, row_labels_r, torch.arange(self.cols, dtype=torch.int32) % 11)
+        return Tile(logit_map, self.diagonal, row_labels_r, torch.arange(self.cols, dtype=torch.int32) % 11)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ def weights_of(case: Case, element: torch.dtype) -> tuple[SoftmaxWeights, Softma
     """Return softmax weights as the loss would compute them, in float64: from the true statistics, varied in size."""
     rows, cols = _empty(case, torch.float64)
     reference, (x_rD, y_cD) = TorchTiles(torch.float64), case.features(element)
-    reference.stats(x_rD.double(), y_cD.double(), case.tile(), rows, cols, None)
+    reference.stats(x_rD.double(), y_cD.double(), case.tile(torch.float64), rows, cols, None)
     sides = []
     for side in (rows, cols):
         shift_n = torch.where(side.max_n == -torch.inf, 0, side.max_n)
@@ -91,13 +101,13 @@ def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
     rows, cols = _empty(case, dtype)
     cached_rc = torch.full((case.rows, case.cols), math.nan, dtype=backend.cache_dtype)
     for _ in range(2):  # merged twice: sums double, maxima stay
-        backend.stats(x_rD, y_cD, case.tile(), rows, cols, cached_rc)
+        backend.stats(x_rD, y_cD, case.tile(dtype), rows, cols, cached_rc)
     gain = GAIN.get(element, 1.0) if isinstance(backend, TensorCoreTiles) else 1.0
 
     row_weights, col_weights = (
         SoftmaxWeights(w.shift_n.to(dtype), w.factor_n.to(dtype)) for w in weights_of(case, element)
     )
-    tile, sigmoid_tile = case.tile(), case.tile(bias=-3.0)
+    tile, sigmoid_tile = case.tile(dtype), case.tile(dtype, bias=-3.0)
     grads = []
     for cached in (cached_rc, None):
         grad_rc = backend.softmax_grad(x_rD, y_cD, tile, row_weights, col_weights, cached)

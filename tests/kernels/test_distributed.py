@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from threetowers.kernels import (
     Pair,
+    ValueFault,
     contrastive_loss,
     contrastive_losses,
     operators,
@@ -166,6 +167,15 @@ def check_refusals() -> None:
             contrastive_loss(**arguments)
     with pytest.raises(ValueError, match="the global batch is empty"):
         contrastive_loss(x_bD[:0], x_bD[:0], scale)
+
+    # Not to raise: every rank gets the same bits, and the group still works then, too.
+    for change, fault in (
+        ({"x": x_bD / 0}, ValueFault.X_NOT_FINITE),
+        ({"log_scale": torch.tensor([1.5])}, ValueFault.LOG_SCALE_DIFFERS),
+    ):
+        pair = Pair(**({"x": x_bD, "y": x_bD, "log_scale": scale} | (change if culprit else {})))  # type: ignore[arg-type]
+        (result,) = contrastive_losses([pair], check=False)
+        assert int(result.fault) == fault
     assert contrastive_loss(x_bD, x_bD, scale) > 0
 
 

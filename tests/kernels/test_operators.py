@@ -50,6 +50,8 @@ def test_opcheck(kind: str, cache_bytes: int) -> None:
         cache_bytes,
         False,
         *needs,
+        [False, True],
+        True,
     )
     torch.library.opcheck(operators.contrastive_forward, args)
 
@@ -60,7 +62,8 @@ def test_opcheck_of_backward(kind: str) -> None:
     x_BD, y_BD = (part.detach() for part in batch(20))
     scales = [part.detach() for part in scalars(kind)]
     needs = [True], [False], [True]
-    saved = operators.contrastive_forward([x_BD], [y_BD], scales[:1], scales[1:], None, kind, 2000, False, *needs)
+    options = None, kind, 2000, False, *needs, [False], True
+    saved = operators.contrastive_forward([x_BD], [y_BD], scales[:1], scales[1:], *options)
     args = [torch.ones_like(saved[0])], [x_BD], [y_BD], saved, kind, False, *needs
     torch.library.opcheck(operators.contrastive_backward, args, test_utils=["test_schema", "test_faketensor"])
 
@@ -98,7 +101,8 @@ def test_fake_tensors_have_the_size_of_the_logit_cache(cache_bytes: int) -> None
             x_BD, y_BD, z_BD = (torch.ones(1500, 4) for _ in range(3))
             sides, scales = ([x_BD, y_BD], [y_BD, z_BD]), [torch.zeros(1), torch.zeros(1)]
             needs = [True, False], [False, False], [False, True]
-            flat = operators.contrastive_forward(*sides, scales, [], None, "softmax", cache_bytes, False, *needs)
+            options = None, "softmax", cache_bytes, False, *needs, [False, False], True
+            flat = operators.contrastive_forward(*sides, scales, [], *options)
             return [part.shape for part in flat]
 
     assert shapes(fake=True) == shapes(fake=False)

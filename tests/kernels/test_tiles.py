@@ -9,7 +9,7 @@ import torch
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.cpu import CpuTiles, library, sweep_library
 from threetowers.kernels.cpu.cpu_tiles import best_isa
-from threetowers.kernels.tiles import OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile, TorchTiles
+from threetowers.kernels.tiles import LogitMap, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile, TorchTiles
 
 SHAPES = [(1, 1), (3, 17), (33, 15), (70, 1029), (129, 64)]
 
@@ -22,10 +22,14 @@ def sweep(request: pytest.FixtureRequest) -> CpuTiles:
     return CpuTiles(loaded, request.param)
 
 
+def _map(scale: float, bias: float = 0.0, dtype: torch.dtype = torch.float32) -> LogitMap:
+    return LogitMap.of(*torch.tensor([scale, bias], dtype=torch.float64), dtype)
+
+
 def _tile(rows: int, cols: int, diagonal: int, labelled: bool, bias: float = 0.0) -> Tile:
     g = torch.Generator().manual_seed(rows)
     labels = [torch.randint(0, 5, (n,), generator=g, dtype=torch.int32) for n in (rows, cols)]
-    return Tile(2.0, bias, diagonal, *labels) if labelled else Tile(2.0, bias, diagonal)
+    return Tile(_map(2.0, bias), diagonal, *(labels if labelled else []))
 
 
 def _features(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +96,7 @@ def test_small_probabilities_keep_their_relative_accuracy(sweep: CpuTiles) -> No
     x_rD, y_cD = torch.ones(1, 1), torch.linspace(-80, -1, 80)[:, None]
     for j in range(80):
         sums = SigmoidSums(torch.zeros(1), torch.zeros(1), torch.full((1,), -torch.inf), torch.full((1,), -torch.inf))
-        sweep.sigmoid(x_rD, y_cD[j : j + 1], Tile(1.0, 0.0, 7), sums, None)
+        sweep.sigmoid(x_rD, y_cD[j : j + 1], Tile(_map(1.0), 7), sums, None)
         z = y_cD[j].double()
         torch.testing.assert_close(sums.loss_r.double(), torch.log1p(z.exp()), rtol=1e-5, atol=0)
         torch.testing.assert_close(sums.prob_r.double(), z.sigmoid(), rtol=1e-5, atol=0)
@@ -108,7 +112,7 @@ def test_bits_do_not_depend_on_threads(sweep: CpuTiles, monkeypatch: pytest.Monk
             torch.set_num_threads(threads)
             rows, cols = (OnlineLogSumExp.empty(n, x_rD, torch.float32) for n in (300, 2100))
             monkeypatch.setattr(sweep, "dots", lambda *_: dot_rc.clone())  # the product's bits may depend on threads
-            sweep.stats(x_rD, y_cD, Tile(1.0, 0.0, 0), rows, cols, None)
+            sweep.stats(x_rD, y_cD, Tile(_map(1.0), 0), rows, cols, None)
             outcomes.append(torch.cat([rows.max_n, rows.sum_n, cols.max_n, cols.sum_n]))
     finally:
         torch.set_num_threads(before)

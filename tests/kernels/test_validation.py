@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from threetowers.kernels import Pair, contrastive_loss, contrastive_losses
+from threetowers.kernels import Pair, ValueFault, contrastive_loss, contrastive_losses, describe_fault
 
 X = torch.ones(6, 4)
 SCALE = torch.tensor([1.0])
@@ -36,7 +36,10 @@ SCALE = torch.tensor([1.0])
         ({"log_scale": torch.tensor([torch.nan])}, "NaN or infinite values in log_scale of pair 0"),
         ({"bias": torch.tensor([torch.inf]), "kind": "sigmoid"}, "NaN or infinite values in bias of pair 0"),
         ({"log_scale": torch.tensor([90.0])}, "log_scale is 90; expected between -80 and 80"),
-        ({"x": X * 1e30, "y": X * 1e30}, "logits may reach .* beyond floating point; normalise x and y"),
+        (
+            {"x": X * 1e30, "y": X * 1e30},
+            "values of x reach 1.0e.30 .* logits may reach beyond floating point; normalise x and y",
+        ),
         ({"x": X[:0], "y": X[:0]}, "the global batch is empty"),
     ],
 )
@@ -51,6 +54,54 @@ def test_the_pair_at_fault_is_named() -> None:
         contrastive_losses([Pair(X, X, SCALE), Pair(X, X[:2], SCALE)])
     with pytest.raises(ValueError, match="in y of pair 1"):
         contrastive_losses([Pair(X, X, SCALE), Pair(X, X / 0, SCALE)])
+
+
+def test_a_swapped_side_is_named_as_the_caller_does() -> None:
+    """Only y wants a gradient: inside, the sides change places."""
+    bad = (X / 0).requires_grad_()
+    with pytest.raises(ValueError, match="values in y of pair 0"):
+        contrastive_loss(X, bad, SCALE)
+    assert fault_of(X, bad) == ValueFault.Y_NOT_FINITE
+
+
+def fault_of(x: torch.Tensor, y: torch.Tensor, log_scale: torch.Tensor = SCALE, bias: Any = None) -> int:
+    """Return what the call finds where it is not to raise."""
+    kind: Any = "softmax" if bias is None else "sigmoid"
+    good, result = contrastive_losses(
+        [Pair(X, X, SCALE, bias and SCALE), Pair(x, y, log_scale, bias)], kind=kind, check=False
+    )
+    assert (good.fault.dtype, good.fault.shape, int(good.fault)) == (torch.int32, (), 0)
+    assert not result.fault.requires_grad
+    return int(result.fault)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((X, X), 0),
+        ((X[:0], X[:0]), None),
+        ((X * torch.nan, X), ValueFault.X_NOT_FINITE),
+        ((X, torch.full((6, 4), -torch.inf)), ValueFault.Y_NOT_FINITE),
+        ((X, X, torch.tensor([torch.nan])), ValueFault.LOG_SCALE_NOT_FINITE),
+        ((X, X, torch.tensor([-torch.inf])), ValueFault.LOG_SCALE_NOT_FINITE),
+        ((X, X, SCALE, torch.tensor([torch.inf])), ValueFault.BIAS_NOT_FINITE),
+        ((X, X, torch.tensor([80.5])), ValueFault.LOG_SCALE_OUT_OF_RANGE),
+        ((X, X, torch.tensor([-80.5])), ValueFault.LOG_SCALE_OUT_OF_RANGE),
+        ((X, X, torch.tensor([-80.0])), 0),
+        ((X * 1e30, X * 1e30), ValueFault.LOGITS_OVERFLOW),
+        ((X * -1e30, X * 1e30, torch.tensor([90.0])), ValueFault.LOGITS_OVERFLOW | ValueFault.LOG_SCALE_OUT_OF_RANGE),
+        ((X.double() * 1e30, X.double() * 1e30), 0),
+    ],
+)
+def test_faults_of_values_without_raising(arguments: Any, expected: int | None) -> None:
+    """The same faults that the messages tell of; what the host knows is raised all the same."""
+    if expected is None:
+        with pytest.raises(ValueError, match="pair 1: the global batch is empty"):
+            fault_of(*arguments)
+        return
+    found = fault_of(*arguments)
+    assert found == expected
+    assert (describe_fault(found) == "") == (found == 0)
 
 
 @pytest.mark.parametrize("count", [0, 33])
