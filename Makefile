@@ -2,11 +2,15 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/threetowers
+# The GPUs that this shell may use
+GPUS := $(shell nvidia-smi --query-gpu=uuid --format=csv,noheader \
+    $${CUDA_VISIBLE_DEVICES+--id="$$CUDA_VISIBLE_DEVICES"} 2>/dev/null | grep -c '^GPU-')
 # Without a GPU to find, DeepSpeed would say so at length.
-export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
-# Ranks on the machine at hand, as `deepspeed` would start them on the GPUs of a node.
-RANKS ?= 2
-LAUNCH := $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --module threetowers
+export DS_ACCELERATOR ?= $(if $(filter 0,$(GPUS)),cpu,cuda)
+# Ranks of the demo: one a GPU, as far as they divide its batches of 256; two processes where there is none.
+RANKS ?= $(if $(filter 0,$(GPUS)),2,$(shell ranks=256; while [ $$ranks -gt $(GPUS) ]; do ranks=$$((ranks / 2)); done; echo $$ranks))
+# By itself DeepSpeed starts one on each visible GPU.
+LAUNCH := $(BIN)/deepspeed --quiet $(if $(filter-out $(GPUS),$(RANKS)),--num_accelerators $(RANKS)) --module threetowers
 DEMO := runs/emoji
 
 .PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow fuzz lint types docs bench

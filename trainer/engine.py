@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from threetowers.cache.processes.stop_request import RankStore
 from threetowers.cache.processes.world import World
@@ -26,6 +28,9 @@ def join_process_group() -> World:
     """Join the process group of `deepspeed` or `torchrun`, or start one of a single process, and return its world.
 
     NCCL and one GPU a process where there are GPUs, else gloo and an even share of the cores.
+
+    Raises:
+        ConfigError: Another rank has this rank's GPU.
     """
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -41,8 +46,11 @@ def join_process_group() -> World:
     world = World.from_env()
     if cuda:
         torch.cuda.set_device(world.device)
+        os.environ["LOCAL_RANK"] = str(world.device.index)  # DeepSpeed takes it for the number of the GPU
+        if world.size > 1 and not distributed.is_initialized():
+            _start_nccl(world)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(world.cores())
 
     import deepspeed
 
@@ -50,11 +58,45 @@ def join_process_group() -> World:
     return World.from_process_group()
 
 
+def _start_nccl(world: World) -> None:
+    """Start the process group of NCCL, once it is known that each rank has a GPU of its own. DeepSpeed joins it."""
+    from deepspeed.constants import default_pg_timeout
+
+    store, _, _ = next(rendezvous("env://"))
+    refuse_shared_gpu(store, world.rank, str(torch.cuda.get_device_properties(world.device).uuid))
+    distributed.init_process_group(
+        "nccl",
+        store=PrefixStore("nccl", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=default_pg_timeout,
+        device_id=world.device,
+    )
+
+
+def refuse_shared_gpu(store: Store, rank: int, gpu: str) -> None:
+    """Raise ConfigError where another rank has this GPU, unless NCCL has been told that ranks share GPUs.
+
+    Args:
+        store: What all ranks can read and write.
+        rank: This rank.
+        gpu: The identifier of its GPU, which no other GPU has on any machine.
+    """
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") != "0" or "NCCL_HOSTID" in os.environ:
+        return
+    owner = int(store.compare_set(f"threetowers/gpu/{gpu}", "", str(rank)))
+    if owner != rank:
+        raise ConfigError(
+            f"ranks {owner} and {rank} have the same GPU ({gpu}), but NCCL needs one for each rank; start as many "
+            "ranks as there are GPUs, or let CUDA_VISIBLE_DEVICES show each rank its own"
+        )
+
+
 def rank_store() -> RankStore | None:
     """Return a connection of its own to what all ranks can read and write at any time; None for a single rank."""
-    if torch.distributed.get_world_size() == 1:
+    if distributed.get_world_size() == 1:
         return None
-    store: RankStore = torch.distributed.distributed_c10d._get_default_store().clone()
+    store: RankStore = distributed.distributed_c10d._get_default_store().clone()
     return store
 
 
@@ -64,7 +106,7 @@ def leave_process_group() -> None:
     By itself it would not wait for gloo's threads, as DeepSpeed keeps references to it.
     """
     finish_collectives()
-    torch.distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
 def finish_collectives() -> None:

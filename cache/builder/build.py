@@ -6,7 +6,6 @@ when its done record exists; running the same command again continues with the o
 
 import contextlib
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +137,7 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
         raise ValueError(f"--output-dir {' '.join(map(str, storages))}: expected different folders")
     world = World.from_env()
     paths = expand(config.tars)
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    threads = config.threads or world.cores()
     device = config.device or str(world.device)
     worker = LeaseOwner()
     timer = StageTimer()

@@ -149,7 +149,7 @@ class EmbeddingConfig(TeacherConfig):
     """Views of each image to embed."""
 
     batch_size: int = 64
-    """Images per forward pass. Builds are bit-identical only at equal batch size, device and --compile."""
+    """Images per forward pass. Only CPUs of one kind, at equal batch size and --compile, give equal bits."""
 
     threads: int | None = None
     """Threads that decode and resize; default: this process's share of the cores."""

@@ -32,10 +32,26 @@ class World:
 
     @property
     def device(self) -> "torch.device":
-        """The GPU of this local rank where there are GPUs, else the CPU."""
+        """The GPU of this local rank where there are GPUs, else the CPU.
+
+        Local ranks take the GPUs that they see in turn: where there are fewer GPUs than processes several share one,
+        and where the scheduler shows each process a GPU of its own that is the one.
+        """
         import torch  # here, so that `threetowers --help` needs no torch
 
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    def cores(self, env: Mapping[str, str] = os.environ) -> int:
+        """Return the number of CPU cores for this process, at least 1.
+
+        That is an even share of the cores that it may run on; under `srun --cpus-per-task` those of its own task.
+        """
+        available = len(os.sched_getaffinity(0))
+        if env.get("SLURM_STEP_NUM_TASKS") == str(self.size) and "SLURM_CPUS_PER_TASK" in env:
+            return max(1, min(available, int(env["SLURM_CPUS_PER_TASK"])))
+        return max(1, available // self.local_size)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:

@@ -13,6 +13,7 @@ import torch
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings, EmbeddingStore
+from threetowers.eval.search.index import Device
 
 PrecisionName = Literal["float32", "bfloat16", "float16"]
 
@@ -56,7 +57,7 @@ class LoadOptions:
     Attributes:
         caches: For a model that reads cached rows, the cache of the evaluation images, by tower.
         live_teacher: Compute such rows by the teacher itself.
-        device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
+        device: cpu, cuda or cuda:N, for the models and for FAISS; auto takes a GPU if there is one.
         precision: Of the towers' forward pass.
         batch_size: Images or captions per forward pass.
         workers: Processes that read and decode images beside the model; 0: none.
@@ -85,6 +86,11 @@ class LoadOptions:
             raise ValueError(f"--device {self.device!r}: found {torch.cuda.device_count()} GPUs; use cpu or auto")
         return device
 
+    @property
+    def search_device(self) -> Device:
+        """Where FAISS searches: on the CPU for `cpu`, on that GPU for `cuda:N`, else on all GPUs that it sees."""
+        return "auto" if self.device == "cuda" else self.device
+
 
 class Encoder(ABC):
     """A model as every task sees it.
@@ -98,6 +104,7 @@ class Encoder(ABC):
         logit_scale: The learned inverse temperature of image and text; 1.0 where there is none. Cosines times it are
             the logits whose softmax is calibrated as far as the model is.
         store: Where embeddings are kept; None: they are computed at each call.
+        search_device: Where FAISS searches them, as `build_index` takes it.
     """
 
     info: ModelInfo
@@ -105,6 +112,7 @@ class Encoder(ABC):
     sees_text: bool = True
     logit_scale: float = 1.0
     store: EmbeddingStore | None = None
+    search_device: Device = "auto"
 
     @property
     def cached_towers(self) -> tuple[str, ...]:

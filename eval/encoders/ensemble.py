@@ -48,6 +48,7 @@ class EnsembleEncoder(Encoder):
         self.main = main
         self.third = third
         self.options = options
+        self.search_device = main.search_device
         # In logit space the weighted sum of two scaled cosines is one scaled cosine of concatenated vectors.
         weights = ((1 - options.weight) * main.logit_scale, options.weight * third.logit_scale)
         self._roots = [np.float32(np.sqrt(weight / sum(weights))) for weight in weights]

@@ -50,7 +50,7 @@ def load_encoder(
     if kind in MODEL_KINDS and colon:
         if ensemble is not None:
             raise ValueError(f"{model}: an ensemble needs a run with a third tower")
-        return _with_store(_load_other(kind, rest, options), options)
+        return _with_options(_load_other(kind, rest, options), options)
     path = Path(model)
     if not path.is_dir():
         raise ValueError(
@@ -58,10 +58,10 @@ def load_encoder(
         )
     from threetowers.eval.encoders.run_encoder import load_deployed_heads, load_third_tower_heads
 
-    main = _with_store(load_deployed_heads(path, options), options)
+    main = _with_options(load_deployed_heads(path, options), options)
     if ensemble is None:
         return main
-    third = _with_store(load_third_tower_heads(path, ensemble.tower, options), options)
+    third = _with_options(load_third_tower_heads(path, ensemble.tower, options), options)
     return EnsembleEncoder(main, third, ensemble)
 
 
@@ -106,7 +106,8 @@ def _split_weights(rest: str) -> tuple[str, str]:
     return (source + name if name else ""), weights
 
 
-def _with_store(encoder: Encoder, options: LoadOptions) -> Encoder:
+def _with_options(encoder: Encoder, options: LoadOptions) -> Encoder:
+    encoder.search_device = options.search_device
     if options.embeddings is not None:
         encoder.store = EmbeddingStore(options.embeddings)
     return encoder

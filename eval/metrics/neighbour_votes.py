@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from threetowers.eval.metrics.classification import Floats, Ints
-from threetowers.eval.search.index import build_index
+from threetowers.eval.search.index import Device, build_index
 
 NEIGHBOUR_KS = (1, 5, 10, 20)
 TEMPERATURE = 0.07
@@ -20,6 +20,7 @@ def neighbour_votes(
     ks: Sequence[int] = NEIGHBOUR_KS,
     *,
     temperature: float = TEMPERATURE,
+    device: Device = "auto",
 ) -> dict[str, Floats]:
     """Return the votes (N, C) of the k nearest training items, by name: `majority@k` and `weighted@k`.
 
@@ -34,12 +35,13 @@ def neighbour_votes(
         classes: Number of classes C.
         ks: Numbers of neighbours, each in 1..M.
         temperature: Of the weighted votes.
+        device: Where FAISS searches.
 
     Raises:
         ValueError: For a k beyond the training items, and for embeddings that are empty or not finite.
     """
     check_neighbours(ks, len(train_MD))
-    neighbours = build_index(train_MD).search(test_ND, max(ks))
+    neighbours = build_index(train_MD, device=device).search(test_ND, max(ks))
     labels_NK = train_label_M[neighbours.ids_NK]
     cosines_NK = neighbours.scores_NK
     weights_NK = np.exp((cosines_NK - cosines_NK[:, :1]) / temperature)

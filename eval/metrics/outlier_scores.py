@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from threetowers.eval.metrics.binary_scores import ThresholdCurve
 from threetowers.eval.metrics.classification import Floats, Ints
 from threetowers.eval.metrics.neighbour_votes import check_neighbours
-from threetowers.eval.search.index import build_index
+from threetowers.eval.search.index import Device, build_index
 
 RECALL = 0.95
 
@@ -67,14 +67,15 @@ def class_scores(cosine_NC: Floats, scale: float) -> dict[str, NDArray[np.float6
     }
 
 
-def neighbour_score(train_MD: Floats, x_ND: Floats, k: int) -> NDArray[np.float64]:
+def neighbour_score(train_MD: Floats, x_ND: Floats, k: int, *, device: Device = "auto") -> NDArray[np.float64]:
     """Return the cosine (N,) to the k-th nearest training item (Sun et al., 2022); embeddings are unit-norm.
 
     Raises:
         ValueError: For a k outside of 1..M.
     """
     check_neighbours([k], len(train_MD))
-    return build_index(train_MD).search(x_ND, k).scores_NK[:, -1].astype(np.float64)
+    index = build_index(train_MD, device=device)
+    return index.search(x_ND, k).scores_NK[:, -1].astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 GPU_MAX_K = 2048
 TRAINING_ROWS = 1 << 18  # at most; FAISS itself samples 256 a list or code
 SEARCH_CHUNK_BYTES = 128 << 20  # of vectors in memory at a time, twice, in an exact search from disk
-Device = Literal["auto", "cpu", "gpu"]
+Device = str  # auto, cpu, gpu or cuda:N
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ def build_index(
         vectors_MD: The vectors, of any float type.
         spec: Any FAISS factory string: "Flat" is exact; "IVF1024,Flat", "OPQ64,IVF4096,PQ64", "HNSW32" are not.
         parameters: Search settings of the index, as "nprobe=16" (FAISS's default of 1 finds little).
-        device: "auto" shards the index over all GPUs, and leaves it on the CPU where there is none or FAISS cannot hold
-            this kind on one; "gpu" raises an error there.
+        device: "auto" shards the index over all GPUs, and leaves it on the CPU where FAISS sees none or cannot hold
+            this kind on one; "gpu" raises an error there. "cuda:N" is "auto" with that GPU alone, "cpu" uses none.
 
     Raises:
-        ValueError: For vectors that are empty or not finite, and for a spec or parameters that FAISS refuses.
+        ValueError: For vectors that are empty or not finite, for a spec or parameters that FAISS refuses, and for a
+            GPU that is not there.
     """
     import faiss
 
@@ -129,7 +131,8 @@ def exact_search(
         queries_ND: The queries, in memory.
         k: Number of neighbours.
         chunk_bytes: Size of a chunk in float32; two are in memory.
-        device: "gpu" for the GPUs; "auto" for the GPUs where FAISS sees any.
+        device: "auto" for all GPUs that FAISS sees, else the CPU; "gpu" raises an error there. "cuda:N" is "auto" with
+            that GPU alone, "cpu" uses none.
 
     Raises:
         ValueError: For k not in 1..M, widths that differ, and vectors or queries that are empty or not finite.
@@ -143,7 +146,7 @@ def exact_search(
         raise ValueError(f"k must be between 1 and the {size} vectors of the gallery, got {k}")
     gpus = _gpus(device)
     if gpus and k > GPU_MAX_K:
-        raise ValueError(f"k must be at most {GPU_MAX_K} on a GPU, got {k}: use device='cpu'")
+        raise ValueError(f"k must be at most {GPU_MAX_K} on a GPU, got {k}: search on the CPU (--device cpu)")
     scores_NK = np.full((len(queries_ND), k), -np.inf, np.float32)
     ids_NK = np.full((len(queries_ND), k), -1, np.int64)
     for start, chunk_mD in iter_chunks(vectors_MD, max(1, chunk_bytes // (4 * width))):
@@ -159,7 +162,7 @@ def exact_search(
 
 
 def _search_chunk(
-    queries_ND: NDArray[np.float32], chunk_mD: NDArray[np.float32], k: int, gpus: int
+    queries_ND: NDArray[np.float32], chunk_mD: NDArray[np.float32], k: int, gpus: Sequence[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return scores and rows (N, k) within one chunk, on the CPU or with the queries split over the GPUs."""
     import faiss
@@ -169,18 +172,25 @@ def _search_chunk(
         scores_NK, ids_NK = faiss.knn(queries_ND, chunk_mD, k, metric=inner)
         return scores_NK, ids_NK
 
-    def search(device: int, queries_nD: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(gpu: int, queries_nD: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         resources = faiss.StandardGpuResources()
-        scores_nK, ids_nK = faiss.knn_gpu(resources, queries_nD, chunk_mD, k, metric=inner, device=device)
+        scores_nK, ids_nK = faiss.knn_gpu(resources, queries_nD, chunk_mD, k, metric=inner, device=gpu)
         return scores_nK, ids_nK
 
-    with ThreadPoolExecutor(gpus) as pool:
-        parts = list(pool.map(search, range(gpus), np.array_split(queries_ND, gpus)))
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        parts = list(pool.map(search, gpus, np.array_split(queries_ND, len(gpus))))
     return np.concatenate([scores for scores, _ in parts]), np.concatenate([ids for _, ids in parts])
 
 
 def recall_against_exact(
-    index: VectorIndex, vectors_MD: ArrayLike, queries_ND: ArrayLike, k: int, *, sample: int = 1000, seed: int = 0
+    index: VectorIndex,
+    vectors_MD: ArrayLike,
+    queries_ND: ArrayLike,
+    k: int,
+    *,
+    sample: int = 1000,
+    seed: int = 0,
+    device: Device = "auto",
 ) -> float:
     """Return the share, in 0..1, of the exact k nearest vectors that an index finds, over a sample of the queries.
 
@@ -191,6 +201,7 @@ def recall_against_exact(
         k: Number of neighbours.
         sample: Size of the sample.
         seed: Of the sample.
+        device: Of the exact search, as in `exact_search`.
 
     Raises:
         ValueError: If the index holds another number of vectors, and for what `search` refuses.
@@ -201,7 +212,7 @@ def recall_against_exact(
         raise ValueError(f"the index holds {index.size} vectors but {len(vectors_MD)} were given to compare it with")
     chosen = np.random.default_rng(seed).permutation(len(queries_ND))[:sample]
     found_NK = index.search(queries_ND[chosen], k).ids_NK
-    exact_NK = exact_search(vectors_MD, queries_ND[chosen], k).ids_NK
+    exact_NK = exact_search(vectors_MD, queries_ND[chosen], k, device=device).ids_NK
     shares = [np.isin(exact_K, found_K).mean() for exact_K, found_K in zip(exact_NK, found_NK, strict=True)]
     return float(np.mean(shares))
 
@@ -239,27 +250,34 @@ def _shard_over_gpus(index: Any, spec: str, device: Device) -> tuple[Any, int]:
     import faiss
 
     gpus = _gpus(device)
-    if gpus == 0:
+    if not gpus:
         return index, 0
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
     try:
-        return faiss.index_cpu_to_all_gpus(index, co=options), gpus
+        return faiss.index_cpu_to_gpus_list(index, co=options, gpus=gpus), len(gpus)
     except RuntimeError as error:
         if device == "gpu":
-            raise ValueError(f"FAISS cannot put {spec!r} on {gpus} GPUs: {_reason(error)}; use device='cpu'") from error
+            raise ValueError(
+                f"FAISS cannot put {spec!r} on {len(gpus)} GPUs: {_reason(error)}; use device='cpu'"
+            ) from error
         logger.warning("index %s stays on the CPU: %s", spec, _reason(error))
         return index, 0
 
 
-def _gpus(device: Device) -> int:
-    """Return the number of GPUs to search on; none is an error for "gpu"."""
+def _gpus(device: Device) -> list[int]:
+    """Return the numbers of the GPUs to search on; empty for the CPU. Raises ValueError for one that is not there."""
     import faiss
 
-    gpus = int(faiss.get_num_gpus()) if device != "cpu" else 0
-    if gpus == 0 and device == "gpu":
-        raise ValueError("device='gpu' but FAISS sees no GPU: use device='auto' or 'cpu'")
-    return gpus
+    if device == "cpu":
+        return []
+    count = int(faiss.get_num_gpus())
+    if device == "auto" or (device == "gpu" and count):
+        return list(range(count))
+    number = device.removeprefix("cuda:")
+    if device.startswith("cuda:") and number.isdecimal() and (int(number) < count or not count):
+        return [int(number)] if count else []
+    raise ValueError(f"device {device!r}: FAISS sees {count} GPUs; use auto or cpu")
 
 
 def _reason(error: RuntimeError) -> str:

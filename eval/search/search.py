@@ -13,7 +13,7 @@ from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.encoder import Encoder, NoTextTower
 from threetowers.eval.left_out import left_out_text
 from threetowers.eval.report.thumbnails import ThumbnailStore, thumbnail
-from threetowers.eval.search.index import Device, build_index, exact_search
+from threetowers.eval.search.index import build_index, exact_search
 
 UPPER_HALF = "▀"
 DEFAULT_K = 10
@@ -87,11 +87,10 @@ def find(
     *,
     index: str = "Flat",
     parameters: str = "",
-    device: Device = "auto",
 ) -> SearchResults:
     """Return the k images nearest to each text.
 
-    Exact search reads the image embeddings from disk where they are stored.
+    Exact search reads the image embeddings from disk where they are stored. The search runs where the model does.
 
     Args:
         encoder: The model.
@@ -100,7 +99,6 @@ def find(
         k: Number of images a text; None: ten, or all if there are fewer.
         index: FAISS factory string (see `build_index`).
         parameters: Search settings of the index.
-        device: Where the search runs.
 
     Raises:
         NoTextTower: For a model that encodes images only.
@@ -117,9 +115,10 @@ def find(
     text_ND = encoder.texts(list(queries))
     image_MD = encoder.images(data, data.images)
     if index == "Flat":
-        neighbours = exact_search(image_MD, text_ND, k, device=device)
+        neighbours = exact_search(image_MD, text_ND, k, device=encoder.search_device)
     else:
-        neighbours = build_index(image_MD, index, parameters=parameters, device=device).search(text_ND, k)
+        vectors = build_index(image_MD, index, parameters=parameters, device=encoder.search_device)
+        neighbours = vectors.search(text_ND, k)
     hits: list[list[SearchHit]] = []
     for ids, scores in zip(neighbours.ids_NK.tolist(), neighbours.scores_NK.tolist(), strict=True):
         # An approximate index pads with -1 where it found fewer than k.

@@ -27,6 +27,7 @@ def knn(encoder: Encoder, dataset: EvalDataset, settings: KnnSettings, thumbnail
         len(dataset.class_names),
         settings.ks or NEIGHBOUR_KS,
         temperature=settings.temperature,
+        device=encoder.search_device,
     )
     metrics: dict[str, float] = {}
     items: dict[str, NDArray[Any]] = {}

@@ -32,7 +32,8 @@ def ood(encoder: Encoder, dataset: EvalDataset, settings: OodSettings, thumbnail
 
     def scores(part: DatasetPart) -> dict[str, NDArray[np.float64]]:
         x_ND = embed_part(encoder, part)
-        found = {"knn": neighbour_score(train_MD, x_ND, k), "mahalanobis": mahalanobis.score(x_ND)}
+        nearness_N = neighbour_score(train_MD, x_ND, k, device=encoder.search_device)
+        found = {"knn": nearness_N, "mahalanobis": mahalanobis.score(x_ND)}
         if classifier is not None:
             blocks = [class_scores(cosine_bC, encoder.logit_scale) for cosine_bC in classifier.scores(x_ND)]
             for name in blocks[0]:

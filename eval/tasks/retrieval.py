@@ -20,7 +20,7 @@ from threetowers.eval.left_out import NO_CAPTION
 from threetowers.eval.metrics.recall import RECALL_KS, count_duplicates, evaluate_retrieval, hit_rate
 from threetowers.eval.record import EvalResult, Example, ExampleItem
 from threetowers.eval.report.thumbnails import ThumbnailStore
-from threetowers.eval.search.index import VectorIndex, build_index, recall_against_exact
+from threetowers.eval.search.index import Device, VectorIndex, build_index, recall_against_exact
 from threetowers.eval.tasks.settings import RetrievalSettings
 
 BAD_GALLERY = "gallery_field: a list or an object"  # counts samples whose field is no name
@@ -131,7 +131,7 @@ def retrieval(
         items[f"{direction}/group"] = np.array([hashes[number] for number in group_N.tolist()], dtype=np.int64)
 
     # Recalls of the index, and examples found with it.
-    search = _IndexedGallery(data, gallery, image_ND, text_MD, settings, thumbnails)
+    search = _IndexedGallery(data, gallery, image_ND, text_MD, settings, thumbnails, encoder.search_device)
     metrics = exact.metrics() | search.metrics()
     examples = search.text_examples(items["text_to_image/rank"]) + search.image_examples(items["image_to_text/rank"])
     part = replace(dataset.test, group_field=settings.group_field)
@@ -252,6 +252,7 @@ class _IndexedGallery:
         text_MD: Embeddings,
         settings: RetrievalSettings,
         thumbnails: ThumbnailStore,
+        device: Device,
     ) -> None:
         self.data = data
         self.gallery = gallery
@@ -259,8 +260,9 @@ class _IndexedGallery:
         self.text_MD = text_MD
         self.settings = settings
         self.thumbnails = thumbnails
-        self.images = build_index(image_ND, settings.index, parameters=settings.index_parameters)
-        self.texts = build_index(text_MD, settings.index, parameters=settings.index_parameters)
+        self.device = device
+        self.images = build_index(image_ND, settings.index, parameters=settings.index_parameters, device=device)
+        self.texts = build_index(text_MD, settings.index, parameters=settings.index_parameters, device=device)
 
     def metrics(self) -> dict[str, float]:
         """Return the recall@k of matches by index, and of an approximate one its recall of the exact neighbours."""
@@ -274,7 +276,7 @@ class _IndexedGallery:
             neighbours = min(INDEX_NEIGHBOURS, index.size)
             found_NK = index.search(queries, neighbours).ids_NK
             if not index.exact:
-                recall = recall_against_exact(index, vectors, queries, neighbours)
+                recall = recall_against_exact(index, vectors, queries, neighbours, device=self.device)
                 metrics[f"{direction}/index_finds@{neighbours}"] = recall
             ks = [k for k in RECALL_KS if k <= neighbours]
             for k, hits in hit_rate(found_NK, query_groups, gallery_groups, ks).items():

@@ -1,6 +1,7 @@
 """A built cache has the live teacher's embeddings in the right rows, and refuses to become another cache."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -262,6 +263,30 @@ def test_ranks_come_from_the_launcher() -> None:
     for env in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
         with pytest.raises(ValueError, match="RANK="):
             World.from_env(env)
+
+
+def test_local_ranks_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(rank=6, size=8, local_rank=6, local_size=8)
+    assert world.device == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # A GPU a rank; fewer GPUs than ranks; a scheduler that shows each rank its own
+    for gpus, expected in ((8, 6), (4, 2), (1, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert world.device == torch.device("cuda", expected)
+
+
+def test_cores_are_shared_by_the_ranks_unless_each_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(96)))
+    world = World(rank=9, size=16, local_rank=1, local_size=8)
+    assert world.cores({}) == 12
+    assert World(rank=0, size=200, local_rank=0, local_size=200).cores({}) == 1
+    task = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_CPUS_PER_TASK": "10"}
+    assert world.cores(task) == 10
+    assert (
+        world.cores(task | {"SLURM_STEP_NUM_TASKS": "2"}) == 12
+    )  # one task a machine, in which torchrun started ranks
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))  # bound to the cores of the task
+    assert world.cores(task) == 8
 
 
 def test_a_timeout_names_what_the_rank_waited_for(

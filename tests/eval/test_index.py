@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from threetowers.eval.search.index import build_index, exact_search, recall_against_exact
+from threetowers.eval.search.index import _gpus, build_index, exact_search, recall_against_exact
 
 ROUNDING = 16 * 2.0**-24  # of an inner product of unit vectors: 16 products, added in any order
 
@@ -75,13 +76,37 @@ def test_faiss_refusals_name_the_spec(vectors: NDArray[np.float32], spec: str, p
 
 
 def test_gpu_must_exist_to_be_asked_for(vectors: NDArray[np.float32]) -> None:
-    faiss = pytest.importorskip("faiss")
     if faiss.get_num_gpus():
         assert build_index(vectors, device="gpu").gpus == faiss.get_num_gpus()
     else:
-        with pytest.raises(ValueError, match="FAISS sees no GPU"):
+        with pytest.raises(ValueError, match="FAISS sees 0 GPUs"):
             build_index(vectors, device="gpu")
         assert build_index(vectors).gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "expected"),
+    [
+        ("auto", 4, [0, 1, 2, 3]),
+        ("gpu", 2, [0, 1]),
+        ("cuda:2", 4, [2]),
+        ("cuda:2", 0, []),  # FAISS without GPUs, beside a model on one
+        ("auto", 0, []),
+        ("cpu", 4, []),
+    ],
+)
+def test_search_takes_the_gpus_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, device: str, there: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: there)
+    assert _gpus(device) == expected
+
+
+@pytest.mark.parametrize("device", ["cuda:4", "cuda:", "cuda:-1", "gpus"])
+def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 4)
+    with pytest.raises(ValueError, match="FAISS sees 4 GPUs; use auto or cpu"):
+        _gpus(device)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -56,10 +57,15 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_task_end_to_end(clip: dict[str, Any], config: Path, tmp_path: Path) -> None:
+def test_every_task_end_to_end(
+    clip: dict[str, Any], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On the CPU no task may look for GPUs to search on
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: pytest.fail("the search looked for GPUs"))
     run = finished(clip)
     out = tmp_path / "out"
-    result = evaluate([run], [config], out, options=LoadOptions(workers=0, embeddings=out / "embeddings"))
+    options = LoadOptions(workers=0, embeddings=out / "embeddings", device="cpu")
+    result = evaluate([run], [config], out, options=options)
     found = {record.spec.task: record for record in result.records}
     assert list(found) == list(TREE["tasks"])
     assert {"zeroshot", "emoji"} <= set(suite_text(result).split())
