@@ -20,6 +20,7 @@ import torch
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
 from threetowers.cache.builder.opening import requested_manifest
+from threetowers.cache.encoders.device_defaults import default_batch_size
 from threetowers.cache.encoders.live import embed, view_pixels
 from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.done_record import done_record_name, read_done_record
@@ -173,7 +174,8 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
         raise ValueError(
             f"{len(pixels)} of {len(drawn.sample)} sampled images can be decoded: expected at least {MIN_TIMED}"
         )
-    rows_nD = embed(teacher, pixels, config.batch_size)
+    batch_size = config.batch_size or default_batch_size(device)
+    rows_nD = embed(teacher, pixels, batch_size)
 
     rate, shares, record_bytes = _measure_build(drawn, config, device)
     costs = [
@@ -237,7 +239,7 @@ def _dtype_cost(
     record_bytes: int,
 ) -> DtypeCost:
     rows_per_tar, chunk_rows = rows_and_chunk(dtype.row_bytes(teacher.dim), drawn.largest)
-    manifest = requested_manifest(teacher, dtype.name, views, rows_per_tar, chunk_rows, None)
+    manifest = requested_manifest(teacher, dtype.name, views, rows_per_tar, chunk_rows, None, 1)
     bytes_per_tar = np.mean([stored_bytes(manifest, len(index.samples)) for index in drawn.indexed]) + record_bytes
     n_arrays = len(arrays(manifest))
     per_tar = n_arrays + 1  # a shard of each array, and the done record

@@ -57,6 +57,9 @@ class CacheInfo:
             f"{preprocessing.interpolation}, crop {preprocessing.crop_pct}",
             f"views     {manifest.views}",
         ]
+        lines.append(
+            f"computed  in {manifest.precision} by {manifest.runtime}, {manifest.batch_size} images per forward pass"
+        )
         if manifest.image_member is not None:
             lines.append(f"image     the member .{manifest.image_member} of each sample")
         if cosines:

@@ -307,7 +307,7 @@ def _write(storage: Storage, manifest: Manifest, entry: TarEntry, match: _TarMat
             rows.reject(ordinal, RowStatus(rows.status_n[ordinal]), "as in the cache that its row was taken from")
     rows.check_complete()
 
-    provenance = Provenance("remap", 0, "none", time.monotonic() - started)
+    provenance = Provenance("remap", 0, "none", time.monotonic() - started, "none")
     record = rows.write(storage, entry, match.tar_xxh3_128, provenance)
     storage.remove_partial(str(entry.id))
     inherited = Cosines(min(min_cosines), total / count) if min_cosines else Cosines(None, None)

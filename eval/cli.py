@@ -37,6 +37,7 @@ class EvalFlags:
         live_teacher: For such runs, compute the embeddings of the images by the teacher itself.
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         precision: Of the towers.
+        runtime: What runs timm models: torch, or onnx (an extra of that name; on the CPU).
         workers: Processes that read and decode images; 0: none.
         max_pixels: Images with more pixels are left out, a protection against decompression bombs.
         on_bad: What is done with what cannot be read. error: stop at the first; skip: leave out such samples, and
@@ -53,6 +54,7 @@ class EvalFlags:
     live_teacher: bool = False
     device: str = "auto"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    runtime: Literal["torch", "onnx"] = "torch"
     workers: int = 1
     max_pixels: int = MAX_PIXELS
     on_bad: OnBad | None = None
@@ -67,6 +69,7 @@ class EvalFlags:
             live_teacher=self.live_teacher,
             device=self.device,
             precision=self.precision,
+            runtime=self.runtime,
             workers=self.workers,
             max_pixels=self.max_pixels,
         )
@@ -195,7 +198,7 @@ def search(
     from threetowers.cache.webdataset.captions import CaptionFormat
     from threetowers.eval.datasets.image_set import ImageReader
     from threetowers.eval.encoders.encoder import LoadOptions
-    from threetowers.eval.encoders.load import check_caches, load_encoder
+    from threetowers.eval.encoders.load import check_options, load_encoder
     from threetowers.eval.search.search import find
     from threetowers.eval.suite import EMBEDDINGS_FOLDER
 
@@ -208,7 +211,7 @@ def search(
         embeddings=None if output_dir is None else output_dir / EMBEDDINGS_FOLDER,
     )
     encoder = load_encoder(model, options)
-    check_caches([encoder], options)
+    check_options([encoder], options)
     gallery = ImageReader(max_pixels).read(
         tars, CaptionFormat.parse(captions, caption_per_line), image_member=image_member, on_bad=on_bad
     )

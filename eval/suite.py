@@ -16,7 +16,7 @@ from threetowers.eval.datasets.prompts import fill_templates, prompts_hash
 from threetowers.eval.encoders.embedding_store import images_digest
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions
 from threetowers.eval.encoders.ensemble import EnsembleOptions
-from threetowers.eval.encoders.load import check_caches, load_encoder
+from threetowers.eval.encoders.load import check_options, load_encoder
 from threetowers.eval.left_out import left_out_text
 from threetowers.eval.metrics.classification import telling_ks
 from threetowers.eval.record import EvalRecord, EvalSpec, digest, load_or_compute
@@ -177,7 +177,7 @@ def evaluate(
     for model in models:
         for ensemble in (None, *ensembles):
             encoders.append((model, load_encoder(model, options, ensemble)))
-    check_caches([encoder for _, encoder in encoders], options)
+    check_options([encoder for _, encoder in encoders], options)
     _check_models([encoder for _, encoder in encoders], planned)
 
     # Evaluate each model on each task, or read its record. What fails does not take the others with it.

@@ -152,19 +152,21 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
 
         # Open or create each cache.
         opened = [
-            (storage, teacher, *open_or_create(storage, paths, teacher, config, world, indexer))
+            (storage, *open_or_create(storage, paths, teacher, config, world, indexer))
             for storage, teacher in zip(storages, config.load_teachers(device), strict=True)
         ]
         paths = indexer.usable(paths)
         outputs = []
         differences = []
-        for storage, teacher, manifest, table, tolerated in opened:
+        for storage, manifest, table, teacher, tolerated in opened:
+            teacher.prepare()
             entries = _entries(storage, paths, table, indexer)
             leases = Leases(storage, worker, config.lease_timeout)
             stack.enter_context(leases.heartbeat())
             outputs.append(OutputCache(storage, manifest, teacher, leases, entries, config.min_cosine))
             differences.append(tolerated)
         indexer.release()
+        batch_size = config.batch_size or max(output.manifest.batch_size for output in outputs)
 
         # Find out what each cache lacks.
         statuses = [TarStatus(output.leases, [entry.id for entry in output.entries]) for output in outputs]
@@ -179,11 +181,11 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
         queue = WorkQueue(statuses, world.rank, world.size, seed=worker.token, unfinished=unfinished)
         reader = TarReader(paths, outputs, queue, pool, config.image_member, config.max_pixels)
         stack.callback(reader.stopped.set)
-        depth = 4 * config.batch_size + 2 * threads
+        depth = 4 * batch_size + 2 * threads
         items = stack.enter_context(contextlib.closing(prefetch(reader.items(), depth=depth)))
         stack.callback(reader.stopped.set)  # before the thread is joined, and before the pool is shut down
         advance = stack.enter_context(_progress_bar(outputs, unfinished, world, config.progress, timer))
-        written = list(Embedder(outputs, config.batch_size, config.on_bad, timer).run(items, advance))
+        written = list(Embedder(outputs, batch_size, config.on_bad, timer).run(items, advance))
     seconds = time.monotonic() - started
     reports = []
     for i, output in enumerate(outputs):

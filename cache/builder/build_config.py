@@ -13,7 +13,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
-from threetowers.cache.format.manifest import DecodeMode, TeacherPrecision
+from threetowers.cache.format.manifest import DecodeMode, TeacherPrecision, TeacherRuntime
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.storage.storage import Storage
 from threetowers.cache.webdataset.dataset_sample import DatasetSample, sample_dataset
@@ -68,8 +68,12 @@ class TeacherConfig:
     device: str | None = None
     """cpu, cuda or cuda:N; default: a GPU if there is one."""
 
-    precision: TeacherPrecision = "float32"
-    """Arithmetic of the forward pass; bfloat16 is faster on GPUs that support it."""
+    precision: TeacherPrecision | None = None
+    """Arithmetic of the forward pass; default: the cache's own, else bfloat16 on a GPU that has it, else float32."""
+
+    runtime: TeacherRuntime | None = None
+    """What runs the forward pass. onnx is faster for some convolutional networks on the CPU, and takes the extra of
+    that name; default: the cache's own, else torch."""
 
     decode: DecodeMode = "pillow"
     """pillow-draft decodes large JPEGs at a fraction of their size: faster, not exact."""
@@ -93,6 +97,12 @@ class TeacherConfig:
             raise ValueError(f"--on-bad {self.on_bad}: expected {', '.join(get_args(OnBad))}")
         if self.max_pixels < 1:
             raise ValueError(f"--max-pixels {self.max_pixels}: expected at least 1")
+        if self.runtime == "onnx":
+            from threetowers.cache.encoders.onnx_runtime import require_onnx_runtime
+
+            require_onnx_runtime()
+            if self.compile:
+                raise ValueError("--runtime onnx, --compile: expected one of them, torch.compile is torch's")
 
     def sources(self) -> list[tuple[str, str, int | None]]:
         """Return backbone, weights and image size of each teacher.
@@ -123,10 +133,13 @@ class TeacherConfig:
 
     def load_teachers(self, device: str) -> "list[Teacher]":
         """Load the teachers onto `device`. Raises ValueError as `load_teacher` does."""
+        from threetowers.cache.encoders.device_defaults import default_precision
         from threetowers.cache.encoders.teacher import load_teacher
 
+        precision = self.precision or default_precision(device)
+        runtime = self.runtime or "torch"
         return [
-            load_teacher(backbone, weights, image_size, device, self.precision, self.decode, self.compile)
+            load_teacher(backbone, weights, image_size, device, precision, self.decode, self.compile, runtime)
             for backbone, weights, image_size in self.sources()
         ]
 
@@ -148,8 +161,9 @@ class EmbeddingConfig(TeacherConfig):
     views: Annotated[Views, tyro.conf.arg(constructor=_views_from_flags, name="")] = CENTER
     """Views of each image to embed."""
 
-    batch_size: int = 64
-    """Images per forward pass. Only CPUs of one kind, at equal batch size and --compile, give equal bits."""
+    batch_size: int | None = None
+    """Images per forward pass; default: as the cache was begun with, else 256 on a GPU and 64 on the CPU. Only CPUs of
+    one kind, at equal batch size, --runtime and --compile, give equal bits."""
 
     threads: int | None = None
     """Threads that decode and resize; default: this process's share of the cores."""
@@ -157,7 +171,7 @@ class EmbeddingConfig(TeacherConfig):
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
         super().__post_init__()
-        if self.batch_size < 1 or (self.threads is not None and self.threads < 1):
+        if any(number is not None and number < 1 for number in (self.batch_size, self.threads)):
             raise ValueError(f"--batch-size {self.batch_size}, --threads {self.threads}: expected at least 1")
 
 

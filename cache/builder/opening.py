@@ -1,5 +1,6 @@
 """Opening a cache to build it: all processes agree on one manifest and one tar table, whatever exists already."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from importlib.metadata import version
 
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.builder.tar_indexer import TarIndexer
+from threetowers.cache.encoders.device_defaults import default_batch_size
 from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
 from threetowers.cache.format.layout import STORE, rows_and_chunk
@@ -38,7 +40,7 @@ def open_or_create(
     config: BuildConfig,
     world: World,
     index: TarIndexer,
-) -> tuple[Manifest, TarTable, tuple[str, ...]]:
+) -> tuple[Manifest, TarTable, Teacher, tuple[str, ...]]:
     """Create a cache, or add to an existing one the tars that it lacks: rank 0 writes, the others wait for it.
 
     Args:
@@ -51,7 +53,8 @@ def open_or_create(
             them are not read here; whoever embeds one compares its fingerprint.
 
     Returns:
-        The manifest, the tar table, and the tolerated differences between the cache and this build.
+        The manifest, the tar table, the teacher as it runs (where `config` leaves precision and runtime open, as the
+        manifest states them), and the tolerated differences between the cache and this build.
 
     Raises:
         ManifestError: a cache with another manifest or of repacked tars, or something that is not a cache.
@@ -75,8 +78,17 @@ def open_or_create(
         wait()
     manifest = read_manifest(storage)
     rows_per_tar = max(manifest.rows_per_tar, config.rows_per_tar or 0)
+    running = dataclasses.replace(
+        teacher, precision=config.precision or manifest.precision, runtime=config.runtime or manifest.runtime
+    )
     requested = requested_manifest(
-        teacher, config.dtype, config.views, rows_per_tar, manifest.chunk_rows, config.image_member
+        running,
+        config.dtype,
+        config.views,
+        rows_per_tar,
+        manifest.chunk_rows,
+        config.image_member,
+        config.batch_size or manifest.batch_size,
     )
     check_compatible(storage, manifest, requested)
     differences = tuple(informative_differences(manifest, requested))
@@ -87,13 +99,13 @@ def open_or_create(
         extend(storage, index([path for path in paths if before.at(path) is None]), manifest.rows_per_tar)
         table = fit_to_table(storage, manifest)
         _warn_of_duplicate_names(storage, before, table, paths)
-        return manifest, table, differences
+        return manifest, table, running, differences
     while not (table := read_table(storage, allow_empty=True)).entries:
         wait()
     unknown = {tar.fingerprint for tar in index([path for path in paths if table.at(path) is None])}
     while not unknown <= (table := read_table(storage)).by_fingerprint.keys():
         wait()
-    return manifest, table, differences
+    return manifest, table, running, differences
 
 
 def _warn_of_duplicate_names(storage: Storage, before: TarTable, table: TarTable, paths: Sequence[str]) -> None:
@@ -137,7 +149,10 @@ def _new_manifest(indexes: list[TarIndex], teacher: Teacher, config: BuildConfig
     largest = config.rows_per_tar or max(len(tar.samples) for tar in indexes)
     TarTable(()).missing(indexes, largest)  # refuses copies, and tars that are too large
     rows_per_tar, chunk_rows = rows_and_chunk(storage_dtype(config.dtype).row_bytes(teacher.dim), largest)
-    return requested_manifest(teacher, config.dtype, config.views, rows_per_tar, chunk_rows, config.image_member)
+    batch_size = config.batch_size or default_batch_size(teacher.device)
+    return requested_manifest(
+        teacher, config.dtype, config.views, rows_per_tar, chunk_rows, config.image_member, batch_size
+    )
 
 
 def requested_manifest(
@@ -147,8 +162,10 @@ def requested_manifest(
     rows_per_tar: int,
     chunk_rows: int,
     image_member: str | None,
+    batch_size: int,
 ) -> Manifest:
     """Return the manifest that a build with these settings would write."""
+    libraries = ["torch", "timm", "pillow"] + (["onnxruntime"] if teacher.runtime == "onnx" else [])
     return Manifest(
         backbone=teacher.backbone,
         weights=teacher.weights,
@@ -158,8 +175,10 @@ def requested_manifest(
         dtype=dtype,
         rows_per_tar=rows_per_tar,
         chunk_rows=chunk_rows,
-        versions={name: version(name) for name in ("torch", "timm", "pillow")},
+        versions={name: version(name) for name in libraries},
         views=views,
         precision=teacher.precision,
         image_member=image_member,
+        runtime=teacher.runtime,
+        batch_size=batch_size,
     )

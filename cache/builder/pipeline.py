@@ -308,7 +308,7 @@ class Embedder:
         if not output.leases.confirm(entry.id):
             logger.warning("%s: tar %s was taken over by another worker, skipped here", output.storage, entry.path)
             return WrittenTar(cache, entry, None)
-        provenance = Provenance("teacher", self.batch_size, output.teacher.device.type, seconds)
+        provenance = Provenance("teacher", self.batch_size, output.teacher.device.type, seconds, output.teacher.runtime)
         record = rows.write(output.storage, entry, tar_xxh3_128, provenance)
         output.storage.remove_partial(str(entry.id))
         output.storage.put(done_record_name(entry.id), to_json(record), owner=f"{entry.id}.done")

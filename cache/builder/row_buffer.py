@@ -28,12 +28,13 @@ class RoundingError(ValueError):
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made the rows of a tar: `seconds` for all of them, `batch_size` images per forward pass."""
+    """What made the rows of a tar, and the `seconds` that it took; `batch_size` are the images per forward pass."""
 
     source: Literal["teacher", "remap"]
     batch_size: int
     device: str
     seconds: float
+    runtime: str = "torch"
 
 
 class RowBuffer:
@@ -191,4 +192,5 @@ class RowBuffer:
             host=socket.gethostname(),
             source=provenance.source,
             notes=dict(self.notes),
+            runtime=provenance.runtime,
         )

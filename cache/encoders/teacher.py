@@ -1,10 +1,12 @@
 """The frozen teacher: a timm backbone with known weights, its evaluation transform, and raw pre-logits features."""
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +30,30 @@ from threetowers.cache.encoders.weights_file import (
     require_finite,
     split_part,
 )
-from threetowers.cache.format.manifest import DecodeMode, Preprocessing, TeacherPrecision
+from threetowers.cache.format.manifest import DecodeMode, Preprocessing, TeacherPrecision, TeacherRuntime
+from threetowers.cache.processes.float32_products import exact_products
+
+if TYPE_CHECKING:
+    from threetowers.cache.encoders.onnx_runtime import OnnxNetwork
 
 DRAFT_MARGIN = 2  # a draft keeps this many times the pixels per side of the resized image, enough for its filter
+
+
+class FeatureNetwork(nn.Module):
+    """A timm model from uint8 pixels to pooled features, normalization included."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images_b3HW: Tensor) -> Tensor:
+        """Return the (b, D) features before the classifier."""
+        return pooled_features(self.model, images_b3HW.float().div_(255).sub_(self.mean).div_(self.std))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +70,10 @@ class Teacher:
         model: the timm model.
         transform: maps an RGB image to (3, H, W) uint8 pixels; normalization is left to `embed`.
         precision: arithmetic of the forward pass.
+        runtime: what runs it; `onnx` does on the CPU in float32.
+
+    Raises:
+        ValueError: the runtime is not installed, or is not for this device or precision.
     """
 
     backbone: str
@@ -58,6 +85,20 @@ class Teacher:
     model: nn.Module
     transform: Callable[[Image.Image], npt.NDArray[np.uint8]]
     precision: TeacherPrecision = "float32"
+    runtime: TeacherRuntime = "torch"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a runtime that cannot be used."""
+        if self.runtime == "torch":
+            return
+        from threetowers.cache.encoders.onnx_runtime import require_onnx_runtime
+
+        if self.device.type != "cpu" or self.precision != "float32":
+            raise ValueError(
+                f"--runtime onnx: expected the CPU and float32, found {self.device.type} and {self.precision}: use "
+                "--runtime torch, or --device cpu --precision float32"
+            )
+        require_onnx_runtime()
 
     @property
     def min_side(self) -> int | None:
@@ -66,23 +107,48 @@ class Teacher:
             return None
         return math.ceil(DRAFT_MARGIN * max(self.preprocessing.input_size) / self.preprocessing.crop_pct)
 
+    @cached_property
+    def network(self) -> FeatureNetwork:
+        """The model with its normalization, on the device."""
+        return FeatureNetwork(self.model, self.preprocessing).to(self.device).eval()
+
+    @cached_property
+    def onnx_network(self) -> "OnnxNetwork":
+        """The same for ONNX Runtime. Raises ValueError where the model cannot be exported."""
+        from threetowers.cache.encoders.onnx_runtime import OnnxNetwork
+
+        return OnnxNetwork(self.network, self.preprocessing.input_size, f"backbone {self.backbone!r}")
+
+    def prepare(self) -> None:
+        """Do now what the first forward pass would do once. Raises ValueError as that would."""
+        if self.runtime == "onnx":
+            _ = self.onnx_network
+
     def embed(self, images_b3HW: Tensor) -> Tensor:
         """Embed uint8 pixels: (b, D) float32 pooled features before the classifier, not normalised, on the CPU.
 
         Raises:
-            ValueError: the pixels are not uint8, so perhaps normalised already.
+            ValueError: the pixels are not uint8, so perhaps normalised already; with `runtime="onnx"` also as for
+                `OnnxNetwork`.
         """
+        return (
+            self.forward(images_b3HW.to(self.device, non_blocking=True)).cpu().clone()
+        )  # outside inference mode an ordinary tensor
+
+    def forward(self, images_b3HW: Tensor) -> Tensor:
+        """Embed like `embed`, from and to the device; a GPU is given its work, and not waited for."""
         if images_b3HW.dtype != torch.uint8:
             raise ValueError(f"expected uint8 pixels as `transform` gives them, found {images_b3HW.dtype}")
-        mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.preprocessing.std, device=self.device).view(1, 3, 1, 1)
-        if self.device.type == "cuda":
-            images_b3HW = images_b3HW.pin_memory()
-        pixels = images_b3HW.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
-        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-        with torch.inference_mode(), cast:
-            features = pooled_features(self.model, pixels.float().div_(255).sub_(mean).div_(std))
-        return features.float().cpu().clone()  # a clone outside inference mode is an ordinary tensor
+        if self.runtime == "onnx":
+            return self.onnx_network(images_b3HW)
+        arithmetic = contextlib.ExitStack()
+        if self.precision == "bfloat16":
+            arithmetic.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+        else:
+            arithmetic.enter_context(exact_products())
+        with torch.inference_mode(), arithmetic:
+            features_bD: Tensor = self.network(images_b3HW.to(memory_format=torch.channels_last))
+            return features_bD.float()
 
 
 def load_teacher(
@@ -93,6 +159,7 @@ def load_teacher(
     precision: TeacherPrecision = "float32",
     decode: DecodeMode = "pillow",
     compiled: bool = False,
+    runtime: TeacherRuntime = "torch",
 ) -> Teacher:
     """Load a timm backbone in evaluation mode.
 
@@ -108,10 +175,11 @@ def load_teacher(
         decode: `pillow-draft` lets the JPEG decoder skip detail that the resize would average away: faster for large
             images, not exact. Other formats, and views that are crops, are decoded in full.
         compiled: run the backbone through torch.compile.
+        runtime: `onnx` runs it by ONNX Runtime: faster for some convolutional networks on the CPU.
 
     Raises:
         ValueError: an unknown backbone, weights that cannot be loaded or do not fit, an input size that the model does
-            not support, or a model without pooled features.
+            not support, a model without pooled features, or a runtime that cannot be used.
     """
     from timm.data import create_transform, resolve_data_config
 
@@ -137,7 +205,9 @@ def load_teacher(
         module: Any = model
         module.forward_features = torch.compile(module.forward_features)
     backbone = local_folder(backbone) or backbone  # one name for one model, also in the manifest
-    return Teacher(backbone, source, digest, preprocessing, dim, torch.device(device), model, transform, precision)
+    return Teacher(
+        backbone, source, digest, preprocessing, dim, torch.device(device), model, transform, precision, runtime
+    )
 
 
 def state_digest(state: State) -> str:

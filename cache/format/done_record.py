@@ -87,6 +87,7 @@ class DoneRecord:
         finished: when, in ISO 8601.
         host: where.
         source: what made the rows: the `teacher`, or a `remap` of another cache, whose cosines are inherited.
+        runtime: what ran the teacher's forward pass.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -113,6 +114,7 @@ class DoneRecord:
     host: str
     source: Literal["teacher", "remap"] = "teacher"
     notes: dict[str, int] = field(default_factory=dict)
+    runtime: str = "torch"
 
 
 def done_record_name(tar_id: int) -> str:

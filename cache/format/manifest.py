@@ -19,15 +19,17 @@ from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.storage import Storage
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 # Fields that are only informative: the digest of the weights decides, not where they came from.
-INFORMATIVE_FIELDS = ("weights", "versions")
+# Batch size and runtime change last bits.
+INFORMATIVE_FIELDS = ("weights", "versions", "runtime", "batch_size")
 # Fields that make two embeddings comparable.
 TEACHER_FIELDS = ("backbone", "weights_digest", "feature", "preprocessing", "dim")
 
 DecodeMode = Literal["pillow", "pillow-draft"]
 TeacherPrecision = Literal["float32", "bfloat16"]
+TeacherRuntime = Literal["torch", "onnx"]
 T = TypeVar("T")
 
 
@@ -66,11 +68,13 @@ class Manifest:
         dtype: name of the storage dtype of the rows.
         rows_per_tar: rows reserved for each tar; row = tar id * rows_per_tar + ordinal.
         chunk_rows: rows that share a checksum.
-        versions: of torch, timm and pillow.
+        versions: of torch, timm and pillow, and of ONNX Runtime where it is the runtime.
         views: the views of each image.
         precision: arithmetic of the teacher's forward pass.
         feature: which features of the backbone are stored.
         image_member: extension of the member that is the image of a sample; None: its only image.
+        runtime: what runs the forward pass.
+        batch_size: images per forward pass.
         format: version of the format on disk.
     """
 
@@ -89,6 +93,8 @@ class Manifest:
     precision: TeacherPrecision = "float32"
     feature: Literal["pre_logits"] = "pre_logits"
     image_member: str | None = None
+    runtime: TeacherRuntime = "torch"
+    batch_size: int = 64
     format: int = FORMAT
 
     @cached_property
@@ -119,7 +125,7 @@ def teacher_mismatch(expected: Manifest, found: Manifest) -> list[str]:
 
 
 def informative_differences(expected: Manifest, found: Manifest) -> list[str]:
-    """Return the differences that are reported and tolerated: library versions and where the weights came from."""
+    """Return the differences that are reported and tolerated, such as versions and where the weights came from."""
     return _differences(expected, found, INFORMATIVE_FIELDS)
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from threetowers.cache.format.manifest import TeacherRuntime
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings, EmbeddingStore
@@ -59,6 +60,7 @@ class LoadOptions:
         live_teacher: Compute such rows by the teacher itself.
         device: cpu, cuda or cuda:N, for the models and for FAISS; auto takes a GPU if there is one.
         precision: Of the towers' forward pass.
+        runtime: Of the forward pass of timm models.
         batch_size: Images or captions per forward pass.
         workers: Processes that read and decode images beside the model; 0: none.
         max_pixels: Largest width x height of an image that is decoded.
@@ -69,6 +71,7 @@ class LoadOptions:
     live_teacher: bool = False
     device: str = "auto"
     precision: PrecisionName = "float32"
+    runtime: TeacherRuntime = "torch"
     batch_size: int = 256
     workers: int = 1
     max_pixels: int = MAX_PIXELS

@@ -65,12 +65,15 @@ def load_encoder(
     return EnsembleEncoder(main, third, ensemble)
 
 
-def check_caches(encoders: Sequence[Encoder], options: LoadOptions) -> None:
+def check_options(encoders: Sequence[Encoder], options: LoadOptions) -> None:
     """Check that the options name only what the models have.
 
     Raises:
-        ValueError: No model has a cached tower of a name in `caches`, or any for `live_teacher`.
+        ValueError: No model has a cached tower of a name in `caches`, or any for `live_teacher`; or none runs by the
+            runtime that was asked for.
     """
+    if options.runtime != "torch" and not any(encoder.info.name.startswith("timm:") for encoder in encoders):
+        raise ValueError(f"--runtime {options.runtime}: found no timm:NAME among the models; leave the flag out")
     known = sorted({tower for encoder in encoders for tower in encoder.cached_towers})
     there = f"found the cached towers {known}" if known else "found no model with a cached tower"
     if unknown := [tower for tower in options.caches if tower not in known]:

@@ -28,7 +28,7 @@ class TimmEncoder(Encoder):
             options: How to run it.
 
         Raises:
-            ValueError: The name, size or precision is not usable, or `load_teacher` refuses the weights.
+            ValueError: The name, size, precision or runtime is not usable, or `load_teacher` refuses the weights.
         """
         spec = f"timm:{name}"
         before, at, after = name.rpartition("@")
@@ -46,7 +46,9 @@ class TimmEncoder(Encoder):
             size,
             options.torch_device(),
             precision=options.precision,
+            runtime=options.runtime,
         )
+        self.teacher.prepare()
         self.dim = self.teacher.dim
         self.info = ModelInfo(
             name=f"timm:{Path(self.teacher.backbone.partition(':')[2] or name).name}",
@@ -61,6 +63,7 @@ class TimmEncoder(Encoder):
                 preprocessing=self.teacher.preprocessing,
                 transform=self.teacher.transform,
                 precision=options.precision,
+                runtime=options.runtime,
             ),
         )
 

@@ -1,7 +1,6 @@
 """Ranks of the best match of each query, safe under ties, without the similarity matrix in memory."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from threetowers.cache.processes.float32_products import exact_products
 
 NO_POSITIVE = -1  # the rank of a query that nothing in the gallery matches
 
@@ -77,7 +78,7 @@ def two_way_ranks(
         )
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
-    with torch.inference_mode(), _exact_float32():
+    with torch.inference_mode(), exact_products():
         counter = _RankCounter(image, text, chunk, torch.device(device))
         for start in range(0, len(image.groups_N), chunk):
             counter.count_rows(slice(start, min(start + chunk, len(image.groups_N))))
@@ -151,21 +152,6 @@ def _check_norms(side: _Side, name: str, chunk: int = 65_536) -> None:
             f"{int(wrong_N.sum())} of {len(norms_N)} {name} embeddings are not unit-norm and finite; the first is row "
             f"{row} with norm {float(norms_N[row]):.4g}: normalise them, and look for what produced NaN or zero rows"
         )
-
-
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """Compute no product in TF32 or bfloat16, whatever the process has set: their rounding creates ties."""
-    mkldnn: Any = torch.backends.mkldnn
-    backends: list[Any] = [torch.backends.cuda.matmul, mkldnn.matmul]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 class _RankCounter:

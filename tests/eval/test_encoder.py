@@ -18,7 +18,7 @@ from threetowers.eval.encoders.encoder import LoadOptions, NoTextTower
 from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.forward import PixelView, TeacherTransform
 from threetowers.eval.encoders.image_source import image_source
-from threetowers.eval.encoders.load import load_encoder
+from threetowers.eval.encoders.load import check_options, load_encoder
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.export import export
 from threetowers.trainer.export.trained_model import load_model
@@ -159,6 +159,11 @@ def test_export_embeds_like_its_run(clip: dict[str, Any], data: ImageSet, tmp_pa
         assert encoder.logit_scale == pytest.approx(run.logit_scale)
     tower = load_encoder(f"timm:{export(path, tmp_path / 'timm', 'timm').folder}", LoadOptions(workers=0))
     assert not tower.sees_text
+    by_onnx = load_encoder(f"timm:{tmp_path / 'timm'}", LoadOptions(workers=0, runtime="onnx"))
+    np.testing.assert_allclose(by_onnx.images(data, data.images), tower.images(data, data.images), atol=1e-5)
+    assert by_onnx.info.fingerprint != tower.info.fingerprint
+    with pytest.raises(ValueError, match="--runtime onnx: found no timm:NAME among the models"):
+        check_options([own, theirs], LoadOptions(runtime="onnx"))
     pairs = [(theirs.images, run.images), (tower.images, lambda *a: unit(run.features(*a)))]
     # Their transforms resize before they crop.
     for one, other in pairs:
