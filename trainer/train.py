@@ -35,6 +35,7 @@ from threetowers.trainer.data.annotation_survey import survey_annotations
 from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
+from threetowers.trainer.data.worker_plan import plan_workers
 from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, rank_store, start_engine
 from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.grad_cache import GradCache, StepResult
@@ -269,6 +270,7 @@ class Trainer:
         config = self.config
         self._config_changes = self.folder.check(config)
         self.samples = open_samples(config, self.folder.path)
+        self.worker_plan = plan_workers(config, self.samples, self.world)
         self.survey = survey_annotations(config, self.samples)
         self.manifests = {name: join.cache.manifest for name, join in self.samples.caches.items()}
         self.folder.check_manifests(self.manifests)
@@ -337,7 +339,7 @@ class Trainer:
             tars=len(samples.tars),
             left_out=samples.left_out,
             without_row=samples.without_row,
-            notes=[*samples.notes(), *self.survey],
+            notes=[*samples.notes(), self.worker_plan.line(), *self.survey],
         )
         lines, self._flops_per_sample = summary_or_reason(
             self.config, self.world, self.vocab_size, self.manifests, stats, self.steps
@@ -364,7 +366,7 @@ class Trainer:
         """Yield the loader's batches. Its workers end when this is closed; they ignore SIGTERM."""
         world = self.world
         loader = training_loader(
-            self.config, self.samples, self.tokenizer, world.rank, world.size, self.start, self.steps
+            self.config, self.samples, self.tokenizer, world.rank, world.size, self.start, self.steps, self.worker_plan
         )
         # Micro-batches go to the device one by one: the complete batch may not fit there.
         yield from prefetch_to_device(loader, world.device) if self.config.engine.micro_batch_size is None else loader

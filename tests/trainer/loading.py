@@ -8,6 +8,7 @@ from threetowers.trainer.data.batch import Batch
 from threetowers.trainer.data.loader import TrainingBatches, training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.data.sample_set import SampleSet
+from threetowers.trainer.data.worker_plan import WorkerPlan
 from threetowers.trainer.tokenizer import Tokenizer
 
 
@@ -18,11 +19,18 @@ def open_run(tree: dict[str, Any]) -> SampleSet:
 
 
 def loader_of(
-    tree: dict[str, Any], samples: SampleSet, *, rank: int = 0, world_size: int = 1, start: int = 0, stop: int
+    tree: dict[str, Any],
+    samples: SampleSet,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    stop: int,
+    plan: WorkerPlan | None = None,
 ) -> TrainingBatches:
     """Return the batches of the steps start .. stop-1, before any is loaded."""
     config = parse(tree)
-    return training_loader(config, samples, Tokenizer.load(config.data.tokenizer), rank, world_size, start, stop)
+    return training_loader(config, samples, Tokenizer.load(config.data.tokenizer), rank, world_size, start, stop, plan)
 
 
 def load_batches(tree: dict[str, Any], rank: int = 0, world_size: int = 1, start: int = 0, *, stop: int) -> list[Batch]:

@@ -21,7 +21,13 @@ from threetowers.trainer.data import streaming
 from threetowers.trainer.data.batch import Batch
 from threetowers.trainer.data.loader import group_hash
 from threetowers.trainer.data.sample_set import SampleSet
-from threetowers.trainer.data.streaming import StreamSegment, read_segment, shuffle_buffer_order, tar_order
+from threetowers.trainer.data.streaming import (
+    StreamSegment,
+    default_streams,
+    read_segment,
+    shuffle_buffer_order,
+    tar_order,
+)
 
 SIZES = (25, 7, 19, 1, 13, 31)  # 96 samples: 8 steps of 12
 
@@ -86,6 +92,34 @@ def test_streams_that_ranks_or_batch_do_not_divide_are_refused(streamed: dict[st
         parse(streamed | {"data": streamed["data"] | {"num_streams": 5}})
 
 
+@pytest.mark.parametrize(
+    ("batch", "tars", "expected"),
+    [
+        (12, 6, 12),
+        (256, 7, 64),
+        (4096, 1200, 512),
+        (4096, 200, 128),
+        (6144, 1200, 384),  # which 24 ranks divide, as they do the batch
+        (16_384 + 1, 5000, 145),  # of 5 x 29 x 113
+        (10_007, 5000, 1),  # a prime
+        (1, 1, 1),
+    ],
+)
+def test_streams_by_default(batch: int, tars: int, expected: int) -> None:
+    assert default_streams(batch, tars) == expected
+    assert batch % expected == 0
+
+
+def test_streams_by_default_serve_all_ranks_that_divide_the_batch(streamed: dict[str, Any]) -> None:
+    del streamed["data"]["num_streams"]
+    whole = load_batches(streamed, stop=9)
+    assert len(set(groups(whole[:8]))) == 96
+    for ranks in (3, 12):
+        parts = [load_batches(streamed, rank, ranks, stop=9) for rank in range(ranks)]
+        for step, batch in enumerate(whole):
+            assert torch.cat([part[step].groups_b for part in parts]).equal(batch.groups_b)
+
+
 def test_the_order_is_that_of_a_plain_shuffle_buffer() -> None:
     """Compare with a buffer that really holds its samples, and bound how far a sample moves."""
 
@@ -124,7 +158,6 @@ def test_undecoded_samples_in_memory_are_bounded_by_the_buffer(
     streamed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, uneven: list[Path]
 ) -> None:
     """Samples read but not yielded are at most the buffer, those read ahead and two on their way."""
-    monkeypatch.setattr(streaming, "READ_AHEAD", 3)
     arrived: list[int] = []
     read_tars = streaming._read_tars
 
@@ -136,7 +169,7 @@ def test_undecoded_samples_in_memory_are_bounded_by_the_buffer(
     monkeypatch.setattr(streaming, "_read_tars", counted)
     samples = SampleSet([index_tar(tar) for tar in uneven], {})
     segment = StreamSegment(0, np.arange(90), 0)
-    for given, _ in enumerate(read_segment(samples, segment, 10, np.random.default_rng(0)), start=1):
+    for given, _ in enumerate(read_segment(samples, segment, 10, np.random.default_rng(0), 3), start=1):
         assert len(arrived) - given <= 10 + 3 + 2
     assert arrived == list(range(90))
 
@@ -144,7 +177,7 @@ def test_undecoded_samples_in_memory_are_bounded_by_the_buffer(
 def test_a_resumed_stream_opens_no_tar_that_is_done(uneven: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     samples = SampleSet([index_tar(tar) for tar in uneven], {})
     rng = lambda: np.random.default_rng(5)  # noqa: E731
-    whole = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 0), 8, rng())]
+    whole = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 0), 8, rng(), 64)]
     opened: list[tuple[str, int]] = []
 
     def spied(tar: Any, first: int, extensions: Any) -> Any:
@@ -152,7 +185,7 @@ def test_a_resumed_stream_opens_no_tar_that_is_done(uneven: list[Path], monkeypa
         return stream_samples(tar, first, extensions)
 
     monkeypatch.setattr(streaming, "stream_samples", spied)
-    rest = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 70), 8, rng())]
+    rest = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 70), 8, rng(), 64)]
     assert rest == whole[70:]
     first = min(rest)
     starts = np.cumsum((0, *SIZES)).tolist()

@@ -93,11 +93,13 @@ def _data(config: TrainConfig) -> Iterator[str]:
             CaptionFormat(sources)
         except ValueError as error:
             yield f"{key}: {error}"
-    if data.access == "sequential" and config.global_batch_size % data.num_streams:
-        yield (
-            f"data.num_streams: {data.num_streams} does not divide global_batch_size {config.global_batch_size}; "
-            "change one of them"
-        )
+    if data.access == "sequential" and data.num_streams and config.global_batch_size % data.num_streams:
+        yield streams_and_batch(data.num_streams, config.global_batch_size)
+
+
+def streams_and_batch(num_streams: int, batch_size: int) -> str:
+    """Return the message for a number of streams that does not divide the batch."""
+    return f"data.num_streams: {num_streams} does not divide global_batch_size {batch_size}; change one of them"
 
 
 def _caption_sources(config: TrainConfig) -> dict[str, Mapping[str, float]]:

@@ -127,9 +127,10 @@ class Data:
     access: Literal["auto", "random", "sequential"] = "auto"
     """random: read each sample by its position in its tar, in any order. sequential: read complete tars one after the
     other through webdataset, in `num_streams` streams. auto: random if all tars are local, otherwise sequential."""
-    num_streams: PositiveInt = 16
+    num_streams: PositiveInt | None = None
     """Sequential access: tars read side by side, over all ranks. A multiple of the world size that divides
-    `global_batch_size`."""
+    `global_batch_size`, and a part of what the run is. null: as many as there are tars, but 64 to 512, as far as that
+    divides the batch."""
     shuffle_buffer: PositiveInt = 10_000
     """Sequential access: undecoded samples that wait to be drawn, over all streams."""
     index_dir: str | None = None
@@ -161,8 +162,9 @@ class Data:
     on_incomplete_cache: Literal["error", "wait", "skip"] = "error"
     """Tars whose rows are not all built: error refuses to train, wait waits for them, skip begins each epoch with the
     tars that are built by then. Durations count the samples of all tars in any case."""
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Processes per rank that read and decode samples; 0: the training process itself does."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes per rank that read and decode samples; 0: the training process itself does. null: on GPUs the cores of
+    a rank but one, 16 at most; on CPUs, where they would compete with the training, 1."""
     max_pixels: PositiveInt = MAX_PIXELS
     """Images with more pixels are bad samples, a protection against decompression bombs."""
 

@@ -1,7 +1,6 @@
 """The batch of one rank, and its transfer to the device."""
 
-import itertools
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,10 +32,6 @@ class Batch:
         """Return the number of usable samples."""
         return len(self.groups_b)
 
-    def pin_memory(self) -> "Batch":
-        """Return the batch with its inputs in pinned memory; called by torch's DataLoader."""
-        return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
-
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device. Copies from pinned memory are asynchronous."""
         return replace(
@@ -47,26 +42,39 @@ class Batch:
         )
 
 
-def concatenate_batches(parts: Sequence[Batch]) -> Batch:
-    """Return the parts of a batch as one batch, in their order."""
-    if len(parts) == 1:
-        return parts[0]
-    filled = [part for part in parts if len(part)] or parts[:1]  # a part without a usable sample has no inputs
-    return Batch(
-        {name: _concatenate([part.inputs[name] for part in filled]) for name in filled[0].inputs},
-        {name: _concatenate([part.present[name] for part in filled]) for name in filled[0].present},
-        _concatenate([part.groups_b for part in filled]),
-        tuple(itertools.chain.from_iterable(part.bad for part in parts)),
-        tuple(itertools.chain.from_iterable(part.notes for part in parts)),
-        tuple(itertools.chain.from_iterable(part.reasons for part in parts)),
-    )
+def join_parts(parts: Iterable[Batch], samples: int, pin_memory: bool = False) -> Batch:
+    """Return the parts of a batch as one batch, in their order.
 
+    A part is copied when it arrives and not kept, so that the shared memory in which workers hand it over is free again
+    before the next one is taken.
 
-def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
-    """Like torch.cat, but pinned parts give a pinned tensor."""
-    shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
-    out = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=tensors[0].is_pinned())
-    return torch.cat(list(tensors), out=out)
+    Args:
+        parts: The parts, one at least. One without a usable sample has no inputs.
+        samples: The samples, usable or not, of all of them together.
+        pin_memory: Put the inputs into pinned memory, from which a GPU copies asynchronously.
+    """
+    joined: dict[tuple[str, str], Tensor] = {}
+    filled = 0
+    bad: list[str] = []
+    notes: list[str] = []
+    reasons: list[str] = []
+    for part in parts:
+        columns = {("inputs", name): tensor for name, tensor in part.inputs.items()}
+        columns |= {("present", name): tensor for name, tensor in part.present.items()}
+        columns["groups", ""] = part.groups_b
+        for column, tensor in columns.items():
+            if column not in joined:
+                joined[column] = torch.empty((samples, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=pin_memory)
+            joined[column][filled : filled + len(part)] = tensor
+        filled += len(part)
+        bad += part.bad
+        notes += part.notes
+        reasons += part.reasons
+    by_kind: dict[str, dict[str, Tensor]] = {"inputs": {}, "present": {}, "groups": {}}
+    for (kind, name), tensor in joined.items():
+        by_kind[kind][name] = tensor[:filled]
+    groups_b = by_kind["groups"][""]
+    return Batch(by_kind["inputs"], by_kind["present"], groups_b, tuple(bad), tuple(notes), tuple(reasons))
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch, None, None]:

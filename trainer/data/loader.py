@@ -1,5 +1,6 @@
 """From sample addresses to the batches of one rank: reading, decoding, augmentation, tokens, cached rows, groups."""
 
+import contextlib
 import functools
 import itertools
 import signal
@@ -14,18 +15,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.processes.preemption import ignore_sigterm
+from threetowers.cache.processes.prefetch import prefetch
+from threetowers.cache.processes.world import World
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.groups import BAD_GROUP, WITHOUT_GROUP, BadField, sample_group
 from threetowers.cache.webdataset.sample import read_annotation, read_image
 from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import read_member
 from threetowers.trainer.config import Augment, TrainConfig
-from threetowers.trainer.data.batch import Batch, concatenate_batches
+from threetowers.trainer.data.batch import Batch, join_parts
 from threetowers.trainer.data.cache_join import CachedRow, MissingRow
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import RandomAccessSampler, SampleAddress
-from threetowers.trainer.data.streaming import StreamedSample, StreamSampler, StreamStep, read_segment
+from threetowers.trainer.data.streaming import READ_AHEAD, StreamedSample, StreamSampler, StreamStep, read_segment
 from threetowers.trainer.data.transforms import augment, random_crop
+from threetowers.trainer.data.worker_plan import WorkerPlan, plan_workers
 from threetowers.trainer.tokenizer import Tokenizer
 
 
@@ -165,7 +169,8 @@ class SequentialDataset(Dataset[LoadedSample]):
         """Set up the dataset of a run's samples."""
         self._reader = TrainingSampleReader(config, samples)
         self._samples = samples
-        self._buffer_size = max(1, config.data.shuffle_buffer // config.data.num_streams)
+        self._buffer_size = max(1, config.data.shuffle_buffer // samples.num_streams)
+        self._read_ahead = max(4, READ_AHEAD // samples.num_streams)
         self._seed = config.seed
         self._open: dict[tuple[int, int], Iterator[StreamedSample]] = {}  # by stream and component
 
@@ -179,7 +184,9 @@ class SequentialDataset(Dataset[LoadedSample]):
     def _read(self, step: StreamStep) -> list[LoadedSample]:
         for component, segment in step.segments.items():
             rng = np.random.default_rng([self._seed, segment.epoch, component, step.stream, 1])
-            self._open[step.stream, component] = read_segment(self._samples, segment, self._buffer_size, rng)
+            self._open[step.stream, component] = read_segment(
+                self._samples, segment, self._buffer_size, rng, self._read_ahead
+            )
         loaded: list[LoadedSample] = []
         for component in step.components:
             sample = next(self._open[step.stream, component])
@@ -238,70 +245,98 @@ class Collator:
 
 
 class TrainingBatches:
-    """The batches of one rank for some steps, made by `data.workers` processes. Each iteration begins at the first."""
+    """The batches of one rank for some steps, made by worker processes. Each iteration begins at the first."""
 
-    def __init__(self, loader: "DataLoader[LoadedSample]", parts: int, steps: int) -> None:
-        """Set up the batches of so many steps, each of which the loader gives in `parts` parts."""
+    def __init__(self, loader: "DataLoader[LoadedSample]", parts: int, steps: int, samples: int) -> None:
+        """Set up the batches of so many steps, each of so many samples, which the loader gives in `parts` parts."""
         self._loader = loader
         self._parts = parts
         self._steps = steps
+        self._samples = samples
 
     def __len__(self) -> int:
         """Return the number of steps."""
         return self._steps
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batch of each step.
+        """Yield the batch of each step. Beside a GPU a thread joins its parts, in pinned memory.
 
         Raises:
             BadTar, ManifestError, OSError: Tars or caches have changed since they were opened, or cannot be read.
         """
-        loaded = iter(self._loader)
-        while parts := list(itertools.islice(loaded, self._parts)):
-            for part in parts:
-                if isinstance(part, LoaderFailure):
-                    raise part.error
-            yield concatenate_batches(parts)
+        loaded = iter(self._loader)  # in the main thread, which torch tells of a worker's end by a signal
+        if not torch.cuda.is_available():
+            yield from self._joined(loaded, pin_memory=False)
+            return
+        with contextlib.closing(prefetch(self._joined(loaded, pin_memory=True), depth=1)) as batches:
+            yield from batches
+
+    def _joined(self, loaded: Iterator[Batch | LoaderFailure], pin_memory: bool) -> Iterator[Batch]:
+        for _ in range(self._steps):
+            parts = map(_checked, itertools.islice(loaded, self._parts))
+            if self._parts == 1 and not pin_memory:
+                yield next(parts)  # as it is, in shared memory
+            else:
+                yield join_parts(parts, self._samples, pin_memory)
+
+
+def _checked(part: Batch | LoaderFailure) -> Batch:
+    """Return a part, or raise the error in its place."""
+    if isinstance(part, LoaderFailure):
+        raise part.error
+    return part
 
 
 def training_loader(
-    config: TrainConfig, samples: SampleSet, tokenizer: Tokenizer, rank: int, world_size: int, start: int, stop: int
+    config: TrainConfig,
+    samples: SampleSet,
+    tokenizer: Tokenizer,
+    rank: int,
+    world_size: int,
+    start: int,
+    stop: int,
+    plan: WorkerPlan | None = None,
 ) -> TrainingBatches:
     """Return this rank's batches of the steps start .. stop-1.
 
     The samples of a step depend on (seed, step) alone: a run that is resumed at `start` sees the same samples as an
     uninterrupted one.
 
+    Args:
+        config: The run's config.
+        samples: Its samples.
+        tokenizer: Its tokenizer.
+        rank: Number of this process.
+        world_size: Number of processes.
+        start: The first step.
+        stop: The step after the last one.
+        plan: How workers share the batches; None: as for ranks of which each has a machine of its own.
+
     Raises:
         ConfigError: The streams of sequential access cannot be divided among the ranks.
         ValueError: The global batch cannot be divided among the ranks.
     """
-    data = config.data
+    plan = plan or plan_workers(config, samples, World(rank, world_size, local_rank=0, local_size=1))
     dataset: Dataset[LoadedSample]
     sampler: RandomAccessSampler | StreamSampler
     if samples.sequential:
-        workers = min(data.workers, max(1, data.num_streams // world_size))
-        parts = max(1, workers)
-        sampler = StreamSampler(samples, config.seed, data.num_streams, rank, world_size, workers, start, stop)
+        sampler = StreamSampler(samples, config.seed, samples.num_streams, rank, world_size, plan.parts, start, stop)
         dataset = SequentialDataset(config, samples)
     else:
-        workers = data.workers
-        parts = 1
         numbers = range(len(samples.components))
         indices_of = [functools.partial(samples.epoch_indices, component=number) for number in numbers]
         counts = [component.samples_per_batch for component in samples.components]
-        sampler = RandomAccessSampler(config.seed, indices_of, counts, rank, world_size, start, stop)
+        sampler = RandomAccessSampler(config.seed, indices_of, counts, rank, world_size, start, stop, plan.parts)
         dataset = RandomAccessDataset(config, samples)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=Collator(config, samples, tokenizer),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
+        num_workers=plan.workers,
+        prefetch_factor=plan.ahead or None,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-    return TrainingBatches(loader, parts, stop - start)
+    return TrainingBatches(loader, plan.parts, stop - start, config.global_batch_size // world_size)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 from threetowers.cache.storage.storage import is_url
 from threetowers.cache.webdataset.tar_list import first_defect, left_aside_lines, none_usable, refuse_defects
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
+from threetowers.trainer.config.checks import streams_and_batch
 from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.epoch_snapshot import EpochSnapshots, wait_until_built
 from threetowers.trainer.data.mixture import MixtureComponent, samples_per_batch
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import too_few_samples
+from threetowers.trainer.data.streaming import default_streams
 from threetowers.trainer.data.tar_headers import index_datasets
 
 
@@ -63,11 +65,11 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
 
     # The access
     sequential = data.access == "sequential" or (data.access == "auto" and any(is_url(tar.location) for tar in tars))
-    if sequential and config.global_batch_size % data.num_streams:
-        raise ConfigError(
-            f"data.num_streams: {data.num_streams} does not divide global_batch_size {config.global_batch_size}; "
-            "change one of them"
-        )
+    num_streams = 1
+    if sequential:
+        num_streams = data.num_streams or default_streams(config.global_batch_size, len(tars))
+        if config.global_batch_size % num_streams:
+            raise ConfigError(streams_and_batch(num_streams, config.global_batch_size))
 
     # Refuse a data set that is too small before anything else is set up
     read = set().union(*(component.captions.extensions for component in components))
@@ -80,6 +82,7 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         reads_images=reads_images,
         accepts_bad=data.on_bad != "error",
         tar_notes=notes,
+        num_streams=num_streams,
     )
     for number, component in enumerate(components):
         usable = len(samples.epoch_indices(0, number))

@@ -46,6 +46,7 @@ class SampleSet:
         caches: The joins of the caches to these tars, by the name of their tower.
         components: The mixture of data sets that the tars make up.
         sequential: Whether the samples are read by sequential access.
+        num_streams: Into how many streams sequential access cuts the tars; 1 under random access.
         views: The views of the caches.
     """
 
@@ -59,6 +60,7 @@ class SampleSet:
         reads_images: bool = False,
         accepts_bad: bool = True,
         tar_notes: Sequence[str] = (),
+        num_streams: int = 1,
     ) -> None:
         """Set up the samples.
 
@@ -70,6 +72,7 @@ class SampleSet:
             reads_images: Whether the run reads the image of every sample: those without a usable one are left out.
             accepts_bad: Whether a sample that cannot be used is left out, or refused.
             tar_notes: Lines on tars that are not used, for the start-up page.
+            num_streams: Streams of sequential access.
 
         Raises:
             ConfigError: The caches hold different views.
@@ -78,6 +81,7 @@ class SampleSet:
         self.caches = dict(caches)
         self.components = [MixtureComponent("", range(len(self.tars)))] if components is None else list(components)
         self.sequential = sequential
+        self.num_streams = num_streams
         self._reads_images = reads_images
         self._accepts_bad = accepts_bad
         self._tar_notes = list(tar_notes)
@@ -131,7 +135,7 @@ class SampleSet:
                     f"{self.component_length(number):,} usable samples in {len(component.tars)} tars"
                 )
         if self.sequential:
-            lines.append("access: sequential, tar after tar in several streams")
+            lines.append(f"access: sequential, tar after tar in {self.num_streams} streams")
         return lines
 
     def mixture_metrics(self, steps: int) -> dict[str, float]:

@@ -87,7 +87,10 @@ def global_batches(
 
 
 class RandomAccessSampler:
-    """A torch batch sampler: the contiguous part of each global batch that falls to this rank, as sample addresses."""
+    """A torch batch sampler: the contiguous part of each global batch that falls to this rank, as sample addresses.
+
+    Each step comes in `parts` contiguous parts.
+    """
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class RandomAccessSampler:
         world_size: int,
         start: int,
         stop: int,
+        parts: int = 1,
     ) -> None:
         """Set up the sampler for the steps start .. stop-1.
 
@@ -109,6 +113,7 @@ class RandomAccessSampler:
             world_size: Number of processes.
             start: The first step.
             stop: The step after the last one.
+            parts: Parts of a step, at most its samples of this rank.
 
         Raises:
             ValueError: The global batch cannot be divided among the ranks.
@@ -124,14 +129,15 @@ class RandomAccessSampler:
         self._steps = range(start, stop)
         self._layout_B = batch_layout(counts)
         local_size = batch_size // world_size
-        self._own = slice(rank * local_size, (rank + 1) * local_size)
+        own = np.arange(rank * local_size, (rank + 1) * local_size)
+        self._own_parts = np.array_split(own, parts)
 
     def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._steps)
+        """Return the number of parts of all steps."""
+        return len(self._steps) * len(self._own_parts)
 
     def __iter__(self) -> Iterator[list[SampleAddress]]:
-        """Yield the sample addresses of this rank, step after step."""
+        """Yield the sample addresses of each part, step after step."""
         start, stop = self._steps.start, self._steps.stop
         drawing = [
             global_batches(self._seed, indices_of, count, start, stop, component)
@@ -144,4 +150,5 @@ class RandomAccessSampler:
                 positions_B = self._layout_B == component
                 epochs_B[positions_B] = epoch
                 indices_B[positions_B] = indices
-            yield list(zip(epochs_B[self._own].tolist(), indices_B[self._own].tolist(), strict=True))
+            for own in self._own_parts:
+                yield list(zip(epochs_B[own].tolist(), indices_B[own].tolist(), strict=True))

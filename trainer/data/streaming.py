@@ -21,7 +21,9 @@ from threetowers.trainer.data.mixture import batch_layout
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import Epoch, Indices, epochs
 
-READ_AHEAD = 64  # samples that the thread of a stream reads before they are needed
+READ_AHEAD = 1024  # samples that the threads of all streams read before they are needed; at least 4 of each stream
+MOST_STREAMS = 512  # by default: each holds up to three tars of rows of each cache
+FEW_TARS = 64  # streams that there may be by default, however few the tars
 
 
 class StreamSegment(NamedTuple):
@@ -62,9 +64,10 @@ class StreamedSample(NamedTuple):
 
 
 class StreamSampler:
-    """A torch batch sampler: the steps of this rank's streams. Each step comes in one part for each worker.
+    """A torch batch sampler: the steps of this rank's streams, each in `parts` parts of a few streams.
 
-    A stream stays with one worker, because torch's DataLoader hands its batches to its workers in turn.
+    A stream stays with one worker, because torch's DataLoader hands its batches to its workers in turn and `parts` is a
+    multiple of their number.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class StreamSampler:
         num_streams: int,
         rank: int,
         world_size: int,
-        workers: int,
+        parts: int,
         start: int,
         stop: int,
     ) -> None:
@@ -86,7 +89,7 @@ class StreamSampler:
         if num_streams % world_size:
             raise ConfigError(
                 f"data.num_streams: {num_streams} streams cannot be divided among {world_size} ranks; start a number "
-                "of ranks that divides them, or, in a new run, change data.num_streams"
+                "of ranks that divides them, or, in a new run, set data.num_streams to a multiple of its ranks"
             )
         self._samples = samples
         self._seed = seed
@@ -98,14 +101,14 @@ class StreamSampler:
         self._before_cs = np.cumsum(self._counts_cs, axis=1) - self._counts_cs
         per_rank = num_streams // world_size
         own = range(rank * per_rank, (rank + 1) * per_rank)
-        self._streams_of_workers = [streams.tolist() for streams in np.array_split(own, max(1, workers))]
+        self._streams_of_parts = [streams.tolist() for streams in np.array_split(own, parts)]
 
     def __len__(self) -> int:
         """Return the number of parts of all steps."""
-        return len(self._steps) * len(self._streams_of_workers)
+        return len(self._steps) * len(self._streams_of_parts)
 
     def __iter__(self) -> Iterator[list[StreamStep]]:
-        """Yield the work of each worker in turn, step after step."""
+        """Yield the work of each part, step after step."""
         start, stop = self._steps.start, self._steps.stop
         if start == stop:
             return
@@ -123,7 +126,7 @@ class StreamSampler:
                 if step in (start, epoch.first_step):
                     tar_numbers = self._samples.tar_numbers(epoch.indices)
                     orders[number] = tar_order(self._seed, epoch.number, epoch.indices, tar_numbers, number)
-            for streams in self._streams_of_workers:
+            for streams in self._streams_of_parts:
                 yield [self._stream_step(stream, step, current, orders) for stream in streams]
 
     def _stream_step(
@@ -137,6 +140,24 @@ class StreamSampler:
             own = indices[first : first + epoch.steps * count]
             segments[number] = StreamSegment(epoch.number, own, (step - epoch.first_step) * count)
         return StreamStep(stream, self._layout_sb[stream].tolist(), segments)
+
+
+def default_streams(batch_size: int, tars: int) -> int:
+    """Return into how many streams the tars of a run are cut unless its config says so.
+
+    It depends on nothing but what a run is, as the order of its samples does: not on ranks or workers. It divides the
+    batch; powers of two are taken out of the batch alone, so that numbers of ranks that divide the batch mostly divide
+    the streams, too.
+
+    Args:
+        batch_size: The global batch size.
+        tars: The tars of the run.
+    """
+    most = max(FEW_TARS, min(MOST_STREAMS, tars))
+    streams = batch_size
+    while streams > most and streams % 2 == 0:
+        streams //= 2
+    return next(number for number in range(min(streams, most), 0, -1) if streams % number == 0)
 
 
 def tar_order(seed: int, epoch: int, indices: Indices, tar_numbers: Indices, component: int = 0) -> Indices:
@@ -169,7 +190,7 @@ def shuffle_buffer_order(samples: int, buffer_size: int, rng: np.random.Generato
 
 
 def read_segment(
-    samples: SampleSet, segment: StreamSegment, buffer_size: int, rng: np.random.Generator
+    samples: SampleSet, segment: StreamSegment, buffer_size: int, rng: np.random.Generator, read_ahead: int
 ) -> Iterator[StreamedSample]:
     """Yield the remaining samples of a segment in shuffled order. A thread reads ahead.
 
@@ -178,6 +199,7 @@ def read_segment(
         segment: The samples to read, and how many are done.
         buffer_size: Samples that the shuffle buffer holds.
         rng: Random numbers of the shuffle buffer.
+        read_ahead: Samples that the thread reads before they are needed.
 
     Raises:
         BadTar: A tar has changed since it was indexed.
@@ -186,7 +208,7 @@ def read_segment(
     order = shuffle_buffer_order(len(segment.indices), buffer_size, rng)[segment.done :]
     to_read = segment.indices[np.sort(order)]
     held: dict[int, StreamedSample] = {}
-    with contextlib.closing(prefetch(_read_tars(samples, segment.epoch, to_read), READ_AHEAD)) as arriving:
+    with contextlib.closing(prefetch(_read_tars(samples, segment.epoch, to_read), read_ahead)) as arriving:
         for index in segment.indices[order].tolist():
             while index not in held:
                 sample = next(arriving)
