@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.builder.leases import Leases
 from threetowers.cache.builder.opening import open_or_create
@@ -26,6 +24,7 @@ from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.tar_table import TarEntry, TarTable, refuse_copies, repacked_error
 from threetowers.cache.processes.preemption import exit_on_sigterm
 from threetowers.cache.processes.prefetch import prefetch
+from threetowers.cache.processes.progress import progress_bar
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.lease import LeaseOwner
 from threetowers.cache.storage.storage import Storage, is_url, open_storage
@@ -218,21 +217,17 @@ def _thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 def _progress_bar(
     outputs: Sequence[OutputCache], unfinished: Sequence[set[int]], world: World, progress: bool, timer: StageTimer
 ) -> Iterator[Callable[[int], object]]:
-    """Show samples done and the share of each stage; the first stage is the bottleneck."""
-    total = None
-    initial = 0
-    if world.size == 1:  # with several workers, the share of this one is unknown
-        left = set().union(*unfinished)
-        sizes = [entry.n_samples for entry in outputs[0].entries]
-        total = sum(sizes)
-        initial = sum(size for number, size in enumerate(sizes) if number not in left)
-    bar = tqdm(
-        total=total,
-        initial=initial,
-        unit="img",
-        desc=f"rank {world.rank} of {world.size}",
-        disable=not (progress and world.first),
-    )
+    """Show samples done, the time left and the share of each stage; the first stage is the bottleneck."""
+    left = set().union(*unfinished)
+    sizes = [entry.n_samples for entry in outputs[0].entries]
+    initial = sum(size for number, size in enumerate(sizes) if number not in left)
+    total = sum(sizes)
+    name = "cache build"
+    if world.size > 1:  # an even share of what is left, of which a faster worker does more
+        name = f"cache build, share of rank {world.rank} of {world.size}"
+        total = -(-(total - initial) // world.size)
+        initial = 0
+    bar = progress_bar(name, total, "images", initial=initial, enabled=progress and world.first, keep=True)
 
     def advance(samples: int) -> None:
         if samples:

@@ -24,6 +24,7 @@ from threetowers.cache.format.layout import STORE, RowStatus, arrays, emb_name, 
 from threetowers.cache.format.manifest import Manifest, ManifestError, read_manifest
 from threetowers.cache.format.store import Arrays, empty_group, fit_to_table, read_tar_rows
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
+from threetowers.cache.processes.progress import progress_bar
 from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage, open_storage
 from threetowers.cache.verify.recompute import SampledRow, recompute
 from threetowers.cache.verify.report import Depth, Problem, VerifyReport
@@ -88,28 +89,19 @@ def verify(
     n_recomputed = sample if depth == "recompute" else 0
     checker = _TarChecker(report, manifest, check_images, n_recomputed, np.random.default_rng(seed))
     compared: set[int] = set()
-    for path in expand(tars) if tars is not None else ():
-        try:
-            index = index_tar(path, image_member=manifest.image_member)
-        except BadTar as error:
-            if on_bad == "skip_tars":
-                report.warnings.append(f"left out, a bad tar: {error}")
-            else:
-                report.problems.append(Problem(str(error)))
-            continue
-        if not index.samples:
-            report.warnings.append(f"{path}: holds no samples, and has no rows")
-            continue
-        try:
-            entry = table.find(index)
-        except ManifestError as error:
-            report.problems.append(Problem(str(error)))
-            continue
-        compared.add(entry.id)
-        report.tars_compared += checker.check(entry, index)
-    for entry in table.entries:
-        if entry.id not in compared:
-            checker.check(entry, None)
+    paths = expand(tars) if tars is not None else []
+    with progress_bar("cache verify", max(len(paths), len(table.entries)), "tars") as bar:
+        for path in paths:
+            found = _find_tar(report, manifest, table, path, on_bad)
+            if found is not None:
+                entry, index = found
+                compared.add(entry.id)
+                report.tars_compared += checker.check(entry, index)
+            bar.update()
+        for entry in table.entries:
+            if entry.id not in compared:
+                checker.check(entry, None)
+                bar.update()
 
     # Warn of what is suspicious, but no damage.
     if tars is not None and len(compared) < len(table.entries):
@@ -124,6 +116,28 @@ def verify(
     if fix and not report.ok:
         _fix(report, manifest, metadata_intact)
     return report
+
+
+def _find_tar(
+    report: VerifyReport, manifest: Manifest, table: TarTable, path: str, on_bad: OnBad
+) -> tuple[TarEntry, TarIndex] | None:
+    """Return a tar that is given and its entry, or report why it cannot be compared."""
+    try:
+        index = index_tar(path, image_member=manifest.image_member)
+    except BadTar as error:
+        if on_bad == "skip_tars":
+            report.warnings.append(f"left out, a bad tar: {error}")
+        else:
+            report.problems.append(Problem(str(error)))
+        return None
+    if not index.samples:
+        report.warnings.append(f"{path}: holds no samples, and has no rows")
+        return None
+    try:
+        return table.find(index), index
+    except ManifestError as error:
+        report.problems.append(Problem(str(error)))
+        return None
 
 
 class _TarChecker:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from threetowers.cache.processes.progress import progress_bar
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
@@ -100,7 +100,7 @@ def forward_images(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
-    with tqdm(total=len(images), unit="images", leave=False, disable=None) as bar:
+    with progress_bar("embed images", len(images), "images") as bar:
         for views in loader:
             if isinstance(views, BadSample):
                 raise views
@@ -112,7 +112,7 @@ def forward_captions(
     captions: Sequence[str], forward: Callable[[Sequence[str]], Tensor], batch_size: int
 ) -> Iterator[Embeddings]:
     """Yield the output of a model for each batch of captions, as float32 on the CPU."""
-    with tqdm(total=len(captions), unit="captions", leave=False, disable=None) as bar:
+    with progress_bar("embed captions", len(captions), "captions") as bar:
         for start in range(0, len(captions), batch_size):
             batch = captions[start : start + batch_size]
             yield to_float32(forward(batch))
