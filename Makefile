@@ -1,5 +1,6 @@
-# Everything runs in .venv, which the first target that needs it makes: only Python 3.11 and a C++ compiler are assumed.
-PYTHON ?= python3.11
+# Everything runs in .venv, which the first target that needs it makes: only Python 3.11, 3.12 or 3.13 and a C++ compiler
+# are assumed.
+PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell command -v python$(version))) python3)
 BIN := .venv/bin
 RUN := $(BIN)/threetowers
 # The GPUs that this shell may use
@@ -13,7 +14,8 @@ RANKS ?= $(if $(filter 0,$(GPUS)),2,$(shell ranks=256; while [ $$ranks -gt $(GPU
 LAUNCH := $(BIN)/deepspeed --quiet $(if $(filter-out $(GPUS),$(RANKS)),--num_accelerators $(RANKS)) --module threetowers
 DEMO := runs/emoji
 
-.PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow fuzz lint types docs bench
+.PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow fuzz lint types docs bench \
+    gpu gpu-rehearse gpu-wheels
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -81,3 +83,12 @@ docs: .venv/installed  ## the documentation as a site in build/site; broken link
 
 bench: .venv/installed  ## measure against the floor and against peers; prints ratios
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+gpu: .venv/installed  ## on a machine with a GPU: is everything right, how fast is it? ten minutes
+	$(BIN)/python -m tests.gpu $(ARGS)
+
+gpu-rehearse: .venv/installed  ## the same on the CPU at tiny sizes, which tests nothing but itself
+	$(BIN)/python -m tests.gpu --rehearse --output-dir runs/gpu-rehearsal $(ARGS)
+
+gpu-wheels: .venv/installed  ## what a machine with torch and without a network lacks for it, in build/gpu-wheels
+	PYTHON=$(BIN)/python tests/gpu/wheels.sh build/gpu-wheels

@@ -1,0 +1,1 @@
+"""What one GPU shows in ten minutes: `make gpu`, or `python -m tests.gpu --help`. Described in docs/gpu.md."""

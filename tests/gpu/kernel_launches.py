@@ -1,0 +1,51 @@
+"""Launches every kernel, and compares nothing: a program for compute-sanitizer and ncu to look at.
+
+python -m tests.gpu.kernel_launches            # odd tiles, all elements
+python -m tests.gpu.kernel_launches --large    # one full tile of bfloat16
+python -m tests.gpu.kernel_launches --overrun  # a kernel that writes past its output: the sanitizer must find it
+"""
+
+import sys
+
+import torch
+
+from tests.gpu.steps.kernel_tiles import ELEMENTS, Case, answers
+from threetowers.kernels.backends import backend_for
+from threetowers.kernels.tiles import OnlineLogSumExp
+
+CASES = [
+    Case(1, 1, 8),
+    Case(129, 127, 72, labels=True),
+    Case(257, 9, 20),
+    Case(300, 257, 512, labels=True),
+]
+LARGE = Case(4096, 4096, 768)
+
+
+def launch_all(device: torch.device, large: bool = False) -> None:
+    """Run every method of every back end."""
+    with torch.device(device):
+        for element in ELEMENTS[:1] if large else ELEMENTS:
+            for case in [LARGE] if large else CASES:
+                backend = backend_for(case.features(element)[0])
+                answers(backend, case, element)
+                print(f"ran {type(backend).__name__} {element} {case.rows} x {case.cols} x {case.width}", flush=True)
+
+
+def overrun(device: torch.device) -> None:
+    """Merge statistics of 256 rows into memory of 192, whose end is the end of its allocation."""
+    from threetowers.kernels.cuda.cuda_tiles import merge_parts
+
+    x_rD = torch.ones(1, 8, device=device, dtype=torch.bfloat16)
+    short = OnlineLogSumExp.empty(192, x_rD, torch.float32)
+    merge_parts(backend_for(x_rD)._launcher, torch.zeros(1, 256, 2, device=device), short)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    gpu = torch.device("cuda", 0)
+    if "--overrun" in sys.argv:
+        overrun(gpu)
+    else:
+        launch_all(gpu, "--large" in sys.argv)
+        torch.cuda.synchronize()

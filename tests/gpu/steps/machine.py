@@ -1,0 +1,71 @@
+"""The machine: card, driver, host, versions. Fails where no GPU is found or a package is missing."""
+
+import importlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import torch
+
+from tests.gpu.setting import Setting
+
+ROOT = Path(__file__).parents[3]
+MODULES = {  # of distributions that are not imported by their own name
+    "faiss-gpu": "faiss",
+    "google-crc32c": "google_crc32c",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "typing-extensions": "typing_extensions",
+}
+
+
+def run(setting: Setting) -> None:
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores")
+    _check_packages()
+    shared = shutil.disk_usage("/dev/shm")
+    setting.record("/dev/shm", shared.total / 1e9, "GB")
+    if not setting.gpu_only("the card"):
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "no GPU: torch.cuda.is_available() is False; run this where there is one, or rehearse on the CPU with "
+            "`make gpu-rehearse`"
+        )
+    card = torch.cuda.get_device_properties(0)
+    print(
+        f"{card.name} (sm_{card.major}{card.minor}), {card.total_memory / 1e9:.0f} GB, "
+        f"{card.multi_processor_count} multiprocessors"
+    )
+    print(f"CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}, cuDNN {torch.backends.cudnn.version()}")
+    query = "name,driver_version,clocks.sm,clocks.max.sm,power.limit"
+    if shutil.which("nvidia-smi"):
+        subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], check=False)
+    ones = torch.ones(1000, device=setting.device)
+    if int(ones.sum()) != 1000:
+        raise RuntimeError(f"the sum of 1000 ones on the GPU is {int(ones.sum())}")
+
+
+def _check_packages() -> None:
+    """Import what the package depends on, and raise an error that names all that is missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    missing = []
+    for requirement in project["dependencies"]:
+        name = requirement.split("[")[0].split(">")[0].split("=")[0].strip()
+        module = MODULES.get(name, name)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            missing.append(f"{name} ({error})")
+            continue
+        version = getattr(sys.modules[module], "__version__", "")
+        print(f"{name} {version}".rstrip(), end=", ")
+    print(flush=True)
+    if missing:
+        raise RuntimeError(
+            f"missing: {', '.join(missing)}; install threetowers, or carry a folder made by tests/gpu/wheels.sh "
+            "and name it with --wheels"
+        )

@@ -1,0 +1,49 @@
+"""What bounds the kernels: tensor cores, shared memory, L2, occupancy, as ncu counts them."""
+
+import csv
+import io
+import shutil
+import subprocess
+import sys
+
+from tests.gpu.setting import Setting
+
+METRICS = {
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "processors busy",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor pipe",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "shared memory pipe",
+    "lts__t_sectors.avg.pct_of_peak_sustained_elapsed": "L2",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps of what fits",
+}
+KERNELS = "regex:^(stats|softmax_gradient|sigmoid)$"
+
+
+def run(setting: Setting) -> None:
+    if not setting.gpu_only("ncu"):
+        return
+    if shutil.which("ncu") is None:
+        setting.skip("ncu", "is not on the PATH; it comes with the CUDA toolkit")
+        return
+    command = ["ncu", "--csv", "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", "6"]
+    command += ["--metrics", ",".join(METRICS), sys.executable, "-m", "tests.gpu.kernel_launches", "--large"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    if done.returncode:
+        setting.skip("ncu", f"ended with exit code {done.returncode}; log.txt has what it said")
+        return
+    for kernel, metric, value in counters(done.stdout):
+        setting.record(f"{kernel} 4096 x 4096 x 768, {METRICS.get(metric, metric)}", value, "%")
+
+
+def counters(printed: str) -> list[tuple[str, str, float]]:
+    """Return (kernel, metric, value) of ncu's CSV output, of the last launch of each kernel."""
+    lines = [line for line in printed.splitlines() if line.startswith('"')]
+    last: dict[tuple[str, str], float] = {}
+    for row in csv.DictReader(io.StringIO("\n".join(lines))):
+        try:
+            value = float(row["Metric Value"].replace(",", ""))
+        except ValueError:  # "n/a": the card has no such counter
+            continue
+        last[row["Kernel Name"].split("(")[0], row["Metric Name"]] = value
+    return [(kernel, metric, value) for (kernel, metric), value in last.items()]
