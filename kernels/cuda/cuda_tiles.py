@@ -11,6 +11,7 @@ from threetowers.kernels.cuda.launch import (
     CHUNK,
     Launch,
     Launcher,
+    StreamLauncher,
     block_launch,
     blocks_over,
     check_operands,
@@ -43,9 +44,19 @@ class TensorCoreTiles(TileBackend):
     dtype = torch.float32
     cache_dtype = torch.float32
 
+    @property
+    @override
+    def stats_rows(self) -> int:
+        return 32768  # one launch leaves parts of 32 MiB
+
+    @property
+    @override
+    def stats_cols(self) -> int:
+        return 8192  # their features fit the cache: 12 MiB at a width of 768
+
     def __init__(self, launcher: Launcher, element: torch.dtype) -> None:
         check_torch(torch.__version__)
-        self._launcher = launcher
+        self._launcher = launcher.bind()
         self._element = element
         self._scratch_n = torch.empty(0, dtype=element)
 
@@ -155,7 +166,7 @@ class DenseTiles(LibraryTiles):
 
     def __init__(self, launcher: Launcher) -> None:
         super().__init__(torch.float32, rows=4096, cols=4096)
-        self._launcher = launcher
+        self._launcher = launcher.bind()
 
     def kernels(self) -> list[Launch]:
         """Return one launch of every kernel in use, to be prepared."""
@@ -221,7 +232,7 @@ class DenseTiles(LibraryTiles):
         return parts
 
 
-def merge_parts(launcher: Launcher, parts_pn2: Tensor, running: OnlineLogSumExp) -> None:
+def merge_parts(launcher: StreamLauncher, parts_pn2: Tensor, running: OnlineLogSumExp) -> None:
     """Merge p parts (max, sum) of every position into the running one, in order, in place."""
     count, length, _ = parts_pn2.shape
     launch = columns_launch("merge", length, 1, launcher.limits)
@@ -229,7 +240,7 @@ def merge_parts(launcher: Launcher, parts_pn2: Tensor, running: OnlineLogSumExp)
 
 
 def softmax_gradient_of(
-    launcher: Launcher, dots_rc: Tensor, tile: Tile, rows: SoftmaxWeights, cols: SoftmaxWeights, gradient: Tensor
+    launcher: StreamLauncher, dots_rc: Tensor, tile: Tile, rows: SoftmaxWeights, cols: SoftmaxWeights, gradient: Tensor
 ) -> None:
     """Fill gradient (r, at least c) from dots in memory, in its dtype."""
     r, c = dots_rc.shape

@@ -1,4 +1,4 @@
-"""Launching kernels on a GPU through the CUDA driver, on torch's current stream."""
+"""Launching kernels on a GPU through the CUDA driver, on the stream that is torch's current one."""
 
 import ctypes
 import importlib
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from threetowers.kernels.cuda.arguments import Argument, PackedArguments
 from threetowers.kernels.cuda.compiler import KernelProgram, cached_cubin
-from threetowers.kernels.cuda.launch import BLOCK_THREADS, Launch, Launcher, Limits
+from threetowers.kernels.cuda.launch import BLOCK_THREADS, Launch, Launcher, Limits, StreamLauncher
 
 SHARED_WITHOUT_ASKING = 48 * 1024
 
@@ -38,18 +38,18 @@ class DriverLauncher(Launcher):
     def prepare(self, launches: Sequence[Launch]) -> None:
         with torch.cuda.device(self._index):
             for launch in launches:
-                self._kernel(launch)
+                self.kernel(launch)
 
     @override
-    def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
-        packed = PackedArguments(arguments)
-        with torch.cuda.device(self._index):
-            stream = torch.cuda.current_stream().cuda_stream
-            table = ctypes.addressof(packed.table)
-            shape = (*launch.grid, 1, BLOCK_THREADS, 1, 1)
-            _checked(self._driver.cuLaunchKernel(self._kernel(launch), *shape, launch.shared_bytes, stream, table, 0))
+    def bind(self) -> "DriverStream":
+        return DriverStream(self, torch.cuda.current_stream(self._index).cuda_stream)
 
-    def _kernel(self, launch: Launch) -> Any:
+    def launch_kernel(self, *arguments: Any) -> None:
+        """Call cuLaunchKernel with these arguments."""
+        _checked(self._driver.cuLaunchKernel(*arguments))
+
+    def kernel(self, launch: Launch) -> Any:
+        """Return the loaded kernel of this launch."""
         key = launch.kernel, launch.defines
         if key not in self._kernels:
             arch = "sm_{}{}".format(*self.limits.capability)
@@ -64,6 +64,31 @@ class DriverLauncher(Launcher):
 
     def _attribute(self, attribute: Any) -> int:
         return int(_checked(self._driver.cuDeviceGetAttribute(attribute, self._device)))
+
+
+class DriverStream(StreamLauncher):
+    """Launcher on one stream. It keeps each kernel's arguments in place, and must not be shared by threads."""
+
+    def __init__(self, device: DriverLauncher, stream: int) -> None:
+        self.limits = device.limits
+        self._device = device
+        self._stream = stream
+        self._kernels: dict[tuple[str, tuple[str, ...]], tuple[Any, PackedArguments, int]] = {}
+
+    @override
+    def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
+        key = launch.kernel, launch.defines
+        if key in self._kernels:
+            kernel, packed, table = self._kernels[key]
+            packed.fill(arguments)
+        else:
+            kernel, packed = self._device.kernel(launch), PackedArguments(arguments)
+            table = ctypes.addressof(packed.table)
+            self._kernels[key] = kernel, packed, table
+        grid_x, grid_y = launch.grid
+        self._device.launch_kernel(
+            kernel, grid_x, grid_y, 1, BLOCK_THREADS, 1, 1, launch.shared_bytes, self._stream, table, 0
+        )
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

@@ -1,5 +1,6 @@
 """The launches that a tile of given size takes, and whether a device can run them. Tested without a GPU."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,7 @@ BLOCK_THREADS = 256  # of every kernel
 WARPS = BLOCK_THREADS // 32
 
 GRID_LIMITS = 2**31 - 1, 65535  # blocks along x and y, on every architecture
+KEPT_LAUNCHES = 1024  # of each kind: a run has as many as its tiles have shapes
 SHARED_RESERVED = 1024  # bytes that the system takes of every block's shared memory
 
 
@@ -44,8 +46,18 @@ class Launch:
     shared_bytes: int = 0
 
 
+class StreamLauncher(Protocol):
+    """What launches kernels on one stream, from one thread."""
+
+    limits: Limits
+
+    def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
+        """Start a kernel. Every launch of a kernel has arguments of the same kinds."""
+        ...
+
+
 class Launcher(Protocol):
-    """What launches kernels: a GPU's driver, or an emulator."""
+    """A device that kernels run on: a GPU through its driver, or an emulator."""
 
     limits: Limits
 
@@ -53,8 +65,8 @@ class Launcher(Protocol):
         """Compile and load these kernels now, so that any failure is raised here. Grids do not matter."""
         ...
 
-    def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
-        """Start a kernel on the current stream."""
+    def bind(self) -> StreamLauncher:
+        """Return what launches on the device's current stream, as long as the device is the current one."""
         ...
 
 
@@ -71,6 +83,7 @@ def stages(limits: Limits) -> int:
     return 4 if limits.shared_per_processor >= 2 * (4 * STAGE_BYTES + SHARED_RESERVED) else 3
 
 
+@functools.lru_cache(KEPT_LAUNCHES)
 def block_launch(kernel: str, element: torch.dtype, rows: int, columns: int, limits: Limits) -> Launch:
     """Return the launch of a tensor-core kernel over a tile: one block per 128 x 128 piece."""
     if limits.capability < (8, 0):
@@ -82,16 +95,19 @@ def block_launch(kernel: str, element: torch.dtype, rows: int, columns: int, lim
     return checked(Launch(kernel, defines, (blocks_over(columns), blocks_over(rows)), slices * STAGE_BYTES), limits)
 
 
+@functools.lru_cache(KEPT_LAUNCHES)
 def rows_launch(kernel: str, rows: int, limits: Limits) -> Launch:
     """Return the launch of a kernel with one warp a row."""
     return checked(Launch(kernel, (), (blocks_over(rows, WARPS), 1)), limits)
 
 
+@functools.lru_cache(KEPT_LAUNCHES)
 def columns_launch(kernel: str, columns: int, bands: int, limits: Limits) -> Launch:
     """Return the launch of a kernel with one thread a column, for each of several bands of rows."""
     return checked(Launch(kernel, (), (blocks_over(columns, BLOCK_THREADS), bands)), limits)
 
 
+@functools.lru_cache(KEPT_LAUNCHES)
 def pairs_launch(kernel: str, element: torch.dtype, rows: int, columns: int, limits: Limits) -> Launch:
     """Return the launch of a kernel with one thread an entry of the tile."""
     return checked(Launch(kernel, element_defines(element), (blocks_over(columns, BLOCK_THREADS), rows)), limits)

@@ -67,6 +67,9 @@ class Emulator:
         for launch in launches:
             self._library(launch)
 
+    def bind(self) -> "Emulator":
+        return self
+
     def run(self, launch: Launch, arguments: Sequence[Argument]) -> None:
         library, packed = self._library(launch), PackedArguments(arguments)
         library.emulator_forget_buffers()

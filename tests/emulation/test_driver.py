@@ -12,7 +12,7 @@ import contextlib, types
 import torch
 torch.cuda.get_device_capability = lambda index: (8, 0)
 torch.cuda.device = lambda index: contextlib.nullcontext()
-torch.cuda.current_stream = lambda: types.SimpleNamespace(cuda_stream=0x7000)
+torch.cuda.current_stream = lambda index: types.SimpleNamespace(cuda_stream=0x7000)
 
 from threetowers.kernels.cuda import driver
 from threetowers.kernels.cuda.arguments import In, Out
@@ -24,11 +24,13 @@ assert launcher.limits == Limits((8, 0), 163 * 1024, 164 * 1024)
 launcher.prepare([block_launch("stats", torch.float16, 1, 1, launcher.limits)])
 parts_pn2, max_n, sum_n = torch.zeros(4, 500, 2), torch.zeros(500), torch.zeros(500)
 arguments = (In(parts_pn2), 4, 500, Out(max_n), Out(sum_n))
+other_arguments = (In(parts_pn2), 3, 500, Out(sum_n), Out(None))
+stream = launcher.bind()
 print("expected", *(hex(tensor.data_ptr()) for tensor in (parts_pn2, max_n, sum_n)), flush=True)
-launcher.run(columns_launch("merge", 500, 1, launcher.limits), arguments)
-launcher.run(columns_launch("merge", 500, 1, launcher.limits), arguments)
+stream.run(columns_launch("merge", 500, 1, launcher.limits), arguments)
+stream.run(columns_launch("merge", 500, 1, launcher.limits), other_arguments)
 try:
-    launcher.run(columns_launch("merge", 700, 1, launcher.limits), arguments)
+    stream.run(columns_launch("merge", 700, 1, launcher.limits), arguments)
 except driver.DriverError as error:
     print(error, flush=True)
 """
@@ -50,7 +52,9 @@ def test_driver_calls_and_their_arguments(tmp_path: Path) -> None:
             "attribute 8 = 65536 of 0x2005 on 0",  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             "load merge-sm_80",
             "kernel merge of 0x1000",
-            *[launch, arguments] * 2,  # loaded once, launched twice
+            *[launch] * 2,  # loaded once, launched twice
+            arguments,
+            f"arguments {expected[0]} 3 500 {expected[2]} (nil)",
             launch.replace("grid 2", "grid 3"),
             arguments,
             "the CUDA driver returned CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",

@@ -124,6 +124,14 @@ def test_arguments_are_laid_out_as_in_cpp() -> None:
     assert (tile.scale_and_bias, tile.rows, tile.columns, tile.diagonal) == (tensor.data_ptr() + 4, 2, 3, -4)
     assert ctypes.c_int.from_address(packed.table[1]).value == 7
     assert ctypes.c_void_p.from_address(packed.table[2]).value == tensor.data_ptr()
+
+    # Later arguments of the same kinds take the same places.
+    packed.fill([(Out(None), In(tensor), In(None), -5, 6, 7), -8, Out(None)])
+    tile = Tile.from_address(packed.table[0])
+    assert (tile.row_labels, tile.column_labels, tile.scale_and_bias) == (None, tensor.data_ptr(), None)
+    assert (tile.rows, tile.columns, tile.diagonal) == (-5, 6, 7)
+    assert ctypes.c_int.from_address(packed.table[1]).value == -8
+    assert ctypes.c_void_p.from_address(packed.table[2]).value is None
     assert list(tensor_arguments([(In(tensor), 3), 1, Out(None), 2.0])) == [In(tensor), Out(None)]
 
 
