@@ -1,9 +1,9 @@
 """The losses as torch operators: real and fake kernels, and gradients, registered with torch.library.
 
 An operator takes and returns flat lists of tensors. Forward returns, pair by pair, the fields of `SoftmaxOutputs` or
-`SigmoidOutputs`, and after them what is common to all pairs: the gathered columns (bytes), the labels (int32),
-how many rows of each pair every rank holds (int64 (W, K), on the CPU), each pair's scale and bias (float64 (K, 2)) and
-what is wrong with its values (int32 (K,)).
+`SigmoidOutputs`; then each pair's columns of all ranks, where backward needs them; and after them what is common to all
+pairs: the labels (int32), how many rows of each pair every rank holds (int64 (W, K), on the CPU), each pair's scale and
+bias (float64 (K, 2)) and what is wrong with its values (int32 (K,)).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from threetowers.kernels.tiles import LogitMap
 from threetowers.kernels.tiling import CachedTiles
 from threetowers.kernels.validation import check_values, value_facts, value_faults
 
-NUM_COMMON = 5  # outputs of forward that are common to all pairs
+NUM_COMMON = 4  # outputs of forward that are common to all pairs
 
 
 def outputs_per_pair(kind: str) -> int:
@@ -82,16 +82,18 @@ def contrastive_forward(
 
         # The pairs as this rank sees them, and their losses.
         scalars_K2 = torch.stack([facts_K6[:, 0].exp(), facts_K6[:, 1]], 1)
-        labels = _group_labels(ranks, group_ids, sizes_WK[:, 0].tolist())
+        labels = _group_labels(ranks, group_ids, BatchLayout(sizes_WK[:, 0].tolist(), ranks.rank))
         pairs = _pair_states(x, y, sizes_WK, scalars_K2, ranks, labels, needs)
         exchange = _column_exchange(ranks, pairs, ring)
         outputs: Sequence[SoftmaxOutputs | SigmoidOutputs]
         if kind == "softmax":
             outputs = softmax_forward(pairs, exchange, ranks, logit_cache_bytes)
+            columns = exchange.kept()
         else:
             outputs = sigmoid_forward(pairs, exchange, ranks)
+            columns = [part.new_empty(0) for part in y]
         flat = [tensor for output in outputs for tensor in output]
-        return [*flat, exchange.packed, labels, sizes_WK, scalars_K2, faults_K]
+        return [*flat, *columns, labels, sizes_WK, scalars_K2, faults_K]
 
 
 @contextlib.contextmanager
@@ -101,16 +103,18 @@ def _on_device_of(x_bD: Tensor) -> Iterator[None]:
         yield
 
 
-def _group_labels(ranks: RankGroup, group_ids: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    """Return the global batch's ids renumbered to int32 (B,), which tiles compare twice as fast; empty without ids."""
+def _group_labels(ranks: RankGroup, group_ids: Tensor | None, layout: BatchLayout) -> Tensor:
+    """Return the global batch's ids renumbered to int32 (B,), which tiles compare twice as fast; empty without ids.
+
+    Not by torch.unique: it would wait for a GPU to learn how many there are.
+    """
     if group_ids is None:
         return torch.empty(0, dtype=torch.int32)
-    padded_m = group_ids.new_zeros(max(sizes))
-    padded_m[: len(group_ids)] = group_ids
-    ids_Wm = ranks.gather(padded_m)
-    ids_B = torch.cat([ids_m[:size] for ids_m, size in zip(ids_Wm, sizes, strict=True)])
-    labels_B: Tensor = torch.unique(ids_B, return_inverse=True)[1]
-    return labels_B.to(torch.int32)
+    ids_B = layout.join(ranks.gather(layout.padded(group_ids)))
+    sorted_B, order_B = ids_B.sort()
+    differs_B = torch.zeros_like(sorted_B, dtype=torch.int32)
+    differs_B[1:] = sorted_B[1:] != sorted_B[:-1]
+    return torch.empty_like(differs_B).scatter_(0, order_B, differs_B.cumsum(0, dtype=torch.int32))
 
 
 def _pair_states(
@@ -146,11 +150,11 @@ def _pair_states(
 
 
 def _column_exchange(
-    ranks: RankGroup, pairs: Sequence[PairState], ring: bool, packed: Tensor | None = None
+    ranks: RankGroup, pairs: Sequence[PairState], ring: bool, kept: Sequence[Tensor] | None = None
 ) -> ColumnExchange:
     if ring and ranks.size > 1:
         return RingColumns(ranks, pairs)
-    return GatheredColumns(ranks, pairs, packed)
+    return GatheredColumns(ranks, pairs, kept)
 
 
 @torch.library.custom_op("threetowers::contrastive_backward", mutates_args=())
@@ -173,9 +177,9 @@ def contrastive_backward(
         if kind == "sigmoid":
             return _scaled_sigmoid_gradients(grads, saved, need_x, need_y, need_scale)
         ranks = RankGroup()
-        packed, labels, sizes_WK, scalars_K2, _ = saved[-NUM_COMMON:]
+        labels, sizes_WK, scalars_K2, _ = saved[-NUM_COMMON:]
         pairs = _pair_states(x, y, sizes_WK, scalars_K2, ranks, labels, (need_x, need_y, need_scale))
-        exchange = _column_exchange(ranks, pairs, ring, packed)
+        exchange = _column_exchange(ranks, pairs, ring, saved[-NUM_COMMON - len(x) : -NUM_COMMON])
         outputs = [SoftmaxOutputs(*part) for part in _by_pair(saved, kind, len(x))]
         results = softmax_backward(pairs, outputs, grads, exchange)
         dx, dy, d_scale = (list(side) for side in zip(*results, strict=True))
@@ -244,14 +248,15 @@ def _(x, y, log_scale, bias, group_ids, kind, logit_cache_bytes, ring, need_x, n
             outputs.append(x_bD.new_empty((), dtype=torch.float64) if need_scale[k] else x_bD.new_empty(0))
             outputs.append(x_bD.new_empty((), dtype=torch.float64))
 
-    packed = x[0].new_empty(0 if alone or ring else (num_ranks, _dynamic_size()), dtype=torch.uint8)
+    gathered = kind == "softmax" and not alone and not ring
+    columns = [part.new_empty((_dynamic_size(), part.shape[1]) if gathered else 0) for part in y]
     labels = torch.empty(0, dtype=torch.int32)
     if group_ids is not None:
         labels = group_ids.new_empty(group_ids.shape if alone else _dynamic_size(), dtype=torch.int32)
     sizes_WK = torch.empty(num_ranks, len(x), dtype=torch.int64)
     scalars_K2 = x[0].new_empty(len(x), 2, dtype=torch.float64)
     faults_K = x[0].new_empty(len(x), dtype=torch.int32)
-    return [*outputs, packed, labels, sizes_WK, scalars_K2, faults_K]
+    return [*outputs, *columns, labels, sizes_WK, scalars_K2, faults_K]
 
 
 @contrastive_backward.register_fake
@@ -281,8 +286,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, y, log_scale, bias, outputs = _split(ctx.saved_tensors, [n, n, n, num_bias])
 
     # A loss that nothing uses gets no gradient, and then its pair's inputs get none.
-    losses = outputs[: -NUM_COMMON : outputs_per_pair(ctx.kind)]
-    loss_grads = grads[: -NUM_COMMON : outputs_per_pair(ctx.kind)]
+    per_pair = outputs_per_pair(ctx.kind)
+    losses = outputs[: per_pair * n : per_pair]
+    loss_grads = grads[: per_pair * n : per_pair]
     used = [grad is not None for grad in loss_grads]
     incoming = [torch.zeros_like(loss) if grad is None else grad for grad, loss in zip(loss_grads, losses, strict=True)]
     need_x = [need and is_used for need, is_used in zip(ctx.need_x, used, strict=True)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from threetowers.kernels.distributed.columns import ColumnExchange
+from threetowers.kernels.distributed.columns import ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
 from threetowers.kernels.tiles import LOG2E, SigmoidSums, softplus
@@ -34,8 +34,9 @@ def sigmoid_forward(pairs: Sequence[PairState], exchange: ColumnExchange, ranks:
     dx_bD = [pair.zero_row_gradient() for pair in pairs]
     ones_b = [pair.vector(len(pair.x_bD), 1.0) if pair.needs_gradient else None for pair in pairs]
 
-    def add(k: int, rank: int, y_sD: Tensor, dy_sD: Tensor | None) -> None:
-        sigmoid_sums_and_gradients(pairs[k], y_sD, rank, sums[k], ones_b[k], dx_bD[k], dy_sD)
+    def add(block: ColumnBlock, dy_sD: Tensor | None) -> None:
+        k = block.pair
+        sigmoid_sums_and_gradients(pairs[k], block, sums[k], ones_b[k], dx_bD[k], dy_sD)
 
     exchange.accumulate_gradients(add)
     _reduce_column_max(sums, ranks)

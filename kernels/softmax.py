@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from threetowers.kernels.buffer_pool import buffer_pool
-from threetowers.kernels.distributed.columns import ColumnExchange
+from threetowers.kernels.distributed.columns import ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
 from threetowers.kernels.tiles import LOG2E, OnlineLogSumExp, SoftmaxWeights, softplus
@@ -43,11 +43,11 @@ def softmax_forward(
     # All tiles: log-sum-exps of the negatives, by row and by column.
     rows_b = [OnlineLogSumExp.empty(len(pair.x_bD), pair.x_bD, pair.backend.dtype) for pair in pairs]
     cols_B = [OnlineLogSumExp.empty(pair.layout.total, pair.x_bD, pair.backend.dtype) for pair in pairs]
-    cache_n = _allocate_caches(pairs, exchange.order, logit_cache_bytes)
+    cache_n = _allocate_caches(pairs, exchange, logit_cache_bytes)
     caches = [CachedTiles(flat_n) for flat_n in cache_n]
-    for rank in exchange.order:
-        for k, pair in enumerate(pairs):
-            softmax_statistics(pair, exchange.columns(k, rank), rank, rows_b[k], cols_B[k], caches[k])
+    for block in exchange.blocks():
+        k = block.pair
+        softmax_statistics(pairs[k], block, rows_b[k], cols_B[k], caches[k])
 
     # The positives' logits in base 2, and every column's statistics over all ranks.
     positives_b, margins_b = [], []
@@ -85,14 +85,13 @@ def softmax_forward(
     return outputs
 
 
-def _allocate_caches(pairs: Sequence[PairState], order: Sequence[int], budget_bytes: int) -> list[Tensor]:
+def _allocate_caches(pairs: Sequence[PairState], exchange: ColumnExchange, budget_bytes: int) -> list[Tensor]:
     """Return the memory of each pair's logit cache: pairs take from the budget in turn."""
     caches = []
-    for pair in pairs:
-        ranks_cols = [pair.layout.sizes[rank] for rank in order]
+    for k, pair in enumerate(pairs):
         size = 0
         if pair.needs_gradient:
-            size = CachedTiles.size_within(budget_bytes, pair.backend, len(pair.x_bD), ranks_cols)
+            size = CachedTiles.size_within(budget_bytes, pair.backend, len(pair.x_bD), exchange.block_sizes(k))
         budget_bytes -= size * pair.backend.cache_dtype.itemsize
         caches.append(buffer_pool().take(size, pair.backend.cache_dtype, pair.x_bD.device))
     return caches
@@ -142,9 +141,10 @@ def softmax_backward(
     cols_B = [SoftmaxWeights(part.col_shift_B, part.col_half_B) for part in outputs]
     caches = [CachedTiles(part.cache_n) for part in outputs]
 
-    def add(k: int, rank: int, y_sD: Tensor, dy_sD: Tensor | None) -> None:
+    def add(block: ColumnBlock, dy_sD: Tensor | None) -> None:
+        k = block.pair
         if dx_bD[k] is not None or dy_sD is not None:
-            softmax_gradients(pairs[k], y_sD, rank, rows_b[k], cols_B[k], caches[k], dx_bD[k], dy_sD)
+            softmax_gradients(pairs[k], block, rows_b[k], cols_B[k], caches[k], dx_bD[k], dy_sD)
 
     exchange.accumulate_gradients(add)
     results = []

@@ -7,10 +7,11 @@ positives, which are treated apart in O(B)), found at ``(i, i + tile.diagonal)``
 entries of equal labels.
 
 Tiles come in a fixed order from one thread (one stream), with r, c >= 1 and never larger than ``backend.rows`` x
-``backend.cols``. Statistics are merged into the slices given, in place. A back end must give the same bits for the same
-sequence of calls, and must round ``t - shift`` in `softmax_grad` as ``t - max`` in `stats` (both fused, or both from a
-rounded t): else probabilities would not sum to 1 where logits are large. Gradient tiles may live in the back end's
-scratch memory: they are consumed before the next tile is asked for.
+``backend.cols``, or, where neither gradients nor cached dots are asked for, ``stats_rows`` x ``stats_cols``. Statistics
+are merged into the slices given, in place. A back end must give the same bits for the same sequence of calls, and must
+round ``t - shift`` in `softmax_grad` as ``t - max`` in `stats` (both fused, or both from a rounded t): else
+probabilities would not sum to 1 where logits are large. Gradient tiles may live in the back end's scratch memory: they
+are consumed before the next tile is asked for.
 
 A new back end implements `TileBackend` and is chosen in `backends.backend_for`, nowhere else.
 """
@@ -127,10 +128,20 @@ class SigmoidSums:
 class TileBackend(ABC):
     """What computes tiles on one kind of device; the module's docstring has the rules."""
 
-    rows: int
+    rows: int  # of a tile whose gradient, or whose dots, have to be in memory
     cols: int
     dtype: torch.dtype  # of statistics, weights and gradients: float32, or float64 for float64 features
     cache_dtype: torch.dtype  # of tiles in the logit cache
+
+    @property
+    def stats_rows(self) -> int:
+        """Rows of a tile that leaves nothing but statistics."""
+        return self.rows
+
+    @property
+    def stats_cols(self) -> int:
+        """Columns of such a tile."""
+        return self.cols
 
     @abstractmethod
     def features(self, z_nD: Tensor) -> Tensor:

@@ -1,69 +1,53 @@
 """How the column side of every pair, and its gradient, crosses ranks: gathered at once, or in a ring (`ring.py`)."""
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from threetowers.kernels.distributed.rank_group import RankGroup
+from threetowers.kernels.distributed.rank_group import RankGroup, no_wait
 from threetowers.kernels.pair_state import PairState
 
-ALIGNMENT = 64  # bytes between the parts of a packed buffer, so that every part is an aligned view
 
-AddGradient = Callable[[int, int, Tensor, Tensor | None], None]
-"""Called with a pair's index, a rank, that rank's columns (s, D), and where to add their gradient, or None."""
+@dataclass(frozen=True, slots=True)
+class ColumnBlock:
+    """Columns of one pair that are at hand: its index, where they lie in the global batch, their features (s, D)."""
+
+    pair: int
+    positions: slice
+    y_sD: Tensor
+
+
+AddGradient = Callable[[ColumnBlock, Tensor | None], None]
+"""Called with a block of columns, and where to add their gradient (s, D), or None."""
 
 
 class ColumnExchange(ABC):
-    """The column features of all pairs, rank by rank, and the sums of their gradients.
-
-    Attributes:
-        order: whose columns to ask for at each step: the own ones first, while others are on their way.
-        packed: what backward needs to have the columns again.
-    """
-
-    order: list[int]
-    packed: Tensor
+    """The column features of all pairs, block by block, and the sums of their gradients."""
 
     def __init__(self, ranks: RankGroup, pairs: Sequence[PairState]) -> None:
         self._ranks = ranks
         self._pairs = pairs
-        # Where each pair begins in a packed buffer of bytes: the same on every rank.
-        self._offsets = [0]
-        for pair in pairs:
-            size = pair.layout.largest * pair.y_bD.shape[1] * pair.y_bD.element_size()
-            self._offsets.append(self._offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-
-    def _nothing_packed(self) -> Tensor:
-        return self._pairs[0].y_bD.new_empty(0, dtype=torch.uint8)
-
-    def _pack(self) -> Tensor:
-        """Return the own columns of all pairs as one buffer."""
-        packed_N = self._pairs[0].y_bD.new_zeros(self._offsets[-1], dtype=torch.uint8)
-        for offset, pair in zip(self._offsets, self._pairs, strict=False):
-            raw = pair.y_bD.contiguous().view(torch.uint8).view(-1)
-            packed_N[offset : offset + len(raw)] = raw
-        return packed_N
-
-    def _unpack(self, packed_N: Tensor, k: int, rank: int) -> Tensor:
-        """Return the rows (s, D) of pair k in what this rank packed, as a view."""
-        y_bD = self._pairs[k].y_bD
-        rows = self._pairs[k].layout.sizes[rank]
-        width = y_bD.shape[1]
-        start = self._offsets[k]
-        raw = packed_N[start : start + rows * width * y_bD.element_size()]
-        return raw.view(y_bD.dtype).view(rows, width)
 
     @abstractmethod
-    def columns(self, k: int, rank: int) -> Tensor:
-        """Return the rows (s, D) that this rank holds of pair k's column side."""
+    def block_sizes(self, k: int) -> list[int]:
+        """Return how many columns each block of pair k has, in the order in which they come."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[ColumnBlock]:
+        """Yield all columns of all pairs, the own ones first, while others are on their way. Collective."""
+
+    def kept(self) -> list[Tensor]:
+        """Return what backward needs to have the columns again, one tensor a pair; empty ones where it needs none."""
+        return [pair.y_bD.new_empty(0) for pair in self._pairs]
 
     @abstractmethod
     def accumulate_gradients(self, add: AddGradient) -> None:
-        """Call ``add`` for every pair and rank, and send each rank the sum of what was added for its columns."""
+        """Call ``add`` for every block, and send each rank the sum of what was added for its columns. Collective."""
 
     @abstractmethod
     def own_gradient(self, k: int) -> Tensor | None:
@@ -71,71 +55,86 @@ class ColumnExchange(ABC):
 
 
 class GatheredColumns(ColumnExchange):
-    """All ranks' columns in one gather, O(B D) memory, on its way while own rows meet own columns.
+    """All ranks' columns of a pair as one matrix, O(B D) memory, on its way while own rows meet own columns.
 
-    The sums for a rank's columns are reduced to it while the next rank's are computed, so they take O(b D) memory.
+    The other columns are then cut in full tiles, whoever they belong to: there are two more blocks, those before the
+    own ones and those behind, on however many ranks. Their gradients, O(B D) too, leave in one reduce-scatter a pair
+    while the next pair is computed.
     """
 
-    def __init__(self, ranks: RankGroup, pairs: Sequence[PairState], packed: Tensor | None = None) -> None:
-        """Begin the gather, or take `packed`, an earlier gather of the same features."""
+    def __init__(self, ranks: RankGroup, pairs: Sequence[PairState], kept: Sequence[Tensor] | None = None) -> None:
+        """Begin to gather, or take `kept`, what was gathered of the same features before."""
         super().__init__(ranks, pairs)
-        self.order = sorted(range(ranks.size), key=lambda rank: (rank != ranks.rank, rank))
-        self._wait: Callable[[], Any] | None = None
-        self._leaving: list[tuple[Tensor, Callable[[], Any]]] = []
-        self._arriving: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
-        if packed is not None:
-            self.packed = packed
-        elif ranks.size == 1:
-            self.packed = self._nothing_packed()
-        else:
-            self.packed, self._wait = ranks.gather_async(self._pack())
+        self._columns = list(kept or [])  # (B, D), or (W, m, D) as long as they are on their way
+        self._waits: dict[int, Callable[[], Any]] = {}  # by pair
+        self._sums: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
+        if kept is None and ranks.size > 1:
+            for k, pair in enumerate(pairs):
+                gathered_WmD, self._waits[k] = ranks.gather_async(pair.layout.padded(pair.y_bD))
+                self._columns.append(gathered_WmD)
 
     @override
-    def columns(self, k: int, rank: int) -> Tensor:
-        if rank == self._ranks.rank:
-            return self._pairs[k].y_bD
-        if self._wait is not None:
-            self._wait()
-            self._wait = None
-        return self._unpack(self.packed[rank], k, rank)
+    def kept(self) -> list[Tensor]:
+        if self._ranks.size == 1:
+            return super().kept()
+        return [self._joined(k) for k in range(len(self._pairs))]
+
+    @override
+    def block_sizes(self, k: int) -> list[int]:
+        layout = self._pairs[k].layout
+        positions = layout.own, *self._other_positions(k)
+        return [part.stop - part.start for part in positions]
+
+    def _other_positions(self, k: int) -> tuple[slice, slice]:
+        """Return where the columns before and behind the own ones lie; either may be empty."""
+        layout = self._pairs[k].layout
+        return slice(0, layout.own.start), slice(layout.own.stop, layout.total)
+
+    @override
+    def blocks(self) -> Iterator[ColumnBlock]:
+        for k in range(len(self._pairs)):
+            yield self._own_block(k)
+        for k in range(len(self._pairs)):
+            yield from self._other_blocks(k)
+
+    def _own_block(self, k: int) -> ColumnBlock:
+        return ColumnBlock(k, self._pairs[k].layout.own, self._pairs[k].y_bD)
+
+    def _other_blocks(self, k: int) -> Iterator[ColumnBlock]:
+        if self._ranks.size > 1:
+            y_BD = self._joined(k)
+            for positions in self._other_positions(k):
+                yield ColumnBlock(k, positions, y_BD[positions])
+
+    def _joined(self, k: int) -> Tensor:
+        """Return the columns of all ranks, (B, D)."""
+        if k in self._waits:
+            self._waits.pop(k)()
+            self._columns[k] = self._pairs[k].layout.join(self._columns[k])
+        return self._columns[k]
 
     @override
     def accumulate_gradients(self, add: AddGradient) -> None:
         for k, pair in enumerate(self._pairs):
-            sums: dict[int, Tensor] = {}  # by rank: complete, and not yet sent
-            next_rank = 0
-            for rank in self.order:
-                y_sD = self.columns(k, rank)
-                dy_sD = None
-                if pair.need_y:
-                    self._wait_until_leaving(1)  # bounds the memory
-                    dy_sD = pair.zero_rows(pair.layout.sizes[rank])
-                    sums[rank] = dy_sD
-                add(k, rank, y_sD, dy_sD)
-                # Collectives must come in one order on all ranks, that of the ranks: the sum for the own columns,
-                # which is computed first, waits for its turn.
-                while next_rank in sums:
-                    self._send(k, next_rank, sums.pop(next_rank))
-                    next_rank += 1
+            dy_BD = None  # frees the pair before's: its sums have left
+            if pair.need_y:
+                for earlier in range(k - 1):  # bounds the memory: one pair's sums are on their way at most
+                    self._wait_for_sum(earlier)
+                dy_BD = pair.zero_rows(pair.layout.total)
+            for block in itertools.chain([self._own_block(k)], self._other_blocks(k)):
+                add(block, None if dy_BD is None else dy_BD[block.positions])
+            if dy_BD is not None:
+                self._sums[k] = self._ranks.reduce_scatter_async(pair.layout.split(dy_BD))
 
-    def _send(self, k: int, rank: int, sum_sD: Tensor) -> None:
-        sent = sum_sD, self._ranks.reduce_async(sum_sD, rank)
-        if rank == self._ranks.rank:
-            self._arriving[k] = sent
-        else:
-            self._leaving.append(sent)
+    def _wait_for_sum(self, k: int) -> None:
+        if k in self._sums:
+            sum_mD, wait = self._sums[k]
+            wait()
+            self._sums[k] = sum_mD, no_wait
 
     @override
     def own_gradient(self, k: int) -> Tensor | None:
-        self._wait_until_leaving(0)
-        if k not in self._arriving:
+        if k not in self._sums:
             return None
-        sum_bD, wait = self._arriving.pop(k)
-        wait()
-        return sum_bD
-
-    def _wait_until_leaving(self, most: int) -> None:
-        """Wait until at most this many sums are on their way to other ranks."""
-        while len(self._leaving) > most:
-            _, wait = self._leaving.pop(0)
-            wait()
+        self._wait_for_sum(k)
+        return self._sums.pop(k)[0][: len(self._pairs[k].y_bD)]

@@ -57,16 +57,17 @@ class RankGroup:
     def gather_async(self, part_n: Tensor) -> tuple[Tensor, Callable[[], Any]]:
         """Return the result of `gather`, which may be read once the second value has been called."""
         if self._group is None:
-            return part_n[None], _no_wait
+            return part_n[None], no_wait
         all_Wn = part_n.new_empty(self.size, *part_n.shape)
-        return all_Wn, _all_gather(all_Wn.view(-1), part_n.reshape(-1), async_op=True).wait
+        sent = part_n.contiguous().view(torch.uint8).view(-1)  # as bytes, which every backend sends
+        return all_Wn, _all_gather(all_Wn.view(torch.uint8).view(-1), sent, async_op=True).wait
 
-    def reduce_async(self, part_n: Tensor, rank: int) -> Callable[[], Any]:
-        """Sum over ranks, in place on this rank and undefined on others; done once the result has been called."""
-        if self._group is None or part_n.numel() == 0:
-            return _no_wait
-        work: Any = dist.reduce(part_n, rank, dist.ReduceOp.SUM, async_op=True)
-        return work.wait  # type: ignore[no-any-return]
+    def reduce_scatter_async(self, parts_Wn: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+        """Return this rank's part summed over ranks, which may be read once the second value has been called."""
+        if self._group is None:
+            return parts_Wn[0], no_wait
+        own_n = torch.empty_like(parts_Wn[0])
+        return own_n, _reduce_scatter(own_n.view(-1), parts_Wn.view(-1), async_op=True).wait
 
     def shift_async(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> Callable[[], Any]:
         """Send to the rank before and receive from the rank after; done once the result has been called."""
@@ -103,12 +104,15 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _no_wait() -> None:
-    return None
+def no_wait() -> None:
+    """Wait for what is complete."""
 
 
 class BatchLayout:
-    """How one pair's global batch is divided: rank r holds ``sizes[r]`` of its rows, in the order of the ranks."""
+    """How one pair's global batch is divided: rank r holds ``sizes[r]`` of its rows, in the order of the ranks.
+
+    What ranks send at once has room for as many rows as the largest of them holds: m rows a rank.
+    """
 
     def __init__(self, sizes: Sequence[int], rank: int) -> None:
         self.sizes = list(sizes)
@@ -120,3 +124,29 @@ class BatchLayout:
     def rows_of(self, rank: int) -> slice:
         """Return where this rank's rows lie in the global batch."""
         return slice(self.starts[rank], self.starts[rank + 1])
+
+    def padded(self, own_bD: Tensor) -> Tensor:
+        """Return the own rows, (m, ...): behind them zeros where another rank has more."""
+        missing = self.largest - len(own_bD)
+        return torch.cat([own_bD, own_bD.new_zeros(missing, *own_bD.shape[1:])]) if missing else own_bD
+
+    def join(self, parts_WmD: Tensor) -> Tensor:
+        """Return the rows of all ranks' padded parts, (B, ...); a view where ranks hold equally many."""
+        rows_ND = parts_WmD.flatten(0, 1)
+        return rows_ND if len(rows_ND) == self.total else rows_ND.index_select(0, self._places(rows_ND.device))
+
+    def split(self, rows_BD: Tensor) -> Tensor:
+        """Return the global batch's rows as padded parts, (W, m, ...); a view where ranks hold equally many."""
+        shape = len(self.sizes), self.largest, *rows_BD.shape[1:]
+        if shape[0] * shape[1] == self.total:
+            return rows_BD.view(shape)
+        parts_WmD = rows_BD.new_zeros(shape)
+        parts_WmD.flatten(0, 1).index_copy_(0, self._places(rows_BD.device), rows_BD)
+        return parts_WmD
+
+    def _places(self, device: torch.device) -> Tensor:
+        """Return where each row of the global batch lies among padded parts, int64 (B,). The host waits for nothing."""
+        shifts = [rank * self.largest - start for rank, start in enumerate(self.starts[:-1])]
+        shifts_W, sizes_W = torch.tensor([shifts, self.sizes]).to(device, non_blocking=True)
+        shifts_B = torch.repeat_interleave(shifts_W, sizes_W, output_size=self.total)
+        return torch.arange(self.total, device=device) + shifts_B

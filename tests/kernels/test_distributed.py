@@ -20,6 +20,7 @@ from threetowers.kernels import (
     reference_contrastive_loss,
 )
 from threetowers.kernels.backends import backend_for
+from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.tiles import TileBackend
 
 SIZES = {1: [9], 2: [70, 33], 3: [40, 0, 90], 4: [60, 13, 1, 5]}  # uneven, one of them empty
@@ -179,6 +180,21 @@ def check_refusals() -> None:
     assert contrastive_loss(x_bD, x_bD, scale) > 0
 
 
+def check_host_group() -> None:
+    """Check that hosts talk past a backend that does not send from the CPU, as NCCL, in a group that is made once."""
+
+    class DeviceRanks(RankGroup):
+        def _device_types(self) -> list[str]:
+            return ["cuda"]
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    assert DeviceRanks().gather_on_host(torch.tensor([rank, 7])).tolist() == [[r, 7] for r in range(size)]
+    assert DeviceRanks().objects(f"rank {rank}") == [f"rank {r}" for r in range(size)]
+    assert DeviceRanks()._host_group() is DeviceRanks()._host_group()
+    assert DeviceRanks()._host_group() is not dist.group.WORLD
+    assert RankGroup()._host_group() is dist.group.WORLD
+
+
 def small_backend(x_bD: Tensor) -> TileBackend:
     backend = backend_for(x_bD)
     backend.rows, backend.cols = 16, 32
@@ -206,6 +222,7 @@ def _worker(rank: int, folder: str) -> None:
                 check_under_ddp(kind)
         if size > 1:
             check_refusals()
+            check_host_group()
         dist.destroy_process_group()
 
 
