@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.builder.decode_workers import DecodeThreads, DecodeWorkers
+from threetowers.cache.builder.decoding import Decoder
 from threetowers.cache.builder.leases import Leases
 from threetowers.cache.builder.opening import open_or_create
 from threetowers.cache.builder.pipeline import Embedder, OutputCache, StageTimer, TarReader, WrittenTar
@@ -138,6 +142,8 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
     paths = expand(config.tars)
     threads = config.threads or world.cores()
     device = config.device or str(world.device)
+    on_gpu = torch.device(device).type == "cuda"
+    workers = (world.cores() if on_gpu else 0) if config.workers is None else config.workers
     worker = LeaseOwner()
     timer = StageTimer()
     with contextlib.ExitStack() as stack:
@@ -176,11 +182,15 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
         ]
         indexer.release()
 
-        # Read and decode in threads, embed here, until no tar is left.
+        # Read in a thread, decode in threads or processes, embed here, until no tar is left.
+        decoder = Decoder([output.pixel_format for output in outputs], config.max_pixels)
+        in_processes = workers > 0 and any(unfinished)
+        decoding = DecodeWorkers(decoder, workers) if in_processes else DecodeThreads(decoder, threads)
+        stack.enter_context(decoding)
         queue = WorkQueue(statuses, world.rank, world.size, seed=worker.token, unfinished=unfinished)
-        reader = TarReader(paths, outputs, queue, pool, config.image_member, config.max_pixels)
+        reader = TarReader(paths, outputs, queue, decoding, config.image_member)
         stack.callback(reader.stopped.set)
-        depth = 4 * batch_size + 2 * threads
+        depth = 4 * batch_size + 2 * max(threads, workers)
         items = stack.enter_context(contextlib.closing(prefetch(reader.items(), depth=depth)))
         stack.callback(reader.stopped.set)  # before the thread is joined, and before the pool is shut down
         advance = stack.enter_context(_progress_bar(outputs, unfinished, world, config.progress, timer))

@@ -166,11 +166,18 @@ class EmbeddingConfig(TeacherConfig):
     one kind, at equal batch size, --runtime and --compile, give equal bits."""
 
     threads: int | None = None
-    """Threads that decode and resize; default: this process's share of the cores."""
+    """Threads that read headers, and decode and resize where no processes do; default: this process's share of the
+    cores."""
+
+    workers: int | None = None
+    """Processes that decode and resize, which threads of the process that feeds a GPU would slow down; 0: threads do.
+    Default: this process's share of the cores beside a GPU, 0 on the CPU."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
         super().__post_init__()
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers {self.workers}: expected at least 0")
         if any(number is not None and number < 1 for number in (self.batch_size, self.threads)):
             raise ValueError(f"--batch-size {self.batch_size}, --threads {self.threads}: expected at least 1")
 

@@ -13,29 +13,29 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import BinaryIO
 
-import torch
 import xxhash
-from torch import Tensor
 
+from threetowers.cache.builder.decode_workers import DecodeThreads
+from threetowers.cache.builder.decoding import Decoded, PixelFormat
 from threetowers.cache.builder.leases import Leases
 from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.builder.scheduler import WorkItem, WorkQueue
+from threetowers.cache.encoders.forward_queue import ForwardQueue, RunningBatch
 from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.done_record import DoneRecord, done_record_name
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, to_json
 from threetowers.cache.format.tar_table import TarEntry
-from threetowers.cache.format.views import Params
+from threetowers.cache.format.views import Params, Pixels
 from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.storage.object_file import READ_BYTES, open_object
 from threetowers.cache.storage.storage import Storage, is_url
-from threetowers.cache.webdataset.images import MAX_PIXELS, BadImage, decode_rgb
+from threetowers.cache.webdataset.images import BadImage
 from threetowers.cache.webdataset.sample_stream import stream_images
 from threetowers.cache.webdataset.tar_headers import BadTar
-from threetowers.cache.webdataset.tar_index import TarIndex, index_tar, key_hash
+from threetowers.cache.webdataset.tar_index import TarIndex, index_tar
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,14 @@ class OutputCache:
     min_cosine: float | None = None
 
     @property
-    def min_side(self) -> int | None:
-        """The shorter side down to which a JPEG may be decoded; None where a crop may need every pixel."""
-        return None if self.manifest.views.cropped else self.teacher.min_side
+    def pixel_format(self) -> PixelFormat:
+        """How it takes its pixels."""
+        views = self.manifest.views
+        preprocessing = self.manifest.preprocessing
+        min_side = None if views.cropped else self.teacher.min_side  # a crop may need every pixel
+        return PixelFormat(
+            views, self.teacher.transform, preprocessing.input_size, preprocessing.interpolation, min_side
+        )
 
 
 @dataclass(frozen=True)
@@ -66,20 +71,11 @@ class _TarStart:
 
 
 @dataclass(frozen=True)
-class _Decoded:
-    """An image file: for each cache the pixels of its views (V, 3, H, W) and their crop parameters, or the error."""
-
-    image_hash: int
-    views: list[tuple[Tensor, Params]] | BadImage
-    notes: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
 class _Image:
-    """An image of the current tar, which a thread decodes."""
+    """An image of the current tar, and for which of its caches it is decoded."""
 
     ordinal: int
-    decoding: Future[_Decoded]
+    decoding: Future[Decoded]
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ StreamItem = _TarStart | _Image | _TarEnd
 
 @dataclass(frozen=True, eq=False)
 class TarReader:
-    """Reads the tars of a work queue, one after the other, and has their images decoded by a thread pool.
+    """Reads the tars of a work queue, one after the other, and has their images decoded.
 
     While a tar is read, the next one is leased and, if remote, fetched. Set `stopped` to end early.
     """
@@ -102,9 +98,8 @@ class TarReader:
     paths: Sequence[str]
     outputs: Sequence[OutputCache]
     queue: WorkQueue
-    pool: ThreadPoolExecutor
+    decoding: DecodeThreads
     image_member: str | None = None
-    max_pixels: int = MAX_PIXELS
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def items(self) -> Iterator[StreamItem]:
@@ -142,35 +137,10 @@ class TarReader:
             raise BadTar(f"{path}: changed during the build: keep it unchanged and run the same command again")
         yield _TarStart(work, index)
         digest = xxhash.xxh3_128()
-        decode = partial(_decode, outputs, self.max_pixels)
         file.seek(0)
         for ordinal, key, data in stream_images(index, digest, file):
-            yield _Image(ordinal, self.pool.submit(decode, key, data))
+            yield _Image(ordinal, self.decoding.submit(work.caches, key, data))
         yield _TarEnd(digest.hexdigest())
-
-
-def _decode(outputs: Sequence[OutputCache], max_pixels: int, key: str, data: bytes) -> _Decoded:
-    """Decode an image file, and make the views of each cache."""
-    image_hash = xxhash.xxh3_64_intdigest(data)
-    notes: list[str] = []
-    images = {}
-    try:
-        for side in {output.min_side for output in outputs}:
-            images[side] = decode_rgb(data, max_pixels=max_pixels, min_side=side, notes=notes)
-    except BadImage as error:
-        return _Decoded(image_hash, error)
-    views = []
-    for output in outputs:
-        preprocessing = output.manifest.preprocessing
-        pixels, params = output.manifest.views.pixels(
-            images[output.min_side],
-            key_hash(key),
-            output.teacher.transform,
-            preprocessing.input_size,
-            preprocessing.interpolation,
-        )
-        views.append((torch.from_numpy(pixels), params))
-    return _Decoded(image_hash, views, frozenset(notes))
 
 
 class StageTimer:
@@ -205,15 +175,19 @@ class WrittenTar:
 
 @dataclass(eq=False)
 class _OpenTar:
-    """The tar that is being embedded: rows for each cache that lacks it, and the batch that is being filled."""
+    """The tar that is being embedded: rows for each cache that lacks it, and its batches.
+
+    `batch` is being filled; `running` are the ordinals of the one before it, and its forward passes for each cache.
+    """
 
     work: WorkItem
     buffers: list[RowBuffer]
     started: float
-    batch: list[tuple[int, list[tuple[Tensor, Params]]]] = field(default_factory=list)
+    batch: list[tuple[int, list[tuple[Pixels, Params]]]] = field(default_factory=list)
+    running: tuple[list[int], list[RunningBatch]] | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Embedder:
     """Embeds the items of a TarReader and writes the rows of each tar."""
 
@@ -221,6 +195,12 @@ class Embedder:
     batch_size: int
     on_bad: str
     timer: StageTimer = field(default_factory=StageTimer)
+
+    def __post_init__(self) -> None:
+        """Allocate the memory of batches."""
+        self._queues = [
+            ForwardQueue(output.teacher, output.manifest.views.count, self.batch_size) for output in self.outputs
+        ]
 
     def run(self, items: Iterable[StreamItem], advance: Callable[[int], object]) -> Iterator[WrittenTar]:
         """Embed tar after tar; yield each as it is written. Calls `advance` with the number of samples done."""
@@ -237,7 +217,8 @@ class Embedder:
                     case _Image(ordinal, decoding):
                         advance(self._add_image(tar, ordinal, decoding))
                     case _TarEnd(tar_xxh3_128):
-                        advance(self._embed_batch(tar))
+                        advance(self._start_batch(tar))
+                        advance(self._store_batch(tar))  # now: others may be waiting for this tar, with the next one
                         seconds = time.monotonic() - tar.started
                         for cache, rows in zip(tar.work.caches, tar.buffers, strict=True):
                             arguments = (cache, tar.work.number, rows, tar_xxh3_128, seconds)
@@ -260,8 +241,8 @@ class Embedder:
         with self.timer("write"):
             return writing.popleft().result()
 
-    def _add_image(self, tar: _OpenTar, ordinal: int, decoding: Future[_Decoded]) -> int:
-        """Add an image to the batch, and embed the batch if it is full; return how many samples that completed."""
+    def _add_image(self, tar: _OpenTar, ordinal: int, decoding: Future[Decoded]) -> int:
+        """Add an image to the batch, and start the batch if it is full; return how many samples are done by that."""
         with self.timer("decode"):
             image = decoding.result()
         if isinstance(image.views, BadImage):
@@ -274,20 +255,32 @@ class Embedder:
             rows.set_image(ordinal, image.image_hash, params)
             rows.notes.update(image.notes)
         tar.batch.append((ordinal, image.views))
-        return self._embed_batch(tar) if len(tar.batch) == self.batch_size else 0
+        return self._start_batch(tar) if len(tar.batch) == self.batch_size else 0
 
-    def _embed_batch(self, tar: _OpenTar) -> int:
-        """Embed and empty the batch; return its size."""
+    def _start_batch(self, tar: _OpenTar) -> int:
+        """Start the forward passes of the batch, store the rows of the one before meanwhile; return their number."""
         if not tar.batch:
             return 0
-        ordinals = [ordinal for ordinal, _ in tar.batch]
         with self.timer("forward"):
-            for i, (cache, rows) in enumerate(zip(tar.work.caches, tar.buffers, strict=True)):
-                pixels_bV3HW = torch.stack([views[i][0] for _, views in tar.batch])
-                embed = self.outputs[cache].teacher.embed
-                features_VbD = [embed(pixels_bV3HW[:, view]) for view in range(pixels_bV3HW.shape[1])]
-                rows.set_embeddings(ordinals, torch.stack(features_VbD, dim=1).numpy())
+            passes = [
+                self._queues[cache].start([views[i][0] for _, views in tar.batch])
+                for i, cache in enumerate(tar.work.caches)
+            ]
+        started = [ordinal for ordinal, _ in tar.batch], passes
         tar.batch.clear()
+        stored = self._store_batch(tar)
+        tar.running = started
+        return stored
+
+    def _store_batch(self, tar: _OpenTar) -> int:
+        """Wait for the forward passes that run, and store their rows; return how many samples these are."""
+        if tar.running is None:
+            return 0
+        ordinals, passes = tar.running
+        tar.running = None
+        with self.timer("forward"):
+            for rows, running in zip(tar.buffers, passes, strict=True):
+                rows.set_embeddings(ordinals, running.result())
         self._check_bad(tar)
         return len(ordinals)
 

@@ -1,6 +1,6 @@
 """The cache against the floor, against peers, and against training without it.
 
-    python tests/benchmarks/bench_cache.py [--clip-retrieval PYTHON] [--only build shard loader memory size]
+    python tests/benchmarks/bench_cache.py [--clip-retrieval PYTHON] [--only build runtime shard loader memory size]
 
 Prints one line a figure: the ratio of the medians of measurements taken in alternation in this run. Pictures are drawn
 (JPEG, 480 x 360), the teacher is EfficientNet-Lite0 at 160 pixels; nothing is downloaded. `--clip-retrieval` names a
@@ -9,6 +9,7 @@ without it that line says so.
 """
 
 import argparse
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -21,13 +22,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import zarr
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from threetowers.cache.builder.build import build_cache
@@ -110,8 +114,9 @@ def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
     tars, images = draw(folder, 2, 6 * BATCH), 12 * BATCH
     threads, outs = len(os.sched_getaffinity(0)), iter(range(10**6))
 
-    def ours() -> None:
+    def ours(workers: int = 0) -> None:
         options: dict[str, Any] = {"image_size": SIZE, "batch_size": BATCH, "threads": threads, "device": "cpu"}
+        options["workers"] = workers
         build_cache(BuildConfig(tars=tars, output_dir=folder / f"built-{next(outs)}", **TEACHER, **options))
 
     def peer() -> float:
@@ -122,15 +127,45 @@ def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
             sys.exit(f"{' '.join(command)}\n{result.stderr[-3000:]}")
         return float(result.stdout.split()[-1])
 
-    ways = [lambda: timed(ours), lambda: timed(lambda: bare_loop(tars, threads)), *([peer] if clip_retrieval else [])]
-    built, bare, *theirs = alternate(rounds, *ways)
+    ways = [
+        partial(timed, ours),
+        partial(timed, partial(ours, threads)),
+        lambda: timed(lambda: bare_loop(tars, threads)),
+    ]
+    built, in_processes, bare, *theirs = alternate(rounds, *ways, *([peer] if clip_retrieval else []))
     print(
         f"build / bare loop (rate)           {bare / built:6.3f}  (>= 0.95; {images / built:.0f} images/s)", flush=True
+    )
+    print(
+        f"build, processes / threads (rate)  {built / in_processes:6.3f}  ({threads} each; with their start)",
+        flush=True,
     )
     if theirs:
         print(f"build / clip-retrieval (rate)      {theirs[0] / built:6.3f}  (>= 1)", flush=True)
     else:
         print("build / clip-retrieval (rate)           -  (not measured: name a Python that has it, see --help)")
+
+
+def bench_runtime(folder: Path, rounds: int, batch: int = 32) -> None:
+    """Forward passes by ONNX Runtime and by torch, of the same weights and images, with as many threads."""
+    teachers = [load_teacher(TEACHER["backbone"], TEACHER["weights"], SIZE, "cpu")]
+    for name in ("resnet18", "vit_small_patch16_224"):
+        save_file(timm.create_model(name, pretrained=False).state_dict(), folder / name)
+        teachers.append(load_teacher(name, f"{folder / name}", device="cpu"))
+    version = torch.backends.cpu.get_cpu_capability()
+    print(f"{torch.get_num_threads()} threads; torch by {version}, ONNX Runtime by what the processor has")
+    for by_torch in teachers:
+        by_onnx = dataclasses.replace(by_torch, runtime="onnx")
+        side = by_torch.preprocessing.input_size[0]
+        images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
+        cosine = torch.cosine_similarity(by_onnx.embed(images).double(), by_torch.embed(images).double()).min()
+        embedding = [partial(timed, partial(teacher.embed, images)) for teacher in (by_onnx, by_torch)]
+        onnx, plain = alternate(rounds, *embedding)
+        print(
+            f"onnx / torch (rate) {plain / onnx:6.3f}  {by_torch.backbone} at {side} px: {batch / onnx:.0f} and "
+            f"{batch / plain:.0f} images/s, smallest cosine 1 - {max(0.0, 1 - float(cosine)):.0e}",
+            flush=True,
+        )
 
 
 def random_cache(folder: Path) -> EmbeddingCache:
@@ -260,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clip-retrieval", metavar="PYTHON")
-    parser.add_argument("--only", nargs="+", default=["build", "shard", "loader", "memory", "size"])
+    parser.add_argument("--only", nargs="+", default=["build", "runtime", "shard", "loader", "memory", "size"])
     options = parser.parse_args()
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
@@ -268,6 +303,8 @@ def main() -> None:
             match name:
                 case "build":
                     bench_build(where, options.rounds, options.clip_retrieval)
+                case "runtime":
+                    bench_runtime(where, options.rounds)
                 case "shard":
                     bench_shard(where, options.rounds)
                 case "loader":
@@ -277,7 +314,7 @@ def main() -> None:
                 case "size":
                     bench_size(where)
                 case _:
-                    parser.error(f"--only {name}: expected build, shard, loader, memory, size")
+                    parser.error(f"--only {name}: expected build, runtime, shard, loader, memory, size")
 
 
 if __name__ == "__main__":

@@ -103,11 +103,11 @@ def test_a_cache_in_a_bucket_equals_one_in_a_folder(
 def test_two_caches_are_built_from_one_decode(
     pattern: str, options: dict[str, Any], undisturbed: Path, weights: Weights, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from threetowers.cache.builder import pipeline
+    from threetowers.cache.builder import decoding
 
     decoded = []
-    real = pipeline.decode_rgb
-    monkeypatch.setattr(pipeline, "decode_rgb", lambda data, **how: decoded.append(1) or real(data, **how))
+    real = decoding.decode_rgb
+    monkeypatch.setattr(decoding, "decode_rgb", lambda data, **how: decoded.append(1) or real(data, **how))
     resnet = {"backbone": "test_resnet", "weights": weights("test_resnet"), "image_size": 48}
     shared = {"views": Views("center+flip"), "rows_per_tar": 6, "batch_size": 5, "threads": 1}
     teachers = {

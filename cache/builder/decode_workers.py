@@ -1,0 +1,143 @@
+"""Processes that decode images, so that the one that embeds them spends no time under the interpreter's lock on it.
+
+A thread here drives each process: it sends the bytes of an image, sleeps, and takes the pixels out of memory that both
+share. A process ends when its connection does, so also with a parent that was killed.
+"""
+
+import math
+import multiprocessing
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Self
+
+import numpy as np
+
+from threetowers.cache.builder.decoding import Decoded, Decoder, PixelFormat
+from threetowers.cache.format.views import Params, Pixels
+from threetowers.cache.processes.preemption import ignore_sigterm
+from threetowers.cache.webdataset.images import BadImage
+
+# Loaded once by the server that the processes are forked from.
+PRELOADED = ["threetowers.cache.builder.decode_workers", "timm.data"]
+
+
+class DecodeThreads:
+    """Decodes in threads of this process: enough beside a CPU's forward passes, as Pillow releases the lock."""
+
+    def __init__(self, decoder: Decoder, threads: int) -> None:
+        self._decoder = decoder
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Cancel what was not begun, without waiting."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, caches: Sequence[int], key: str, data: bytes) -> Future[Decoded]:
+        """Have an image file decoded, as `Decoder` does."""
+        return self._pool.submit(self._decoder, caches, key, data)
+
+
+class DecodeWorkers(DecodeThreads):
+    """Decodes in processes, each with a thread of this process that waits for it."""
+
+    def __init__(self, decoder: Decoder, workers: int) -> None:
+        super().__init__(decoder, workers)
+        context = multiprocessing.get_context("forkserver")  # a fork of this process would share CUDA and its threads
+        context.set_forkserver_preload(PRELOADED)
+        self._workers = [_Worker(context, decoder) for _ in range(workers)]
+        self._idle = list(self._workers)
+        self._lock = threading.Lock()
+
+    def __exit__(self, *error: object) -> None:
+        """End the processes at once: they own nothing."""
+        super().__exit__(*error)
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+
+    def submit(self, caches: Sequence[int], key: str, data: bytes) -> Future[Decoded]:
+        """Have an image file decoded, as `Decoder` does.
+
+        The result raises RuntimeError where the process has ended.
+        """
+        return self._pool.submit(self._decode, caches, key, data)
+
+    def _decode(self, caches: Sequence[int], key: str, data: bytes) -> Decoded:
+        with self._lock:
+            worker = self._idle.pop()  # there are as many processes as threads
+        try:
+            return worker.decode(caches, key, data)
+        finally:
+            with self._lock:
+                self._idle.append(worker)
+
+
+class _Worker:
+    """A process, the connection to it, and the memory in which it leaves pixels."""
+
+    def __init__(self, context: Any, decoder: Decoder) -> None:
+        memory = context.RawArray("B", sum(math.prod(form.shape) for form in decoder.formats))
+        self._pixels = _slots(memory, decoder.formats)
+        self._connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, memory, decoder), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process ends the connection
+
+    def decode(self, caches: Sequence[int], key: str, data: bytes) -> Decoded:
+        try:
+            self._connection.send((caches, key, data))
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(1)
+            raise RuntimeError(
+                f"a process that decodes images ended with exit code {self.process.exitcode}: if it was killed for "
+                "want of memory, use fewer (--workers)"
+            ) from error
+        if isinstance(answer, Exception):
+            raise answer
+        decoded: Decoded = answer[0]
+        params: list[Params] | None = answer[1]
+        if params is None:
+            return decoded
+        return replace(decoded, views=list(zip([self._pixels[i].copy() for i in caches], params, strict=True)))
+
+
+def _slots(memory: Any, formats: Sequence[PixelFormat]) -> list[Pixels]:
+    """Return the part of the shared memory that holds the pixels (V, 3, H, W) of each cache."""
+    flat = np.frombuffer(memory, np.uint8)
+    ends = np.cumsum([math.prod(form.shape) for form in formats])
+    parts = np.split(flat, ends[:-1])
+    return [part.reshape(form.shape) for part, form in zip(parts, formats, strict=True)]
+
+
+def _serve(connection: Connection, memory: Any, decoder: Decoder) -> None:
+    """Decode what comes until the connection ends; signals to all processes of a job are the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_sigterm()
+    slots = _slots(memory, decoder.formats)
+    while True:
+        try:
+            caches, key, data = connection.recv()
+        except EOFError:
+            return
+        try:
+            decoded = decoder(caches, key, data)
+        except Exception as error:  # a fault of the program, or memory that is short: the parent's to raise
+            connection.send(error)
+            continue
+        if isinstance(decoded.views, BadImage):
+            connection.send((decoded, None))
+            continue
+        for i, (pixels, _) in zip(caches, decoded.views, strict=True):
+            slots[i][...] = pixels
+        connection.send((replace(decoded, views=[]), [params for _, params in decoded.views]))

@@ -1,0 +1,69 @@
+"""From the bytes of an image to the pixels that teachers embed: decoded once, transformed for each of the caches."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import xxhash
+from PIL import Image
+
+from threetowers.cache.format.views import Params, Pixels, Views
+from threetowers.cache.webdataset.images import BadImage, decode_rgb
+from threetowers.cache.webdataset.tar_index import key_hash
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How one cache takes its pixels. Without the teacher, so that it can be sent to another process.
+
+    Attributes:
+        views: of each image.
+        transform: the teacher's, for the center view.
+        input_size: (height, width) in pixels.
+        interpolation: of crops, in PIL's terms.
+        min_side: the shorter side down to which a JPEG may be decoded; None for a full decode.
+    """
+
+    views: Views
+    transform: Callable[[Image.Image], Pixels]
+    input_size: tuple[int, int]
+    interpolation: str
+    min_side: int | None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape (V, 3, H, W) of an image's views."""
+        return self.views.count, 3, *self.input_size
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image file: the pixels of its views (V, 3, H, W) and their crop parameters, for each cache; or the error."""
+
+    image_hash: int
+    views: list[tuple[Pixels, Params]] | BadImage
+    notes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes image files for several caches, up to `max_pixels` pixels each. `formats[i]` is that of cache i."""
+
+    formats: Sequence[PixelFormat]
+    max_pixels: int
+
+    def __call__(self, caches: Sequence[int], key: str, data: bytes) -> Decoded:
+        """Decode an image file, and make its views for these caches. The key of its sample seeds crops."""
+        formats = [self.formats[i] for i in caches]
+        image_hash = xxhash.xxh3_64_intdigest(data)
+        notes: list[str] = []
+        images = {}
+        try:
+            for side in {form.min_side for form in formats}:
+                images[side] = decode_rgb(data, max_pixels=self.max_pixels, min_side=side, notes=notes)
+        except BadImage as error:
+            return Decoded(image_hash, error)
+        views = [
+            form.views.pixels(images[form.min_side], key_hash(key), form.transform, form.input_size, form.interpolation)
+            for form in formats
+        ]
+        return Decoded(image_hash, views, frozenset(notes))
