@@ -16,15 +16,21 @@
 #include <thread>
 #include <vector>
 
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 namespace {
 
 constexpr std::int64_t BAND = 32;     // rows a thread takes at once
 constexpr std::int64_t BLOCK = 1024;  // columns: BAND x BLOCK floats stay in a core's second-level cache
+constexpr int TOGETHER = 4;           // rows swept at once: what is a column's is then loaded once for all
 constexpr std::int64_t PAD = 16;      // widest SIMD width: bands' column results are padded to complete vectors
 constexpr float LOG2E = 1.44269504f;
-// 2^f on [-1/2, 1/2], minimax in relative error (2e-9 before rounding).
-constexpr float EXP2_C0 = 1.0f, EXP2_C1 = 0.693147182f, EXP2_C2 = 0.240226462f, EXP2_C3 = 0.0555032864f,
-                EXP2_C4 = 0.00961848907f, EXP2_C5 = 0.00133999309f, EXP2_C6 = 0.000153458022f;
+// 2^f = 1 + f (C1 + f (C2 + ...)) on [-1/2, 1/2], minimax in relative error (9e-8 before rounding).
+constexpr float EXP2_C1 = 0.69314700f, EXP2_C2 = 0.24022242f, EXP2_C3 = 0.05550734f, EXP2_C4 = 0.009671511f,
+                EXP2_C5 = 0.0013264602f;
+// How far apart a block's maxima may be (in t) to share a base. Of powers relative to it, those below 2^-127 are lost,
+// which is below 2^-63 of any row's or column's largest; the others are rounded by at most 2^-18 in the exponent.
+constexpr float SPREAD = 64.0f;
 
 struct Tile {
   float* dots;

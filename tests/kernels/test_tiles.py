@@ -9,7 +9,15 @@ import torch
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.cpu import CpuTiles, library, sweep_library
 from threetowers.kernels.cpu.cpu_tiles import best_isa
-from threetowers.kernels.tiles import LogitMap, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile, TorchTiles
+from threetowers.kernels.tiles import (
+    LOG2E,
+    LogitMap,
+    OnlineLogSumExp,
+    SigmoidSums,
+    SoftmaxWeights,
+    Tile,
+    TorchTiles,
+)
 
 SHAPES = [(1, 1), (3, 17), (33, 15), (70, 1029), (129, 64)]
 
@@ -62,6 +70,44 @@ def test_softmax_sweeps(sweep: CpuTiles, rows: int, cols: int, labelled: bool) -
             grad_rc = sweep.softmax_grad(0.5 * x_rD, y_cD, tile, *single, cached_rc)
             torch.testing.assert_close(grad_rc.double(), want, rtol=1e-4, atol=1e-7)
         assert torch.equal(cache_rc, cache_before)
+
+
+@pytest.mark.parametrize("apart", [0, 50, 63, 65, 300])
+def test_maxima_near_and_far_apart(sweep: CpuTiles, apart: int) -> None:
+    """One power serves a row and a column up to a distance of their maxima, two beyond: both are as exact."""
+    base_2 = LogitMap(torch.tensor([1 / LOG2E, 0.0]), torch.tensor([1.0, 0.0]))  # dots are base-2 logits, exactly
+    t_r = (torch.linspace(0, apart, 70) * 4).round()[torch.arange(70) * 27 % 70] / 4  # all distances within few rows
+    x_rD = torch.stack([t_r, torch.ones(70)], 1)
+    y_cD = torch.stack([torch.ones(1029), -(torch.arange(1029) * 7 % 40) / 4], 1)
+    t_rc = (x_rD.double() @ y_cD.double().T).fill_diagonal_(-torch.inf)
+    found = [OnlineLogSumExp.empty(n, x_rD, torch.float32) for n in (70, 1029)]
+    sweep.stats(x_rD, y_cD, Tile(base_2, 0), *found, None)
+    truth = [OnlineLogSumExp(t_rc.amax(dim), torch.exp2(t_rc - t_rc.amax(dim, True)).sum(dim)) for dim in (1, 0)]
+    for a, b in zip(found, truth, strict=True):
+        assert torch.equal(a.max_n.double(), b.max_n)
+        torch.testing.assert_close(a.sum_n.double(), b.sum_n, rtol=2e-6, atol=0)
+
+    rows, cols = (SoftmaxWeights(b.max_n, (1 / (b.sum_n + 1))) for b in truth)
+    single = [SoftmaxWeights(w.shift_n.float(), w.factor_n.float()) for w in (rows, cols)]
+    grad_rc = sweep.softmax_grad(x_rD, y_cD, Tile(base_2, 0), *single, None)
+    by_row_rc = torch.exp2(t_rc - rows.shift_n[:, None]) * rows.factor_n[:, None]
+    by_col_rc = torch.exp2(t_rc - cols.shift_n) * cols.factor_n
+    torch.testing.assert_close(grad_rc.double(), by_row_rc + by_col_rc, rtol=2e-6, atol=1e-36)
+
+
+@pytest.mark.parametrize("apart", [0, 1000])
+def test_powers_below_the_smallest_number_fade_to_zero(sweep: CpuTiles, apart: int) -> None:
+    base_2 = LogitMap(torch.tensor([1 / LOG2E, 0.0]), torch.tensor([1.0, 0.0]))
+    t_c = torch.arange(-160, 0.25, 0.25)
+    rows = SoftmaxWeights(torch.zeros(1), torch.ones(1))
+    cols = SoftmaxWeights(torch.full_like(t_c, apart), torch.zeros_like(t_c))  # apart: no base is common
+    power_c = sweep.softmax_grad(torch.ones(1, 1), t_c[:, None], Tile(base_2, 10**6), rows, cols, None)[0].double()
+    truth_c = torch.exp2(t_c.double())
+    torch.testing.assert_close(power_c[t_c >= -126], truth_c[t_c >= -126], rtol=3e-7, atol=0)
+    between = (t_c > -127) & (t_c < -126)
+    assert (power_c[between] <= truth_c[between]).all()
+    assert (power_c[between].diff() >= 0).all()
+    assert (power_c[t_c <= -127] == 0).all()
 
 
 @pytest.mark.parametrize("labelled", [False, True])
