@@ -2,8 +2,14 @@
 
     python tests/benchmarks/bench_loss.py            # B = 8192, D = 512; about five minutes on two cores
     python tests/benchmarks/bench_loss.py --quick    # smaller, under a minute
+    python tests/benchmarks/bench_loss.py --softmax  # only the softmax loss, its floor and open_clip's, half a minute
     python tests/benchmarks/bench_loss.py --curves --plot curves.svg   # B from 1k to 32k; many minutes
     python tests/benchmarks/bench_loss.py --cpu-time # one thread's processor time: steadier on a busy machine
+
+As on a processor without AVX-512, all of them: the sweep and torch's operations, oneDNN, and MKL, whose products decide
+(on AMD it has no others than for AVX2, whatever the variable says):
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python tests/benchmarks/bench_loss.py
 
 All times are forward plus backward in float32, taken in turns within one run, so that a busy machine slows all alike.
 Ratios are printed of the best times, and as the median over rounds of the ratio within a round: where these differ
@@ -135,6 +141,20 @@ def report(title: str, steps: dict[str, Step], pairs: list[tuple[str, str]], rou
             best = min(seconds[over]) / min(seconds[under])
             spread = f"median of rounds {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}"
             print(f"  {over} / {under}: {best:.2f} best over best ({spread})")
+
+
+def bench_softmax(total: int, width: int, rounds: int, clock: Clock) -> None:
+    """The softmax loss between its floor and open_clip's loss, all in the same rounds."""
+    x_BD, y_BD = features(total, width)
+    steps = {
+        "floor of 4 passes": floor(x_BD, y_BD, True),
+        "softmax": training_step(x_BD, y_BD, contrastive_loss),
+    }
+    rival = open_clip_softmax()
+    if rival is not None:
+        steps["open_clip ClipLoss"] = training_step(x_BD, y_BD, rival)
+    pairs = [("softmax", "floor of 4 passes"), ("open_clip ClipLoss", "softmax")]
+    report(f"Softmax, B = {total}, D = {width}", steps, pairs, rounds, clock)
 
 
 def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clock) -> None:
@@ -345,6 +365,7 @@ def bench_share(totals: list[int], rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--softmax", action="store_true", help="only the softmax loss, its floor and open_clip's")
     parser.add_argument("--batch", type=int, help="B; default 8192, with --quick 2048")
     parser.add_argument("--width", type=int, default=512, help="D")
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 3")
@@ -367,13 +388,18 @@ def main() -> None:
         measure_curve(args.curve, args.width, args.batches, args.limit)
         return
     backend = type(backend_for(torch.empty(1, 1))).__name__
-    print(f"torch {torch.__version__}, {args.threads} threads, back end {backend}, load {os.getloadavg()[0]:.1f}")
+    vectors = torch.backends.cpu.get_cpu_capability()
+    used = f"{args.threads} threads, {vectors}, back end {backend}"
+    print(f"torch {torch.__version__}, {used}, load {os.getloadavg()[0]:.1f}", flush=True)
     if args.curves or args.plot:
         totals = [total for total in args.batches if total <= 2048] if args.quick else args.batches
         bench_curves([512] if args.quick else [512, 768], totals, args.threads, args.limit, args.plot)
         return
-    bench_error()
     clock, rounds = time.thread_time if args.cpu_time else time.perf_counter, args.rounds or (3 if args.quick else 5)
+    if args.softmax:
+        bench_softmax(batch, args.width, rounds, clock)
+        return
+    bench_error()
     bench_time(batch, args.width, batch, rounds, clock)
     bench_memory(16384 if args.quick else 32768, 64 if args.quick else args.width, args.threads)
     bench_share([256] if args.quick else [256, 2048], 2 if args.quick else 3)
