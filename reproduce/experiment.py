@@ -18,7 +18,8 @@ from threetowers.eval.encoders.load import load_encoder
 from threetowers.eval.record import EvalRecord
 from threetowers.eval.suite import PlannedEvaluation, plan_evaluations, run_evaluation
 from threetowers.trainer.config import TrainConfig, load_config
-from threetowers.trainer.train import TrainSummary, train
+from threetowers.trainer.monitoring.train_summary import TrainSummary
+from threetowers.trainer.train import train
 
 VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS = "validation", "retrieval", "subgroups", "groups"
 VALIDATION_METRICS = ("image_to_text/mean_reciprocal_rank", "text_to_image/mean_reciprocal_rank")

@@ -133,19 +133,24 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # backward() only adds gradients, step() ends the step: else ZeRO 1 and 2 take a micro-batch for a whole batch.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optim.grad_clip_norm,  # always written: DeepSpeed's own default is 1.0, not off
+        "gradient_clipping": 0.0,  # AgreedStep clips; always written: DeepSpeed's own default is 1.0, not off
         "zero_optimization": {"stage": config.engine.zero_stage},
         "steps_per_print": 10**9,  # the trainer logs
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step; the trainer has its own
     }
     if config.engine.precision == "bfloat16":
-        tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        tree["bf16"] = {"enabled": True, "check_grad_overflow": False}  # AgreedStep finds it
         if num_micro_batches(config, world) > 1:
             tree["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.optim.name == "adamw":
         # torch_adam: the fused variants are compiled at first use and round differently on each device.
         parameters = {"torch_adam": True, "lr": config.optim.lr, "betas": list(config.optim.betas), "weight_decay": 0.0}
         tree["optimizer"] = {"type": "AdamW", "params": parameters}
-    return _merge(tree, config.engine.deepspeed_extra)
+    merged = _merge(tree, config.engine.deepspeed_extra)
+    zero = merged["zero_optimization"]
+    if zero["stage"] in (1, 2) and not zero.get("offload_optimizer"):
+        zero["compute_grad_norm"] = False  # AgreedStep does: DeepSpeed waits for it on the host, once a parameter group
+    return merged
 
 
 def _check_layout(config: TrainConfig, world: int) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from threetowers.kernels import describe_fault
 from threetowers.trainer.loss import TermResult
 from threetowers.trainer.model.model import Outputs, TowerModel
 from threetowers.trainer.model.running_moments import running_moments_kept
@@ -24,11 +25,43 @@ LossFunction = Callable[[Outputs, Tensor | None, Mapping[str, Tensor]], tuple[Te
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss of one step over the global batch, and each term's part in it, by name."""
+    """What one step computed, on the device: nothing of it is read before it is asked for.
 
-    loss: float
-    terms: dict[str, TermResult]
-    nonfinite: tuple[str, ...] = ()  # the same on all ranks; where there are any, no gradient was computed
+    Attributes:
+        loss: Over the global batch, 0-d, the same on all ranks; NaN where it cannot be used, as all gradients then are.
+        terms: Each term's part in it, by name.
+        embeddings: Of the local batch (b, D), by head.
+    """
+
+    loss: Tensor
+    terms: Mapping[str, TermResult]
+    embeddings: Mapping[str, Tensor]
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the values of the terms, as the metrics name them."""
+        return {
+            f"terms/{name}/{key}": value for name, term in self.terms.items() for key, value in term.metrics().items()
+        }
+
+    def nonfinite(self) -> tuple[str, ...]:
+        """Name what makes the loss nonfinite, the same on all ranks; nothing where it is finite.
+
+        That is the heads with a nonfinite embedding on any rank; or else the terms with a nonfinite loss, or with
+        values that it cannot be computed from. Collective; with a host wait for each of them.
+        """
+        found = torch.stack([~embedding_bD.isfinite().all() for embedding_bD in self.embeddings.values()]).int()
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        if found.any():
+            return tuple(f"embeddings {name}" for name, bad in zip(self.embeddings, found.tolist(), strict=True) if bad)
+        if self.loss.isfinite():
+            return ()
+        names = []
+        for name, term in self.terms.items():
+            if term.fault:
+                names.append(f"loss of {name}: {describe_fault(int(term.fault))}")
+            elif not term.loss.isfinite():
+                names.append(f"loss of {name} = {float(term.loss):g}")
+        return tuple(names) or (f"loss = {float(self.loss):g}",)
 
 
 class GradCache:
@@ -72,20 +105,20 @@ class GradCache:
         groups_b: Tensor | None = None,
         present: Mapping[str, Tensor] | None = None,
     ) -> StepResult:
-        """Leave the gradients of the step in the engine and return its loss. Collective.
+        """Leave the gradients of the step in the engine and return its loss, without a host wait. Collective.
 
         Args:
-            inputs: One tensor of b samples a tower, on any device.
+            inputs: One tensor of b samples a tower, on the engine's device; from another one they are copied as they
+                are used, in micro-batches twice.
             step: Number of the step; seeds dropout.
             groups_b: Group of each sample (b,) int64; samples of one group are no negatives of each other.
-            present: For each tower that some samples may lack, which ones have it, (b,) bool.
+            present: For each tower that some samples may lack, which ones have it, (b,) bool on the CPU.
 
         Raises:
             ValueError: For fewer samples than micro-batches.
         """
         micro_batches = split(inputs, self.num_micro_batches)
         groups_b = None if groups_b is None else groups_b.to(self.device, non_blocking=True)
-        present = {name: has_b.to(self.device, non_blocking=True) for name, has_b in (present or {}).items()}
 
         # Forward: with a graph in one pass, without one where the micro-batches run again in backward.
         if len(micro_batches) == 1:
@@ -97,16 +130,9 @@ class GradCache:
             del parts
 
         # The loss over the global batch.
-        try:
-            loss, terms = self.loss_fn(outputs, groups_b, present)
-        except ValueError:  # raised on all ranks together, so that they can look for the reason together
-            nonfinite = self._nonfinite_embeddings(outputs)
-            if not nonfinite:
-                raise
-            return StepResult(float("nan"), {}, nonfinite)
-        result = StepResult(float(loss.detach()), terms, _nonfinite_losses(loss.detach(), terms))
-        if result.nonfinite:
-            return result
+        loss, terms = self.loss_fn(outputs, groups_b, present or {})
+        embeddings = {name: embedding_bD.detach() for name, embedding_bD in outputs.embeddings.items()}
+        result = StepResult(loss.detach(), terms, embeddings)
 
         # Backward.
         if len(micro_batches) == 1:
@@ -137,14 +163,6 @@ class GradCache:
         module = self.engine.module
         with running_moments_kept(module, enabled=module.config.engine.activation_checkpointing):
             self.engine.backward(loss)
-
-    def _nonfinite_embeddings(self, outputs: Outputs) -> tuple[str, ...]:
-        """Name the heads with a nonfinite embedding on any rank. Collective."""
-        names = list(outputs.embeddings)
-        found = torch.stack([~outputs.embeddings[name].detach().isfinite().all() for name in names])
-        found = found.int().to(self.device)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return tuple(f"embeddings {name}" for name, value in zip(names, found.tolist(), strict=True) if value)
 
 
 def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
@@ -198,14 +216,6 @@ def _named_tensors(outputs: Outputs) -> Iterator[tuple[tuple[str, str], Tensor]]
     for kind in ("embeddings", "log_scales", "biases"):
         for name, tensor in getattr(outputs, kind).items():
             yield (kind, name), tensor
-
-
-def _nonfinite_losses(loss: Tensor, terms: Mapping[str, TermResult]) -> tuple[str, ...]:
-    """Name the terms with a nonfinite loss, or the total where every single term is finite."""
-    if torch.isfinite(loss):
-        return ()
-    names = [f"loss of {name} = {float(term.loss):g}" for name, term in terms.items() if not term.loss.isfinite()]
-    return tuple(names) or (f"loss = {float(loss):g}",)
 
 
 def _surrogate_loss(outputs: Outputs, grads: Mapping[tuple[str, str], Tensor], rows: slice, shared: bool) -> Tensor:

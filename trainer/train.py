@@ -2,19 +2,18 @@
 
 import json
 import logging
-import resource
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.processes.stop_request import StopRequest
@@ -38,7 +37,7 @@ from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.data.worker_plan import plan_workers
 from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, rank_store, start_engine
 from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
-from threetowers.trainer.grad_cache import GradCache, StepResult
+from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import (
@@ -49,6 +48,8 @@ from threetowers.trainer.model.running_moments import (
 from threetowers.trainer.monitoring.metrics import Metrics, MetricsLog, step_line
 from threetowers.trainer.monitoring.profile import StepProfile
 from threetowers.trainer.monitoring.timer import Timer
+from threetowers.trainer.monitoring.train_summary import TrainSummary, peak_memory
+from threetowers.trainer.optimizer.agreed_step import AgreedStep, StepReport
 from threetowers.trainer.optimizer.optimizer import freeze
 from threetowers.trainer.optimizer.schedule import Schedule
 from threetowers.trainer.run_folder import RunFolder, RunInUse
@@ -57,27 +58,6 @@ from threetowers.trainer.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 ONE_VALUE = "Expected more than 1 value per channel"  # torch, of batch normalization
-
-
-@dataclass(frozen=True)
-class TrainSummary:
-    """Cost of a finished run over all its launches; steps that were repeated after a crash count once."""
-
-    steps: int
-    samples: int  # usable ones in the data set
-    epochs: float
-    seconds: float  # of training: steps, waiting for their data, warm-up
-    warmup_seconds: float
-    evaluation_seconds: float
-    checkpoint_seconds: float
-    images_per_s: float  # after warm-up
-    data_wait: float  # share of the training time, after warm-up, spent waiting for data
-    bottleneck: str  # a sentence
-    memory_gb: float  # peak of this process since its start
-    skipped_samples: int  # samples that could not be read, on this rank
-    nonfinite_steps: int  # steps skipped because a loss or gradient was nonfinite
-    notes: Mapping[str, int] = field(default_factory=dict)  # what was tolerated in samples, on this rank
-    skipped_by_reason: Mapping[str, int] = field(default_factory=dict)  # the skipped samples, on this rank
 
 
 class Evaluator(Protocol):
@@ -196,6 +176,7 @@ class Trainer:
                 for step in range(self.start, self.steps):
                     done = step + 1
                     last = done == self.steps
+                    log_due = last or done % config.log.every_steps == 0
                     profile.before(done)
                     with self.timer.phase("data"):
                         batch = next(batches)
@@ -206,21 +187,21 @@ class Trainer:
                         rate = self._set_learning_rate(step)
                         restore_moments = remember_running_moments(self.engine.module) if self._may_skip else None
                         with self._explained(step, batch):
-                            result = self.grad_cache(batch.inputs, step, batch.groups_b, batch.present)
-                        nonfinite, (stop, by_keyboard, overdue, lost) = self.nonfinite.sync(
-                            [self.stop.received, self.stop.by_keyboard, self._checkpoint_overdue(), self._lease_lost()]
-                        )
+                            result = self.grad_cache(batch.inputs, step, self._groups(batch), batch.present)
+                        report = self.agreed_step(result, self._requests(), metrics=log_due)
+                        stop, by_keyboard, overdue, lost = report.flags
                         if step == self.start:
                             self.stop.first_step_done()
                         if lost:
                             raise RunInUse(self.folder.taken_over())
-                        if not self._update(done, result, nonfinite) and restore_moments is not None:
+                        self._count_update(done, report)
+                        if report.nonfinite and restore_moments is not None:
                             restore_moments()
                     self.timer.count_step(config.global_batch_size)
                     profile.after(done, last)
 
-                    if log is not None and (last or done % config.log.every_steps == 0):
-                        self._log_step(log, done, result, rate)
+                    if log is not None and log_due:
+                        self._log_step(log, done, report, rate)
                     self._evaluate(log, done)
                     if last or stop or overdue or done % (config.checkpoint.every_steps or self.steps) == 0:
                         self._save_checkpoint(done)
@@ -276,6 +257,9 @@ class Trainer:
         self.folder.check_manifests(self.manifests)
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
         self.vocab_size = self.tokenizer.embedding_rows(config.data.vocab_size)
+        # Each data set visits a sample once in an epoch, and epochs are of whole batches.
+        components = self.samples.components
+        self._has_groups = len(components) > 1 or components[0].group_field is not None
         self.steps = config.duration.in_steps(len(self.samples), config.global_batch_size)
         self.schedule = Schedule.of(config.optim, self.steps, len(self.samples), config.global_batch_size)
         self.folder.check_schedule(config, len(self.samples))
@@ -328,7 +312,7 @@ class Trainer:
             rank=self.world.rank,
             device=self.world.device,
         )
-        self.nonfinite = NonFiniteDetector(self.engine.module, self.world.device)
+        self.agreed_step = AgreedStep(self.engine, config.optim.grad_clip_norm, self.world.device)
 
     def _log_summary(self) -> None:
         """Log what will be trained, on what, for how long and at which cost; the first rank alone."""
@@ -368,8 +352,12 @@ class Trainer:
         loader = training_loader(
             self.config, self.samples, self.tokenizer, world.rank, world.size, self.start, self.steps, self.worker_plan
         )
-        # Micro-batches go to the device one by one: the complete batch may not fit there.
-        yield from prefetch_to_device(loader, world.device) if self.config.engine.micro_batch_size is None else loader
+        # Whole batches, also of micro-batches: their inputs are used twice, and are less than one's activations.
+        yield from prefetch_to_device(loader, world.device)
+
+    def _groups(self, batch: Batch) -> Tensor | None:
+        """Return the groups of a batch's samples, where any two of them can be of one."""
+        return batch.groups_b if self._has_groups else None
 
     def _check_batch(self, batch: Batch) -> None:
         """Count and log the bad samples of a batch. Raises BadSample where the config does not allow them."""
@@ -420,31 +408,20 @@ class Trainer:
     def _may_skip(self) -> bool:
         return self.config.engine.on_nonfinite == "skip"
 
-    def _update(self, done: int, result: StepResult, parameters: Sequence[str]) -> bool:
-        """Step the optimizer; or skip the step, on all ranks, where a loss or gradient is nonfinite.
-
-        Args:
-            done: Number of the step, from 1.
-            result: Its loss.
-            parameters: Names of the parameters with a nonfinite gradient on any rank.
-
-        Returns:
-            Whether the step was made.
+    def _count_update(self, done: int, report: StepReport) -> None:
+        """Count step `done`, from 1, as an update of the weights, or as one that was skipped by all ranks.
 
         Raises:
-            FloatingPointError: If the config does not allow to skip the step.
+            FloatingPointError: A loss or gradient was nonfinite and the config does not allow to skip the step.
         """
-        nonfinite = [*result.nonfinite, *(f"gradient of {name}" for name in parameters)]
-        if not nonfinite:
-            self.engine.step()
+        if not report.nonfinite:
             self.updates += 1
             self._nonfinite_in_a_row = 0
-            return True
-
+            return
         self._nonfinite_in_a_row += 1
         self.counts["nonfinite_steps"] += 1
         limit = self.config.engine.nonfinite_limit
-        names = ", ".join(nonfinite[:5]) + (", ..." if len(nonfinite) > 5 else "")
+        names = ", ".join(report.nonfinite[:5]) + (", ..." if len(report.nonfinite) > 5 else "")
         if not self._may_skip or self._nonfinite_in_a_row >= limit:
             raise FloatingPointError(
                 f"step {done}: nonfinite {names} ({self._nonfinite_in_a_row} such steps in a row); the weights are "
@@ -458,35 +435,27 @@ class Trainer:
             self._nonfinite_in_a_row,
             limit,
         )
-        if not result.nonfinite:  # else there was no backward pass
-            self._discard_gradients()
-        return False
 
-    def _discard_gradients(self) -> None:
-        """Drop the step's gradients, of which DeepSpeed's wrappers have begun the reduction over ranks."""
-        if self.config.engine.zero_stage == 0 and self.config.engine.precision == "float32":
-            self.engine.zero_grad()
-            return
-        self.engine.step()  # finds the overflow itself, and clears its buffers
-        assert not self.engine.was_step_applied()
+    def _requests(self) -> list[bool]:
+        """Return what this rank wants all to follow: to stop, by the keyboard, to save, to give the folder up."""
+        return [self.stop.received, self.stop.by_keyboard, self._checkpoint_overdue(), self._lease_lost()]
 
     def _checkpoint_overdue(self) -> bool:
         """Whether the first rank's clock asks for a checkpoint."""
         minutes = self.config.checkpoint.every_minutes
         return minutes is not None and self.world.first and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def _log_step(self, log: MetricsLog, done: int, result: StepResult, rate: float) -> None:
+    def _log_step(self, log: MetricsLog, done: int, report: StepReport, rate: float) -> None:
         """Write the metrics of step `done`, counted from 1."""
-        norm = self.engine.get_global_grad_norm()
         interval = self.timer.interval()
         flops = self._flops_per_sample  # of towers and heads
         metrics: Metrics = {
             "step": done,
             "epoch": done / self.steps_per_epoch,
             "samples": done * self.config.global_batch_size,
-            "loss": result.loss,
+            "loss": report.loss,
             "lr": rate,
-            "grad_norm": None if norm is None else float(norm),
+            "grad_norm": report.grad_norm,
             "images_per_s": interval.images_per_s,
             "tflops_per_s": None if flops is None else interval.images_per_s * flops / 1e12,  # on all ranks
             "data_wait": interval.data_wait,
@@ -496,8 +465,9 @@ class Trainer:
             "nonfinite_steps": self.counts["nonfinite_steps"],
             **{name: count for name, count in self.counts.items() if name.startswith(("notes/", "skipped/"))},
         }
-        for name, term in result.terms.items():
-            metrics |= {f"terms/{name}/{key}": value for key, value in term.metrics().items()}
+        if (left := self.timer.time_left(done, self.steps)) is not None:
+            metrics["seconds_left"] = left
+        metrics |= report.metrics
         metrics |= self.samples.mixture_metrics(done)
         log.write(metrics)
         logger.info("%s", step_line(metrics, self.steps))
@@ -549,23 +519,13 @@ class Trainer:
         if self._finished:  # before this launch
             return TrainSummary(**json.loads(self.folder.summary.read_text()))
         save_weights(self.engine, self.folder.weights, self.world)
-        timer = self.timer
-        summary = TrainSummary(
-            steps=self.steps,
-            samples=len(self.samples),
-            epochs=self.steps / self.steps_per_epoch,
-            seconds=timer.training,
-            warmup_seconds=timer.seconds("warm-up"),
-            evaluation_seconds=timer.seconds("evaluation"),
-            checkpoint_seconds=timer.seconds("checkpoint"),
-            images_per_s=timer.images_per_s,
-            data_wait=timer.data_wait,
-            bottleneck=timer.bottleneck(),
-            memory_gb=peak_memory(self.world.device),
-            skipped_samples=self.counts["skipped_samples"],
-            nonfinite_steps=self.counts["nonfinite_steps"],
-            notes=self._counts_below("notes/"),
-            skipped_by_reason=self._counts_below("skipped/"),
+        summary = TrainSummary.of(
+            self.steps,
+            len(self.samples),
+            self.steps / self.steps_per_epoch,
+            self.timer,
+            self.counts,
+            self.world.device,
         )
         if self.world.first:
             write_atomic(self.folder.summary, json.dumps(asdict(summary), indent=2))
@@ -575,50 +535,3 @@ class Trainer:
                 logger.info("skipped: %s, %d samples on this rank", reason, count)
             logger.info("%s", summary.bottleneck)
         return summary
-
-    def _counts_below(self, prefix: str) -> dict[str, int]:
-        """Return the counts whose names begin so, by the rest of their names."""
-        found = {name: count for name, count in self.counts.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): found[name] for name in sorted(found)}
-
-
-class NonFiniteDetector:
-    """Checks each gradient as it arrives: after backward ZeRO has already reduced and partitioned them."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Register hooks on the trained parameters of `model`."""
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._names = [name for name, _ in trained]
-        self._norms_P = torch.zeros(len(trained), device=device)
-        for number, (_, p) in enumerate(trained):
-            p.register_hook(self._norm_hook(number))  # type: ignore[no-untyped-call]
-
-    def _norm_hook(self, number: int) -> Callable[[Tensor], None]:
-        def add_norm(grad: Tensor) -> None:
-            self._norms_P[number] += torch.linalg.vector_norm(grad, dtype=torch.float32)
-
-        return add_norm
-
-    def sync(self, flags: Sequence[bool]) -> tuple[list[str], list[bool]]:
-        """Return what any rank has seen since the last call. Collective.
-
-        Args:
-            flags: Other things to agree on in the same collective, in one order on all ranks.
-
-        Returns:
-            The names of the parameters with a nonfinite gradient on any rank, and for each flag whether any rank has
-            raised it.
-        """
-        raised = torch.cat([~self._norms_P.isfinite(), torch.tensor(flags, device=self._norms_P.device)]).int()
-        self._norms_P.zero_()
-        distributed.all_reduce(raised, distributed.ReduceOp.MAX)
-        values = [bool(value) for value in raised.tolist()]
-        nonfinite = [name for name, value in zip(self._names, values, strict=False) if value]
-        return nonfinite, values[len(self._names) :]
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the peak memory of this process in GB: of its GPU where it has one, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

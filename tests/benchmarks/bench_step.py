@@ -31,6 +31,7 @@ from threetowers.trainer.engine import deepspeed_config, join_process_group, num
 from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.optimizer.agreed_step import AgreedStep
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY, WIDTH = 4096, 1280  # of the demo's tokenizer and teacher
@@ -66,12 +67,12 @@ def training_step(config: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
     engine = start_engine(model, config, deepspeed_config(config, world.size))
     micro_batches = num_micro_batches(config, world.size)
     grad_cache = GradCache(engine, partial(total_loss, config), micro_batches, seed=0, rank=0, device=world.device)
+    agreed_step = AgreedStep(engine, config.optim.grad_clip_norm, world.device)
     batch = inputs(config)
     groups_b = torch.arange(config.global_batch_size) % max(2, config.global_batch_size * 3 // 10)
 
     def step() -> None:
-        grad_cache(batch, 0, groups_b)
-        engine.step()
+        agreed_step(grad_cache(batch, 0, groups_b))
 
     return step, batch
 

@@ -27,6 +27,7 @@ from threetowers.trainer.engine import (
 from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.optimizer.agreed_step import AgreedStep
 
 
 def run_job(job: dict[str, Any], world: World) -> None:
@@ -40,6 +41,7 @@ def run_job(job: dict[str, Any], world: World) -> None:
     grad_cache = GradCache(
         engine, partial(total_loss, config), micro_batches, seed=0, rank=world.rank, device=world.device
     )
+    agreed_step = AgreedStep(engine, config.optim.grad_clip_norm, world.device)
     everything = load_file(job["batch"])
     local = config.global_batch_size // world.size
     for step in range(job["steps"]):
@@ -47,8 +49,7 @@ def run_job(job: dict[str, Any], world: World) -> None:
         batch = {name: tensor[start : start + local] for name, tensor in everything.items()}
         groups_b = batch.pop("groups")
         result = grad_cache(batch, step, groups_b)
-        assert not result.nonfinite
-        engine.step()
+        assert not agreed_step(result).nonfinite
     save_weights(engine, Path(job["out"]), world)
 
 

@@ -27,7 +27,7 @@ from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import running_moments
 from threetowers.trainer.run_folder import RunInUse
-from threetowers.trainer.train import NonFiniteDetector, Trainer
+from threetowers.trainer.train import Trainer
 
 
 class WeightSum:
@@ -70,8 +70,6 @@ def poison(trainer: Trainer, steps: Mapping[str, str]) -> None:
             return grad * torch.nan if done + 1 == due else grad
 
         named[name].register_hook(spoil)
-    # The detector's hooks must come after the poison.
-    trainer.nonfinite = NonFiniteDetector(trainer.engine.module, trainer.world.device)
 
 
 def stop_in(name: str, world: World) -> None:

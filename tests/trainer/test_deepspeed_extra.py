@@ -53,4 +53,12 @@ def test_settings_are_merged_into_the_generated_config() -> None:
     extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
     plain, merged = generated({}), generated(extra)
     assert merged.pop("comms_logger") == {"enabled": True}
-    assert merged == plain | {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}
+    assert merged == plain | {"zero_optimization": plain["zero_optimization"] | {"reduce_bucket_size": 1000}}
+
+
+def test_deepspeed_computes_no_norm_where_it_need_not() -> None:
+    """It would make the host wait for it. With an offloaded optimizer it insists."""
+    assert generated({})["zero_optimization"]["compute_grad_norm"] is False
+    offloaded = generated({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    assert "compute_grad_norm" not in offloaded["zero_optimization"]
+    assert generated({})["gradient_clipping"] == offloaded["gradient_clipping"] == 0

@@ -50,7 +50,7 @@ def grad_cache_of(model: TowerModel, micro_batches: int) -> GradCache:
 def gradients(model: TowerModel, micro_batches: int, groups_b: Tensor | None = None) -> dict[str, Tensor]:
     model.zero_grad()
     result = grad_cache_of(model, micro_batches)(inputs_of(10), 0, groups_b)
-    assert result.nonfinite == ()
+    assert result.nonfinite() == ()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -200,13 +200,21 @@ def test_heads_without_trained_parameters_get_no_gradient() -> None:
     assert learning_heads(model_of(tree())) == {"f", "g", "f_h", "h_f"}
 
 
-def test_nonfinite_embeddings_are_named_and_leave_no_gradient(one_process_group: None) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_nonfinite_embeddings_are_named_and_make_every_gradient_nan(one_process_group: None, parts: int) -> None:
+    """So no rank can take its gradients for good ones. A loss beyond floating point does so too, and names its term."""
     model = model_of(tree())
     torch.nn.init.constant_(model.heads["f_h"].weight, torch.inf)  # type: ignore[arg-type]
-    for parts in (1, 2):
-        result = grad_cache_of(model, parts)(inputs_of(6), 0)
-        assert result.nonfinite == ("embeddings f_h",)
-        assert all(p.grad is None for p in model.parameters())
+    result = grad_cache_of(model, parts)(inputs_of(6), 0)
+    assert result.nonfinite() == ("embeddings f_h",)
+    assert not any(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+    config = tree()
+    config["terms"]["transfer"] = {"x": "f_h", "y": "h_f", "kind": "l2", "weight": 1e39}
+    model = model_of(config)
+    result = grad_cache_of(model, parts)(inputs_of(6), 0)
+    assert result.nonfinite() == ("loss = nan",)
+    assert not any(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_layouts_that_do_not_fit_are_refused() -> None:

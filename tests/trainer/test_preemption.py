@@ -155,12 +155,19 @@ def test_sigterm_in_the_first_moment(clip: dict[str, Any], tmp_path: Path) -> No
 
 @pytest.mark.distributed
 def test_nonfinite_gradients_are_skipped_on_all_ranks(clip: dict[str, Any], tmp_path: Path) -> None:
-    """A NaN in one gradient of one rank: skipped by all, at every stage; stopped at the limit, or at once."""
+    """A NaN in one gradient of one rank: skipped by all, at every stage, also with the optimizer in the host's memory;
+    stopped at the limit, or at once. The other steps are clipped, alike everywhere.
+    """
+    clip |= {"optim": {"grad_clip_norm": 0.5}}
     bad = {"2": "heads.f.weight", "4": "towers.text.norm.bias"}
     skip = {"on_nonfinite": "skip", "nonfinite_limit": 2}
     jobs = []
     for zero in range(4):
         file, _ = write_config(clip, tmp_path, f"skip{zero}", zero_stage=zero, **skip)
+        jobs.append({"config": file, "poison": bad})
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
+    for zero in (2, 3):
+        file, _ = write_config(clip, tmp_path, f"skip{zero + 2}", zero_stage=zero, deepspeed_extra=offload, **skip)
         jobs.append({"config": file, "poison": bad})
     in_a_row = write_config(clip, tmp_path, "row", zero_stage=1, **skip)
     stop = write_config(clip, tmp_path, "stop", zero_stage=2, micro_batch_size=2)
@@ -175,6 +182,10 @@ def test_nonfinite_gradients_are_skipped_on_all_ranks(clip: dict[str, Any], tmp_
         assert weights[3] == weights[2] != weights[1]
         assert weights[4] != weights[3]
         np.testing.assert_allclose(weights, metric(tmp_path / "skip0", "weights/sum"), rtol=1e-5)
+        norms = metric(out, "grad_norm")
+        assert norms[1] is norms[3] is None
+        assert all(norm > 0.5 for norm in norms if norm is not None)
+        np.testing.assert_allclose(norms[::2], metric(tmp_path / "skip0", "grad_norm")[::2], rtol=1e-4)
         about = json.loads((out / "checkpoints" / "step-00000006" / "checkpoint.json").read_text())
         assert (about["step"], about["updates"]) == (6, 4)
     assert limit["end"] == stopped["end"] == "nonfinite"

@@ -14,7 +14,8 @@ class Batch:
     Attributes:
         inputs: One tensor per tower, by its name: images (b, 3, S, S) uint8, tokens (b, L) int64, or cached rows (b, D)
             float32.
-        present: For each tower that some samples may lack (`on_missing_row: mask`), which have its row: (b,) bool.
+        present: For each tower that some samples may lack (`on_missing_row: mask`), which have its row: (b,) bool. It
+            stays on the CPU, where the loss finds the numbers of such samples without waiting for the device.
         groups_b: Group of each sample, int64; equal for samples that show the same thing.
         bad: Why samples of this batch are left out: one reason for each bad sample.
         notes: What cannot be used of its samples' annotations, as short phrases, once for each sample.
@@ -37,7 +38,6 @@ class Batch:
         return replace(
             self,
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
-            present={name: has_b.to(device, non_blocking=True) for name, has_b in self.present.items()},
             groups_b=self.groups_b.to(device, non_blocking=True),
         )
 
@@ -101,6 +101,6 @@ def _hand_over(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> 
     """Make the current CUDA stream wait for the copy, and tell the allocator that it uses the batch."""
     current = torch.cuda.current_stream(device)
     current.wait_event(copied)
-    for tensor in (*batch.inputs.values(), *batch.present.values(), batch.groups_b):
+    for tensor in (*batch.inputs.values(), batch.groups_b):
         tensor.record_stream(current)
     return batch

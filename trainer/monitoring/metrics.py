@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from threetowers.cache.storage.atomic import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ def step_line(metrics: Metrics, total: int) -> str:
         parts.append(f"{tflops:.3g} TFLOP/s")
     parts.append(f"{metrics['memory_gb']:.1f} GB")
     parts.append(f"data {metrics['data_wait']:.0%}")
+    if left := metrics.get("seconds_left"):
+        parts.append(f"{tqdm.format_interval(left)} left")
     if metrics["skipped_samples"]:
         parts.append(f"skipped samples {metrics['skipped_samples']}")
     if metrics["nonfinite_steps"]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 Phase = Literal["warm-up", "data", "step", "evaluation", "checkpoint"]
 WARM_UP_STEPS = 2  # after each start: workers fork, operators are compiled, memory is first touched
+RECENT_STEPS = 100  # over which the pace of a run is averaged
 DATA_BOUND = 0.1  # share of training time spent waiting for data from which more workers are worth trying
 
 
@@ -27,7 +28,9 @@ class Timer:
         """Start from nothing, or from the `state()` that a checkpoint holds."""
         self._seconds: defaultdict[str, float] = defaultdict(float, state or {})
         self._interval: defaultdict[str, float] = defaultdict(float)
-        self._steps = 0
+        self._steps = 0  # of this launch
+        self._step_began = self.training
+        self._pace: float | None = None  # seconds of training a step, lately
         self.images = int(self._seconds.pop("images", 0))  # without those of warm-up steps
 
     def state(self) -> dict[str, float]:
@@ -53,9 +56,25 @@ class Timer:
 
     def count_step(self, images: int) -> None:
         """Count one completed step of so many images."""
-        self.images += images if self.warm else 0
+        seconds = self.training - self._step_began
+        self._step_began = self.training
+        if self.warm:
+            self.images += images
+            weight = 1 / min(self._steps - WARM_UP_STEPS + 1, RECENT_STEPS)
+            self._pace = seconds if self._pace is None else self._pace + weight * (seconds - self._pace)
         self._interval["images"] += images
         self._steps += 1
+
+    def time_left(self, done: int, steps: int) -> float | None:
+        """Return in how many seconds a run will have made its `steps` steps, after `done` of them.
+
+        At the pace of this launch's last steps; with as much time for evaluations and checkpoints, by step, as they
+        took so far. None while this launch is warming up, for its pace may be another than that of those before.
+        """
+        if self._pace is None:
+            return None
+        pauses = self.seconds("evaluation") + self.seconds("checkpoint")
+        return (self._pace + pauses / done) * (steps - done)
 
     def interval(self) -> StepInterval:
         """Return the steps since the last call, warm-up included, and start the next interval."""
