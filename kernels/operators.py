@@ -74,14 +74,14 @@ def contrastive_forward(
 
         # What lies on the device is judged there.
         sides = [(b, a) if swap else (a, b) for a, b, swap in zip(x, y, swapped, strict=True)]
-        facts_K6 = value_facts([side[0] for side in sides], [side[1] for side in sides], log_scale, bias)
-        facts_WK6 = ranks.gather(facts_K6)
-        faults_K = value_faults(facts_WK6, [part.shape[1] for part in x], [part.dtype for part in x])
+        facts_K42 = value_facts([side[0] for side in sides], [side[1] for side in sides], log_scale, bias)
+        facts_WK42 = ranks.gather(facts_K42)
+        faults_K = value_faults(facts_WK42, [part.shape[1] for part in x], [part.dtype for part in x])
         if check:
-            check_values(faults_K, facts_WK6)
+            check_values(faults_K, facts_WK42)
 
         # The pairs as this rank sees them, and their losses.
-        scalars_K2 = torch.stack([facts_K6[:, 0].exp(), facts_K6[:, 1]], 1)
+        scalars_K2 = torch.stack([facts_K42[:, 0, 0].exp(), facts_K42[:, 1, 0]], 1)
         labels = _group_labels(ranks, group_ids, BatchLayout(sizes_WK[:, 0].tolist(), ranks.rank))
         pairs = _pair_states(x, y, sizes_WK, scalars_K2, ranks, labels, needs)
         exchange = _column_exchange(ranks, pairs, ring)
@@ -131,7 +131,7 @@ def _pair_states(
     pairs = []
     for k in range(len(x)):
         backend = backends[x[k].dtype]
-        scale, bias = scalars_K2[k]
+        scale, bias = scalars_K2[k].unbind()
         state = PairState(
             x_bD=x[k],
             y_bD=y[k],
@@ -143,7 +143,7 @@ def _pair_states(
             layout=BatchLayout(sizes_WK[:, k].tolist(), ranks.rank),
             labels_B=labels if len(labels) else None,
             backend=backend,
-            logit_map=LogitMap.of(scale, bias, backend.dtype),
+            logit_map=LogitMap.of(scalars_K2[k], backend.dtype),
         )
         pairs.append(state)
     return pairs

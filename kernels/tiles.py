@@ -55,10 +55,9 @@ class LogitMap:
     base2_2: Tensor  # of logits in base 2
 
     @classmethod
-    def of(cls, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Self:
-        """Return the map of 0-d float64 tensors; the bias is 0 for the softmax."""
-        natural_2 = torch.stack([scale, bias])
-        return cls(natural_2.to(dtype), (natural_2 * LOG2E).to(dtype))
+    def of(cls, scalars_2: Tensor, dtype: torch.dtype) -> Self:
+        """Return the map of a scale and a bias, float64; the bias is 0 for the softmax."""
+        return cls(scalars_2.to(dtype), (scalars_2 * LOG2E).to(dtype))
 
 
 @dataclass(frozen=True, slots=True)

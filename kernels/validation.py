@@ -19,16 +19,24 @@ MAX_LOG_SCALE = 80.0  # of either sign
 
 
 class ValueFault(enum.IntFlag):
-    """What is wrong with the values of one pair, over all ranks: the bits of `PairResult.fault`."""
+    """What is wrong with the values of one pair, over all ranks: the bits of `PairResult.fault`.
 
-    X_NOT_FINITE = 1
-    Y_NOT_FINITE = 2
-    LOG_SCALE_NOT_FINITE = 4
-    BIAS_NOT_FINITE = 8
+    Where something is not finite, the other bits say nothing.
+    """
+
+    LOG_SCALE_NOT_FINITE = 1
+    BIAS_NOT_FINITE = 2
+    X_NOT_FINITE = 4
+    Y_NOT_FINITE = 8
     LOG_SCALE_DIFFERS = 16  # between ranks
     BIAS_DIFFERS = 32
     LOG_SCALE_OUT_OF_RANGE = 64  # beyond ±80
     LOGITS_OVERFLOW = 128  # logits may reach beyond floating point
+
+
+NOT_FINITE = (
+    ValueFault.LOG_SCALE_NOT_FINITE | ValueFault.BIAS_NOT_FINITE | ValueFault.X_NOT_FINITE | ValueFault.Y_NOT_FINITE
+)
 
 
 def argument_fault(pairs: Sequence[Pair], group_ids: Tensor | None, kind: str, logit_cache_bytes: int) -> str | None:
@@ -79,76 +87,68 @@ def _pair_fault(pair: Pair, group_ids: Tensor | None, kind: str) -> str | None:
 def value_facts(
     x: Sequence[Tensor], y: Sequence[Tensor], log_scale: Sequence[Tensor], bias: Sequence[Tensor]
 ) -> Tensor:
-    """Return what the values of every pair are judged by, float64 (K, 6), on their device and without waiting for it.
+    """Return what the values of every pair are judged by, float64 (K, 4, 2), on their device, without waiting for it.
 
-    They are log_scale and bias, and the lowest and the highest value of x and of y; NaN where any is NaN.
+    They are the lowest and the highest value of log_scale, of the bias, of x and of y; NaN where any is NaN.
     """
     facts = []
     for k in range(len(x)):
-        offset = bias[k] if bias else torch.zeros_like(log_scale[k])
-        facts += [log_scale[k].reshape(()), offset.reshape(()), *_bounds(x[k]), *_bounds(y[k])]
+        scale = log_scale[k].reshape(())
+        offset = bias[k].reshape(()) if bias else torch.zeros_like(scale)
+        facts += [scale, scale, offset, offset, *_bounds(x[k]), *_bounds(y[k])]
     dtype = functools.reduce(torch.promote_types, {fact.dtype for fact in facts})
-    return torch.stack([fact.detach().to(dtype) for fact in facts]).double().view(len(x), 6)
+    return torch.stack([fact.to(dtype) for fact in facts]).double().view(len(x), 4, 2)
 
 
 def _bounds(side_bD: Tensor) -> tuple[Tensor, Tensor]:
     if side_bD.numel() == 0:
         return side_bD.new_zeros(()), side_bD.new_zeros(())
-    low, high = side_bD.detach().aminmax()
+    low, high = side_bD.aminmax()
     return low, high
 
 
-def value_faults(facts_WK6: Tensor, widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
+def value_faults(facts_WK42: Tensor, widths: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
     """Return every pair's `ValueFault` bits, int32 (K,), from the `value_facts` of all ranks, without waiting for them.
 
     widths, dtypes: of the features of each pair.
     """
-    limits = [(width, torch.finfo(_sum_dtype(dtype)).max) for width, dtype in zip(widths, dtypes, strict=True)]
-    width_K, largest_K = _on_device(torch.tensor(limits, dtype=torch.float64).T, facts_WK6.device)
-    lowest_K6, highest_K6 = facts_WK6.aminmax(dim=0)
-    size_K6 = torch.maximum(highest_K6, -lowest_K6)  # the largest magnitude
-    finite_K6 = size_K6.isfinite()
-    differs_K2 = (lowest_K6[:, :2] != highest_K6[:, :2]) & finite_K6[:, :2]
+    width_K, largest_K, bit_8 = _limits(tuple(widths), tuple(dtypes), facts_WK42.device)
+    scalars_WK2 = facts_WK42[:, :, :2, 0]
+    differs_K2 = (scalars_WK2 != scalars_WK2[0]).any(0)
+    sizes_K4 = facts_WK42.abs().amax((0, 3))
+    log_scale_K, bias_K, x_K, y_K = sizes_K4.unbind(1)
 
     # A logit is at most scale |x| |y| + |bias|, and twice that leaves room for its base.
-    dot_K = size_K6[:, 2:4].amax(1) * size_K6[:, 4:6].amax(1) * width_K
-    logit_K = 2 * (dot_K * highest_K6[:, 0].exp() + size_K6[:, 1])
-    faults_K8 = torch.stack(
-        [
-            ~finite_K6[:, 2:4].all(1),
-            ~finite_K6[:, 4:6].all(1),
-            ~finite_K6[:, 0],
-            ~finite_K6[:, 1],
-            differs_K2[:, 0],
-            differs_K2[:, 1],
-            (size_K6[:, 0] > MAX_LOG_SCALE) & finite_K6[:, 0],
-            (torch.maximum(dot_K, logit_K) > largest_K) & finite_K6.all(1),
-        ],
-        dim=1,
-    )
-    bits_8 = torch.arange(8, dtype=torch.int32, device=facts_WK6.device)
-    return (faults_K8.to(torch.int32) << bits_8).sum(1, dtype=torch.int32)
+    dot_K = x_K * y_K * width_K
+    logit_K = (dot_K * scalars_WK2[0, :, 0].exp() + bias_K) * 2
+    numbers_K2 = torch.stack([log_scale_K > MAX_LOG_SCALE, torch.maximum(dot_K, logit_K) > largest_K], 1)
+
+    faults_K8 = torch.cat([~sizes_K4.isfinite(), differs_K2, numbers_K2], 1)  # in the order of the bits
+    return (faults_K8 * bit_8).sum(1, dtype=torch.int32)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _on_device(host_n: Tensor, device: torch.device) -> Tensor:
-    """Return a few numbers on the device; the host goes on at once."""
-    return host_n.to(device, non_blocking=True)
+@functools.lru_cache(32)
+def _limits(
+    widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pairs' widths, the largest numbers that their logits can be, and the 8 bits, on the device."""
+    largest = [torch.finfo(torch.promote_types(dtype, torch.float32)).max for dtype in dtypes]
+    of_pairs_2K = torch.tensor([widths, largest], dtype=torch.float64).to(device, non_blocking=True)
+    bit_8 = torch.tensor([int(bit) for bit in ValueFault], dtype=torch.int32).to(device, non_blocking=True)
+    return of_pairs_2K[0], of_pairs_2K[1], bit_8
 
 
 def describe_fault(fault: int) -> str:
     """Return what a `PairResult.fault` says, for a message; empty for 0.
 
     Examples:
-        >>> describe_fault(ValueFault.X_NOT_FINITE | ValueFault.LOG_SCALE_DIFFERS)
-        'NaN or infinite values in x; log_scale differs between ranks'
+        >>> describe_fault(ValueFault.X_NOT_FINITE | ValueFault.Y_NOT_FINITE)
+        'NaN or infinite values in x; NaN or infinite values in y'
         >>> describe_fault(0)
         ''
     """
-    return "; ".join(_WORDS[bit] for bit in ValueFault if bit & fault)
+    told = fault & NOT_FINITE or fault
+    return "; ".join(_WORDS[bit] for bit in ValueFault if bit & told)
 
 
 _WORDS = {
@@ -163,26 +163,27 @@ _WORDS = {
 }
 
 
-def check_values(faults_K: Tensor, facts_WK6: Tensor) -> None:
+def check_values(faults_K: Tensor, facts_WK42: Tensor) -> None:
     """Raise ValueError, on all ranks alike, if any pair has a fault. Waits for the device.
 
     Args:
         faults_K: the `value_faults` of all pairs.
-        facts_WK6: the facts that they were found in.
+        facts_WK42: the facts that they were found in.
     """
     faults = [ValueFault(fault) for fault in faults_K.tolist()]
     if not any(faults):
         return
-    facts = facts_WK6.tolist()
+    facts = facts_WK42.tolist()
 
     # Nonfinite values: where they are, rank by rank.
     nonfinite = []
-    names = ("log_scale", "bias", "x", "x", "y", "y")
     for rank, of_rank in enumerate(facts):
-        found = []
-        for k, numbers in enumerate(of_rank):
-            of_pair = {name for name, number in zip(names, numbers, strict=True) if not math.isfinite(number)}
-            found += [f"{name} of pair {k}" for name in sorted(of_pair)]
+        found = [
+            f"{name} of pair {k}"
+            for k, of_pair in enumerate(of_rank)
+            for name, bounds in zip(("log_scale", "bias", "x", "y"), of_pair, strict=True)
+            if not all(map(math.isfinite, bounds))
+        ]
         if found:
             where = f"rank {rank}: " if len(facts) > 1 else ""
             nonfinite.append(f"{where}NaN or infinite values in {', '.join(found)}")
@@ -191,19 +192,20 @@ def check_values(faults_K: Tensor, facts_WK6: Tensor) -> None:
 
     # Numbers that do not fit: of the first pair at fault.
     k = next(k for k, fault in enumerate(faults) if fault)
-    of_pair_W6 = [of_rank[k] for of_rank in facts]
-    for bit, name, at in ((ValueFault.LOG_SCALE_DIFFERS, "log_scale", 0), (ValueFault.BIAS_DIFFERS, "bias", 1)):
+    log_scales, biases, x, y = zip(*(of_rank[k] for of_rank in facts), strict=True)
+    for bit, name, bounds in (
+        (ValueFault.LOG_SCALE_DIFFERS, "log_scale", log_scales),
+        (ValueFault.BIAS_DIFFERS, "bias", biases),
+    ):
         if faults[k] & bit:
-            values = [numbers[at] for numbers in of_pair_W6]
+            values = [value for value, _ in bounds]
             raise ValueError(f"pair {k}: {name} differs between ranks, {values}; expected the same on all")
-    log_scale = of_pair_W6[0][0]
+    log_scale = log_scales[0][0]
     if faults[k] & ValueFault.LOG_SCALE_OUT_OF_RANGE:
         raise ValueError(
             f"pair {k}: log_scale is {log_scale:g}; expected between {-MAX_LOG_SCALE:g} and {MAX_LOG_SCALE:g}"
         )
-    x_largest, y_largest = (
-        max(abs(number) for numbers in of_pair_W6 for number in numbers[side : side + 2]) for side in (2, 4)
-    )
+    x_largest, y_largest = (max(abs(bound) for bounds in side for bound in bounds) for side in (x, y))
     raise ValueError(
         f"pair {k}: values of x reach {x_largest:.1e} and of y {y_largest:.1e}, so that at log_scale {log_scale:g} "
         "logits may reach beyond floating point; normalise x and y"

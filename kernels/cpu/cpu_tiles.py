@@ -35,7 +35,7 @@ class CpuTiles(LibraryTiles):
         dot_rc = self.dots(x_rD, y_cD, cache_rc)
         outputs = (rows.max_n, rows.sum_n, cols.max_n, cols.sum_n, self._partial(dot_rc))
         self._library.threetowers_sweep_stats(
-            *self._head(dot_rc, tile.logit_map.base2_2[0].item()), *_excluded(tile), *map(_address, outputs)
+            *self._head(dot_rc, tile.logit_map.base2_2.tolist()[0]), *_excluded(tile), *map(_address, outputs)
         )
 
     @override
@@ -52,7 +52,7 @@ class CpuTiles(LibraryTiles):
         grad_rc = dot_rc if cache_rc is None else self.scratch(x_rD, y_cD)  # the cache is read only
         vectors = (rows.shift_n, rows.factor_n, cols.shift_n, cols.factor_n, grad_rc)
         self._library.threetowers_sweep_softmax_grad(
-            *self._head(dot_rc, tile.logit_map.base2_2[0].item()), *_excluded(tile), *map(_address, vectors)
+            *self._head(dot_rc, tile.logit_map.base2_2.tolist()[0]), *_excluded(tile), *map(_address, vectors)
         )
         return grad_rc
 

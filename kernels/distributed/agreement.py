@@ -27,23 +27,31 @@ def agree_on_sizes(ranks: RankGroup, fault: str | None, layout: str, sizes_K: Se
     Raises:
         ValueError: a rank has a fault or another layout, or no rank has a row of some pair; on all ranks.
     """
+    sizes_WK = torch.tensor([list(sizes_K)], dtype=torch.int64)
+    if ranks.size > 1:
+        sizes_WK = _exchanged(ranks, fault, layout, sizes_WK[0])
+    elif fault:
+        raise ValueError(fault)
+    for k, total in enumerate(sizes_WK.sum(0).tolist()):
+        if total == 0:
+            raise ValueError(f"pair {k}: the global batch is empty; expected at least one sample on some rank")
+    return sizes_WK
+
+
+def _exchanged(ranks: RankGroup, fault: str | None, layout: str, sizes_K: Tensor) -> Tensor:
     # One row of fixed length a rank: whether it has a fault, a digest of its layout, its sizes.
     row = torch.zeros(2 + MAX_PAIRS, dtype=torch.int64)
     row[0] = fault is not None
     row[1] = int.from_bytes(hashlib.sha256(layout.encode()).digest()[:7], "big")
     if fault is None:
-        row[2 : 2 + len(sizes_K)] = torch.tensor(list(sizes_K), dtype=torch.int64)
+        row[2 : 2 + len(sizes_K)] = sizes_K
     rows_Wn = ranks.gather_on_host(row)
 
     # All ranks see the same rows, and raise together.
     if rows_Wn[:, 0].any():
         faults = [f"rank {rank}: {text}" for rank, text in enumerate(ranks.objects(fault)) if text]
-        raise ValueError("; ".join(faults) if ranks.size > 1 else fault)
+        raise ValueError("; ".join(faults))
     if (rows_Wn[:, 1] != rows_Wn[0, 1]).any():
         layouts = [f"rank {rank}: {text}" for rank, text in enumerate(ranks.objects(layout))]
         raise ValueError("ranks call the loss with different arguments; " + "; ".join(layouts))
-    sizes_WK = rows_Wn[:, 2 : 2 + len(sizes_K)].clone()
-    for k, total in enumerate(sizes_WK.sum(0).tolist()):
-        if total == 0:
-            raise ValueError(f"pair {k}: the global batch is empty; expected at least one sample on some rank")
-    return sizes_WK
+    return rows_Wn[:, 2 : 2 + len(sizes_K)].clone()

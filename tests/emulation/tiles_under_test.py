@@ -51,7 +51,7 @@ class Case:
 
     def tile(self, dtype: torch.dtype, bias: float = 0.0) -> Tile:
         scale_and_bias = torch.tensor([self.scale, bias], dtype=torch.float64)
-        logit_map = LogitMap.of(*scale_and_bias, dtype)
+        logit_map = LogitMap.of(scale_and_bias, dtype)
         if not self.labels:
             return Tile(logit_map, self.diagonal)
         row_labels_r = torch.arange(self.rows, dtype=torch.int32) % 7

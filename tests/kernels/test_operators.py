@@ -304,6 +304,32 @@ def test_number_of_passes(
     assert sum(passes.values()) / 256**2 == 1
 
 
+@pytest.mark.parametrize(("cached", "small", "large"), [(0, 0, 2), (5, 8, 1), (7, 8, 1), (16, 16, 0)])
+def test_forward_tiles_may_be_larger_than_gradient_tiles(
+    monkeypatch: pytest.MonkeyPatch, cached: int, small: int, large: int
+) -> None:
+    """Strips of gradient tiles with any tile in the logit cache are cut as those; the rest is not."""
+    shapes: list[tuple[int, int, bool]] = []
+
+    class Decoupled(TorchTiles):
+        stats_rows = property(lambda self: 64)  # type: ignore[assignment]
+        stats_cols = property(lambda self: 128)  # type: ignore[assignment]
+
+        def stats(self, x_rD: Tensor, y_cD: Tensor, *rest: Any) -> None:
+            shapes.append((len(x_rD), len(y_cD), rest[-1] is not None))
+            super().stats(x_rD, y_cD, *rest)
+
+    monkeypatch.setattr(operators, "backend_for", lambda x: Decoupled(torch.float32, 32, 32))
+    leaves = batch(128) + scalars("softmax")
+    found = torch.autograd.grad(loss_of(*leaves, logit_cache_bytes=4 * 32 * 32 * cached), leaves)
+    expected = [(32, 32, True)] * cached + [(32, 32, False)] * (small - cached) + [(64, 128, False)] * large
+    assert shapes == expected
+    references = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = torch.autograd.grad(reference_contrastive_loss(*references), references)  # type: ignore[arg-type]
+    for a, b in zip(found, truth, strict=True):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
 def test_chunked_features_of_a_tower_with_dropout() -> None:
     """The recipe for batches whose activations do not fit: features without a graph, their gradients from the loss,
     then each chunk again with the same dropout and its gradient fed in. Equal to one backward through everything.

@@ -31,7 +31,7 @@ def sweep(request: pytest.FixtureRequest) -> CpuTiles:
 
 
 def _map(scale: float, bias: float = 0.0, dtype: torch.dtype = torch.float32) -> LogitMap:
-    return LogitMap.of(*torch.tensor([scale, bias], dtype=torch.float64), dtype)
+    return LogitMap.of(torch.tensor([scale, bias], dtype=torch.float64), dtype)
 
 
 def _tile(rows: int, cols: int, diagonal: int, labelled: bool, bias: float = 0.0) -> Tile:
