@@ -92,9 +92,13 @@ def run(options: argparse.Namespace, scratch: Path) -> int:
 
 
 def import_for_forks() -> None:
-    """Import what most steps need. None of it looks for a GPU: a test holds that."""
+    """Import what most steps need. None of it may start CUDA: a process that has cannot fork others that use it."""
+    import torch
+
     import threetowers.cache.builder.build
     import threetowers.trainer.train  # noqa: F401
+
+    assert not torch.cuda.is_initialized()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from tests.gpu.steps.kernel_tiles import ELEMENTS, Case, answers
+from tests.gpu.tile_shapes import TILE_SHAPES, tile_shape
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.tiles import OnlineLogSumExp
 
@@ -25,11 +26,14 @@ LARGE = Case(4096, 4096, 768)
 def launch_all(device: torch.device, large: bool = False) -> None:
     """Run every method of every back end."""
     with torch.device(device):
-        for element in ELEMENTS[:1] if large else ELEMENTS:
-            for case in [LARGE] if large else CASES:
-                backend = backend_for(case.features(element)[0])
-                answers(backend, case, element)
-                print(f"ran {type(backend).__name__} {element} {case.rows} x {case.cols} x {case.width}", flush=True)
+        for shape in TILE_SHAPES:
+            with tile_shape(shape):
+                for element in ELEMENTS[:1] if large else ELEMENTS:
+                    for case in [LARGE] if large else CASES:
+                        backend = backend_for(case.features(element)[0])
+                        answers(backend, case, element)
+                        size = f"{case.rows} x {case.cols} x {case.width}"
+                        print(f"ran {type(backend).__name__} {shape} {element} {size}", flush=True)
 
 
 def overrun(device: torch.device) -> None:

@@ -39,18 +39,27 @@ KERNEL_PREDICTIONS = {
     "host, a call of sigmoid": Prediction(40, 120),
     "host, a call of add_rows": Prediction(8, 30),
     "host, a call of add_cols": Prediction(8, 30),
-    "stats 4096 x 4096 x 768": Prediction(80, 110),  # 26 GFLOP at 240 to 320 TFLOP/s
-    "softmax_grad 4096 x 4096 x 768": Prediction(85, 120),
-    "sigmoid 4096 x 4096 x 768": Prediction(85, 125),
-    "add_rows 4096 x 4096 x 768": Prediction(45, 65),
-    "add_cols 4096 x 4096 x 768": Prediction(45, 65),
-    "softmax tile 4096 x 4096 x 768, 4 passes": Prediction(290, 400),
-    "sigmoid tile 4096 x 4096 x 768, 3 passes": Prediction(300, 430),
+    "stats 4096 x 4096 x 768, 128x128": Prediction(240, 290),  # mma.sync at 63 % of the peak, L2 at 3.2 to 3.5 TB/s
+    "stats 4096 x 4096 x 768, 128x256": Prediction(330, 410),
+    "stats 4096 x 2048 x 768, library": Prediction(360, 430),
+    "softmax_grad 4096 x 4096 x 768, 128x128": Prediction(230, 270),
+    "softmax_grad 4096 x 4096 x 768, 128x256": Prediction(330, 400),
+    "softmax_grad 4096 x 2048 x 768, library": Prediction(315, 380),
+    "sigmoid 4096 x 4096 x 768, 128x128": Prediction(215, 260),
+    "sigmoid 4096 x 4096 x 768, 128x256": Prediction(310, 380),
+    "sigmoid 4096 x 2048 x 768, library": Prediction(300, 365),
+    "add_rows 4096 x 4096 x 768, 128x256": Prediction(480, 570),
+    "add_cols 4096 x 4096 x 768, 128x256": Prediction(480, 570),
+    "softmax 4096 x 4096 x 768, 128x128, 4 passes": Prediction(310, 360),
+    "softmax 4096 x 4096 x 768, 128x256, 4 passes": Prediction(400, 470),
 }
 LOSS_PREDICTIONS = {
-    "softmax, B 32768 D 768": Prediction(17, 25),  # 4 passes of 1.65 TFLOP
-    "softmax, B 65536 D 768": Prediction(66, 96),
-    "sigmoid, B 65536 D 768": Prediction(46, 62),
+    "softmax, B 32768 D 768": Prediction(14.5, 18),  # 4 passes of 1.65 TFLOP; 18.9 ms is 350 TFLOP/s
+    "softmax, B 65536 D 768": Prediction(58, 66),
+    "sigmoid, B 65536 D 768": Prediction(43, 48.8),
+    "sigmoid, B 65536 D 768, 128x128": Prediction(50, 55),
+    "sigmoid, B 65536 D 768, 128x256": Prediction(43, 46),
+    "sigmoid, B 65536 D 768, library": Prediction(43, 47),
     "memory of softmax, B 65536 D 768": Prediction(0.5, 1.4),
     "memory of sigmoid, B 65536 D 768": Prediction(0.5, 1.4),
     "open_clip's form, B 32768 D 768": Prediction(22, 32),  # 6 passes, and 34 GB of logits read and written
@@ -58,18 +67,23 @@ LOSS_PREDICTIONS = {
 }
 STEP_PREDICTIONS = {
     "plain loop, CLIP B/16": Prediction(165, 190),
-    "CLIP B/16, bfloat16, ZeRO 1": Prediction(160, 185),
-    "3T B/16, bfloat16, ZeRO 1": Prediction(162, 191),  # 1.01 to 1.03 of CLIP's
-    "CLIP B/16, bfloat16, ZeRO 1: host waits": Prediction(0, MOST_WAITS),
-    "3T B/16, bfloat16, ZeRO 1: host waits": Prediction(0, MOST_WAITS),
-    "CLIP B/16, bfloat16, ZeRO 2, micro-batches of 64: host waits": Prediction(0, MOST_WAITS),
-    "CLIP B/16, bfloat16, ZeRO 1: kernels": Prediction(85, 97),
+    "CLIP B/16, mixed, ZeRO 1": Prediction(165, 185),
+    "3T B/16, mixed, ZeRO 1": Prediction(167, 191),  # 1.01 to 1.03 of CLIP's
+    "CLIP B/16, bfloat16, ZeRO 1": Prediction(160, 175),
+    "CLIP B/16, float32, ZeRO 1": Prediction(330, 425),  # in TF32
+    "CLIP B/16, mixed, ZeRO 1, compile blocks": Prediction(145, 170),
+    "CLIP B/16, mixed, ZeRO 1, compile model": Prediction(140, 168),
+    "CLIP B/16, mixed, ZeRO 1: kernels": Prediction(88, 98),
+    "CLIP B/16, mixed, ZeRO 1: host waits": Prediction(1, MOST_WAITS),
+    "3T B/16, mixed, ZeRO 1: host waits": Prediction(1, MOST_WAITS),
+    "CLIP B/16, mixed, ZeRO 2: host waits": Prediction(1, MOST_WAITS),
+    "CLIP B/16, mixed, ZeRO 1, micro-batches of 64: host waits": Prediction(1, MOST_WAITS),
 }
 CACHE_PREDICTIONS = {
-    "cache, 1 process, bfloat16": Prediction(800, 1100),
-    "cache, 1 process, float32": Prediction(700, 1100),
-    "cache, 2 processes on one GPU, bfloat16": Prediction(1500, 2000),
-    "cache, 4 processes on one GPU, bfloat16": Prediction(2000, 2400),
+    "cache, bfloat16, decoded in processes": Prediction(2000, 2300),  # what 16 cores decode
+    "cache, float32, decoded in processes": Prediction(1200, 1400),  # what the GPU embeds
+    "cache, bfloat16, decoded in threads": Prediction(800, 1000),
+    "cache, bfloat16, 2 processes on one GPU": Prediction(1900, 2400),
     "3T S/16 from tars: waiting for data": Prediction(25, 50),
     "smallest cosine of GPU and CPU embeddings": Prediction(0.999, 1),
 }

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tests.gpu.kernel_launches import launch_all
 from tests.gpu.setting import Setting
+from tests.gpu.tile_shapes import TILE_SHAPES
 
 KERNELS = "stats|merge|softmax_gradient|sigmoid|dense_"
 FOUND = 9  # its exit code where it has found something
@@ -28,7 +29,8 @@ def check(setting: Setting, tool: Tool) -> None:
     code, printed = sanitize(tool)
     print(printed)
     assert code == 0, f"compute-sanitizer {tool} ended with exit code {code}"
-    assert "ran TensorCoreTiles" in printed, "the kernels did not run under it"
+    for backend in {*TILE_SHAPES.values(), "DenseTiles"}:
+        assert f"ran {backend}" in printed, f"the kernels of {backend} did not run under it"
     if tool == "memcheck":
         code, printed = sanitize(tool, "--overrun")
         assert code == FOUND, f"a write past the end of an output was not found (exit code {code}):\n{printed}"

@@ -92,7 +92,7 @@ def config_of(setting: Setting, data: Photographs, folder: Path, steps: int) -> 
             "text-third": {"x": "g_h", "y": "h_g"},
         },
         "deploy": {"image": "f", "text": "g"},
-        "engine": {"zero_stage": 2, "precision": "bfloat16"},
+        "engine": {"zero_stage": 2},
         "log": {"every_steps": 1, "tensorboard": False},
     }
 

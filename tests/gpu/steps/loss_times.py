@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from tests.gpu.setting import Setting
 from tests.gpu.steps.loss_errors import features
+from tests.gpu.tile_shapes import TILE_SHAPES, tile_shape
 from tests.gpu.timing import milliseconds, peak_gib
 from threetowers.kernels import contrastive_loss
 
@@ -25,12 +26,16 @@ def run(setting: Setting) -> None:
     sizes = [(96, 16, 2)] if setting.rehearse else [(4096, 512, 6), (16384, 768, 6), (32768, 768, 6), (65536, 768, 4)]
     for batch, width, rounds in sizes:
         compare(setting, batch, width, rounds)
+    if setting.gpu_only("the loss by tile shape"):
+        for shape in TILE_SHAPES:
+            with tile_shape(shape):
+                compare(setting, 65536, 768, 3, f", {shape}")
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         setting.skip("torch linear_cross_entropy", f"torch {torch.__version__} has none")
 
 
-def compare(setting: Setting, batch: int, width: int, rounds: int) -> None:
-    """Record every loss's median time, measured in turns, and its memory."""
+def compare(setting: Setting, batch: int, width: int, rounds: int, remark: str = "") -> None:
+    """Record every loss's median time, measured in turns, and its memory; `remark` ends the figures' names."""
     x_BD, y_BD = (z_BD.requires_grad_() for z_BD in features(batch, width, torch.bfloat16, setting.device))
     log_scale = torch.tensor([math.log(50.0)], device=setting.device, requires_grad=True)
     leaves = [x_BD, y_BD, log_scale]
@@ -42,10 +47,10 @@ def compare(setting: Setting, batch: int, width: int, rounds: int) -> None:
             times[name].append(milliseconds(step, setting.device))
     for name, step in steps.items():
         taken = statistics.median(times[name][1:])
-        setting.record(f"{name}, B {batch} D {width}", taken, "ms")
+        setting.record(f"{name}, B {batch} D {width}{remark}", taken, "ms")
         print(f"    {8 * batch**2 * width / taken / 1e9:.0f} TFLOP/s counted as 4 passes")
         if not setting.rehearse:
-            setting.record(f"memory of {name}, B {batch} D {width}", peak_gib(step), "GiB")
+            setting.record(f"memory of {name}, B {batch} D {width}{remark}", peak_gib(step), "GiB")
 
 
 def losses(dense: bool) -> dict[str, Loss]:

@@ -25,10 +25,10 @@ MODULES = {  # of distributions that are not imported by their own name
 
 def run(setting: Setting) -> None:
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores")
-    _check_packages()
     shared = shutil.disk_usage("/dev/shm")
     setting.record("/dev/shm", shared.total / 1e9, "GB")
     if not setting.gpu_only("the card"):
+        _check_packages()
         return
     if not torch.cuda.is_available():
         raise RuntimeError(
@@ -47,6 +47,7 @@ def run(setting: Setting) -> None:
     ones = torch.ones(1000, device=setting.device)
     if int(ones.sum()) != 1000:
         raise RuntimeError(f"the sum of 1000 ones on the GPU is {int(ones.sum())}")
+    _check_packages()
 
 
 def _check_packages() -> None:

@@ -44,7 +44,7 @@ class Photographs:
         folder = setting.scratch / "photographs"
         if setting.rehearse:
             return cls(folder, 2, 16, (64, 48), 64)
-        return cls(folder, 12, 512, (500, 375), 128)
+        return cls(folder, 20, 512, (500, 375), 128)
 
     @property
     def train_tars(self) -> list[str]:

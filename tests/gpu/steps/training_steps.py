@@ -9,7 +9,7 @@ import gc
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,31 +50,30 @@ class Variant:
     looked_into: bool = False
 
 
+MIXED = {"precision": "mixed", "zero_stage": 1}
 VARIANTS = [
-    Variant("CLIP B/16, bfloat16, ZeRO 1", engine={"precision": "bfloat16", "zero_stage": 1}, looked_into=True),
-    Variant(
-        "3T B/16, bfloat16, ZeRO 1", third=True, engine={"precision": "bfloat16", "zero_stage": 1}, looked_into=True
-    ),
-    Variant("CLIP B/16, bfloat16, ZeRO 2", engine={"precision": "bfloat16", "zero_stage": 2}),
-    Variant(
-        "CLIP B/16, bfloat16, ZeRO 2, micro-batches of 64",
-        engine={"precision": "bfloat16", "zero_stage": 2, "micro_batch_size": 64},
-        looked_into=True,
-    ),
-    Variant("CLIP B/16, float32, ZeRO 1", batch=128, engine={"precision": "float32", "zero_stage": 1}),
-    Variant("CLIP S/16, bfloat16, ZeRO 1", tower="S", batch=512, engine={"precision": "bfloat16", "zero_stage": 1}),
-    Variant(
-        "3T S/16, bfloat16, ZeRO 1", tower="S", batch=512, third=True, engine={"precision": "bfloat16", "zero_stage": 1}
-    ),
+    Variant("CLIP B/16, mixed, ZeRO 1", engine=MIXED, looked_into=True),
+    Variant("3T B/16, mixed, ZeRO 1", third=True, engine=MIXED, looked_into=True),
+    Variant("CLIP B/16, bfloat16, ZeRO 1", engine=MIXED | {"precision": "bfloat16"}),
+    Variant("CLIP B/16, mixed, ZeRO 1, micro-batches of 64", engine=MIXED | {"micro_batch_size": 64}, looked_into=True),
+    Variant("CLIP B/16, mixed, ZeRO 2", engine=MIXED | {"zero_stage": 2}, looked_into=True),
+    Variant("CLIP B/16, mixed, ZeRO 0", engine=MIXED | {"zero_stage": 0}),
+    Variant("CLIP B/16, float32, ZeRO 1", engine=MIXED | {"precision": "float32"}),
+    Variant("CLIP S/16, mixed, ZeRO 1", tower="S", batch=512, engine=MIXED),
+    Variant("3T S/16, mixed, ZeRO 1", tower="S", batch=512, third=True, engine=MIXED),
 ]
 
 
 def run(setting: Setting) -> None:
+    measure_all(setting, [variant for variant in VARIANTS if variant.tower == "B" or not setting.rehearse])
+    measure_plain_loop(setting, Variant("plain loop, CLIP B/16"))
+
+
+def measure_all(setting: Setting, variants: Sequence[Variant]) -> None:
+    """Measure one variant after the other; raise AssertionError in the end if one of them failed."""
     world = join_process_group()
     failed = []
-    for variant in VARIANTS:
-        if setting.rehearse and variant.tower != "B":  # the towers are tiny ones anyway
-            continue
+    for variant in variants:
         try:
             measure(setting, variant, world)
         except Exception:  # the others are worth their time
@@ -83,9 +82,6 @@ def run(setting: Setting) -> None:
         gc.collect()
         if not setting.rehearse:
             torch.cuda.empty_cache()
-    measure_plain_loop(setting, Variant("plain loop, CLIP B/16"))
-    if not setting.rehearse:
-        torch.distributed.destroy_process_group()
     assert not failed, f"failed: {'; '.join(failed)}"
 
 
