@@ -6,13 +6,22 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from threetowers.kernels.cuda.arguments import Argument, In, Out
+from threetowers.kernels.cuda.block_shape import (
+    LIBRARY,
+    SWEEP,
+    WIDE,
+    WIDE_BLOCK,
+    BlockShape,
+    block_launch,
+    default_tiles,
+    narrow_block,
+)
 from threetowers.kernels.cuda.launch import (
     BAND,
     CHUNK,
     Launch,
     Launcher,
     StreamLauncher,
-    block_launch,
     blocks_over,
     check_operands,
     check_torch,
@@ -31,6 +40,10 @@ from threetowers.kernels.tiles import (
 )
 
 GAIN = {torch.bfloat16: 1.0, torch.float16: 2.0**14}  # gradient tiles hold this multiple: kGain in tensor_core.h
+
+
+Dots = tuple[BlockShape, Argument]
+"""Where the kernels find a tile's dots: the blocks that they are compiled for, and their first argument, `Operands`."""
 
 
 class TensorCoreTiles(TileBackend):
@@ -54,21 +67,20 @@ class TensorCoreTiles(TileBackend):
     def stats_cols(self) -> int:
         return 8192  # their features fit the cache: 12 MiB at a width of 768
 
-    def __init__(self, launcher: Launcher, element: torch.dtype) -> None:
+    def __init__(self, launcher: Launcher, element: torch.dtype, shape: BlockShape) -> None:
         check_torch(torch.__version__)
         self._launcher = launcher.bind()
         self._element = element
+        self._shape = shape
         self._scratch_n = torch.empty(0, dtype=element)
 
     def kernels(self) -> list[Launch]:
         """Return one launch of every kernel in use, to be prepared."""
         limits = self._launcher.limits
-        block_kernels = ("stats", "softmax_gradient", "sigmoid")
-        return [
-            *(block_launch(kernel, self._element, 1, 1, limits) for kernel in block_kernels),
-            pairs_launch("dense_softmax_gradient", self._element, 1, 1, limits),
-            columns_launch("merge", 1, 1, limits),
-        ]
+        variants = [(kernel, self._shape) for kernel in ("stats", "softmax_gradient", "sigmoid")]
+        variants.append(("softmax_gradient", SWEEP))  # from the logit cache
+        blocks = [block_launch(kernel, self._element, 1, 1, shape, limits) for kernel, shape in variants]
+        return [*blocks, columns_launch("merge", 1, 1, limits)]
 
     def features(self, z_nD: Tensor) -> Tensor:
         """Return rows as the kernels read them: padded to whole chunks, contiguous, aligned to 16 bytes."""
@@ -88,11 +100,7 @@ class TensorCoreTiles(TileBackend):
         cols: OnlineLogSumExp,
         cache_rc: Tensor | None,
     ) -> None:
-        row_parts = self._row_parts(x_rD, y_cD, 2)
-        col_parts = self._row_parts(y_cD, x_rD, 2)
-        self._run("stats", x_rD, y_cD, tile, Out(row_parts), Out(col_parts), Out(cache_rc))
-        merge_parts(self._launcher, row_parts, rows)
-        merge_parts(self._launcher, col_parts, cols)
+        self._merge_stats(self._dots(x_rD, y_cD), tile, rows, cols, cache_rc)
 
     @override
     def softmax_grad(
@@ -104,22 +112,21 @@ class TensorCoreTiles(TileBackend):
         cols: SoftmaxWeights,
         cache_rc: Tensor | None,
     ) -> Tensor:
+        sizes = len(x_rD), len(y_cD)
+        dots = self._dots(x_rD, y_cD) if cache_rc is None else dots_in_memory(cache_rc)
         gradient = self._gradient(x_rD, y_cD)
-        if cache_rc is None:
-            self._run("softmax_gradient", x_rD, y_cD, tile, _weights(rows), _weights(cols), _gradient(gradient))
-        else:
-            softmax_gradient_of(self._launcher, cache_rc, tile, rows, cols, gradient)
+        self._run("softmax_gradient", dots, sizes, tile, _weights(rows), _weights(cols), _gradient(gradient))
         return gradient[:, : len(y_cD)]
 
     @override
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
-        row_parts = self._row_parts(x_rD, y_cD, 3)
-        col_max = self._row_parts(y_cD, x_rD, 1)
+        sizes = len(x_rD), len(y_cD)
+        row_parts, col_max = self._parts(sizes, (3, 1), x_rD.device)
         gradient = None if weights_r is None else self._gradient(x_rD, y_cD)
         outputs = _gradient(gradient), Out(row_parts), Out(col_max)
-        self._run("sigmoid", x_rD, y_cD, tile, In(weights_r), *outputs)
+        self._run("sigmoid", self._dots(x_rD, y_cD), sizes, tile, In(weights_r), *outputs)
         sums.loss_r.add_(row_parts[..., 0].sum(0))
         sums.prob_r.add_(row_parts[..., 1].sum(0))
         torch.maximum(sums.row_max_r, row_parts[..., 2].amax(0), out=sums.row_max_r)
@@ -138,16 +145,29 @@ class TensorCoreTiles(TileBackend):
         alpha = 1 / GAIN[self._element]
         torch.addmm(sum_nD, grad_nk, z_kD, alpha=alpha, out_dtype=torch.float32, out=sum_nD)
 
-    def _run(self, kernel: str, x_rD: Tensor, y_cD: Tensor, tile: Tile, *arguments: Argument) -> None:
+    def _dots(self, x_rD: Tensor, y_cD: Tensor) -> Dots:
         check_operands(x_rD, y_cD)
-        launch = block_launch(kernel, self._element, len(x_rD), len(y_cD), self._launcher.limits)
-        operands = In(x_rD), In(y_cD), x_rD.shape[1]
-        self._launcher.run(launch, (operands, _tile(tile, len(x_rD), len(y_cD)), *arguments))
+        return self._shape, (In(x_rD), In(y_cD), x_rD.shape[1])
 
-    @staticmethod
-    def _row_parts(own_nD: Tensor, other_kD: Tensor, numbers: int) -> Tensor:
-        """Return memory for every thread block's results for its rows, one line a block along the other side."""
-        return own_nD.new_empty(blocks_over(len(other_kD)), len(own_nD), numbers, dtype=torch.float32)
+    def _merge_stats(
+        self, dots: Dots, tile: Tile, rows: OnlineLogSumExp, cols: OnlineLogSumExp, cache_rc: Tensor | None
+    ) -> None:
+        sizes = len(rows.max_n), len(cols.max_n)
+        row_parts, col_parts = self._parts(sizes, (2, 2), rows.max_n.device)
+        self._run("stats", dots, sizes, tile, Out(row_parts), Out(col_parts), Out(cache_rc))
+        merge_parts(self._launcher, row_parts, rows)
+        merge_parts(self._launcher, col_parts, cols)
+
+    def _run(self, kernel: str, dots: Dots, sizes: tuple[int, int], tile: Tile, *arguments: Argument) -> None:
+        shape, operands = dots
+        launch = block_launch(kernel, self._element, *sizes, shape, self._launcher.limits)
+        self._launcher.run(launch, (operands, _tile(tile, *sizes), *arguments))
+
+    def _parts(self, sizes: tuple[int, int], numbers: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return memory for so many numbers for each row and each column, from every block that has it."""
+        rows, cols = sizes
+        row_parts = torch.empty(self._shape.across(cols), rows, numbers[0], device=device)
+        return row_parts, torch.empty(self._shape.down(rows), cols, numbers[1], device=device)
 
     def _gradient(self, x_rD: Tensor, y_cD: Tensor) -> Tensor:
         """Return (r, c rounded up to whole chunks), the same memory at every call."""
@@ -156,6 +176,65 @@ class TensorCoreTiles(TileBackend):
         if self._scratch_n.numel() < rows * stride:
             self._scratch_n = x_rD.new_empty(rows * stride)
         return self._scratch_n[: rows * stride].view(rows, stride)
+
+
+class LibraryDotsTiles(TensorCoreTiles):
+    """As `TensorCoreTiles`, but a library GEMM leaves a tile's dots in memory, in float32, and the kernels read them.
+
+    For devices whose fastest products are out of the kernels' reach: Hopper's warpgroup instructions, and later ones.
+    """
+
+    rows, cols = 4096, 2048  # 32 MiB of dots: what the kernels read has not left the cache of an H100
+
+    def __init__(self, launcher: Launcher, element: torch.dtype) -> None:
+        super().__init__(launcher, element, SWEEP)
+        self._products_n = torch.empty(0)
+
+    @property
+    @override
+    def stats_rows(self) -> int:
+        return self.rows
+
+    @property
+    @override
+    def stats_cols(self) -> int:
+        return self.cols
+
+    @override
+    def stats(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        cache_rc: Tensor | None,
+    ) -> None:
+        dots = self._dots(x_rD, y_cD) if cache_rc is None else self._products(x_rD, y_cD, cache_rc)
+        self._merge_stats(dots, tile, rows, cols, None)
+
+    @override
+    def _dots(self, x_rD: Tensor, y_cD: Tensor) -> Dots:
+        size = len(x_rD) * len(y_cD)
+        if self._products_n.numel() < size:
+            self._products_n = x_rD.new_empty(size, dtype=torch.float32)
+        return self._products(x_rD, y_cD, self._products_n[:size].view(len(x_rD), len(y_cD)))
+
+    def _products(self, x_rD: Tensor, y_cD: Tensor, out_rc: Tensor) -> Dots:
+        self._multiply(x_rD, y_cD, out_rc)
+        return dots_in_memory(out_rc)
+
+    @staticmethod
+    def _multiply(x_rD: Tensor, y_cD: Tensor, out_rc: Tensor) -> None:
+        torch.mm(x_rD, y_cD.T, out_dtype=torch.float32, out=out_rc)
+
+
+def tensor_core_tiles(launcher: Launcher, element: torch.dtype, tiles: str | None) -> TensorCoreTiles:
+    """Return tiles by their name in `block_shape`, or those that should suit the device."""
+    tiles = default_tiles(launcher.limits) if tiles is None else tiles
+    if tiles == LIBRARY:
+        return LibraryDotsTiles(launcher, element)
+    return TensorCoreTiles(launcher, element, WIDE_BLOCK if tiles == WIDE else narrow_block(launcher.limits))
 
 
 class DenseTiles(LibraryTiles):
@@ -176,7 +255,7 @@ class DenseTiles(LibraryTiles):
             rows_launch("dense_sigmoid", 1, limits),
             columns_launch("dense_column_stats", 1, 1, limits),
             columns_launch("merge", 1, 1, limits),
-            pairs_launch("dense_softmax_gradient", self.dtype, 1, 1, limits),
+            pairs_launch("dense_softmax_gradient", 1, 1, limits),
         ]
 
     @override
@@ -205,7 +284,9 @@ class DenseTiles(LibraryTiles):
     ) -> Tensor:
         dots_rc = self.dots(x_rD, y_cD) if cache_rc is None else cache_rc
         grad_rc = torch.empty_like(dots_rc)
-        softmax_gradient_of(self._launcher, dots_rc, tile, rows, cols, grad_rc)
+        launch = pairs_launch("dense_softmax_gradient", len(x_rD), len(y_cD), self._launcher.limits)
+        place = _tile(tile, len(x_rD), len(y_cD))
+        self._launcher.run(launch, (In(dots_rc), place, _weights(rows), _weights(cols), Out(grad_rc)))
         return grad_rc
 
     @override
@@ -239,16 +320,6 @@ def merge_parts(launcher: StreamLauncher, parts_pn2: Tensor, running: OnlineLogS
     launcher.run(launch, (In(parts_pn2), count, length, Out(running.max_n), Out(running.sum_n)))
 
 
-def softmax_gradient_of(
-    launcher: StreamLauncher, dots_rc: Tensor, tile: Tile, rows: SoftmaxWeights, cols: SoftmaxWeights, gradient: Tensor
-) -> None:
-    """Fill gradient (r, at least c) from dots in memory, in its dtype."""
-    r, c = dots_rc.shape
-    launch = pairs_launch("dense_softmax_gradient", gradient.dtype, r, c, launcher.limits)
-    weights = _weights(rows), _weights(cols)
-    launcher.run(launch, (In(dots_rc), _tile(tile, r, c), *weights, Out(gradient), gradient.stride(0)))
-
-
 # The C++ structs of the same names.
 
 
@@ -263,3 +334,8 @@ def _weights(weights: SoftmaxWeights) -> Argument:
 
 def _gradient(gradient: Tensor | None) -> Argument:
     return (Out(gradient), 0 if gradient is None else gradient.stride(0))
+
+
+def dots_in_memory(dots_rc: Tensor) -> Dots:
+    """Return dots that the kernels read; `aligned` tells whether they may read 16 bytes at once."""
+    return SWEEP, (In(dots_rc), int(dots_rc.data_ptr() % 16 == 0 and dots_rc.shape[1] % 4 == 0))

@@ -1,24 +1,14 @@
-// As softmax_gradient.cu, from dots in memory: those of a library GEMM, or those that stats.cu cached. One thread a pair.
+// As softmax_gradient.cu, from the dots of a library GEMM. One thread a pair.
 #include "tile.h"
-
-#ifdef FP32
-using Element = float;
-DEVICE Element element(float value) { return value; }
-#else
-#include "tensor_core.h"
-using Element = u16;
-DEVICE Element element(float value) { return static_cast<u16>(pack(kGain * value, 0.0f)); }
-#endif
 
 constexpr int kThreads = 256;
 
-// dots (rows, columns), gradient (rows, stride).
+// dots and gradient (rows, columns).
 KERNEL(kThreads, 1)
-dense_softmax_gradient(In<float> dots, Tile tile, Weights of_rows, Weights of_columns, Out<Element> gradient,
-                       int stride) {
+dense_softmax_gradient(In<float> dots, Tile tile, Weights of_rows, Weights of_columns, Out<float> gradient) {
   const int i = block_y(), j = block_x() * kThreads + thread();
   if (j >= tile.columns) return;
-  const float logit = tile.logit(dots[static_cast<i64>(i) * tile.columns + j], i, j);
-  const float value = of_rows[i].gradient(logit) + of_columns[j].gradient(logit);
-  gradient.put(static_cast<i64>(i) * stride + j, element(value));
+  const i64 at = static_cast<i64>(i) * tile.columns + j;
+  const float logit = tile.logit(dots[at], i, j);
+  gradient.put(at, of_rows[i].gradient(logit) + of_columns[j].gradient(logit));
 }

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from threetowers.kernels.cuda.arguments import Argument
 
-# As in block_logits.h and the dense kernels.
-BLOCK_SIZE = 128  # rows and columns of a thread block's piece of a tile
+# As in device.h and the dense kernels.
 CHUNK = 8  # elements that are copied together: the inner dimension is a multiple of it
-STAGE_BYTES = 16 * 1024
 BAND = 128  # rows that one thread of dense_column_stats walks
 BLOCK_THREADS = 256  # of every kernel
 WARPS = BLOCK_THREADS // 32
@@ -70,31 +68,6 @@ class Launcher(Protocol):
         ...
 
 
-def element_defines(element: torch.dtype) -> tuple[str, ...]:
-    """Return the macros that compile a kernel for this element type."""
-    defines = {torch.bfloat16: (), torch.float16: ("FP16",), torch.float32: ("FP32",)}
-    if element not in defines:
-        raise UnsupportedError(f"no kernel for {element} features; expected bfloat16, float16 or float32")
-    return defines[element]
-
-
-def stages(limits: Limits) -> int:
-    """Return the slices in flight: 4 where two blocks fit on a processor (sm_80, 90, 100), else 3 (sm_86, 89, 120)."""
-    return 4 if limits.shared_per_processor >= 2 * (4 * STAGE_BYTES + SHARED_RESERVED) else 3
-
-
-@functools.lru_cache(KEPT_LAUNCHES)
-def block_launch(kernel: str, element: torch.dtype, rows: int, columns: int, limits: Limits) -> Launch:
-    """Return the launch of a tensor-core kernel over a tile: one block per 128 x 128 piece."""
-    if limits.capability < (8, 0):
-        raise UnsupportedError(f"{kernel} needs compute capability 8.0 or later; got {limits.capability}")
-    if element == torch.float32:
-        raise UnsupportedError(f"{kernel} multiplies bfloat16 or float16 features; got {element}")
-    slices = stages(limits)
-    defines = (*element_defines(element), f"STAGES={slices}")
-    return checked(Launch(kernel, defines, (blocks_over(columns), blocks_over(rows)), slices * STAGE_BYTES), limits)
-
-
 @functools.lru_cache(KEPT_LAUNCHES)
 def rows_launch(kernel: str, rows: int, limits: Limits) -> Launch:
     """Return the launch of a kernel with one warp a row."""
@@ -108,12 +81,12 @@ def columns_launch(kernel: str, columns: int, bands: int, limits: Limits) -> Lau
 
 
 @functools.lru_cache(KEPT_LAUNCHES)
-def pairs_launch(kernel: str, element: torch.dtype, rows: int, columns: int, limits: Limits) -> Launch:
+def pairs_launch(kernel: str, rows: int, columns: int, limits: Limits) -> Launch:
     """Return the launch of a kernel with one thread an entry of the tile."""
-    return checked(Launch(kernel, element_defines(element), (blocks_over(columns, BLOCK_THREADS), rows)), limits)
+    return checked(Launch(kernel, (), (blocks_over(columns, BLOCK_THREADS), rows)), limits)
 
 
-def blocks_over(n: int, size: int = BLOCK_SIZE) -> int:
+def blocks_over(n: int, size: int) -> int:
     """Return how many blocks of this size cover n."""
     return -(-n // size)
 

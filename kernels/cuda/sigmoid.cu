@@ -1,5 +1,6 @@
 // The sigmoid loss of every logit and its gradient, in one pass: no statistics have to be finished first.
 // G = row weight * sigmoid(z), 0 for excluded pairs.
+#include "block_dots.h"
 #include "block_gradient.h"
 #include "block_parts.h"
 
@@ -14,9 +15,6 @@ struct RowPart {
   DEVICE RowPart operator+(RowPart other) const { return {sum + other.sum, max + other.max}; }
 };
 
-using RowParts = BlockParts<RowPart, kWarpsAcross>;
-using ColumnParts = BlockParts<Max, kWarpsDown>;
-
 // This thread's share of a row. Its logits become gradients on the way.
 DEVICE RowPart sigmoid_row(BlockLogits& logits, int d, int half, float weight) {
   RowPart part = {{0.0f, 0.0f}, {-infinity()}};
@@ -29,12 +27,12 @@ DEVICE RowPart sigmoid_row(BlockLogits& logits, int d, int half, float weight) {
 }
 
 // row_parts (blocks across, rows) and column_max (blocks down, columns). The gradient is absent where none is wanted.
-KERNEL(kThreads, 2)
+KERNEL(kThreads, kBlocksAtOnce)
 sigmoid(Operands in, Tile tile, In<float> row_weight, Gradient gradient, Out<RowPart> row_parts, Out<Max> column_max) {
   BlockLogits logits = block_dots(in, tile);
   to_logits(logits, tile);
 
-  const ColumnParts columns = ColumnParts::at(kGradientBytes);  // behind the gradient
+  const auto columns = ColumnParts<Max>::at(kGradientBytes);  // behind the gradient
   BlockLogits::each_column([&](int a, int side) {
     float max = -infinity();
     logits.in_column(a, side, [&](float t) { max = fmaxf(max, t); });
@@ -42,7 +40,7 @@ sigmoid(Operands in, Tile tile, In<float> row_weight, Gradient gradient, Out<Row
     if (lane() / 4 == 0) columns.put(warp_row(), logits.column(a, side), {max});
   });
 
-  const RowParts rows = RowParts::at(kGradientBytes + ColumnParts::kBytes);
+  const auto rows = RowParts<RowPart>::at(kGradientBytes + columns.kBytes);
   BlockLogits::each_row([&](int d, int half) {
     const int row = first_row() + logits.row(d, half);
     RowPart part = sigmoid_row(logits, d, half, row_weight.given() && row < tile.rows ? row_weight[row] : 0.0f);

@@ -21,6 +21,7 @@ ENGINE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 SMALL = Limits((8, 6), 99 * 1024, 100 * 1024)  # sm_86: three slices in flight
 LARGE = Limits((8, 0), 163 * 1024, 164 * 1024)  # sm_80: four
+HOPPER = Limits((9, 0), 227 * 1024, 228 * 1024)  # sm_90: blocks of 128 x 256
 
 
 class EmulationError(AssertionError):

@@ -16,12 +16,13 @@ torch.cuda.current_stream = lambda index: types.SimpleNamespace(cuda_stream=0x70
 
 from threetowers.kernels.cuda import driver
 from threetowers.kernels.cuda.arguments import In, Out
-from threetowers.kernels.cuda.launch import Limits, block_launch, columns_launch
+from threetowers.kernels.cuda.block_shape import block_launch, narrow_block
+from threetowers.kernels.cuda.launch import Limits, columns_launch
 driver.cached_cubin = lambda program: "-".join((program.kernel, program.arch, *program.defines)).encode()
 
 launcher = driver.DriverLauncher(0)
 assert launcher.limits == Limits((8, 0), 163 * 1024, 164 * 1024)
-launcher.prepare([block_launch("stats", torch.float16, 1, 1, launcher.limits)])
+launcher.prepare([block_launch("stats", torch.float16, 1, 1, narrow_block(launcher.limits), launcher.limits)])
 parts_pn2, max_n, sum_n = torch.zeros(4, 500, 2), torch.zeros(500), torch.zeros(500)
 arguments = (In(parts_pn2), 4, 500, Out(max_n), Out(sum_n))
 other_arguments = (In(parts_pn2), 3, 500, Out(sum_n), Out(None))
@@ -47,7 +48,7 @@ def test_driver_calls_and_their_arguments(tmp_path: Path) -> None:
     arguments = f"arguments {expected[0]} 4 500 {expected[1]} {expected[2]}"
     assert sorted(line for line in said if not line.startswith("expected")) == sorted(
         [
-            "load stats-sm_80-FP16-STAGES=4",
+            "load stats-sm_80-FP16-COLUMNS=128-STAGES=4",
             "kernel stats of 0x1000",
             "attribute 8 = 65536 of 0x2005 on 0",  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             "load merge-sm_80",

@@ -1,14 +1,16 @@
 """The CUDA kernels, run thread by thread on the CPU, against float64: shapes, schedules, and the whole loss."""
 
+import functools
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from emulator import LARGE, SMALL, Emulator, Schedule
+from emulator import HOPPER, LARGE, SMALL, Emulator, Schedule
 from tiles_under_test import Answers, Case, answers, check, emulated
 
 from threetowers.kernels import contrastive_loss, reference_contrastive_loss
+from threetowers.kernels.cuda.block_shape import LIBRARY, NARROW, WIDE
 from threetowers.kernels.tiles import TorchTiles
 
 ELEMENTS = [torch.bfloat16, torch.float16, torch.float32]
@@ -16,6 +18,16 @@ RACES = Schedule(False, False, True, 0)
 ADVERSARIES = [
     Schedule(greedy, early, False, seed)
     for greedy, early, seed in itertools.product([False, True], [False, True], [1, 2])
+]
+VARIANTS = [(SMALL, NARROW), (LARGE, NARROW), (HOPPER, WIDE), (SMALL, LIBRARY)]
+KINDS = [
+    (torch.bfloat16, NARROW),
+    (torch.bfloat16, WIDE),
+    (torch.bfloat16, LIBRARY),
+    (torch.float16, NARROW),
+    pytest.param(torch.float16, WIDE, marks=pytest.mark.slow),
+    pytest.param(torch.float16, LIBRARY, marks=pytest.mark.slow),
+    (torch.float32, NARROW),  # which has one kind of tiles, whatever is asked for
 ]
 
 CASES = [
@@ -44,20 +56,22 @@ def reference_of(case: Case, element: torch.dtype) -> Answers:
 @pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_tiles_equal_float64_without_illegal_accesses(case: Case, element: torch.dtype, builds: Path) -> None:
-    """Both ring sizes; every access is checked for bounds, alignment, ownership and happens-before."""
-    for limits in (SMALL, LARGE):
-        got = answers(emulated(Emulator(builds, limits, RACES), element), case, element)
-        check(got, reference_of(case, element), case, element)
+    """All block shapes and ring sizes; every access is checked for bounds, alignment, ownership and happens-before."""
+    reference = reference_of(case, element)
+    for limits, tiles in VARIANTS[:1] if element == torch.float32 else VARIANTS:
+        check(
+            answers(emulated(Emulator(builds, limits, RACES), element, tiles), case, element), reference, case, element
+        )
 
 
-@pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
-def test_all_schedules_give_the_same_bits(element: torch.dtype, builds: Path) -> None:
+@pytest.mark.parametrize(("element", "tiles"), KINDS, ids=name_of)
+def test_all_schedules_give_the_same_bits(element: torch.dtype, tiles: str, builds: Path) -> None:
     """The result depends on no order of threads, of blocks, or of copies."""
     case = Case(130, 140, 104, diagonal=2, labels=True)
-    first = answers(emulated(Emulator(builds, SMALL, RACES), element), case, element)
+    first = answers(emulated(Emulator(builds, SMALL, RACES), element, tiles), case, element)
     check(first, reference_of(case, element), case, element)
     for schedule in ADVERSARIES:
-        again = answers(emulated(Emulator(builds, SMALL, schedule), element), case, element)
+        again = answers(emulated(Emulator(builds, SMALL, schedule), element, tiles), case, element)
         assert again.bits() == first.bits(), f"{schedule!r} changes the result"
 
 
@@ -67,10 +81,9 @@ def test_many_shapes_under_many_schedules(element: torch.dtype, builds: Path) ->
     for rows, cols, width in itertools.product([1, 127, 300], [2, 128, 257], [8, 136, 512]):
         case = Case(rows, cols, width, diagonal=cols - rows, scale=50.0, labels=rows % 2 == 1)
         reference = reference_of(case, element)
-        for limits, schedule in itertools.product((SMALL, LARGE), [RACES, *ADVERSARIES[::2]]):
-            check(
-                answers(emulated(Emulator(builds, limits, schedule), element), case, element), reference, case, element
-            )
+        for (limits, tiles), schedule in itertools.product(VARIANTS, [RACES, *ADVERSARIES[::2]]):
+            got = answers(emulated(Emulator(builds, limits, schedule), element, tiles), case, element)
+            check(got, reference, case, element)
 
 
 def test_an_overflowing_scale_stays_finite(builds: Path) -> None:
@@ -103,17 +116,28 @@ def test_the_portable_fibers_give_the_same_bits(builds: Path) -> None:
 @pytest.mark.parametrize("confident", [False, True])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("logit_cache_bytes", [0, 2**30])
-@pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
+@pytest.mark.parametrize(
+    ("element", "tiles"),
+    [
+        (torch.bfloat16, WIDE),
+        pytest.param(torch.bfloat16, LIBRARY, marks=pytest.mark.slow),
+        (torch.float16, NARROW),
+        (torch.float32, NARROW),
+    ],
+    ids=name_of,
+)
 def test_the_public_loss_on_emulated_kernels(
     kind: str,
     confident: bool,
     logit_cache_bytes: int,
     element: torch.dtype,
+    tiles: str,
     builds: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With CUDA tiles, near chance and where pairs are confident, it equals the reference."""
-    monkeypatch.setattr("threetowers.kernels.operators.backend_for", lambda x_bD: emulated(Emulator(builds), element))
+    backend = functools.partial(emulated, Emulator(builds), element, tiles)
+    monkeypatch.setattr("threetowers.kernels.operators.backend_for", lambda x_bD: backend())
     batch = 150
     x_BD, y_BD = Case(batch, batch, 196).features(element)
     features, log_scale_1 = ((x_BD, x_BD), [3.0]) if confident else ((x_BD, y_BD), [2.5])

@@ -7,58 +7,76 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import LARGE, SMALL, EmulationError, Emulator, tensor_arguments
+from emulator import HOPPER, LARGE, SMALL, EmulationError, Emulator, tensor_arguments
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from threetowers.kernels import cuda
 from threetowers.kernels.cuda.arguments import In, Out, PackedArguments
-from threetowers.kernels.cuda.cuda_tiles import DenseTiles, TensorCoreTiles
+from threetowers.kernels.cuda.block_shape import (
+    SWEEP,
+    WIDE_BLOCK,
+    block_launch,
+    default_tiles,
+    narrow_block,
+    tiles_from_environment,
+)
+from threetowers.kernels.cuda.cuda_tiles import DenseTiles, LibraryDotsTiles, TensorCoreTiles
 from threetowers.kernels.cuda.launch import (
+    SHARED_RESERVED,
     Launch,
     Limits,
     UnsupportedError,
-    block_launch,
     blocks_over,
     check_operands,
     check_torch,
     checked,
     clipped_diagonal,
     columns_launch,
-    element_defines,
     pairs_launch,
     rows_launch,
-    stages,
 )
 
 TURING = Limits((7, 5), 64 * 1024, 64 * 1024)
-HOPPER = Limits((9, 0), 227 * 1024, 228 * 1024)
 
 
-def test_stages_leave_room_for_two_blocks_on_a_processor() -> None:
-    assert [stages(limits) for limits in (SMALL, LARGE, HOPPER)] == [3, 4, 4]
+BLACKWELL = Limits((12, 0), 99 * 1024, 100 * 1024)
+
+
+def test_stages_leave_room_for_the_blocks_of_a_processor() -> None:
+    assert [narrow_block(limits).stages for limits in (SMALL, LARGE, HOPPER)] == [3, 4, 4]
+    assert WIDE_BLOCK.shared_bytes + SHARED_RESERVED <= min(SMALL.shared_per_processor, HOPPER.shared_per_block)
+    assert 2 * (SWEEP.shared_bytes + SHARED_RESERVED) <= SMALL.shared_per_processor
+
+
+def test_wide_blocks_are_the_default_where_shared_memory_would_not_keep_up() -> None:
+    names = [default_tiles(limits) for limits in (SMALL, LARGE, HOPPER, BLACKWELL)]
+    assert names == ["128x128", "128x128", "128x256", "128x128"]
 
 
 def test_grids_cover_ragged_tiles_once() -> None:
-    assert [blocks_over(n) for n in (1, 128, 129)] == [1, 1, 2]
-    launch = block_launch("stats", torch.float16, 129, 4096, SMALL)
-    assert launch == Launch("stats", ("FP16", "STAGES=3"), (32, 2), 48 * 1024)
-    assert block_launch("stats", torch.bfloat16, 1, 1, HOPPER).shared_bytes == 64 * 1024
+    assert [blocks_over(n, 128) for n in (1, 128, 129)] == [1, 1, 2]
+    launch = block_launch("stats", torch.float16, 129, 4096, narrow_block(SMALL), SMALL)
+    assert launch == Launch("stats", ("FP16", "COLUMNS=128", "STAGES=3"), (32, 2), 48 * 1024)
+    launch = block_launch("stats", torch.bfloat16, 257, 257, WIDE_BLOCK, HOPPER)
+    assert launch == Launch("stats", ("COLUMNS=256", "STAGES=4"), (2, 3), 96 * 1024)
+    launch = block_launch("stats", torch.bfloat16, 257, 257, SWEEP, SMALL)
+    assert launch == Launch("stats", ("COLUMNS=128", "LIBRARY_DOTS"), (3, 3), 40 * 1024)
     assert rows_launch("dense_row_stats", 9, SMALL).grid == (2, 1)
     assert columns_launch("dense_column_stats", 257, 3, SMALL).grid == (2, 3)
-    assert pairs_launch("dense_softmax_gradient", torch.float32, 7, 256, TURING) == Launch(
-        "dense_softmax_gradient", ("FP32",), (1, 7)
-    )
+    assert pairs_launch("dense_softmax_gradient", 7, 256, TURING) == Launch("dense_softmax_gradient", (), (1, 7))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: block_launch("stats", torch.bfloat16, 1, 1, TURING), r"capability 8\.0 or later; got \(7, 5\)"),
-        (lambda: block_launch("stats", torch.float32, 1, 1, SMALL), "bfloat16 or float16 features"),
+        (
+            lambda: block_launch("stats", torch.bfloat16, 1, 1, SWEEP, TURING),
+            r"capability 8\.0 or later; got \(7, 5\)",
+        ),
+        (lambda: block_launch("stats", torch.float32, 1, 1, SWEEP, SMALL), "bfloat16 or float16 features"),
         (lambda: check_torch(TorchVersion("2.9.1+cu130")), r"torch 2\.10 or later; got 2\.9\.1"),
-        (lambda: element_defines(torch.float64), "no kernel for torch.float64"),
-        (lambda: pairs_launch("merge", torch.float32, 65536, 1, SMALL), "65536 blocks along y; expected 1 to 65535"),
+        (lambda: pairs_launch("merge", 65536, 1, SMALL), "65536 blocks along y; expected 1 to 65535"),
         (lambda: rows_launch("merge", 0, SMALL), "0 blocks along x"),
         (lambda: checked(Launch("stats", (), (1, 1), 2**17), SMALL), "needs 131072 bytes.* has 101376"),
     ],
@@ -94,7 +112,7 @@ def counted(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("z_nD", [counted(5, 13), counted(5, 32)[:, ::2], counted(41)[1:].view(5, 8), torch.ones(5, 8)])
 def test_features_become_operands(z_nD: Tensor, builds: Path) -> None:
-    ready_nD = TensorCoreTiles(Emulator(builds), torch.bfloat16).features(z_nD)
+    ready_nD = LibraryDotsTiles(Emulator(builds), torch.bfloat16).features(z_nD)
     check_operands(ready_nD, ready_nD)
     width = z_nD.shape[1]
     assert torch.equal(ready_nD[:, :width], z_nD.bfloat16())
@@ -138,7 +156,7 @@ def test_arguments_are_laid_out_as_in_cpp() -> None:
 def chosen(limits: Limits, element: torch.dtype, builds: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     """Return what `cuda_backend` chooses for a device with these limits, with the emulator as its driver."""
     monkeypatch.setattr("threetowers.kernels.cuda.driver.DriverLauncher", lambda index: Emulator(builds, limits))
-    make = cuda._factory.__wrapped__(0, element)
+    make = cuda._factory.__wrapped__(0, element, tiles_from_environment())
     return None if make is None else make()
 
 
@@ -155,6 +173,23 @@ def test_the_fastest_back_end_that_a_device_can_run_is_chosen(
     assert "cannot use TensorCoreTiles on cuda:0: stats needs compute capability 8.0" in record.message
 
 
+def test_the_environment_chooses_the_tiles(builds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = {}
+    for name in ("128x128", "128x256", "library", ""):
+        monkeypatch.setenv("THREETOWERS_CUDA_TILES", name)
+        backend = chosen(LARGE, torch.float16, builds, monkeypatch)
+        assert isinstance(backend, TensorCoreTiles)
+        assert isinstance(backend, LibraryDotsTiles) == (name == "library")
+        launches[name] = backend.kernels()[0].defines
+    assert launches[""] == launches["128x128"] == ("FP16", "COLUMNS=128", "STAGES=4")
+    assert launches["128x256"] == ("FP16", "COLUMNS=256", "STAGES=4")
+    assert launches["library"] == ("FP16", "COLUMNS=128", "LIBRARY_DOTS")
+    monkeypatch.setenv("THREETOWERS_CUDA_TILES", "256x256")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match="THREETOWERS_CUDA_TILES is '256x256'; expected 128x128, 128x256 or library"):
+        cuda.cuda_backend(torch.zeros(1, 8))
+
+
 def test_without_a_driver_there_is_one_warning_and_no_back_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,7 +198,7 @@ def test_without_a_driver_there_is_one_warning_and_no_back_end(
 
     monkeypatch.setattr("threetowers.kernels.cuda.driver.DriverLauncher", refuse)
     with caplog.at_level(logging.WARNING):
-        assert cuda._factory.__wrapped__(0, torch.bfloat16) is None
+        assert cuda._factory.__wrapped__(0, torch.bfloat16, None) is None
     (record,) = caplog.records
     assert "no CUDA kernels on cuda:0, plain torch instead: no module named cuda.bindings" in record.message
 
@@ -179,10 +214,12 @@ def test_the_emulator_reports_an_illegal_write(builds: Path) -> None:
 
 def test_gradient_products_are_calls_that_torch_accepts(builds: Path) -> None:
     """Shapes, strides and dtypes only: the meta device computes nothing, and the CPU has no such product."""
-    backend = TensorCoreTiles(Emulator(builds), torch.float16)
+    backend = LibraryDotsTiles(Emulator(builds), torch.float16)
     x_rD, y_cD = (torch.empty(n, 16, dtype=torch.float16, device="meta") for n in (5, 11))
     grad_rc = torch.empty(5, 16, dtype=torch.float16, device="meta")[:, :11]
     for add, rows, other_nD in ((backend.add_rows, 5, y_cD), (backend.add_cols, 11, x_rD)):
         sum_nD = torch.empty(rows, 13, device="meta")  # features were padded from 13 to 16
         add(sum_nD, grad_rc, other_nD)
         assert sum_nD.shape == (rows, 13)
+    backend._multiply(x_rD, y_cD, dots_rc := torch.empty(5, 11, device="meta"))
+    assert dots_rc.shape == (5, 11)

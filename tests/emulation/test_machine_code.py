@@ -21,11 +21,12 @@ from threetowers.kernels.cuda.compiler import (
     cached_cubin,
     compile_program,
 )
+from threetowers.kernels.cuda.launch import BLOCK_THREADS
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 BLOCK_KERNELS = ["stats", "softmax_gradient", "sigmoid"]
 DENSE_KERNELS = ["merge", "dense_row_stats", "dense_column_stats", "dense_softmax_gradient", "dense_sigmoid"]
-REGISTERS = 128  # 256 threads, two blocks a processor, 65536 registers
+REGISTERS = 65536  # of a processor
 
 STAGES = {"sm_80": 4, "sm_90": 4, "sm_100": 4}
 compiled = functools.cache(compile_program)
@@ -34,17 +35,24 @@ compiled = functools.cache(compile_program)
 def block_programs() -> Iterator[object]:
     """Yield the tensor-core kernels on every architecture; fp16 differs from bf16 in a few instructions' names only."""
     for arch, kernel, element in itertools.product(ARCHITECTURES, BLOCK_KERNELS, ((), ("FP16",))):
-        program = KernelProgram(kernel, arch, (*element, f"STAGES={STAGES.get(arch, 3)}"))
+        program = KernelProgram(kernel, arch, (*element, "COLUMNS=128", f"STAGES={STAGES.get(arch, 3)}"))
         yield parameter(program, slow=bool(element) and arch not in ("sm_80", "sm_120"))
+        if arch in STAGES:
+            program = KernelProgram(kernel, arch, (*element, "COLUMNS=256", "STAGES=4"))
+            yield parameter(program, slow=bool(element) or arch != "sm_90")
+
+
+def swept_programs() -> Iterator[object]:
+    """Yield the same kernels, with dots from memory."""
+    for arch, kernel, element in itertools.product(ARCHITECTURES, BLOCK_KERNELS, ((), ("FP16",))):
+        program = KernelProgram(kernel, arch, (*element, "COLUMNS=128", "LIBRARY_DOTS"))
+        yield parameter(program, slow=bool(element) or arch != "sm_90")
 
 
 def dense_programs() -> Iterator[object]:
-    """Yield the generic kernels on every architecture, in each type that the back ends ask for."""
-    for arch in ARCHITECTURES:
-        yield from (parameter(KernelProgram(kernel, arch)) for kernel in DENSE_KERNELS)
-        yield from (
-            parameter(KernelProgram("dense_softmax_gradient", arch, (element,))) for element in ("FP16", "FP32")
-        )
+    """Yield the generic kernels on every architecture."""
+    for arch, kernel in itertools.product(ARCHITECTURES, DENSE_KERNELS):
+        yield parameter(KernelProgram(kernel, arch))
 
 
 def parameter(program: KernelProgram, slow: bool = False) -> object:
@@ -56,12 +64,13 @@ def test_every_kernel_is_listed() -> None:
     assert sorted(path.stem for path in SOURCES.glob("*.cu")) == sorted(BLOCK_KERNELS + DENSE_KERNELS)
 
 
-@pytest.mark.parametrize("program", [*block_programs(), *dense_programs()])
+@pytest.mark.parametrize("program", [*block_programs(), *swept_programs(), *dense_programs()])
 def test_compiles_without_warnings_or_spills(program: KernelProgram) -> None:
     log = compiled(program).log
     assert "warning" not in log.lower(), log
     (registers,) = re.findall(r"Used (\d+) registers", log)
-    assert int(registers) <= REGISTERS
+    blocks = 1 if "COLUMNS=256" in program.defines else 2  # at once on a processor
+    assert int(registers) <= min(255, REGISTERS // BLOCK_THREADS // blocks)
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log) == [
         ("0",) * 3
     ]
@@ -70,21 +79,35 @@ def test_compiles_without_warnings_or_spills(program: KernelProgram) -> None:
 @pytest.mark.parametrize("program", [*block_programs()])
 def test_uses_tensor_cores_and_asynchronous_copies(program: KernelProgram, tmp_path: Path) -> None:
     listing = disassembled(compiled(program), tmp_path)
+    check_memory_and_exponentials(listing)
+    loop = [text.split()[0] for text in innermost_loop_around(listing, "HMMA")]
+    product = "HMMA.16816.F32" if "FP16" in program.defines else "HMMA.16816.F32.BF16"
+    wide = "COLUMNS=256" in program.defines
+    products = 64 if wide else 32  # 64 x 64 x 32, or 64 x 32 x 32 a warp
+    assert sum(name == product for name in loop) == products
+    assert sum(name.startswith("LDSM.16") and name.endswith(".4") for name in loop) == (16 if wide else 12)
+    assert sum(name.startswith("LDGSTS") and name.endswith(".128") for name in loop) == (6 if wide else 4)
+    assert len(loop) <= (3.0 if wide else 4.5) * products, "the loop does much besides multiplying"
+
+
+@pytest.mark.parametrize("program", [*swept_programs()])
+def test_reads_dots_in_wide_words(program: KernelProgram, tmp_path: Path) -> None:
+    listing = disassembled(compiled(program), tmp_path)
+    check_memory_and_exponentials(listing)
+    wide = [text for _, text in listing if text.startswith("LDG") and ".128" in text.split()[0]]
+    assert len(wide) == 16  # 64 dots a thread, four at a time
+
+
+def check_memory_and_exponentials(listing: "Listing") -> None:
+    """Assert that nothing is spilled, nothing is atomic, and exponentials are the fast ones."""
     instructions = {text.split()[0] for _, text in listing}
     assert not {name for name in instructions if name.startswith(("LDL", "STL", "ATOM", "RED."))}
     assert any(name.startswith("MUFU.EX2") for name in instructions)
-    loop = [text.split()[0] for text in innermost_loop_around(listing, "HMMA")]
-    product = "HMMA.16816.F32" if "FP16" in program.defines else "HMMA.16816.F32.BF16"
-    assert sum(name == product for name in loop) == 32  # a 64 x 32 x 32 product a warp
-    assert sum(name.startswith("LDSM.16") and name.endswith(".4") for name in loop) == 12
-    assert sum(name.startswith("LDGSTS") and name.endswith(".128") for name in loop) == 4
-    assert len(loop) <= 4.5 * 32, "the loop does much besides multiplying"
 
 
-@pytest.mark.parametrize("kernel", ["merge", "dense_row_stats", "dense_column_stats", "dense_sigmoid"])
+@pytest.mark.parametrize("kernel", DENSE_KERNELS)
 def test_the_generic_path_compiles_for_older_devices(kernel: str) -> None:
     assert compiled(KernelProgram(kernel, "sm_75")).cubin
-    assert compiled(KernelProgram("dense_softmax_gradient", "sm_75", ("FP32",))).cubin
 
 
 Listing = list[tuple[int, str]]  # address and instruction, predicates left out

@@ -4,7 +4,9 @@ Two judges look at each. `races` follows who touched what since the last barrier
 results with float64 under adversarial schedules; the table says which of them must notice.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from emulator import EmulationError, Emulator, Mutation, Schedule
 from tiles_under_test import Answers, Case, answers, check, emulated
 
+from threetowers.kernels.cuda.block_shape import LIBRARY, NARROW, TILES, WIDE
 from threetowers.kernels.tiles import TorchTiles
 
 CASE = Case(140, 262, 104, diagonal=1, labels=True)  # several blocks and slices, the last ones ragged
@@ -23,11 +26,13 @@ SCHEDULES = {
     "greedy-early": Schedule(True, True, False, 1),
 }
 RACES = Schedule(False, False, True, 1)
-LOOP = """    wait_copies<kStages - 2>();
-    barrier();
-    if (s + kStages - 1 < slices) fetch(in, tile, s + kStages - 1);
-    commit_copies();
-"""
+ENTER = "  wait_copies<kStages - 2>();\n  barrier();\n"
+REFILL = "  if (s + kStages - 1 < slices) fetch(in, tile, s + kStages - 1);\n  commit_copies();\n"
+
+AHEAD_LOAD = "    if (s + 1 < slices) load(first, stage_of(s + 1), 0);\n"
+AHEAD_REFILL = "    refill(in, tile, s + 1, slices);\n"
+AHEAD_ENTER = "    enter_slice();  // after the last slice: before the stages are used for something else\n"
+AHEAD = AHEAD_ENTER + AHEAD_LOAD + AHEAD_REFILL
 
 
 @dataclass(frozen=True)
@@ -38,43 +43,67 @@ class Bug:
     message: str = ""  # of the races judge; "" where only wrong values can tell
     schedules: tuple[str, ...] = ()
     case: Case = CASE
+    tiles: tuple[str, ...] = (NARROW, WIDE)
 
 
-def in_loop(new: str) -> Mutation:
-    return Mutation("block_logits.h", LOOP, new)
+def in_ring(old: str, new: str) -> Mutation:
+    return Mutation("block_product.h", old, new)
 
-
-WAIT, BARRIER, FETCH, COMMIT = LOOP.splitlines(keepends=True)
 
 BUGS = {
     "no barrier in the ring": Bug(
-        in_loop(WAIT + FETCH + COMMIT), "shared memory that", schedules=("turns-early", "turns-late")
+        in_ring(ENTER, ENTER.replace("  barrier();\n", "")),
+        "shared memory that",
+        schedules=("turns-early", "turns-late"),
     ),
     "barrier before the wait: others' copies may not have landed": Bug(
-        in_loop(BARRIER + WAIT + FETCH + COMMIT), "shared memory that a copy", schedules=("turns-late",)
+        in_ring(ENTER, "  barrier();\n  wait_copies<kStages - 2>();\n"),
+        "shared memory that a copy",
+        schedules=("turns-late",),
     ),
     "refill before the barrier: others may still read the stage": Bug(
-        in_loop(WAIT + FETCH + COMMIT + BARRIER),
+        in_ring(
+            "    enter_slice();\n    refill(in, tile, s, slices);\n",
+            "    wait_copies<kStages - 2>();\n    refill(in, tile, s, slices);\n    barrier();\n",
+        ),
         "overwrites shared memory that others read",
         schedules=("greedy-early",),
+        tiles=(NARROW,),
+    ),
+    "refill before the barrier, fragments ahead": Bug(
+        in_ring(AHEAD, "    wait_copies<kStages - 2>();\n" + AHEAD_REFILL + "    barrier();\n" + AHEAD_LOAD),
+        "overwrites shared memory that others read",
+        schedules=("greedy-early",),
+        tiles=(WIDE,),
+    ),
+    "fragments loaded before their slice is entered": Bug(
+        in_ring(AHEAD, AHEAD_LOAD + "    enter_slice();\n" + AHEAD_REFILL),
+        "reads shared memory that a copy",
+        schedules=("turns-late",),
+        tiles=(WIDE,),
     ),
     "wait for one group too few": Bug(
-        in_loop(LOOP.replace("- 2", "- 1")), "shared memory that a copy", schedules=("greedy-late",)
+        in_ring(ENTER, ENTER.replace("- 2", "- 1")), "shared memory that a copy", schedules=("greedy-late",)
     ),
     "no commit where nothing is left to fetch": Bug(
-        in_loop(WAIT + BARRIER + FETCH.replace(" fetch", " { fetch").rstrip() + " commit_copies(); }\n"),
+        in_ring(REFILL, REFILL.replace(" fetch", " { fetch").replace(";\n  commit_copies();", "; commit_copies(); }")),
         "shared memory that",
         schedules=("turns-late",),
     ),
     "ring one stage short": Bug(
-        Mutation("block_logits.h", "slice % kStages *", "slice % (kStages - 1) *"),
-        "shared memory",
-        schedules=("turns-early",),
+        in_ring("slice % kStages *", "slice % (kStages - 1) *"), "shared memory", schedules=("turns-early",)
     ),
     "epilogue reuses the stages too early": Bug(
-        Mutation("block_logits.h", "  barrier();\n  return dots;", "  return dots;"),
+        in_ring("  barrier();  // before the stages", "  // before the stages"),
         "overwrites shared memory",
         schedules=("greedy-late",),
+        tiles=(NARROW,),
+    ),
+    "epilogue reuses the stages too early, fragments ahead": Bug(
+        in_ring(AHEAD_ENTER, "    if (s + 1 < slices) enter_slice();\n"),
+        "overwrites shared memory",
+        schedules=("greedy-late",),
+        tiles=(WIDE,),
     ),
     "no barrier before the warps' parts are joined": Bug(
         Mutation("stats.cu", "  barrier();\n  write_parts", "  write_parts"), "reads"
@@ -88,8 +117,8 @@ BUGS = {
     "barrier in a branch": Bug(
         Mutation(
             "block_parts.h",
-            "  if (thread() < kBlock)\n",
-            "  if (thread() < kBlock) barrier();\n  if (thread() < kBlock)\n",
+            "  for (int position",
+            "  if (thread() < 128) barrier();\n  for (int position",
         ),
         "deadlock",
     ),
@@ -102,22 +131,17 @@ BUGS = {
         "of its warp wait in",
     ),
     "fragments in the wrong order": Bug(
-        Mutation(
-            "block_logits.h",
+        in_ring(
             "lane() / 16 * 8 + lane() % 8, k + lane() / 8 % 2",
             "lane() / 8 % 2 * 8 + lane() % 8, k + lane() / 16",
         )
     ),
-    "no swizzle: rows share banks": Bug(
-        Mutation("block_logits.h", "(c ^ (row / 2 % kSliceChunks))", "c"), "share banks"
-    ),
+    "no swizzle: rows share banks": Bug(in_ring("(c ^ (row / 2 % kSliceChunks))", "c"), "share banks"),
     "no zeros past the depth": Bug(
-        Mutation("block_logits.h", "first + r < count && k < depth);", "first + r < count);"), "of a buffer of"
+        in_ring("first + r < count && k < depth);", "first + r < count);"), "of a buffer of"
     ),
-    "rows past the end are read": Bug(
-        Mutation("block_logits.h", "first + r < count && k < depth);", "k < depth);"), "of a buffer of"
-    ),
-    "misaligned copies": Bug(Mutation("block_logits.h", "* depth + k;", "* depth + k + 1;"), "misaligned"),
+    "rows past the end are read": Bug(in_ring("first + r < count && k < depth);", "k < depth);"), "of a buffer of"),
+    "misaligned copies": Bug(in_ring("* depth + k;", "* depth + k + 1;"), "misaligned"),
     "diagonal not excluded": Bug(Mutation("tile.h", " && j - i != diagonal", "")),
     "columns past the end not excluded": Bug(Mutation("tile.h", "i < rows && j < columns &&", "i < rows &&")),
     "labels ignored": Bug(
@@ -152,34 +176,67 @@ BUGS = {
         Mutation("stats.cu", "if (lane() / 4 == 0) column", "if (lane() / 4 == 0 && lane() % 4) column"),
     ),
     "more shared memory than asked for": Bug(
-        Mutation("sigmoid.cu", "ColumnParts::at(kGradientBytes);", "ColumnParts::at(kGradientBytes + 16384);"),
-        "of 49152",
+        Mutation("sigmoid.cu", "::at(kGradientBytes);", "::at(kGradientBytes + 32768);"),
+        "touches shared memory at byte",
     ),
 }
 
 
-@pytest.fixture(scope="module")
-def references() -> dict[Case, Answers]:
-    return {case: answers(TorchTiles(torch.float64), case, torch.bfloat16) for case in (CASE, LONELY)}
+LIBRARY_BUGS = {
+    "rows past the end are read from memory": Bug(
+        Mutation("library_dots.h", "  if (i >= tile.rows) return;\n", ""), "of a buffer of"
+    ),
+    "columns past the end are read from memory": Bug(
+        Mutation("library_dots.h", "if (first + 2 * a + n < tile.columns) four", "four"), "of a buffer of"
+    ),
+    "wide reads of rows that are not aligned": Bug(
+        Mutation("library_dots.h", "if (in.aligned)", "if (in.aligned || tile.columns % 2 == 0)")
+    ),
+    "dots in the wrong columns": Bug(
+        Mutation("library_dots.h", "[a + n / 2][half + n % 2]", "[a + n % 2][half + n / 2]")
+    ),
+}
+BUGS |= {name: replace(bug, tiles=(LIBRARY,)) for name, bug in LIBRARY_BUGS.items()}
 
 
-def judge(bug: Bug, schedule: Schedule, builds: Path, reference: Answers, planted: bool = True) -> None:
-    emulator = Emulator(builds, schedule=schedule, mutation=bug.mutation if planted else None)
-    check(answers(emulated(emulator, torch.bfloat16), bug.case, torch.bfloat16), reference, bug.case, torch.bfloat16)
+def planted() -> Iterator[object]:
+    """Yield every bug with the tiles in which it is planted; outside the ring, wide ones in the deeper sweeps only."""
+    for name, bug in BUGS.items():
+        for tiles in bug.tiles:
+            slow = tiles == WIDE and NARROW in bug.tiles and bug.mutation.file != "block_product.h"
+            yield pytest.param(name, tiles, id=f"{name}-{tiles}", marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_caught(name: str, builds: Path, references: dict[Case, Answers]) -> None:
+def for_tiles(case: Case, tiles: str) -> Case:
+    """Return the case with more slices than the ring of these tiles has stages."""
+    return replace(case, width=168) if case is CASE and tiles == WIDE else case
+
+
+@functools.cache
+def reference_of(case: Case) -> Answers:
+    return answers(TorchTiles(torch.float64), case, torch.bfloat16)
+
+
+def judge(bug: Bug, tiles: str, schedule: Schedule, builds: Path, plant: bool = True) -> None:
+    emulator = Emulator(builds, schedule=schedule, mutation=bug.mutation if plant else None)
+    case = for_tiles(bug.case, tiles)
+    got = answers(emulated(emulator, torch.bfloat16, tiles), case, torch.bfloat16)
+    check(got, reference_of(case), case, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("name", "tiles"), [*planted()])
+def test_planted_bug_is_caught(name: str, tiles: str, builds: Path) -> None:
     bug = BUGS[name]
     with pytest.raises(EmulationError if bug.message else AssertionError, match=bug.message or None):
-        judge(bug, RACES, builds, references[bug.case])
+        judge(bug, tiles, RACES, builds)
     for schedule in bug.schedules:
         with pytest.raises(AssertionError):
-            judge(bug, SCHEDULES[schedule], builds, references[bug.case])
+            judge(bug, tiles, SCHEDULES[schedule], builds)
 
 
+@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("case", [CASE, LONELY])
-def test_without_a_bug_nothing_is_reported(case: Case, builds: Path, references: dict[Case, Answers]) -> None:
+def test_without_a_bug_nothing_is_reported(case: Case, tiles: str, builds: Path) -> None:
     clean = Bug(Mutation("", "", ""), case=case)
     for schedule in (RACES, *SCHEDULES.values()):
-        judge(clean, schedule, builds, references[case], planted=False)
+        judge(clean, tiles, schedule, builds, plant=False)

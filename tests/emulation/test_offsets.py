@@ -18,11 +18,11 @@ from emulator import SMALL, Emulator, Mutation
 from torch import Tensor
 
 from threetowers.kernels.cuda.arguments import Argument, In, Out
+from threetowers.kernels.cuda.block_shape import SWEEP, block_launch, narrow_block
 from threetowers.kernels.cuda.compiler import SOURCES
 from threetowers.kernels.cuda.launch import (
     BAND,
     Launch,
-    block_launch,
     blocks_over,
     columns_launch,
     pairs_launch,
@@ -31,6 +31,7 @@ from threetowers.kernels.cuda.launch import (
 
 ROWS, COLS = 5, 8
 BF16 = torch.bfloat16
+NARROW_BLOCK = narrow_block(SMALL)
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
@@ -67,13 +68,13 @@ def weights(before: int, count: int) -> Argument:
 def stats(down: int, right: int, depth: int, cache: bool = False) -> Job:
     rows, cols = down + ROWS, right + COLS
     x_rD, y_cD = filled(numbers(ROWS, depth, dtype=BF16), down, 0), filled(numbers(COLS, depth, dtype=BF16), right, 0)
-    row_parts, col_parts = zeros(blocks_over(cols), rows, 2), zeros(blocks_over(rows), cols, 2)
+    row_parts, col_parts = zeros(NARROW_BLOCK.across(cols), rows, 2), zeros(NARROW_BLOCK.down(rows), cols, 2)
     cached_rc = zeros(rows, cols) if cache else None
     outputs = Out(row_parts), Out(col_parts), Out(cached_rc)
     results = [row_parts[-1, -ROWS:], col_parts[-1, -COLS:]] + (
         [cached_rc[-ROWS:, -COLS:]] if cached_rc is not None else []
     )
-    launch = block_launch("stats", BF16, rows, cols, SMALL)
+    launch = block_launch("stats", BF16, rows, cols, NARROW_BLOCK, SMALL)
     return launch, ((In(x_rD), In(y_cD), depth), tile(rows, cols), *outputs), results
 
 
@@ -82,9 +83,17 @@ def softmax_gradient(down: int, right: int, depth: int) -> Job:
     x_rD, y_cD = filled(numbers(ROWS, depth, dtype=BF16), down, 0), filled(numbers(COLS, depth, dtype=BF16), right, 0)
     grad_rc = zeros(rows, cols, dtype=BF16)
     sides = weights(down, ROWS), weights(right, COLS)
-    launch = block_launch("softmax_gradient", BF16, rows, cols, SMALL)
+    launch = block_launch("softmax_gradient", BF16, rows, cols, NARROW_BLOCK, SMALL)
     arguments = (In(x_rD), In(y_cD), depth), tile(rows, cols), *sides, (Out(grad_rc), cols)
     return launch, arguments, [grad_rc[-ROWS:, -COLS:]]
+
+
+def swept_gradient(down: int, right: int, _: int) -> Job:
+    rows, cols = down + ROWS, right + COLS
+    grad_rc = zeros(rows, cols, dtype=BF16)
+    dots_rc, sides = filled(numbers(ROWS, COLS), down, right), (weights(down, ROWS), weights(right, COLS))
+    launch = block_launch("softmax_gradient", BF16, rows, cols, SWEEP, SMALL)
+    return launch, ((In(dots_rc), 1), tile(rows, cols), *sides, (Out(grad_rc), cols)), [grad_rc[-ROWS:, -COLS:]]
 
 
 def dense_row_stats(down: int, right: int, _: int) -> Job:
@@ -107,8 +116,8 @@ def dense_softmax_gradient(down: int, right: int, _: int) -> Job:
     rows, cols = down + ROWS, right + COLS
     grad_rc = zeros(rows, cols)
     dots_rc, sides = filled(numbers(ROWS, COLS), down, right), (weights(down, ROWS), weights(right, COLS))
-    launch = pairs_launch("dense_softmax_gradient", torch.float32, rows, cols, SMALL)
-    return launch, (In(dots_rc), tile(rows, cols), *sides, Out(grad_rc), cols), [grad_rc[-1:, -COLS:]]
+    launch = pairs_launch("dense_softmax_gradient", rows, cols, SMALL)
+    return launch, (In(dots_rc), tile(rows, cols), *sides, Out(grad_rc)), [grad_rc[-1:, -COLS:]]
 
 
 def dense_sigmoid(down: int, right: int, _: int) -> Job:
@@ -145,11 +154,12 @@ def cached_stats(down: int, right: int, depth: int) -> Job:
 
 M = 2**20
 CASES = {
-    "rows of x": OffsetCase(stats, M, 0, "block_logits.h", "static_cast<i64>(first + r) * depth", 2048),
-    "rows of y": OffsetCase(stats, 0, M, "block_logits.h", "static_cast<i64>(first + r) * depth", 2048),
+    "rows of x": OffsetCase(stats, M, 0, "block_product.h", "static_cast<i64>(first + r) * depth", 2048),
+    "rows of y": OffsetCase(stats, 0, M, "block_product.h", "static_cast<i64>(first + r) * depth", 2048),
     "parts of rows": OffsetCase(stats, M, 2**18, "block_parts.h", "static_cast<i64>(block) * count"),
     "cached dots": OffsetCase(cached_stats, M, 2048, "stats.cu", "static_cast<i64>(i) * tile.columns"),
     "gradient": OffsetCase(softmax_gradient, M, 2**14, "block_gradient.h", "static_cast<i64>(row) * stride"),
+    "dots in memory": OffsetCase(swept_gradient, M, 2**14, "library_dots.h", "static_cast<i64>(i) * tile.columns"),
     "dense rows": OffsetCase(dense_row_stats, M, 2048, "dense_row_stats.cu", "static_cast<i64>(i) * tile.columns"),
     "dense columns": OffsetCase(
         dense_column_stats, M, 2048, "dense_column_stats.cu", "static_cast<i64>(i) * tile.columns"
@@ -157,11 +167,8 @@ CASES = {
     "parts of columns": OffsetCase(
         dense_column_stats, M, 2**18, "dense_column_stats.cu", "static_cast<i64>(block_y()) * tile.columns"
     ),
-    "dense dots": OffsetCase(
-        dense_softmax_gradient, 65530, 2**15 + 8, "dense_softmax_gradient.cu", "static_cast<i64>(i) * tile.columns"
-    ),
     "dense gradient": OffsetCase(
-        dense_softmax_gradient, 65530, 2**15 + 8, "dense_softmax_gradient.cu", "static_cast<i64>(i) * stride"
+        dense_softmax_gradient, 65530, 2**15 + 8, "dense_softmax_gradient.cu", "static_cast<i64>(i) * tile.columns"
     ),
     "dense sigmoid": OffsetCase(dense_sigmoid, M, 2048, "dense_sigmoid.cu", "static_cast<i64>(i) * tile.columns"),
     "merged parts": OffsetCase(merge, 4096, 2**19, "merge.cu", "static_cast<i64>(p) * length"),

@@ -8,7 +8,7 @@ from emulator import Emulator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from threetowers.kernels.cuda.cuda_tiles import GAIN, DenseTiles, TensorCoreTiles
+from threetowers.kernels.cuda.cuda_tiles import GAIN, DenseTiles, TensorCoreTiles, tensor_core_tiles
 from threetowers.kernels.tiles import (
     LogitMap,
     OnlineLogSumExp,
@@ -20,16 +20,23 @@ from threetowers.kernels.tiles import (
 )
 
 
-class EmulatedTensorCoreTiles(TensorCoreTiles):
-    """`TensorCoreTiles` whose library GEMMs run in float32: torch has no 16-bit product with that result on the CPU."""
+def emulated(emulator: Emulator, element: torch.dtype, tiles: str | None = None) -> TileBackend:
+    """Return the back end that `cuda_backend` would choose, on the emulator.
 
-    def _add_product(self, sum_nD: Tensor, grad_nk: Tensor, z_kD: Tensor) -> None:
-        sum_nD.addmm_(grad_nk.float(), z_kD.float(), alpha=1 / GAIN[self._element])
+    Its library GEMMs run in float32: torch has no 16-bit product with that result on the CPU.
+    """
+    if element == torch.float32:
+        return DenseTiles(emulator)
+    backend = tensor_core_tiles(emulator, element, tiles)
 
+    def add_product(sum_nD: Tensor, grad_nk: Tensor, z_kD: Tensor) -> None:
+        sum_nD.addmm_(grad_nk.float(), z_kD.float(), alpha=1 / GAIN[element])
 
-def emulated(emulator: Emulator, element: torch.dtype) -> TileBackend:
-    """Return the back end that `cuda_backend` would choose, on the emulator."""
-    return DenseTiles(emulator) if element == torch.float32 else EmulatedTensorCoreTiles(emulator, element)
+    def multiply(x_rD: Tensor, y_cD: Tensor, out_rc: Tensor) -> None:
+        torch.mm(x_rD.float(), y_cD.float().T, out=out_rc)
+
+    vars(backend).update(_add_product=add_product, _multiply=multiply)
+    return backend
 
 
 @dataclass(frozen=True)
