@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 
 from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.processes.stop_request import StopRequest
+from threetowers.cache.processes.worker_processes import worker_context
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import write_atomic
 from threetowers.cache.storage.lease import Lease
@@ -252,6 +253,8 @@ class Trainer:
         self._config_changes = self.folder.check(config)
         self.samples = open_samples(config, self.folder.path)
         self.worker_plan = plan_workers(config, self.samples, self.world)
+        if self.worker_plan.workers:
+            worker_context()  # a server of workers imports what they need while the model is built
         self.survey = survey_annotations(config, self.samples)
         self.manifests = {name: join.cache.manifest for name, join in self.samples.caches.items()}
         self.folder.check_manifests(self.manifests)

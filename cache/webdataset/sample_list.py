@@ -57,7 +57,7 @@ class SampleList(Sequence[Sample]):
         members = [item for _, of_sample in samples for item in of_sample.items()]
         self._extensions = tuple(sorted({extension for extension, _ in members}))
         code = {extension: i for i, extension in enumerate(self._extensions)}
-        self._keys = b"".join(keys)
+        self._keys = np.frombuffer(b"".join(keys), np.uint8)
         self._key_ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
         self._member_ends = np.cumsum([0, *(len(of_sample) for _, of_sample in samples)], dtype=np.int64)
         self._codes = np.array([code[extension] for extension, _ in members], dtype=np.uint32)
@@ -68,7 +68,7 @@ class SampleList(Sequence[Sample]):
         """Return the arrays that `from_arrays` reads; none holds Python objects."""
         return {
             "extensions": np.array(self._extensions, np.str_),
-            "keys": np.frombuffer(self._keys, np.uint8),
+            "keys": self._keys,
             "key_ends": self._key_ends,
             "member_ends": self._member_ends,
             "codes": self._codes,
@@ -84,7 +84,7 @@ class SampleList(Sequence[Sample]):
         """
         samples = cls([])
         samples._extensions = tuple(arrays["extensions"].tolist())
-        samples._keys = arrays["keys"].tobytes()
+        samples._keys = arrays["keys"]
         samples._key_ends = arrays["key_ends"]
         samples._member_ends = arrays["member_ends"]
         samples._codes = arrays["codes"]
@@ -115,7 +115,7 @@ class SampleList(Sequence[Sample]):
 
     def key(self, ordinal: int) -> str:
         """Return the key of a sample without its members; joining a cache needs no more."""
-        return self._keys[self._key_ends[ordinal] : self._key_ends[ordinal + 1]].decode()
+        return self._keys[self._key_ends[ordinal] : self._key_ends[ordinal + 1]].tobytes().decode()
 
     def defects(self) -> dict[ImageDefect, npt.NDArray[np.int64]]:
         """Return the ordinals of the samples without a usable image, by what is wrong as far as headers tell."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.processes.progress import progress_bar
+from threetowers.cache.processes.worker_processes import without_main_module, worker_context
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
@@ -92,16 +93,20 @@ def forward_images(
     Raises:
         BadSample: An image cannot be read.
     """
+    workers = min(workers, -(-len(images) // batch_size))
     loader = DataLoader(
         ViewDataset(images, view),
         batch_size=batch_size,
-        num_workers=min(workers, -(-len(images) // batch_size)),
+        num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
+        multiprocessing_context=worker_context() if workers else None,
     )
+    with without_main_module():
+        batches = iter(loader)
     with progress_bar("embed images", len(images), "images") as bar:
-        for views in loader:
+        for views in batches:
             if isinstance(views, BadSample):
                 raise views
             yield to_float32(forward(views))

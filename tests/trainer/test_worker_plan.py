@@ -1,14 +1,19 @@
 """Workers make parts of batches: the batches stay the same, and what waits in shared memory is bounded."""
 
 import os
+import signal
+import sys
 import time
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from tests.trainer.loading import load_batches, loader_of, open_run, same
+from threetowers.cache.processes import worker_processes
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import worker_plan
@@ -31,6 +36,35 @@ def test_parts_do_not_change_the_batches(clip: dict[str, Any], access: str) -> N
     for workers, parts, ahead in ((2, 2, 3), (2, 6, 1), (3, 6, 2)):
         plan = WorkerPlan(workers, parts, ahead, part_bytes=0)
         assert all(same(a, b) for a, b in zip(loader_of(clip, samples, stop=5, plan=plan), whole, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("access", ["random", "sequential"])
+def test_workers_of_a_server_give_the_same_batches(
+    three: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, access: str
+) -> None:
+    """As beside a GPU. They do not run the main script again, and a SIGTERM to all processes does not end them."""
+    three["data"] |= {"access": access, "num_streams": 2, "shuffle_buffer": 12}
+    samples = open_run(three)
+    whole = load_batches(three, stop=9)
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    Path(script.__file__).write_text("raise SystemExit(3)\n")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(worker_processes, "start_method", lambda: "forkserver")
+    before = children()
+    found = []
+    for batch in loader_of(three, samples, stop=9, plan=WorkerPlan(2, 2, 1, part_bytes=0)):
+        if not found:
+            server = forkserver._forkserver._forkserver_pid
+            workers = children(server)
+            assert len(workers) == 2
+            for process in {server, *workers}:
+                os.kill(process, signal.SIGTERM)
+        found.append(batch)
+    assert all(same(a, b) for a, b in zip(found, whole, strict=True))
+    assert script.__file__.endswith("script.py")
+    assert children() - before <= {server, resource_tracker._resource_tracker._pid}
 
 
 def shared_bytes(processes: set[int]) -> int:
@@ -67,8 +101,9 @@ def test_what_waits_is_what_the_plan_says(clip: dict[str, Any]) -> None:
     del batches
 
 
-def children() -> set[int]:
-    return {int(number) for number in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+def children(process: int | None = None) -> set[int]:
+    process = process or os.getpid()
+    return {int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()}
 
 
 def test_bytes_of_a_sample_are_those_of_its_tensors(three: dict[str, Any]) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.processes.mapped_pickle import MappedPickle
 from threetowers.cache.processes.preemption import ignore_sigterm
 from threetowers.cache.processes.prefetch import prefetch
+from threetowers.cache.processes.worker_processes import without_main_module, worker_context
 from threetowers.cache.processes.world import World
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.groups import BAD_GROUP, WITHOUT_GROUP, BadField, sample_group
@@ -145,12 +147,33 @@ def group_hash(name: str) -> int:
     return int(np.uint64(xxhash.xxh3_64_intdigest(name.encode())).astype(np.int64))
 
 
-class RandomAccessDataset(Dataset[LoadedSample]):
-    """A torch dataset of single samples by their address."""
+class TarDataset(Dataset[LoadedSample]):
+    """A torch dataset of a run's samples.
+
+    Workers that are not forks of this process map its index of the tars from a file: a node's workers may be a hundred,
+    and an index takes some hundred bytes a sample.
+    """
 
     def __init__(self, config: TrainConfig, samples: SampleSet) -> None:
         """Set up the dataset of a run's samples."""
+        self._config = config
+        self._samples = samples
         self._reader = TrainingSampleReader(config, samples)
+        self._mapped: MappedPickle[tuple[TrainConfig, SampleSet]] | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., "TarDataset"], tuple[object, ...]]:
+        """Pickle as a file that is written once."""
+        if self._mapped is None:
+            self._mapped = MappedPickle((self._config, self._samples))
+        return _load_dataset, (type(self), self._mapped)
+
+
+def _load_dataset(kind: type[TarDataset], mapped: "MappedPickle[tuple[TrainConfig, SampleSet]]") -> TarDataset:
+    return kind(*mapped.load())
+
+
+class RandomAccessDataset(TarDataset):
+    """A torch dataset of single samples by their address."""
 
     def __getitem__(self, address: SampleAddress) -> LoadedSample:
         """Return the sample at an address."""
@@ -162,13 +185,12 @@ class RandomAccessDataset(Dataset[LoadedSample]):
             return LoaderFailure(error)
 
 
-class SequentialDataset(Dataset[LoadedSample]):
+class SequentialDataset(TarDataset):
     """A torch dataset of the samples of streams, which it keeps open from step to step."""
 
     def __init__(self, config: TrainConfig, samples: SampleSet) -> None:
         """Set up the dataset of a run's samples."""
-        self._reader = TrainingSampleReader(config, samples)
-        self._samples = samples
+        super().__init__(config, samples)
         self._buffer_size = max(1, config.data.shuffle_buffer // samples.num_streams)
         self._read_ahead = max(4, READ_AHEAD // samples.num_streams)
         self._seed = config.seed
@@ -264,7 +286,8 @@ class TrainingBatches:
         Raises:
             BadTar, ManifestError, OSError: Tars or caches have changed since they were opened, or cannot be read.
         """
-        loaded = iter(self._loader)  # in the main thread, which torch tells of a worker's end by a signal
+        with without_main_module():
+            loaded = iter(self._loader)  # in the main thread, which torch tells of a worker's end by a signal
         if not torch.cuda.is_available():
             yield from self._joined(loaded, pin_memory=False)
             return
@@ -334,6 +357,7 @@ def training_loader(
         collate_fn=Collator(config, samples, tokenizer),
         num_workers=plan.workers,
         prefetch_factor=plan.ahead or None,
+        multiprocessing_context=worker_context() if plan.workers else None,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
     return TrainingBatches(loader, plan.parts, stop - start, config.global_batch_size // world_size)
