@@ -31,14 +31,23 @@ help:  ## show the targets
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps clip-benchmark
 	touch $@
 
+# What a stage of the demo is, and what it takes on two cores with AVX2
+STAGE = @printf '\n%s of 6: %s (about %s on two cores)\n'
+
 demo: .venv/installed  ## cache a classifier, train CLIP, LiT and 3T on it, compare them on concepts none of them saw
-	$(RUN) cache build --tars 'data/emoji/*.tar' --output-dir $(DEMO)/cache \
+	$(STAGE) 1 'embed 8,068 images by the classifier, and check what is stored' '1 minute'
+	$(RUN) cache build --tars 'data/emoji/*.tar' --output-dir $(DEMO)/cache $(if $(filter cpu,$(DS_ACCELERATOR)),--runtime onnx) \
 	    --backbone tf_efficientnet_lite0 --weights package:efficientnet-lite0 --image-size 160
 	$(RUN) cache verify $(DEMO)/cache --tars 'data/emoji/*.tar'
+	$(STAGE) 2 'train a tokenizer on the captions' '5 seconds'
 	$(RUN) tokenizer train --tars 'data/emoji/train-*.tar' --vocab-size 4096 --output $(DEMO)/tokenizer.model
+	$(STAGE) 3 'train CLIP, both towers from scratch' '3 minutes'
 	$(LAUNCH) train configs/emoji/clip.yaml
+	$(STAGE) 4 'train LiT, the text tower alone' '2 minutes'
 	$(LAUNCH) train configs/emoji/lit.yaml
+	$(STAGE) 5 'train Three Towers, both towers from scratch beside the classifier' '3 minutes'
 	$(LAUNCH) train configs/emoji/3t.yaml
+	$(STAGE) 6 'compare the three on 350 emoji that none of them saw' '30 seconds'
 	$(RUN) eval retrieval $(DEMO)/clip $(DEMO)/lit $(DEMO)/3t --tars 'data/emoji/test-*.tar' \
 	    --group-field concept --gallery-field style --output-dir $(DEMO)/report
 
