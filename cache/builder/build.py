@@ -216,7 +216,7 @@ def _entries(storage: Storage, paths: Sequence[str], table: TarTable, indexer: T
 @contextlib.contextmanager
 def _thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Start threads; at the end, cancel what they have not begun, without waiting."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="index")
     try:
         yield pool
     finally:

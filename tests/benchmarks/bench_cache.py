@@ -150,8 +150,9 @@ def bench_runtime(folder: Path, rounds: int, batch: int = 32) -> None:
     """Forward passes by ONNX Runtime and by torch, of the same weights and images, with as many threads."""
     teachers = [load_teacher(TEACHER["backbone"], TEACHER["weights"], SIZE, "cpu")]
     for name in ("resnet18", "vit_small_patch16_224"):
-        save_file(timm.create_model(name, pretrained=False).state_dict(), folder / name)
-        teachers.append(load_teacher(name, f"{folder / name}", device="cpu"))
+        weights = folder / f"{name}.safetensors"
+        save_file(timm.create_model(name, pretrained=False).state_dict(), weights)
+        teachers.append(load_teacher(name, str(weights), device="cpu"))
     version = torch.backends.cpu.get_cpu_capability()
     print(f"{torch.get_num_threads()} threads; torch by {version}, ONNX Runtime by what the processor has")
     for by_torch in teachers:

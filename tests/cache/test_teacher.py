@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.encoders.device_defaults import default_batch_size, default_precision
 from threetowers.cache.encoders.teacher import load_teacher, state_digest
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.processes.float32_products import allow_tf32
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 
@@ -141,11 +144,47 @@ def test_bfloat16_is_close_and_part_of_the_manifest(weights: Weights, tars: list
     wide, narrow = (EmbeddingCache.open(tmp_path / name).tar(0) for name in ("wide", "narrow"))
     cosine = (wide * narrow).sum(1) / np.linalg.norm(wide, axis=1) / np.linalg.norm(narrow, axis=1)
     assert (wide != narrow).any()
+    assert EmbeddingCache.open(tmp_path / "wide").manifest.precision == "float32"  # on the CPU, where none is named
+    continued = build_cache(BuildConfig(tars=tars[:2], output_dir=tmp_path / "narrow", **options, min_cosine=0.999))
+    assert (continued.tars_built, continued.differences) == (1, ())
+    assert EmbeddingCache.open(tmp_path / "narrow").manifest.precision == "bfloat16"
     assert cosine.min() > 0.999
     with pytest.raises(ManifestError, match="precision: expected float32, found bfloat16"):
         build_cache(BuildConfig(tars=tars[:1], output_dir=tmp_path / "wide", **options, precision="bfloat16"))
     with pytest.raises(ManifestError, match=r"preprocessing\.decode: expected pillow, found pillow-draft"):
         build_cache(BuildConfig(tars=tars[:1], output_dir=tmp_path / "wide", **options, decode="pillow-draft"))
+
+
+@pytest.mark.parametrize(
+    ("device", "in_hardware", "expected"),
+    [("cpu", True, ("float32", 64)), ("cuda", True, ("bfloat16", 256)), ("cuda:1", False, ("float32", 256))],
+)
+def test_what_is_chosen_for_a_device(
+    device: str, in_hardware: bool, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: in_hardware)
+    assert (default_precision(device), default_batch_size(device)) == expected
+
+
+def test_float32_products_are_exact_whatever_the_process_has_set(weights: Weights) -> None:
+    teacher = load_teacher("test_resnet", weights("test_resnet"), 32)
+    cudnn: Any = torch.backends.cudnn
+    found = []
+
+    def look(*_: Any) -> None:
+        found.append((torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision))
+
+    first = next(module for module in teacher.model.modules() if isinstance(module, torch.nn.Conv2d))
+    hook = first.register_forward_pre_hook(look)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    allow_tf32(True)
+    try:
+        teacher.embed(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+        hook.remove()
+    assert found == [("ieee", "ieee")]
 
 
 @pytest.mark.slow
