@@ -27,7 +27,7 @@ from tests.gpu.timing import wait
 from threetowers.cache.processes.stop_request import StopRequest
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import TrainConfig, parse
-from threetowers.trainer.data.batch import Batch
+from threetowers.trainer.data.batch import Batch, join_parts
 from threetowers.trainer.engine import join_process_group
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.tokenizer import Tokenizer
@@ -195,8 +195,9 @@ def measure(setting: Setting, variant: Variant, world: World) -> None:
     cuda = device.type == "cuda"
     inputs = inputs_of(config, vocabulary, THIRD_WIDTH)
     batch = Batch(inputs, {}, torch.arange(config.global_batch_size), ())
+    batch = join_parts([batch], len(batch), pin_memory=cuda)
     looked_into = variant.looked_into and setting.gpu_only(f"host waits and kernels of {variant.name}")
-    stopwatch = Stopwatch(batch.pin_memory() if cuda else batch, device, looked_into, 2 if setting.rehearse else TIMED)
+    stopwatch = Stopwatch(batch, device, looked_into, 2 if setting.rehearse else TIMED)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     with loader_replaced(stopwatch.batches), StopRequest.of_process().listening():
