@@ -1,7 +1,7 @@
 """Launches every kernel, and compares nothing: a program for compute-sanitizer and ncu to look at.
 
 python -m tests.gpu.kernel_launches            # odd tiles, all elements
-python -m tests.gpu.kernel_launches --large    # one full tile of bfloat16
+python -m tests.gpu.kernel_launches --large library   # one full tile of bfloat16, of this tile shape
 python -m tests.gpu.kernel_launches --overrun  # a kernel that writes past its output: the sanitizer must find it
 """
 
@@ -23,17 +23,20 @@ CASES = [
 LARGE = Case(4096, 4096, 768)
 
 
-def launch_all(device: torch.device, large: bool = False) -> None:
+def launch_all(device: torch.device) -> None:
     """Run every method of every back end."""
-    with torch.device(device):
-        for shape in TILE_SHAPES:
-            with tile_shape(shape):
-                for element in ELEMENTS[:1] if large else ELEMENTS:
-                    for case in [LARGE] if large else CASES:
-                        backend = backend_for(case.features(element)[0])
-                        answers(backend, case, element)
-                        size = f"{case.rows} x {case.cols} x {case.width}"
-                        print(f"ran {type(backend).__name__} {shape} {element} {size}", flush=True)
+    for shape in TILE_SHAPES:
+        for element in ELEMENTS:
+            for case in CASES:
+                launch(device, shape, element, case)
+
+
+def launch(device: torch.device, shape: str, element: torch.dtype, case: Case) -> None:
+    """Run every method of the back end that serves these features."""
+    with torch.device(device), tile_shape(shape):
+        backend = backend_for(case.features(element)[0])
+        answers(backend, case, element)
+    print(f"ran {type(backend).__name__} {shape} {element} {case.rows} x {case.cols} x {case.width}", flush=True)
 
 
 def overrun(device: torch.device) -> None:
@@ -48,8 +51,11 @@ def overrun(device: torch.device) -> None:
 
 if __name__ == "__main__":
     gpu = torch.device("cuda", 0)
-    if "--overrun" in sys.argv:
-        overrun(gpu)
-    else:
-        launch_all(gpu, "--large" in sys.argv)
-        torch.cuda.synchronize()
+    match sys.argv[1:]:
+        case ["--overrun"]:
+            overrun(gpu)
+        case ["--large", shape]:
+            launch(gpu, shape, ELEMENTS[0], LARGE)
+        case _:
+            launch_all(gpu)
+    torch.cuda.synchronize()

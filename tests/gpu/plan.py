@@ -16,10 +16,10 @@ STEPS = [
     Step("kernel_times", 45, "the GPU's time for each kernel, the host's time for each call"),
     Step("training_steps", 140, "a training step by precision and ZeRO stage, and where the host waits", True),
     Step("loss_times", 45, "the loss beside its peers: milliseconds and memory"),
-    Step("memcheck", 45, "every kernel under compute-sanitizer's memcheck", True),
-    Step("racecheck", 45, "the kernels with shared memory under racecheck", True),
+    Step("memcheck", 70, "every kernel under compute-sanitizer's memcheck", True),
+    Step("racecheck", 60, "the kernels with shared memory under racecheck", True),
     Step("cache_build", 85, "a cache by precision and number of processes, and recomputed", True),
     Step("interrupted_run", 100, "a run with SIGTERM, its resumption at another ZeRO stage, its evaluation", True),
     Step("compiled_steps", 100, "a training step under torch.compile"),
-    Step("profiler", 35, "what bounds the kernels, by ncu"),
+    Step("profiler", 60, "what bounds the kernels, by ncu"),
 ]

@@ -1,8 +1,10 @@
 """The machine: card, driver, host, versions. Fails where no GPU is found or a package is missing."""
 
-import importlib
+import functools
 import importlib.metadata
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,22 +53,26 @@ def run(setting: Setting) -> None:
 
 
 def _check_packages() -> None:
-    """Import what the package depends on, and raise an error that names all that is missing."""
+    """Look for what the package depends on, without importing it, and raise an error that names all that is missing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     missing = []
     for requirement in project["dependencies"]:
-        name = requirement.split("[")[0].split(">")[0].split("=")[0].strip()
+        name = re.split(r"[<>=\[ ]", requirement)[0]
         module = MODULES.get(name, name)
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            missing.append(f"{name} ({error})")
+        if importlib.util.find_spec(module) is None:
+            missing.append(name)
             continue
-        version = getattr(sys.modules[module], "__version__", "")
-        print(f"{name} {version}".rstrip(), end=", ")
+        versions = {importlib.metadata.version(found) for found in _distributions().get(module, [])}
+        print(" ".join([name, *sorted(versions)]), end=", ")
     print(flush=True)
     if missing:
         raise RuntimeError(
             f"missing: {', '.join(missing)}; install threetowers, or carry a folder made by tests/gpu/wheels.sh "
             "and name it with --wheels"
         )
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    """Return the distributions that a module comes from: `faiss` may be faiss-gpu or faiss-cpu."""
+    return dict(importlib.metadata.packages_distributions())

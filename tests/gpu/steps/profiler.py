@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from tests.gpu.setting import Setting
+from tests.gpu.tile_shapes import TILE_SHAPES
 
 METRICS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "processors busy",
@@ -25,15 +26,21 @@ def run(setting: Setting) -> None:
     if shutil.which("ncu") is None:
         setting.skip("ncu", "is not on the PATH; it comes with the CUDA toolkit")
         return
+    for shape in TILE_SHAPES:
+        profile(setting, shape)
+
+
+def profile(setting: Setting, shape: str) -> None:
+    """Record the counters of each kernel on one full tile."""
     command = ["ncu", "--csv", "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", "6"]
-    command += ["--metrics", ",".join(METRICS), sys.executable, "-m", "tests.gpu.kernel_launches", "--large"]
+    command += ["--metrics", ",".join(METRICS), sys.executable, "-m", "tests.gpu.kernel_launches", "--large", shape]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
     if done.returncode:
-        setting.skip("ncu", f"ended with exit code {done.returncode}; log.txt has what it said")
+        setting.skip(f"ncu of {shape}", f"ended with exit code {done.returncode}; log.txt has what it said")
         return
     for kernel, metric, value in counters(done.stdout):
-        setting.record(f"{kernel} 4096 x 4096 x 768, {METRICS.get(metric, metric)}", value, "%")
+        setting.record(f"{kernel} {shape}: {METRICS.get(metric, metric)}", value, "%")
 
 
 def counters(printed: str) -> list[tuple[str, str, float]]:
