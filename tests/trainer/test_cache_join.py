@@ -362,7 +362,7 @@ def test_sequential_and_random_access_give_equal_samples(
     reader = TrainingSampleReader(parse(tree), samples)
     for epoch in range(views.count):
         segment = StreamSegment(epoch, samples.epoch_indices(epoch), 0)
-        streamed = list(read_segment(samples, segment, 4, np.random.default_rng(epoch)))
+        streamed = list(read_segment(samples, segment, 4, np.random.default_rng(epoch), read_ahead=8))
         assert sorted(found.sample_index for found in streamed) == segment.indices.tolist()
         for found in streamed:
             members, rows = found.members.__getitem__, found.rows.__getitem__
