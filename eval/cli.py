@@ -36,7 +36,8 @@ class EvalFlags:
         cache: TOWER=PATH of a cache with the images, for runs whose image tower is a cached teacher (LiT).
         live_teacher: For such runs, compute the embeddings of the images by the teacher itself.
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
-        precision: Of the towers.
+        precision: Of the towers; mixed: float32 weights, products in bfloat16. By default that in which a run was
+            trained, float32 for other models.
         runtime: What runs timm models: torch, or onnx (an extra of that name; on the CPU).
         workers: Processes that read and decode images; 0: none.
         max_pixels: Images with more pixels are left out, a protection against decompression bombs.
@@ -53,7 +54,7 @@ class EvalFlags:
     cache: tuple[str, ...] = ()
     live_teacher: bool = False
     device: str = "auto"
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "mixed", "bfloat16", "float16"] | None = None
     runtime: Literal["torch", "onnx"] = "torch"
     workers: int = 1
     max_pixels: int = MAX_PIXELS

@@ -10,24 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+from torch.optim import Optimizer
 
+from threetowers.cache.processes.float32_products import allow_tf32
 from threetowers.cache.processes.stop_request import RankStore
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import ConfigError, TrainConfig
 from threetowers.trainer.config.deepspeed_extra import check_deepspeed_extra
-from threetowers.trainer.optimizer.adafactor import Adafactor
-from threetowers.trainer.optimizer.optimizer import parameter_groups
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.model.precision import float32_parameters
+from threetowers.trainer.optimizer.optimizer import build_optimizer
 
 GRACE_SECONDS = 0.2
+REDUCE_BUCKET_SIZE = 50_000_000  # gradients that ranks add up at a time: 200 MB; DeepSpeed's own default takes 2 GB
 
 
 def join_process_group() -> World:
     """Join the process group of `deepspeed` or `torchrun`, or start one of a single process, and return its world.
 
-    NCCL and one GPU a process where there are GPUs, else gloo and an even share of the cores.
+    NCCL and one GPU a process where there are GPUs, with float32 products in TF32; else gloo and an even share of the
+    cores.
 
     Raises:
         ConfigError: Another rank has this rank's GPU.
@@ -47,6 +52,8 @@ def join_process_group() -> World:
     if cuda:
         torch.cuda.set_device(world.device)
         os.environ["LOCAL_RANK"] = str(world.device.index)  # DeepSpeed takes it for the number of the GPU
+        allow_tf32(True)  # as open_clip does, and the next line too
+        torch.backends.cudnn.benchmark = True  # batches are of one shape: cuDNN tries its algorithms once
         if world.size > 1 and not distributed.is_initialized():
             _start_nccl(world)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -134,23 +141,33 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
         # backward() only adds gradients, step() ends the step: else ZeRO 1 and 2 take a micro-batch for a whole batch.
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,  # AgreedStep clips; always written: DeepSpeed's own default is 1.0, not off
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": _zero_config(config, world),
+        "zero_force_ds_cpu_optimizer": False,  # where optimizer state is offloaded, ours works on it there
         "steps_per_print": 10**9,  # the trainer logs
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step; the trainer has its own
     }
+    if config.engine.precision == "mixed":
+        # No module reduces its gradients in bfloat16.
+        tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if config.engine.precision == "bfloat16":
         tree["bf16"] = {"enabled": True, "check_grad_overflow": False}  # AgreedStep finds it
         if num_micro_batches(config, world) > 1:
             tree["data_types"] = {"grad_accum_dtype": "fp32"}
-    if config.optim.name == "adamw":
-        # torch_adam: the fused variants are compiled at first use and round differently on each device.
-        parameters = {"torch_adam": True, "lr": config.optim.lr, "betas": list(config.optim.betas), "weight_decay": 0.0}
-        tree["optimizer"] = {"type": "AdamW", "params": parameters}
     merged = _merge(tree, config.engine.deepspeed_extra)
     zero = merged["zero_optimization"]
     if zero["stage"] in (1, 2) and not zero.get("offload_optimizer"):
         zero["compute_grad_norm"] = False  # AgreedStep does: DeepSpeed waits for it on the host, once a parameter group
     return merged
+
+
+def _zero_config(config: TrainConfig, world: int) -> dict[str, Any]:
+    stage = config.engine.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET_SIZE}
+    # DeepSpeed reduces gradients under the backward pass at stage 2 alone, where step() ends the step. It then waits
+    # for the device at the end of each backward pass: once a step is worth it, once a micro-batch is not.
+    if stage == 2 and world > 1 and torch.cuda.is_available() and num_micro_batches(config, world) == 1:
+        zero["overlap_comm"] = True
+    return zero
 
 
 def _check_layout(config: TrainConfig, world: int) -> None:
@@ -164,18 +181,29 @@ def _check_layout(config: TrainConfig, world: int) -> None:
     if config.optim.name == "adafactor" and (stage > 0 or half):
         raise ConfigError(
             f"optim.name: adafactor needs whole matrices for their row and column means, but ZeRO stage {stage} with "
-            f"{config.engine.precision} works on flat fragments of them; set engine.zero_stage: 0 and "
-            "engine.precision: float32, or optim.name: adamw"
+            f"{config.engine.precision or 'float32'} works on flat fragments of them; set engine.zero_stage: 0 and "
+            "engine.precision: mixed, or optim.name: adamw"
         )
     if half and stage == 0:
         raise ConfigError(
             "engine.zero_stage: in bfloat16 DeepSpeed starts stage 0 with a step of weight decay alone; set "
-            "engine.zero_stage: 1, which communicates no more, or engine.precision: float32"
+            "engine.zero_stage: 1, which communicates no more, or engine.precision: mixed"
+        )
+    if half and stage == 3:
+        raise ConfigError(
+            "engine.zero_stage: in bfloat16 DeepSpeed's stage 3 keeps all weights in one type, temperature and "
+            "batch norms, which need float32; set engine.precision: mixed, or engine.zero_stage: 2"
         )
     if half and stage == 1 and num_micro_batches(config, world) > 1:
         raise ConfigError(
             "engine.micro_batch_size: in bfloat16 DeepSpeed's stage 1 adds the gradients of micro-batches in bfloat16, "
-            "or counts the first ones twice; set engine.zero_stage: 2, which adds them in float32"
+            "or counts the first ones twice; set engine.zero_stage: 2, which adds them in float32, or "
+            "engine.precision: mixed"
+        )
+    if config.engine.compile and stage == 3:
+        raise ConfigError(
+            f"engine.compile: {config.engine.compile} does not go with ZeRO stage 3, which fetches the weights of each "
+            "module while it runs; set engine.compile: false, or engine.zero_stage: 2"
         )
 
 
@@ -186,19 +214,20 @@ def num_micro_batches(config: TrainConfig, world: int) -> int:
     return math.ceil(config.global_batch_size // world / config.engine.micro_batch_size)
 
 
-def start_engine(model: nn.Module, config: TrainConfig, engine_config: Mapping[str, Any]) -> Any:
+def start_engine(model: TowerModel, config: TrainConfig, engine_config: Mapping[str, Any]) -> Any:
     """Return a DeepSpeed engine of the model with the run's optimizer; `engine_config` is from `deepspeed_config`."""
     import deepspeed
 
-    groups = parameter_groups(model, config.optim)
-    adafactor = Adafactor(groups, config.optim.lr, config.optim.betas) if config.optim.name == "adafactor" else None
+    exact = {p: p.detach().clone() for p in float32_parameters(model).values()}
+
+    def optimizer(_: Any) -> Optimizer:
+        """Return the optimizer. DeepSpeed calls this once it has moved the model, and cast all of it in bfloat16."""
+        for p, value in exact.items():
+            p.data = value.to(p.device)
+        return build_optimizer(model, config.optim)
+
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=adafactor,
-            model_parameters=None if adafactor else groups,
-            config=dict(engine_config),
-        )
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(engine_config))
     except Exception as error:
         if not config.engine.deepspeed_extra:
             raise

@@ -25,6 +25,7 @@ from threetowers.cache.storage.atomic import write_atomic
 from threetowers.cache.storage.lease import Lease, LeaseOwner, LocalLease
 from threetowers.trainer.checkpoint.checkpoint import checkpoint_step, newest_checkpoint
 from threetowers.trainer.config import ConfigError, TrainConfig, dump, load_config
+from threetowers.trainer.model.precision import new_run_precision, resolve_precision
 from threetowers.trainer.optimizer.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ CHANGEABLE = (
     "engine.zero_stage",
     "engine.micro_batch_size",
     "engine.activation_checkpointing",
+    "engine.compile",
     "engine.on_nonfinite",
     "engine.nonfinite_limit",
     "engine.deepspeed_extra.zero_optimization",
@@ -236,6 +238,18 @@ class RunFolder:
                 f"later checkpoints in {self.checkpoints}, if there is an earlier one"
             )
         return f"let a cooldown begin after step {taken}, and keep the rest of the schedule"
+
+    def resolve(self, config: TrainConfig) -> TrainConfig:
+        """Return the config with the precision that null stands for: that in which the folder's run began, if any."""
+        began = load_config(self.config).engine.precision if self.config.exists() else None
+        if config.engine.precision is None and began not in (None, new_run_precision()):
+            logger.info(
+                "%s: goes on in %s, as it began; a new run would take %s on this machine",
+                self.path,
+                began,
+                new_run_precision(),
+            )
+        return resolve_precision(config, began)
 
     def check(self, config: TrainConfig) -> list[ConfigChange]:
         """Return the changes between the folder's config and this one, all of which a resumed run may make.

@@ -40,6 +40,7 @@ from threetowers.trainer.engine import deepspeed_config, join_process_group, num
 from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
+from threetowers.trainer.model.compilation import compile_model, log_graph_breaks
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import (
     average_running_moments,
@@ -146,9 +147,9 @@ class Trainer:
 
         The run's folder is leased to this process from here to the end of `train`.
         """
-        self.config = config
-        self.world = world
         self.folder = RunFolder(Path(config.output_dir))
+        self.config = config = self.folder.resolve(config)
+        self.world = world
         self.stop = StopRequest.of_process()
         self._leased = ExitStack()
         with self._interruptible():
@@ -193,6 +194,7 @@ class Trainer:
                         stop, by_keyboard, overdue, lost = report.flags
                         if step == self.start:
                             self.stop.first_step_done()
+                            log_graph_breaks(config.engine.compile)
                         if lost:
                             raise RunInUse(self.folder.taken_over())
                         self._count_update(done, report)
@@ -281,6 +283,7 @@ class Trainer:
         freeze(model, self.config.optim)
         if self.config.engine.activation_checkpointing:
             model.checkpoint_activations()
+        compile_model(model, self.config.engine.compile)
         return model
 
     def _new_model(self) -> TowerModel:

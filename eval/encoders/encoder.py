@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,10 +12,9 @@ import torch
 from threetowers.cache.format.manifest import TeacherRuntime
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
+from threetowers.eval.encoders.arithmetic import PrecisionName
 from threetowers.eval.encoders.embedding_store import Embeddings, EmbeddingStore
 from threetowers.eval.search.index import Device
-
-PrecisionName = Literal["float32", "bfloat16", "float16"]
 
 
 class NoTextTower(ValueError):
@@ -59,7 +57,7 @@ class LoadOptions:
         caches: For a model that reads cached rows, the cache of the evaluation images, by tower.
         live_teacher: Compute such rows by the teacher itself.
         device: cpu, cuda or cuda:N, for the models and for FAISS; auto takes a GPU if there is one.
-        precision: Of the towers' forward pass.
+        precision: Of the towers' forward pass; None: that in which a run was trained, float32 for other models.
         runtime: Of the forward pass of timm models.
         batch_size: Images or captions per forward pass.
         workers: Processes that read and decode images beside the model; 0: none.
@@ -70,7 +68,7 @@ class LoadOptions:
     caches: Mapping[str, Path] = field(default_factory=dict)
     live_teacher: bool = False
     device: str = "auto"
-    precision: PrecisionName = "float32"
+    precision: PrecisionName | None = None
     runtime: TeacherRuntime = "torch"
     batch_size: int = 256
     workers: int = 1

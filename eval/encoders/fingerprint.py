@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # Raise it when this package begins to compute other embeddings from the same model and the same inputs.
-EMBEDDING_VERSION = 1
+EMBEDDING_VERSION = 2
 
 # Attributes that say where a part came from or what it remembers, not what it computes.
 UNDECISIVE = frozenset({"training", "pretrained_cfg", "default_cfg", "cache", "device", "name_or_path"})

@@ -8,6 +8,7 @@ from torch import Tensor
 from threetowers.cache.encoders.teacher import state_digest
 from threetowers.cache.encoders.timm_models import pooled_features
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
+from threetowers.eval.encoders.arithmetic import PrecisionName, arithmetic, weight_dtype
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
 from threetowers.eval.encoders.fingerprint import model_fingerprint
@@ -33,6 +34,7 @@ class OpenClipEncoder(Encoder):
         model, transform = loaded.model, loaded.transform
         self.options = options
         self.device = options.torch_device()
+        self.precision: PrecisionName = options.precision or "float32"
         digest = state_digest(model.state_dict())
         fingerprint = model_fingerprint(
             kind="open_clip",
@@ -40,9 +42,9 @@ class OpenClipEncoder(Encoder):
             model=model,
             transform=transform,
             tokenizer=loaded.tokenize,
-            precision=options.precision,
+            precision=self.precision,
         )
-        self.dtype = getattr(torch, options.precision)
+        self.dtype = weight_dtype(self.precision)
         self.model = model.to(self.device, self.dtype).eval()
         self.transform = transform
         self.tokenizer = loaded.tokenize
@@ -52,7 +54,7 @@ class OpenClipEncoder(Encoder):
             name=f"open_clip:{loaded.name}",
             digest=digest,
             step=None,
-            precision=options.precision,
+            precision=self.precision,
             preprocessing="open_clip's: "
             + ", ".join(str(step) for step in transform.transforms if "<" not in str(step)),
             fingerprint=fingerprint,
@@ -71,13 +73,17 @@ class OpenClipEncoder(Encoder):
 
     @torch.inference_mode()
     def _embed(self, views: Tensor) -> Tensor:
-        x_bD: Tensor = self.model.encode_image(views.to(self.device, self.dtype))
+        with arithmetic(self.precision, self.device):
+            x_bD: Tensor = self.model.encode_image(views.to(self.device, self.dtype))
         return x_bD
 
     @torch.inference_mode()
     def _features(self, views: Tensor) -> Tensor:
+        with arithmetic(self.precision, self.device):
+            return self._tower_output(views.to(self.device, self.dtype))
+
+    def _tower_output(self, pixels: Tensor) -> Tensor:
         visual = self.model.visual
-        pixels = views.to(self.device, self.dtype)
         trunk = getattr(visual, "trunk", None)  # a timm model inside open_clip
         if trunk is not None:
             features = pooled_features(trunk, pixels)
@@ -95,5 +101,6 @@ class OpenClipEncoder(Encoder):
 
     @torch.inference_mode()
     def _embed_text(self, captions: Sequence[str]) -> Tensor:
-        x_bD: Tensor = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
+        with arithmetic(self.precision, self.device):
+            x_bD: Tensor = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
         return x_bD

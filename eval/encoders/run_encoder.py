@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
+from threetowers.eval.encoders.arithmetic import PrecisionName, arithmetic
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo, file_digest
 from threetowers.eval.encoders.fingerprint import model_fingerprint
@@ -33,7 +34,8 @@ class RunEncoder(Encoder):
         self.text_head = text_head
         self.image_tower = trained.config.root_of(image_head)
         self.device = options.torch_device()
-        trained.model.to(self.device, getattr(torch, options.precision))
+        self.precision: PrecisionName = options.precision or trained.model.precision
+        trained.model.to(self.device).set_precision(self.precision)
         self.dim = self._embed_text(["a"]).shape[1]
         self.logit_scale = self._logit_scale()
         folder = RunFolder(path)
@@ -46,7 +48,7 @@ class RunEncoder(Encoder):
             name=path.resolve().name,
             digest=digest,
             step=int(json.loads(folder.summary.read_text())["steps"]) if folder.summary.exists() else None,
-            precision=options.precision,
+            precision=self.precision,
             preprocessing=describe_view(trained, self.image_tower) + (", live" if live else ""),
             fingerprint=model_fingerprint(
                 kind="run",
@@ -58,7 +60,7 @@ class RunEncoder(Encoder):
                 rows=manifest.digest if manifest else None,
                 live=live,
                 scale=self.logit_scale,
-                precision=options.precision,
+                precision=self.precision,
             ),
             cache_manifest=manifest.digest if manifest else None,
             recipe=recipe_digest(trained.config),
@@ -73,15 +75,15 @@ class RunEncoder(Encoder):
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
         """Yield embeddings of the image head, or with `features` the output of its tower."""
         source = image_source(self.trained, self.image_tower, data, self.options)
-        tower = self.trained.model.towers[self.image_tower]
+        model = self.trained.model
 
         @torch.inference_mode()
         def forward(views: Tensor) -> Tensor:
-            inputs = source.prepare(views).to(self.device, non_blocking=True)
-            if features:
-                output: Tensor = tower(inputs)
-                return output
-            return self.trained.model.embed({self.image_tower: inputs}, [self.image_head])[self.image_head]
+            inputs = {self.image_tower: source.prepare(views).to(self.device, non_blocking=True)}
+            with arithmetic(self.precision, self.device):
+                if features:
+                    return model.features(inputs, self.image_tower)
+                return model.embed(inputs, [self.image_head])[self.image_head]
 
         return forward_images(images, source.view, forward, self.options.batch_size, self.options.workers)
 
@@ -93,7 +95,8 @@ class RunEncoder(Encoder):
     def _embed_text(self, captions: Sequence[str]) -> Tensor:
         tower = self.trained.config.root_of(self.text_head)
         tokens_bL = self.trained.tokenizer.encode(captions, self.trained.config.data.context_length).to(self.device)
-        return self.trained.model.embed({tower: tokens_bL}, [self.text_head])[self.text_head]
+        with arithmetic(self.precision, self.device):
+            return self.trained.model.embed({tower: tokens_bL}, [self.text_head])[self.text_head]
 
     def _parts(self) -> dict[str, nn.Module]:
         """Return the towers and heads that the two heads stand on, and these, by name."""

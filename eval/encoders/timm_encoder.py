@@ -5,6 +5,7 @@ from pathlib import Path
 
 from threetowers.cache.encoders.teacher import load_teacher
 from threetowers.cache.encoders.timm_models import SOURCES
+from threetowers.cache.format.manifest import TeacherPrecision
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
@@ -40,12 +41,14 @@ class TimmEncoder(Encoder):
         if options.precision == "float16":
             raise ValueError(f"{spec}: timm models are run in float32 or bfloat16, not in float16")
         self.options = options
+        # A teacher's bfloat16 is autocast over float32 weights, which is what mixed means.
+        precision: TeacherPrecision = "bfloat16" if options.precision in ("mixed", "bfloat16") else "float32"
         self.teacher = load_teacher(
             name,
             weights or "pretrained",
             size,
             options.torch_device(),
-            precision=options.precision,
+            precision=precision,
             runtime=options.runtime,
         )
         self.teacher.prepare()
@@ -54,7 +57,7 @@ class TimmEncoder(Encoder):
             name=f"timm:{Path(self.teacher.backbone.partition(':')[2] or name).name}",
             digest=self.teacher.weights_digest,
             step=None,
-            precision=options.precision,
+            precision=precision,
             preprocessing=describe_preprocessing(self.teacher.preprocessing),
             fingerprint=model_fingerprint(
                 kind="timm",
@@ -62,7 +65,7 @@ class TimmEncoder(Encoder):
                 model=self.teacher.model,
                 preprocessing=self.teacher.preprocessing,
                 transform=self.teacher.transform,
-                precision=options.precision,
+                precision=precision,
                 runtime=options.runtime,
             ),
         )

@@ -92,9 +92,11 @@ def test_two_ranks_in_micro_batches_match_one_process_in_one_pass(tmp_path: Path
     jobs["odd size"] = job(zero_stage=1, micro_batch_size=4)  # 6 samples a rank: in two parts of 3
     jobs["one pass"] = job(zero_stage=1)
     jobs["recomputed"] = job(zero_stage=3, micro_batch_size=3, activation_checkpointing=True)
-    jobs["half"] = job(zero_stage=2, micro_batch_size=2, precision="bfloat16")
-    found = launch(2, jobs)
-    half = found.pop("half")
+    lower = {f"mixed zero {z}": job(zero_stage=z, micro_batch_size=2, precision="mixed") for z in range(4)}
+    lower["mixed one pass"] = job(zero_stage=1, precision="mixed")
+    lower["bfloat16"] = job(zero_stage=2, micro_batch_size=2, precision="bfloat16")
+    found = launch(2, jobs | lower)
+    rounded = {name: found.pop(name) for name in lower}
     reference = flat(whole, learned)
 
     def distance(state: dict[str, Tensor]) -> float:
@@ -108,8 +110,12 @@ def test_two_ranks_in_micro_batches_match_one_process_in_one_pass(tmp_path: Path
         torch.testing.assert_close(
             state["log_scales.scale"], whole["log_scales.scale"], rtol=STEPS * 2**-23, atol=0, msg=name
         )
-    assert half["heads.f.weight"].dtype == torch.bfloat16
-    assert distance(half) <= 1e-2  # of bfloat16's gradients, 2^-8 off, Adam makes about the root, of what was learned
+    for name, state in rounded.items():
+        assert state["heads.f.weight"].dtype == (torch.bfloat16 if name == "bfloat16" else torch.float32)
+        # Of bfloat16's gradients, 2^-8 off, Adam makes about the root, of what was learned.
+        assert distance(state) <= 1e-2, name
+        assert state["log_scales.scale"].dtype == torch.float32  # never in bfloat16, whose steps are of 2^-6 here
+        torch.testing.assert_close(state["log_scales.scale"], whole["log_scales.scale"], rtol=0, atol=2**-11, msg=name)
 
 
 def flat(state: dict[str, Tensor], names: list[str]) -> Tensor:
@@ -220,12 +226,6 @@ def test_nonfinite_embeddings_are_named_and_make_every_gradient_nan(one_process_
 def test_layouts_that_do_not_fit_are_refused() -> None:
     assert num_micro_batches(parse(tree(micro_batch_size=5)), world=2) == 2
     assert num_micro_batches(parse(tree()), world=2) == 1
-    for engine, message in (
-        ({"precision": "bfloat16", "zero_stage": 0}, "starts stage 0 with a step of weight decay alone"),
-        ({"precision": "bfloat16", "zero_stage": 1, "micro_batch_size": 2}, "set engine.zero_stage: 2"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            deepspeed_config(parse(tree(**engine)), world=2)
     with pytest.raises(ConfigError, match=r"adafactor needs whole matrices .* ZeRO stage 1 with float32"):
         deepspeed_config(parse(tree(zero_stage=1) | {"optim": {"name": "adafactor"}}), world=2)
     with pytest.raises(ValueError, match="global_batch_size: 12 is not divisible by 5 ranks"):

@@ -46,6 +46,7 @@ def test_one_host_wait_a_step(three: dict[str, Any], tmp_path: Path) -> None:
         "plain": (three, {"zero_stage": 0}),
         "again": (sigmoid, {"zero_stage": 1, "micro_batch_size": 3, "activation_checkpointing": True}),
         "sharded": (three, {"zero_stage": 2, "on_nonfinite": "skip"}),
+        "mixed": (three, {"zero_stage": 1, "precision": "mixed"}),
         "half": (three, {"zero_stage": 2, "precision": "bfloat16", "micro_batch_size": 3}),
     }
     files = [write_config(tree, tmp_path, name, **engine)[0] for name, (tree, engine) in layouts.items()]

@@ -1,6 +1,9 @@
 """Every config that is shipped and every variant of it: the arithmetic of all, a few steps of the small ones."""
 
+import json
+import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,6 +66,24 @@ def test_every_variant_can_be_built(name: str, tmp_path: Path, monkeypatch: pyte
         if (name, variant) in MILLIONS:
             assert round(count(model) / 1e6, 1) == MILLIONS[name, variant], variant
     assert {variant for file, variant in MILLIONS if file == name} <= set(names)
+
+
+def test_every_config_and_variant_takes_two_steps(tmp_path: Path) -> None:
+    """With small towers of the same kinds, in its own precision; all that name none in float32 and mixed, too."""
+    result = run_command([sys.executable, str(Path(__file__).with_name("shipped_steps.py"))])
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    names = {(run["config"], run["variant"]) for run in found}
+    assert names >= {(name, variant) for name, file in CONFIGS.items() for variant in variants(file)}
+    assert {run["precision"] for run in found} == {"float32", "mixed", "bfloat16"}
+    for run in found:
+        first, second = run["losses"]
+        assert math.isfinite(first + second), run
+        assert first != second, run
+        assert run["exact"] == ["torch.float32"], run  # temperature, bias and batch norms, whatever the precision
+        assert run["embeddings"] == ["torch.float32" if run["precision"] == "float32" else "torch.bfloat16"], run
+        specialized = run["config"].endswith("ms-clip-s.yaml") or run["variant"] == "specialized"
+        assert not specialized or run["norms"] >= 9, run
+    assert {run["precision"] for run in found if run["norms"]} == {"float32", "mixed", "bfloat16"}
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,7 @@ def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache
 
 def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
+    clip["engine"] = {"precision": "float32"}
     run = parse(clip)
     assert folder.check(run) == []
     folder.create(run, {}, {})
@@ -177,11 +178,17 @@ def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path:
         folder.check(parse(clip | {"global_batch_size": 15}))
     elsewhere = clip | {
         "output_dir": "moved",
-        "engine": {"zero_stage": 3, "micro_batch_size": 4},
+        "engine": {"precision": "float32", "zero_stage": 3, "micro_batch_size": 4, "compile": "blocks"},
         "checkpoint": {"keep": 5},
     }
     changed = [d.key for d in folder.check(parse(elsewhere))]
-    assert changed == ["checkpoint.keep", "engine.micro_batch_size", "engine.zero_stage", "output_dir"]
+    assert changed == [
+        "checkpoint.keep",
+        "engine.compile",
+        "engine.micro_batch_size",
+        "engine.zero_stage",
+        "output_dir",
+    ]
     with pytest.raises(ConfigError, match=r"config:\n  engine.precision: 'float32' -> 'bfloat16'\nchoose"):
         folder.check(parse(clip | {"engine": {"zero_stage": 3, "precision": "bfloat16"}}))
 

@@ -115,7 +115,7 @@ def _type(schema: JsonSchema) -> str:
     if "oneOf" in schema:
         return "section"
     if "const" in schema or "enum" in schema:
-        return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
+        return " | ".join(json.dumps(value).strip('"') for value in schema.get("enum", [schema.get("const")]))
     match schema.get("type"):
         case "array" if "prefixItems" in schema:
             return f"[{', '.join(_type(item) for item in schema['prefixItems'])}]"

@@ -33,6 +33,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 UnitFloat = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, BeforeValidator(_divided)]
 
+Precision = Literal["float32", "mixed", "bfloat16"]
+
 SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -383,7 +385,7 @@ class Optim:
     """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    """The optimizer. adafactor needs `engine.zero_stage: 0` and `engine.precision: float32`."""
+    """The optimizer. adafactor needs `engine.zero_stage: 0`, in float32 or mixed precision."""
     lr: PositiveFloat = 1e-3
     """Learning rate after warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -411,13 +413,19 @@ class Engine:
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage: partition nothing (0), optimizer state (1), gradients too (2), parameters too (3)."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the towers."""
+    precision: Precision | None = None
+    """Arithmetic of towers and heads. float32. mixed: float32 weights, products in bfloat16 (autocast). bfloat16:
+    weights in bfloat16 too, with a float32 copy in the optimizer; for ZeRO 1 and 2. null: mixed where there is a GPU,
+    float32 where there is none; a run that has begun keeps its own. Scales, biases and the loss's sums are float32 in
+    any."""
     micro_batch_size: PositiveInt | None = None
     """Samples that go forward and backward at a time on a rank (gradient caching); null: the complete local batch. The
     loss is over the global batch in any case. Costs a second forward pass."""
     activation_checkpointing: bool = False
     """Keep only the input of each block and recompute the rest in the backward pass."""
+    compile: Literal[False, "blocks", "model"] = False
+    """torch.compile, for ZeRO 0 to 2. blocks: each transformer block, and whole towers without such blocks. model:
+    everything from inputs to embeddings at once, which is faster and takes longer to compile."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss or gradient: stop the run, or skip the step."""
     nonfinite_limit: PositiveInt = 10

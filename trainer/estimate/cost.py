@@ -6,6 +6,7 @@ autograd would keep for backward, each storage once, with attention as the fused
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Self
@@ -76,7 +77,7 @@ class TowerCost:
 class StateMemory:
     """Bytes of a model's training state on one rank."""
 
-    weights: int
+    weights: int  # with the bfloat16 copies of all of them that autocast makes for a step
     gradients: int
     optimizer: int  # moments, and a float32 copy of the weights where the engine keeps one
 
@@ -87,11 +88,12 @@ class StateMemory:
 
 
 def meta_model(config: TrainConfig, vocab_size: int, teachers: Mapping[str, TeacherCost]) -> TowerModel:
-    """Return the run's model on the meta device, in the precision it is trained in."""
+    """Return the run's model on the meta device, with weights of the type they are trained in."""
     with torch.device("meta"):
         model = TowerModel(config, vocab_size, {name: teacher.dim for name, teacher in teachers.items()})
     freeze(model, config.optim)
-    return model.to(torch.bfloat16) if config.engine.precision == "bfloat16" else model
+    model.set_precision(model.precision)
+    return model
 
 
 def tower_costs(model: TowerModel) -> dict[str, TowerCost]:
@@ -145,11 +147,13 @@ def state_memory(config: TrainConfig, model: nn.Module, world: int) -> StateMemo
     stage = config.engine.zero_stage
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = 2 if config.engine.precision == "bfloat16" else 4
-    copy = 4 if stage > 0 or width == 2 else 0
+    half = config.engine.precision == "bfloat16"
+    width = 2 if half else 4
+    copy = 4 if stage in (1, 2) else 0  # at stage 3 the float32 shares of the weights are the optimizer's
+    casts = 2 * total if config.engine.precision == "mixed" else 0
     moments = 4 if config.optim.name == "adafactor" else 8  # adafactor's second moments, rows and columns, are small
     return StateMemory(
-        weights=total * width // (world if stage == 3 else 1),
+        weights=total * width // (world if stage == 3 else 1) + casts,
         gradients=trained * width // (world if stage >= 2 else 1),
         optimizer=trained * (moments + copy) // (world if stage >= 1 else 1),
     )
@@ -176,6 +180,39 @@ def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
                 shape, dtype = [model.widths[name]], torch.float32
         inputs[name] = torch.empty([samples, *shape], dtype=dtype, device="meta")
     return inputs
+
+
+class MetaAutocast(TorchFunctionMode):
+    """Computes products in bfloat16, as autocast does on a GPU; torch has none for the meta device."""
+
+    PRODUCTS = frozenset(
+        {
+            F.linear,
+            F.conv1d,
+            F.conv2d,
+            F.conv3d,
+            torch.matmul,
+            Tensor.matmul,
+            Tensor.__matmul__,
+            torch.bmm,
+            torch.einsum,
+        }
+        | {F.scaled_dot_product_attention}
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.PRODUCTS:
+            args = [_in_bfloat16(value) for value in args]
+            kwargs = {name: _in_bfloat16(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _in_bfloat16(value: Any) -> Any:
+    """Return float32 tensors, and lists of them, in bfloat16, and anything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_in_bfloat16(item) for item in value)
+    return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
 class FusedAttention(TorchFunctionMode):
@@ -209,7 +246,8 @@ def _bytes_for_backward(model: TowerModel, samples: int) -> int:
             kept += storage.nbytes()
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor), FusedAttention():
+    products = MetaAutocast() if model.precision == "mixed" else nullcontext()
+    with saved_tensors_hooks(pack, lambda tensor: tensor), products, FusedAttention():
         outputs = model(meta_inputs(model, samples))
     del outputs  # alive until here, so that no storage reuses an address
     return kept

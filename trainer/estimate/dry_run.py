@@ -16,6 +16,7 @@ from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
 from threetowers.trainer.estimate.summary import DatasetStats, run_summary
+from threetowers.trainer.model.precision import resolve_precision
 from threetowers.trainer.optimizer.optimizer import parameter_groups
 from threetowers.trainer.tokenizer import Tokenizer
 
@@ -29,6 +30,7 @@ def dry_run(config: TrainConfig, world_size: int = 1) -> list[str]:
         ConfigError: The config does not state it.
         ValueError: Towers, heads, terms or layout do not fit, as in training.
     """
+    config = resolve_precision(config)
     stats = _dataset_stats(config)
     if stats is None and config.duration.epochs is not None:
         raise ConfigError(

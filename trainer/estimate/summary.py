@@ -9,7 +9,7 @@ from torch import nn
 
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.processes.world import World
-from threetowers.trainer.config import Augment, CacheTower, ImageTower, TrainConfig
+from threetowers.trainer.config import Augment, CacheTower, ImageTower, Precision, TrainConfig
 from threetowers.trainer.estimate.cost import (
     LOSS_PASSES,
     TeacherCost,
@@ -25,6 +25,12 @@ from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.optimizer.schedule import Schedule
 
 logger = logging.getLogger(__name__)
+
+ARITHMETIC: dict[Precision, str] = {
+    "float32": "weights and products in float32",
+    "mixed": "float32 weights, products in bfloat16",
+    "bfloat16": "weights and products in bfloat16, with a float32 copy of the weights in the optimizer",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ def run_summary(
         *_towers(config, model, costs, teachers),
         *_terms(config),
         *_learning_rate(config, stats, steps),
+        _arithmetic(config, device),
         *_compute(config, model, costs, teachers, steps),
         *_memory(config, model, world_size),
     ]
@@ -186,6 +193,17 @@ def _learning_rate(config: TrainConfig, stats: DatasetStats | None, steps: int) 
         f"learning rate: {config.optim.lr:g}, {config.optim.schedule}, {spans}",
         *(f"warning: {problem}" for problem in schedule.problems()),
     ]
+
+
+def _arithmetic(config: TrainConfig, device: torch.device) -> str:
+    """Return in what numbers the run computes, and what is compiled."""
+    precision = config.engine.precision or "float32"
+    parts = [f"precision: {precision} ({ARITHMETIC[precision]})"]
+    if device.type == "cuda":
+        parts.append("float32 products in TF32, convolutions by cuDNN's fastest algorithm")
+    if config.engine.compile:
+        parts.append(f"compiled: {config.engine.compile}")
+    return "; ".join(parts)
 
 
 def _compute(

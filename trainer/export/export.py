@@ -58,7 +58,7 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another one, or remove it")
-    trained = load_model(run)
+    trained = load_model(run, precision="float32")  # in which differences are those of the formats
     source = RunFolder(Path(run))
     deployed = deployed_model(trained)
     partial = partial_path(out)
@@ -91,7 +91,7 @@ def _write_threetowers(deployed: TrainedModel, run: RunFolder, folder: Path) -> 
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, exported.weights)
     if run.summary.exists():
         shutil.copyfile(run.summary, exported.summary)
-    loaded = load_model(folder)
+    loaded = load_model(folder, precision="float32")
     images, tokens_bL = probe_inputs(deployed)
     return max(
         _max_difference(deployed.encode_images(images), loaded.encode_images(images)),

@@ -3,29 +3,33 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from threetowers.cache.format.manifest import Manifest
-from threetowers.trainer.config import CacheTower, ImageTower, Term, TextTower, TrainConfig, load_config
+from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TextTower, TrainConfig, load_config
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import load_deduplicated
 from threetowers.trainer.run_folder import RunFolder
 from threetowers.trainer.tokenizer import Tokenizer
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> "TrainedModel":
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", precision: Precision | Literal["float16"] | None = None
+) -> "TrainedModel":
     """Load the model of a finished run, or of an export in our own format.
 
     Args:
         path: Folder of the run or export.
         device: Where the model computes.
+        precision: In which it computes; None: that in which it was trained.
 
     Returns:
-        The model in float32 and evaluation mode. `encode_images` and `encode_texts` return unit-norm embeddings, so
-        that `images @ texts.T` are cosines.
+        The model in evaluation mode. `encode_images` and `encode_texts` return unit-norm embeddings in float32, so that
+        `images @ texts.T` are cosines.
 
     Raises:
         ValueError: The folder holds no finished run.
@@ -49,7 +53,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> "Trained
     widths = {name: manifest.dim for name, manifest in manifests.items()}
     model = TowerModel(config, tokenizer.embedding_rows(config.data.vocab_size), widths)
     load_deduplicated(model, load_file(folder.weights))
-    return TrainedModel(config, model.to(device, torch.float32).eval(), tokenizer, manifests)
+    model.set_precision(precision or model.precision)
+    return TrainedModel(config, model.to(device).eval(), tokenizer, manifests)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ def deployed_model(trained: TrainedModel) -> TrainedModel:
     model = TowerModel(config, trained.tokenizer.embedding_rows(config.data.vocab_size), widths)
     state = trained.model.state_dict()
     load_deduplicated(model, {name: state[name] for name in model.state_dict()})
+    model.set_precision(trained.model.precision)
     return TrainedModel(config, model.to(trained.device).eval(), trained.tokenizer, manifests)
 
 

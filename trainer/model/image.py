@@ -37,6 +37,7 @@ class TimmTower(nn.Module):
         if config.specialize is not None:
             self.model = SpecializedViT(self.model, config.specialize)
         subsample_before_pointwise(self.model)
+        self._matrix = next(name for name, p in self.model.named_parameters() if p.ndim > 1)  # norms may stay float32
         self.width = self._feature_width(config, image_size)
 
     @property
@@ -77,8 +78,8 @@ class TimmTower(nn.Module):
         return int(probe.shape[1])
 
     def forward(self, images_b3hw: Tensor) -> Tensor:
-        """Return features (b, width) in the precision of the weights."""
-        dtype = next(self.model.parameters()).dtype
+        """Return features (b, width), of the weights' type or, under autocast, of the last layer's."""
+        dtype = self.model.get_parameter(self._matrix).dtype
         x_b3hw = (images_b3hw.to(torch.float32) / 255 - self.mean) / self.std
         features_bw: Tensor = self.model(x_b3hw.to(dtype).contiguous(memory_format=torch.channels_last))
         return features_bw

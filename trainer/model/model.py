@@ -3,16 +3,17 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from threetowers.trainer.config import CacheTower, Head, ImageTower, TextTower, TrainConfig
+from threetowers.trainer.config import CacheTower, Head, ImageTower, Precision, TextTower, TrainConfig
 from threetowers.trainer.model.cached import CachedTower
 from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.initial_weights import load_initial
+from threetowers.trainer.model.precision import autocast, cast_parameters
 from threetowers.trainer.model.shared import share_blocks
 from threetowers.trainer.model.text import TextTransformer
 
@@ -45,6 +46,7 @@ class TowerModel(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.precision: Precision | Literal["float16"] = config.engine.precision or "float32"
         self.towers = nn.ModuleDict()
         for name in config.towers:
             self.towers[name] = _build_tower(config, name, vocab_size, cache_widths)
@@ -93,6 +95,11 @@ class TowerModel(nn.Module):
                 module.eval()
         return self
 
+    def set_precision(self, precision: Precision | Literal["float16"]) -> None:
+        """Compute in this precision from now on, with weights of its type."""
+        self.precision = precision
+        cast_parameters(self, torch.float32 if precision == "mixed" else getattr(torch, precision))
+
     def load_initial_weights(self) -> list[str]:
         """Load the weights that the towers' `init` names.
 
@@ -131,18 +138,20 @@ class TowerModel(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Return everything that the terms need. `inputs`: by tower, images, tokens or cached rows."""
         heads = dict.fromkeys(side for term in self.config.terms.values() for side in (term.x, term.y))
+        # The loss takes its fast products by this type: under autocast that of the products, else that of the weights.
+        dtype = torch.bfloat16 if self.precision == "mixed" else self._weight.dtype
         # Parameters leave through the output, not by reference: under ZeRO 3 they are complete only in here.
         return Outputs(
-            self.embed(inputs, heads),
+            {name: x_bD.to(dtype) for name, x_bD in self.embed(inputs, heads).items()},
             {name: clamp_log_scale(p, self.config.loss.scale_max) for name, p in self.log_scales.items()},
             {name: p * 1.0 for name, p in self.biases.items()},
         )
 
     def embed(self, inputs: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str, Tensor]:
-        """Return unit-norm embeddings (b, D) of the named heads; runs only the towers that these stand on."""
+        """Return unit-norm embeddings (b, D), float32, of the named heads; runs only the towers that these stand on."""
         features: dict[str, Tensor] = {}
         frozen = set(self.frozen)
-        dtype = next(self.parameters()).dtype  # that of all parameters; cached rows have another
+        dtype = self._weight.dtype
 
         def features_of(name: str) -> Tensor:
             """Return the output of a tower or head, computed once."""
@@ -155,7 +164,22 @@ class TowerModel(nn.Module):
                 features[name] = self.heads[name](features_of(self.config.heads[name].of))
             return features[name]
 
-        return {name: F.normalize(features_of(name).float(), dim=-1).to(dtype) for name in heads}
+        with autocast(self.precision == "mixed", self._weight.device):
+            computed = {name: features_of(name) for name in heads}
+        return {name: F.normalize(x_bD.float(), dim=-1) for name, x_bD in computed.items()}
+
+    def features(self, inputs: Mapping[str, Tensor], tower: str) -> Tensor:
+        """Return the output of a tower (b, width), before heads and normalisation."""
+        with autocast(self.precision == "mixed", self._weight.device):
+            features_bw: Tensor = self.towers[tower](inputs[tower])
+        return features_bw
+
+    @property
+    def _weight(self) -> Tensor:
+        """The tokens' embedding: all parameters have its device, and but for `float32_parameters` its type."""
+        tower = self.towers[self.config.root_of(self.config.deploy.text)]
+        assert isinstance(tower, TextTransformer)
+        return tower.embed.weight
 
     def encode_image(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the embeddings (b, D) of the deployed image head, unit norm."""

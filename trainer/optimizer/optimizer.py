@@ -1,12 +1,15 @@
-"""Parameter groups of the optimizer: learning rate and weight decay by name."""
+"""The optimizer and its parameter groups: learning rate and weight decay by name."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
 from threetowers.trainer.config import ConfigError, Optim, ParameterGroup
+from threetowers.trainer.optimizer.adafactor import Adafactor
 
 
 def freeze(model: nn.Module, optim: Optim) -> None:
@@ -17,25 +20,42 @@ def freeze(model: nn.Module, optim: Optim) -> None:
     model.train(model.training)  # a frozen module goes into evaluation mode
 
 
+def build_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+    """Return the optimizer of the trained parameters. Raises ConfigError like `parameter_groups`."""
+    groups = parameter_groups(model, optim)
+    if optim.name == "adafactor":
+        return Adafactor(groups, optim.lr, optim.betas)
+    # DeepSpeed's fused variants are compiled at first use and round differently on each device.
+    return AdamW(groups, optim.lr, optim.betas, weight_decay=0.0)
+
+
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """Return torch's parameter groups of the trained parameters: weight decay on matrices only, `lr_factor` by rule.
+
+    Parameters of different types are in different groups, as ZeRO makes one long vector of each.
 
     Raises:
         ConfigError: Every parameter is frozen, or a pattern matches no parameter.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, torch.dtype], list[nn.Parameter]] = {}
     for _, p, rule in rules_of(model, optim):
         if not p.requires_grad:
             continue
         factor = 1.0 if rule is None else rule.lr
         decay = optim.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
-        groups.setdefault((factor, decay if p.ndim > 1 else 0.0), []).append(p)
+        groups.setdefault((factor, decay if p.ndim > 1 else 0.0, p.dtype), []).append(p)
     if not groups:
         raise ConfigError("optim.param_groups: every parameter is frozen; give one of the groups a learning rate")
     return [
-        {"params": groups[factor, decay], "weight_decay": decay, "lr_factor": factor, "lr": optim.lr * factor}
-        for factor, decay in sorted(groups, reverse=True)
+        {"params": params, "weight_decay": decay, "lr_factor": factor, "lr": optim.lr * factor}
+        for (factor, decay, _), params in sorted(groups.items(), key=_order)
     ]
+
+
+def _order(group: tuple[tuple[float, float, torch.dtype], list[nn.Parameter]]) -> tuple[bool, float, float]:
+    """Return the place of a group: float32 last, as DeepSpeed takes the first one's type for that of the model."""
+    (factor, decay, dtype), _ = group
+    return dtype == torch.float32, -factor, -decay
 
 
 def rules_of(model: nn.Module, optim: Optim) -> Iterator[tuple[str, nn.Parameter, ParameterGroup | None]]:
