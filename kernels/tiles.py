@@ -158,7 +158,7 @@ class TileBackend(ABC):
     ) -> None:
         """Merge the tile's row and column (max, sum) into rows and cols; if cache_rc is given, store the dots in it.
 
-        The sample's own pair may be left as -inf there.
+        Excluded entries may be left as -inf there.
         """
 
     @abstractmethod

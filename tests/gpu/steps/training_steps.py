@@ -228,7 +228,7 @@ def measure(setting: Setting, variant: Variant, world: World) -> None:
 @contextmanager
 def loader_replaced(batches: Callable[[], Iterator[Batch]]) -> Iterator[None]:
     """Give the trainer these batches in place of its loader's."""
-    with mock.patch("threetowers.trainer.train.training_loader", side_effect=lambda *arguments: batches()):
+    with mock.patch("threetowers.trainer.train.training_loader", side_effect=lambda *arguments, **options: batches()):
         yield
 
 
