@@ -11,6 +11,7 @@ The exit code is 1 where a comparison with a reference failed or was not made, 2
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def main() -> int:
     options = arguments()
     if options.wheels is not None:
         install(options.wheels)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # steps are ended, scratch removed
     scratch = Path(tempfile.mkdtemp(prefix="threetowers-gpu-"))
     try:
         return run(options, scratch)

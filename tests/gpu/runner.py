@@ -177,6 +177,7 @@ class _Running:
 def _run_step(module: str, setting: Setting, log: Path, environment: Mapping[str, str]) -> None:
     """Run a step in its own process: at the head of a process group, and printing to a file."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the driver's handler
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -50,6 +51,18 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no GPU: torch.cuda.is_available() is False" in done.stdout
     assert "kernel_tiles" not in done.stdout
+
+
+def test_sigterm_ends_the_step_that_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.gpu", "--rehearse", "--output-dir", str(tmp_path / "out")]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "machine" in process.stdout.readline()
+        process.terminate()
+        process.stdout.read()  # to its end: no step holds the other side any more
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("threetowers-gpu-*"))
 
 
 def test_the_limits_and_names_of_the_plan() -> None:
