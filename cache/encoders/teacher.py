@@ -141,14 +141,16 @@ class Teacher:
             raise ValueError(f"expected uint8 pixels as `transform` gives them, found {images_b3HW.dtype}")
         if self.runtime == "onnx":
             return self.onnx_network(images_b3HW)
-        arithmetic = contextlib.ExitStack()
-        if self.precision == "bfloat16":
-            arithmetic.enter_context(torch.autocast(self.device.type, torch.bfloat16))
-        else:
-            arithmetic.enter_context(exact_products())
-        with torch.inference_mode(), arithmetic:
+        # Inference mode first: at its end it puts back the autocast that it found, and would leave it on for good.
+        with torch.inference_mode(), self._arithmetic():
             features_bD: Tensor = self.network(images_b3HW.to(memory_format=torch.channels_last))
             return features_bD.float()
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which products are computed in the teacher's precision."""
+        if self.precision == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return exact_products()
 
 
 def load_teacher(

@@ -149,6 +149,7 @@ def test_bfloat16_is_close_and_part_of_the_manifest(weights: Weights, tars: list
     assert (continued.tars_built, continued.differences) == (1, ())
     assert EmbeddingCache.open(tmp_path / "narrow").manifest.precision == "bfloat16"
     assert cosine.min() > 0.999
+    assert not torch.is_autocast_enabled("cpu")  # what the process computes afterwards is not touched
     with pytest.raises(ManifestError, match="precision: expected float32, found bfloat16"):
         build_cache(BuildConfig(tars=tars[:1], output_dir=tmp_path / "wide", **options, precision="bfloat16"))
     with pytest.raises(ManifestError, match=r"preprocessing\.decode: expected pillow, found pillow-draft"):
