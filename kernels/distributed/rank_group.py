@@ -37,6 +37,8 @@ class RankGroup:
 
     def gather_on_host(self, part_n: Tensor) -> Tensor:
         """Return the equal-sized parts of all ranks, (W, *part). On the CPU, and no other device is waited for."""
+        if self._group is None:
+            return part_n[None]
         all_Wn = part_n.new_empty(self.size, *part_n.shape)
         _all_gather(all_Wn.view(-1), part_n.reshape(-1), group=self._host_group())
         return all_Wn
