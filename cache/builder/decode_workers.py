@@ -4,8 +4,8 @@ A thread here drives each process: it sends the bytes of an image, sleeps, and t
 share. A process ends when its connection does, so also with a parent that was killed.
 """
 
+import contextlib
 import math
-import multiprocessing
 import signal
 import threading
 from collections.abc import Sequence
@@ -20,10 +20,8 @@ import numpy as np
 from threetowers.cache.builder.decoding import Decoded, Decoder, PixelFormat
 from threetowers.cache.format.views import Params, Pixels
 from threetowers.cache.processes.preemption import ignore_sigterm
+from threetowers.cache.processes.worker_processes import server_context, without_main_module
 from threetowers.cache.webdataset.images import BadImage
-
-# Loaded once by the server that the processes are forked from.
-PRELOADED = ["threetowers.cache.builder.decode_workers", "timm.data"]
 
 
 class DecodeThreads:
@@ -51,9 +49,9 @@ class DecodeWorkers(DecodeThreads):
 
     def __init__(self, decoder: Decoder, workers: int) -> None:
         super().__init__(decoder, workers)
-        context = multiprocessing.get_context("forkserver")  # a fork of this process would share CUDA and its threads
-        context.set_forkserver_preload(PRELOADED)
-        self._workers = [_Worker(context, decoder) for _ in range(workers)]
+        context = server_context()  # a fork of this process would share CUDA and its threads
+        with without_main_module():
+            self._workers = [_Worker(context, decoder) for _ in range(workers)]
         self._idle = list(self._workers)
         self._lock = threading.Lock()
 
@@ -125,19 +123,20 @@ def _serve(connection: Connection, memory: Any, decoder: Decoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ignore_sigterm()
     slots = _slots(memory, decoder.formats)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent's end, or that of one that was killed
+        while True:
             caches, key, data = connection.recv()
-        except EOFError:
-            return
-        try:
-            decoded = decoder(caches, key, data)
-        except Exception as error:  # a fault of the program, or memory that is short: the parent's to raise
-            connection.send(error)
-            continue
-        if isinstance(decoded.views, BadImage):
-            connection.send((decoded, None))
-            continue
-        for i, (pixels, _) in zip(caches, decoded.views, strict=True):
-            slots[i][...] = pixels
-        connection.send((replace(decoded, views=[]), [params for _, params in decoded.views]))
+            connection.send(_decoded_into(slots, decoder, caches, key, data))
+
+
+def _decoded_into(slots: Sequence[Pixels], decoder: Decoder, caches: Sequence[int], key: str, data: bytes) -> Any:
+    """Leave the pixels in the slots; return the rest and the parameters of the views, or what went wrong instead."""
+    try:
+        decoded = decoder(caches, key, data)
+    except Exception as error:  # a fault of the program, or memory that is short: the parent's to raise
+        return error
+    if isinstance(decoded.views, BadImage):
+        return decoded, None
+    for i, (pixels, _) in zip(caches, decoded.views, strict=True):
+        slots[i][...] = pixels
+    return replace(decoded, views=[]), [params for _, params in decoded.views]

@@ -15,7 +15,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any, Literal
 
-PRELOADED = ["torch.utils.data", "webdataset", "PIL.Image", "sentencepiece"]  # once, for all workers
+# Imported once, by the server that all workers of this process come from.
+PRELOADED = ["torch.utils.data", "timm.data", "webdataset", "PIL.Image", "sentencepiece"]
 
 
 def start_method() -> Literal["fork", "forkserver"]:
@@ -26,16 +27,20 @@ def start_method() -> Literal["fork", "forkserver"]:
 
 
 def worker_context() -> BaseContext:
-    """Return the context in which workers start, and start their server, if there is one, unless it runs already.
+    """Return the context in which workers start, with their server, if there is one, running."""
+    return server_context() if start_method() == "forkserver" else multiprocessing.get_context("fork")
 
-    The server imports what workers need, which takes some seconds: called early, it does so beside other work.
+
+def server_context() -> BaseContext:
+    """Return the context of workers that a server forks, and start the server, unless it runs already.
+
+    It imports what workers need, which takes some seconds: called early, it does so beside other work.
     """
-    context = multiprocessing.get_context(start_method())
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(PRELOADED)
-        resource_tracker.ensure_running()  # the server's start would start it, and unblock the signal
-        with _sigterm_blocked():
-            forkserver.ensure_running()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    resource_tracker.ensure_running()  # the server's start would start it, and unblock the signal
+    with _sigterm_blocked():
+        forkserver.ensure_running()
     return context
 
 

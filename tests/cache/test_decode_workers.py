@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,23 @@ def same(found: Path, expected: Path) -> None:
         np.testing.assert_array_equal(ours.tar(tar_id), theirs.tar(tar_id))
         assert without_times(ours.record(tar_id)) == without_times(theirs.record(tar_id))
         assert ours.record(tar_id).counts == {"undecodable": 1}
+
+
+def test_workers_come_from_the_server_of_all_workers(
+    samples: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has SIGTERM blocked, as a training's data workers may come from it later; none runs the main script again."""
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    Path(script.__file__).write_text("raise SystemExit(3)\n")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    forkserver._forkserver._stop()  # one that another test may have started in its own way
+    with DecodeWorkers(Decoder(FORMATS, max_pixels=10_000), 1) as workers:
+        status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
+        ((_, members),) = samples(1, 1)
+        assert workers.submit((0,), "a", members["png"]).result().image_hash
+    blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+    assert blocked >> (signal.SIGTERM - 1) & 1
 
 
 def test_processes_give_what_threads_give(samples: Callable[..., Any]) -> None:
