@@ -19,9 +19,8 @@ logger = logging.getLogger(__name__)
 
 Parts = Literal[False, "blocks", "model"]
 OPTIONS: dict[str, str | int | bool] = {"fallback_random": True}
-MAX_GRAPHS = (
-    64  # of one function: blocks share theirs among towers, with and without gradients, in training and evaluation
-)
+# Of one function: blocks share theirs among towers, with and without gradients, in training and in evaluation.
+MAX_GRAPHS = 64
 
 
 def compile_model(model: TowerModel, parts: Parts) -> None:
