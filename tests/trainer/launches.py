@@ -11,7 +11,13 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),  # for `tests`
+}
 TRAIN = [sys.executable, "-m", "threetowers", "train"]
 RUN_CONFIGS = str(Path(__file__).with_name("run_configs.py"))
 RUN_JOBS = str(Path(__file__).with_name("stopping_runs.py"))
