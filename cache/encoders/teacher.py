@@ -131,9 +131,8 @@ class Teacher:
             ValueError: the pixels are not uint8, so perhaps normalised already; with `runtime="onnx"` also as for
                 `OnnxNetwork`.
         """
-        return (
-            self.forward(images_b3HW.to(self.device, non_blocking=True)).cpu().clone()
-        )  # outside inference mode an ordinary tensor
+        features_bD = self.forward(images_b3HW.to(self.device, non_blocking=True))
+        return features_bD.cpu().clone()  # outside inference mode an ordinary tensor
 
     def forward(self, images_b3HW: Tensor) -> Tensor:
         """Embed like `embed`, from and to the device; a GPU is given its work, and not waited for."""
