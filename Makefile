@@ -37,7 +37,7 @@ STAGE = @printf '\n%s of 6: %s (about %s on two cores)\n'
 demo: .venv/installed  ## cache a classifier, train CLIP, LiT and 3T on it, compare them on concepts none of them saw
 	$(STAGE) 1 'embed 8,068 images by the classifier, and check what is stored' '80 seconds'
 	$(RUN) cache build --tars 'data/emoji/*.tar' --output-dir $(DEMO)/cache $(if $(filter cpu,$(DS_ACCELERATOR)),--runtime onnx) \
-	    --backbone tf_efficientnet_lite0 --weights package:efficientnet-lite0 --image-size 160
+	    --encoder timm:tf_efficientnet_lite0@160:package:efficientnet-lite0
 	$(RUN) cache verify $(DEMO)/cache --tars 'data/emoji/*.tar'
 	$(STAGE) 2 'train a tokenizer on the captions' '5 seconds'
 	$(RUN) tokenizer train --tars 'data/emoji/train-*.tar' --vocab-size 4096 --output $(DEMO)/tokenizer.model

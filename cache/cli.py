@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, TeacherConfig
+from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, EncoderConfig
 from threetowers.cache.info import bad_sample_lines, counts_text, note_lines, read_info
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.tar_list import OnBad
@@ -18,10 +18,10 @@ FLAGS = tyro.conf.arg(name="")  # the fields of a config are flags without a pre
 
 
 def build(config: Annotated[BuildConfig, FLAGS]) -> int:
-    """Embed the images of webdataset tars with timm backbones, once. Run it again to resume after an interruption.
+    """Embed the samples of webdataset tars by frozen encoders, once. Run it again to resume after an interruption.
 
     Under torchrun, deepspeed, mpirun or srun the processes share the tars; more processes may join at any time. With
-    several backbones, each with its output, each image is read and decoded once for all.
+    several encoders, each with its output, each image is read and decoded once for all.
     """
     from dataclasses import replace
 
@@ -172,7 +172,7 @@ def estimate(
 
 
 def measure_views(
-    config: Annotated[TeacherConfig, FLAGS],
+    config: Annotated[EncoderConfig, FLAGS],
     crop_scales: tuple[float, ...] = (0.9, 0.6, 0.35, 0.1),
     sample: int = 256,
     draws: int = 2,

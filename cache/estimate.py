@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 
 from threetowers.cache.builder.build import build_cache
-from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
+from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, Source
 from threetowers.cache.builder.opening import requested_manifest
 from threetowers.cache.encoders.device_defaults import default_batch_size
+from threetowers.cache.encoders.encoder import FrozenEncoder
 from threetowers.cache.encoders.live import embed, view_pixels
-from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.done_record import done_record_name, read_done_record
 from threetowers.cache.format.dtypes import STORAGE_DTYPES, StorageDtype, storage_cosines
 from threetowers.cache.format.layout import arrays, rows_and_chunk, stored_bytes
@@ -151,7 +151,7 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
     """Measure what a cache would cost. Nothing is left behind.
 
     Args:
-        config: images, teacher and views of the cache.
+        config: images, encoder and views of the cache.
         ranks: processes that would share the work, each as fast as this one.
         sample: images to measure on, drawn by `seed` from some of the tars.
         seed: of that sample.
@@ -163,23 +163,26 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
         raise ValueError(f"--ranks {ranks}: expected at least 1")
     drawn = config.sample_images(sample, seed)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = config.load_teacher(device)
+    teacher = config.load_encoder(device)
+    (source,) = config.sources()
+    encoder = teacher.side("image")
 
     # One thread's rate of decoding and transforming, and the embeddings that the dtypes are compared on.
     started = time.perf_counter()
     images, bad = drawn.images()
-    pixels = [view_pixels(teacher, image, 0, None) for image in images]
+    pixels = [view_pixels(encoder, image, 0, None) for image in images]
     decode_seconds = time.perf_counter() - started
     if len(pixels) < MIN_TIMED:
         raise ValueError(
             f"{len(pixels)} of {len(drawn.sample)} sampled images can be decoded: expected at least {MIN_TIMED}"
         )
     batch_size = config.batch_size or default_batch_size(device)
-    rows_nD = embed(teacher, pixels, batch_size)
+    rows_nD = embed(encoder, pixels, source.feature, batch_size)
 
     rate, shares, record_bytes = _measure_build(drawn, config, device)
     costs = [
-        _dtype_cost(dtype, drawn, teacher, config.views, rows_nD, record_bytes) for dtype in STORAGE_DTYPES.values()
+        _dtype_cost(dtype, drawn, teacher, source, config.views, rows_nD, record_bytes)
+        for dtype in STORAGE_DTYPES.values()
     ]
     return CostEstimate(
         n_tars=drawn.n_tars,
@@ -187,7 +190,7 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
         exact=drawn.exact,
         sampled=len(pixels),
         bad=dict(bad),
-        dim=teacher.dim,
+        dim=rows_nD.shape[1],
         views=config.views,
         ranks=ranks,
         rate=rate,
@@ -233,13 +236,14 @@ def _pack(path: Path, drawn: DatasetSample, number: int) -> str:
 def _dtype_cost(
     dtype: StorageDtype,
     drawn: DatasetSample,
-    teacher: Teacher,
+    teacher: FrozenEncoder,
+    source: Source,
     views: Views,
     rows_nD: npt.NDArray[np.float32],
     record_bytes: int,
 ) -> DtypeCost:
-    rows_per_tar, chunk_rows = rows_and_chunk(dtype.row_bytes(teacher.dim), drawn.largest)
-    manifest = requested_manifest(teacher, dtype.name, views, rows_per_tar, chunk_rows, None, 1)
+    rows_per_tar, chunk_rows = rows_and_chunk(dtype.row_bytes(rows_nD.shape[1]), drawn.largest)
+    manifest = requested_manifest(teacher, source, dtype.name, views, rows_per_tar, chunk_rows, None, 1)
     bytes_per_tar = np.mean([stored_bytes(manifest, len(index.samples)) for index in drawn.indexed]) + record_bytes
     n_arrays = len(arrays(manifest))
     per_tar = n_arrays + 1  # a shard of each array, and the done record

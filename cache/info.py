@@ -48,13 +48,10 @@ class CacheInfo:
         n_bytes = sum(file.size for record in records for file in record.files.values())
         cosines = [record.cosines.min for record in records if record.cosines.min is not None]
 
-        preprocessing = manifest.preprocessing
-        height, width = preprocessing.input_size
         versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
         lines = [
-            f"{self.storage}: {manifest.backbone}, weights {manifest.weights} (sha256 {manifest.weights_digest[:16]})",
-            f"feature   {manifest.feature}, {manifest.dim} x {manifest.dtype}, {height} x {width} px, "
-            f"{preprocessing.interpolation}, crop {preprocessing.crop_pct}",
+            f"{self.storage}: {manifest.encoder}, weights {manifest.weights} (sha256 {manifest.weights_digest[:16]})",
+            f"feature   {manifest.feature}, {manifest.dim} x {manifest.dtype}, {input_text(manifest)}",
             f"views     {manifest.views}",
         ]
         lines.append(
@@ -78,6 +75,18 @@ class CacheInfo:
         if len(self.missing) > MAX_MISSING_LISTED:
             lines.append(f"not built: {len(self.missing) - MAX_MISSING_LISTED:,} more")
         return "\n".join(lines)
+
+
+def input_text(manifest: Manifest) -> str:
+    """Return in words how the teacher takes its input."""
+    if manifest.text is not None:
+        text = manifest.text
+        prompt = f", prompt {text.prompt!r}" if text.prompt else ""
+        unit = ", to unit norm" if text.normalize else ""
+        return f"captions of up to {text.max_length} tokens{prompt}, pooled by {text.pooling}{unit}"
+    preprocessing = manifest.image_preprocessing
+    height, width = preprocessing.input_size
+    return f"{height} x {width} px, {preprocessing.interpolation}, crop {preprocessing.crop_pct}"
 
 
 def read_info(cache: str | Path) -> CacheInfo:

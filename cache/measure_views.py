@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from threetowers.cache.builder.build_config import TeacherConfig
+from threetowers.cache.builder.build_config import EncoderConfig
 from threetowers.cache.encoders.live import embed, view_pixels
 from threetowers.cache.format.dtypes import cosines
-from threetowers.cache.format.views import Params, random_box
+from threetowers.cache.format.views import Params, Pixels, random_box
 from threetowers.cache.webdataset.tar_list import counts_by_reason
 
 COSINE_PERCENTILES = (1, 5, 50)
@@ -69,7 +69,7 @@ class ViewComparison:
 
 
 def measure_views(
-    config: TeacherConfig,
+    config: EncoderConfig,
     *,
     crop_scales: Sequence[float] = (0.9, 0.6, 0.35, 0.1),
     sample: int = 256,
@@ -81,7 +81,7 @@ def measure_views(
     The last row of the result pairs each image with another one, as a baseline.
 
     Args:
-        config: images and teacher.
+        config: images and encoder.
         crop_scales: values of a run's `data.crop_scale`, the smallest share of the area of a random crop.
         sample: images to measure on.
         draws: random crops of each image.
@@ -95,19 +95,25 @@ def measure_views(
             f"--crop-scales {tuple(crop_scales)}, --draws {draws}: expected 0 < scale <= 1 and at least one draw"
         )
     drawn = config.sample_images(sample, seed)
-    teacher = config.load_teacher(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = config.load_encoder(device).side("image")
+    (source,) = config.sources()
+
+    def embedded(views: Sequence[Pixels]) -> npt.NDArray[np.float32]:
+        return embed(encoder, views, source.feature)
+
     images, bad = drawn.images()
     if len(images) < 2:
         raise ValueError(f"{len(images)} of the sampled images can be decoded: expected at least 2")
-    center_nD = embed(teacher, [view_pixels(teacher, image, 0, None) for image in images])
-    mirrored_nD = embed(teacher, [view_pixels(teacher, image, 1, None) for image in images])
+    center_nD = embedded([view_pixels(encoder, image, 0, None) for image in images])
+    mirrored_nD = embedded([view_pixels(encoder, image, 1, None) for image in images])
     rows = [_row("mirrored", center_nD, mirrored_nD)]
     rng = np.random.default_rng(seed)
     for scale in crop_scales:
         crops = []
         for image in images:
-            crops += [view_pixels(teacher, image, 0, _random_crop(image, scale, rng)) for _ in range(draws)]
-        rows.append(_row(f"random crop, crop_scale {scale:g}", center_nD, embed(teacher, crops)))
+            crops += [view_pixels(encoder, image, 0, _random_crop(image, scale, rng)) for _ in range(draws)]
+        rows.append(_row(f"random crop, crop_scale {scale:g}", center_nD, embedded(crops)))
     rows.append(_row("another image", center_nD, np.roll(center_nD, 1, axis=0)))
     return ViewComparison(len(images), dict(bad), draws, tuple(rows), drawn.notes)
 

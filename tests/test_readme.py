@@ -28,7 +28,7 @@ def demo(tmp_path: Path) -> Path:
             for ordinal, sample in enumerate(list(tar.samples)[:count])
         ]
         write_tar(tmp_path / f"data/emoji/{split}-0.tar", members)
-    teacher = ["--backbone", "tf_efficientnet_lite0", "--weights", "package:efficientnet-lite0", "--image-size", "160"]
+    teacher = ["--encoder", "timm:tf_efficientnet_lite0@160:package:efficientnet-lite0"]
     build = ["cache", "build", "--tars", "data/emoji/*.tar", "--output-dir", "runs/emoji/cache", *teacher]
     tokenizer = ["tokenizer", "train", "--tars", "data/emoji/train-*.tar", "--output", "runs/emoji/tokenizer.model"]
     for arguments in (build, tokenizer):

@@ -1,4 +1,4 @@
-"""Build caches: stream tars through teachers, and write all rows of a tar at once.
+"""Build caches: stream tars through encoders, and write all rows of a tar at once.
 
 Each process takes its own share of the tars first, then whatever other processes have not reached. A tar is finished
 when its done record exists; running the same command again continues with the others.
@@ -112,8 +112,7 @@ def build_cache(config: BuildConfig) -> BuildReport:
         >>> config = BuildConfig(
         ...     tars=[f"{folder.name}/*.tar"],
         ...     output_dir=f"{folder.name}/cache",
-        ...     backbone="test_resnet",
-        ...     weights=weights,
+        ...     encoder=f"timm:test_resnet:{weights}",
         ...     device="cpu",
         ... )
         >>> report = build_cache(config)
@@ -156,15 +155,16 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
             index_new_tars(indexer, storages, paths)
 
         # Open or create each cache.
+        encoders = config.load_encoders(device)
         opened = [
-            (storage, *open_or_create(storage, paths, teacher, config, world, indexer))
-            for storage, teacher in zip(storages, config.load_teachers(device), strict=True)
+            (storage, *open_or_create(storage, paths, encoders[source.encoder], source, config, world, indexer))
+            for storage, source in zip(storages, config.sources(), strict=True)
         ]
         paths = indexer.usable(paths)
         outputs = []
         differences = []
         for storage, manifest, table, teacher, tolerated in opened:
-            teacher.prepare()
+            teacher.side("image").prepare([manifest.feature])
             entries = _entries(storage, paths, table, indexer)
             leases = Leases(storage, worker, config.lease_timeout)
             stack.enter_context(leases.heartbeat())

@@ -1,4 +1,4 @@
-"""Configuration of the cache commands: which images, which teacher, and how the embeddings are stored.
+"""Configuration of the cache commands: which samples, which encoders, and how the embeddings are stored.
 
 The dataclasses are the command line (`threetowers.cache.cli`) and the Python interface at once; each command takes the
 smallest of them that has what it needs.
@@ -7,13 +7,13 @@ smallest of them that has what it needs.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
-from threetowers.cache.format.manifest import DecodeMode, TeacherPrecision, TeacherRuntime
+from threetowers.cache.format.manifest import DecodeMode, EncoderPrecision, EncoderRuntime, Side
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.storage.storage import Storage
 from threetowers.cache.webdataset.dataset_sample import DatasetSample, sample_dataset
@@ -21,7 +21,7 @@ from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.tar_list import OnBad
 
 if TYPE_CHECKING:
-    from threetowers.cache.encoders.teacher import Teacher
+    from threetowers.cache.encoders.encoder import FrozenEncoder
 
 
 def _several(metavar: str, parse: Callable[[str], Any] = str) -> PrimitiveConstructorSpec[Any]:
@@ -46,32 +46,41 @@ def _views_from_flags(views: str = "center", view_seed: int = 0, view_scale: flo
     return Views(views, view_seed, view_scale)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """Images, and the teacher that embeds them.
+class Source(NamedTuple):
+    """What a cache holds: one feature of one side of an encoder. A feature that is None is the encoder's default."""
 
-    `backbone`, `weights` and `image_size` take one value, or one for each of several teachers.
+    encoder: str
+    of: Side
+    feature: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Samples, and the encoder that embeds them.
+
+    `encoder`, `of` and `feature` take one value, or one for each of several caches.
     """
 
     tars: Annotated[Sequence[str | Path], _several("TAR")]
     """Paths or URLs, globs in quotes, and brace ranges like 'data/{000..099}.tar'."""
 
-    backbone: Annotated[str | Sequence[str], _several("NAME")]
-    """timm model name, hf-hub:ORG/NAME, or a folder that timm saved a model to."""
+    encoder: Annotated[str | Sequence[str], _several("ENCODER")]
+    """KIND:NAME[@SIZE][:WEIGHTS], as timm:resnet50 or open_clip:ViT-B-32:openai: NAME is a model of that library, or
+    its folder, SIZE the side of its input in pixels, WEIGHTS a file, FILE#PREFIX for a part of one, or package:NAME."""
 
-    weights: Annotated[str | Sequence[str] | None, _several("WEIGHTS")] = None
-    """'pretrained' (the default), a file or FILE#PREFIX for a part of it, or package:efficientnet-lite0 (also 1, 2)."""
+    of: Annotated[Side | Sequence[Side], _several("SIDE")] = "image"
+    """image or text: which side of the samples, and of the encoder."""
 
-    image_size: Annotated[int | Sequence[int] | None, _several("PIXELS", int)] = None
-    """Side of the teacher's input in pixels; default: the size the model was trained for."""
+    feature: Annotated[str | Sequence[str] | None, _several("FEATURE")] = None
+    """Which output of the encoder, as pooled or projected; default: its first."""
 
     device: str | None = None
     """cpu, cuda or cuda:N; default: a GPU if there is one."""
 
-    precision: TeacherPrecision | None = None
+    precision: EncoderPrecision | None = None
     """Arithmetic of the forward pass; default: the cache's own, else bfloat16 on a GPU that has it, else float32."""
 
-    runtime: TeacherRuntime | None = None
+    runtime: EncoderRuntime | None = None
     """What runs the forward pass. onnx is faster for some convolutional networks on the CPU, and takes the extra of
     that name; default: the cache's own, else torch."""
 
@@ -79,7 +88,7 @@ class TeacherConfig:
     """pillow-draft decodes large JPEGs at a fraction of their size: faster, not exact."""
 
     compile: bool = False
-    """Run the backbone through torch.compile."""
+    """Run encoders of images through torch.compile."""
 
     image_member: str | None = None
     """The member that is the image of a sample, by its extension, as jpg or left.jpg; default: its only image."""
@@ -104,21 +113,27 @@ class TeacherConfig:
             if self.compile:
                 raise ValueError("--runtime onnx, --compile: expected one of them, torch.compile is torch's")
 
-    def sources(self) -> list[tuple[str, str, int | None]]:
-        """Return backbone, weights and image size of each teacher.
+    def sources(self) -> list[Source]:
+        """Return what each cache holds.
 
         Raises:
-            ValueError: `weights` or `image_size` has neither one value for each backbone nor none at all.
+            ValueError: Of encoders, sides and features there are different numbers, other than one.
         """
-        backbones = as_tuple(self.backbone)
-        weights = ("pretrained",) * len(backbones) if self.weights is None else as_tuple(self.weights)
-        sizes = (None,) * len(backbones) if self.image_size is None else as_tuple(self.image_size)
-        if not len(weights) == len(sizes) == len(backbones) > 0:
-            raise ValueError(
-                f"{len(backbones)} --backbone, {len(weights)} --weights, {len(sizes)} --image-size: expected one of "
-                "each for each backbone, or no --weights or --image-size at all"
-            )
-        return list(zip(backbones, weights, sizes, strict=True))
+        given = {
+            "--encoder": as_tuple(self.encoder),
+            "--of": as_tuple(self.of),
+            "--feature": as_tuple(self.feature),
+        }
+        count = max(map(len, given.values()))
+        for flag, values in given.items():
+            if len(values) not in (1, count):
+                found = ", ".join(f"{len(each)} {name}" for name, each in given.items())
+                raise ValueError(f"{found}: expected one of each, or as many {flag} as there are caches")
+        encoders, sides, features = (values * (count // len(values)) for values in given.values())
+        for side in sides:
+            if side not in get_args(Side):
+                raise ValueError(f"--of {side}: expected {' or '.join(get_args(Side))}")
+        return [Source(*source) for source in zip(encoders, sides, features, strict=True)]
 
     def sample_images(self, sample: int, seed: int) -> DatasetSample:
         """Draw a sample of the images. Raises what `sample_dataset` raises."""
@@ -131,32 +146,36 @@ class TeacherConfig:
             on_bad=self.on_bad,
         )
 
-    def load_teachers(self, device: str) -> "list[Teacher]":
-        """Load the teachers onto `device`. Raises ValueError as `load_teacher` does."""
+    def load_encoders(self, device: str) -> "dict[str, FrozenEncoder]":
+        """Load each encoder onto `device`, by its name. Raises ValueError as `load_frozen_encoder` does."""
         from threetowers.cache.encoders.device_defaults import default_precision
-        from threetowers.cache.encoders.teacher import load_teacher
+        from threetowers.cache.encoders.names import EncoderOptions, load_frozen_encoder
 
-        precision = self.precision or default_precision(device)
-        runtime = self.runtime or "torch"
-        return [
-            load_teacher(backbone, weights, image_size, device, precision, self.decode, self.compile, runtime)
-            for backbone, weights, image_size in self.sources()
-        ]
+        options = EncoderOptions(
+            device=device,
+            precision=self.precision or default_precision(device),
+            runtime=self.runtime or "torch",
+            decode=self.decode,
+            compiled=self.compile,
+        )
+        names = dict.fromkeys(source.encoder for source in self.sources())
+        return {name: load_frozen_encoder(name, options) for name in names}
 
-    def load_teacher(self, device: str) -> "Teacher":
-        """Load the only teacher onto `device`.
+    def load_encoder(self, device: str) -> "FrozenEncoder":
+        """Load the only encoder onto `device`.
 
         Raises:
-            ValueError: there are several; or as for `load_teacher`.
+            ValueError: There are several; or as for `load_frozen_encoder`.
         """
         if len(self.sources()) != 1:
-            raise ValueError(f"--backbone {' '.join(as_tuple(self.backbone))}: expected exactly one")
-        return self.load_teachers(device)[0]
+            raise ValueError(f"--encoder {' '.join(as_tuple(self.encoder))}: expected exactly one cache")
+        (encoder,) = self.load_encoders(device).values()
+        return encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingConfig(TeacherConfig):
-    """A teacher, the views it embeds, and the resources it uses."""
+class EmbeddingConfig(EncoderConfig):
+    """An encoder, the views it embeds, and the resources it uses."""
 
     views: Annotated[Views, tyro.conf.arg(constructor=_views_from_flags, name="")] = CENTER
     """Views of each image to embed."""
@@ -184,16 +203,16 @@ class EmbeddingConfig(TeacherConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig(EmbeddingConfig):
-    """One cache to build, or several by different teachers over the same images.
+    """One cache to build, or several over the same tars.
 
     Examples:
-        >>> config = BuildConfig(tars=["data/*.tar"], output_dir="cache", backbone="vit_base_patch16_224")
+        >>> config = BuildConfig(tars=["data/*.tar"], output_dir="cache", encoder="timm:vit_base_patch16_224")
         >>> config.dtype
         'float16'
     """
 
     output_dir: Annotated[str | Path | Storage | Sequence[str | Path], _several("DIR")]
-    """Folder or URL of the cache, one for each backbone; created if missing."""
+    """Folder or URL of the cache, or of each of several; created if missing."""
 
     dtype: DtypeName = "float16"
     """Number format of the stored rows; int8 has a scale per row, float32 and bfloat16 exceed 65504."""
@@ -224,13 +243,14 @@ class BuildConfig(EmbeddingConfig):
         """Return where each cache is built.
 
         Raises:
-            ValueError: there is not one for each backbone.
+            ValueError: There is not one for each encoder, side and feature.
         """
         outputs = as_tuple(self.output_dir)
-        teachers = self.sources()
-        if len(outputs) != len(teachers):
+        sources = self.sources()
+        if len(outputs) != len(sources):
             raise ValueError(
-                f"{len(teachers)} --backbone, {len(outputs)} --output-dir: expected one output for each backbone"
+                f"{len(outputs)} --output-dir for {len(sources)} caches by --encoder, --of and --feature: expected one "
+                "output for each"
             )
         return outputs
 

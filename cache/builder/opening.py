@@ -1,15 +1,14 @@
 """Opening a cache to build it: all processes agree on one manifest and one tar table, whatever exists already."""
 
-import dataclasses
 import logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.builder.build_config import BuildConfig, Source
 from threetowers.cache.builder.tar_indexer import TarIndexer
 from threetowers.cache.encoders.device_defaults import default_batch_size
-from threetowers.cache.encoders.teacher import Teacher
+from threetowers.cache.encoders.encoder import FrozenEncoder
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
 from threetowers.cache.format.layout import STORE, rows_and_chunk
 from threetowers.cache.format.manifest import (
@@ -36,17 +35,19 @@ WAIT_SECONDS = 0.2
 def open_or_create(
     storage: Storage,
     paths: Sequence[str],
-    teacher: Teacher,
+    teacher: FrozenEncoder,
+    source: Source,
     config: BuildConfig,
     world: World,
     index: TarIndexer,
-) -> tuple[Manifest, TarTable, Teacher, tuple[str, ...]]:
+) -> tuple[Manifest, TarTable, FrozenEncoder, tuple[str, ...]]:
     """Create a cache, or add to an existing one the tars that it lacks: rank 0 writes, the others wait for it.
 
     Args:
         storage: where the cache is.
         paths: the tars.
-        teacher: embeds the images.
+        teacher: embeds the samples.
+        source: which of its sides and features the cache holds.
         config: of the build.
         world: the place of this process among all.
         index: reads the headers of tars, and leaves out those that cannot be used. Tars that are where the table has
@@ -73,16 +74,15 @@ def open_or_create(
 
     # The manifest: written by rank 0, if there is none, and compared by all.
     if world.first and storage.size(MANIFEST) is None:
-        create(storage, _new_manifest(index(paths), teacher, config))
+        create(storage, _new_manifest(index(paths), teacher, source, config))
     while storage.size(MANIFEST) is None:
         wait()
     manifest = read_manifest(storage)
     rows_per_tar = max(manifest.rows_per_tar, config.rows_per_tar or 0)
-    running = dataclasses.replace(
-        teacher, precision=config.precision or manifest.precision, runtime=config.runtime or manifest.runtime
-    )
+    running = teacher.running(config.precision or manifest.precision, config.runtime or manifest.runtime)
     requested = requested_manifest(
         running,
+        source,
         config.dtype,
         config.views,
         rows_per_tar,
@@ -144,19 +144,22 @@ def check_compatible(storage: Storage, manifest: Manifest, requested: Manifest) 
         )
 
 
-def _new_manifest(indexes: list[TarIndex], teacher: Teacher, config: BuildConfig) -> Manifest:
+def _new_manifest(indexes: list[TarIndex], teacher: FrozenEncoder, source: Source, config: BuildConfig) -> Manifest:
     """Return the manifest of a new cache of these tars."""
     largest = config.rows_per_tar or max(len(tar.samples) for tar in indexes)
     TarTable(()).missing(indexes, largest)  # refuses copies, and tars that are too large
-    rows_per_tar, chunk_rows = rows_and_chunk(storage_dtype(config.dtype).row_bytes(teacher.dim), largest)
-    batch_size = config.batch_size or default_batch_size(teacher.device)
+    rows_per_tar, chunk_rows = rows_and_chunk(
+        storage_dtype(config.dtype).row_bytes(teacher.side(source.of).width(source.feature)), largest
+    )
+    batch_size = config.batch_size or default_batch_size(teacher.side(source.of).device)
     return requested_manifest(
-        teacher, config.dtype, config.views, rows_per_tar, chunk_rows, config.image_member, batch_size
+        teacher, source, config.dtype, config.views, rows_per_tar, chunk_rows, config.image_member, batch_size
     )
 
 
 def requested_manifest(
-    teacher: Teacher,
+    teacher: FrozenEncoder,
+    source: Source,
     dtype: DtypeName,
     views: Views,
     rows_per_tar: int,
@@ -165,20 +168,24 @@ def requested_manifest(
     batch_size: int,
 ) -> Manifest:
     """Return the manifest that a build with these settings would write."""
-    libraries = ["torch", "timm", "pillow"] + (["onnxruntime"] if teacher.runtime == "onnx" else [])
+    side = teacher.side("image")
+    feature = source.feature or side.features[0]
+    packages = teacher.packages + (("onnxruntime",) if side.runtime == "onnx" else ())
     return Manifest(
-        backbone=teacher.backbone,
+        encoder=teacher.name,
         weights=teacher.weights,
         weights_digest=teacher.weights_digest,
-        preprocessing=teacher.preprocessing,
-        dim=teacher.dim,
+        feature=feature,
+        dim=side.width(feature),
         dtype=dtype,
+        samples_per_tar=rows_per_tar,
         rows_per_tar=rows_per_tar,
         chunk_rows=chunk_rows,
-        versions={name: version(name) for name in libraries},
+        versions={name: version(name) for name in packages},
+        preprocessing=side.preprocessing,
         views=views,
-        precision=teacher.precision,
+        precision=side.precision,
         image_member=image_member,
-        runtime=teacher.runtime,
+        runtime=side.runtime,
         batch_size=batch_size,
     )

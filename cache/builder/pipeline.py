@@ -22,8 +22,8 @@ from threetowers.cache.builder.decoding import Decoded, PixelFormat
 from threetowers.cache.builder.leases import Leases
 from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.builder.scheduler import WorkItem, WorkQueue
+from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder
 from threetowers.cache.encoders.forward_queue import ForwardQueue, RunningBatch
-from threetowers.cache.encoders.teacher import Teacher
 from threetowers.cache.format.done_record import DoneRecord, done_record_name
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, to_json
@@ -46,19 +46,24 @@ class OutputCache:
 
     storage: Storage
     manifest: Manifest
-    teacher: Teacher
+    teacher: FrozenEncoder
     leases: Leases
     entries: Sequence[TarEntry]
     min_cosine: float | None = None
 
     @property
+    def encoder(self) -> ImageEncoder:
+        """The side of the teacher that embeds images."""
+        return self.teacher.side("image")
+
+    @property
     def pixel_format(self) -> PixelFormat:
         """How it takes its pixels."""
         views = self.manifest.views
-        preprocessing = self.manifest.preprocessing
-        min_side = None if views.cropped else self.teacher.min_side  # a crop may need every pixel
+        preprocessing = self.encoder.preprocessing
+        min_side = None if views.cropped else self.encoder.min_side  # a crop may need every pixel
         return PixelFormat(
-            views, self.teacher.transform, preprocessing.input_size, preprocessing.interpolation, min_side
+            views, self.encoder.transform, preprocessing.input_size, preprocessing.interpolation, min_side
         )
 
 
@@ -199,7 +204,8 @@ class Embedder:
     def __post_init__(self) -> None:
         """Allocate the memory of batches."""
         self._queues = [
-            ForwardQueue(output.teacher, output.manifest.views.count, self.batch_size) for output in self.outputs
+            ForwardQueue(output.encoder, output.manifest.feature, output.manifest.views.count, self.batch_size)
+            for output in self.outputs
         ]
 
     def run(self, items: Iterable[StreamItem], advance: Callable[[int], object]) -> Iterator[WrittenTar]:
@@ -301,7 +307,7 @@ class Embedder:
         if not output.leases.confirm(entry.id):
             logger.warning("%s: tar %s was taken over by another worker, skipped here", output.storage, entry.path)
             return WrittenTar(cache, entry, None)
-        provenance = Provenance("teacher", self.batch_size, output.teacher.device.type, seconds, output.teacher.runtime)
+        provenance = Provenance("teacher", self.batch_size, output.encoder.device.type, seconds, output.encoder.runtime)
         record = rows.write(output.storage, entry, tar_xxh3_128, provenance)
         output.storage.remove_partial(str(entry.id))
         output.storage.put(done_record_name(entry.id), to_json(record), owner=f"{entry.id}.done")

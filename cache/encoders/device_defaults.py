@@ -2,13 +2,13 @@
 
 import torch
 
-from threetowers.cache.format.manifest import TeacherPrecision
+from threetowers.cache.format.manifest import EncoderPrecision
 
 CPU_BATCH = 64
 GPU_BATCH = 256
 
 
-def default_precision(device: str | torch.device) -> TeacherPrecision:
+def default_precision(device: str | torch.device) -> EncoderPrecision:
     """Return bfloat16 for a GPU that computes it in hardware, which is several times faster there; else float32.
 
     float16 rounds less and costs the same, but activations beyond 65504, which some backbones have, would be lost.

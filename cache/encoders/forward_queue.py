@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from threetowers.cache.encoders.teacher import Teacher
+from threetowers.cache.encoders.encoder import ImageEncoder
 
 
 @dataclass(eq=False)
@@ -43,35 +43,37 @@ class RunningBatch:
 
 
 class ForwardQueue:
-    """Embeds batches of one teacher's images. At most two are under way: take a result before the next but one."""
+    """Embeds batches of images by one encoder. At most two are under way: take a result before the next but one."""
 
-    def __init__(self, teacher: Teacher, views: int, batch_size: int) -> None:
+    def __init__(self, encoder: ImageEncoder, feature: str, views: int, batch_size: int) -> None:
         """Allocate memory on the host, pinned where the device is a GPU.
 
         Args:
-            teacher: Embeds the images.
+            encoder: Embeds the images.
+            feature: Which of its features.
             views: Of each image.
             batch_size: Images of the largest batch.
         """
-        self._teacher = teacher
-        device = teacher.device
+        self._encoder = encoder
+        self._feature = feature
+        device = encoder.device
         on_gpu = device.type == "cuda"
         self._streams: Any = torch.cuda if on_gpu else torch.cpu
         stream: Any = partial(torch.cuda.Stream, device) if on_gpu else torch.cpu.Stream
         self._uploads = stream()
         self._downloads = stream()
-        size = teacher.preprocessing.input_size
+        size = encoder.preprocessing.input_size
         self._slots = [
             _Slot(
                 torch.empty(views, batch_size, 3, *size, dtype=torch.uint8, pin_memory=on_gpu),
-                torch.empty(views, batch_size, teacher.dim, pin_memory=on_gpu),
+                torch.empty(views, batch_size, encoder.width(feature), pin_memory=on_gpu),
                 self._streams.Event(),
             )
             for _ in range(2)
         ]
 
     def start(self, images: Sequence[npt.NDArray[np.uint8]]) -> RunningBatch:
-        """Start to embed b images, the pixels (V, 3, H, W) of each. Raises ValueError as `Teacher.embed` does."""
+        """Start to embed b images, the pixels (V, 3, H, W) of each. Raises ValueError as `ImageEncoder.embed` does."""
         slot = self._slots[0]
         self._slots.reverse()
         if slot.held:
@@ -80,12 +82,12 @@ class ForwardQueue:
         for view, pixels_B3HW in enumerate(slot.pixels_VB3HW):
             torch.stack([torch.from_numpy(pixels[view]) for pixels in images], out=pixels_B3HW[:b])
 
-        device = self._teacher.device
+        device = self._encoder.device
         computing = self._streams.current_stream(device)
         with self._streams.stream(self._uploads):
             pixels_Vb3HW = [pixels_B3HW[:b].to(device, non_blocking=True) for pixels_B3HW in slot.pixels_VB3HW]
         computing.wait_stream(self._uploads)
-        features_VbD = [self._teacher.forward(pixels_b3HW) for pixels_b3HW in pixels_Vb3HW]
+        features_VbD = [self._encoder.forward(pixels_b3HW, [self._feature])[0] for pixels_b3HW in pixels_Vb3HW]
         self._downloads.wait_stream(computing)
         with self._streams.stream(self._downloads):
             for features_BD, features_bD in zip(slot.features_VBD, features_VbD, strict=True):

@@ -1,4 +1,4 @@
-"""The live teacher of a cache: the model that its manifest names, to embed images again or for the first time."""
+"""The live teacher of a cache: the encoder that its manifest names, to embed samples again or for the first time."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,57 +8,73 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from threetowers.cache.encoders.teacher import Teacher, load_teacher
+from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder
+from threetowers.cache.encoders.names import EncoderName, EncoderOptions, load_frozen_encoder
 from threetowers.cache.format.manifest import Manifest, ManifestError
 from threetowers.cache.format.views import Params, Pixels, apply_crop, as_pixels
 
 BATCH_SIZE = 32
 
 
-def live_teacher(manifest: Manifest, weights: str | None = None, device: str = "cpu") -> Teacher:
+def live_teacher(manifest: Manifest, weights: str | None = None, device: str = "cpu") -> FrozenEncoder:
     """Load the teacher of a cache.
 
     Args:
         manifest: of the cache.
-        weights: where the weights are now (`load_teacher`); by default where the manifest has them from.
+        weights: where the weights are now (`load_frozen_encoder`); by default where the manifest has them from.
         device: where the model runs.
 
     Raises:
-        ManifestError: the loaded model is not the one of the manifest.
+        ManifestError: the loaded encoder is not the one of the manifest.
         ValueError: the weights cannot be loaded; of a file the manifest has only the name, so its path must be given.
     """
-    own = manifest.weights.startswith("pretrained") or manifest.weights == manifest.backbone  # a folder that timm saved
-    source = weights or ("pretrained" if own else manifest.weights)
-    if source.startswith("file:"):
+    kind, _, name = manifest.encoder.partition(":")
+    own = manifest.weights.startswith("pretrained") or manifest.weights == name  # a folder that holds them
+    source = weights or (None if own else manifest.weights)
+    if source is not None and source.startswith("file:"):
         raise ValueError(f"the teacher's weights came from {source.removeprefix('file:')!r}: give its path (weights)")
-    image_size = manifest.preprocessing.input_size[0]
-    decode = manifest.preprocessing.decode
-    teacher = load_teacher(manifest.backbone, source, image_size, device, manifest.precision, decode)
+    size = manifest.preprocessing.input_size[0] if manifest.preprocessing else None
+    options = EncoderOptions(
+        device=device,
+        precision=manifest.precision,
+        decode=manifest.preprocessing.decode if manifest.preprocessing else "pillow",
+        prompt=manifest.text.prompt if manifest.text else None,
+        max_length=manifest.text.max_length if manifest.text else None,
+    )
+    teacher = load_frozen_encoder(EncoderName(kind, name, size, source), options)
+    side = teacher.side(manifest.of)
     fields = [
         ("weights_digest", manifest.weights_digest, teacher.weights_digest),
-        ("dim", manifest.dim, teacher.dim),
+        ("dim", manifest.dim, side.width(manifest.feature)),
     ]
-    found_preprocessing = asdict(teacher.preprocessing)
-    for name, expected in asdict(manifest.preprocessing).items():
-        fields.append((f"preprocessing.{name}", expected, found_preprocessing[name]))
+    expected_input = manifest.preprocessing or manifest.text
+    found_input = side.preprocessing if isinstance(side, ImageEncoder) else side.processing
+    part = "preprocessing" if isinstance(side, ImageEncoder) else "text"
+    found_values = asdict(found_input)
+    for field, expected in asdict(expected_input).items():  # type: ignore[arg-type]
+        fields.append((f"{part}.{field}", expected, found_values[field]))
     lines = [f"{field}: expected {expected}, found {found}" for field, expected, found in fields if expected != found]
     if lines:
-        raise ManifestError(f"this teacher ({source}) is not the one of the cache: {'; '.join(lines)}")
+        raise ManifestError(
+            f"this teacher ({source or manifest.encoder}) is not the one of the cache: {'; '.join(lines)}"
+        )
     return teacher
 
 
-def view_pixels(teacher: Teacher, image: Image.Image, view: int, params_5: Params | None) -> Pixels:
+def view_pixels(encoder: ImageEncoder, image: Image.Image, view: int, params_5: Params | None) -> Pixels:
     """Return (3, H, W) pixels of one view of an upright image: the crop if there are params, else center or mirror."""
     if params_5 is not None:
-        preprocessing = teacher.preprocessing
+        preprocessing = encoder.preprocessing
         return as_pixels(apply_crop(image, params_5, preprocessing.input_size, preprocessing.interpolation))
-    pixels = np.asarray(teacher.transform(image))
+    pixels = np.asarray(encoder.transform(image))
     return pixels[..., ::-1] if view else pixels
 
 
-def embed(teacher: Teacher, pixels: Sequence[Pixels], batch_size: int = BATCH_SIZE) -> npt.NDArray[np.float32]:
-    """Return the (n, D) embeddings of n views, (3, H, W) pixels each."""
+def embed(
+    encoder: ImageEncoder, pixels: Sequence[Pixels], feature: str | None = None, batch_size: int = BATCH_SIZE
+) -> npt.NDArray[np.float32]:
+    """Return one feature (n, D) of n views, (3, H, W) pixels each."""
     if not pixels:
-        return np.zeros((0, teacher.dim), np.float32)
+        return np.zeros((0, encoder.width(feature)), np.float32)
     batches = (np.stack(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size))
-    return np.concatenate([teacher.embed(torch.from_numpy(batch)).numpy() for batch in batches])
+    return np.concatenate([encoder.embed(torch.from_numpy(batch), feature).numpy() for batch in batches])

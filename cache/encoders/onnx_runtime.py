@@ -3,6 +3,7 @@
 import importlib.util
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,17 +35,18 @@ def onnx_runtime_version() -> str:
 
 
 class OnnxNetwork:
-    """A network that maps uint8 pixels (b, 3, H, W) to features (b, D), run by ONNX Runtime with torch's threads.
+    """A network that maps uint8 pixels (b, 3, H, W) to features (b, D) each, run by ONNX Runtime with torch's threads.
 
     Its first batch is computed by torch too, and compared.
     """
 
-    def __init__(self, network: nn.Module, input_size: tuple[int, int], name: str) -> None:
+    def __init__(self, network: nn.Module, input_size: tuple[int, int], features: Sequence[str], name: str) -> None:
         """Export the network.
 
         Args:
             network: On the CPU, in evaluation mode.
             input_size: (height, width) in pixels.
+            features: Names of what it gives.
             name: Of the network, for messages.
 
         Raises:
@@ -54,6 +56,7 @@ class OnnxNetwork:
 
         self._network = network
         self._name = name
+        self._features = tuple(features)
         self._compared = False
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -80,7 +83,7 @@ class OnnxNetwork:
                 self._network,
                 (example_23HW,),
                 input_names=["pixels"],
-                output_names=["features"],
+                output_names=list(self._features),
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
                 verbose=False,
@@ -88,28 +91,30 @@ class OnnxNetwork:
             assert program is not None
             program.save(path, external_data=True)  # in one file a network of 2 GB would not fit
 
-    def __call__(self, images_b3HW: Tensor) -> Tensor:
+    def __call__(self, images_b3HW: Tensor) -> list[Tensor]:
         """Return the (b, D) float32 features of uint8 pixels.
 
         Raises:
             ValueError: In the first batch a row has a smaller cosine than MIN_COSINE with what torch computes.
         """
-        (features_bD,) = self._session.run(["features"], {"pixels": np.ascontiguousarray(images_b3HW.numpy())})
-        found_bD = torch.from_numpy(features_bD)
+        found = self._session.run(list(self._features), {"pixels": np.ascontiguousarray(images_b3HW.numpy())})
+        features = [torch.from_numpy(x_bD) for x_bD in found]
         if not self._compared:
-            self._compare(images_b3HW, found_bD)
+            self._compare(images_b3HW, features)
             self._compared = True
-        return found_bD
+        return features
 
-    def _compare(self, images_b3HW: Tensor, found_bD: Tensor) -> None:
+    def _compare(self, images_b3HW: Tensor, found: Sequence[Tensor]) -> None:
         with torch.inference_mode():
-            expected_bD = self._network(images_b3HW).float()
-        finite_b = expected_bD.isfinite().all(1)
-        same_finite = torch.equal(finite_b, found_bD.isfinite().all(1))
-        smallest = min(cosines(found_bD[finite_b].numpy(), expected_bD[finite_b].numpy()), default=1.0)
-        if not same_finite or smallest < MIN_COSINE:
-            found = f"{smallest:.7f}" if same_finite else "rows that are finite in one of them only"
-            raise ValueError(
-                f"{self._name}: ONNX Runtime {onnx_runtime_version()} computes other embeddings than torch: smallest "
-                f"cosine in the first batch: expected at least {MIN_COSINE}, found {found}: use --runtime torch"
-            )
+            expected = self._network(images_b3HW)
+        for feature, found_bD, expected_bD in zip(self._features, found, expected, strict=True):
+            finite_b = expected_bD.isfinite().all(1)
+            same_finite = torch.equal(finite_b, found_bD.isfinite().all(1))
+            smallest = min(cosines(found_bD[finite_b].numpy(), expected_bD[finite_b].float().numpy()), default=1.0)
+            if not same_finite or smallest < MIN_COSINE:
+                value = f"{smallest:.7f}" if same_finite else "rows that are finite in one of them only"
+                raise ValueError(
+                    f"{self._name}: ONNX Runtime {onnx_runtime_version()} computes other {feature!r} features than "
+                    f"torch: smallest cosine in the first batch: expected at least {MIN_COSINE}, found {value}: use "
+                    "--runtime torch"
+                )

@@ -19,17 +19,18 @@ from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.storage import Storage
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 # Fields that are only informative: the digest of the weights decides, not where they came from.
 # Batch size and runtime change last bits.
 INFORMATIVE_FIELDS = ("weights", "versions", "runtime", "batch_size")
 # Fields that make two embeddings comparable.
-TEACHER_FIELDS = ("backbone", "weights_digest", "feature", "preprocessing", "dim")
+TEACHER_FIELDS = ("of", "encoder", "weights_digest", "feature", "preprocessing", "text", "dim")
 
 DecodeMode = Literal["pillow", "pillow-draft"]
-TeacherPrecision = Literal["float32", "bfloat16"]
-TeacherRuntime = Literal["torch", "onnx"]
+EncoderPrecision = Literal["float32", "bfloat16"]
+EncoderRuntime = Literal["torch", "onnx"]
+Side = Literal["image", "text"]
 T = TypeVar("T")
 
 
@@ -39,7 +40,7 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The teacher's evaluation transform, in timm's terms.
+    """An encoder's evaluation transform, in timm's terms.
 
     `input_size` is (height, width) in pixels, `decode` how the bytes of an image become its pixels.
     """
@@ -56,22 +57,57 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class TextProcessing:
+    """How captions become an encoder's tokens, and its output a vector.
+
+    Attributes:
+        tokenizer_digest: sha256 of the tokenizer.
+        prompt: put before each caption.
+        max_length: tokens that a caption is cut to, special ones included.
+        pooling: how the states of the tokens become one vector, in the model's own terms.
+        normalize: whether the model's own last step scales the vector to unit norm.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    tokenizer_digest: str
+    prompt: str
+    max_length: int
+    pooling: str
+    normalize: bool
+
+
+@dataclass(frozen=True)
+class CaptionSources:
+    """Which captions of a sample a cache of text holds, as `CaptionFormat` names them; no sources: its default."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    sources: tuple[str, ...] = ()
+    caption_per_line: bool = False
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a cache was built with.
 
     Attributes:
-        backbone: timm name of the teacher.
+        encoder: name of the teacher, as `timm:resnet50`, without its weights.
         weights: where its weights came from.
         weights_digest: sha256 of its state dict.
-        preprocessing: its evaluation transform.
+        feature: which of its features is stored.
         dim: width D of a row.
         dtype: name of the storage dtype of the rows.
-        rows_per_tar: rows reserved for each tar; row = tar id * rows_per_tar + ordinal.
+        samples_per_tar: samples for which each tar has room.
+        rows_per_tar: rows reserved for each tar: one a sample, or one a caption.
         chunk_rows: rows that share a checksum.
-        versions: of torch, timm and pillow, and of ONNX Runtime where it is the runtime.
+        versions: of the packages that decide what the teacher computes.
+        of: which side of the samples is embedded.
+        preprocessing: the teacher's evaluation transform of images; None in a cache of text.
+        text: how it takes captions; None in a cache of images.
+        captions: which captions are embedded; None in a cache of images.
         views: the views of each image.
         precision: arithmetic of the teacher's forward pass.
-        feature: which features of the backbone are stored.
         image_member: extension of the member that is the image of a sample; None: its only image.
         runtime: what runs the forward pass.
         batch_size: images per forward pass.
@@ -80,22 +116,43 @@ class Manifest:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    backbone: str
+    encoder: str
     weights: str
     weights_digest: str
-    preprocessing: Preprocessing
+    feature: str
     dim: int
     dtype: DtypeName
+    samples_per_tar: int
     rows_per_tar: int
     chunk_rows: int
     versions: dict[str, str]
+    of: Side = "image"
+    preprocessing: Preprocessing | None = None
+    text: TextProcessing | None = None
+    captions: CaptionSources | None = None
     views: Views = CENTER
-    precision: TeacherPrecision = "float32"
-    feature: Literal["pre_logits"] = "pre_logits"
+    precision: EncoderPrecision = "float32"
     image_member: str | None = None
-    runtime: TeacherRuntime = "torch"
+    runtime: EncoderRuntime = "torch"
     batch_size: int = 64
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the manifest says how its side of the samples was embedded, and no more."""
+        expected = {"image": (True, False, False), "text": (False, True, True)}[self.of]
+        found = tuple(value is not None for value in (self.preprocessing, self.text, self.captions))
+        if found != expected:
+            raise ValueError(
+                f"a manifest of {self.of} has preprocessing (image), or text and captions (text), found "
+                f"{[name for name in ('preprocessing', 'text', 'captions') if getattr(self, name) is not None]}"
+            )
+
+    @property
+    def image_preprocessing(self) -> Preprocessing:
+        """The teacher's evaluation transform. Raises ManifestError for a cache of text."""
+        if self.preprocessing is None:
+            raise ManifestError(f"of: expected a cache of images, found one of {self.of} ({self.encoder})")
+        return self.preprocessing
 
     @cached_property
     def digest(self) -> str:
@@ -137,8 +194,9 @@ def _differences(expected: Manifest, found: Manifest, names: Collection[str]) ->
     for name, value in expected_fields.items():
         if name not in names:
             continue
-        if isinstance(value, dict):
-            pairs = [(f"{name}.{key}", value[key], found_fields[name].get(key)) for key in value]
+        found_value = found_fields[name]
+        if isinstance(value, dict) and isinstance(found_value, dict):
+            pairs = [(f"{name}.{key}", value[key], found_value.get(key)) for key in value]
         else:
             pairs = [(name, value, found_fields[name])]
         lines += [f"{field}: expected {a}, found {b}" for field, a, b in pairs if a != b]

@@ -98,7 +98,7 @@ def recompute(
         ManifestError, ValueError: the teacher is not that of the cache, or cannot be loaded (`live_teacher`).
     """
     bound = manifest.storage_dtype.min_cosine - COSINE_TOLERANCE if min_cosine is None else min_cosine
-    teacher = live_teacher(manifest, weights, device)
+    encoder = live_teacher(manifest, weights, device).side("image")
     problems: list[tuple[int, str]] = []
     compared = []
     pixels = []
@@ -113,16 +113,16 @@ def recompute(
             problems.append((row.entry.id, f"{row}: its image is not the one that was embedded"))
             continue
         try:
-            min_side = None if manifest.views.cropped else teacher.min_side
+            min_side = None if manifest.views.cropped else encoder.min_side
             image = decode_rgb(data, max_pixels=max_pixels, min_side=min_side)
         except BadImage as error:
             problems.append((row.entry.id, f"{row}: has an embedding, but its image cannot be decoded now: {error}"))
             continue
         compared.append(row)
-        pixels.append(view_pixels(teacher, image, row.view, row.params_5))
+        pixels.append(view_pixels(encoder, image, row.view, row.params_5))
     if not compared:
         return Recomputation(0, None, None, bound, ()), problems
-    found = cosines(np.stack([row.row_D for row in compared]), embed(teacher, pixels))
+    found = cosines(np.stack([row.row_D for row in compared]), embed(encoder, pixels, manifest.feature))
     order = np.argsort(found)
     for i in order[found[order] < bound].tolist():
         row = compared[i]

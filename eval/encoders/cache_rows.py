@@ -29,7 +29,7 @@ class CacheEncoder(Encoder):
             digest=manifest.weights_digest,
             step=None,
             precision=manifest.dtype,
-            preprocessing=describe_preprocessing(manifest.preprocessing),
+            preprocessing=describe_preprocessing(manifest.image_preprocessing),
             fingerprint=model_fingerprint(kind="cache rows", manifest=manifest.digest),
             cache_manifest=manifest.digest,
         )

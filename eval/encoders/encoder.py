@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from threetowers.cache.format.manifest import TeacherRuntime
+from threetowers.cache.format.manifest import EncoderRuntime
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.arithmetic import PrecisionName
@@ -69,7 +69,7 @@ class LoadOptions:
     live_teacher: bool = False
     device: str = "auto"
     precision: PrecisionName | None = None
-    runtime: TeacherRuntime = "torch"
+    runtime: EncoderRuntime = "torch"
     batch_size: int = 256
     workers: int = 1
     max_pixels: int = MAX_PIXELS

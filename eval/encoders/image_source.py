@@ -82,7 +82,7 @@ def describe_view(trained: TrainedModel, tower: str) -> str:
     """Return, in words, the transform between an image and an image tower."""
     if tower not in trained.manifests:
         return f"central square, bicubic to {trained.config.data.image_size} px"
-    return describe_preprocessing(trained.manifests[tower].preprocessing)
+    return describe_preprocessing(trained.manifests[tower].image_preprocessing)
 
 
 def describe_preprocessing(p: Preprocessing) -> str:
@@ -109,6 +109,7 @@ def _teacher_source(trained: TrainedModel, tower: str, data: ImageSet, options: 
 
     config = trained.config.towers[tower]
     weights = config.weights if isinstance(config, CacheTower) else None
-    teacher = live_teacher(trained.manifests[tower], weights, str(options.torch_device()))
-    view = PixelView(data.tars, TeacherTransform(teacher.transform), options.max_pixels)
-    return ImageSource(view, teacher.embed)
+    manifest = trained.manifests[tower]
+    encoder = live_teacher(manifest, weights, str(options.torch_device())).side("image")
+    view = PixelView(data.tars, TeacherTransform(encoder.transform), options.max_pixels)
+    return ImageSource(view, partial(encoder.embed, feature=manifest.feature))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from threetowers.cache.encoders.teacher import state_digest
+from threetowers.cache.encoders.encoder import state_digest
 from threetowers.cache.encoders.timm_models import pooled_features
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.arithmetic import PrecisionName, arithmetic, weight_dtype

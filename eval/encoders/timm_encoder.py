@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.names import EncoderName, EncoderOptions, load_frozen_encoder
 from threetowers.cache.encoders.timm_models import SOURCES
-from threetowers.cache.format.manifest import TeacherPrecision
+from threetowers.cache.format.manifest import EncoderPrecision
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
@@ -29,7 +29,7 @@ class TimmEncoder(Encoder):
             options: How to run it.
 
         Raises:
-            ValueError: The name, size, precision or runtime is not usable, or `load_teacher` refuses the weights.
+            ValueError: The name, size, precision or runtime is not usable, or `load_timm_encoder` refuses the weights.
         """
         spec = f"timm:{name}"
         before, at, after = name.rpartition("@")
@@ -42,29 +42,26 @@ class TimmEncoder(Encoder):
             raise ValueError(f"{spec}: timm models are run in float32 or bfloat16, not in float16")
         self.options = options
         # A teacher's bfloat16 is autocast over float32 weights, which is what mixed means.
-        precision: TeacherPrecision = "bfloat16" if options.precision in ("mixed", "bfloat16") else "float32"
-        self.teacher = load_teacher(
-            name,
-            weights or "pretrained",
-            size,
-            options.torch_device(),
-            precision=precision,
-            runtime=options.runtime,
+        precision: EncoderPrecision = "bfloat16" if options.precision in ("mixed", "bfloat16") else "float32"
+        encoder = load_frozen_encoder(
+            EncoderName("timm", name, size, weights),
+            EncoderOptions(device=options.torch_device(), precision=precision, runtime=options.runtime),
         )
-        self.teacher.prepare()
-        self.dim = self.teacher.dim
+        self.encoder = encoder.side("image")
+        self.encoder.prepare()
+        self.dim = self.encoder.width()
         self.info = ModelInfo(
-            name=f"timm:{Path(self.teacher.backbone.partition(':')[2] or name).name}",
-            digest=self.teacher.weights_digest,
+            name=f"timm:{Path(encoder.name.rpartition(':')[2]).name}",
+            digest=encoder.weights_digest,
             step=None,
             precision=precision,
-            preprocessing=describe_preprocessing(self.teacher.preprocessing),
+            preprocessing=describe_preprocessing(self.encoder.preprocessing),
             fingerprint=model_fingerprint(
                 kind="timm",
-                weights=self.teacher.weights_digest,
-                model=self.teacher.model,
-                preprocessing=self.teacher.preprocessing,
-                transform=self.teacher.transform,
+                weights=encoder.weights_digest,
+                model=self.encoder.model,
+                preprocessing=self.encoder.preprocessing,
+                transform=self.encoder.transform,
                 precision=precision,
                 runtime=options.runtime,
             ),
@@ -72,8 +69,8 @@ class TimmEncoder(Encoder):
 
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
         """Yield the model's features of images, which are also its embeddings."""
-        view = PixelView(data.tars, TeacherTransform(self.teacher.transform), self.options.max_pixels)
-        return forward_images(images, view, self.teacher.embed, self.options.batch_size, self.options.workers)
+        view = PixelView(data.tars, TeacherTransform(self.encoder.transform), self.options.max_pixels)
+        return forward_images(images, view, self.encoder.embed, self.options.batch_size, self.options.workers)
 
     def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
         """Raise NoTextTower."""

@@ -14,7 +14,7 @@ class CacheCost:
 
     Attributes:
         path: Its folder.
-        backbone: Its teacher's architecture.
+        encoder: Its teacher.
         samples: Rows that hold an embedding.
         dim: Width of an embedding.
         dtype: Number format of its rows.
@@ -23,7 +23,7 @@ class CacheCost:
     """
 
     path: Path
-    backbone: str
+    encoder: str
     samples: int
     dim: int
     dtype: str
@@ -33,7 +33,7 @@ class CacheCost:
     def __str__(self) -> str:
         rate = f", {self.samples / self.seconds:.0f} images/s" if self.seconds else ""
         return (
-            f"cache {self.path}: {self.backbone}, {self.samples:,} x {self.dim} {self.dtype}, "
+            f"cache {self.path}: {self.encoder}, {self.samples:,} x {self.dim} {self.dtype}, "
             f"{self.bytes / 1e6:.1f} MB, {self.seconds:.0f} s{rate}"
         )
 
@@ -55,7 +55,7 @@ def _cost(path: Path) -> CacheCost:
     records = [cache.record(entry.id) for entry in cache.tars]
     return CacheCost(
         path=path,
-        backbone=cache.manifest.backbone,
+        encoder=cache.manifest.encoder,
         samples=len(cache),
         dim=cache.dim,
         dtype=cache.manifest.dtype,

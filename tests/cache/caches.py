@@ -29,7 +29,20 @@ def make_cache(
     rng, views = np.random.default_rng(seed), views or Views()
     rows_per_tar, chunk_rows = rows_and_chunk(storage_dtype(dtype).row_bytes(dim), max(sizes))
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
-    manifest = Manifest("b", "w", "d", transform, dim, dtype, rows_per_tar, chunk_rows, {}, views)
+    manifest = Manifest(
+        "timm:b",
+        "w",
+        "d",
+        "pooled",
+        dim,
+        dtype,
+        rows_per_tar,
+        rows_per_tar,
+        chunk_rows,
+        {},
+        preprocessing=transform,
+        views=views,
+    )
     storage = open_storage(where)
     indexes = []
     for i, n in enumerate(sizes):

@@ -276,14 +276,15 @@ class TextTower:
 
 @dataclass(frozen=True, config=SECTION)
 class CacheTower:
-    """A frozen pretrained classifier, as the rows of an embedding cache: no parameters and no forward pass."""
+    """A frozen pretrained encoder, as the rows of an embedding cache: no parameters and no forward pass."""
 
     kind: Literal["cache"]
     """The kind of tower."""
     path: str
     """Folder or URL of the cache."""
-    backbone: str | None = None
-    """The timm model that the cache must hold; null: any. A dry run without the cache needs it."""
+    encoder: str | None = None
+    """The encoder whose embeddings the cache must hold, as `timm:resnet50`; null: any. A dry run without the cache
+    needs it."""
     # A linear head with bias can express the same map; starting from there, it need not first learn away a large
     # common offset.
     standardize: bool = True

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from threetowers.cache.encoders.timm_models import local_folder
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
@@ -20,7 +19,7 @@ from threetowers.cache.read.stream import stream_rows
 from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
 
 if TYPE_CHECKING:
-    from threetowers.cache.encoders.teacher import Teacher
+    from threetowers.cache.encoders.encoder import FrozenEncoder
 
 CachedRow = npt.NDArray[np.float32]  # one embedding, (D,)
 
@@ -36,7 +35,7 @@ class CacheJoin:
         self,
         path: str | Path,
         tars: Sequence[TarIndex],
-        backbone: str | None = None,
+        encoder: str | None = None,
         *,
         on_missing_row: str = "error",
         weights: str | None = None,
@@ -48,7 +47,7 @@ class CacheJoin:
         Args:
             path: Folder or URL of the cache.
             tars: The run's list.
-            backbone: The backbone that the cache must be of; None accepts any.
+            encoder: The encoder that the cache must be of; None accepts any.
             on_missing_row: See `CacheTower.on_missing_row`.
             weights: See `CacheTower.weights`.
             allow_incomplete: Accept tars whose rows are not built yet.
@@ -56,19 +55,19 @@ class CacheJoin:
                 rows, unless `on_missing_row` is error.
 
         Raises:
-            ManifestError: The cache is missing, not built completely, of other tars or of another backbone.
+            ManifestError: The cache is missing, not built completely, of other tars or of another encoder.
         """
         self.cache = EmbeddingCache.open(path)
-        found = self.cache.manifest.backbone
-        if backbone is not None and found != (local_folder(backbone) or backbone):
+        found = self.cache.manifest.encoder
+        if encoder is not None and found != encoder:
             raise ManifestError(
-                f"{path}: backbone: expected {backbone!r}, found {found!r}; build a cache with the expected one, or "
-                "change the tower's backbone"
+                f"{path}: encoder: expected {encoder!r}, found {found!r}; build a cache with the expected one, or "
+                "change the tower's encoder"
             )
         self.on_missing_row = on_missing_row
         self.tars = list(tars)
         self._weights = weights
-        self._teacher: Teacher | None = None
+        self._teacher: FrozenEncoder | None = None
         # The id of each tar in the cache; None where the cache holds no tar of a data set
         self.tar_ids: list[int | None] = []
         may_lack = on_missing_row != "error" and datasets is not None and len(datasets) > 1
@@ -215,7 +214,7 @@ class CacheJoin:
         drawn_5: CachedRow = self.cache.manifest.views.params(key_hash(key), *size)[view]
         return drawn_5
 
-    def load_teacher(self) -> "Teacher":
+    def load_teacher(self) -> "FrozenEncoder":
         """Return the teacher of the cache, on the CPU. It is loaded at the first call.
 
         Raises:
@@ -231,13 +230,13 @@ class CacheJoin:
     def _embed(self, tar_number: int, ordinal: int, view: int, image: Image.Image) -> CachedRow:
         from threetowers.cache.encoders.live import embed, view_pixels
 
-        teacher = self.load_teacher()
+        encoder = self.load_teacher().side("image")
         params_5 = None
         if self.cache.manifest.views.cropped:
             params_5 = self.crop_params(tar_number, ordinal, view, image.size)
-        row_D: CachedRow = embed(teacher, [view_pixels(teacher, image, view, params_5)])[0]
+        row_D: CachedRow = embed(encoder, [view_pixels(encoder, image, view, params_5)], self.cache.manifest.feature)[0]
         if not np.isfinite(row_D).all():
-            raise MissingRow(f"the embedding by teacher {teacher.backbone!r} is not finite")
+            raise MissingRow(f"the embedding by teacher {encoder.name!r} is not finite")
         return row_D
 
 

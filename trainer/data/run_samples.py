@@ -40,7 +40,7 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
             caches[name] = CacheJoin(
                 tower.path,
                 tars,
-                tower.backbone,
+                tower.encoder,
                 on_missing_row=tower.on_missing_row,
                 weights=tower.weights,
                 allow_incomplete=data.on_incomplete_cache != "error",

@@ -26,14 +26,15 @@ from threetowers.trainer.optimizer.optimizer import freeze
 
 logger = logging.getLogger(__name__)
 
+TIMM = "timm:"  # begins the name of an encoder whose cost can be counted without its weights
 LOSS_PASSES = {"softmax": 4, "sigmoid": 3}  # products of 2 B B D operations, forward and backward
 
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """The backbone of a cached tower; `flops` of a forward pass on one image, None where they cannot be counted."""
+    """The encoder of a cached tower; `flops` of a forward pass on one sample, None where they cannot be counted."""
 
-    backbone: str
+    encoder: str
     dim: int
     row_bytes: int
     flops: int | None
@@ -41,27 +42,29 @@ class TeacherCost:
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> Self:
         """Return the cost of the teacher that built a cache."""
-        size = manifest.preprocessing.input_size
-        flops = _count_or_none(f"FLOPs of {manifest.backbone}", lambda: _backbone(manifest.backbone, size)[1])
-        return cls(manifest.backbone, manifest.dim, manifest.storage_dtype.row_bytes(manifest.dim), flops)
+        flops = None
+        if manifest.preprocessing is not None and manifest.encoder.startswith(TIMM):
+            size = manifest.preprocessing.input_size
+            flops = _count_or_none(f"FLOPs of {manifest.encoder}", lambda: _timm_cost(manifest.encoder, size)[1])
+        return cls(manifest.encoder, manifest.dim, manifest.storage_dtype.row_bytes(manifest.dim), flops)
 
     @classmethod
-    def from_backbone(cls, backbone: str) -> Self:
+    def from_encoder(cls, encoder: str) -> Self:
         """Return the cost of the teacher of a cache yet to be built, at its own image size and in float16.
 
         Raises:
-            ConfigError: If timm does not have the backbone, or cannot run it without numbers.
+            ConfigError: If it is no model of timm, or timm cannot run it without numbers.
         """
         try:
-            dim, flops = _backbone(backbone, None)
+            dim, flops = _timm_cost(encoder, None)
         except ConfigError:
             raise
         except Exception as error:  # a model's own code may raise anything
             raise ConfigError(
-                f"backbone {backbone!r}: the width of its rows is unknown, timm cannot run it on the meta device "
+                f"encoder {encoder!r}: the width of its rows is unknown, timm cannot run it on the meta device "
                 f"({error}); build its cache first"
             ) from error
-        return cls(backbone, dim, Float16Dtype().row_bytes(dim), flops)
+        return cls(encoder, dim, Float16Dtype().row_bytes(dim), flops)
 
 
 @dataclass(frozen=True)
@@ -272,12 +275,15 @@ def _flops(module: nn.Module, value: Tensor) -> int:
 
 
 @cache
-def _backbone(name: str, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the feature width and the forward FLOPs of a timm model at an image size; None: the model's own."""
+def _timm_cost(encoder: str, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the feature width and the forward FLOPs of `timm:NAME` at an image size; None: the model's own."""
     import timm
 
+    if not encoder.startswith(TIMM):
+        raise ConfigError(f"encoder {encoder!r}: the width of its rows is unknown; build its cache first")
+    name = encoder.removeprefix(TIMM)
     if not timm.is_model(name):
-        raise ConfigError(f"backbone {name!r} is unknown to timm {timm.__version__}; see timm.list_models()")
+        raise ConfigError(f"encoder {encoder!r} is unknown to timm {timm.__version__}; see timm.list_models()")
     own = tuple(timm.get_pretrained_cfg(name).to_dict()["input_size"][1:])
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0).eval()

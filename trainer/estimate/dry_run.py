@@ -74,11 +74,11 @@ def _teacher(name: str, tower: CacheTower) -> TeacherCost:
     try:
         return TeacherCost.from_manifest(EmbeddingCache.open(tower.path).manifest)
     except ManifestError as error:
-        if tower.backbone is None:
+        if tower.encoder is None:
             raise ConfigError(
-                f"towers.{name}.backbone: name it; the width of the rows is unknown without the cache ({error})"
+                f"towers.{name}.encoder: name it; the width of the rows is unknown without the cache ({error})"
             ) from error
-        return TeacherCost.from_backbone(tower.backbone)
+        return TeacherCost.from_encoder(tower.encoder)
 
 
 def _vocab_size(config: TrainConfig) -> int:

@@ -154,7 +154,7 @@ def _towers(
             teacher = teachers[name]
             rows = f"{teacher.dim:,} features = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
             saved = f"; {_counted(teacher.flops)} a sample less than with the live teacher"
-            lines.append(f"tower {name}: {teacher.backbone}, {rows}, no forward passes{saved}")
+            lines.append(f"tower {name}: {teacher.encoder}, {rows}, no forward passes{saved}")
             continue
         cost = costs[name]
         kind = tower.model if isinstance(tower, ImageTower) else f"text, {tower.depth} blocks of width {tower.width}"

@@ -7,6 +7,7 @@ from typing import Literal
 import yaml
 
 from threetowers.cache.format.manifest import Manifest
+from threetowers.cache.info import input_text
 from threetowers.trainer.config import CacheTower, ImageTower, dump, load_config
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.run_folder import RunFolder
@@ -76,16 +77,15 @@ def _loading(deployed: TrainedModel, form: ExportFormat) -> str:
 
 
 def _teacher(name: str, manifest: Manifest) -> str:
-    height, width = manifest.preprocessing.input_size
     return (
-        f"{name}: {manifest.backbone}, weights {manifest.weights} (sha256 {manifest.weights_digest}), {manifest.dim} "
-        f"features, {height} x {width} pixels"
+        f"{name}: {manifest.encoder}, weights {manifest.weights} (sha256 {manifest.weights_digest}), {manifest.dim} "
+        f"{manifest.feature} features, {input_text(manifest)}"
     )
 
 
 def _image_tower(deployed: TrainedModel) -> str:
     tower = deployed.config.towers[deployed.image_tower]
     if isinstance(tower, CacheTower):
-        return f"cached rows of {deployed.manifests[deployed.image_tower].backbone}"
+        return f"cached rows of {deployed.manifests[deployed.image_tower].encoder}"
     assert isinstance(tower, ImageTower)
     return f"{tower.model} of timm, {deployed.config.data.image_size} pixels"

@@ -52,9 +52,9 @@ def _image_weights(model: Any, config: ImageTower, init: str) -> dict[str, Tenso
         return _from_file(model, init)
     if config.specialize is not None:
         raise ValueError(f"{init!r} holds a plain {config.model}, but the tower is specialised; leave init out")
-    from threetowers.cache.encoders.teacher import load_teacher  # a run that reads rows of a cache needs none of it
+    from threetowers.cache.encoders.timm_encoder import load_timm_model  # a run that reads rows of a cache needs none
 
-    return dict(load_teacher(config.model, init).model.state_dict())
+    return dict(load_timm_model(config.model, init)[0].state_dict())
 
 
 def _from_file(module: Any, init: str) -> dict[str, Tensor]:

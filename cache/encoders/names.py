@@ -1,0 +1,130 @@
+"""Encoders by name, the same name everywhere: `KIND:NAME[@SIZE][:WEIGHTS]`.
+
+A kind is an entry point of the group `threetowers.encoders`: a function of an `EncoderName` and `EncoderOptions`. So
+the trainer can add its runs, and other packages their models.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from threetowers.cache.encoders.encoder import FrozenEncoder
+from threetowers.cache.encoders.timm_models import SOURCES
+from threetowers.cache.format.manifest import DecodeMode, EncoderPrecision, EncoderRuntime
+
+ENTRY_POINTS = "threetowers.encoders"
+
+
+@dataclass(frozen=True)
+class EncoderName:
+    """The parts of an encoder's name.
+
+    Attributes:
+        kind: The library that the model is of, or `run`.
+        name: The model's name there, or a folder.
+        size: Side of the square input in pixels; None: the model's own.
+        weights: Where its weights are; None: its own.
+    """
+
+    kind: str
+    name: str
+    size: int | None = None
+    weights: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Take a name apart.
+
+        Args:
+            text: `KIND:NAME[@SIZE][:WEIGHTS]`. NAME may be a folder, or begin with `hf-hub:` or `local-dir:`; an @ in
+                it that no number follows is part of it, as a revision on the hub is.
+
+        Raises:
+            ValueError: There is no kind, or no name.
+
+        Examples:
+            >>> EncoderName.parse("timm:tf_efficientnet_lite0@160:package:efficientnet-lite0")
+            EncoderName(kind='timm', name='tf_efficientnet_lite0', size=160, weights='package:efficientnet-lite0')
+            >>> EncoderName.parse("open_clip:hf-hub:timm/ViT-B-16-SigLIP").name
+            'hf-hub:timm/ViT-B-16-SigLIP'
+        """
+        kind, _, rest = text.partition(":")
+        source = next((prefix for prefix in SOURCES if rest.startswith(prefix)), "")
+        body = rest.removeprefix(source)
+        if Path(body).is_dir():  # a folder with a colon or an @ in its own name
+            return cls(kind, rest)
+        name, _, weights = body.partition(":")
+        if not kind or not name:
+            raise ValueError(f"{text!r}: expected an encoder as KIND:NAME[@SIZE][:WEIGHTS], as in timm:resnet50")
+        before, at, after = name.rpartition("@")
+        size = int(after) if at and after.isdecimal() else None
+        return cls(kind, source + (name if size is None else before), size, weights or None)
+
+    def __str__(self) -> str:
+        """Return the name as it is written."""
+        size = "" if self.size is None else f"@{self.size}"
+        return f"{self.kind}:{self.name}{size}" + (f":{self.weights}" if self.weights else "")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How an encoder is loaded and run.
+
+    Attributes:
+        device: Where it runs.
+        precision: Arithmetic of the forward pass.
+        runtime: What runs an image side.
+        decode: How the bytes of an image become its pixels: `pillow-draft` lets the JPEG decoder skip detail that the
+            resize would average away: faster for large images, not exact.
+        compiled: Run an image side through torch.compile.
+        prompt: Put before each caption; None: the model's own.
+        max_length: Tokens to which captions are cut; None: the model's own.
+    """
+
+    device: str | torch.device = "cpu"
+    precision: EncoderPrecision = "float32"
+    runtime: EncoderRuntime = "torch"
+    decode: DecodeMode = "pillow"
+    compiled: bool = False
+    prompt: str | None = None
+    max_length: int | None = None
+
+
+EncoderLoader = Callable[[EncoderName, EncoderOptions], FrozenEncoder]
+
+
+def encoder_kinds() -> tuple[str, ...]:
+    """Return the kinds of encoders that are installed."""
+    return tuple(sorted(entry_points(group=ENTRY_POINTS).names))
+
+
+def load_frozen_encoder(name: str | EncoderName, options: EncoderOptions | None = None) -> FrozenEncoder:
+    """Load an encoder in evaluation mode.
+
+    Args:
+        name: One of
+
+            - `timm:NAME[@SIZE][:WEIGHTS]`: a timm model, `hf-hub:ORG/NAME`, or a folder that timm saved it to; WEIGHTS
+              is a file, FILE#PREFIX for a part of one, or `package:NAME`; by default timm's own;
+            - `open_clip:NAME[:WEIGHTS]`: an open_clip model, `hf-hub:ORG/NAME`, or a folder that it saved;
+            - `hf:NAME`: a text or image encoder of transformers, by folder or name;
+            - `st:NAME`: a model of sentence-transformers, by folder, name or `package:NAME`;
+            - `run:FOLDER`: a finished run, or an export, of this package.
+        options: How it is loaded and run.
+
+    Raises:
+        ValueError: There is no such encoder, it cannot be loaded, or the package that it needs is not installed.
+    """
+    parsed = EncoderName.parse(name) if isinstance(name, str) else name
+    found = entry_points(group=ENTRY_POINTS, name=parsed.kind)
+    if not found:
+        raise ValueError(
+            f"{str(parsed)!r}: expected an encoder of one of the kinds {', '.join(encoder_kinds())}, as in "
+            f"timm:resnet50, found {parsed.kind!r}"
+        )
+    loader: EncoderLoader = next(iter(found)).load()
+    return loader(parsed, options or EncoderOptions())
