@@ -4,10 +4,10 @@ A kind is an entry point of the group `threetowers.encoders`: a function of an `
 the trainer can add its runs, and other packages their models.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -17,6 +17,7 @@ from threetowers.cache.encoders.timm_models import SOURCES
 from threetowers.cache.format.manifest import DecodeMode, EncoderPrecision, EncoderRuntime
 
 ENTRY_POINTS = "threetowers.encoders"
+PREFIXES = (*SOURCES, "package:")  # of names, before a colon that separates nothing
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class EncoderName:
         """Take a name apart.
 
         Args:
-            text: `KIND:NAME[@SIZE][:WEIGHTS]`. NAME may be a folder, or begin with `hf-hub:` or `local-dir:`; an @ in
-                it that no number follows is part of it, as a revision on the hub is.
+            text: `KIND:NAME[@SIZE][:WEIGHTS]`. NAME may be a folder, or begin with `hf-hub:`, `local-dir:` or
+                `package:`; an @ in it that no number follows is part of it, as a revision on the hub is. Of a folder
+                that exists, colons and @ are part too.
 
         Raises:
             ValueError: There is no kind, or no name.
@@ -53,16 +55,16 @@ class EncoderName:
             'hf-hub:timm/ViT-B-16-SigLIP'
         """
         kind, _, rest = text.partition(":")
-        source = next((prefix for prefix in SOURCES if rest.startswith(prefix)), "")
-        body = rest.removeprefix(source)
-        if Path(body).is_dir():  # a folder with a colon or an @ in its own name
-            return cls(kind, rest)
-        name, _, weights = body.partition(":")
-        if not kind or not name:
-            raise ValueError(f"{text!r}: expected an encoder as KIND:NAME[@SIZE][:WEIGHTS], as in timm:resnet50")
+        prefix = next((prefix for prefix in PREFIXES if rest.startswith(prefix)), "")
+        body = rest.removeprefix(prefix)
+        folder = _folder_before(body)
+        name, _, weights = body.removeprefix(folder).partition(":")
         before, at, after = name.rpartition("@")
         size = int(after) if at and after.isdecimal() else None
-        return cls(kind, source + (name if size is None else before), size, weights or None)
+        name = folder + (name if size is None else before)
+        if not kind or not name:
+            raise ValueError(f"{text!r}: expected an encoder as KIND:NAME[@SIZE][:WEIGHTS], as in timm:resnet50")
+        return cls(kind, prefix + name, size, weights or None)
 
     def __str__(self) -> str:
         """Return the name as it is written."""
@@ -128,3 +130,9 @@ def load_frozen_encoder(name: str | EncoderName, options: EncoderOptions | None 
         )
     loader: EncoderLoader = next(iter(found)).load()
     return loader(parsed, options or EncoderOptions())
+
+
+def _folder_before(text: str) -> str:
+    """Return the longest folder with which a text begins, where a name may end; "" without one."""
+    ends = [end for end, character in enumerate(text) if character in "@:"] + [len(text)]
+    return next((text[:end] for end in reversed(ends) if os.path.isdir(text[:end])), "")

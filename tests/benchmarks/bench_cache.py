@@ -9,7 +9,6 @@ without it that line says so.
 """
 
 import argparse
-import dataclasses
 import io
 import multiprocessing
 import os
@@ -37,7 +36,7 @@ from torch import Tensor
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.done_record import done_record_name
 from threetowers.cache.format.layout import rows_and_chunk
 from threetowers.cache.format.manifest import Manifest, Preprocessing, to_json
@@ -54,8 +53,8 @@ from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
 
-TEACHER: dict[str, Any] = {"backbone": "tf_efficientnet_lite0", "weights": "package:efficientnet-lite0"}
 SIZE, BATCH, SHARD_ROWS, SHARD_DIM = 160, 64, 10_000, 1024
+TEACHER = f"timm:tf_efficientnet_lite0@{SIZE}:package:efficientnet-lite0"
 PEER = Path(__file__).with_name("peer_clip_retrieval.py")
 
 
@@ -94,20 +93,20 @@ def timed(work: Callable[[], object]) -> float:
 
 def bare_loop(tars: list[Path], threads: int) -> None:
     """Decode, transform and forward, and nothing else: no index, no checks, no store."""
-    teacher = load_teacher(TEACHER["backbone"], TEACHER["weights"], SIZE, "cpu")
+    encoder = load_frozen_encoder(TEACHER).side("image")
     images = [read_member(index, i, "jpg") for index in map(index_tar, tars) for i in range(len(index.samples))]
 
     def prepare(data: bytes) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(teacher.transform(decode_rgb(data))))
+        return torch.from_numpy(np.ascontiguousarray(encoder.transform(decode_rgb(data))))
 
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Tensor]] = deque()
         for start in range(0, len(images), BATCH):
             waiting.extend(pool.submit(prepare, data) for data in images[start : start + BATCH])
             while len(waiting) > 3 * BATCH:
-                teacher.embed(torch.stack([waiting.popleft().result() for _ in range(BATCH)]))
+                encoder.embed(torch.stack([waiting.popleft().result() for _ in range(BATCH)]))
         while waiting:
-            teacher.embed(torch.stack([waiting.popleft().result() for _ in range(min(BATCH, len(waiting)))]))
+            encoder.embed(torch.stack([waiting.popleft().result() for _ in range(min(BATCH, len(waiting)))]))
 
 
 def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
@@ -115,9 +114,9 @@ def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
     threads, outs = len(os.sched_getaffinity(0)), iter(range(10**6))
 
     def ours(workers: int = 0) -> None:
-        options: dict[str, Any] = {"image_size": SIZE, "batch_size": BATCH, "threads": threads, "device": "cpu"}
+        options: dict[str, Any] = {"encoder": TEACHER, "batch_size": BATCH, "threads": threads, "device": "cpu"}
         options["workers"] = workers
-        build_cache(BuildConfig(tars=tars, output_dir=folder / f"built-{next(outs)}", **TEACHER, **options))
+        build_cache(BuildConfig(tars=tars, output_dir=folder / f"built-{next(outs)}", **options))
 
     def peer() -> float:
         out = str(folder / f"peer-{next(outs)}")
@@ -148,22 +147,22 @@ def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
 
 def bench_runtime(folder: Path, rounds: int, batch: int = 32) -> None:
     """Forward passes by ONNX Runtime and by torch, of the same weights and images, with as many threads."""
-    teachers = [load_teacher(TEACHER["backbone"], TEACHER["weights"], SIZE, "cpu")]
+    encoders = [load_frozen_encoder(TEACHER)]
     for name in ("resnet18", "vit_small_patch16_224"):
         weights = folder / f"{name}.safetensors"
         save_file(timm.create_model(name, pretrained=False).state_dict(), weights)
-        teachers.append(load_teacher(name, str(weights), device="cpu"))
+        encoders.append(load_frozen_encoder(f"timm:{name}:{weights}"))
     version = torch.backends.cpu.get_cpu_capability()
     print(f"{torch.get_num_threads()} threads; torch by {version}, ONNX Runtime by what the processor has")
-    for by_torch in teachers:
-        by_onnx = dataclasses.replace(by_torch, runtime="onnx")
-        side = by_torch.preprocessing.input_size[0]
-        images = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
+    for encoder in encoders:
+        by_torch, by_onnx = (encoder.running("float32", runtime).side("image") for runtime in ("torch", "onnx"))
+        pixels = by_torch.preprocessing.input_size[0]
+        images = torch.randint(0, 256, (batch, 3, pixels, pixels), dtype=torch.uint8)
         cosine = torch.cosine_similarity(by_onnx.embed(images).double(), by_torch.embed(images).double()).min()
-        embedding = [partial(timed, partial(teacher.embed, images)) for teacher in (by_onnx, by_torch)]
+        embedding = [partial(timed, partial(side.embed, images)) for side in (by_onnx, by_torch)]
         onnx, plain = alternate(rounds, *embedding)
         print(
-            f"onnx / torch (rate) {plain / onnx:6.3f}  {by_torch.backbone} at {side} px: {batch / onnx:.0f} and "
+            f"onnx / torch (rate) {plain / onnx:6.3f}  {encoder.name} at {pixels} px: {batch / onnx:.0f} and "
             f"{batch / plain:.0f} images/s, smallest cosine 1 - {max(0.0, 1 - float(cosine)):.0e}",
             flush=True,
         )
@@ -174,7 +173,19 @@ def random_cache(folder: Path) -> EmbeddingCache:
     storage, n = open_storage(folder), SHARD_ROWS
     slot, chunk_rows = rows_and_chunk(2 * SHARD_DIM, n)
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
-    manifest = Manifest("b", "w", "d", transform, SHARD_DIM, "float16", slot, chunk_rows, {})
+    manifest = Manifest(
+        encoder="timm:b",
+        weights="w",
+        weights_digest="d",
+        feature="pooled",
+        dim=SHARD_DIM,
+        dtype="float16",
+        samples_per_tar=slot,
+        rows_per_tar=slot,
+        chunk_rows=chunk_rows,
+        versions={},
+        preprocessing=transform,
+    )
     index = TarIndex("/0.tar", 1, "0", SampleList([(str(k), {"png": Member(0, 1)}) for k in range(n)]), {})
     (entry,) = extend(storage, [index], slot).entries
     fit_to_table(storage, manifest)
@@ -219,9 +230,7 @@ def run_of(folder: Path, tars: list[Path], cached: bool) -> TrainConfig:
     if not tokenizer.exists():
         tokenizer.write_bytes(train_tokenizer([f"picture {k} of {i}" for k in range(99) for i in range(9)], 40))
     if cached and not cache.exists():
-        build_cache(
-            BuildConfig(tars=tars, output_dir=cache, **TEACHER, image_size=SIZE, batch_size=BATCH, device="cpu")
-        )
+        build_cache(BuildConfig(tars=tars, output_dir=cache, encoder=TEACHER, batch_size=BATCH, device="cpu"))
     towers: dict[str, Any] = {
         "image": {"kind": "timm", "model": "test_vit"},
         "text": {"kind": "text", "width": 8, "depth": 1, "heads": 1},

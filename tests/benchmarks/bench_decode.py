@@ -22,12 +22,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from threetowers.cache.encoders.teacher import Teacher, load_teacher
+from threetowers.cache.encoders.encoder import ImageEncoder
+from threetowers.cache.encoders.names import EncoderOptions, load_frozen_encoder
+from threetowers.cache.format.manifest import DecodeMode
 from threetowers.cache.webdataset.images import decode_rgb
 
 ROUNDS = 3
 CROPS = 30  # of each photograph
-TEACHER: list[Teacher] = []  # in each worker process, loaded once
+ENCODER: list[ImageEncoder] = []  # in each worker process, loaded once
 
 
 def photographs() -> list[bytes]:
@@ -54,11 +56,17 @@ def photographs() -> list[bytes]:
     return found
 
 
+def load_encoder(side: int, decode: DecodeMode = "pillow") -> ImageEncoder:
+    """Return the classifier for images of SIDE pixels."""
+    name = f"timm:tf_efficientnet_lite0@{side}:package:efficientnet-lite0"
+    return load_frozen_encoder(name, EncoderOptions(decode=decode)).side("image")
+
+
 def prepare(side: int, min_side: int | None, data: bytes) -> npt.NDArray[np.uint8]:
     """Decode and resize one image, as a build does."""
-    if not TEACHER:
-        TEACHER.append(load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0", side))
-    return np.ascontiguousarray(TEACHER[0].transform(decode_rgb(data, min_side=min_side)))
+    if not ENCODER:
+        ENCODER.append(load_encoder(side))
+    return np.ascontiguousarray(ENCODER[0].transform(decode_rgb(data, min_side=min_side)))
 
 
 def rate(pool: Executor, work: Callable[[bytes], npt.NDArray[np.uint8]], data: list[bytes]) -> float:
@@ -72,13 +80,13 @@ def rate(pool: Executor, work: Callable[[bytes], npt.NDArray[np.uint8]], data: l
 def main(workers: int, side: int) -> None:
     """Measure and print."""
     data = photographs()
-    reference = load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0", side)
-    draft = load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0", side, decode="pillow-draft")
+    reference = load_encoder(side)
+    draft = load_encoder(side, "pillow-draft")
     full = partial(prepare, side, None)
     fast = partial(prepare, side, draft.min_side)
     with ThreadPoolExecutor(workers) as threads, ProcessPoolExecutor(workers, get_context("spawn")) as processes:
         for pool in (threads, processes):
-            list(pool.map(full, data[: 4 * workers]))  # load the teacher everywhere
+            list(pool.map(full, data[: 4 * workers]))  # load the encoder everywhere
         rounds = [
             (rate(threads, full, data), rate(processes, full, data), rate(threads, fast, data)) for _ in range(ROUNDS)
         ]

@@ -14,25 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threetowers.cache.encoders.teacher import load_teacher
-
-TEACHER = "tf_efficientnet_lite0", "package:efficientnet-lite0"
+from threetowers.cache.encoders.names import load_frozen_encoder
 
 
 class TeacherAsClip:
     """The teacher with the interface of a CLIP model that clip-retrieval expects."""
 
     def __init__(self, size: int) -> None:
-        self.teacher = load_teacher(*TEACHER, size, "cpu")
+        name = f"timm:tf_efficientnet_lite0@{size}:package:efficientnet-lite0"
+        self.encoder = load_frozen_encoder(name).side("image")
 
     def encode_image(self, images_b3HW: Tensor) -> Tensor:
-        return self.teacher.embed(images_b3HW)
+        return self.encoder.embed(images_b3HW)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         raise AssertionError("clip-retrieval was told to embed no captions")
 
     def preprocess(self, image: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.teacher.transform(image.convert("RGB"))))
+        return torch.from_numpy(np.ascontiguousarray(self.encoder.transform(image.convert("RGB"))))
 
 
 def main() -> None:

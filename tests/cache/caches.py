@@ -30,16 +30,16 @@ def make_cache(
     rows_per_tar, chunk_rows = rows_and_chunk(storage_dtype(dtype).row_bytes(dim), max(sizes))
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
     manifest = Manifest(
-        "timm:b",
-        "w",
-        "d",
-        "pooled",
-        dim,
-        dtype,
-        rows_per_tar,
-        rows_per_tar,
-        chunk_rows,
-        {},
+        encoder="timm:b",
+        weights="w",
+        weights_digest="d",
+        feature="pooled",
+        dim=dim,
+        dtype=dtype,
+        samples_per_tar=rows_per_tar,
+        rows_per_tar=rows_per_tar,
+        chunk_rows=chunk_rows,
+        versions={},
         preprocessing=transform,
         views=views,
     )

@@ -1,4 +1,4 @@
-"""Small tars of synthetic images, and tiny teachers with random weights saved to disk."""
+"""Small tars of synthetic images, and tiny encoders with random weights saved to disk."""
 
 import io
 import tarfile
@@ -75,22 +75,27 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_tar(root / name, make_samples(n, i)) for i, (name, n) in enumerate(sizes)]
 
 
-def save_weights(folder: Path, backbone: str, seed: int = 0, scale: float = 1.0) -> str:
+def save_weights(folder: Path, model: str, seed: int = 0, scale: float = 1.0) -> str:
     import timm
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
-    model = timm.create_model(backbone, pretrained=False)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in timm.create_model(model, pretrained=False).state_dict().items()}
     if scale != 1.0:
         state["norm.weight"] *= scale
-    path = folder / f"{backbone}-{seed}-{scale:g}.safetensors"
+    path = folder / f"{model}-{seed}-{scale:g}.safetensors"
     save_file(state, path)
     return str(path)
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """weights(backbone, seed=0, scale=1): a safetensors file of random weights; `scale` enlarges a ViT's last norm."""
+    """weights(model, seed=0, scale=1): a safetensors file of random weights; `scale` enlarges a ViT's last norm."""
     folder = tmp_path_factory.mktemp("weights")
-    return lambda backbone, seed=0, scale=1.0: save_weights(folder, backbone, seed, scale)
+    return lambda model, seed=0, scale=1.0: save_weights(folder, model, seed, scale)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(weights: Callable[..., str]) -> Callable[..., str]:
+    """tiny_encoder("test_vit@64", seed=0, scale=1): the name of a timm encoder of these `weights`."""
+    return lambda model, **which: f"timm:{model}:{weights(model.partition('@')[0], **which)}"

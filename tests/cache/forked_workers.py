@@ -22,10 +22,10 @@ from PIL import Image
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 
-OPTIONS = {"backbone": "test_vit", "image_size": 64, "batch_size": 5, "threads": 1}
+OPTIONS = {"batch_size": 5, "threads": 1}
 
 
-def worker(pattern: str, out: Path, weights: str, rank: int, world: int) -> int:
+def worker(pattern: str, out: Path, encoder: str, rank: int, world: int) -> int:
     """Fork a process that builds; returns its id."""
     pid = os.fork()
     if pid:
@@ -33,7 +33,7 @@ def worker(pattern: str, out: Path, weights: str, rank: int, world: int) -> int:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(world)}
     code = 1
     try:
-        build_cache(BuildConfig(tars=[pattern], output_dir=out, weights=weights, **OPTIONS))
+        build_cache(BuildConfig(tars=[pattern], output_dir=out, encoder=encoder, **OPTIONS))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -42,14 +42,14 @@ def worker(pattern: str, out: Path, weights: str, rank: int, world: int) -> int:
         os._exit(code)
 
 
-def main(pattern: str, root: Path, weights: str, kills: int, seed: int) -> None:
+def main(pattern: str, root: Path, encoder: str, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     Image.init()
     timm.create_model("test_vit")
     rng, killed, builds = random.Random(seed), 0, 0
     while killed < kills:
         out, world = root / str(builds), rng.randint(2, 4)
-        alive = {rank: worker(pattern, out, weights, rank, world) for rank in range(world)}
+        alive = {rank: worker(pattern, out, encoder, rank, world) for rank in range(world)}
         while alive:
             deadline = time.monotonic() + rng.uniform(0, 0.5)
             while alive and time.monotonic() < deadline:
@@ -65,7 +65,7 @@ def main(pattern: str, root: Path, weights: str, kills: int, seed: int) -> None:
                 os.kill(alive[rank], signal.SIGKILL)
                 os.waitpid(alive[rank], 0)
                 killed += 1
-                alive[rank] = worker(pattern, out, weights, rank, world)
+                alive[rank] = worker(pattern, out, encoder, rank, world)
         builds += 1
     print(f"killed {killed} builds {builds}")
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.cache.caches import without_times
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.processes.world import World
@@ -26,6 +26,7 @@ from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import index_tar, key_hash, read_member
 
 Weights = Callable[..., str]
+TinyEncoder = Callable[..., str]
 Pack = Callable[..., Path]
 MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
 
@@ -40,8 +41,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def options(weights: Weights) -> dict[str, Any]:
-    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64, "batch_size": 5}
+def options(tiny_encoder: TinyEncoder) -> dict[str, Any]:
+    return {"encoder": tiny_encoder("test_vit@64"), "batch_size": 5}
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +53,14 @@ def cache(tars: list[Path], options: dict[str, Any], tmp_path_factory: pytest.Te
     return out
 
 
-@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_cached_equals_the_live_teacher(
-    backbone: str, dtype: str, tars: list[Path], weights: Weights, tmp_path: Path
+    model: str, dtype: str, tars: list[Path], tiny_encoder: TinyEncoder, tmp_path: Path
 ) -> None:
-    build_cache(
-        BuildConfig(
-            tars=tars, output_dir=tmp_path, backbone=backbone, weights=weights(backbone), image_size=64, dtype=dtype
-        )
-    )
+    build_cache(BuildConfig(tars=tars, output_dir=tmp_path, encoder=tiny_encoder(f"{model}@64"), dtype=dtype))
     opened = EmbeddingCache.open(tmp_path)
-    teacher = load_teacher(backbone, weights(backbone), image_size=64)
+    teacher = load_frozen_encoder(tiny_encoder(f"{model}@64")).side("image")
     group = zarr.open_group(tmp_path / "store.zarr", mode="r")
     assert len(opened) == 42
     for path in tars:
@@ -127,28 +124,33 @@ def test_moved_tars_are_recognised(tars: list[Path], cache: Path, options: dict[
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 96}, r"preprocessing\.input_size: expected \(64, 64\), found \(96, 96\)"),
+        ({"model": "test_vit@96"}, r"preprocessing\.input_size: expected \(64, 64\), found \(96, 96\)"),
         ({"dtype": "float32"}, "dtype: expected float16, found float32"),
-        ({"backbone": "test_resnet"}, "backbone: expected test_vit, found test_resnet"),
-        ({"weights": 1}, "weights_digest: expected [0-9a-f]{64}, found [0-9a-f]{64}"),
+        ({"model": "test_resnet@64"}, "encoder: expected timm:test_vit, found timm:test_resnet"),
+        ({"seed": 1}, "weights_digest: expected [0-9a-f]{64}, found [0-9a-f]{64}"),
     ],
 )
 def test_another_manifest_is_refused(
-    change: dict[str, Any], message: str, tars: list[Path], cache: Path, options: dict[str, Any], weights: Weights
+    change: dict[str, Any],
+    message: str,
+    tars: list[Path],
+    cache: Path,
+    options: dict[str, Any],
+    tiny_encoder: TinyEncoder,
 ) -> None:
-    asked = options | change
-    asked["weights"] = weights(asked["backbone"], seed=change.get("weights", 0))
+    asked = {"model": "test_vit@64", "seed": 0} | change
+    encoder = tiny_encoder(asked.pop("model"), seed=asked.pop("seed"))
     before = files(cache)
     with pytest.raises(ManifestError, match=message):
-        build_cache(BuildConfig(tars=tars, output_dir=cache, **asked))
+        build_cache(BuildConfig(tars=tars, output_dir=cache, **{**options, **asked, "encoder": encoder}))
     assert files(cache) == before
 
 
 def test_another_file_with_the_same_weights_is_a_note(
-    tars: list[Path], cache: Path, options: dict[str, Any], tmp_path: Path
+    tars: list[Path], cache: Path, options: dict[str, Any], weights: Weights, tmp_path: Path
 ) -> None:
-    copy = shutil.copy(options["weights"], tmp_path / "renamed.safetensors")
-    report = build_cache(BuildConfig(tars=tars, output_dir=cache, **{**options, "weights": str(copy)}))
+    copy = shutil.copy(weights("test_vit"), tmp_path / "renamed.safetensors")
+    report = build_cache(BuildConfig(tars=tars, output_dir=cache, **{**options, "encoder": f"timm:test_vit@64:{copy}"}))
     assert report.differences == ("weights: expected file:test_vit-0-1.safetensors, found file:renamed.safetensors",)
 
 
@@ -224,16 +226,16 @@ def test_a_tar_of_bad_images_only(options: dict[str, Any], pack: Pack, tmp_path:
 
 
 def test_nonfinite_output_gets_a_status(
-    options: dict[str, Any], weights: Weights, pack: Pack, encode: Callable[..., bytes], tmp_path: Path
+    options: dict[str, Any], tiny_encoder: TinyEncoder, pack: Pack, encode: Callable[..., bytes], tmp_path: Path
 ) -> None:
     images = [Image.new("RGB", (8, 8), (i * 20,) * 3) for i in range(9)]
     path = pack(tmp_path / "x.tar", [(str(i), {"png": encode(image)}) for i, image in enumerate(images)])
-    teacher = load_teacher("test_vit", options["weights"], image_size=64)
+    teacher = load_frozen_encoder(options["encoder"]).side("image")
     x_b3HW = torch.stack([torch.from_numpy(np.ascontiguousarray(teacher.transform(image))) for image in images])
     middle = float(teacher.embed(x_b3HW).abs().amax(dim=1).sort().values[3:5].mean())
-    large = options | {"weights": weights("test_vit", scale=65520 / middle)}  # 65520 rounds to infinity
+    large = options | {"encoder": tiny_encoder("test_vit@64", scale=65520 / middle)}  # 65520 rounds to infinity
     report = build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "half", **large))
-    teacher = load_teacher("test_vit", large["weights"], image_size=64)
+    teacher = load_frozen_encoder(large["encoder"]).side("image")
     beyond = teacher.embed(x_b3HW).abs().amax(dim=1) >= 65520
     assert beyond.sum() == 5
     opened = EmbeddingCache.open(tmp_path / "half")
@@ -242,7 +244,7 @@ def test_nonfinite_output_gets_a_status(
     assert (np.isnan(opened.tar(0)).all(axis=1) == beyond.numpy()).all()
     assert "overflows float16" in opened.record(0).bad[0].reason
     assert build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "single", **large, dtype="float32")).ok == 9
-    nowhere = options | {"weights": weights("test_vit", scale=float("nan"))}
+    nowhere = options | {"encoder": tiny_encoder("test_vit@64", scale=float("nan"))}
     with pytest.raises(ValueError, match="NaN or infinity"):
         build_cache(BuildConfig(tars=[path], output_dir=tmp_path / "nan", **nowhere))
 

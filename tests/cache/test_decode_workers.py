@@ -114,11 +114,11 @@ def processes_of(mark: str) -> list[int]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_interrupted_build_leaves_no_process_and_can_be_continued(
-    number: int, pattern: str, weights: Callable[..., str], tmp_path: Path
+    number: int, pattern: str, tiny_encoder: Callable[..., str], tmp_path: Path
 ) -> None:
     out, reference = tmp_path / "cache", tmp_path / "reference"
-    options: dict[str, Any] = {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
-    flags = ["--backbone", "test_vit", "--weights", options["weights"], "--image-size", "64", "--batch-size", "2"]
+    options: dict[str, Any] = {"encoder": tiny_encoder("test_vit@64")}
+    flags = ["--encoder", options["encoder"], "--batch-size", "2"]
     command = ["threetowers", "cache", "build", "--tars", pattern, "--output-dir", str(out), *flags, "--workers", "2"]
     build = subprocess.Popen(
         [sys.executable, "-m", *command],

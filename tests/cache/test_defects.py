@@ -14,7 +14,7 @@ from tests.cache.conftest import encoded
 from tests.conftest import picture, write_tar
 from tests.defective import COUNTS, DEFECTS, MAX_BYTES, link, write_defective, write_members
 from threetowers.cache.builder.build import build_cache
-from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, TeacherConfig
+from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, EncoderConfig
 from threetowers.cache.estimate import estimate
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError
@@ -46,8 +46,8 @@ def tar(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(weights: Callable[..., str]) -> dict[str, Any]:
-    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64, "batch_size": 5}
+def options(tiny_encoder: Callable[..., str]) -> dict[str, Any]:
+    return {"encoder": tiny_encoder("test_vit@64"), "batch_size": 5}
 
 
 def test_each_status_has_a_defect_and_each_defect_a_status() -> None:
@@ -178,7 +178,9 @@ def test_a_build_gives_defective_samples_a_status(tar: Path, options: dict[str, 
     assert "s0003 (ordinal 3): ambiguous image: found members ['jpg', 'png', 'txt']" in text
 
     # The same policy everywhere; what headers tell is told before a teacher is loaded.
-    strict = dataclasses.replace(config, output_dir=tmp_path / "strict", on_bad="error", weights="missing.safetensors")
+    strict = dataclasses.replace(
+        config, output_dir=tmp_path / "strict", on_bad="error", encoder="timm:test_vit:missing.safetensors"
+    )
     with pytest.raises(BadSample, match=r"x\.tar: sample 's0001': no image: .* 1 too large"):
         build_cache(strict)
     with pytest.raises(BadTar, match=r"1 of 2 tars cannot be used.*cut\.tar"):
@@ -210,14 +212,14 @@ def test_a_build_gives_defective_samples_a_status(tar: Path, options: dict[str, 
 
 
 def test_samples_of_a_data_set_are_counted_by_reason(tar: Path, options: dict[str, Any]) -> None:
-    teacher = {name: options[name] for name in ("backbone", "weights", "image_size")}
-    measured = measure_views(TeacherConfig(tars=[tar], **teacher), crop_scales=(0.9,), draws=1)
+    encoder = options["encoder"]
+    measured = measure_views(EncoderConfig(tars=[tar], encoder=encoder), crop_scales=(0.9,), draws=1)
     assert (measured.images, measured.bad) == (19, COUNTS)
     assert "left out: 1 no image, 1 ambiguous image" in measured.text()
-    costs = estimate(EmbeddingConfig(tars=[tar], **teacher))
+    costs = estimate(EmbeddingConfig(tars=[tar], encoder=encoder))
     assert (costs.sampled, costs.bad, costs.n_samples) == (19, COUNTS, 24)
     with pytest.raises(BadSample, match="on_bad: skip"):
-        measure_views(TeacherConfig(tars=[tar], on_bad="error", **teacher), crop_scales=(0.9,), draws=1)
+        measure_views(EncoderConfig(tars=[tar], on_bad="error", encoder=encoder), crop_scales=(0.9,), draws=1)
 
 
 def test_a_cache_is_of_one_image_member(options: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from threetowers.cache import cli as command
 from threetowers.cache.builder.build import build_cache
-from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, TeacherConfig
+from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, EncoderConfig
 from threetowers.cache.estimate import estimate
 from threetowers.cache.format.dtypes import STORAGE_DTYPES
 from threetowers.cache.format.views import Views
@@ -20,8 +20,8 @@ Pack = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def options(weights: Callable[..., str]) -> dict[str, Any]:
-    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
+def options(tiny_encoder: Callable[..., str]) -> dict[str, Any]:
+    return {"encoder": tiny_encoder("test_vit@64")}
 
 
 @pytest.mark.parametrize("views", [Views(), Views("crops:2", 1, 0.5)])
@@ -71,7 +71,7 @@ def test_a_sample_of_some_tars_estimates_the_rest(pack: Pack, samples: Callable[
 
 
 def test_measured_views_order_augmentations_by_how_far_they_go(tars: list[Path], options: dict[str, Any]) -> None:
-    found = measure_views(TeacherConfig(tars=tars, **options), crop_scales=(1.0, 0.9, 0.05), sample=20, draws=3)
+    found = measure_views(EncoderConfig(tars=tars, **options), crop_scales=(1.0, 0.9, 0.05), sample=20, draws=3)
     assert (found.images, found.bad, found.draws) == (20, {}, 3)
     by_name = {row.name: row for row in found.rows}
     mild, strong = by_name["random crop, crop_scale 0.9"], by_name["random crop, crop_scale 0.05"]
@@ -90,12 +90,12 @@ def test_bad_input_is_named(tars: list[Path], options: dict[str, Any], pack: Pac
     with pytest.raises(ValueError, match="0 of 9 sampled images can be decoded: expected at least 8"):
         estimate(EmbeddingConfig(tars=[broken], **options))
     with pytest.raises(ValueError, match="0 of the sampled images can be decoded"):
-        measure_views(TeacherConfig(tars=[broken], **options))
+        measure_views(EncoderConfig(tars=[broken], **options))
     for change in ({"ranks": 0}, {"sample": 0}):
         with pytest.raises(ValueError, match="expected at least 1"):
             estimate(EmbeddingConfig(tars=tars, **options), **change)
     with pytest.raises(ValueError, match="expected 0 < scale <= 1"):
-        measure_views(TeacherConfig(tars=tars, **options), crop_scales=(0.0,))
+        measure_views(EncoderConfig(tars=tars, **options), crop_scales=(0.0,))
 
 
 def test_commands_print_and_write_json(
@@ -112,6 +112,6 @@ def test_commands_print_and_write_json(
     assert "1,000,000 samples (estimated" in printed
     told = json.loads((tmp_path / "plan.json").read_text())
     assert told["break_even_epochs"] == pytest.approx(1 / told["shares"]["forward"])
-    assert command.measure_views(TeacherConfig(tars=tars, **options), sample=9, json=tmp_path / "views.json") == 0
+    assert command.measure_views(EncoderConfig(tars=tars, **options), sample=9, json=tmp_path / "views.json") == 0
     assert "random crop, crop_scale 0.35" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "views.json").read_text())["rows"]) == 6

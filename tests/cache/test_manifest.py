@@ -44,7 +44,20 @@ TRANSFORM = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) *
 
 
 def manifest_of(tier: str = "float16", views: Views | None = None, dim: int = 5, slot: int = 12) -> Manifest:
-    return Manifest("b", "w", "d", TRANSFORM, dim, tier, slot, 4, {"torch": "1"}, views or Views())  # type: ignore[arg-type]
+    return Manifest(
+        encoder="timm:b",
+        weights="w",
+        weights_digest="d",
+        feature="pooled",
+        dim=dim,
+        dtype=tier,  # type: ignore[arg-type]
+        samples_per_tar=slot,
+        rows_per_tar=slot,
+        chunk_rows=4,
+        versions={"torch": "1"},
+        preprocessing=TRANSFORM,
+        views=views or Views(),
+    )
 
 
 def tar(location: str, fingerprint: str, n: int = 3) -> TarIndex:
@@ -236,8 +249,8 @@ def test_an_empty_table_is_refused_and_digests_cover_the_segment(tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def options(weights: Callable[..., str]) -> dict[str, Any]:
-    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
+def options(tiny_encoder: Callable[..., str]) -> dict[str, Any]:
+    return {"encoder": tiny_encoder("test_vit@64")}
 
 
 def test_tars_are_added_to_a_built_cache(
@@ -292,14 +305,19 @@ def test_a_dtype_that_is_too_coarse_stops_a_build(tars: list[Path], options: dic
 
 @pytest.mark.parametrize("tier", ["bfloat16", "int8"])
 def test_nonfinite_output_has_no_row_in_any_dtype(
-    tier: str, tars: list[Path], options: dict[str, Any], weights: Callable[..., str], tmp_path: Path
+    tier: str,
+    tars: list[Path],
+    options: dict[str, Any],
+    tiny_encoder: Callable[..., str],
+    weights: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
-    nowhere = options | {"weights": weights("test_vit", scale=3e38)}  # finite weights, infinite output
+    nowhere = options | {"encoder": tiny_encoder("test_vit@64", scale=3e38)}  # finite weights, infinite output
     assert build_cache(BuildConfig(tars=tars[1:2], output_dir=tmp_path / "nan", **nowhere, dtype=tier)).counts == {
         "non_finite": 7
     }
     assert np.isnan(EmbeddingCache.open(tmp_path / "nan").tar(0)).all()
     assert verify(tmp_path / "nan", tars[1:2]).ok
-    large = options | {"weights": weights("test_vit", scale=1e6)}  # overflows float16
+    large = options | {"encoder": tiny_encoder("test_vit@64", scale=1e6)}  # overflows float16
     assert build_cache(BuildConfig(tars=tars[1:2], output_dir=tmp_path / "large", **large, dtype=tier)).ok == 7
-    assert verify(tmp_path / "large", tars[1:2], depth="recompute", weights=large["weights"]).ok
+    assert verify(tmp_path / "large", tars[1:2], depth="recompute", weights=weights("test_vit", scale=1e6)).ok

@@ -22,15 +22,14 @@ from threetowers.cache.storage.local import LocalStorage
 from threetowers.cache.storage.storage import WriteError
 from threetowers.cache.verify.verify import verify
 
-Weights = Callable[..., str]
+TinyEncoder = Callable[..., str]
 N_TARS = 4
 SCRIPT = """
 import sys
 from pathlib import Path
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
-teacher = {"backbone": "test_vit", "weights": sys.argv[3], "image_size": 64}
-report = build_cache(BuildConfig(tars=[sys.argv[1]], output_dir=Path(sys.argv[2]), batch_size=5, **teacher))
+report = build_cache(BuildConfig(tars=[sys.argv[1]], output_dir=Path(sys.argv[2]), encoder=sys.argv[3], batch_size=5))
 print("built", report.tars_built, "kept", report.tars_kept)
 """
 
@@ -44,8 +43,8 @@ def pattern(tmp_path_factory: pytest.TempPathFactory, pack: Callable[..., Path],
 
 
 @pytest.fixture(scope="module")
-def options(weights: Weights) -> dict[str, Any]:
-    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64, "batch_size": 5}
+def options(tiny_encoder: TinyEncoder) -> dict[str, Any]:
+    return {"encoder": tiny_encoder("test_vit@64"), "batch_size": 5}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,7 @@ def test_kill_9_at_several_moments(pattern: str, options: dict[str, Any], undist
     finished = []
     for reached in moments:
         process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, pattern, str(out), options["weights"]],
+            [sys.executable, "-c", SCRIPT, pattern, str(out), options["encoder"]],
             env=environment(),
             stderr=subprocess.PIPE,
         )
@@ -158,7 +157,7 @@ def test_two_processes_under_torchrun_write_the_same_bytes(
 ) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(tmp_path / "script.py"), pattern, str(tmp_path / "cache"), options["weights"]]
+    command = [*torchrun, str(tmp_path / "script.py"), pattern, str(tmp_path / "cache"), options["encoder"]]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     built = [int(line.split()[1]) for line in result.stdout.splitlines()]

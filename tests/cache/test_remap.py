@@ -33,8 +33,8 @@ def made(samples: Callable[[int, int], Provenance]) -> Provenance:
 
 
 @pytest.fixture(scope="module")
-def options(weights: Callable[..., str]) -> dict[str, Any]:
-    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
+def options(tiny_encoder: Callable[..., str]) -> dict[str, Any]:
+    return {"encoder": tiny_encoder("test_vit@64")}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,13 @@ def rows_by_key(cache: Path) -> dict[int, dict[str, bytes]]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_follow_their_samples_into_any_sharding(
-    seed: int, made: Provenance, old: Path, options: dict[str, Any], pack: Pack, tmp_path: Path
+    seed: int,
+    made: Provenance,
+    old: Path,
+    options: dict[str, Any],
+    weights: Callable[..., str],
+    pack: Pack,
+    tmp_path: Path,
 ) -> None:
     rng = np.random.default_rng(seed)
     order = rng.permutation(30)[: 30 - 5 * seed]
@@ -67,7 +73,7 @@ def test_rows_follow_their_samples_into_any_sharding(
     assert (report.tars, report.kept, report.rows, report.missing, report.changed) == (3, 0, len(order), 0, 0)
     source, taken = rows_by_key(old), rows_by_key(tmp_path / "new")
     assert taken == {key_hash(made[j][0]): source[key_hash(made[j][0])] for j in order}
-    found = verify(tmp_path / "new", tars, depth="recompute", check_images=True, sample=9, weights=options["weights"])
+    found = verify(tmp_path / "new", tars, depth="recompute", check_images=True, sample=9, weights=weights("test_vit"))
     assert found.ok, found.text()
     assert found.counts == ({"undecodable": 1} if 4 in order else {})
     assert EmbeddingCache.open(tmp_path / "new").record(0).source == "remap"
@@ -83,7 +89,14 @@ def test_rows_follow_their_samples_into_any_sharding(
 
 
 def test_a_sample_without_a_row_is_refused_filtered_or_left_to_a_build(
-    made: Provenance, old: Path, options: dict[str, Any], pack: Pack, encode: Any, draw: Any, tmp_path: Path
+    made: Provenance,
+    old: Path,
+    options: dict[str, Any],
+    weights: Callable[..., str],
+    pack: Pack,
+    encode: Any,
+    draw: Any,
+    tmp_path: Path,
 ) -> None:
     changed = (made[1][0], {"png": encode(draw(77))})
     tars = [
@@ -111,7 +124,7 @@ def test_a_sample_without_a_row_is_refused_filtered_or_left_to_a_build(
         ).tars_built
         == 2
     )
-    assert verify(tmp_path / "left", tars, depth="recompute", weights=options["weights"]).ok
+    assert verify(tmp_path / "left", tars, depth="recompute", weights=weights("test_vit")).ok
 
 
 def test_one_key_of_two_images_is_told_apart_by_the_image(

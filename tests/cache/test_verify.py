@@ -35,11 +35,9 @@ def twins(tmp_path_factory: pytest.TempPathFactory, pack: Pack, samples: MakeSam
 
 
 @pytest.fixture(scope="module")
-def original(twins: list[Path], weights: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(twins: list[Path], tiny_encoder: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("original") / "cache"
-    build_cache(
-        BuildConfig(tars=twins, output_dir=out, backbone="test_vit", weights=weights("test_vit"), image_size=64)
-    )
+    build_cache(BuildConfig(tars=twins, output_dir=out, encoder=tiny_encoder("test_vit@64")))
     return out
 
 
@@ -260,12 +258,7 @@ def test_fix_removes_what_is_bad_and_a_build_makes_it_again(
     assert [problem["tar_id"] for problem in told["problems"]] == [None, 1]
     assert not (cache / "done/1.json").exists()
     assert not (cache / EMB).exists()
-    assert (
-        build_cache(
-            BuildConfig(tars=twins, output_dir=cache, backbone="test_vit", weights=file, image_size=64)
-        ).tars_built
-        == 1
-    )
+    assert build_cache(BuildConfig(tars=twins, output_dir=cache, encoder=f"timm:test_vit@64:{file}")).tars_built == 1
     assert verify(cache, twins).ok
     assert all((cache / name).read_bytes() == (original / name).read_bytes() for name in (EMB, HASH, STATUS))
 
@@ -290,7 +283,7 @@ def test_file_digests_tell_intact_shards_apart(cache: Path) -> None:
 def test_commands_print_and_give_exit_codes(
     cache: Path,
     twins: list[Path],
-    weights: Callable[..., str],
+    tiny_encoder: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
     pack: Pack,
     tmp_path: Path,
@@ -304,7 +297,7 @@ def test_commands_print_and_give_exit_codes(
     assert command.verify(str(cache)) == 1
     assert "DAMAGED" in capsys.readouterr().out
     bad = pack(tmp_path / "bad.tar", [("a", {"png": b"?"}), ("b", {"png": b"!"})])
-    options = {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64}
+    options = {"encoder": tiny_encoder("test_vit@64")}
     assert command.build(BuildConfig(tars=[str(bad)], output_dir=tmp_path / "bad", **options)) == 0
     printed = capsys.readouterr().out
     assert "2 samples: 0 embedded, 2 undecodable" in printed
@@ -331,9 +324,7 @@ def test_a_remote_cache_and_remote_tars_are_verified(cache: Path, twins: list[Pa
 def test_a_damaged_crop_or_scale_is_found(twins: list[Path], file: str, tmp_path: Path) -> None:
     views = Views("crops:2", 1, 0.5)
     build_cache(
-        BuildConfig(
-            tars=twins, output_dir=tmp_path, backbone="test_vit", weights=file, image_size=64, views=views, dtype="int8"
-        )
+        BuildConfig(tars=twins, output_dir=tmp_path, encoder=f"timm:test_vit@64:{file}", views=views, dtype="int8")
     )
     assert verify(tmp_path, twins).ok
     for name in ("view_params/c/1/0/0", "scale/c/1", "scale_1/c/1", "emb_1/c/1/0", "image_hash/c/1"):

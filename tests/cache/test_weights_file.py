@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from threetowers.cache.encoders.teacher import load_teacher, state_digest
+from threetowers.cache.encoders.encoder import state_digest
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.encoders.weights_file import read_state, split_part
 
 State = dict[str, Tensor]
@@ -36,7 +37,7 @@ def under(prefix: str, state: State) -> State:
 
 
 def digest_of(source: object) -> str:
-    return load_teacher("test_resnet", str(source), image_size=32).weights_digest
+    return load_frozen_encoder(f"timm:test_resnet@32:{source}").weights_digest
 
 
 WRAPPERS: dict[str, Callable[[State], Any]] = {
@@ -62,7 +63,7 @@ WRAPPERS: dict[str, Callable[[State], Any]] = {
 @pytest.mark.parametrize("part", WRAPPERS)
 def test_a_model_is_found_in_what_is_wrapped_around_it(part: str, state: State, tmp_path: Path) -> None:
     torch.save(WRAPPERS[part](state), tmp_path / "checkpoint.pth.tar")
-    teacher = load_teacher("test_resnet", str(tmp_path / "checkpoint.pth.tar"), image_size=32)
+    teacher = load_frozen_encoder(f"timm:test_resnet@32:{tmp_path}/checkpoint.pth.tar")
     assert teacher.weights_digest == state_digest(state)
     assert teacher.weights == "file:checkpoint.pth.tar" + (f"#{part}" if part else "")
 
@@ -75,7 +76,7 @@ def test_averaged_weights_come_first_as_in_timm(
     torch.save({raw: state, ema: averaged, "args": argparse.Namespace(model="test_resnet"), "metric": 0.5}, path)
     expected = timm.models.load_state_dict(str(path), weights_only=True)
     with caplog.at_level(logging.INFO, "threetowers"):
-        teacher = load_teacher("test_resnet", str(path), image_size=32)
+        teacher = load_frozen_encoder(f"timm:test_resnet@32:{path}")
     assert teacher.weights_digest == state_digest(expected) == state_digest(averaged)
     assert teacher.weights == f"file:last.pth.tar#{ema}"
     assert f"{ema!r}, are taken; the others are {path}#{raw}" in caplog.text
@@ -102,11 +103,11 @@ def test_a_file_with_a_hash_in_its_name_is_taken_as_it_is(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("classes", [0, 37])
-@pytest.mark.parametrize("backbone", ["test_resnet", LEVIT])
-def test_any_number_of_classes_loads(backbone: str, classes: int, tmp_path: Path) -> None:
-    state = timm.create_model(backbone, pretrained=False, num_classes=classes).state_dict()
+@pytest.mark.parametrize("model", ["test_resnet", LEVIT])
+def test_any_number_of_classes_loads(model: str, classes: int, tmp_path: Path) -> None:
+    state = timm.create_model(model, pretrained=False, num_classes=classes).state_dict()
     save_file(state, tmp_path / "weights.safetensors")
-    assert load_teacher(backbone, str(tmp_path / "weights.safetensors")).weights_digest == state_digest(state)
+    assert load_frozen_encoder(f"timm:{model}:{tmp_path}/weights.safetensors").weights_digest == state_digest(state)
 
 
 def test_half_precision_loads_in_float32(state: State, tmp_path: Path) -> None:
@@ -188,10 +189,10 @@ def make(kind: str, path: Path, state: State) -> None:
         ("numbers", "found no tensors in it"),
         ("nan", r"NaN or infinity in 1 of its tensors \(layer1\.0\.conv1\.weight\)"),
         ("gray", r"1 of another shape \(conv1\.0\.weight \(\d+, 1, 3, 3\) instead of \(\d+, 3, 3, 3\)\)"),
-        ("other", r"does not fit backbone 'test_resnet': of its tensors \d+ of \d+ missing \(.*unexpected \("),
+        ("other", r"does not fit timm:test_resnet: of its tensors \d+ of \d+ missing \(.*unexpected \("),
         (
             "part",
-            r"does not fit backbone 'test_resnet': of its tensors \d+ of \d+ missing \(layer4\..*, \.\.\.\)\. Name",
+            r"does not fit timm:test_resnet: of its tensors \d+ of \d+ missing \(layer4\..*, \.\.\.\)\. Name",
         ),
     ],
 )

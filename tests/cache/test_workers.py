@@ -23,7 +23,7 @@ from threetowers.cache.storage.local import LocalStorage
 from threetowers.cache.storage.storage import WriteError, open_storage
 from threetowers.cache.verify.verify import verify
 
-Weights = Callable[..., str]
+TinyEncoder = Callable[..., str]
 N_TARS = 12
 REPOSITORY = Path(__file__).parents[2]
 
@@ -37,8 +37,8 @@ def pattern(tmp_path_factory: pytest.TempPathFactory, pack: Callable[..., Path],
 
 
 @pytest.fixture(scope="module")
-def options(weights: Weights) -> dict[str, Any]:
-    return {"backbone": "test_vit", "weights": weights("test_vit"), "image_size": 64, "batch_size": 5, "threads": 1}
+def options(tiny_encoder: TinyEncoder) -> dict[str, Any]:
+    return {"encoder": tiny_encoder("test_vit@64"), "batch_size": 5, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Pope
 
 
 def command(pattern: str, out: Path, options: dict[str, Any], *more: str) -> list[str]:
-    flags = (("tars", pattern), ("output-dir", str(out)), ("backbone", "test_vit"), ("weights", options["weights"]))
+    flags = (("tars", pattern), ("output-dir", str(out)), ("encoder", options["encoder"]))
     given = [part for name, value in flags for part in (f"--{name}", value)]
-    return ["threetowers", "cache", "build", *given, "--image-size", "64", "--batch-size", "5", "--threads", "1", *more]
+    return ["threetowers", "cache", "build", *given, "--batch-size", "5", "--threads", "1", *more]
 
 
 def test_a_cache_in_a_bucket_equals_one_in_a_folder(
@@ -101,27 +101,30 @@ def test_a_cache_in_a_bucket_equals_one_in_a_folder(
 
 
 def test_two_caches_are_built_from_one_decode(
-    pattern: str, options: dict[str, Any], undisturbed: Path, weights: Weights, tmp_path: Path, monkeypatch: Any
+    pattern: str,
+    options: dict[str, Any],
+    undisturbed: Path,
+    tiny_encoder: TinyEncoder,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
     from threetowers.cache.builder import decoding
 
     decoded = []
     real = decoding.decode_rgb
     monkeypatch.setattr(decoding, "decode_rgb", lambda data, **how: decoded.append(1) or real(data, **how))
-    resnet = {"backbone": "test_resnet", "weights": weights("test_resnet"), "image_size": 48}
+    resnet = {"encoder": tiny_encoder("test_resnet@48")}
     shared = {"views": Views("center+flip"), "rows_per_tar": 6, "batch_size": 5, "threads": 1}
     teachers = {
         "output_dir": [tmp_path / "vit", tmp_path / "resnet"],
-        "backbone": ["test_vit", "test_resnet"],
-        "weights": [options["weights"], resnet["weights"]],
-        "image_size": [64, 48],
+        "encoder": [options["encoder"], resnet["encoder"]],
     }
     only_vit = {name: values[0] for name, values in teachers.items()}
     half = [str(path) for path in sorted(Path(pattern).parent.glob("*.tar"))[::2]]
     first = build_caches(BuildConfig(tars=half, **only_vit, **shared))
     assert [report.tars_built for report in first] == [N_TARS // 2]
     decoded.clear()
-    both = build_caches(BuildConfig(tars=half, **teachers, **shared))  # the second backbone is added later
+    both = build_caches(BuildConfig(tars=half, **teachers, **shared))  # the second encoder is added later
     assert [(report.tars_built, report.tars_kept) for report in both] == [(0, N_TARS // 2), (N_TARS // 2, 0)]
     assert len(decoded) == len(EmbeddingCache.open(tmp_path / "vit"))
     all_tars = sorted(half + [str(path) for path in sorted(Path(pattern).parent.glob("*.tar"))[1::2]])
@@ -143,19 +146,19 @@ def test_two_caches_are_built_from_one_decode(
 
 
 @pytest.mark.parametrize(
-    ("outputs", "backbones", "message"),
+    ("outputs", "encoders", "message"),
     [
-        (["a", "a"], ["test_vit", "test_vit"], "expected different folders"),
-        (["a"], ["test_vit", "test_resnet"], "expected one output for each backbone"),
-        ([], [], "expected one of each for each backbone"),
+        (["a", "a"], ["timm:test_vit"] * 2, "expected different folders"),
+        (["a"], ["timm:test_vit", "timm:test_resnet"], "1 --output-dir for 2 caches .* expected one output for each"),
+        ([], [], "0 --encoder, 1 --of, 1 --feature: expected one of each"),
     ],
 )
-def test_outputs_and_backbones_that_do_not_match_are_refused(
-    outputs: list[str], backbones: list[str], message: str, pattern: str, tmp_path: Path
+def test_outputs_and_encoders_that_do_not_match_are_refused(
+    outputs: list[str], encoders: list[str], message: str, pattern: str, tmp_path: Path
 ) -> None:
     folders = [tmp_path / output for output in outputs]
     with pytest.raises(ValueError, match=message):
-        build_caches(BuildConfig(tars=[pattern], output_dir=folders, backbone=backbones))
+        build_caches(BuildConfig(tars=[pattern], output_dir=folders, encoder=encoders))
 
 
 @pytest.mark.distributed
@@ -217,7 +220,7 @@ def test_a_frozen_worker_loses_its_lease_and_abandons_the_tar(
 def test_kill_9_at_random_moments(
     kills: int, pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
-    script = start("tests.cache.forked_workers", pattern, str(tmp_path), options["weights"], str(kills), "1")
+    script = start("tests.cache.forked_workers", pattern, str(tmp_path), options["encoder"], str(kills), "1")
     output, errors = script.communicate(timeout=280)
     assert script.returncode == 0, errors
     assert f"killed {kills} builds" in output

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.eval.runs import finished
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.datasets.image_set import ImageSet, read_images
@@ -133,7 +133,7 @@ def test_unknown_models_are_refused(tmp_path: Path) -> None:
 
 def test_image_views_can_be_pickled(lit: dict[str, Any], clip: dict[str, Any], cache: Path, data: ImageSet) -> None:
     image = data.images[7]
-    teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
+    teacher = load_frozen_encoder(f"timm:test_resnet@64:{cache.parent}/teacher.safetensors").side("image")
     views = [
         image_source(load_model(finished(clip)), "image", data, LoadOptions()).view,
         image_source(load_model(finished(lit)), "third", data, LoadOptions()).view,

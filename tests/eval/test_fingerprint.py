@@ -92,7 +92,8 @@ def edited_cache(cache: Path, folder: Path, **changes: Any) -> Path:
     [
         {"dtype": "float32"},
         {"precision": "bfloat16"},
-        {"backbone": "test_resnet.other"},
+        {"encoder": "timm:test_resnet.other"},
+        {"feature": "cls"},
         {"preprocessing": {"interpolation": "nearest"}},
         {"preprocessing": {"mean": [0.1, 0.2, 0.3]}},
         {"preprocessing": {"crop_pct": 0.5}},

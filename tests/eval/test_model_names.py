@@ -10,8 +10,9 @@ import torch
 from timm.models import save_for_hf
 
 from tests.eval.tiny_open_clip import save_open_clip
+from threetowers.cache.encoders.encoder import state_digest
 from threetowers.cache.encoders.live import live_teacher
-from threetowers.cache.encoders.teacher import load_teacher, state_digest
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.trainer.config import ImageTower
@@ -49,9 +50,9 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRepo:
 
 def test_timm_models_of_the_hub(repo: MakeRepo) -> None:
     digest = save_timm(repo("me/tiny"))
-    teacher = load_teacher("hf-hub:me/tiny")
-    assert (teacher.backbone, teacher.weights, teacher.weights_digest) == ("hf-hub:me/tiny", "pretrained", digest)
-    assert teacher.preprocessing.mean == (0.1, 0.2, 0.3)
+    teacher = load_frozen_encoder("timm:hf-hub:me/tiny")
+    assert (teacher.name, teacher.weights, teacher.weights_digest) == ("timm:hf-hub:me/tiny", "pretrained", digest)
+    assert teacher.side("image").preprocessing.mean == (0.1, 0.2, 0.3)
     encoder = load_encoder("timm:hf-hub:me/tiny@64", LoadOptions(workers=0))
     assert (encoder.info.name, encoder.info.digest) == ("timm:tiny", digest)
     assert "64 x 64" in encoder.info.preprocessing
@@ -60,7 +61,9 @@ def test_timm_models_of_the_hub(repo: MakeRepo) -> None:
     config = ImageTower("timm", "hf-hub:me/tiny", init="pretrained")
     tower = TimmTower(config, 32)
     load_initial(tower, config, "init")
-    assert tower.model.state_dict()["conv1.0.weight"].equal(teacher.model.state_dict()["conv1.0.weight"])
+    assert tower.model.state_dict()["conv1.0.weight"].equal(
+        teacher.side("image").model.state_dict()["model.conv1.0.weight"]
+    )
 
 
 def test_folders_of_timm(tmp_path: Path) -> None:
@@ -68,10 +71,10 @@ def test_folders_of_timm(tmp_path: Path) -> None:
     other = tmp_path / "other.pth"
     torch.save({"state_dict": timm.create_model("test_resnet", pretrained=False, num_classes=3).state_dict()}, other)
     for name in (f"{tmp_path}/a:b@c", f"local-dir:{tmp_path}/a:b@c"):
-        teacher = load_teacher(name)
-        assert (teacher.backbone, teacher.weights_digest) == (f"{tmp_path}/a:b@c", digest)
+        teacher = load_frozen_encoder(f"timm:{name}")
+        assert (teacher.name, teacher.weights_digest) == (f"timm:{tmp_path}/a:b@c", digest)
         assert load_encoder(f"timm:{name}", LoadOptions(workers=0)).info.digest == digest
-        assert load_teacher(name, str(other)).weights == "file:other.pth#state_dict"
+        assert load_frozen_encoder(f"timm:{name}:{other}").weights == "file:other.pth#state_dict"
         assert TimmTower(ImageTower("timm", name), 32).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     manifest: Any = type("Recorded", (), vars(teacher) | {"precision": "float32"})
     assert live_teacher(manifest).weights_digest == digest

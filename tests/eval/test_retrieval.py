@@ -169,9 +169,7 @@ def test_lit_run_reads_rows_of_the_right_teacher_only(
             BuildConfig(
                 tars=[str(heldout)],
                 output_dir=tmp_path / name,
-                backbone="test_resnet",
-                weights=weights,
-                image_size=size,
+                encoder=f"timm:test_resnet@{size}:{weights}",
             )
         )
     other, same = (LoadOptions(caches={"third": tmp_path / name}) for name in ("other", "same"))

@@ -8,7 +8,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from threetowers.cache.encoders.teacher import state_digest
+from threetowers.cache.encoders.encoder import state_digest
 
 TEXT: dict[str, Any] = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 TINY: dict[str, Any] = {

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tests.fuzz.random_tars import MAX_PIXELS, WHOLE, PackedSample, PackedTar, data_sets, write
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS
@@ -47,22 +47,22 @@ fuzz = settings(
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Random weights of a small teacher."""
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a small encoder with random weights."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
     save_file(timm.create_model("test_resnet").state_dict(), path)
-    return str(path)
+    return f"timm:test_resnet@32:{path}"
 
 
 @pytest.fixture(scope="module")
-def embed(weights: str) -> Callable[[bytes], np.ndarray]:
-    """Embed an image file by that teacher."""
-    teacher = load_teacher("test_resnet", weights, 32)
+def embed(encoder: str) -> Callable[[bytes], np.ndarray]:
+    """Embed an image file by that encoder."""
+    side = load_frozen_encoder(encoder).side("image")
 
     def embed_file(encoded: bytes) -> np.ndarray:
-        pixels = torch.as_tensor(teacher.transform(decode_rgb(encoded, max_pixels=MAX_PIXELS)))
-        return teacher.embed(pixels[None]).numpy()[0]
+        pixels = torch.as_tensor(side.transform(decode_rgb(encoded, max_pixels=MAX_PIXELS)))
+        return side.embed(pixels[None]).numpy()[0]
 
     return embed_file
 
@@ -106,7 +106,7 @@ def image_of(index: TarIndex, ordinal: int, data: bytes) -> bytes | None:
 @fuzz
 @given(tars=data_sets())
 def test_a_cache_has_a_row_or_a_status_for_every_sample(
-    tars: list[PackedTar], weights: str, embed: Callable[[bytes], np.ndarray], folders: Callable[[], Path]
+    tars: list[PackedTar], encoder: str, embed: Callable[[bytes], np.ndarray], folders: Callable[[], Path]
 ) -> None:
     folder = folders()
     paths = write(tars, folder)
@@ -114,9 +114,7 @@ def test_a_cache_has_a_row_or_a_status_for_every_sample(
     config = BuildConfig(
         tars=paths,
         output_dir=folder / "cache",
-        backbone="test_resnet",
-        weights=weights,
-        image_size=32,
+        encoder=encoder,
         device="cpu",
         threads=1,
         batch_size=4,

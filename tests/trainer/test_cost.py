@@ -86,7 +86,7 @@ def test_attention_with_wider_values_has_no_fused_kernel() -> None:
 @pytest.mark.parametrize("module", timm.list_modules())
 def test_a_teacher_of_every_family_is_counted(module: str) -> None:
     if timm.list_models(module=module):
-        cost = TeacherCost.from_backbone(smallest(module))
+        cost = TeacherCost.from_encoder(f"timm:{smallest(module)}")
         assert cost.flops is not None
         assert cost.dim > 0
 
@@ -105,10 +105,13 @@ def test_what_cannot_be_counted_is_said_and_stops_nothing(
     assert flops is not None
     assert "not counted" not in text + caplog.text
 
-    text, flops = page(replace(manifest, backbone="of_another_timm"))
+    text, flops = page(replace(manifest, encoder="timm:of_another_timm"))
     assert flops is not None
     assert "; FLOPs not counted a sample less than with the live teacher" in text
-    assert "FLOPs of of_another_timm: not counted (ConfigError: backbone 'of_another_timm' is unknown" in caplog.text
+    assert (
+        "FLOPs of timm:of_another_timm: not counted (ConfigError: encoder 'timm:of_another_timm' is unknown"
+        in caplog.text
+    )
 
     def broken(*_: Any) -> Any:
         raise NotImplementedError("no numbers here")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.launches import RUN_CONFIGS, read_metrics, run_command, torchrun
 from tests.trainer.shipped_configs import ROOT, RUNS, variants
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.timm_encoder import load_timm_model
 from threetowers.trainer.config import CacheTower, TrainConfig, dump, load_config
 from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
@@ -91,8 +91,8 @@ def test_every_config_and_variant_takes_two_steps(tmp_path: Path) -> None:
     [
         (["duration={epochs: 2}"], r"duration\.epochs: the length of an epoch is unknown without .*; give samples"),
         (["data.vocab_size=null"], r"data\.vocab_size: unknown without runs/emoji/tokenizer\.model"),
-        (["towers.third.backbone=null"], r"towers\.third\.backbone: name it; .* unknown without the cache"),
-        (["towers.third.backbone=resnet0"], r"backbone 'resnet0' is unknown to timm"),
+        (["towers.third.encoder=null"], r"towers\.third\.encoder: name it; .* unknown without the cache"),
+        (["towers.third.encoder=timm:resnet0"], r"encoder 'timm:resnet0' is unknown to timm"),
         (["global_batch_size=9"], r"global_batch_size: 9 is not divisible by 2 ranks"),
         (["data.tars=[broken.tar]"], r"broken\.tar"),
     ],
@@ -114,7 +114,7 @@ def read(name: str, overrides: Sequence[str] = (), variant: str | None = None) -
 
 def build(config: TrainConfig) -> TowerModel:
     cached = {n: t for n, t in config.towers.items() if isinstance(t, CacheTower)}
-    teachers = {n: TeacherCost.from_backbone(str(t.backbone)) for n, t in cached.items()}
+    teachers = {n: TeacherCost.from_encoder(str(t.encoder)) for n, t in cached.items()}
     return meta_model(config, config.data.vocab_size or 0, teachers)
 
 
@@ -130,7 +130,7 @@ def test_small_configs_train(tars: list[Path], tokenizer: Path, cache: Path, tmp
         tree = dump(load_config(file, overrides))
         for tower in tree["towers"].values():
             if tower["kind"] == "cache":
-                tower |= {"path": str(cache), "backbone": "test_resnet"}
+                tower |= {"path": str(cache), "encoder": "timm:test_resnet"}
         tree["data"] |= {"tars": [str(tar) for tar in tars], "tokenizer": str(tokenizer), "workers": 0}
         out = tmp_path / f"{file.stem}-{stage}"
         tree |= {"output_dir": str(out), "global_batch_size": 8, "duration": {"steps": 2}, "log": {"every_steps": 1}}
@@ -155,7 +155,7 @@ def test_small_configs_train(tars: list[Path], tokenizer: Path, cache: Path, tmp
                 [m["loss"] for m in read_metrics(runs[0])], rel=1e-4
             )
     assert not any(name.startswith("towers.text.blocks.5.mlp") for name in load_file(shared[0] / "model.safetensors"))
-    pretrained = load_teacher("tf_efficientnet_lite0", "package:efficientnet-lite0").model.state_dict()
+    pretrained = load_timm_model("tf_efficientnet_lite0", "package:efficientnet-lite0")[0].state_dict()
     for out in frozen:  # neither weights nor running statistics have moved
         for name, tensor in load_model(out).model.towers["image"].model.state_dict().items():  # type: ignore[union-attr]
             assert tensor.equal(pretrained[name]), name

@@ -8,7 +8,8 @@ import timm
 import torch
 
 from tests.trainer.test_config import changed
-from threetowers.cache.encoders.teacher import load_teacher, state_digest
+from threetowers.cache.encoders.encoder import state_digest
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.trainer.config import ImageTower, parse
 from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, meta_model, tower_costs
 from threetowers.trainer.model.image import TimmTower
@@ -47,7 +48,7 @@ def check_round_trip(name: str, path: Path) -> None:
     torch.manual_seed(0)
     state = timm.create_model(name).state_dict()
     torch.save(state, path)
-    assert load_teacher(name, str(path)).weights_digest == state_digest(state)
+    assert load_frozen_encoder(f"timm:{name}:{path}").weights_digest == state_digest(state)
     config = ImageTower("timm", name, init=str(path))
     tower = TimmTower(config, own_size(name))
     load_initial(tower, config, "init")

@@ -28,7 +28,7 @@ from tests.trainer.launches import (
     torchrun,
     write_config,
 )
-from threetowers.cache.encoders.teacher import load_teacher
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
@@ -61,7 +61,7 @@ def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path
     seen = [json.loads(line) for line in output.splitlines() if line.startswith('{"models"')]
     assert len(seen) == 5
     for memory in seen:
-        assert not memory["teacher imported"]
+        assert not memory["encoder imported"]
         assert "timm.models.vision_transformer" in memory["models"]  # the image tower
         assert not any("resnet" in kind for kind in memory["models"])  # the teacher's kind
 
@@ -147,14 +147,14 @@ def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache
     config = parse(three)
     indexes = [index_tar(tar) for tar in tars]
     join = CacheJoin(cache, indexes)
-    teacher = load_teacher("test_resnet", str(cache.parent / "teacher.safetensors"), 64)
+    encoder = load_frozen_encoder(f"timm:test_resnet@64:{cache.parent}/teacher.safetensors").side("image")
     addresses = [(0, 3), (1, 0), (1, 19), (0, 24), (0, 0), (1, 7)]
-    pixels = [np.ascontiguousarray(teacher.transform(read_image(indexes[t], o, 10**6))) for t, o in addresses]
-    live = teacher.embed(torch.from_numpy(np.stack(pixels)))
+    pixels = [np.ascontiguousarray(encoder.transform(read_image(indexes[t], o, 10**6))) for t, o in addresses]
+    live = encoder.embed(torch.from_numpy(np.stack(pixels)))
     cached = torch.from_numpy(np.stack([join.row(t, o) for t, o in addresses]))
     assert torch.cosine_similarity(live, cached).min() >= 0.9999
     torch.manual_seed(0)
-    model = TowerModel(config, vocab_size=48, cache_widths={"third": teacher.dim}).eval()
+    model = TowerModel(config, vocab_size=48, cache_widths={"third": encoder.width()}).eval()
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.tensor([[5 + i, 9, 2, 0] for i in range(6)])
     totals = [
@@ -193,18 +193,18 @@ def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path:
         folder.check(parse(clip | {"engine": {"zero_stage": 3, "precision": "bfloat16"}}))
 
 
-def test_a_cache_of_another_backbone_is_refused(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
+def test_a_cache_of_another_encoder_is_refused(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
     indexes = [index_tar(tar) for tar in tars]
-    assert CacheJoin(cache, indexes, "test_resnet").cache.manifest.backbone == "test_resnet"
-    with pytest.raises(ManifestError, match=r"backbone: expected 'resnet18', found 'test_resnet'"):
-        CacheJoin(cache, indexes, "resnet18")
+    assert CacheJoin(cache, indexes, "timm:test_resnet").cache.manifest.encoder == "timm:test_resnet"
+    with pytest.raises(ManifestError, match=r"encoder: expected 'timm:resnet18', found 'timm:test_resnet'"):
+        CacheJoin(cache, indexes, "timm:resnet18")
     began = CacheJoin(cache, indexes).cache.manifest
     folder = RunFolder(Path(three["output_dir"]))
     folder.create(parse(three), {}, {"third": began})
     folder.check_manifests({"third": began})
     with pytest.raises(ManifestError, match=r"tower 'third' reads another cache .*: weights_digest: expected"):
         folder.check_manifests({"third": replace(began, weights_digest="0" * 64)})
-    folder.manifests.write_text('{"third": {"backbone": "test_resnet"}}')
+    folder.manifests.write_text('{"third": {"encoder": "timm:test_resnet"}}')
     with pytest.raises(
         ManifestError,
         match=r"cache_manifests\.json is damaged, or of another version:\n  third\.weights: Field required",

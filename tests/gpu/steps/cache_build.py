@@ -22,15 +22,14 @@ PROCESSES = 2
 
 def run(setting: Setting) -> None:
     data = Photographs.of(setting)
-    backbone = "test_vit" if setting.rehearse else "vit_base_patch16_224"
-    weights = setting.scratch / f"{backbone}.safetensors"
+    model = "test_vit" if setting.rehearse else "vit_base_patch16_224"
+    weights = setting.scratch / f"{model}.safetensors"
     torch.manual_seed(0)
-    save_file(timm.create_model(backbone, num_classes=0).state_dict(), weights)
+    save_file(timm.create_model(model, num_classes=0).state_dict(), weights)
     config = BuildConfig(
         tars=data.train_tars,
         output_dir="",
-        backbone=backbone,
-        weights=str(weights),
+        encoder=f"timm:{model}:{weights}",
         device=str(setting.device),
         precision="bfloat16",
         batch_size=4 if setting.rehearse else None,
@@ -70,8 +69,8 @@ def run(setting: Setting) -> None:
 def build_side_by_side(config: BuildConfig) -> None:
     """Build a cache by several processes on the same device, by the command that a launcher would start."""
     command = [sys.executable, "-m", "threetowers", "cache", "build", "--tars", *map(str, config.tars)]
-    command += ["--output-dir", str(config.output_dir), "--backbone", str(config.backbone)]
-    command += ["--weights", str(config.weights), "--device", str(config.device), "--precision", str(config.precision)]
+    command += ["--output-dir", str(config.output_dir), "--encoder", str(config.encoder)]
+    command += ["--device", str(config.device), "--precision", str(config.precision)]
     if config.batch_size is not None:
         command += ["--batch-size", str(config.batch_size)]
     workers = []

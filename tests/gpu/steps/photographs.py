@@ -79,9 +79,7 @@ def run(setting: Setting) -> None:
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), weights)
     build_cache(
-        BuildConfig(
-            tars=data.train_tars, output_dir=data.cache, backbone="test_vit", weights=str(weights), device="cpu"
-        )
+        BuildConfig(tars=data.train_tars, output_dir=data.cache, encoder=f"timm:test_vit:{weights}", device="cpu")
     )
 
 
