@@ -1,1 +1,1 @@
-"""The embedding cache: a pretrained classifier's embeddings in a Zarr store, computed once per backbone."""
+"""The embedding cache: a frozen pretrained encoder's embeddings in a Zarr store, computed once per encoder."""

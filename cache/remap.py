@@ -250,11 +250,15 @@ def _open_or_create(storage: Storage, old: Manifest, indexes: Sequence[TarIndex]
     if storage.size(MANIFEST) is None:
         row_bytes = old.storage_dtype.row_bytes(old.dim)
         rows_per_tar, chunk_rows = rows_and_chunk(row_bytes, max(len(index.samples) for index in indexes))
-        create(storage, dataclasses.replace(old, rows_per_tar=rows_per_tar, chunk_rows=chunk_rows))
+        create(storage, _resized(old, rows_per_tar, chunk_rows))
     manifest = read_manifest(storage)
-    requested = dataclasses.replace(old, rows_per_tar=manifest.rows_per_tar, chunk_rows=manifest.chunk_rows)
-    check_compatible(storage, manifest, requested)
+    check_compatible(storage, manifest, _resized(old, manifest.rows_per_tar, manifest.chunk_rows))
     return manifest
+
+
+def _resized(manifest: Manifest, rows_per_tar: int, chunk_rows: int) -> Manifest:
+    """Return the manifest for tars of another size, of one row a sample."""
+    return dataclasses.replace(manifest, samples_per_tar=rows_per_tar, rows_per_tar=rows_per_tar, chunk_rows=chunk_rows)
 
 
 def _finished(storage: Storage, indexes: Sequence[TarIndex]) -> set[str]:

@@ -11,7 +11,7 @@ GPU_BATCH = 256
 def default_precision(device: str | torch.device) -> EncoderPrecision:
     """Return bfloat16 for a GPU that computes it in hardware, which is several times faster there; else float32.
 
-    float16 rounds less and costs the same, but activations beyond 65504, which some backbones have, would be lost.
+    float16 rounds less and costs the same, but activations beyond 65504, which some models have, would be lost.
     """
     if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"

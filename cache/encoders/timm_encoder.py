@@ -119,13 +119,13 @@ def load_timm_model(name: str, weights: str) -> tuple[nn.Module, str]:
     return model, f"file:{path.name}" + (f"#{part}" if part else "")
 
 
-def _resize_input(model: nn.Module, name: str, image_size: int) -> None:
+def _resize_input(model: nn.Module, name: str, size: int) -> None:
     if not getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False):
         return
     if not hasattr(model, "set_input_size"):
-        raise ValueError(f"timm:{name} supports one input size only: leave out @{image_size}")
+        raise ValueError(f"timm:{name} supports one input size only: leave out @{size}")
     try:
         resize: Callable[..., None] = model.set_input_size  # type: ignore[assignment]
-        resize(img_size=image_size)
+        resize(img_size=size)
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"timm:{name} does not support @{image_size}: {error}") from error
+        raise ValueError(f"timm:{name} does not support @{size}: {error}") from error

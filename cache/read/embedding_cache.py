@@ -61,7 +61,7 @@ class EmbeddingCache:
         >>> torch.save(timm.create_model("test_resnet").state_dict(), weights)
         >>> tars = [f"{folder.name}/0.tar"]
         >>> out = f"{folder.name}/cache"
-        >>> config = BuildConfig(tars=tars, output_dir=out, backbone="test_resnet", weights=weights, device="cpu")
+        >>> config = BuildConfig(tars=tars, output_dir=out, encoder=f"timm:test_resnet:{weights}", device="cpu")
         >>> report = build_cache(config)
 
         >>> cache = EmbeddingCache.open(out)

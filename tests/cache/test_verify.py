@@ -134,7 +134,7 @@ def test_a_manifest_or_table_that_was_changed_is_refused(cache: Path) -> None:
     manifest = json.loads((cache / "manifest.json").read_text())
     old = {name: manifest[name] for name in manifest if name != "views"} | {"tars_digest": "", "format": 1}
     (cache / "manifest.json").write_text(json.dumps(old))
-    with pytest.raises(ManifestError, match="format 1, this version reads format 3: remove it and run"):
+    with pytest.raises(ManifestError, match="format 1, this version reads format 4: remove it and run"):
         EmbeddingCache.open(cache)
     (cache / "manifest.json").write_text(json.dumps(manifest | {"dim": 65}))
     with pytest.raises(ManifestError, match=r"done/0\.json belongs to another tar or cache: manifest"):
