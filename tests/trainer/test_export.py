@@ -43,6 +43,8 @@ def finished_run(tree: dict[str, Any]) -> Path:
 
 
 def test_the_deployed_model_gives_the_same_embeddings_to_the_bit(three: dict[str, Any], tmp_path: Path) -> None:
+    three["heads"]["f"] |= {"kind": "mlp", "norm": "batch", "activation": "relu", "dropout": 0.2}
+    three["heads"]["g"] |= {"kind": "mlp", "input_norm": "layer", "gated": True, "activation": "relu6"}
     folder = finished_run(three)
     done = export(folder, tmp_path / "export", results={"retrieval, all": {"recall@1": 0.25}})
     before, after = load_model(folder), load_model(tmp_path / "export")
@@ -121,6 +123,7 @@ def test_open_clip_gives_the_same_embeddings(
         ({"towers": {"text": CAUSAL | {"causal": False}}}, "is bidirectional and masks padding"),
         ({"towers": {"text": CAUSAL | {"pool": "last"}}}, "does not pool at the end token"),
         ({"heads": {"g": {"of": "text", "kind": "mlp"}}}, "its text head is not one linear map"),
+        ({"heads": {"f": {"of": "image", "input_norm": "layer"}}}, "its image head is not one linear map"),
         ({"towers": {"image": {"kind": "timm", "model": "test_vit", "args": {"img_size": 32}}}}, "has args"),
     ],
 )

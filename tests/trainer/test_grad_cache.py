@@ -143,6 +143,7 @@ def test_dropout_is_the_same_in_both_passes(one_process_group: None) -> None:
     """Compared with one graph of all micro-batches, each under its own seed."""
     config = tree()
     config["towers"]["text"]["dropout"] = 0.5
+    config["heads"]["h_f"] |= {"kind": "mlp", "dropout": 0.5, "norm": "batch", "gated": True}
     model = model_of(config).double()
     accumulated = gradients(model, 3)
     model.zero_grad()
@@ -164,6 +165,7 @@ def test_running_moments_take_each_sample_once(one_process_group: None, parts: i
     """Also where blocks run forward again in backward: to the bit."""
     config = tree(activation_checkpointing=again)
     config["towers"]["image"]["model"] = "test_resnet"
+    config["heads"]["h_f"] |= {"kind": "mlp", "norm": "batch", "input_norm": "batch"}
     accumulated, reference = model_of(config), model_of(config)
     if again:
         accumulated.checkpoint_activations()

@@ -70,6 +70,7 @@ def test_layouts_agree_and_hold_no_teacher(three: dict[str, Any], tmp_path: Path
 def test_running_moments_on_two_ranks(clip: dict[str, Any], tmp_path: Path) -> None:
     """Recomputed activations count once, to the bit; skipped steps not at all; ranks evaluate by what is saved."""
     clip["towers"]["image"] = {"kind": "timm", "model": "test_resnet"}
+    clip["heads"]["g"] |= {"kind": "mlp", "norm": "batch", "gated": True, "dropout": 0.2}
     plain = write_config(clip, tmp_path, "plain", zero_stage=1, micro_batch_size=3)
     again = write_config(clip, tmp_path, "again", zero_stage=1, micro_batch_size=3, activation_checkpointing=True)
     whole = write_config(clip, tmp_path, "whole", zero_stage=3, activation_checkpointing=True)

@@ -4,9 +4,10 @@ Each check yields its messages: the key, what was found, what was expected, and 
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 
 from threetowers.cache.webdataset.captions import CaptionFormat
-from threetowers.trainer.config.schema import CacheTower, Duration, ImageTower, TextTower, TrainConfig
+from threetowers.trainer.config.schema import CacheTower, Duration, Head, ImageTower, TextTower, TrainConfig
 
 # Arguments of `timm.create_model` that are the trainer's own.
 OWNED_TIMM_ARGUMENTS = {
@@ -17,6 +18,10 @@ OWNED_TIMM_ARGUMENTS = {
     "pretrained": "the tower's `init` names its weights",
     "checkpoint_path": "the tower's `init` names its weights",
 }
+
+# Keys of a head that say nothing of the other kinds.
+MLP_KEYS = ("hidden", "depth", "norm", "activation", "gated", "dropout")
+MEANINGLESS_KEYS = {"linear": MLP_KEYS, "mlp": (), "none": ("embed_dim", "input_norm", *MLP_KEYS)}
 
 
 class ConfigError(ValueError):
@@ -41,6 +46,8 @@ def check_config(config: TrainConfig, source: str) -> None:
         _data,
         _random_views,
         _heads,
+        _keys_of_heads,
+        _batch_norms,
         _terms,
         _negatives,
         _deployed_heads,
@@ -132,6 +139,33 @@ def _heads(config: TrainConfig) -> Iterator[str]:
         if head.of not in known:
             yield f"heads.{name}.of: found {head.of!r}, expected a tower or an earlier head: {sorted(known)}"
         known.add(name)
+
+
+def _keys_of_heads(config: TrainConfig) -> Iterator[str]:
+    defaults = {key.name: key.default for key in fields(Head)}
+    for name, head in config.heads.items():
+        for key in MEANINGLESS_KEYS[head.kind]:
+            value = getattr(head, key)
+            if value != defaults[key]:
+                kinds = "mlp" if key in MLP_KEYS else "linear or mlp"
+                yield (
+                    f"heads.{name}.{key}: found {value!r} with kind: {head.kind}, which has no use for it; set kind: "
+                    f"{kinds}, or leave {key} out"
+                )
+
+
+def _batch_norms(config: TrainConfig) -> Iterator[str]:
+    for name, head in config.heads.items():
+        root = config.root_of(name)
+        tower = config.towers[root]
+        if not isinstance(tower, CacheTower) or tower.on_missing_row != "mask":
+            continue
+        for key in ("input_norm", "norm"):
+            if getattr(head, key) == "batch":
+                yield (
+                    f"heads.{name}.{key}: batch would count the samples without an embedding in {root!r} "
+                    f"(towers.{root}.on_missing_row: mask); set {key}: layer, or on_missing_row: skip or live"
+                )
 
 
 def _terms(config: TrainConfig) -> Iterator[str]:

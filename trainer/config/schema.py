@@ -34,6 +34,7 @@ UnitFloat = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, BeforeValidator(_divided)]
 
 Precision = Literal["float32", "mixed", "bfloat16"]
+HeadNorm = Literal["batch", "layer"]
 
 SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -309,15 +310,27 @@ class Head:
     of: str
     """The tower or the earlier head whose features are mapped."""
     kind: Literal["linear", "mlp", "none"] = "linear"
-    """linear: one layer. mlp: `depth` hidden layers. none: the features as they are."""
+    """linear: one layer. mlp: `depth` hidden layers and a linear one. none: the features as they are."""
     embed_dim: PositiveInt | None = None
     """Width of its output; null: the `embed_dim` of the run."""
     bias: bool = True
     """Give its layers a bias."""
+    input_norm: HeadNorm | None = None
+    """linear, mlp: normalization of the features before the first layer, with a learned scale and offset; null: none.
+    layer: of each sample over its features. batch: of each feature over the samples of a rank's micro-batch."""
     hidden: PositiveInt | None = None
     """mlp: width of the hidden layers; null: the width of its input."""
     depth: PositiveInt = 1
     """mlp: number of hidden layers."""
+    norm: HeadNorm | None = None
+    """mlp: normalization in each hidden layer, before its activation function; null: none."""
+    activation: Literal["gelu", "relu", "relu6", "silu"] = "gelu"
+    """mlp: activation function of the hidden layers. relu6 is min(relu, 6)."""
+    gated: bool = False
+    """mlp: multiply each hidden layer's output by a second linear map of its input, without norm and activation
+    function (a gated linear unit)."""
+    dropout: UnitFloat = 0.0
+    """mlp: dropout probability after each hidden layer."""
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -99,7 +99,7 @@ def _check_expressible(model: TrainedModel) -> None:
     elif not text.causal and text.mask_padding:
         reasons.append("its text tower is bidirectional and masks padding; open_clip does one of the two")
     for side, head in heads.items():
-        if head.kind != "linear" or head.of not in config.towers:
+        if head.kind != "linear" or head.input_norm is not None or head.of not in config.towers:
             reasons.append(f"its {side} head is not one linear map on the tower")
     if reasons:
         raise ValueError(f"open_clip cannot express this model: {'; '.join(reasons)}. Use --format threetowers")

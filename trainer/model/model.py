@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from threetowers.trainer.config import CacheTower, Head, ImageTower, Precision, TextTower, TrainConfig
+from threetowers.trainer.config import CacheTower, ImageTower, Precision, TextTower, TrainConfig
 from threetowers.trainer.model.cached import CachedTower
+from threetowers.trainer.model.head import build_head
 from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.initial_weights import load_initial
 from threetowers.trainer.model.precision import autocast, cast_parameters
@@ -197,23 +198,6 @@ def clamp_log_scale(log_scale: Tensor, scale_max: float) -> Tensor:
     """
     excess = (log_scale - math.log(scale_max)).clamp(min=0)
     return log_scale - excess.detach()
-
-
-def build_head(head: Head, width: int, embed_dim: int) -> tuple[nn.Module, int]:
-    """Return a head on features of `width`, and the width of its output; `embed_dim` is the run's.
-
-    An mlp is `depth` times (linear, GELU), then linear.
-    """
-    if head.kind == "none":
-        return nn.Identity(), width
-    out = head.embed_dim or embed_dim
-    if head.kind == "linear":
-        return nn.Linear(width, out, bias=head.bias), out
-    hidden = head.hidden or width
-    layers: list[nn.Module] = []
-    for number in range(head.depth):
-        layers += [nn.Linear(hidden if number else width, hidden, bias=head.bias), nn.GELU()]
-    return nn.Sequential(*layers, nn.Linear(hidden, out, bias=head.bias)), out
 
 
 def _is_frozen(module: nn.Module) -> bool:
