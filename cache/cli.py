@@ -12,7 +12,7 @@ from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.tar_list import OnBad
 
 if TYPE_CHECKING:
-    from threetowers.cache.builder.build import BuildReport
+    from threetowers.cache.builder.build_report import BuildReport
 
 FLAGS = tyro.conf.arg(name="")  # the fields of a config are flags without a prefix
 

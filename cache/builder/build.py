@@ -7,76 +7,37 @@ when its done record exists; running the same command again continues with the o
 import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
-from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.builder.build_config import BuildConfig, Source
+from threetowers.cache.builder.build_report import BuildReport, build_report
 from threetowers.cache.builder.decode_workers import DecodeThreads, DecodeWorkers
 from threetowers.cache.builder.decoding import Decoder
+from threetowers.cache.builder.embedder import Embedder
+from threetowers.cache.builder.image_embedder import ImageEmbedder
 from threetowers.cache.builder.leases import Leases
 from threetowers.cache.builder.opening import open_or_create
-from threetowers.cache.builder.pipeline import Embedder, OutputCache, StageTimer, TarReader, WrittenTar
-from threetowers.cache.builder.row_buffer import MAX_BAD_SHOWN
+from threetowers.cache.builder.output_cache import OutputCache
 from threetowers.cache.builder.scheduler import TarStatus, WorkQueue
 from threetowers.cache.builder.tar_indexer import TarIndexer, index_new_tars
-from threetowers.cache.format.done_record import RejectedSample, done_record_name, read_done_record
+from threetowers.cache.builder.tar_reader import TarReader
+from threetowers.cache.encoders.encoder import FrozenEncoder
+from threetowers.cache.format.done_record import done_record_name, read_done_record
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.tar_table import TarEntry, TarTable, refuse_copies, repacked_error
 from threetowers.cache.processes.preemption import exit_on_sigterm
 from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.processes.progress import progress_bar
+from threetowers.cache.processes.stage_timer import StageTimer
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.lease import LeaseOwner
 from threetowers.cache.storage.storage import Storage, is_url, open_storage
-from threetowers.cache.webdataset.tar_list import TarList
 from threetowers.cache.webdataset.tar_patterns import expand
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What one process did for one cache.
-
-    Attributes:
-        storage: where the cache is.
-        rank: of this process.
-        tars_built: tars that it wrote.
-        tars_kept: tars of its own share that were finished before.
-        tars_left: tars that another worker took over from it.
-        samples: samples of the tars that it wrote; each is `ok` or in `counts`.
-        ok: samples with an embedding.
-        counts: samples without an embedding, by status.
-        notes: embedded samples of which something was tolerated, by what it was.
-        ignored: members of these tars that nothing reads, by the reason.
-        left_out: tars that were not used, as far as this process knows.
-        bad: the first few of these, with the path of their tar.
-        bytes: written.
-        seconds: wall time, with loading.
-        shares: of the embedding thread's time by stage, largest first.
-        differences: informative fields in which the cache and this build differ.
-    """
-
-    storage: Storage
-    world: World
-    tars_built: int
-    tars_kept: int
-    tars_left: int
-    samples: int
-    ok: int
-    counts: dict[str, int]
-    notes: dict[str, int]
-    ignored: dict[str, int]
-    left_out: TarList
-    bad: tuple[tuple[str, RejectedSample], ...]
-    bytes: int
-    seconds: float
-    shares: dict[str, float]
-    differences: tuple[str, ...]
 
 
 def build_cache(config: BuildConfig) -> BuildReport:
@@ -123,15 +84,18 @@ def build_cache(config: BuildConfig) -> BuildReport:
         >>> folder.cleanup()
     """
     if len(config.output_dirs()) != 1:
-        raise ValueError(f"--output-dir {config.output_dir}: expected one cache; build_all builds several")
+        raise ValueError(f"--output-dir {config.output_dir}: expected one cache; build_caches builds several")
     return build_caches(config)[0]
 
 
 def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
-    """Build several caches of the same tars, like `build_cache`, reading and decoding each image once for all of them.
+    """Build several caches of the same tars, like `build_cache`, reading each tar once for all of them.
+
+    An image is decoded once, and transformed once for encoders that take the same pixels. Caches of several features of
+    an encoder share its forward passes.
 
     Raises:
-        ValueError: two outputs are the same folder; and as for `build_cache`.
+        ValueError: two outputs are the same folder, or would hold the same; and as for `build_cache`.
     """
     started = time.monotonic()
     storages = [open_storage(output) for output in config.output_dirs()]
@@ -156,22 +120,22 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
 
         # Open or create each cache.
         encoders = config.load_encoders(device)
+        sources = _resolved(config.sources(), encoders)
         opened = [
             (storage, *open_or_create(storage, paths, encoders[source.encoder], source, config, world, indexer))
-            for storage, source in zip(storages, config.sources(), strict=True)
+            for storage, source in zip(storages, sources, strict=True)
         ]
         paths = indexer.usable(paths)
         outputs = []
         differences = []
         for storage, manifest, table, teacher, tolerated in opened:
-            teacher.side("image").prepare([manifest.feature])
             entries = _entries(storage, paths, table, indexer)
             leases = Leases(storage, worker, config.lease_timeout)
             stack.enter_context(leases.heartbeat())
             outputs.append(OutputCache(storage, manifest, teacher, leases, entries, config.min_cosine))
             differences.append(tolerated)
         indexer.release()
-        batch_size = config.batch_size or max(output.manifest.batch_size for output in outputs)
+        images = ImageEmbedder(dict(enumerate(outputs)), config.batch_size, timer)
 
         # Find out what each cache lacks.
         statuses = [TarStatus(output.leases, [entry.id for entry in output.entries]) for output in outputs]
@@ -183,25 +147,46 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
         indexer.release()
 
         # Read in a thread, decode in threads or processes, embed here, until no tar is left.
-        decoder = Decoder([output.pixel_format for output in outputs], config.max_pixels)
+        decoder = Decoder(images.formats, config.max_pixels)
         in_processes = workers > 0 and any(unfinished)
         decoding = DecodeWorkers(decoder, workers) if in_processes else DecodeThreads(decoder, threads)
         stack.enter_context(decoding)
         queue = WorkQueue(statuses, world.rank, world.size, seed=worker.token, unfinished=unfinished)
-        reader = TarReader(paths, outputs, queue, decoding, config.image_member)
+        reader = TarReader(paths, outputs, queue, images, decoding, config.image_member)
         stack.callback(reader.stopped.set)
-        depth = 4 * batch_size + 2 * max(threads, workers)
+        depth = 4 * max(map(images.batch_size, range(len(outputs)))) + 2 * max(threads, workers)
         items = stack.enter_context(contextlib.closing(prefetch(reader.items(), depth=depth)))
         stack.callback(reader.stopped.set)  # before the thread is joined, and before the pool is shut down
         advance = stack.enter_context(_progress_bar(outputs, unfinished, world, config.progress, timer))
-        written = list(Embedder(outputs, batch_size, config.on_bad, timer).run(items, advance))
+        written = list(Embedder(outputs, images, config.on_bad, timer).run(items, advance))
     seconds = time.monotonic() - started
     reports = []
     for i, output in enumerate(outputs):
         kept = sum(number not in unfinished[i] for number in own_share)
         tars = [tar for tar in written if tar.cache == i]
-        reports.append(_report(output, world, tars, kept, seconds, timer, differences[i], indexer.listed()))
+        reports.append(build_report(output, world, tars, kept, seconds, timer, differences[i], indexer.listed()))
     return tuple(reports)
+
+
+def _resolved(sources: Sequence[Source], encoders: Mapping[str, FrozenEncoder]) -> list[Source]:
+    """Return the sources with each feature by its name.
+
+    Raises:
+        ValueError: an encoder does not offer the side or the feature, or two sources are the same.
+    """
+    resolved: list[Source] = []
+    for source in sources:
+        side = encoders[source.encoder].side(source.of)
+        feature = source.feature or side.features[0]
+        side.width(feature)
+        named = source._replace(feature=feature)
+        if named in resolved:
+            raise ValueError(
+                f"--encoder {source.encoder} --of {source.of} --feature {feature}: found for two of --output-dir, "
+                f"expected different caches: {source.encoder} offers {', '.join(side.features)}"
+            )
+        resolved.append(named)
+    return resolved
 
 
 def _entries(storage: Storage, paths: Sequence[str], table: TarTable, indexer: TarIndexer) -> list[TarEntry]:
@@ -284,44 +269,3 @@ def _unfinished(
         return True
 
     return left | {number for number, valid in zip(finished, pool.map(is_valid, finished), strict=True) if not valid}
-
-
-def _report(
-    output: OutputCache,
-    world: World,
-    written: Sequence[WrittenTar],
-    kept: int,
-    seconds: float,
-    timer: StageTimer,
-    differences: tuple[str, ...],
-    left_out: TarList,
-) -> BuildReport:
-    """Sum up what was written to one cache."""
-    built = [(tar.entry, tar.record) for tar in written if tar.record is not None]
-    counts: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    ignored: Counter[str] = Counter()
-    bad: list[tuple[str, RejectedSample]] = []
-    for entry, record in built:
-        counts.update(record.counts)
-        notes.update(record.notes)
-        ignored.update(record.ignored_members)
-        bad += [(entry.path, sample) for sample in record.bad]
-    return BuildReport(
-        storage=output.storage,
-        world=world,
-        tars_built=len(built),
-        tars_kept=kept,
-        tars_left=len(written) - len(built),
-        samples=sum(record.n_samples for _, record in built),
-        ok=sum(record.n_ok for _, record in built),
-        counts=dict(counts),
-        notes=dict(notes),
-        ignored=dict(ignored),
-        left_out=left_out,
-        bad=tuple(bad[:MAX_BAD_SHOWN]),
-        bytes=sum(file.size for _, record in built for file in record.files.values()),
-        seconds=seconds,
-        shares=timer.shares(),
-        differences=differences,
-    )

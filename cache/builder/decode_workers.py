@@ -39,9 +39,9 @@ class DecodeThreads:
         """Cancel what was not begun, without waiting."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, caches: Sequence[int], key: str, data: bytes) -> Future[Decoded]:
+    def submit(self, formats: Sequence[int], key: str, data: bytes) -> Future[Decoded]:
         """Have an image file decoded, as `Decoder` does."""
-        return self._pool.submit(self._decoder, caches, key, data)
+        return self._pool.submit(self._decoder, formats, key, data)
 
 
 class DecodeWorkers(DecodeThreads):
@@ -63,18 +63,18 @@ class DecodeWorkers(DecodeThreads):
         for worker in self._workers:
             worker.process.join()
 
-    def submit(self, caches: Sequence[int], key: str, data: bytes) -> Future[Decoded]:
+    def submit(self, formats: Sequence[int], key: str, data: bytes) -> Future[Decoded]:
         """Have an image file decoded, as `Decoder` does.
 
         The result raises RuntimeError where the process has ended.
         """
-        return self._pool.submit(self._decode, caches, key, data)
+        return self._pool.submit(self._decode, formats, key, data)
 
-    def _decode(self, caches: Sequence[int], key: str, data: bytes) -> Decoded:
+    def _decode(self, formats: Sequence[int], key: str, data: bytes) -> Decoded:
         with self._lock:
             worker = self._idle.pop()  # there are as many processes as threads
         try:
-            return worker.decode(caches, key, data)
+            return worker.decode(formats, key, data)
         finally:
             with self._lock:
                 self._idle.append(worker)
@@ -91,9 +91,9 @@ class _Worker:
         self.process.start()
         theirs.close()  # so that the end of the process ends the connection
 
-    def decode(self, caches: Sequence[int], key: str, data: bytes) -> Decoded:
+    def decode(self, formats: Sequence[int], key: str, data: bytes) -> Decoded:
         try:
-            self._connection.send((caches, key, data))
+            self._connection.send((formats, key, data))
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self.process.join(1)
@@ -104,14 +104,14 @@ class _Worker:
         if isinstance(answer, Exception):
             raise answer
         decoded: Decoded = answer[0]
-        params: list[Params] | None = answer[1]
+        params: dict[int, Params] | None = answer[1]
         if params is None:
             return decoded
-        return replace(decoded, views=list(zip([self._pixels[i].copy() for i in caches], params, strict=True)))
+        return replace(decoded, views={i: (self._pixels[i].copy(), params[i]) for i in formats})
 
 
 def _slots(memory: Any, formats: Sequence[PixelFormat]) -> list[Pixels]:
-    """Return the part of the shared memory that holds the pixels (V, 3, H, W) of each cache."""
+    """Return the part of the shared memory that holds the pixels (V, 3, H, W) of each format."""
     flat = np.frombuffer(memory, np.uint8)
     ends = np.cumsum([math.prod(form.shape) for form in formats])
     parts = np.split(flat, ends[:-1])
@@ -125,18 +125,18 @@ def _serve(connection: Connection, memory: Any, decoder: Decoder) -> None:
     slots = _slots(memory, decoder.formats)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent's end, or that of one that was killed
         while True:
-            caches, key, data = connection.recv()
-            connection.send(_decoded_into(slots, decoder, caches, key, data))
+            formats, key, data = connection.recv()
+            connection.send(_decoded_into(slots, decoder, formats, key, data))
 
 
-def _decoded_into(slots: Sequence[Pixels], decoder: Decoder, caches: Sequence[int], key: str, data: bytes) -> Any:
+def _decoded_into(slots: Sequence[Pixels], decoder: Decoder, formats: Sequence[int], key: str, data: bytes) -> Any:
     """Leave the pixels in the slots; return the rest and the parameters of the views, or what went wrong instead."""
     try:
-        decoded = decoder(caches, key, data)
+        decoded = decoder(formats, key, data)
     except Exception as error:  # a fault of the program, or memory that is short: the parent's to raise
         return error
     if isinstance(decoded.views, BadImage):
         return decoded, None
-    for i, (pixels, _) in zip(caches, decoded.views, strict=True):
+    for i, (pixels, _) in decoded.views.items():
         slots[i][...] = pixels
-    return replace(decoded, views=[]), [params for _, params in decoded.views]
+    return replace(decoded, views={}), {i: params for i, (_, params) in decoded.views.items()}

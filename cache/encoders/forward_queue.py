@@ -4,6 +4,7 @@ While batch n is computed, batch n + 1 is written to pinned memory and copied to
 n - 1 are copied back and used. A CPU does the same in sequence: torch's streams and events do nothing there.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from threetowers.cache.encoders.encoder import ImageEncoder
 
+Float32Array = npt.NDArray[np.float32]
+
 
 @dataclass(eq=False)
 class _Slot:
-    """The memory of one batch on the host, and what the device works on meanwhile."""
+    """The memory of one batch on the host: each feature (V, B, D); and what the device works on meanwhile."""
 
-    pixels_VB3HW: Tensor
-    features_VBD: Tensor
+    features: Sequence[Tensor]
     done: Any
     held: Sequence[Tensor] = ()  # kept from being used for something else, as the streams know nothing of each other
 
@@ -34,64 +36,92 @@ class RunningBatch:
     slot: _Slot
     size: int
 
-    def result(self) -> npt.NDArray[np.float32]:
-        """Wait for the features (b, V, D), which stay valid until the second batch after this one is started."""
+    def result(self) -> list[Float32Array]:
+        """Wait for the features, (b, V, D) each, which stay valid until the second batch after this one is started."""
         self.slot.done.synchronize()
         self.slot.held = ()
-        features: npt.NDArray[np.float32] = self.slot.features_VBD[:, : self.size].transpose(0, 1).numpy()
-        return features
+        return [features_VBD[:, : self.size].transpose(0, 1).numpy() for features_VBD in self.slot.features]
 
 
 class ForwardQueue:
-    """Embeds batches of images by one encoder. At most two are under way: take a result before the next but one."""
+    """Takes the features of batches from a device. At most two are under way: take a result before the next but one."""
 
-    def __init__(self, encoder: ImageEncoder, feature: str, views: int, batch_size: int) -> None:
+    def __init__(self, device: torch.device, widths: Sequence[int], views: int, batch_size: int) -> None:
         """Allocate memory on the host, pinned where the device is a GPU.
 
         Args:
-            encoder: Embeds the images.
-            feature: Which of its features.
-            views: Of each image.
-            batch_size: Images of the largest batch.
+            device: Computes the features.
+            widths: D of each feature.
+            views: V, of each item of a batch.
+            batch_size: B, items of the largest batch.
         """
-        self._encoder = encoder
-        self._feature = feature
-        device = encoder.device
-        on_gpu = device.type == "cuda"
-        self._streams: Any = torch.cuda if on_gpu else torch.cpu
-        stream: Any = partial(torch.cuda.Stream, device) if on_gpu else torch.cpu.Stream
+        self.device = device
+        self.pinned = device.type == "cuda"
+        self._streams: Any = torch.cuda if self.pinned else torch.cpu
+        stream: Any = partial(torch.cuda.Stream, device) if self.pinned else torch.cpu.Stream
         self._uploads = stream()
         self._downloads = stream()
-        size = encoder.preprocessing.input_size
-        self._slots = [
-            _Slot(
-                torch.empty(views, batch_size, 3, *size, dtype=torch.uint8, pin_memory=on_gpu),
-                torch.empty(views, batch_size, encoder.width(feature), pin_memory=on_gpu),
-                self._streams.Event(),
-            )
-            for _ in range(2)
-        ]
+        self._slots = []
+        for _ in range(2):
+            features = [torch.empty(views, batch_size, width, pin_memory=self.pinned) for width in widths]
+            self._slots.append(_Slot(features, self._streams.Event()))
 
-    def start(self, images: Sequence[npt.NDArray[np.uint8]]) -> RunningBatch:
-        """Start to embed b images, the pixels (V, 3, H, W) of each. Raises ValueError as `ImageEncoder.embed` does."""
+    def take_slot(self) -> _Slot:
+        """Return the memory of the next batch. Raises RuntimeError while a batch in it runs."""
         slot = self._slots[0]
         self._slots.reverse()
         if slot.held:
             raise RuntimeError("a third batch was started before the result of the first was taken")
-        b = len(images)
-        for view, pixels_B3HW in enumerate(slot.pixels_VB3HW):
-            torch.stack([torch.from_numpy(pixels[view]) for pixels in images], out=pixels_B3HW[:b])
+        return slot
 
-        device = self._encoder.device
-        computing = self._streams.current_stream(device)
+    @contextlib.contextmanager
+    def uploading(self) -> Any:
+        """Copy to the device beside the computation, which goes on after the copies."""
+        computing = self._streams.current_stream(self.device)
         with self._streams.stream(self._uploads):
-            pixels_Vb3HW = [pixels_B3HW[:b].to(device, non_blocking=True) for pixels_B3HW in slot.pixels_VB3HW]
+            yield
         computing.wait_stream(self._uploads)
-        features_VbD = [self._encoder.forward(pixels_b3HW, [self._feature])[0] for pixels_b3HW in pixels_Vb3HW]
-        self._downloads.wait_stream(computing)
+
+    def download(self, slot: _Slot, inputs: Sequence[Tensor], features: Sequence[Sequence[Tensor]]) -> RunningBatch:
+        """Copy the features back: `features[v][f]` (b, D) of each view and feature, computed from the inputs."""
+        self._downloads.wait_stream(self._streams.current_stream(self.device))
         with self._streams.stream(self._downloads):
-            for features_BD, features_bD in zip(slot.features_VBD, features_VbD, strict=True):
-                features_BD[:b].copy_(features_bD, non_blocking=True)
+            for view, of_view in enumerate(features):
+                for features_VBD, features_bD in zip(slot.features, of_view, strict=True):
+                    features_VBD[view, : len(features_bD)].copy_(features_bD, non_blocking=True)
             slot.done.record(self._downloads)
-        slot.held = [*pixels_Vb3HW, *features_VbD]
-        return RunningBatch(slot, b)
+        slot.held = [*inputs, *(features_bD for of_view in features for features_bD in of_view)]
+        return RunningBatch(slot, len(features[0][0]))
+
+
+class ImageQueue:
+    """Embeds batches of images by one encoder: several features of several views."""
+
+    def __init__(self, encoder: ImageEncoder, features: Sequence[str], views: int, batch_size: int) -> None:
+        """Allocate memory on the host, pinned where the device is a GPU.
+
+        Args:
+            encoder: Embeds the images.
+            features: Which of its features.
+            views: Of each image.
+            batch_size: Images of the largest batch.
+        """
+        self._encoder = encoder
+        self._features = tuple(features)
+        widths = [encoder.width(feature) for feature in features]
+        self._queue = ForwardQueue(encoder.device, widths, views, batch_size)
+        shape = (views, batch_size, 3, *encoder.preprocessing.input_size)
+        self._pixels = [torch.empty(shape, dtype=torch.uint8, pin_memory=self._queue.pinned) for _ in range(2)]
+
+    def start(self, images: Sequence[npt.NDArray[np.uint8]]) -> RunningBatch:
+        """Start to embed b images, the pixels (V, 3, H, W) of each. Raises ValueError as `ImageEncoder.embed` does."""
+        slot = self._queue.take_slot()
+        pixels_VB3HW = self._pixels[0]
+        self._pixels.reverse()
+        b = len(images)
+        for view, pixels_B3HW in enumerate(pixels_VB3HW):
+            torch.stack([torch.from_numpy(pixels[view]) for pixels in images], out=pixels_B3HW[:b])
+        with self._queue.uploading():
+            pixels_Vb3HW = [x_B3HW[:b].to(self._encoder.device, non_blocking=True) for x_B3HW in pixels_VB3HW]
+        features = [self._encoder.forward(pixels_b3HW, self._features) for pixels_b3HW in pixels_Vb3HW]
+        return self._queue.download(slot, pixels_Vb3HW, features)

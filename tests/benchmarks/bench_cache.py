@@ -1,6 +1,7 @@
 """The cache against the floor, against peers, and against training without it.
 
-    python tests/benchmarks/bench_cache.py [--clip-retrieval PYTHON] [--only build runtime shard loader memory size]
+    python tests/benchmarks/bench_cache.py [--clip-retrieval PYTHON]
+        [--only build shared runtime shard loader memory size]
 
 Prints one line a figure: the ratio of the medians of measurements taken in alternation in this run. Pictures are drawn
 (JPEG, 480 x 360), the teacher is EfficientNet-Lite0 at 160 pixels; nothing is downloaded. `--clip-retrieval` names a
@@ -33,7 +34,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build import build_cache, build_caches
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.encoders.names import load_frozen_encoder
@@ -55,6 +56,7 @@ from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
 
 SIZE, BATCH, SHARD_ROWS, SHARD_DIM = 160, 64, 10_000, 1024
 TEACHER = f"timm:tf_efficientnet_lite0@{SIZE}:package:efficientnet-lite0"
+SHARED_MODEL, SHARED_SIZE, SHARED_FEATURES = "vit_tiny_patch16_224", 96, ("pooled", "mean_patch")
 PEER = Path(__file__).with_name("peer_clip_retrieval.py")
 
 
@@ -143,6 +145,48 @@ def bench_build(folder: Path, rounds: int, clip_retrieval: str | None) -> None:
         print(f"build / clip-retrieval (rate)      {theirs[0] / built:6.3f}  (>= 1)", flush=True)
     else:
         print("build / clip-retrieval (rate)           -  (not measured: name a Python that has it, see --help)")
+
+
+def bench_shared(folder: Path, rounds: int) -> None:
+    """Two caches in one build and in two, by two features of one encoder and by two encoders that take equal pixels."""
+    tars, images, outs = draw(folder, 2, 6 * BATCH), 12 * BATCH, iter(range(10**6))
+    threads = len(os.sched_getaffinity(0))
+    encoders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(SHARED_MODEL).state_dict(), folder / f"{seed}.safetensors")
+        encoders.append(f"timm:{SHARED_MODEL}@{SHARED_SIZE}:{folder / f'{seed}.safetensors'}")
+    both: dict[str, list[dict[str, Any]]] = {
+        "features": [{"encoder": encoders[0], "feature": feature} for feature in SHARED_FEATURES],
+        "encoders": [{"encoder": encoder, "feature": SHARED_FEATURES[0]} for encoder in encoders],
+    }
+
+    def build(sources: list[dict[str, Any]]) -> None:
+        columns = {key: [source[key] for source in sources] for key in sources[0]}
+        folders = [folder / f"shared-{next(outs)}" for _ in sources]
+        options: dict[str, Any] = {"batch_size": BATCH, "threads": threads, "device": "cpu", "workers": 0}
+        build_caches(BuildConfig(tars=tars, output_dir=folders, **columns, **options))
+
+    def one_after_the_other(sources: list[dict[str, Any]]) -> None:
+        for source in sources:
+            build([source])
+
+    def decode() -> None:
+        files = [read_member(index, i, "jpg") for index in map(index_tar, tars) for i in range(len(index.samples))]
+        transform = load_frozen_encoder(encoders[0]).side("image").transform
+        with ThreadPoolExecutor(threads) as pool:
+            deque(pool.map(lambda data: transform(decode_rgb(data)), files), maxlen=0)
+
+    ways = [partial(timed, partial(way, sources)) for sources in both.values() for way in (build, one_after_the_other)]
+    *seconds, decoding = alternate(rounds, *ways, lambda: timed(decode))
+    for name, together, apart in zip(both, seconds[::2], seconds[1::2], strict=True):
+        share = 2 * decoding / apart
+        bound = 1 - (share if name == "encoders" else 1) / 2
+        print(
+            f"two {name} in one build / in two  {together / apart:6.3f}  ({bound:.2f} if nothing but what they share "
+            f"counted; decoding is {share:.0%} of a build of one, {images / together:.0f} images/s)",
+            flush=True,
+        )
 
 
 def bench_runtime(folder: Path, rounds: int, batch: int = 32) -> None:
@@ -305,7 +349,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clip-retrieval", metavar="PYTHON")
-    parser.add_argument("--only", nargs="+", default=["build", "runtime", "shard", "loader", "memory", "size"])
+    parser.add_argument(
+        "--only", nargs="+", default=["build", "shared", "runtime", "shard", "loader", "memory", "size"]
+    )
     options = parser.parse_args()
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
@@ -313,6 +359,8 @@ def main() -> None:
             match name:
                 case "build":
                     bench_build(where, options.rounds, options.clip_retrieval)
+                case "shared":
+                    bench_shared(where, options.rounds)
                 case "runtime":
                     bench_runtime(where, options.rounds)
                 case "shard":
@@ -324,7 +372,7 @@ def main() -> None:
                 case "size":
                     bench_size(where)
                 case _:
-                    parser.error(f"--only {name}: expected build, runtime, shard, loader, memory, size")
+                    parser.error(f"--only {name}: expected build, shared, runtime, shard, loader, memory, size")
 
 
 if __name__ == "__main__":

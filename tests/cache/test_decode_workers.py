@@ -75,8 +75,10 @@ def test_processes_give_what_threads_give(samples: Callable[..., Any]) -> None:
     decoder = Decoder(FORMATS, max_pixels=10_000)
     with DecodeWorkers(decoder, 2) as workers, DecodeThreads(decoder, 1) as threads:
         files = [members["png"] for _, members in samples(6, 1)] + [b"not an image"]
-        for caches in ((0, 1), (1,)):
-            pairs = [[pool.submit(caches, str(i), file) for i, file in enumerate(files)] for pool in (workers, threads)]
+        for formats in ((0, 1), (1,)):
+            pairs = [
+                [pool.submit(formats, str(i), file) for i, file in enumerate(files)] for pool in (workers, threads)
+            ]
             for ours, theirs in ((a.result(), b.result()) for a, b in zip(*pairs, strict=True)):
                 assert ours.image_hash == theirs.image_hash
                 if isinstance(theirs.views, BadImage):
@@ -84,8 +86,10 @@ def test_processes_give_what_threads_give(samples: Callable[..., Any]) -> None:
                     assert (str(ours.views), ours.views.defect) == (str(theirs.views), theirs.views.defect)
                     continue
                 assert not isinstance(ours.views, BadImage)
-                assert len(ours.views) == len(caches)
-                for (our_pixels, our_params), (pixels, params) in zip(ours.views, theirs.views, strict=True):
+                assert ours.views.keys() == theirs.views.keys() == set(formats)
+                for form in formats:
+                    our_pixels, our_params = ours.views[form]
+                    pixels, params = theirs.views[form]
                     np.testing.assert_array_equal(our_pixels, pixels)
                     np.testing.assert_array_equal(our_params, params)
         with pytest.raises(TypeError):  # a fault of the program is raised as it is, and the process goes on

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from threetowers.cache.encoders.encoder import ImageEncoder
-from threetowers.cache.encoders.forward_queue import ForwardQueue, RunningBatch
+from threetowers.cache.encoders.forward_queue import ImageQueue, RunningBatch
 from threetowers.cache.encoders.names import load_frozen_encoder
 
 SIZES = (5, 5, 3, 5, 1)  # of batches
@@ -24,7 +24,7 @@ def batch(n: int, seed: int) -> list[np.ndarray]:
 
 
 def test_results_are_taken_while_the_next_batch_runs(encoder: ImageEncoder) -> None:
-    queue = ForwardQueue(encoder, "pooled", views=2, batch_size=max(SIZES))
+    queue = ImageQueue(encoder, ["pooled"], views=2, batch_size=max(SIZES))
     running: list[RunningBatch] = []
     for number, size in enumerate((*SIZES, 2)):
         running.append(queue.start(batch(size, number)))
@@ -32,14 +32,15 @@ def test_results_are_taken_while_the_next_batch_runs(encoder: ImageEncoder) -> N
             continue
         images = np.stack(batch(SIZES[number - 1], number - 1))
         expected = [encoder.embed(torch.from_numpy(images[:, view])).numpy() for view in range(2)]
-        np.testing.assert_array_equal(running[number - 1].result(), np.stack(expected, axis=1))
+        (found,) = running[number - 1].result()
+        np.testing.assert_array_equal(found, np.stack(expected, axis=1))
 
 
 def test_a_batch_whose_memory_is_in_use_is_refused(encoder: ImageEncoder) -> None:
-    queue = ForwardQueue(encoder, "pooled", views=2, batch_size=2)
+    queue = ImageQueue(encoder, ["pooled"], views=2, batch_size=2)
     first = queue.start(batch(2, 0))
     queue.start(batch(2, 1))
     with pytest.raises(RuntimeError, match="before the result of the first was taken"):
         queue.start(batch(1, 2))
     expected = encoder.embed(torch.from_numpy(np.stack(batch(2, 0))[:, 1])).numpy()
-    np.testing.assert_array_equal(first.result()[:, 1], expected)
+    np.testing.assert_array_equal(first.result()[0][:, 1], expected)

@@ -1,0 +1,106 @@
+"""Reading tars: one after the other, ahead of their embedding, each image once for all caches."""
+
+import contextlib
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import xxhash
+
+from threetowers.cache.builder.decode_workers import DecodeThreads
+from threetowers.cache.builder.decoding import Decoded
+from threetowers.cache.builder.image_embedder import ImageEmbedder
+from threetowers.cache.builder.output_cache import OutputCache
+from threetowers.cache.builder.scheduler import WorkItem, WorkQueue
+from threetowers.cache.processes.prefetch import prefetch
+from threetowers.cache.storage.object_file import READ_BYTES, open_object
+from threetowers.cache.storage.storage import is_url
+from threetowers.cache.webdataset.sample_stream import stream_images
+from threetowers.cache.webdataset.tar_headers import BadTar
+from threetowers.cache.webdataset.tar_index import TarIndex, index_tar
+
+
+@dataclass(frozen=True)
+class TarStart:
+    """Beginning of a tar in the stream of items."""
+
+    work: WorkItem
+    index: TarIndex
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """An image of the current tar, being decoded."""
+
+    ordinal: int
+    decoding: Future[Decoded]
+
+
+@dataclass(frozen=True)
+class TarEnd:
+    """End of a tar in the stream of items."""
+
+    tar_xxh3_128: str
+
+
+StreamItem = TarStart | ReadImage | TarEnd
+
+
+@dataclass(frozen=True, eq=False)
+class TarReader:
+    """Reads the tars of a work queue, one after the other, and has their images decoded.
+
+    While a tar is read, the next one is leased and, if remote, fetched. Set `stopped` to end early.
+    """
+
+    paths: Sequence[str]
+    outputs: Sequence[OutputCache]
+    queue: WorkQueue
+    images: ImageEmbedder
+    decoding: DecodeThreads
+    image_member: str | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def items(self) -> Iterator[StreamItem]:
+        """Iterate over all samples. Raises BadTar if a tar is not the one of the tar table."""
+        with contextlib.closing(prefetch(self._opened_tars(), depth=1)) as opened:
+            for work, file in opened:
+                with file:
+                    yield from self._read(work, file)
+
+    def _opened_tars(self) -> Iterator[tuple[WorkItem, BinaryIO]]:
+        """Yield the tars of the queue, opened; wait where all that are left are leased by others."""
+        while not self.stopped.is_set() and (work := self.queue.next()) is not None:
+            if isinstance(work, WorkItem):
+                yield work, self._open(self.paths[work.number])
+            else:
+                self.stopped.wait(work)
+
+    def _open(self, path: str) -> BinaryIO:
+        """Open a tar; a remote one is copied to a nameless temporary file, by one read from end to end."""
+        file = open_object(path)
+        if not is_url(path):
+            return file
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the caller
+        with file:
+            while not self.stopped.is_set() and (block := file.read(READ_BYTES)):
+                copy.write(block)
+        copy.seek(0)
+        return copy
+
+    def _read(self, work: WorkItem, file: BinaryIO) -> Iterator[StreamItem]:
+        path = self.paths[work.number]
+        outputs = [self.outputs[i] for i in work.caches]
+        index = index_tar(path, file, self.image_member)
+        if any(index.fingerprint != output.entries[work.number].fingerprint for output in outputs):
+            raise BadTar(f"{path}: changed during the build: keep it unchanged and run the same command again")
+        yield TarStart(work, index)
+        formats = self.images.formats_of(work.caches)
+        digest = xxhash.xxh3_128()
+        file.seek(0)
+        for ordinal, key, data in stream_images(index, digest, file):
+            yield ReadImage(ordinal, self.decoding.submit(formats, key, data))
+        yield TarEnd(digest.hexdigest())
