@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.processes.world import World
 from threetowers.eval.datasets.dataset import open_dataset
 from threetowers.eval.datasets.dataset_config import DatasetConfig
@@ -24,7 +25,6 @@ from threetowers.trainer.config import OnlineEvaluation, TrainConfig
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
-from threetowers.trainer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

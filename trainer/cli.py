@@ -132,10 +132,10 @@ def train_tokenizer(
         on_bad: A sample without a usable caption: error stops, skip leaves it out and counts it. skip_tars leaves out
             tars that cannot be read, too.
     """
+    from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
     from threetowers.cache.storage.atomic import write_atomic
     from threetowers.cache.webdataset.captions import CaptionFormat
     from threetowers.trainer.data.caption_corpus import read_corpus
-    from threetowers.trainer.tokenizer import Tokenizer
     from threetowers.trainer.tokenizer import train_tokenizer as train_on_captions
 
     if input_sentences < 1:

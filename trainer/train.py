@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, distributed
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.processes.stop_request import StopRequest
 from threetowers.cache.processes.worker_processes import worker_context
@@ -55,7 +56,6 @@ from threetowers.trainer.optimizer.agreed_step import AgreedStep, StepReport
 from threetowers.trainer.optimizer.optimizer import freeze
 from threetowers.trainer.optimizer.schedule import Schedule
 from threetowers.trainer.run_folder import RunFolder, RunInUse
-from threetowers.trainer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

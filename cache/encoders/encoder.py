@@ -95,7 +95,8 @@ class PixelNetwork(nn.Module):
     def forward(self, images_b3HW: Tensor) -> tuple[Tensor, ...]:
         """Return the features, (b, D) each."""
         x_b3HW = images_b3HW.float().div_(255).sub_(self.mean).div_(self.std)
-        features: tuple[Tensor, ...] = self.model(x_b3HW, self.features)
+        weights = next(self.model.parameters(), self.mean)
+        features: tuple[Tensor, ...] = self.model(x_b3HW.to(weights.dtype), self.features)
         return features
 
 
@@ -162,7 +163,7 @@ class ImageEncoder:
             except Exception as error:  # each family of models raises its own kinds
                 size = self.preprocessing.input_size
                 raise ValueError(f"{self.name} gives no {feature!r} features at {size}: {one_line(error)}") from error
-            if x_1D.ndim != 2:
+            if x_1D.ndim != 2 or len(x_1D) != 1:
                 raise ValueError(f"{self.name}: expected {feature!r} features (1, D), found {tuple(x_1D.shape)}")
             self._widths[feature] = x_1D.shape[1]
         return self._widths[feature]
@@ -211,6 +212,9 @@ class ImageEncoder:
     def _network(self, features: tuple[str, ...], compiled: bool) -> Any:
         """Return the model with its normalisation, on the device."""
         if (features, compiled) not in self._networks:
+            if compiled:  # an error is one line before, and many after
+                for feature in features:
+                    self.width(feature)
             network = PixelNetwork(self.model, self.preprocessing, features).to(self.device).eval()
             self._networks[features, compiled] = torch.compile(network) if compiled else network
         return self._networks[features, compiled]
@@ -329,10 +333,11 @@ def encoder_arithmetic(precision: EncoderPrecision, device: torch.device) -> con
     return exact_products()
 
 
-def require_offered(feature: str, offered: Sequence[str], name: str) -> None:
-    """Raise ValueError for a feature that a model does not offer."""
+def require_offered(feature: str, offered: Sequence[str], name: str, reason: str = "") -> None:
+    """Raise ValueError for a feature that a model does not offer. `reason`: why, for some feature that is asked for."""
     if feature not in offered:
-        raise ValueError(f"{name}: feature: expected one of {', '.join(offered)}, found {feature!r}")
+        because = f": {reason}" if reason else ""
+        raise ValueError(f"{name}: feature: expected one of {', '.join(offered)}, found {feature!r}{because}")
 
 
 def state_digest(state: State) -> str:

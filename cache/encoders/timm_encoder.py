@@ -1,22 +1,32 @@
-"""timm's models as encoders of images: their evaluation transform, and features before the classifier."""
+"""timm's models as encoders of images: their evaluation transform, and the features of one forward pass."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder, ImageModel, require_offered, state_digest
+from threetowers.cache.encoders.encoder import (
+    LAYER,
+    FrozenEncoder,
+    ImageEncoder,
+    ImageModel,
+    require_offered,
+    state_digest,
+)
+from threetowers.cache.encoders.image_features import CLS_MEAN_PATCH, ImageLayout, LayerOutputs, token_feature
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
 from threetowers.cache.encoders.timm_models import (
     SOURCES,
     classifiers,
     create_timm_model,
     local_folder,
-    pooled_features,
 )
 from threetowers.cache.encoders.weights_file import (
     load_strictly,
     model_part,
+    one_line,
     read_state,
     require_finite,
     split_part,
@@ -25,20 +35,80 @@ from threetowers.cache.format.manifest import Preprocessing
 
 
 class TimmFeatures(ImageModel):
-    """The features of a timm model: `pooled`, those before its classifier."""
+    """The features of a timm model.
 
-    features = ("pooled",)
+    - `pooled`: what comes before its classifier (timm's pre-logits).
+    - `cls`: the class token, where it has one.
+    - `mean_patch`: the mean of the tokens of patches, without class, distillation and register tokens, where it has
+      tokens.
+    - `cls+mean_patch`: both, concatenated in this order, as dino.txt (arXiv:2412.16334) takes them.
+    - `layer:NAME`: the output of a module as one vector (`mean_over_image`).
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    Tokens are those of `forward_features`: after the final norm, except in models that norm what is pooled instead
+    (`fc_norm`), whose tokens have none.
+    """
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, int], name: str) -> None:
+        """Find out what a model offers.
+
+        Args:
+            model: Of timm, in evaluation mode.
+            input_size: (height, width) of its input in pixels.
+            name: Of the model, for messages.
+
+        Raises:
+            ValueError: It cannot compute an image of this size.
+        """
         super().__init__()
-        self.model = model
+        self.model: Any = model
+        self.layout = timm_layout(model, input_size, name)
+        tokens: tuple[str, ...] = ()
+        if self.layout.tokens is not None:
+            has_class = self.layout.prefix > 0 and getattr(model, "cls_token", None) is not None
+            tokens = ("cls", "mean_patch", CLS_MEAN_PATCH) if has_class else ("mean_patch",)
+        self.features = ("pooled", *tokens)
         self._name = name
+        self._layers = LayerOutputs(model, self.layout, name)
 
     def forward(self, x_b3HW: Tensor, features: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the wanted features, (b, D) each."""
         for feature in features:
-            require_offered(feature, self.features, self._name)
-        return tuple(pooled_features(self.model, x_b3HW) for _ in features)
+            if not feature.startswith(LAYER):
+                reason = "a timm model has no joint space of images and text" if feature == "projected" else ""
+                require_offered(feature, (*self.features, f"{LAYER}NAME"), self._name, reason)
+        with_layers = self._layers.begin(features)
+        x = self.model.forward_features(x_b3HW)
+        found = {}
+        if "pooled" in features or with_layers:  # a layer may be one of the head
+            found["pooled"] = self.model.forward_head(x, pre_logits=True)
+        return tuple(found[one] if one in found else self._other(one, x) for one in features)
+
+    def _other(self, feature: str, x: Tensor) -> Tensor:
+        """Return a feature other than `pooled`; `x`: the tokens (b, L, D), if it is one of these."""
+        if feature.startswith(LAYER):
+            return self._layers.vector(feature)
+        return token_feature(feature, x, self.layout.prefix)
+
+
+def timm_layout(model: nn.Module, input_size: tuple[int, int], name: str) -> ImageLayout:
+    """Return the layout of the outputs of a timm model. Raises ValueError where it cannot compute this size."""
+    timm_model: Any = model
+    weights = next(model.parameters())
+    try:
+        with torch.inference_mode():
+            x = timm_model.forward_features(torch.zeros(1, 3, *input_size, dtype=weights.dtype, device=weights.device))
+    except Exception as error:  # each family of models raises its own kinds
+        raise ValueError(f"{name} gives no features at {input_size}: {one_line(error)}") from error
+    channels_last = str(getattr(model, "output_fmt", "")).endswith("NHWC")
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        return ImageLayout(input_size, channels_last=channels_last)
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if prefix is None:  # the other families tell by how much they reduce the sides
+        reduction = timm_model.feature_info[-1]["reduction"]
+        prefix = x.shape[1] - math.prod(math.ceil(side / reduction) for side in input_size)
+    if prefix < 0:  # class tokens alone
+        return ImageLayout(input_size)
+    return ImageLayout(input_size, prefix, x.shape[1], channels_last)
 
 
 def load_timm_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncoder:
@@ -62,7 +132,7 @@ def load_timm_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncod
     model, source = load_timm_model(name.name, name.weights or "pretrained")
     digest = state_digest(model.state_dict())
     config = resolve_data_config({}, model=model)
-    if name.size is not None:
+    if name.size is not None and (3, name.size, name.size) != tuple(config["input_size"]):
         config["input_size"] = (3, name.size, name.size)
         _resize_input(model, name.name, name.size)
     device = torch.device(options.device)
@@ -80,7 +150,7 @@ def load_timm_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncod
     full_name = f"timm:{local_folder(name.name) or name.name}"  # one name for one model, also in the manifest
     image = ImageEncoder(
         full_name,
-        TimmFeatures(model, full_name),
+        TimmFeatures(model, preprocessing.input_size, full_name),
         preprocessing,
         transform,
         device,

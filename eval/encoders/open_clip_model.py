@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.encoders.weights_file import load_strictly, model_part, one_line, read_state, split_part
-from threetowers.trainer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

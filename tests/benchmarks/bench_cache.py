@@ -38,6 +38,7 @@ from threetowers.cache.builder.build import build_cache, build_caches
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.encoders.names import load_frozen_encoder
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.done_record import done_record_name
 from threetowers.cache.format.layout import rows_and_chunk
 from threetowers.cache.format.manifest import Manifest, Preprocessing, to_json
@@ -52,7 +53,7 @@ from threetowers.cache.webdataset.tar_index import TarIndex, index_tar, read_mem
 from threetowers.trainer.config import TrainConfig, parse
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
-from threetowers.trainer.tokenizer import Tokenizer, train_tokenizer
+from threetowers.trainer.tokenizer import train_tokenizer
 
 SIZE, BATCH, SHARD_ROWS, SHARD_DIM = 160, 64, 10_000, 1024
 TEACHER = f"timm:tf_efficientnet_lite0@{SIZE}:package:efficientnet-lite0"

@@ -19,12 +19,12 @@ from bench_cache import BATCH, alternate, draw, run_of, timed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.webdataset.images import decode_rgb
 from threetowers.trainer.config import TrainConfig
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.data.transforms import center_crop
-from threetowers.trainer.tokenizer import Tokenizer
 
 STEPS = 18
 

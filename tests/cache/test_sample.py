@@ -14,6 +14,7 @@ import yaml
 
 from tests.conftest import picture, write_tar
 from tests.trainer.loading import load_batches
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.sample import Annotation, read_annotation
@@ -25,7 +26,6 @@ from threetowers.eval.tasks.settings import RetrievalSettings
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.loader import TrainingSampleReader
 from threetowers.trainer.data.run_samples import open_samples
-from threetowers.trainer.tokenizer import Tokenizer
 
 LINES = ("a red disc", "one disc, in red", "", "a disc of red paint", "red: disc")
 AS_ONE = ("\n".join(LINES),)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
-from threetowers.trainer.tokenizer import Tokenizer
 
 
 def finished(tree: dict[str, Any], constant: bool = False) -> Path:

@@ -22,6 +22,7 @@ from tests.fuzz.random_tars import MAX_PIXELS, WHOLE, PackedSample, PackedTar, d
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.names import load_frozen_encoder
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS
@@ -35,7 +36,6 @@ from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data.caption_corpus import read_corpus
 from threetowers.trainer.data.loader import TrainingSampleReader, training_loader
 from threetowers.trainer.data.run_samples import open_samples
-from threetowers.trainer.tokenizer import Tokenizer
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 fuzz = settings(

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.batch import Batch
 from threetowers.trainer.data.loader import TrainingBatches, training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.worker_plan import WorkerPlan
-from threetowers.trainer.tokenizer import Tokenizer
 
 
 def open_run(tree: dict[str, Any]) -> SampleSet:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.trainer.shipped_configs import REPRODUCED, ROOT, RUNS, variants
+from threetowers.cache.encoders.sentencepiece_tokenizer import END
 from threetowers.trainer.config import Precision, TrainConfig, dump, load_config, parse
 from threetowers.trainer.engine import deepspeed_config, join_process_group, leave_process_group, start_engine
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.precision import float32_parameters
-from threetowers.trainer.tokenizer import END
 
 BATCH, VOCAB, LENGTH, PIXELS, WIDTH = 8, 48, 8, 32, 32
 VIT = {"img_size": PIXELS, "patch_size": 8, "embed_dim": WIDTH, "depth": 6, "num_heads": 2}

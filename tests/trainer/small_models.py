@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import END
 from threetowers.trainer.config import parse
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.tokenizer import END
 
 WIDTHS = {"third": 20}
 VOCAB_SIZE = 48

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import CacheTower, parse
 from threetowers.trainer.export.export import export, probe_inputs
@@ -18,7 +19,6 @@ from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
 from threetowers.trainer.run_folder import RunFolder
-from threetowers.trainer.tokenizer import Tokenizer
 
 CAUSAL = {"kind": "text", "width": 16, "depth": 2, "heads": 2, "causal": True, "norm_eps": 1e-5}
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tests.trainer.small_models import SPECIALIZED, VIT, VOCAB_SIZE, WIDTHS, inputs_of, model_of
 from tests.trainer.test_config import THREE, changed
+from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
 from threetowers.trainer.config import ConfigError, TextTower, parse
 from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, meta_model, state_memory, tower_costs
 from threetowers.trainer.estimate.summary import flop, size
@@ -20,7 +21,6 @@ from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import deduplicated_state_dict, load_deduplicated
 from threetowers.trainer.model.text import TextTransformer
 from threetowers.trainer.optimizer.optimizer import freeze
-from threetowers.trainer.tokenizer import END, PAD
 
 TEXT = {"kind": "text", "width": 32, "depth": 3, "heads": 2, "causal": True}
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_tar
+from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD, Tokenizer
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS
 from threetowers.cache.webdataset.sample import BadSample
 from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.trainer import cli
 from threetowers.trainer.data.caption_corpus import LONGEST, DistinctSample, read_corpus
-from threetowers.trainer.tokenizer import END, PAD, Tokenizer, train_tokenizer
+from threetowers.trainer.tokenizer import train_tokenizer
 
 CAPTIONS = ["a red apple", "A green apple", "the back of an envelope", "thumbs up: light skin tone", "café au lait"] * 3
 

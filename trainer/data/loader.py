@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.processes.mapped_pickle import MappedPickle
 from threetowers.cache.processes.preemption import ignore_sigterm
@@ -32,7 +33,6 @@ from threetowers.trainer.data.sampler import RandomAccessSampler, SampleAddress
 from threetowers.trainer.data.streaming import READ_AHEAD, StreamedSample, StreamSampler, StreamStep, read_segment
 from threetowers.trainer.data.transforms import augment, random_crop
 from threetowers.trainer.data.worker_plan import WorkerPlan, plan_workers
-from threetowers.trainer.tokenizer import Tokenizer
 
 
 class TrainingSample(NamedTuple):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.storage import is_url
@@ -18,7 +19,6 @@ from threetowers.trainer.estimate.cost import TeacherCost, meta_model
 from threetowers.trainer.estimate.summary import DatasetStats, run_summary
 from threetowers.trainer.model.precision import resolve_precision
 from threetowers.trainer.optimizer.optimizer import parameter_groups
-from threetowers.trainer.tokenizer import Tokenizer
 
 
 def dry_run(config: TrainConfig, world_size: int = 1) -> list[str]:

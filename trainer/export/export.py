@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
 from threetowers.cache.storage.atomic import partial_path
 from threetowers.trainer.config import dump
 from threetowers.trainer.estimate.summary import num_parameters
@@ -20,7 +21,6 @@ from threetowers.trainer.export.timm_format import load_timm, write_timm
 from threetowers.trainer.export.trained_model import TrainedModel, deployed_model, load_model
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
 from threetowers.trainer.run_folder import RunFolder
-from threetowers.trainer.tokenizer import END, PAD
 
 # Largest difference of two unit-norm embeddings, per element; open_clip computes attention with other kernels.
 TOLERANCE = {"threetowers": 0.0, "open_clip": 1e-5, "timm": 0.0}

@@ -6,12 +6,12 @@ from typing import Literal
 
 import yaml
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.info import input_text
 from threetowers.trainer.config import CacheTower, ImageTower, dump, load_config
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.run_folder import RunFolder
-from threetowers.trainer.tokenizer import END, PAD
 
 ExportFormat = Literal["threetowers", "open_clip", "timm"]
 LOADING: dict[ExportFormat, str] = {

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
 from threetowers.cache.encoders.timm_models import SOURCES, local_folder
 from threetowers.trainer.config import ImageTower, TextTower
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.model.text import TextTransformer
-from threetowers.trainer.tokenizer import END, PAD
 
 BLOCK_NAMES = {  # ours (timm's) -> open_clip's, within a transformer block
     "norm1.weight": "ln_1.weight",

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.manifest import Manifest
 from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TextTower, TrainConfig, load_config
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import load_deduplicated
 from threetowers.trainer.run_folder import RunFolder
-from threetowers.trainer.tokenizer import Tokenizer
 
 
 def load_model(

@@ -8,8 +8,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
 from threetowers.trainer.config import TextTower
-from threetowers.trainer.tokenizer import END, PAD
 
 
 class TextTransformer(nn.Module):

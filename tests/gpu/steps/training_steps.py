@@ -24,13 +24,13 @@ from tests.gpu.predictions import MOST_WAITS
 from tests.gpu.setting import Setting
 from tests.gpu.steps.photographs import Photographs
 from tests.gpu.timing import wait
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.processes.stop_request import StopRequest
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import TrainConfig, parse
 from threetowers.trainer.data.batch import Batch, join_parts
 from threetowers.trainer.engine import join_process_group
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.tokenizer import Tokenizer
 from threetowers.trainer.train import Trainer
 
 WARM_UP, TIMED = 4, 10  # steps
