@@ -78,7 +78,7 @@ def test_a_size_resamples_a_vit(tiny_encoder: TinyEncoder) -> None:
     assert encoder.preprocessing.input_size == (96, 96)
     assert small.weights_digest == native.weights_digest
     assert encoder.embed(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, native.side("image").width())
-    with pytest.raises(ValueError, match=r"timm:test_vit gives no 'pooled' features at \(97, 97\)"):
+    with pytest.raises(ValueError, match=r"timm:test_vit gives no features at \(97, 97\)"):
         load_frozen_encoder(tiny_encoder("test_vit@97"))
 
 
