@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
-from threetowers.cache.encoders.encoder import FrozenEncoder
-from threetowers.cache.encoders.timm_models import SOURCES
+from threetowers.cache.encoders.timm_models import LOCAL, SOURCES
+from threetowers.cache.encoders.weights_file import one_line
 from threetowers.cache.format.manifest import DecodeMode, EncoderPrecision, EncoderRuntime
+
+if TYPE_CHECKING:  # a run that reads rows of a cache knows encoders by name alone
+    from threetowers.cache.encoders.encoder import FrozenEncoder
 
 ENTRY_POINTS = "threetowers.encoders"
 PREFIXES = (*SOURCES, "package:")  # of names, before a colon that separates nothing
@@ -46,7 +49,7 @@ class EncoderName:
                 that exists, colons and @ are part too.
 
         Raises:
-            ValueError: There is no kind, or no name.
+            ValueError: There is no kind, or no name, or the size is 0.
 
         Examples:
             >>> EncoderName.parse("timm:tf_efficientnet_lite0@160:package:efficientnet-lite0")
@@ -64,7 +67,14 @@ class EncoderName:
         name = folder + (name if size is None else before)
         if not kind or not name:
             raise ValueError(f"{text!r}: expected an encoder as KIND:NAME[@SIZE][:WEIGHTS], as in timm:resnet50")
+        if size == 0:
+            raise ValueError(f"{text!r}: expected a side of at least 1 pixel after the @")
         return cls(kind, prefix + name, size, weights or None)
+
+    @property
+    def model(self) -> str:
+        """Kind and name as manifests state them: the same for a folder with and without `local-dir:`."""
+        return f"{self.kind}:{self.name.removeprefix(LOCAL)}"
 
     def __str__(self) -> str:
         """Return the name as it is written."""
@@ -96,7 +106,7 @@ class EncoderOptions:
     max_length: int | None = None
 
 
-EncoderLoader = Callable[[EncoderName, EncoderOptions], FrozenEncoder]
+EncoderLoader = Callable[[EncoderName, EncoderOptions], "FrozenEncoder"]
 
 
 def encoder_kinds() -> tuple[str, ...]:
@@ -104,7 +114,7 @@ def encoder_kinds() -> tuple[str, ...]:
     return tuple(sorted(entry_points(group=ENTRY_POINTS).names))
 
 
-def load_frozen_encoder(name: str | EncoderName, options: EncoderOptions | None = None) -> FrozenEncoder:
+def load_frozen_encoder(name: str | EncoderName, options: EncoderOptions | None = None) -> "FrozenEncoder":
     """Load an encoder in evaluation mode.
 
     Args:
@@ -122,14 +132,28 @@ def load_frozen_encoder(name: str | EncoderName, options: EncoderOptions | None 
         ValueError: There is no such encoder, it cannot be loaded, or the package that it needs is not installed.
     """
     parsed = EncoderName.parse(name) if isinstance(name, str) else name
-    found = entry_points(group=ENTRY_POINTS, name=parsed.kind)
-    if not found:
+    return _loader(parsed)(parsed, options or EncoderOptions())
+
+
+def _loader(name: EncoderName) -> EncoderLoader:
+    """Return what loads encoders of a kind."""
+    known = encoder_kinds()
+    if not known:
         raise ValueError(
-            f"{str(parsed)!r}: expected an encoder of one of the kinds {', '.join(encoder_kinds())}, as in "
-            f"timm:resnet50, found {parsed.kind!r}"
+            f"{str(name)!r}: found no kind of encoder, expected the entry points {ENTRY_POINTS!r} of this package: it "
+            "is not installed, or was before it had them: run `pip install` again"
         )
-    loader: EncoderLoader = next(iter(found)).load()
-    return loader(parsed, options or EncoderOptions())
+    if name.kind not in known:
+        raise ValueError(
+            f"{str(name)!r}: expected an encoder of one of the kinds {', '.join(known)}, as in timm:resnet50, found "
+            f"{name.kind!r}"
+        )
+    entry_point = next(iter(entry_points(group=ENTRY_POINTS, name=name.kind)))
+    try:
+        loader: EncoderLoader = entry_point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{str(name)!r}: {entry_point.value} cannot be loaded: {one_line(error)}") from error
+    return loader
 
 
 def _folder_before(text: str) -> str:

@@ -147,10 +147,9 @@ def load_timm_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncod
         decode=options.decode,
     )
     transform = create_transform(**config, is_training=False, use_prefetcher=True)  # uint8, normalised by the encoder
-    full_name = f"timm:{local_folder(name.name) or name.name}"  # one name for one model, also in the manifest
     image = ImageEncoder(
-        full_name,
-        TimmFeatures(model, preprocessing.input_size, full_name),
+        name.model,
+        TimmFeatures(model, preprocessing.input_size, name.model),
         preprocessing,
         transform,
         device,
@@ -159,7 +158,7 @@ def load_timm_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncod
         options.compiled,
     )
     image.width()  # refuses a model without pooled features
-    return FrozenEncoder(full_name, source, digest, image, packages=("torch", "timm", "pillow"))
+    return FrozenEncoder(name.model, source, digest, image, packages=("torch", "timm", "pillow"))
 
 
 def load_timm_model(name: str, weights: str) -> tuple[nn.Module, str]:

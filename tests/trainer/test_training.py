@@ -199,6 +199,11 @@ def test_a_cache_of_another_encoder_is_refused(three: dict[str, Any], cache: Pat
     assert CacheJoin(cache, indexes, "timm:test_resnet").cache.manifest.encoder == "timm:test_resnet"
     with pytest.raises(ManifestError, match=r"encoder: expected 'timm:resnet18', found 'timm:test_resnet'"):
         CacheJoin(cache, indexes, "timm:resnet18")
+    CacheJoin(cache, indexes, "timm:test_resnet@64")
+    with pytest.raises(ManifestError, match=r"encoder: expected 'timm:test_resnet@96', found 'timm:test_resnet@64'"):
+        CacheJoin(cache, indexes, "timm:test_resnet@96")
+    with pytest.raises(ManifestError, match=r"expected KIND:NAME\[@SIZE\], found .*: leave its weights out"):
+        CacheJoin(cache, indexes, "timm:test_resnet:teacher.safetensors")
     began = CacheJoin(cache, indexes).cache.manifest
     folder = RunFolder(Path(three["output_dir"]))
     folder.create(parse(three), {}, {"third": began})

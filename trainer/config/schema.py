@@ -284,8 +284,8 @@ class CacheTower:
     path: str
     """Folder or URL of the cache."""
     encoder: str | None = None
-    """The encoder whose embeddings the cache must hold, as `timm:resnet50`; null: any. A dry run without the cache
-    needs it."""
+    """The encoder whose embeddings the cache must hold, as `timm:resnet50`, or `timm:resnet50@160` at this side of its
+    input only; null: any. A dry run without the cache needs it."""
     # A linear head with bias can express the same map; starting from there, it need not first learn away a large
     # common offset.
     standardize: bool = True

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.format.layout import RowStatus
-from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.format.manifest import Manifest, ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import stream_rows
 from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
@@ -47,7 +48,7 @@ class CacheJoin:
         Args:
             path: Folder or URL of the cache.
             tars: The run's list.
-            encoder: The encoder that the cache must be of; None accepts any.
+            encoder: The encoder that the cache must be of, as `CacheTower.encoder`; None accepts any.
             on_missing_row: See `CacheTower.on_missing_row`.
             weights: See `CacheTower.weights`.
             allow_incomplete: Accept tars whose rows are not built yet.
@@ -58,12 +59,8 @@ class CacheJoin:
             ManifestError: The cache is missing, not built completely, of other tars or of another encoder.
         """
         self.cache = EmbeddingCache.open(path)
-        found = self.cache.manifest.encoder
-        if encoder is not None and found != encoder:
-            raise ManifestError(
-                f"{path}: encoder: expected {encoder!r}, found {found!r}; build a cache with the expected one, or "
-                "change the tower's encoder"
-            )
+        if encoder is not None:
+            _require_encoder(path, self.cache.manifest, encoder)
         self.on_missing_row = on_missing_row
         self.tars = list(tars)
         self._weights = weights
@@ -238,6 +235,25 @@ class CacheJoin:
         if not np.isfinite(row_D).all():
             raise MissingRow(f"the embedding by teacher {encoder.name!r} is not finite")
         return row_D
+
+
+def _require_encoder(path: str | Path, manifest: Manifest, encoder: str) -> None:
+    """Raise ManifestError unless a cache is of this encoder, and at its size if the name has one."""
+    expected = EncoderName.parse(encoder)
+    if expected.weights is not None:
+        raise ManifestError(
+            f"{path}: encoder: expected KIND:NAME[@SIZE], found {encoder!r}: leave its weights out, the cache states "
+            "their digest"
+        )
+    found, wanted = manifest.encoder, expected.model
+    if expected.size is not None and manifest.preprocessing is not None:
+        found += "@" + "x".join(map(str, sorted(set(manifest.preprocessing.input_size))))
+        wanted += f"@{expected.size}"
+    if found != wanted:
+        raise ManifestError(
+            f"{path}: encoder: expected {wanted!r}, found {found!r}; build a cache with the expected one, or change "
+            "the tower's encoder"
+        )
 
 
 def _member(image_member: str | None) -> str:

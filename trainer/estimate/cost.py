@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.format.dtypes import Float16Dtype
 from threetowers.cache.format.manifest import Manifest
 from threetowers.trainer.config import CacheTower, ConfigError, ImageTower, TextTower, TrainConfig
@@ -50,13 +51,19 @@ class TeacherCost:
 
     @classmethod
     def from_encoder(cls, encoder: str) -> Self:
-        """Return the cost of the teacher of a cache yet to be built, at its own image size and in float16.
+        """Return the cost of the teacher of a cache yet to be built, in float16.
+
+        Args:
+            encoder: As `CacheTower.encoder`; without a size, at the model's own.
 
         Raises:
             ConfigError: If it is no model of timm, or timm cannot run it without numbers.
+            ValueError: If it is no name of an encoder.
         """
+        name = EncoderName.parse(encoder)
+        size = None if name.size is None else (name.size, name.size)
         try:
-            dim, flops = _timm_cost(encoder, None)
+            dim, flops = _timm_cost(name.model, size)
         except ConfigError:
             raise
         except Exception as error:  # a model's own code may raise anything
