@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -13,6 +12,7 @@ from tests.eval.tiny_open_clip import save_open_clip
 from threetowers.cache.encoders.encoder import state_digest
 from threetowers.cache.encoders.live import live_teacher
 from threetowers.cache.encoders.names import load_frozen_encoder
+from threetowers.cache.format.manifest import Manifest
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.trainer.config import ImageTower
@@ -76,7 +76,19 @@ def test_folders_of_timm(tmp_path: Path) -> None:
         assert load_encoder(f"timm:{name}", LoadOptions(workers=0)).info.digest == digest
         assert load_frozen_encoder(f"timm:{name}:{other}").weights == "file:other.pth#state_dict"
         assert TimmTower(ImageTower("timm", name), 32).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    manifest: Any = type("Recorded", (), vars(teacher) | {"precision": "float32"})
+    manifest = Manifest(
+        encoder=teacher.name,
+        weights=teacher.weights,
+        weights_digest=digest,
+        feature="pooled",
+        dim=teacher.side("image").width(),
+        dtype="float16",
+        samples_per_tar=1,
+        rows_per_tar=1,
+        chunk_rows=1,
+        versions={},
+        preprocessing=teacher.side("image").preprocessing,
+    )
     assert live_teacher(manifest).weights_digest == digest
     save_timm(tmp_path / "plain")
     encoder = load_encoder(f"timm:local-dir:{tmp_path}/plain@64:{other}#state_dict", LoadOptions(workers=0))
