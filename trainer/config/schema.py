@@ -221,8 +221,10 @@ class ImageTower:
     """MS-CLIP-S's image-specific layers, for timm's plain vision transformers only; null: none."""
     init: str | None = None
     """Initial weights. null: random. `pretrained`: timm's own. `package:NAME`: those in an installed Python package.
-    FILE (safetensors, or a checkpoint of torch), in which the model is found by its names; FILE#PREFIX for the part
-    whose names begin with PREFIX, as in `runs/a/model.safetensors#towers.image`."""
+    `timm:NAME[:WEIGHTS]`: those of another model of timm that fits. `run:FOLDER`: those of the image tower of a
+    finished run; `run:FOLDER#towers.NAME` where it has several. FILE (safetensors, or a checkpoint of torch), in which
+    the model is found by its names; FILE#PREFIX for the part whose names begin with PREFIX, as in
+    `runs/a/model.safetensors#towers.image`."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
 
@@ -269,8 +271,9 @@ class TextTower:
     share: Share | None = None
     """Parameters in common with an image tower, as in MS-CLIP; null: none."""
     init: str | None = None
-    """Initial weights. null: random. FILE (safetensors, or a checkpoint of torch), in which the tower is found by its
-    names; FILE#PREFIX for the part whose names begin with PREFIX."""
+    """Initial weights. null: random. `run:FOLDER`: those of the text tower of a finished run; `run:FOLDER#towers.NAME`
+    where it has several. FILE (safetensors, or a checkpoint of torch), in which the tower is found by its names;
+    FILE#PREFIX for the part whose names begin with PREFIX."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
 

@@ -1,16 +1,19 @@
-"""The weights of a tower before its first step: from timm's hub, a package, or a file."""
+"""The weights of a tower before its first step: from timm, a package, another run, or a file."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.encoders.timm_models import head_tensors
 from threetowers.cache.encoders.weights_file import model_part, read_state, require_finite, split_part
 from threetowers.trainer.config import ImageTower, TextTower
 from threetowers.trainer.model.resampling import fit_to_tower
 
 COUNTER = "num_batches_tracked"
+TIMM, RUN = "timm:", "run:"
+TOWERS = "towers."  # begins the part of a run that is a tower
 
 
 def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[str]:
@@ -31,14 +34,7 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[s
     """
     assert config.init is not None
     try:
-        if isinstance(config, TextTower):
-            state = _from_file(tower, config.init)
-        else:
-            weights = _image_weights(tower.model, config, config.init)
-            head: set[str] = set()
-            if config.specialize is None and weights.keys() - tower.model.state_dict().keys():
-                head = head_tensors(config.model, **config.args)
-            state = {f"model.{name}": tensor for name, tensor in weights.items() if name not in head}
+        state = _weights(tower, config, config.init)
         notes = _load(tower, config, state, config.init)
         require_finite(tower, config.init)
     except ValueError as error:
@@ -46,15 +42,63 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[s
     return [f"{key}: resampled {note}" for note in notes]
 
 
+def _weights(tower: Any, config: ImageTower | TextTower, init: str) -> Mapping[str, Tensor]:
+    """Return the weights of a tower under its own names."""
+    _require_known(init)
+    if init.startswith(RUN):
+        return _from_run(config, init)
+    if isinstance(config, TextTower):
+        if init.startswith(TIMM):
+            raise ValueError(f"{init!r} is a model of images; a text tower begins with the tower of a run, or a file")
+        return _from_file(tower, init)
+    weights = _image_weights(tower.model, config, init)
+    head: set[str] = set()
+    if config.specialize is None and weights.keys() - tower.model.state_dict().keys():
+        head = head_tensors(config.model, **config.args)
+    return {f"model.{name}": tensor for name, tensor in weights.items() if name not in head}
+
+
+def _require_known(init: str) -> None:
+    """Raise ValueError for a kind of encoder that a tower cannot begin with."""
+    kind, colon, _ = init.partition(":")
+    if colon and kind not in ("timm", "run", "package") and not split_part(init)[0].exists():
+        raise ValueError(
+            f"{init!r}: expected null, pretrained, package:NAME, timm:NAME[:WEIGHTS], run:FOLDER or a file, found "
+            f"the kind {kind!r}: towers are models of timm and our own transformers"
+        )
+
+
 def _image_weights(model: Any, config: ImageTower, init: str) -> dict[str, Tensor]:
     """Return the weights for a timm model, perhaps a specialised one, under its own names."""
-    if not (init == "pretrained" or init.startswith("package:")):
+    of_timm = init.startswith(TIMM)
+    if not (of_timm or init == "pretrained" or init.startswith("package:")):
         return _from_file(model, init)
     if config.specialize is not None:
         raise ValueError(f"{init!r} holds a plain {config.model}, but the tower is specialised; leave init out")
     from threetowers.cache.encoders.timm_encoder import load_timm_model  # a run that reads rows of a cache needs none
 
-    return dict(load_timm_model(config.model, init)[0].state_dict())
+    if not of_timm:
+        return dict(load_timm_model(config.model, init)[0].state_dict())
+    name = EncoderName.parse(init)
+    if name.size is not None:
+        raise ValueError(f"{init!r}: leave out @{name.size}: weights are resampled to data.image_size")
+    return dict(load_timm_model(name.name, name.weights or "pretrained")[0].state_dict())
+
+
+def _from_run(config: ImageTower | TextTower, init: str) -> Mapping[str, Tensor]:
+    """Return the tower of a run that `run:FOLDER[#towers.NAME]` names: the one of the same kind, if it is alone."""
+    from threetowers.trainer.export.trained_model import load_model  # which builds towers, and so imports this
+
+    folder, part = split_part(init.removeprefix(RUN))
+    trained = load_model(folder, precision="float32")
+    fitting = trained.config.towers_of(config.kind)
+    if part:
+        fitting = [name for name in fitting if part == TOWERS + name]
+    if len(fitting) != 1:
+        known = ", ".join(f"{RUN}{folder}#{TOWERS}{name}" for name in trained.config.towers_of(config.kind))
+        raise ValueError(f"{init!r}: expected one tower of the kind {config.kind!r}, found {known or 'none'}")
+    tower_state: Mapping[str, Tensor] = trained.model.towers[fitting[0]].state_dict()
+    return tower_state
 
 
 def _from_file(module: Any, init: str) -> dict[str, Tensor]:
