@@ -9,37 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
+from tests.trainer.finished_runs import finished_run
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
-from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.trainer.config import CacheTower, parse
 from threetowers.trainer.export.export import export, probe_inputs
 from threetowers.trainer.export.trained_model import load_model
-from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.model.state_dict import deduplicated_state_dict
-from threetowers.trainer.run_folder import RunFolder
 
 CAUSAL = {"kind": "text", "width": 16, "depth": 2, "heads": 2, "causal": True, "norm_eps": 1e-5}
-
-
-def finished_run(tree: dict[str, Any]) -> Path:
-    """The folder of a run with random weights, biases, norms and scales included."""
-    config = parse(tree)
-    manifests = {n: EmbeddingCache.open(t.path).manifest for n, t in config.towers.items() if isinstance(t, CacheTower)}
-    folder = RunFolder(Path(config.output_dir))
-    folder.create(config, {}, manifests)
-    torch.manual_seed(3)
-    rows = Tokenizer.load(folder.tokenizer).embedding_rows(config.data.vocab_size)
-    model = TowerModel(config, rows, {name: manifest.dim for name, manifest in manifests.items()})
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
-        for b in model.buffers():
-            if b.is_floating_point():
-                b += 0.2 * torch.rand_like(b)
-    save_file(deduplicated_state_dict(model), folder.weights)
-    return folder.path
 
 
 def test_the_deployed_model_gives_the_same_embeddings_to_the_bit(three: dict[str, Any], tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ from threetowers.cache.encoders.encoder import (
 )
 from threetowers.cache.encoders.live import live_teacher
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
+from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD, Tokenizer
 from threetowers.cache.format.manifest import Preprocessing, TextProcessing
 from threetowers.trainer.config import CacheTower, TextTower
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
 from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.run_folder import RunFolder
-from threetowers.trainer.tokenizer import END, PAD, Tokenizer
 
 KIND = "run"
 HEAD = "head:"  # begins the name of a feature that is the output of a head
