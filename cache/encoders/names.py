@@ -123,9 +123,11 @@ def load_frozen_encoder(name: str | EncoderName, options: EncoderOptions | None 
             - `timm:NAME[@SIZE][:WEIGHTS]`: a timm model, `hf-hub:ORG/NAME`, or a folder that timm saved it to; WEIGHTS
               is a file, FILE#PREFIX for a part of one, or `package:NAME`; by default timm's own;
             - `open_clip:NAME[:WEIGHTS]`: an open_clip model, `hf-hub:ORG/NAME`, or a folder that it saved;
-            - `hf:NAME`: a text or image encoder of transformers, by folder or name;
-            - `st:NAME`: a model of sentence-transformers, by folder, name or `package:NAME`;
-            - `run:FOLDER`: a finished run, or an export, of this package.
+            - `hf:NAME[:WEIGHTS]`: a model of transformers, of text, images or both, by folder or name; WEIGHTS is a
+              folder with a copy of the files of that name;
+            - `st:NAME[:WEIGHTS]`: a model of sentence-transformers, by folder, name or `package:NAME`;
+            - `run:FOLDER[:WEIGHTS]`: a finished run, or an export, of this package; WEIGHTS are those of the frozen
+              encoder that a LiT run stands on.
         options: How it is loaded and run.
 
     Raises:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.cache.tiny_transformers import save_image_model, save_pair_model, save_text_model, word_tokenizer
 from threetowers.cache.encoders.encoder import FrozenEncoder, state_digest
-from threetowers.cache.encoders.hf_encoder import load_hf_encoder
+from threetowers.cache.encoders.huggingface.hf_encoder import load_hf_encoder
 from threetowers.cache.encoders.huggingface.loading import quiet, require
 from threetowers.cache.encoders.huggingface.tokenizer import tokenizer_digest
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from tests.cache.tiny_transformers import save_text_model
 from threetowers.cache.encoders.encoder import FrozenEncoder
 from threetowers.cache.encoders.huggingface.loading import quiet, require
+from threetowers.cache.encoders.huggingface.sentence_encoder import load_sentence_encoder
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
-from threetowers.cache.encoders.sentence_encoder import load_sentence_encoder
 
 pytest.importorskip("sentence_transformers")
 require("sentence_transformers", "sentence-transformers", "st")

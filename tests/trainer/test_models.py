@@ -9,12 +9,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from tests.trainer.finished_runs import finished_run
 from tests.trainer.small_models import SPECIALIZED, VIT, VOCAB_SIZE, WIDTHS, inputs_of, model_of
 from tests.trainer.test_config import THREE, changed
 from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
 from threetowers.trainer.config import ConfigError, TextTower, parse
 from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, meta_model, state_memory, tower_costs
 from threetowers.trainer.estimate.summary import flop, size
+from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.initial_weights import load_initial
 from threetowers.trainer.model.model import TowerModel
@@ -237,6 +239,65 @@ def test_initial_weights_from_checkpoints_of_others(tmp_path: Path) -> None:
         torch.nn.init.zeros_(next(tower.parameters()))
         load_initial(tower, replace(parse(tree).towers[name], init=f"{tmp_path}/run.safetensors"), "init")  # type: ignore[type-var]
         assert all(before[key].equal(tensor) for key, tensor in tower.state_dict().items())
+
+
+def test_a_tower_begins_with_the_tower_of_a_run(clip: dict[str, Any], tmp_path: Path) -> None:
+    clip["towers"] |= {"second": {"kind": "timm", "model": "test_resnet"}}
+    clip["heads"] |= {"s": {"of": "second"}}
+    clip["terms"] |= {"both": {"x": "s", "y": "g"}}
+    shared = {"kind": "timm", "model": "vit_base_patch32_clip_quickgelu_224", "args": VIT["args"] | {"embed_dim": 16}}
+    clip["towers"] |= {"image": shared}
+    clip["towers"]["text"] |= {"share": {"tower": "image"}}  # so that the file holds shared tensors once
+    folder = finished_run(clip)
+    trained = load_model(folder)
+
+    def begun(name: str, init: str, **changes: Any) -> Any:
+        tree = clip | {"towers": clip["towers"] | {name: clip["towers"][name] | {"init": init} | changes}}
+        torch.manual_seed(1)
+        model = TowerModel(parse(tree), trained.tokenizer.embedding_rows(None), {})
+        load_initial(model.towers[name], parse(tree).towers[name], f"towers.{name}.init")  # type: ignore[arg-type]
+        return model.towers[name]
+
+    for name, init in (("text", f"run:{folder}"), *((n, f"run:{folder}#towers.{n}") for n in ("image", "second"))):
+        found = begun(name, init).state_dict()
+        assert found.keys() == trained.model.towers[name].state_dict().keys()
+        assert all(tensor.equal(found[key]) for key, tensor in trained.model.towers[name].state_dict().items())
+
+    for name, init, message in [
+        ("image", f"run:{folder}", r"expected one tower of the kind 'timm', found run:.*#towers\.image, run:.*second"),
+        ("image", f"run:{folder}#towers.text", r"expected one tower of the kind 'timm', found run:.*#towers\.image"),
+        ("image", f"run:{folder}#towers.second", r"towers\.image\.init: .* does not fit the tower"),
+        ("text", f"run:{tmp_path}", r"towers\.text\.init: .* holds no finished run"),
+        ("text", "timm:test_vit", r"'timm:test_vit' is a model of images; a text tower begins with the tower of a run"),
+        (
+            "image",
+            "hf:bert",
+            r"expected null, pretrained, .* or a file, found the kind 'hf'",
+        ),
+        ("text", "open_clip:ViT-B-32", r"or a file, found the kind 'open_clip'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            begun(name, init)
+
+
+def test_a_tower_begins_with_another_model_of_timm(tmp_path: Path) -> None:
+    source = timm.create_model("test_vit", num_classes=5)
+    save_file(source.state_dict(), tmp_path / "vit.safetensors")
+    tree = changed("towers.image", {"kind": "timm", "model": "test_vit", "args": {"img_size": 32}})
+    config = parse(tree).towers["image"]
+    tower = model_of(tree).towers["image"]
+    init = f"timm:test_vit:{tmp_path / 'vit.safetensors'}"
+    notes = load_initial(tower, replace(config, init=init), "init")  # type: ignore[type-var]
+    assert [note for note in notes if "pos_embed" in note] == notes != []
+    state = tower.model.state_dict()  # type: ignore[union-attr, operator]
+    assert all(state[name].equal(tensor) for name, tensor in source.blocks.state_dict(prefix="blocks.").items())
+    for init, message in [
+        ("timm:test_vit@64", "leave out @64: weights are resampled to data.image_size"),
+        ("timm:test_vitt", "unknown to timm"),
+        (f"timm:test_resnet:{tmp_path / 'none.pth'}", "no such file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_initial(tower, replace(config, init=init), "init")  # type: ignore[type-var]
 
 
 def test_several_towers_of_each_kind() -> None:
