@@ -25,7 +25,7 @@ from threetowers.cache.encoders.encoder import FrozenEncoder
 from threetowers.cache.encoders.live import embed, view_pixels
 from threetowers.cache.format.done_record import done_record_name, read_done_record
 from threetowers.cache.format.dtypes import STORAGE_DTYPES, StorageDtype, storage_cosines
-from threetowers.cache.format.layout import arrays, rows_and_chunk, stored_bytes
+from threetowers.cache.format.layout import arrays, image_room, stored_bytes
 from threetowers.cache.format.manifest import read_manifest
 from threetowers.cache.format.tar_table import read_table
 from threetowers.cache.format.views import Views
@@ -242,9 +242,10 @@ def _dtype_cost(
     rows_nD: npt.NDArray[np.float32],
     record_bytes: int,
 ) -> DtypeCost:
-    rows_per_tar, chunk_rows = rows_and_chunk(dtype.row_bytes(rows_nD.shape[1]), drawn.largest)
-    manifest = requested_manifest(teacher, source, dtype.name, views, rows_per_tar, chunk_rows, None, 1)
-    bytes_per_tar = np.mean([stored_bytes(manifest, len(index.samples)) for index in drawn.indexed]) + record_bytes
+    room = image_room(dtype.row_bytes(rows_nD.shape[1]), drawn.largest)
+    manifest = requested_manifest(teacher, source, dtype.name, views, room, None, 1)
+    sizes = [len(index.samples) for index in drawn.indexed]
+    bytes_per_tar = np.mean([stored_bytes(manifest, size, size) for size in sizes]) + record_bytes
     n_arrays = len(arrays(manifest))
     per_tar = n_arrays + 1  # a shard of each array, and the done record
     shared = n_arrays + 3  # zarr.json of each array and of the group, manifest, tar table

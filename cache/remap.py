@@ -18,10 +18,11 @@ import xxhash
 from cachetools import LRUCache
 
 from threetowers.cache.builder.opening import check_compatible, create
-from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.format.done_record import Cosines, done_record_name, read_done_record
-from threetowers.cache.format.layout import RowStatus, rows_and_chunk
+from threetowers.cache.format.image_row_buffer import ImageRowBuffer
+from threetowers.cache.format.layout import RowStatus, TarRoom, image_room
 from threetowers.cache.format.manifest import MANIFEST, Manifest, ManifestError, read_manifest, to_json
+from threetowers.cache.format.row_buffer import Provenance
 from threetowers.cache.format.store import Arrays, fit_to_table, read_tar_rows
 from threetowers.cache.format.tar_table import TarEntry, extend, read_table
 from threetowers.cache.storage.storage import Storage, open_storage
@@ -137,7 +138,7 @@ def remap(
     # Write the new cache.
     old_manifest = dataclasses.replace(source.manifest, image_member=image_member)
     manifest = _open_or_create(storage, old_manifest, indexes)
-    extend(storage, indexes, manifest.rows_per_tar)
+    extend(storage, indexes, manifest.samples_per_tar)
     table = fit_to_table(storage, manifest)
     for match in complete:
         _write(storage, manifest, table.find(match.index), match, source)
@@ -249,16 +250,13 @@ def _open_or_create(storage: Storage, old: Manifest, indexes: Sequence[TarIndex]
     """Return the manifest of the new cache: the old one, with as many rows per tar as these tars need."""
     if storage.size(MANIFEST) is None:
         row_bytes = old.storage_dtype.row_bytes(old.dim)
-        rows_per_tar, chunk_rows = rows_and_chunk(row_bytes, max(len(index.samples) for index in indexes))
-        create(storage, _resized(old, rows_per_tar, chunk_rows))
+        room = image_room(row_bytes, max(len(index.samples) for index in indexes))
+        create(storage, dataclasses.replace(old, **room._asdict()))
     manifest = read_manifest(storage)
-    check_compatible(storage, manifest, _resized(old, manifest.rows_per_tar, manifest.chunk_rows))
+    room = TarRoom(manifest.samples_per_tar, manifest.rows_per_tar, manifest.chunk_rows)
+    requested = dataclasses.replace(old, **room._asdict())
+    check_compatible(storage, manifest, requested)
     return manifest
-
-
-def _resized(manifest: Manifest, rows_per_tar: int, chunk_rows: int) -> Manifest:
-    """Return the manifest for tars of another size, of one row a sample."""
-    return dataclasses.replace(manifest, samples_per_tar=rows_per_tar, rows_per_tar=rows_per_tar, chunk_rows=chunk_rows)
 
 
 def _finished(storage: Storage, indexes: Sequence[TarIndex]) -> set[str]:
@@ -280,7 +278,7 @@ def _finished(storage: Storage, indexes: Sequence[TarIndex]) -> set[str]:
 def _write(storage: Storage, manifest: Manifest, entry: TarEntry, match: _TarMatch, source: _OldCache) -> None:
     """Write the rows of a tar, and its done record with the cosines of the records that the rows come from."""
     started = time.monotonic()
-    rows = RowBuffer(match.index, manifest)
+    rows = ImageRowBuffer(match.index, manifest)
 
     # Copy the rows, from one old tar after the other.
     found = np.flatnonzero(match.row_n >= 0)

@@ -220,8 +220,8 @@ class BuildConfig(EmbeddingConfig):
     min_cosine: float | None = None
     """Stop where a row, as stored, has a smaller cosine with itself as computed; default: a bound for each dtype."""
 
-    rows_per_tar: int | None = None
-    """Rows reserved for each tar; default: what the largest tar needs. More leaves room for larger tars later."""
+    samples_per_tar: int | None = None
+    """Samples for which each tar has room; default: as the largest has. More leaves room for larger ones later."""
 
     lease_timeout: float = 120
     """Seconds without a heartbeat after which another worker may take over a tar."""
@@ -236,8 +236,8 @@ class BuildConfig(EmbeddingConfig):
         """Raise ValueError for values that are unknown or out of range."""
         super().__post_init__()
         storage_dtype(self.dtype)
-        if self.rows_per_tar is not None and self.rows_per_tar < 1:
-            raise ValueError(f"--rows-per-tar {self.rows_per_tar}: expected at least 1")
+        if self.samples_per_tar is not None and self.samples_per_tar < 1:
+            raise ValueError(f"--samples-per-tar {self.samples_per_tar}: expected at least 1")
 
     def output_dirs(self) -> tuple[str | Path | Storage, ...]:
         """Return where each cache is built.

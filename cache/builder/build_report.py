@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from threetowers.cache.builder.output_cache import OutputCache
-from threetowers.cache.builder.row_buffer import MAX_BAD_SHOWN
 from threetowers.cache.builder.tar_writer import WrittenTar
 from threetowers.cache.format.done_record import RejectedSample
+from threetowers.cache.format.row_buffer import MAX_BAD_SHOWN
 from threetowers.cache.processes.stage_timer import StageTimer
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.storage import Storage

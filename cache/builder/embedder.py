@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from threetowers.cache.builder.image_embedder import ImageEmbedder
 from threetowers.cache.builder.output_cache import OutputCache
-from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.builder.tar_reader import ReadImage, StreamItem, TarEnd, TarStart
 from threetowers.cache.builder.tar_writer import TarWriter, WrittenTar
+from threetowers.cache.format.image_row_buffer import ImageRowBuffer
+from threetowers.cache.format.row_buffer import Provenance
 from threetowers.cache.processes.stage_timer import StageTimer
 from threetowers.cache.webdataset.images import BadImage
 
@@ -18,7 +19,7 @@ class _OpenTar:
     """The tar that is being embedded: the rows of each cache that lacks it, and the samples that are done."""
 
     number: int
-    buffers: Mapping[int, RowBuffer]
+    buffers: Mapping[int, ImageRowBuffer]
     started: float
     done: int = 0
 
@@ -40,7 +41,7 @@ class Embedder:
                     case TarStart(work, index):
                         buffers = {}
                         for i in work.caches:
-                            buffers[i] = RowBuffer(index, self.outputs[i].manifest, self.outputs[i].min_cosine)
+                            buffers[i] = ImageRowBuffer(index, self.outputs[i].manifest, self.outputs[i].min_cosine)
                         tar = _OpenTar(work.number, buffers, time.monotonic())
                         self.images.begin(buffers)
                     case ReadImage(ordinal, decoding):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from threetowers.cache.builder.decoding import Decoded, PixelFormat, distinct_formats
 from threetowers.cache.builder.output_cache import OutputCache
-from threetowers.cache.builder.row_buffer import RowBuffer
 from threetowers.cache.encoders.forward_queue import ImageQueue, RunningBatch
+from threetowers.cache.format.image_row_buffer import ImageRowBuffer
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.views import Pixels
 from threetowers.cache.processes.stage_timer import StageTimer
@@ -51,7 +51,7 @@ class _TarBatches:
     """
 
     shared: _ImagePass
-    buffers: Mapping[int, RowBuffer]
+    buffers: Mapping[int, ImageRowBuffer]
     timer: StageTimer
     stored: int = 0
     _ordinals: list[int] = field(default_factory=list)
@@ -117,7 +117,7 @@ class ImageEmbedder:
             _image_pass({i: outputs[i] for i in members}, number, batch_size) for (number, _), members in shared.items()
         ]
         self._tar: list[_TarBatches] = []
-        self._buffers: Mapping[int, RowBuffer] = {}
+        self._buffers: Mapping[int, ImageRowBuffer] = {}
         self._rejected = 0
 
     def formats_of(self, outputs: Collection[int]) -> list[int]:
@@ -128,7 +128,7 @@ class ImageEmbedder:
         """Return how many images of an output go through its encoder at a time."""
         return next(each.batch_size for each in self._passes if output in each.outputs)
 
-    def begin(self, buffers: Mapping[int, RowBuffer]) -> None:
+    def begin(self, buffers: Mapping[int, ImageRowBuffer]) -> None:
         """Begin a tar: reject the samples that have no usable image, as far as the tar's headers tell.
 
         Args:

@@ -10,7 +10,7 @@ from threetowers.cache.builder.tar_indexer import TarIndexer
 from threetowers.cache.encoders.device_defaults import default_batch_size
 from threetowers.cache.encoders.encoder import FrozenEncoder
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
-from threetowers.cache.format.layout import STORE, rows_and_chunk
+from threetowers.cache.format.layout import STORE, TarRoom, image_room
 from threetowers.cache.format.manifest import (
     MANIFEST,
     Manifest,
@@ -78,15 +78,15 @@ def open_or_create(
     while storage.size(MANIFEST) is None:
         wait()
     manifest = read_manifest(storage)
-    rows_per_tar = max(manifest.rows_per_tar, config.rows_per_tar or 0)
+    samples_per_tar = max(manifest.samples_per_tar, config.samples_per_tar or 0)
+    room = TarRoom(samples_per_tar, samples_per_tar, manifest.chunk_rows)
     running = teacher.running(config.precision or manifest.precision, config.runtime or manifest.runtime)
     requested = requested_manifest(
         running,
         source,
         config.dtype,
         config.views,
-        rows_per_tar,
-        manifest.chunk_rows,
+        room,
         config.image_member,
         config.batch_size or manifest.batch_size,
     )
@@ -96,7 +96,7 @@ def open_or_create(
     # The tar table: extended by rank 0, while the others wait until it has all of their tars.
     if world.first:
         before = read_table(storage, allow_empty=True)
-        extend(storage, index([path for path in paths if before.at(path) is None]), manifest.rows_per_tar)
+        extend(storage, index([path for path in paths if before.at(path) is None]), manifest.samples_per_tar)
         table = fit_to_table(storage, manifest)
         _warn_of_duplicate_names(storage, before, table, paths)
         return manifest, table, running, differences
@@ -146,15 +146,12 @@ def check_compatible(storage: Storage, manifest: Manifest, requested: Manifest) 
 
 def _new_manifest(indexes: list[TarIndex], teacher: FrozenEncoder, source: Source, config: BuildConfig) -> Manifest:
     """Return the manifest of a new cache of these tars."""
-    largest = config.rows_per_tar or max(len(tar.samples) for tar in indexes)
+    largest = config.samples_per_tar or max(len(tar.samples) for tar in indexes)
     TarTable(()).missing(indexes, largest)  # refuses copies, and tars that are too large
-    rows_per_tar, chunk_rows = rows_and_chunk(
-        storage_dtype(config.dtype).row_bytes(teacher.side(source.of).width(source.feature)), largest
-    )
+    row_bytes = storage_dtype(config.dtype).row_bytes(teacher.side(source.of).width(source.feature))
+    room = image_room(row_bytes, largest)
     batch_size = config.batch_size or default_batch_size(teacher.side(source.of).device)
-    return requested_manifest(
-        teacher, source, config.dtype, config.views, rows_per_tar, chunk_rows, config.image_member, batch_size
-    )
+    return requested_manifest(teacher, source, config.dtype, config.views, room, config.image_member, batch_size)
 
 
 def requested_manifest(
@@ -162,8 +159,7 @@ def requested_manifest(
     source: Source,
     dtype: DtypeName,
     views: Views,
-    rows_per_tar: int,
-    chunk_rows: int,
+    room: TarRoom,
     image_member: str | None,
     batch_size: int,
 ) -> Manifest:
@@ -178,9 +174,7 @@ def requested_manifest(
         feature=feature,
         dim=side.width(feature),
         dtype=dtype,
-        samples_per_tar=rows_per_tar,
-        rows_per_tar=rows_per_tar,
-        chunk_rows=chunk_rows,
+        **room._asdict(),
         versions={name: version(name) for name in packages},
         preprocessing=side.preprocessing,
         views=views,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from threetowers.cache.builder.output_cache import OutputCache
-from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.format.done_record import DoneRecord, done_record_name
 from threetowers.cache.format.manifest import to_json
+from threetowers.cache.format.row_buffer import Provenance, RowBuffer
 from threetowers.cache.format.tar_table import TarEntry
 from threetowers.cache.processes.stage_timer import StageTimer
 

@@ -45,7 +45,7 @@ class RejectedSample:
 
 @dataclass(frozen=True)
 class Norms:
-    """L2 norms over the OK rows as stored; None where there is no such row."""
+    """L2 norms over the embeddings as stored; None where there is none."""
 
     min: float | None
     mean: float | None
@@ -54,7 +54,7 @@ class Norms:
 
 @dataclass(frozen=True)
 class Cosines:
-    """Cosines of the rows as stored with the rows as computed; None where there is no OK row."""
+    """Cosines of the embeddings as stored with those as computed; None where there is none."""
 
     min: float | None
     mean: float | None
@@ -69,19 +69,20 @@ class DoneRecord:
         fingerprint: of the tar.
         manifest: digest of the cache's manifest.
         n_samples: samples in the tar.
-        n_ok: rows with an embedding.
+        n_rows: rows that are stored: one a sample of images, one a caption of text.
+        n_ok: samples with an embedding.
         counts: samples without an embedding, by status.
         bad: the first few of these.
         notes: embedded samples of which something was tolerated, by what it was.
         ignored_members: members of the tar that nothing reads, by the reason.
         files: size and digest of each array's file.
-        chunk_crc32c: crc32c of each stored chunk of each array of embeddings.
-        norms: over the OK rows as stored, of all views.
-        cosines: of these rows as stored with the rows as computed.
+        chunk_crc32c: crc32c of each stored chunk of each array that is divided into chunks.
+        norms: over the embeddings as stored, of all views.
+        cosines: of these as stored with these as computed.
         sum: of all their components.
         max_abs: their largest magnitude.
         tar_xxh3_128: digest of the tar as it was streamed.
-        batch_size: images per forward pass.
+        batch_size: images or captions per forward pass.
         device: type of the teacher's device.
         seconds: wall time of the tar.
         finished: when, in ISO 8601.
@@ -96,6 +97,7 @@ class DoneRecord:
     fingerprint: str
     manifest: str
     n_samples: int
+    n_rows: int
     n_ok: int
     counts: dict[str, int]
     bad: tuple[RejectedSample, ...]

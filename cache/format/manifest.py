@@ -18,6 +18,7 @@ from threetowers.cache.format.dtypes import DtypeName, StorageDtype, storage_dty
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.storage import Storage
+from threetowers.cache.webdataset.captions import DEFAULT_SOURCES, CaptionFormat
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -31,6 +32,7 @@ DecodeMode = Literal["pillow", "pillow-draft"]
 EncoderPrecision = Literal["float32", "bfloat16"]
 EncoderRuntime = Literal["torch", "onnx"]
 Side = Literal["image", "text"]
+MAX_SOURCES = 256  # a row names its source by one byte
 T = TypeVar("T")
 
 
@@ -85,6 +87,22 @@ class CaptionSources:
 
     sources: tuple[str, ...] = ()
     caption_per_line: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sources that are none, repeated, or too many."""
+        if len(set(self.sources)) != len(self.sources) or len(self.sources) > MAX_SOURCES:
+            raise ValueError(f"found the sources {self.sources}, expected up to {MAX_SOURCES}, each once")
+        _ = self.caption_format
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources by the number that a row has for its own."""
+        return self.sources or DEFAULT_SOURCES
+
+    @property
+    def caption_format(self) -> CaptionFormat:
+        """What finds these captions in a sample, in the order of their rows."""
+        return CaptionFormat(dict.fromkeys(self.sources, 1.0), self.caption_per_line)
 
 
 @dataclass(frozen=True)

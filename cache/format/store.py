@@ -16,7 +16,7 @@ from zarr.storage import MemoryStore
 
 from threetowers.cache.format import shard
 from threetowers.cache.format.done_record import DoneRecord, FileSum
-from threetowers.cache.format.layout import STORE, arrays, stored_rows, tar_files
+from threetowers.cache.format.layout import STORE, arrays, tar_files
 from threetowers.cache.format.manifest import Manifest, ManifestError
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
 from threetowers.cache.storage.storage import Storage
@@ -27,21 +27,32 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 def empty_group(manifest: Manifest, n_tars: int, store: MemoryStore) -> zarr.Group:
     """Create the group of all arrays, without rows."""
-    group = zarr.create_group(
-        store, attributes={"row": "tar_id * rows_per_tar + ordinal", "rows_per_tar": manifest.rows_per_tar}
-    )
+    group = zarr.create_group(store, attributes=_addresses(manifest))
     for spec in arrays(manifest).values():
+        per_tar = spec.per_tar(manifest)
         group.create_array(
             spec.name,
-            shape=(n_tars * manifest.rows_per_tar, *spec.row),
+            shape=(n_tars * per_tar, *spec.row),
             dtype=spec.dtype,
             chunks=(spec.chunk_rows(manifest), *spec.row),
-            shards=(manifest.rows_per_tar, *spec.row),
+            shards=(per_tar, *spec.row),
             compressors=[Crc32cCodec()],
             fill_value=spec.fill,
             attributes={"logical_dtype": spec.logical_dtype} if spec.logical_dtype else None,
         )
     return group
+
+
+def _addresses(manifest: Manifest) -> dict[str, str | int]:
+    """Return what tells other readers of the store which rows are whose."""
+    if manifest.of == "image":
+        return {"row": "tar_id * rows_per_tar + ordinal", "rows_per_tar": manifest.rows_per_tar}
+    return {
+        "sample": "tar_id * samples_per_tar + ordinal: key_hash, status, row_end",
+        "row": "tar_id * rows_per_tar + r, r from row_end[sample - 1] (0 for ordinal 0) to row_end[sample]: the others",
+        "samples_per_tar": manifest.samples_per_tar,
+        "rows_per_tar": manifest.rows_per_tar,
+    }
 
 
 def metadata(manifest: Manifest, n_tars: int) -> dict[str, bytes]:
@@ -76,10 +87,10 @@ def fit_to_table(storage: Storage, manifest: Manifest) -> TarTable:
 def write_tar_rows(
     storage: Storage, manifest: Manifest, tar_id: int, rows: Mapping[str, npt.NDArray[np.generic]]
 ) -> tuple[dict[str, FileSum], dict[str, tuple[int, ...]]]:
-    """Write the rows of one tar, (n, ...) of each array by name.
+    """Write what one tar has of each array, by name: (rows, ...) or (samples, ...).
 
     Returns:
-        Size and digest of each file, and the crc32c of each chunk of each array of embeddings.
+        Size and digest of each file, and the crc32c of each chunk of each array that is divided into chunks.
 
     Raises:
         WriteError: the storage cannot be written.
@@ -90,10 +101,10 @@ def write_tar_rows(
         spec = arrays(manifest)[name]
         chunk_rows = spec.chunk_rows(manifest)
         n = len(rows[name])
-        shape = (stored_rows(manifest, spec, n), *spec.row)
+        shape = (spec.stored_length(manifest, n), *spec.row)
         padded = np.full(shape, spec.fill, dtype=np.dtype(spec.dtype).newbyteorder("<"))
         padded[:n] = rows[name]
-        data, crcs = shard.encode(padded, chunk_rows, manifest.rows_per_tar // chunk_rows)
+        data, crcs = shard.encode(padded, chunk_rows, spec.per_tar(manifest) // chunk_rows)
         storage.put(path, data, owner=f"{tar_id}.{name}")
         files[name] = FileSum.of(data)
         if spec.chunked:
@@ -104,7 +115,9 @@ def write_tar_rows(
 def read_tar_rows(
     storage: Storage, manifest: Manifest, entry: TarEntry, record: DoneRecord, names: Sequence[str] | None = None
 ) -> Arrays:
-    """Read the rows of a tar, (rows_per_tar, ...) of each array, or of those named, decoded by zarr-python.
+    """Read what a tar has of each array, or of those named, decoded by zarr-python.
+
+    The arrays are as long as they are on disk (`ArraySpec.stored_length`), with the padding after the last row.
 
     Raises:
         ManifestError: a file is missing or not the one that was written, or zarr cannot read it.
@@ -126,6 +139,11 @@ def read_tar_rows(
         content[first[name].removeprefix(f"{STORE}/")] = buffer.from_bytes(data)
     group: Any = empty_group(manifest, 1, MemoryStore(content))
     try:
-        return {name: np.asarray(group[name][:]) for name in wanted}
+        return {name: np.asarray(group[name][: _stored(manifest, record, name)]) for name in wanted}
     except ValueError as error:  # zarr's checksums
         raise ManifestError(f"{where}: zarr cannot read it: {error}") from error
+
+
+def _stored(manifest: Manifest, record: DoneRecord, name: str) -> int:
+    spec = arrays(manifest)[name]
+    return spec.stored_length(manifest, spec.length(record.n_samples, record.n_rows))

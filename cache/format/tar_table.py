@@ -108,11 +108,11 @@ class TarTable:
         names = {os.path.basename(entry.path) for entry in self.entries}
         return [path for path in locations if self.at(path) is None and os.path.basename(path) in names]
 
-    def missing(self, indexes: Sequence[TarIndex], rows_per_tar: int) -> TableSegment | None:
+    def missing(self, indexes: Sequence[TarIndex], samples_per_tar: int) -> TableSegment | None:
         """Return the segment that adds the tars which are not in the table; None if all are.
 
         Raises:
-            ManifestError: two of them are copies of each other, one has more than `rows_per_tar` samples, or one is
+            ManifestError: two of them are copies of each other, one has more than `samples_per_tar` samples, or one is
                 where a tar of the table was and has another fingerprint.
         """
         refuse_copies([index.location for index in indexes], [index.fingerprint for index in indexes])
@@ -124,10 +124,10 @@ class TarTable:
             location = absolute(index.location)
             if location in known:
                 raise repacked_error(index.location, [known[location]], index.fingerprint)
-            if len(index.samples) > rows_per_tar:
+            if len(index.samples) > samples_per_tar:
                 raise ManifestError(
-                    f"{index.location}: {len(index.samples)} samples, expected at most {rows_per_tar}, the rows per "
-                    "tar of this cache: split the tar, or build a new cache with more (--rows-per-tar)"
+                    f"{index.location}: {len(index.samples)} samples, expected at most {samples_per_tar}, the samples "
+                    "per tar of this cache: split the tar, or build a new cache with more (--samples-per-tar)"
                 )
         root = common_root([index.location for index in new])
         prefix = f"{root}/" if root else ""
@@ -233,7 +233,7 @@ def read_table(storage: Storage, *, allow_empty: bool = False) -> TarTable:
     return TarTable(tuple(segments))
 
 
-def extend(storage: Storage, indexes: Sequence[TarIndex], rows_per_tar: int) -> TarTable:
+def extend(storage: Storage, indexes: Sequence[TarIndex], samples_per_tar: int) -> TarTable:
     """Add the tars that the table lacks, and return the table. Several processes may do this at once.
 
     Raises:
@@ -242,7 +242,7 @@ def extend(storage: Storage, indexes: Sequence[TarIndex], rows_per_tar: int) -> 
     """
     while True:
         table = read_table(storage, allow_empty=True)
-        segment = table.missing(indexes, rows_per_tar)
+        segment = table.missing(indexes, samples_per_tar)
         if segment is None:
             return table
         if storage.create_exclusive(_segment_name(len(table.segments)), to_json(segment), owner=OWNER):

@@ -245,7 +245,7 @@ class EmbeddingCache:
             rows = [np.empty(0, np.int64)]
             for tar_id in self.finished():
                 hashes.append(self.columns(tar_id).key_hash_n)
-                rows.append(tar_id * self.manifest.rows_per_tar + np.arange(len(hashes[-1])))
+                rows.append(tar_id * self.manifest.samples_per_tar + np.arange(len(hashes[-1])))
             hashes_N = np.concatenate(hashes)
             order = np.argsort(hashes_N, kind="stable")
             self._rows_by_key = hashes_N[order], np.concatenate(rows)[order]
@@ -256,11 +256,11 @@ class EmbeddingCache:
         if last == first:
             raise ManifestError(f"{self.storage}: no sample {key!r} in the {len(self.finished())} tars that are built")
         if last - first > 1:
-            tars = [self.tars[row // self.manifest.rows_per_tar].path for row in rows_N[first:last].tolist()]
+            tars = [self.tars[row // self.manifest.samples_per_tar].path for row in rows_N[first:last].tolist()]
             raise ManifestError(
                 f"{self.storage}: several tars have a sample {key!r}: {tars[:5]}: choose a tar and use `row`"
             )
-        tar_id, ordinal = divmod(int(rows_N[first]), self.manifest.rows_per_tar)
+        tar_id, ordinal = divmod(int(rows_N[first]), self.manifest.samples_per_tar)
         return tar_id, ordinal
 
     def array(self, view: int = 0) -> Any:

@@ -113,7 +113,7 @@ def read_shard_rows(storage: Storage, manifest: Manifest, record: DoneRecord, vi
         found = _read_chunks(path, rows_cB)
     if found != record.files[name]:
         raise BadShard(f"{storage.uri(file)} is not the file that was written")
-    rows_nD = rows_cB.reshape(-1).view(dtype).reshape(-1, manifest.dim)[: record.n_samples]
+    rows_nD = rows_cB.reshape(-1).view(dtype).reshape(-1, manifest.dim)[: record.n_rows]
     return ShardRows(rows_nD, _scale(storage, manifest, record, view))
 
 
@@ -124,7 +124,8 @@ def read_column(storage: Storage, manifest: Manifest, record: DoneRecord, name: 
     data = storage.read(file)
     if FileSum.of(data) != record.files[name]:
         raise BadShard(f"{storage.uri(file)} is not the file that was written")
-    return np.ndarray((record.n_samples, *spec.row), np.dtype(spec.dtype).newbyteorder("<"), data)
+    length = spec.length(record.n_samples, record.n_rows)
+    return np.ndarray((length, *spec.row), np.dtype(spec.dtype).newbyteorder("<"), data)
 
 
 def _read_chunks(path: Path, rows_cB: npt.NDArray[np.uint8]) -> FileSum:

@@ -20,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from threetowers.cache.format import shard
 from threetowers.cache.format.done_record import DONE, DoneRecord, done_record_name, read_done_record
-from threetowers.cache.format.layout import STORE, RowStatus, arrays, emb_name, scale_name, stored_rows, tar_files
+from threetowers.cache.format.layout import STORE, RowStatus, arrays, emb_name, scale_name, tar_files
 from threetowers.cache.format.manifest import Manifest, ManifestError, read_manifest
 from threetowers.cache.format.store import Arrays, empty_group, fit_to_table, read_tar_rows
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
@@ -227,9 +227,9 @@ class _TarChecker:
             self._add_problem(entry, "two samples with the same key")
 
         # Embeddings.
-        if not all(np.isfinite(view[ok]).all() for view in views):
+        if not all(np.isfinite(view[ok[: len(view)]]).all() for view in views):
             self._add_problem(entry, "a nonfinite row with status ok")
-        if not all(np.isnan(view[~ok]).all() for view in views):
+        if not all(np.isnan(view[~ok[: len(view)]]).all() for view in views):
             self._add_problem(entry, "an embedding in a row without status ok")
         if ok.sum() != record.n_ok or counts != record.counts:
             self._add_problem(entry, "other counts of statuses than in the done record")
@@ -249,8 +249,7 @@ class _TarChecker:
         sums = {}
         for name, spec in arrays(manifest).items():
             if spec.chunked:
-                stored = rows[name][: stored_rows(manifest, spec, n_samples)]
-                _, crcs = shard.encode(stored, manifest.chunk_rows, manifest.chunks_per_tar)
+                _, crcs = shard.encode(rows[name], manifest.chunk_rows, manifest.chunks_per_tar)
                 sums[name] = tuple(crcs)
         return sums
 
@@ -287,9 +286,10 @@ class _TarChecker:
 
 
 def _decoded(manifest: Manifest, rows: Arrays, view: int) -> npt.NDArray[np.float32]:
-    """Return (rows_per_tar, D) float32 embeddings of a view; NaN where there is none."""
-    scale = rows[scale_name(view)] if manifest.storage_dtype.scaled else None
-    return manifest.storage_dtype.decode(rows[emb_name(view)], scale)
+    """Return the stored float32 embeddings of a view; NaN where there is none."""
+    stored = rows[emb_name(view)]
+    scale = rows[scale_name(view)][: len(stored)] if manifest.storage_dtype.scaled else None
+    return manifest.storage_dtype.decode(stored, scale)
 
 
 def _check_metadata(report: VerifyReport, manifest: Manifest, table: TarTable) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from threetowers.cache.webdataset.sample_list import IMAGE_EXTENSIONS
 
@@ -160,6 +161,11 @@ class CaptionFormat:
 
 
 DEFAULT_CAPTIONS = CaptionFormat()
+
+
+def caption_hash(caption: str) -> int:
+    """Return the xxh3_64 of a caption as `CaptionFormat.find` gives it, which a cache stores beside its row."""
+    return xxhash.xxh3_64_intdigest(caption.encode())
 
 
 def decode_text(data: bytes) -> str:

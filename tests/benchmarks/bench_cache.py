@@ -36,12 +36,13 @@ from torch import Tensor
 
 from threetowers.cache.builder.build import build_cache, build_caches
 from threetowers.cache.builder.build_config import BuildConfig
-from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
 from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.done_record import done_record_name
-from threetowers.cache.format.layout import rows_and_chunk
+from threetowers.cache.format.image_row_buffer import ImageRowBuffer
+from threetowers.cache.format.layout import image_room
 from threetowers.cache.format.manifest import Manifest, Preprocessing, to_json
+from threetowers.cache.format.row_buffer import Provenance
 from threetowers.cache.format.store import fit_to_table
 from threetowers.cache.format.tar_table import extend
 from threetowers.cache.read.embedding_cache import EmbeddingCache
@@ -216,7 +217,7 @@ def bench_runtime(folder: Path, rounds: int, batch: int = 32) -> None:
 def random_cache(folder: Path) -> EmbeddingCache:
     """A cache of one tar of random rows."""
     storage, n = open_storage(folder), SHARD_ROWS
-    slot, chunk_rows = rows_and_chunk(2 * SHARD_DIM, n)
+    room = image_room(2 * SHARD_DIM, n)
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
     manifest = Manifest(
         encoder="timm:b",
@@ -225,17 +226,15 @@ def random_cache(folder: Path) -> EmbeddingCache:
         feature="pooled",
         dim=SHARD_DIM,
         dtype="float16",
-        samples_per_tar=slot,
-        rows_per_tar=slot,
-        chunk_rows=chunk_rows,
+        **room._asdict(),
         versions={},
         preprocessing=transform,
     )
     index = TarIndex("/0.tar", 1, "0", SampleList([(str(k), {"png": Member(0, 1)}) for k in range(n)]), {})
-    (entry,) = extend(storage, [index], slot).entries
+    (entry,) = extend(storage, [index], room.samples_per_tar).entries
     fit_to_table(storage, manifest)
     storage.put("manifest.json", to_json(manifest), owner="manifest")
-    rows = RowBuffer(index, manifest)
+    rows = ImageRowBuffer(index, manifest)
     emb_nD = np.random.default_rng(0).normal(size=(n, 1, SHARD_DIM)).astype(np.float32)
     for k in range(n):
         rows.set_image(k, k)

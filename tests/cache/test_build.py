@@ -250,7 +250,7 @@ def test_nonfinite_output_gets_a_status(
 
 
 def test_options_out_of_range_are_refused(tars: list[Path], options: dict[str, Any], tmp_path: Path) -> None:
-    for change in ({"batch_size": 0}, {"threads": 0}, {"dtype": "int4"}, {"on_bad": "ignore"}, {"rows_per_tar": 0}):
+    for change in ({"batch_size": 0}, {"threads": 0}, {"dtype": "int4"}, {"on_bad": "ignore"}, {"samples_per_tar": 0}):
         with pytest.raises(ValueError, match="expected"):
             build_cache(BuildConfig(tars=[tars[0]], output_dir=tmp_path / "out", **(options | change)))
 

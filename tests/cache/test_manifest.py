@@ -13,21 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.cache.caches import TRANSFORM, image_manifest, text_manifest
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
-from threetowers.cache.builder.row_buffer import RoundingError
 from threetowers.cache.format.dtypes import STORAGE_DTYPES
-from threetowers.cache.format.layout import arrays, rows_and_chunk, stored_bytes, tar_files
+from threetowers.cache.format.layout import arrays, stored_bytes, tar_files
 from threetowers.cache.format.manifest import (
+    CaptionSources,
     Manifest,
     ManifestError,
-    Preprocessing,
     incompatibilities,
     informative_differences,
     read_manifest,
     teacher_mismatch,
     to_json,
 )
+from threetowers.cache.format.row_buffer import RoundingError
 from threetowers.cache.format.store import write_tar_rows
 from threetowers.cache.format.tar_table import TableSegment, TarEntry, TarTable, common_root, extend, read_table
 from threetowers.cache.format.views import Views
@@ -40,24 +41,10 @@ from threetowers.cache.webdataset.tar_index import TarIndex, index_tar
 
 Pack = Callable[..., Path]
 MakeSamples = Callable[[int, int], list[tuple[str, dict[str, bytes]]]]
-TRANSFORM = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
 
 
-def manifest_of(tier: str = "float16", views: Views | None = None, dim: int = 5, slot: int = 12) -> Manifest:
-    return Manifest(
-        encoder="timm:b",
-        weights="w",
-        weights_digest="d",
-        feature="pooled",
-        dim=dim,
-        dtype=tier,  # type: ignore[arg-type]
-        samples_per_tar=slot,
-        rows_per_tar=slot,
-        chunk_rows=4,
-        versions={"torch": "1"},
-        preprocessing=TRANSFORM,
-        views=views or Views(),
-    )
+def manifest_of() -> Manifest:
+    return dataclasses.replace(image_manifest(5, 12), rows_per_tar=12, samples_per_tar=12, chunk_rows=4)
 
 
 def tar(location: str, fingerprint: str, n: int = 3) -> TarIndex:
@@ -90,6 +77,29 @@ def test_which_fields_must_agree(change: dict[str, Any], line: str) -> None:
     ]
 
 
+def test_a_manifest_says_how_its_side_was_embedded_and_no_more() -> None:
+    image = image_manifest(5, 12)
+    text = text_manifest(5, 12, 30)
+    for manifest, change, found in (
+        (image, {"text": text.text}, "'preprocessing', 'text'"),
+        (text, {"captions": None}, "'text'"),
+        (image, {"of": "text"}, "'preprocessing'"),
+    ):
+        with pytest.raises(ValueError, match=rf"or text and captions \(text\), found \[{found}\]"):
+            dataclasses.replace(manifest, **change)
+
+
+def test_the_sources_of_captions_are_numbered() -> None:
+    assert CaptionSources().names == ("txt", "json.captions", "json.caption")
+    assert not CaptionSources().caption_format.sources
+    named = CaptionSources(("json.alt", "txt"), caption_per_line=True)
+    assert named.names == tuple(named.caption_format.sources) == ("json.alt", "txt")
+    assert named.caption_format.caption_per_line
+    for sources in (("txt", "txt"), ("json",), tuple(f"json.{i}" for i in range(257))):
+        with pytest.raises(ValueError, match="expected"):
+            CaptionSources(sources)
+
+
 def test_a_manifest_with_unknown_fields_or_values_is_refused(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     storage.put("manifest.json", to_json(manifest_of()), owner="t")
@@ -104,7 +114,7 @@ def test_a_manifest_with_unknown_fields_or_values_is_refused(tmp_path: Path) -> 
 @settings(max_examples=60, deadline=None)
 @given(
     tier=st.sampled_from(list(STORAGE_DTYPES)),
-    policy=st.sampled_from(["center", "center+flip", "crops:3"]),
+    policy=st.sampled_from(["center", "center+flip", "crops:3", "text"]),
     dim=st.integers(1, 40),
     largest=st.integers(1, 60),
     data=st.data(),
@@ -112,57 +122,74 @@ def test_a_manifest_with_unknown_fields_or_values_is_refused(tmp_path: Path) -> 
 def test_bytes_are_known_before_they_are_written(
     tier: str, policy: str, dim: int, largest: int, data: st.DataObject
 ) -> None:
-    slot, chunk_rows = rows_and_chunk(STORAGE_DTYPES[tier].row_bytes(dim), largest)
-    manifest = dataclasses.replace(manifest_of(tier, Views(policy), dim), rows_per_tar=slot, chunk_rows=chunk_rows)
     n = data.draw(st.integers(1, largest))
-    rows = {spec.name: np.zeros((n, *spec.row), spec.dtype) for spec in arrays(manifest).values()}
+    if policy == "text":
+        captions = data.draw(st.integers(1, 8 * largest))
+        manifest = text_manifest(dim, largest, captions, tier)
+        n_rows = data.draw(st.integers(0, manifest.rows_per_tar))
+    else:
+        manifest = image_manifest(dim, largest, tier, Views(policy, *((1, 0.5) if policy == "crops:3" else ())))
+        n_rows = n
+    rows = {}
+    for spec in arrays(manifest).values():
+        rows[spec.name] = np.zeros((spec.length(n, n_rows), *spec.row), spec.dtype)
     storage = open_storage(f"memory://bytes-{data.draw(st.uuids())}")
     files, sums = write_tar_rows(storage, manifest, 0, rows)
-    assert sum(file.size for file in files.values()) == stored_bytes(manifest, n)
+    assert sum(file.size for file in files.values()) == stored_bytes(manifest, n, n_rows)
     assert set(files) == set(tar_files(manifest, 0))
-    assert all(len(crcs) == -(-n // chunk_rows) for crcs in sums.values())
-    assert len(sums) == manifest.views.count
+    assert all(len(crcs) == -(-n_rows // manifest.chunk_rows) for crcs in sums.values())
+    assert len(sums) == (3 + (tier == "int8") if policy == "text" else manifest.views.count)
 
 
 def test_rows_of_large_tars_have_little_overhead() -> None:
     for dim in (768, 1024, 2048):
-        slot, chunk_rows = rows_and_chunk(2 * dim, 10_000)
-        manifest = dataclasses.replace(manifest_of(dim=dim), rows_per_tar=slot, chunk_rows=chunk_rows)
-        assert stored_bytes(manifest, 10_000) <= 1.03 * 10_000 * dim * 2
+        manifest = image_manifest(dim, 10_000)
+        assert stored_bytes(manifest, 10_000, 10_000) <= 1.03 * 10_000 * dim * 2
+
+
+@pytest.mark.parametrize("dim", [384, 512, 768, 1024, 4096])
+def test_runs_of_large_tars_have_little_overhead(dim: int) -> None:
+    """10,000 samples of 1 to 8 captions, in tars of a tenth more or fewer captions than those that were counted."""
+    manifest = text_manifest(dim, 10_000, 45_000)
+    for captions in range(40_500, 49_500, 17):
+        assert stored_bytes(manifest, 10_000, captions) <= 1.05 * captions * dim * 2
+    one_each = text_manifest(dim, 10_000, 10_000)
+    assert stored_bytes(one_each, 10_000, 9_985) <= 1.05 * 9_985 * dim * 2
+    assert manifest.rows_per_tar >= 4 * 45_000
 
 
 def test_a_table_only_grows(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
-    first = extend(storage, [tar("/d/x/a.tar", "A"), tar("/d/y/b.tar", "B")], rows_per_tar=5)
+    first = extend(storage, [tar("/d/x/a.tar", "A"), tar("/d/y/b.tar", "B")], samples_per_tar=5)
     assert [(e.id, e.path) for e in first.entries] == [(0, "x/a.tar"), (1, "y/b.tar")]
-    assert extend(storage, [tar("/d/y/b.tar", "B")], rows_per_tar=5) == first
+    assert extend(storage, [tar("/d/y/b.tar", "B")], samples_per_tar=5) == first
     assert not (tmp_path / "tars/1.json").exists()
     second = extend(
-        storage, [tar("/d/y/b.tar", "B"), tar("s3://bucket/c.tar", "C"), tar("/d/x/d.tar", "D")], rows_per_tar=5
+        storage, [tar("/d/y/b.tar", "B"), tar("s3://bucket/c.tar", "C"), tar("/d/x/d.tar", "D")], samples_per_tar=5
     )
     assert second.entries[:2] == first.entries
     assert [(e.id, e.path) for e in second.entries[2:]] == [(2, "s3://bucket/c.tar"), (3, "/d/x/d.tar")]
     assert read_table(storage) == second
     assert [second.at(where).id for where in ("/d/x/a.tar", "s3://bucket/c.tar", "/d/x/d.tar")] == [0, 2, 3]  # type: ignore[union-attr]
     assert second.at("/d/x/z.tar") is None
-    with pytest.raises(ManifestError, match=r"6 samples, expected at most 5.*--rows-per-tar"):
-        extend(storage, [tar("/d/e.tar", "E", 6)], rows_per_tar=5)
+    with pytest.raises(ManifestError, match=r"6 samples, expected at most 5.*--samples-per-tar"):
+        extend(storage, [tar("/d/e.tar", "E", 6)], samples_per_tar=5)
     with pytest.raises(ManifestError, match="copies of each other"):
-        extend(storage, [tar("/d/e.tar", "E"), tar("/d/f.tar", "E")], rows_per_tar=5)
+        extend(storage, [tar("/d/e.tar", "E"), tar("/d/f.tar", "E")], samples_per_tar=5)
     assert read_table(storage) == second
 
 
 def test_a_repacked_tar_is_refused_in_its_old_and_its_new_folder(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
-    extend(storage, [tar("/d/x/0.tar", "A"), tar("/d/y/0.tar", "B")], rows_per_tar=5)
+    extend(storage, [tar("/d/x/0.tar", "A"), tar("/d/y/0.tar", "B")], samples_per_tar=5)
     with pytest.raises(
         ManifestError, match=r"/d/y/0\.tar: repacked or downloaded again.*expected fingerprint B, found Z"
     ):
-        extend(storage, [tar("/d/y/0.tar", "Z")], rows_per_tar=5)
+        extend(storage, [tar("/d/y/0.tar", "Z")], samples_per_tar=5)
     with pytest.raises(ManifestError, match=r"/new/y/0\.tar: repacked or downloaded again"):
-        extend(storage, [tar("/new/x/0.tar", "A"), tar("/new/y/0.tar", "Z")], rows_per_tar=5)
+        extend(storage, [tar("/new/x/0.tar", "A"), tar("/new/y/0.tar", "Z")], samples_per_tar=5)
     table = extend(
-        storage, [tar("/other/x/0.tar", "Z")], rows_per_tar=5
+        storage, [tar("/other/x/0.tar", "Z")], samples_per_tar=5
     )  # another data set that numbers its tars alike
     assert table.entries[2].fingerprint == "Z"
     assert table.duplicate_names(["/more/0.tar", "/d/x/0.tar", "/more/1.tar"]) == ["/more/0.tar"]
@@ -172,8 +199,8 @@ def test_a_repacked_tar_is_refused_in_its_old_and_its_new_folder(tmp_path: Path)
 def test_a_table_that_was_edited_or_copied_in_part_is_refused(damage: str, tmp_path: Path) -> None:
     storage, other = open_storage(tmp_path / "a"), open_storage(tmp_path / "b")
     for number in range(3):
-        extend(storage, [tar(f"/d/{number}.tar", f"A{number}")], rows_per_tar=5)
-        extend(other, [tar(f"/e/{number}.tar", f"B{number}")], rows_per_tar=5)
+        extend(storage, [tar(f"/d/{number}.tar", f"A{number}")], samples_per_tar=5)
+        extend(other, [tar(f"/e/{number}.tar", f"B{number}")], samples_per_tar=5)
     folder = tmp_path / "a" / "tars"
     if damage == "edited":
         (folder / "1.json").write_text((folder / "1.json").read_text().replace("A1", "A9"))
@@ -191,7 +218,7 @@ def test_a_table_that_was_edited_or_copied_in_part_is_refused(damage: str, tmp_p
 
 def add(folder: str, worker: int) -> None:
     for number in range(4):
-        extend(open_storage(folder), [tar(f"/w{worker}/{number}.tar", f"{worker}-{number}")], rows_per_tar=5)
+        extend(open_storage(folder), [tar(f"/w{worker}/{number}.tar", f"{worker}-{number}")], samples_per_tar=5)
 
 
 @pytest.mark.distributed
@@ -215,14 +242,14 @@ class GrowsWhenRead(LocalStorage):
         try:
             return super().read(name, start, stop)
         except FileNotFoundError:
-            extend(LocalStorage(self.folder), [tar(f"/late/{name}.tar", name)], rows_per_tar=5)
+            extend(LocalStorage(self.folder), [tar(f"/late/{name}.tar", name)], samples_per_tar=5)
             raise
 
 
 @pytest.mark.parametrize("segments", [0, 1])
 def test_a_table_to_which_another_process_adds_tars_is_read(segments: int, tmp_path: Path) -> None:
     for number in range(segments):
-        extend(LocalStorage(tmp_path), [tar(f"/d/{number}.tar", f"A{number}")], rows_per_tar=5)
+        extend(LocalStorage(tmp_path), [tar(f"/d/{number}.tar", f"A{number}")], samples_per_tar=5)
     before = read_table(GrowsWhenRead(tmp_path), allow_empty=True)
     assert [entry.fingerprint for entry in before.entries] == [f"A{number}" for number in range(segments)]
     assert len(read_table(LocalStorage(tmp_path)).segments) == segments + 1
@@ -257,7 +284,7 @@ def test_tars_are_added_to_a_built_cache(
     tars: list[Path], options: dict[str, Any], pack: Pack, samples: MakeSamples, tmp_path: Path
 ) -> None:
     out = tmp_path / "cache"
-    build_cache(BuildConfig(tars=tars[1:2], output_dir=out, **options, rows_per_tar=24))
+    build_cache(BuildConfig(tars=tars[1:2], output_dir=out, **options, samples_per_tar=24))
     before = EmbeddingCache.open(out)
     row, manifest = before.tar(0), before.manifest
     report = build_cache(BuildConfig(tars=tars, output_dir=out, **options))
@@ -272,8 +299,8 @@ def test_tars_are_added_to_a_built_cache(
     large = pack(tmp_path / "large.tar", samples(25, 8))
     with pytest.raises(ManifestError, match=r"large\.tar: 25 samples, expected at most 24"):
         build_cache(BuildConfig(tars=[large], output_dir=out, **options))
-    with pytest.raises(ManifestError, match="rows_per_tar: expected 24, found 100"):
-        build_cache(BuildConfig(tars=tars, output_dir=out, **options, rows_per_tar=100))
+    with pytest.raises(ManifestError, match="samples_per_tar: expected 24, found 100"):
+        build_cache(BuildConfig(tars=tars, output_dir=out, **options, samples_per_tar=100))
     with pytest.raises(ManifestError, match=r"views\.policy: expected center, found center\+flip"):
         build_cache(BuildConfig(tars=tars, output_dir=out, **options, views=Views("center+flip")))
 

@@ -11,7 +11,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from threetowers.cache.format import shard
-from threetowers.cache.format.layout import rows_and_chunk
+from threetowers.cache.format.layout import image_room, text_room
 
 
 def zarr_array(store: MemoryStore, slots: int, n_chunks: int, chunk_rows: int, dim: int, dtype: str) -> zarr.Array:
@@ -88,12 +88,27 @@ def test_wrong_length_and_a_chunk_from_elsewhere() -> None:
 @settings(max_examples=200, deadline=None)
 @given(row_bytes=st.integers(1, 32768), largest=st.integers(1, 200_000))
 def test_rows_per_tar_are_complete_chunks_for_the_largest_tar(row_bytes: int, largest: int) -> None:
-    slot, chunk_rows = rows_and_chunk(row_bytes, largest)
+    samples, slot, chunk_rows = image_room(row_bytes, largest)
+    assert samples == slot
     assert slot % chunk_rows == 0
     assert largest <= slot < largest + chunk_rows
     assert slot - largest < max(8, largest * row_bytes / 2**20 + 1), "less than a row for each chunk is left over"
     assert chunk_rows <= -(-largest // 8)
     assert chunk_rows == 1 or chunk_rows * row_bytes < 1.6 * 2**20 + row_bytes
+
+
+@settings(max_examples=200, deadline=None)
+@given(row_bytes=st.integers(1, 32768), largest=st.integers(1, 20_000), captions=st.integers(0, 400_000))
+def test_a_tar_of_text_has_room_for_more_captions(row_bytes: int, largest: int, captions: int) -> None:
+    samples, rows, chunk_rows = text_room(row_bytes, largest, captions)
+    assert samples == largest
+    assert rows % chunk_rows == 0
+    assert max(1, 4 * captions) <= rows < 4 * captions + chunk_rows + 1
+    assert chunk_rows == 16 or (chunk_rows - 1) * 64 < captions
+    assert chunk_rows == 16 or chunk_rows * row_bytes < 1.6 * 2**20 + row_bytes
+    wanted = text_room(row_bytes, largest, captions, rows_per_tar=1000)
+    assert wanted.chunk_rows == chunk_rows
+    assert 1000 <= wanted.rows_per_tar < 1000 + chunk_rows
 
 
 def test_no_padding_is_stored_beyond_the_last_chunk(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_two_caches_are_built_from_one_decode(
     real = decoding.decode_rgb
     monkeypatch.setattr(decoding, "decode_rgb", lambda data, **how: decoded.append(1) or real(data, **how))
     resnet = {"encoder": tiny_encoder("test_resnet@48")}
-    shared = {"views": Views("center+flip"), "rows_per_tar": 6, "batch_size": 5, "threads": 1}
+    shared = {"views": Views("center+flip"), "samples_per_tar": 6, "batch_size": 5, "threads": 1}
     teachers = {
         "output_dir": [tmp_path / "vit", tmp_path / "resnet"],
         "encoder": [options["encoder"], resnet["encoder"]],

@@ -82,15 +82,16 @@ def gap(tmp_path: Path, weights: str) -> Callable[..., tuple[Path, Path]]:
 
 def leave_out(folder: Path, ordinal: int) -> None:
     """Build the tar again as it would be with a filter that drops one sample."""
-    from threetowers.cache.builder.row_buffer import Provenance, RowBuffer
     from threetowers.cache.format.done_record import done_record_name
+    from threetowers.cache.format.image_row_buffer import ImageRowBuffer
     from threetowers.cache.format.layout import RowStatus, arrays
     from threetowers.cache.format.manifest import to_json
+    from threetowers.cache.format.row_buffer import Provenance
     from threetowers.cache.storage.storage import open_storage
 
     opened = EmbeddingCache.open(folder)
     index = index_tar(Path(opened.table.root) / opened.tars[0].path)
-    rows = RowBuffer(index, opened.manifest)
+    rows = ImageRowBuffer(index, opened.manifest)
     for name in arrays(opened.manifest):
         view = 0 if name == "emb" else int(name.rpartition("_")[2]) if name.startswith("emb") else None
         rows.arrays[name][:] = opened.shard_rows(0, view).rows_nD if view is not None else opened._column(0, name)
