@@ -172,6 +172,13 @@ class Manifest:
             raise ManifestError(f"of: expected a cache of images, found one of {self.of} ({self.encoder})")
         return self.preprocessing
 
+    @property
+    def caption_sources(self) -> CaptionSources:
+        """Which captions are embedded. Raises ManifestError for a cache of images."""
+        if self.captions is None:
+            raise ManifestError(f"of: expected a cache of text, found one of {self.of} ({self.encoder})")
+        return self.captions
+
     @cached_property
     def digest(self) -> str:
         """The xxh3_128 of the manifest, which ties each done record to this cache."""

@@ -9,13 +9,11 @@ import numpy.typing as npt
 
 from threetowers.cache.format.dtypes import Float32Array, StoredArray
 from threetowers.cache.format.layout import RowStatus, emb_name, scale_name
-from threetowers.cache.format.manifest import CaptionSources, Manifest, ManifestError
+from threetowers.cache.format.manifest import Manifest, ManifestError
 from threetowers.cache.format.row_buffer import RowBuffer
 from threetowers.cache.format.store import Arrays
-from threetowers.cache.webdataset.captions import caption_hash
+from threetowers.cache.webdataset.captions import caption_hash, shortened
 from threetowers.cache.webdataset.tar_index import TarIndex
-
-MAX_CAPTION_SHOWN = 60
 
 
 class _Run(NamedTuple):
@@ -37,7 +35,7 @@ class TextRowBuffer(RowBuffer):
 
     def __init__(self, index: TarIndex, manifest: Manifest, min_cosine: float | None = None) -> None:
         super().__init__(index, manifest, min_cosine)
-        self._sources = manifest.captions or CaptionSources()
+        self._sources = manifest.caption_sources
         self._code = {source: code for code, source in enumerate(self._sources.names)}
         self.captions: list[str] = []
         self._place: dict[str, int] = {}  # of each of `captions` in it
@@ -88,7 +86,7 @@ class TextRowBuffer(RowBuffer):
         if len(coarse):
             place = int(at[coarse[0]])
             ordinal = next(ordinal for ordinal, run in self._runs.items() if place in run.caption_k)
-            raise self._rounding_error(ordinal, f", caption {self._shown(place)}", features_bD[coarse[:1]])
+            raise self._rounding_error(ordinal, f", caption {shortened(self.captions[place])}", features_bD[coarse[:1]])
 
     def reject(self, ordinal: int, status: RowStatus, reason: str) -> None:
         """Record that a sample has no embedding, and why. Its run is empty."""
@@ -167,12 +165,7 @@ class TextRowBuffer(RowBuffer):
             found = [place for place in run.caption_k.tolist() if place in row]
             if found:
                 why = self._why_nonfinite(features_bD[row[found[0]]][None])
-                self.reject(ordinal, RowStatus.NON_FINITE, f"caption {self._shown(found[0])}: {why}")
-
-    def _shown(self, place: int) -> str:
-        """Return a caption for a message."""
-        caption = self.captions[place]
-        return repr(caption if len(caption) <= MAX_CAPTION_SHOWN else caption[:MAX_CAPTION_SHOWN] + "...")
+                self.reject(ordinal, RowStatus.NON_FINITE, f"caption {shortened(self.captions[found[0]])}: {why}")
 
 
 def _concatenated(parts: Sequence[npt.NDArray[np.generic]], dtype: type[np.generic]) -> npt.NDArray[Any]:

@@ -1,11 +1,10 @@
 """Read a cache: check that it belongs to some tars, then take rows by (tar, ordinal, key), by key, or a tar at a time.
 
 A local cache is memory-mapped; of a remote one, the shards of whole tars are fetched, checked and kept, up to a bound
-of memory. A row is returned only if the hash of its key is the one stored beside it.
+of memory. A row is returned only if the hash of its key is the one stored beside it, and that of its caption.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,32 +15,25 @@ from cachetools import LRUCache
 from threetowers.cache.format.done_record import DONE, DoneRecord, done_record_name, read_done_record
 from threetowers.cache.format.dtypes import Float32Array
 from threetowers.cache.format.layout import STORE, RowStatus, emb_name
-from threetowers.cache.format.manifest import Manifest, ManifestError, read_manifest
+from threetowers.cache.format.manifest import Manifest, ManifestError, Side, read_manifest
 from threetowers.cache.format.shard import BadShard
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
+from threetowers.cache.read.caption_runs import CaptionRows, CaptionRuns
 from threetowers.cache.read.shard_rows import MmapShardRows, ShardRows, open_shard_rows, read_column, read_shard_rows
+from threetowers.cache.read.tar_columns import OK, TarColumns, read_tar_columns
 from threetowers.cache.storage.storage import Storage, open_storage
 from threetowers.cache.webdataset.tar_index import key_hash
 
 Int64 = npt.NDArray[np.int64]
-OK = int(RowStatus.OK)  # an enum's member is slow to look up, and this is compared at every row
-
-
-@dataclass(frozen=True, eq=False)
-class TarColumns:
-    """What is stored of one tar beside the embeddings: (n,) hashes of the keys and (n,) RowStatus."""
-
-    record: DoneRecord
-    key_hash_n: npt.NDArray[np.uint64]
-    status_n: npt.NDArray[np.uint8]
 
 
 class EmbeddingCache:
     """A cache of embeddings, opened for reading.
 
-    Rows are raw embeddings of width `dim` in float32, whatever the storage dtype. They are addressed by tar id (0 to
-    len(tars) - 1), ordinal (position of the sample in its tar) and view (0 to n_views - 1). A cache is cheap to open,
-    can be pickled, and can be used before and after a fork.
+    Rows are raw embeddings of width `dim` in float32, whatever the storage dtype. Samples are addressed by tar id (0 to
+    len(tars) - 1) and ordinal (position of the sample in its tar). A sample of a cache of images has one row for each
+    view (0 to n_views - 1): `row`. A sample of a cache of text has a run of rows, one for each caption: `captions`,
+    `caption_row`, `caption_rows`. A cache is cheap to open, can be pickled, and can be used before and after a fork.
 
     Examples:
         >>> import io, tarfile, tempfile
@@ -87,25 +79,32 @@ class EmbeddingCache:
         self.manifest = manifest
         self.table = table
         self.n_views = manifest.views.count
+        self._of_text = manifest.of == "text"
         self._open_tars = open_tars
         self._memory = memory
         self._close()
 
     @classmethod
-    def open(cls, path: str | Path | Storage, *, open_tars: int = 256, memory: int = 1 << 30) -> Self:
+    def open(
+        cls, path: str | Path | Storage, *, of: Side | None = None, open_tars: int = 256, memory: int = 1 << 30
+    ) -> Self:
         """Open the cache in a folder or at an fsspec URL.
 
         Args:
             path: folder, URL or storage of the cache.
+            of: what it must hold embeddings of; None: either.
             open_tars: tars that stay open at most, the least recently used being closed first.
             memory: bytes of rows that are kept of a remote cache, about.
 
         Raises:
-            ManifestError: there is no cache, or its manifest or tar table is damaged.
+            ManifestError: there is no cache, or one of the other side, or its manifest or tar table is damaged.
             StorageError: the storage cannot be read.
         """
         storage = open_storage(path)
-        return cls(storage, read_manifest(storage), read_table(storage), open_tars, memory)
+        cache = cls(storage, read_manifest(storage), read_table(storage), open_tars, memory)
+        if of is not None and cache.manifest.of != of:
+            raise cache._side_error(of)
+        return cache
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without open files: memory maps would be pickled by their contents."""
@@ -164,11 +163,14 @@ class EmbeddingCache:
         return self.columns(tar_id).status_n.copy()
 
     def row(self, tar_id: int, ordinal: int, key: str, view: int = 0) -> Float32Array:
-        """Return the raw embedding of one sample, (D,) float32.
+        """Return the raw embedding of the image of one sample, (D,) float32.
 
         Raises:
-            ManifestError: the row belongs to another key, has no embedding (see `status`), or is damaged.
+            ManifestError: the row belongs to another key, has no embedding (see `status`), or is damaged; or this is a
+                cache of text.
         """
+        if self._of_text:
+            raise self._side_error("image")
         columns = self.columns(tar_id)
         if (
             not 0 <= ordinal < len(columns.status_n)
@@ -185,6 +187,7 @@ class EmbeddingCache:
         ordinals: Sequence[int] | Int64,
         keys: Sequence[str] | None = None,
         view: int = 0,
+        captions: Sequence[int] | Int64 | None = None,
     ) -> Float32Array:
         """Return the raw embeddings of m samples, (m, D) float32, in the given order.
 
@@ -193,13 +196,20 @@ class EmbeddingCache:
             ordinals: (m,) positions in their tars.
             keys: their keys, to be compared; None to trust the addresses.
             view: which view of the images.
+            captions: (m,) numbers of their captions, in a cache of text.
 
         Raises:
-            ManifestError: as for `row`; names the first sample without a row.
-            ValueError: the arguments have different lengths.
+            ManifestError: as for `row` and `caption_row`; names the first sample without a row.
+            ValueError: the arguments have different lengths, or there are captions for images, or none for text.
         """
         tars_m = np.asarray(tar_ids, np.int64)
         ordinals_m = np.asarray(ordinals, np.int64)
+        captions_m = None if captions is None else np.asarray(captions, np.int64)
+        if self._of_text != (captions_m is not None) or (captions_m is not None and captions_m.shape != tars_m.shape):
+            raise ValueError(
+                f"{self.storage}: captions: {'none' if captions_m is None else captions_m.shape} for rows of "
+                f"{self.manifest.of}: expected one for each row of text, and none for images"
+            )
         if tars_m.shape != ordinals_m.shape or tars_m.ndim != 1 or (keys is not None and len(keys) != len(tars_m)):
             raise ValueError(
                 f"rows: tar ids of shape {tars_m.shape}, ordinals of shape {ordinals_m.shape}, "
@@ -218,18 +228,82 @@ class EmbeddingCache:
             if not good.all():
                 first = int(np.flatnonzero(~good)[0])
                 raise self._row_error(tar_id, int(wanted[first]), None if keys is None else keys[at[first]])
+            if columns.runs is not None and captions_m is not None:
+                rows, outside = columns.runs.rows(wanted, captions_m[at])
+                if len(outside):
+                    first = int(outside[0])
+                    raise self._caption_error(tar_id, int(wanted[first]), None, int(captions_m[at[first]]), None)
+                wanted = rows
             found_mD[at] = self._decoded(tar_id, view, wanted)
         return found_mD
 
+    def captions(self, tar_id: int, ordinal: int, key: str) -> CaptionRows:
+        """Return which captions of a sample have rows, without reading these.
+
+        Raises:
+            ManifestError: as for `caption_rows`.
+        """
+        return self._runs(tar_id, ordinal, key).captions(ordinal)
+
+    def caption_row(self, tar_id: int, ordinal: int, key: str, number: int, caption: str | None = None) -> Float32Array:
+        """Return the raw embedding of one caption of a sample, (D,) float32.
+
+        Args:
+            tar_id: id of the sample's tar.
+            ordinal: its position there.
+            key: its key, to be compared.
+            number: of the caption among those of `captions`.
+            caption: the caption, to be compared; None to trust the number.
+
+        Raises:
+            ManifestError: as for `caption_rows`; or the caption was changed, moved or added.
+        """
+        row = self._runs(tar_id, ordinal, key).row(ordinal, number, caption)
+        if row is None:
+            raise self._caption_error(tar_id, ordinal, key, number, caption)
+        row_D: Float32Array = self._decoded(tar_id, 0, np.array([row]))[0]
+        return row_D
+
+    def caption_rows(self, tar_id: int, ordinal: int, key: str) -> Float32Array:
+        """Return the raw embeddings of all captions of a sample, (k, D) float32, in the order of `captions`.
+
+        Raises:
+            ManifestError: the rows belong to another key, there are none (see `status`), or they are damaged; or this
+                is a cache of images.
+        """
+        runs = self._runs(tar_id, ordinal, key)
+        return self._decoded(tar_id, 0, np.arange(*runs.bound_N[ordinal : ordinal + 2]))
+
+    def check_captions(
+        self, tar_id: int, ordinal: int, key: str, captions_by_source: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Check that a sample still has the captions that were embedded, in their order.
+
+        Args:
+            tar_id: id of the sample's tar.
+            ordinal: its position there.
+            key: its key.
+            captions_by_source: its captions now, as `manifest.captions.caption_format` finds them.
+
+        Raises:
+            ManifestError: a caption was changed, added, removed or moved; or as for `caption_rows`.
+        """
+        rows = self.captions(tar_id, ordinal, key)
+        if difference := rows.differences(self.manifest.caption_sources.names, captions_by_source):
+            raise ManifestError(f"{self._where(tar_id, ordinal, key)}: {difference}")
+
     def tar(self, tar_id: int, view: int = 0) -> Float32Array:
-        """Return all embeddings of a tar, (n, D) float32, read and checked at once; NaN where a sample has none.
+        """Return all embeddings of a tar, read and checked at once.
+
+        These are (n, D) float32 of n samples of images, NaN where a sample has none; or (r, D) of r captions.
 
         Raises:
             ManifestError: the tar is incomplete or damaged.
         """
         shard = self.shard_rows(tar_id, view)
         rows_nD = self.manifest.storage_dtype.decode(shard.rows_nD, shard.scale_n)
-        rows_nD[self.columns(tar_id).status_n != RowStatus.OK] = np.nan
+        if not self._of_text:
+            rows_nD[self.columns(tar_id).status_n != RowStatus.OK] = np.nan
         return rows_nD
 
     def find(self, key: str) -> tuple[int, int]:
@@ -264,11 +338,12 @@ class EmbeddingCache:
         return tar_id, ordinal
 
     def array(self, view: int = 0) -> Any:
-        """Return the Zarr array of a view, as stored: row `tar_id * manifest.rows_per_tar + ordinal`.
+        """Return the Zarr array of a view, as stored.
 
-        A `zarr.Array` of shape (tars x rows_per_tar, D), for NumPy's slicing, `dask.array.from_zarr` and the like.
-        bfloat16 is stored as uint16, int8 rows are multiples of the array `scale`; rows without an embedding have the
-        fill value.
+        A `zarr.Array` of shape (tars x rows_per_tar, D), for NumPy's slicing, `dask.array.from_zarr` and the like. The
+        row of an image is `tar_id * manifest.rows_per_tar + ordinal`; those of captions are where the array `row_end`
+        says. bfloat16 is stored as uint16, int8 rows are multiples of the array `scale`; rows without an embedding
+        have the fill value.
         """
         import zarr
         from zarr.storage import FsspecStore
@@ -286,16 +361,21 @@ class EmbeddingCache:
         """
         params = self._params.get(tar_id)
         if params is None:
-            params = self._params[tar_id] = np.asarray(self._column(tar_id, "view_params"), np.float32)
+            record = self.columns(tar_id).record
+            try:
+                stored = read_column(self.storage, self.manifest, record, "view_params")
+            except BadShard as error:
+                raise self._damage_error(tar_id, error) from error
+            params = self._params[tar_id] = stored.astype(np.float32)
         found: Float32Array = params[ordinal, self._checked(view)].copy()
         return found
 
     def moments(
         self, tar_ids: Sequence[int] | None = None, *, max_rows: int = 65536, seed: int = 0
     ) -> tuple[Float32Array, Float32Array]:
-        """Return (D,) mean and (D,) population standard deviation of the OK rows of view 0, accumulated in float64.
+        """Return (D,) mean and (D,) population standard deviation of the embeddings of view 0, accumulated in float64.
 
-        Exact if the tars have at most about `max_rows` samples; else over chunks drawn without replacement until they
+        Exact if the tars have at most about `max_rows` rows; else over chunks drawn without replacement until they
         have that many rows. The result depends on the tars, `max_rows` and `seed` only.
 
         Args:
@@ -310,7 +390,8 @@ class EmbeddingCache:
         entries = self.tars if tar_ids is None else [self.tars[tar_id] for tar_id in sorted(tar_ids)]
         chunks = []
         for entry in entries:
-            n_chunks = -(-entry.n_samples // chunk_rows)
+            n_rows = self.record(entry.id).n_rows if self._of_text else entry.n_samples
+            n_chunks = -(-n_rows // chunk_rows)
             chunks += [(entry.id, i) for i in range(n_chunks)]
         count = 0
         total = np.zeros(self.dim)
@@ -320,9 +401,8 @@ class EmbeddingCache:
             if count >= max_rows:
                 break
             tar_id, i = chunks[at]
-            start = i * chunk_rows
-            status = self.columns(tar_id).status_n[start : start + chunk_rows]
-            x_nD = self._decoded(tar_id, 0, start + np.flatnonzero(status == RowStatus.OK)).astype(np.float64)
+            rows = self.columns(tar_id).embedded_rows(i * chunk_rows, (i + 1) * chunk_rows)
+            x_nD = self._decoded(tar_id, 0, rows).astype(np.float64)
             if not len(x_nD):
                 continue
             shift = x_nD[0] if shift is None else shift  # keeps the sum of squares small where the mean is large
@@ -344,9 +424,10 @@ class EmbeddingCache:
         columns = self._columns.get(tar_id)
         if columns is None:
             record = self.record(tar_id)
-            hashes = self._column(tar_id, "key_hash", record).astype(np.uint64)
-            status = self._column(tar_id, "status", record).astype(np.uint8)
-            columns = self._columns[tar_id] = TarColumns(record, hashes, status)
+            try:
+                columns = self._columns[tar_id] = read_tar_columns(self.storage, self.manifest, record)
+            except BadShard as error:
+                raise self._damage_error(tar_id, error) from error
         return columns
 
     def shard_rows(self, tar_id: int, view: int = 0) -> ShardRows:
@@ -360,7 +441,16 @@ class EmbeddingCache:
         except BadShard as error:
             raise self._damage_error(tar_id, error) from error
 
-    def _decoded(self, tar_id: int, view: int, ordinals: Int64) -> Float32Array:
+    def _runs(self, tar_id: int, ordinal: int, key: str) -> CaptionRuns:
+        """Return the runs of a tar, in which that of this sample is. Raises ManifestError as `caption_rows` does."""
+        columns = self.columns(tar_id)
+        if columns.runs is None:
+            raise self._side_error("text")
+        if not columns.is_at(ordinal, key) or columns.status_n[ordinal] != OK:
+            raise self._row_error(tar_id, ordinal, key)
+        return columns.runs
+
+    def _decoded(self, tar_id: int, view: int, rows: Int64) -> Float32Array:
         """Return (m, D) float32 rows of a tar, which is kept open."""
         address = tar_id, self._checked(view)
         try:
@@ -368,17 +458,11 @@ class EmbeddingCache:
             if shard is None:
                 record = self.columns(tar_id).record
                 shard = self._shards[address] = open_shard_rows(self.storage, self.manifest, record, view)
-            stored = shard.take(ordinals)
+            stored = shard.take(rows)
         except BadShard as error:
             raise self._damage_error(tar_id, error) from error
         scale_n = shard.scale_n
-        return self.manifest.storage_dtype.decode(stored, None if scale_n is None else scale_n[ordinals])
-
-    def _column(self, tar_id: int, name: str, record: DoneRecord | None = None) -> npt.NDArray[np.generic]:
-        try:
-            return read_column(self.storage, self.manifest, record or self.columns(tar_id).record, name)
-        except BadShard as error:
-            raise self._damage_error(tar_id, error) from error
+        return self.manifest.storage_dtype.decode(stored, None if scale_n is None else scale_n[rows])
 
     def _checked(self, view: int) -> int:
         if not 0 <= view < self.n_views:
@@ -388,14 +472,26 @@ class EmbeddingCache:
         return view
 
     def _row_error(self, tar_id: int, ordinal: int, key: str | None) -> ManifestError:
-        columns = self.columns(tar_id)
+        return ManifestError(f"{self._where(tar_id, ordinal, key)}: {self.columns(tar_id).why_missing(ordinal, key)}")
+
+    def _where(self, tar_id: int, ordinal: int, key: str | None) -> str:
         named = "" if key is None else f", key {key!r}"
-        where = f"{self.storage}: tar {self.tars[tar_id].path} ({tar_id}), ordinal {ordinal}{named}"
-        if not 0 <= ordinal < len(columns.status_n):
-            return ManifestError(f"{where}: the tar has {len(columns.status_n)} samples")
-        if key is not None and columns.key_hash_n[ordinal] != key_hash(key):
-            return ManifestError(f"{where}: the row there is of another key: the tar is not the one that was cached")
-        return ManifestError(f"{where}: no embedding: {RowStatus(columns.status_n[ordinal]).name.lower()}")
+        return f"{self.storage}: tar {self.tars[tar_id].path} ({tar_id}), ordinal {ordinal}{named}"
+
+    def _caption_error(
+        self, tar_id: int, ordinal: int, key: str | None, number: int, caption: str | None
+    ) -> ManifestError:
+        runs = self.columns(tar_id).runs
+        assert runs is not None
+        difference = runs.captions(ordinal).difference(number, caption)
+        return ManifestError(f"{self._where(tar_id, ordinal, key)}: {difference}")
+
+    def _side_error(self, expected: Side) -> ManifestError:
+        found = self.manifest.of
+        return ManifestError(
+            f"{self.storage}: of: expected a cache of {expected}, found one of {found} ({self.manifest.encoder}): give "
+            f"the path of another cache, or build one with --of {expected}"
+        )
 
     def _damage_error(self, tar_id: int, error: BadShard) -> ManifestError:
         return ManifestError(

@@ -1,4 +1,4 @@
-"""The stored rows of one view of one tar: read into memory, or memory-mapped and checked chunk by chunk.
+"""The stored rows of one tar: read into memory, or memory-mapped and checked chunk by chunk.
 
 In both cases a row is returned only if its bytes are those that the tar's done record describes.
 """
@@ -19,7 +19,7 @@ from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.format.shard import CRC, BadShard, chunk, chunk_offsets
 from threetowers.cache.storage.storage import Storage
 
-Ordinals = npt.NDArray[np.integer]
+Rows = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +34,9 @@ class ShardRows:
         """Bytes of memory of the rows."""
         return self.rows_nD.nbytes
 
-    def take(self, ordinals: Ordinals) -> StoredArray:
-        """Return a copy of the stored rows of these ordinals."""
-        return self.rows_nD[ordinals]
+    def take(self, rows: Rows) -> StoredArray:
+        """Return a copy of some of the rows, as they are stored."""
+        return self.rows_nD[rows]
 
 
 class MmapShardRows:
@@ -66,9 +66,9 @@ class MmapShardRows:
         """Bytes of memory that a memory map needs beside the page cache: none."""
         return 0
 
-    def take(self, ordinals: Ordinals) -> StoredArray:
-        """Return a copy of the stored rows of these ordinals. Raises BadShard if a chunk has changed."""
-        chunk_m, inside_m = np.divmod(ordinals, self._chunk_rows)
+    def take(self, rows: Rows) -> StoredArray:
+        """Return a copy of some of the rows, as they are stored. Raises BadShard if a chunk has changed."""
+        chunk_m, inside_m = np.divmod(rows, self._chunk_rows)
         if not self._checked[chunk_m].all():
             for i in np.unique(chunk_m[~self._checked[chunk_m]]):
                 self._check(int(i))
@@ -118,14 +118,20 @@ def read_shard_rows(storage: Storage, manifest: Manifest, record: DoneRecord, vi
 
 
 def read_column(storage: Storage, manifest: Manifest, record: DoneRecord, name: str) -> StoredArray:
-    """Read an array without chunks, (n, ...): hashes, statuses, scales or crop parameters. Raises BadShard."""
+    """Read what a tar has of another array than embeddings: hashes, statuses, scales, ends of runs. Raises BadShard."""
     file = tar_files(manifest, record.tar_id)[name]
     spec = arrays(manifest)[name]
     data = storage.read(file)
     if FileSum.of(data) != record.files[name]:
         raise BadShard(f"{storage.uri(file)} is not the file that was written")
+    dtype = np.dtype(spec.dtype).newbyteorder("<")
     length = spec.length(record.n_samples, record.n_rows)
-    return np.ndarray((length, *spec.row), np.dtype(spec.dtype).newbyteorder("<"), data)
+    if not spec.chunked:
+        return np.ndarray((length, *spec.row), dtype, data)
+    n_stored = len(record.chunk_crc32c[name])
+    chunk_bytes = manifest.chunk_rows * dtype.itemsize  # each row is a number
+    chunks = np.ndarray((n_stored, manifest.chunk_rows), dtype, data, strides=(chunk_bytes + CRC, dtype.itemsize))
+    return chunks.reshape(-1)[:length]
 
 
 def _read_chunks(path: Path, rows_cB: npt.NDArray[np.uint8]) -> FileSum:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from threetowers.cache.format.layout import RowStatus
+from threetowers.cache.format.dtypes import Float32Array
 from threetowers.cache.format.manifest import Manifest, ManifestError
 from threetowers.cache.processes.prefetch import prefetch
-from threetowers.cache.read.embedding_cache import EmbeddingCache, TarColumns
+from threetowers.cache.read.caption_runs import CaptionRows, CaptionRuns
+from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.shard_rows import ShardRows
-from threetowers.cache.webdataset.tar_index import key_hash
+from threetowers.cache.read.tar_columns import OK, TarColumns
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,26 +31,78 @@ class TarRows:
         """Return the number of samples in the tar."""
         return len(self.columns.status_n)
 
-    def row(self, ordinal: int, key: str) -> npt.NDArray[np.float32] | None:
-        """Return the embedding of one sample, (D,) float32; None if it has none.
+    def row(self, ordinal: int, key: str) -> Float32Array | None:
+        """Return the embedding of the image of one sample, (D,) float32; None if it has none.
 
         Raises:
-            ManifestError: the row belongs to another key.
+            ManifestError: the row belongs to another key, or these are rows of captions.
         """
-        if not 0 <= ordinal < len(self) or self.columns.key_hash_n[ordinal] != key_hash(key):
+        if self.columns.runs is not None:
+            raise ManifestError(f"tar {self.path} ({self.tar_id}): of: expected rows of images, found rows of text")
+        if not self._is_embedded(ordinal, key):
+            return None
+        row_D: Float32Array = self._decoded(np.array([ordinal]))[0]
+        return row_D
+
+    def captions(self, ordinal: int, key: str) -> CaptionRows | None:
+        """Return which captions of a sample have rows; None if it has no embedding.
+
+        Raises:
+            ManifestError: the sample there has another key, or these are rows of images.
+        """
+        runs = self._runs()
+        return runs.captions(ordinal) if self._is_embedded(ordinal, key) else None
+
+    def caption_row(self, ordinal: int, key: str, number: int, caption: str | None = None) -> Float32Array | None:
+        """Return the embedding of one caption of a sample, (D,) float32; None if it has no embedding.
+
+        Args:
+            ordinal: the sample's position in the tar.
+            key: its key, to be compared.
+            number: of the caption among those of `captions`.
+            caption: the caption, to be compared; None to trust the number.
+
+        Raises:
+            ManifestError: as for `captions`; or the caption was changed, moved or added.
+        """
+        runs = self._runs()
+        if not self._is_embedded(ordinal, key):
+            return None
+        row = runs.row(ordinal, number, caption)
+        if row is None:
+            difference = runs.captions(ordinal).difference(number, caption)
+            raise ManifestError(f"tar {self.path} ({self.tar_id}), ordinal {ordinal}, key {key!r}: {difference}")
+        row_D: Float32Array = self._decoded(np.array([row]))[0]
+        return row_D
+
+    def caption_rows(self, ordinal: int, key: str) -> Float32Array | None:
+        """Return the embeddings of all captions of a sample, (k, D) float32; None if it has none.
+
+        Raises:
+            ManifestError: as for `captions`.
+        """
+        runs = self._runs()
+        if not self._is_embedded(ordinal, key):
+            return None
+        return self._decoded(np.arange(*runs.bound_N[ordinal : ordinal + 2]))
+
+    def _is_embedded(self, ordinal: int, key: str) -> bool:
+        """Return whether a sample has an embedding. Raises ManifestError if another one is there."""
+        if not self.columns.is_at(ordinal, key):
             raise ManifestError(
                 f"tar {self.path} ({self.tar_id}), ordinal {ordinal} of {len(self)}, key {key!r}: the row there is of "
                 "another key: the tar is not the one that was cached"
             )
-        if self.columns.status_n[ordinal] != RowStatus.OK:
-            return None
-        at = np.array([ordinal])
+        return bool(self.columns.status_n[ordinal] == OK)
+
+    def _runs(self) -> CaptionRuns:
+        if self.columns.runs is None:
+            raise ManifestError(f"tar {self.path} ({self.tar_id}): of: expected rows of text, found rows of images")
+        return self.columns.runs
+
+    def _decoded(self, rows: npt.NDArray[np.int64]) -> Float32Array:
         scale_n = self.shard.scale_n
-        stored = self.shard.take(at)
-        row_D: npt.NDArray[np.float32] = self.manifest.storage_dtype.decode(
-            stored, None if scale_n is None else scale_n[at]
-        )[0]
-        return row_D
+        return self.manifest.storage_dtype.decode(self.shard.take(rows), None if scale_n is None else scale_n[rows])
 
 
 def stream_rows(

@@ -14,6 +14,7 @@ import xxhash
 from threetowers.cache.webdataset.sample_list import IMAGE_EXTENSIONS
 
 DEFAULT_SOURCES = ("txt", "json.captions", "json.caption")
+MAX_CAPTION_SHOWN = 60
 FIELD = "json."  # begins a source that is a field of the json member; any other source is the extension of a member
 
 
@@ -166,6 +167,11 @@ DEFAULT_CAPTIONS = CaptionFormat()
 def caption_hash(caption: str) -> int:
     """Return the xxh3_64 of a caption as `CaptionFormat.find` gives it, which a cache stores beside its row."""
     return xxhash.xxh3_64_intdigest(caption.encode())
+
+
+def shortened(caption: str) -> str:
+    """Return the beginning of a caption in quotes, for messages."""
+    return repr(caption if len(caption) <= MAX_CAPTION_SHOWN else caption[:MAX_CAPTION_SHOWN] + "...")
 
 
 def decode_text(data: bytes) -> str:

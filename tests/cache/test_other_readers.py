@@ -12,7 +12,7 @@ import pytest
 import torch
 import zarr
 
-from tests.cache.caches import DTYPES, make_cache
+from tests.cache.caches import DTYPES, make_cache, make_text_cache, some_captions
 from threetowers.cache.format.dtypes import storage_dtype
 from threetowers.cache.format.layout import STORE
 from threetowers.cache.format.views import Views
@@ -91,6 +91,45 @@ def test_all_readers_see_the_same_values(read: Callable[[Path, str], np.ndarray]
         assert (found["status"][rest] == 0).all()
     logical = zarr.open_array(cache / STORE / "emb", mode="r").attrs.get("logical_dtype")
     assert logical == ("bfloat16" if tier.name == "bfloat16" else None)
+
+
+TEXT_ARRAYS = ("emb", "caption_hash", "caption_source", "key_hash", "status", "row_end")
+
+
+def read_text(read: Callable[[Path, str], np.ndarray], cache: Path, scaled: bool) -> dict[str, np.ndarray]:
+    return {name: read(cache, name) for name in (*TEXT_ARRAYS, *(("scale",) if scaled else ()))}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("read", [by_zarr, by_tensorstore, by_zarrs, by_dask])
+def test_all_readers_find_the_runs_of_captions(
+    read: Callable[[Path, str], np.ndarray], dtype: str, tmp_path: Path, elsewhere: Any
+) -> None:
+    """By what the attributes of the store say alone; one tar has no caption at all."""
+    tars = some_captions(np.random.default_rng(3), [9, 4, 7])
+    tars[1] = [{}] * 4
+    make_text_cache(tmp_path, tars, 7, dtype, ("txt", "json.captions"))
+    opened, tier = EmbeddingCache.open(tmp_path), storage_dtype(dtype)
+    found = elsewhere.apply(read_text, (read, tmp_path, tier.scaled))
+    attributes = zarr.open_group(tmp_path / STORE, mode="r").attrs
+    per_tar, samples_per_tar = int(attributes["rows_per_tar"]), int(attributes["samples_per_tar"])  # type: ignore[call-overload]
+    n_read = 0
+    for tar_id, tar in enumerate(tars):
+        for ordinal, captions in enumerate(tar):
+            at = tar_id * samples_per_tar + ordinal
+            start = found["row_end"][at - 1] if ordinal else 0
+            run = slice(tar_id * per_tar + int(start), tar_id * per_tar + int(found["row_end"][at]))
+            assert found["status"][at] == (1 if captions else 10)
+            assert run.stop - run.start == sum(map(len, captions.values()))
+            if captions:
+                scale = found["scale"][run] if tier.scaled else None
+                address = tar_id, ordinal, f"{tar_id}/{ordinal}"
+                assert np.array_equal(tier.decode(found["emb"][run], scale), opened.caption_rows(*address))
+                expected = opened.captions(*address)
+                assert np.array_equal(found["caption_hash"][run], expected.hash_k)
+                assert np.array_equal(found["caption_source"][run], expected.source_k)
+                n_read += len(expected.hash_k)
+    assert n_read > 20
 
 
 def test_an_array_converts_to_numpy_torch_and_dask(tmp_path: Path) -> None:

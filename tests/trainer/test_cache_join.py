@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def leave_out(folder: Path, ordinal: int) -> None:
     from threetowers.cache.format.layout import RowStatus, arrays
     from threetowers.cache.format.manifest import to_json
     from threetowers.cache.format.row_buffer import Provenance
+    from threetowers.cache.read.shard_rows import read_column
     from threetowers.cache.storage.storage import open_storage
 
     opened = EmbeddingCache.open(folder)
@@ -94,7 +96,8 @@ def leave_out(folder: Path, ordinal: int) -> None:
     rows = ImageRowBuffer(index, opened.manifest)
     for name in arrays(opened.manifest):
         view = 0 if name == "emb" else int(name.rpartition("_")[2]) if name.startswith("emb") else None
-        rows.arrays[name][:] = opened.shard_rows(0, view).rows_nD if view is not None else opened._column(0, name)
+        column = partial(read_column, opened.storage, opened.manifest, opened.record(0))
+        rows.arrays[name][:] = opened.shard_rows(0, view).rows_nD if view is not None else column(name)
     rows.reject(ordinal, RowStatus.FILTERED, "for the test")
     record = rows.write(open_storage(folder), opened.tars[0], "", Provenance("teacher", 1, "cpu", 0.0))
     open_storage(folder).put(done_record_name(0), to_json(record), owner="test")
