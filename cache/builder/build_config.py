@@ -14,6 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
 from threetowers.cache.format.manifest import DecodeMode, EncoderPrecision, EncoderRuntime, Side
+from threetowers.cache.format.rand_augment import NO_AUGMENT
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.storage.storage import Storage
 from threetowers.cache.webdataset.dataset_sample import DatasetSample, sample_dataset
@@ -35,15 +36,18 @@ def _several(metavar: str, parse: Callable[[str], Any] = str) -> PrimitiveConstr
     )
 
 
-def _views_from_flags(views: str = "center", view_seed: int = 0, view_scale: float = 1.0) -> Views:
+def _views_from_flags(
+    views: str = "center", view_seed: int = 0, view_scale: float = 1.0, view_augment: str = NO_AUGMENT
+) -> Views:
     """Build `Views` from flat flags.
 
     Args:
         views: Views of each image to embed: center (the teacher's own transform), center+flip, or crops:K.
         view_seed: Seed of the random crops.
         view_scale: Smallest share of the image's area in a crop, like data.crop_scale of a run.
+        view_augment: What is done to the crops: none, or randaugment:OPS:MAGNITUDE, as randaugment:2:9.
     """
-    return Views(views, view_seed, view_scale)
+    return Views(views, view_seed, view_scale, view_augment)
 
 
 class Source(NamedTuple):

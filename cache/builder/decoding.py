@@ -48,7 +48,7 @@ def distinct_formats(formats: Sequence[PixelFormat]) -> tuple[list[PixelFormat],
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file: the pixels of its views (V, 3, H, W) and their crop parameters, by pixel format; or the error."""
+    """An image file: the pixels of its views (V, 3, H, W) and their parameters, by pixel format; or the error."""
 
     image_hash: int
     views: Mapping[int, tuple[Pixels, Params]] | BadImage

@@ -150,9 +150,9 @@ class ImageEmbedder:
             self._rejected += 1
             return
         for batches in self._tar:
-            pixels_V3HW, params_V5 = image.views[batches.shared.format]
+            pixels_V3HW, params_VP = image.views[batches.shared.format]
             for rows in batches.buffers.values():
-                rows.set_image(ordinal, image.image_hash, params_V5)
+                rows.set_image(ordinal, image.image_hash, params_VP)
                 rows.notes.update(image.notes)
             batches.add(ordinal, pixels_V3HW)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions, load_frozen_encoder
 from threetowers.cache.format.manifest import Manifest, ManifestError
-from threetowers.cache.format.views import Params, Pixels, apply_crop, as_pixels
+from threetowers.cache.format.views import Params, Pixels, as_pixels, render_view
 
 BATCH_SIZE = 32
 
@@ -61,11 +61,11 @@ def live_teacher(manifest: Manifest, weights: str | None = None, device: str = "
     return teacher
 
 
-def view_pixels(encoder: ImageEncoder, image: Image.Image, view: int, params_5: Params | None) -> Pixels:
-    """Return (3, H, W) pixels of one view of an upright image: the crop if there are params, else center or mirror."""
-    if params_5 is not None:
+def view_pixels(encoder: ImageEncoder, image: Image.Image, view: int, params_P: Params | None) -> Pixels:
+    """Return (3, H, W) pixels of one view of an upright image: a crop if there are params, else center or mirror."""
+    if params_P is not None:
         preprocessing = encoder.preprocessing
-        return as_pixels(apply_crop(image, params_5, preprocessing.input_size, preprocessing.interpolation))
+        return as_pixels(render_view(image, params_P, preprocessing.input_size, preprocessing.interpolation))
     pixels = np.asarray(encoder.transform(image))
     return pixels[..., ::-1] if view else pixels
 

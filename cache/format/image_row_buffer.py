@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threetowers.cache.format.dtypes import Float32Array
-from threetowers.cache.format.layout import RowStatus, arrays, emb_name, scale_name
+from threetowers.cache.format.layout import RowStatus, arrays, emb_name, params_name, scale_name
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.format.row_buffer import RowBuffer
 from threetowers.cache.format.store import Arrays
@@ -34,11 +34,12 @@ class ImageRowBuffer(RowBuffer):
             count += len(ordinals)
         return count
 
-    def set_image(self, ordinal: int, image_hash: int, params_V5: Params | None = None) -> None:
-        """Store the xxh3_64 of a sample's image file, and the parameters of its crops."""
+    def set_image(self, ordinal: int, image_hash: int, params_VP: Params | None = None) -> None:
+        """Store the xxh3_64 of a sample's image file, and the parameters of its views."""
         self.arrays["image_hash"][ordinal] = image_hash
-        if params_V5 is not None and "view_params" in self.arrays:
-            self.arrays["view_params"][ordinal] = params_V5
+        if params_VP is not None and self.manifest.views.cropped:
+            for view, params_P in enumerate(params_VP):
+                self.arrays[params_name(view)][ordinal] = params_P
 
     def set_embeddings(self, ordinals: list[int], features_bVD: Float32Array) -> None:
         """Store the embeddings of these samples, of all views; those that are nonfinite as stored are rejected.

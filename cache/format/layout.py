@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 
 from threetowers.cache.format.manifest import Manifest
-from threetowers.cache.format.views import N_PARAMS
 from threetowers.cache.webdataset.defects import ImageDefect
 
 STORE = "store.zarr"
@@ -109,10 +108,15 @@ def scale_name(view: int) -> str:
     return f"scale_{view}" if view else "scale"
 
 
+def params_name(view: int) -> str:
+    """Return the name of a view's parameters (crops): `view_params`, `view_params_1`, ..."""
+    return f"view_params_{view}" if view else "view_params"
+
+
 def arrays(manifest: Manifest) -> dict[str, ArraySpec]:
     """Return all arrays of a cache by name.
 
-    These are the embeddings of each view, their scales, hashes, statuses, and the parameters of crops; for text also
+    These are the embeddings of each view, their scales, hashes, statuses, and the parameters of views; for text also
     where the run of each sample ends, and the hash and the source of each caption.
     """
     specs = _text_arrays(manifest) if manifest.of == "text" else _image_arrays(manifest)
@@ -130,7 +134,8 @@ def _image_arrays(manifest: Manifest) -> list[ArraySpec]:
         ArraySpec("status", "uint8", (), RowStatus.ABSENT.value, "sample"),
     ]
     if views.cropped:
-        specs.append(ArraySpec("view_params", "float32", (views.count, N_PARAMS), float("nan"), "sample"))
+        row = (views.n_params,)
+        specs += [ArraySpec(params_name(view), "float32", row, float("nan"), "sample") for view in range(views.count)]
     return specs
 
 

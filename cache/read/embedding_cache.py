@@ -14,10 +14,11 @@ from cachetools import LRUCache
 
 from threetowers.cache.format.done_record import DONE, DoneRecord, done_record_name, read_done_record
 from threetowers.cache.format.dtypes import Float32Array
-from threetowers.cache.format.layout import STORE, RowStatus, emb_name
+from threetowers.cache.format.layout import STORE, RowStatus, emb_name, params_name
 from threetowers.cache.format.manifest import Manifest, ManifestError, Side, read_manifest
 from threetowers.cache.format.shard import BadShard
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
+from threetowers.cache.format.views import params_problem
 from threetowers.cache.read.caption_runs import CaptionRows, CaptionRuns
 from threetowers.cache.read.shard_rows import MmapShardRows, ShardRows, open_shard_rows, read_column, read_shard_rows
 from threetowers.cache.read.tar_columns import OK, TarColumns, read_tar_columns
@@ -120,7 +121,7 @@ class EmbeddingCache:
 
     def _close(self) -> None:
         self._columns: LRUCache[int, TarColumns] = LRUCache(self._open_tars)
-        self._params: LRUCache[int, Float32Array] = LRUCache(self._open_tars)
+        self._params: LRUCache[tuple[int, int], Float32Array] = LRUCache(self._open_tars)
         # A shard counts at least the bytes that let `open_tars` shards fit in, and one shard always fits.
         memory = max(1, self._memory)
         least = max(1, self._memory // self._open_tars)
@@ -354,21 +355,35 @@ class EmbeddingCache:
         return zarr.open_array(store, mode="r")
 
     def view_params(self, tar_id: int, ordinal: int, view: int = 0) -> Float32Array:
-        """Return where this view of a sample was cut, (5,) for `views.apply_crop`; for caches of crops only.
+        """Return how this view of a sample was made, (P,) for `views.render_view`; for caches of crops only.
+
+        The parameters of a sample without an embedding are NaN, or those of the crops that were not embedded.
 
         Raises:
-            ManifestError: the tar is incomplete or damaged.
+            ManifestError: the tar is incomplete or damaged, or its parameters are none that can be shown again.
         """
-        params = self._params.get(tar_id)
-        if params is None:
-            record = self.columns(tar_id).record
-            try:
-                stored = read_column(self.storage, self.manifest, record, "view_params")
-            except BadShard as error:
-                raise self._damage_error(tar_id, error) from error
-            params = self._params[tar_id] = stored.astype(np.float32)
-        found: Float32Array = params[ordinal, self._checked(view)].copy()
-        return found
+        address = tar_id, self._checked(view)
+        params_nP = self._params.get(address)
+        if params_nP is None:
+            params_nP = self._params[address] = self._read_params(tar_id, view)
+        found_P: Float32Array = params_nP[ordinal].copy()
+        return found_P
+
+    def _read_params(self, tar_id: int, view: int) -> Float32Array:
+        """Return the (n, P) parameters of one view of a tar. Raises ManifestError as `view_params` does."""
+        name = params_name(view)
+        try:
+            stored_nP = read_column(self.storage, self.manifest, self.columns(tar_id).record, name)
+        except BadShard as error:
+            raise self._damage_error(tar_id, error) from error
+        params_nP = stored_nP.astype(np.float32)
+        problem = params_problem(params_nP[~np.isnan(params_nP).all(axis=1)])
+        if problem:
+            raise ManifestError(
+                f"{self.storage}: {name} of tar {self.tars[tar_id].path} ({tar_id}): {problem}; use the version that "
+                "built the cache, or build it again"
+            )
+        return params_nP
 
     def moments(
         self, tar_ids: Sequence[int] | None = None, *, max_rows: int = 65536, seed: int = 0

@@ -32,7 +32,7 @@ class SampledRow:
     ordinal: int
     view: int
     row_D: npt.NDArray[np.float32]
-    params_5: Params | None
+    params_P: Params | None
     image_hash: int
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ def recompute(
             problems.append((row.entry.id, f"{row}: has an embedding, but its image cannot be decoded now: {error}"))
             continue
         compared.append(row)
-        pixels.append(view_pixels(encoder, image, row.view, row.params_5))
+        pixels.append(view_pixels(encoder, image, row.view, row.params_P))
     if not compared:
         return Recomputation(0, None, None, bound, ()), problems
     found = cosines(np.stack([row.row_D for row in compared]), embed(encoder, pixels, manifest.feature))

@@ -20,10 +20,11 @@ from zarr.storage import MemoryStore
 
 from threetowers.cache.format import shard
 from threetowers.cache.format.done_record import DONE, DoneRecord, done_record_name, read_done_record
-from threetowers.cache.format.layout import STORE, RowStatus, arrays, emb_name, scale_name, tar_files
+from threetowers.cache.format.layout import STORE, RowStatus, arrays, emb_name, params_name, scale_name, tar_files
 from threetowers.cache.format.manifest import Manifest, ManifestError, read_manifest
 from threetowers.cache.format.store import Arrays, empty_group, fit_to_table, read_tar_rows
 from threetowers.cache.format.tar_table import TarEntry, TarTable, read_table
+from threetowers.cache.format.views import params_problem
 from threetowers.cache.processes.progress import progress_bar
 from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage, open_storage
 from threetowers.cache.verify.recompute import SampledRow, recompute
@@ -237,12 +238,11 @@ class _TarChecker:
             self._add_problem(entry, "other chunk checksums than in the done record")
 
         # Crops.
-        if "view_params" in rows:
-            params = rows["view_params"][ok]
-            box = params[..., :4]
-            inside = (box >= 0).all() and (box <= 1).all() and (box[..., :2] < box[..., 2:]).all()
-            if not inside or not np.isin(params[..., 4], (0, 1)).all():
-                self._add_problem(entry, "a crop that is not inside its image")
+        if self.manifest.views.cropped:
+            params = [rows[params_name(view)][ok] for view in range(self.manifest.views.count)]
+            problem = params_problem(np.concatenate(params))
+            if problem:
+                self._add_problem(entry, problem)
 
     def _chunk_checksums(self, rows: Arrays, n_samples: int) -> dict[str, tuple[int, ...]]:
         manifest = self.manifest
@@ -278,7 +278,7 @@ class _TarChecker:
                 ordinal=ordinal,
                 view=view,
                 row_D=views[view][i].copy(),
-                params_5=rows["view_params"][ordinal, view] if "view_params" in rows else None,
+                params_P=rows[params_name(view)][ordinal] if self.manifest.views.cropped else None,
                 image_hash=int(rows["image_hash"][ordinal]),
             )
             self.sampled.append(row)

@@ -23,7 +23,7 @@ from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.live import embed, view_pixels
 from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.manifest import ManifestError
-from threetowers.cache.format.views import Views, apply_crop, as_pixels
+from threetowers.cache.format.views import Views, as_pixels, render_view
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.sample import read_image
@@ -195,11 +195,11 @@ def test_the_image_tower_sees_the_crop_that_the_teacher_saw(
         view = step // 2 % 3
         for shown, row in zip(batch.inputs["image"], batch.inputs["third"].numpy(), strict=True):
             (ordinal,) = np.flatnonzero((rows[view] == row).all(1)).tolist()
-            image, params_5 = read_image(index, ordinal, 10**6), cache.view_params(0, ordinal, view)
-            assert shown.equal(torch.from_numpy(as_pixels(apply_crop(image, params_5, (32, 32), "bicubic"))))
-            (seen,) = embed(encoder, [view_pixels(encoder, image, view, params_5)])
+            image, params_P = read_image(index, ordinal, 10**6), cache.view_params(0, ordinal, view)
+            assert shown.equal(torch.from_numpy(as_pixels(render_view(image, params_P, (32, 32), "bilinear"))))
+            (seen,) = embed(encoder, [view_pixels(encoder, image, view, params_P)])
             assert np.linalg.norm(seen - row) < 1e-3 * np.linalg.norm(row)  # float16
-            (mirrored,) = embed(encoder, [view_pixels(encoder, image.transpose(0), view, params_5)])
+            (mirrored,) = embed(encoder, [view_pixels(encoder, image.transpose(0), view, params_P)])
             assert np.linalg.norm(mirrored - row) > 1e-3 * np.linalg.norm(row)
 
 

@@ -199,17 +199,17 @@ class CacheJoin:
             return self._embed(tar_number, ordinal, view, read_image())
         return self.row(tar_number, ordinal, view)  # it existed when the epoch began: this raises what has changed
 
-    def crop_params(self, tar_number: int, ordinal: int, view: int, size: tuple[int, int]) -> CachedRow:
-        """Return the crop parameters (5,) of one view of an image of this (width, height), for `views.apply_crop`."""
+    def view_params(self, tar_number: int, ordinal: int, view: int, size: tuple[int, int]) -> CachedRow:
+        """Return the parameters (P,) of one view of an image of this (width, height), for `views.render_view`."""
         tar_id = self.tar_ids[tar_number]
         if tar_id is not None:
-            stored_5 = self.cache.view_params(tar_id, ordinal, view)
-            if np.isfinite(stored_5).all():
-                return stored_5
+            stored_P = self.cache.view_params(tar_id, ordinal, view)
+            if np.isfinite(stored_P).all():
+                return stored_P
         # The build left this image out, or never had it: draw the crops that it would have drawn
         key = self.tars[tar_number].samples[ordinal].key
-        drawn_5: CachedRow = self.cache.manifest.views.params(key_hash(key), *size)[view]
-        return drawn_5
+        drawn_P: CachedRow = self.cache.manifest.views.params(key_hash(key), *size)[view]
+        return drawn_P
 
     def load_teacher(self) -> "FrozenEncoder":
         """Return the teacher of the cache, on the CPU. It is loaded at the first call.
@@ -228,10 +228,10 @@ class CacheJoin:
         from threetowers.cache.encoders.live import embed, view_pixels
 
         encoder = self.load_teacher().side("image")
-        params_5 = None
+        params_P = None
         if self.cache.manifest.views.cropped:
-            params_5 = self.crop_params(tar_number, ordinal, view, image.size)
-        row_D: CachedRow = embed(encoder, [view_pixels(encoder, image, view, params_5)], self.cache.manifest.feature)[0]
+            params_P = self.view_params(tar_number, ordinal, view, image.size)
+        row_D: CachedRow = embed(encoder, [view_pixels(encoder, image, view, params_P)], self.cache.manifest.feature)[0]
         if not np.isfinite(row_D).all():
             raise MissingRow(f"the embedding by teacher {encoder.name!r} is not finite")
         return row_D

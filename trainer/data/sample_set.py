@@ -16,7 +16,7 @@ from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.cache_join import CachedRow, CacheJoin
 from threetowers.trainer.data.mixture import MixtureComponent
 from threetowers.trainer.data.sampler import Indices
-from threetowers.trainer.data.transforms import center_crop, stored_crop
+from threetowers.trainer.data.transforms import center_crop, stored_view
 
 
 class EpochSamples(NamedTuple):
@@ -211,7 +211,8 @@ class SampleSet:
         if self.views.cropped:
             tar_number, ordinal = self.address(index)
             join = next(iter(self.caches.values()))
-            return stored_crop(image, size, join.crop_params(tar_number, ordinal, view, image.size))
+            params_P = join.view_params(tar_number, ordinal, view, image.size)
+            return stored_view(image, size, params_P, join.cache.manifest.preprocessing.interpolation)
         image_3hw = center_crop(image, size)
         return image_3hw.flip(-1) if view else image_3hw
 
@@ -275,7 +276,7 @@ def _common_views(caches: Mapping[str, CacheJoin]) -> Views:
         found = ", ".join(f"{name}: {of_cache}" for name, of_cache in views.items())
         raise ConfigError(
             f"towers: found caches of different views: {found}; expected equal ones, as the image tower gets one view "
-            "an epoch: build the caches with the same --views, seed and scale"
+            "an epoch: build the caches with the same --views, seed, scale and augment"
         )
     return next(iter(views.values()), Views())
 

@@ -1,12 +1,11 @@
 """Transforms of an image for the image tower: crops to a square of bytes, and random augmentation of them."""
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from threetowers.cache.format.views import apply_crop, random_box
+from threetowers.cache.format.views import Params, random_box, render_view
 from threetowers.trainer.config import Augment
 
 
@@ -15,9 +14,9 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
     return _to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 
-def stored_crop(image: Image.Image, size: int, params_5: npt.NDArray[np.float32]) -> Tensor:
-    """Return the crop that a cache records in `params_5` (see `cache.format.views`), resized: (3, size, size) uint8."""
-    return _to_tensor(apply_crop(image, params_5, (size, size)))
+def stored_view(image: Image.Image, size: int, params_P: Params, interpolation: str) -> Tensor:
+    """Return a view by the parameters that a cache records (see `cache.format.views`): (3, size, size) uint8."""
+    return _to_tensor(render_view(image, params_P, (size, size), interpolation))
 
 
 def random_crop(image: Image.Image, size: int, scale: float, rng: np.random.Generator) -> Tensor:
