@@ -174,6 +174,7 @@ def estimate(
 def measure_views(
     config: Annotated[EncoderConfig, FLAGS],
     crop_scales: tuple[float, ...] = (0.9, 0.6, 0.35, 0.1),
+    view_augment: str = "none",
     sample: int = 256,
     draws: int = 2,
     seed: int = 0,
@@ -183,6 +184,7 @@ def measure_views(
 
     Args:
         crop_scales: Values of a run's data.crop_scale to try.
+        view_augment: randaugment:OPS:MAGNITUDE, to try the same crops augmented too.
         sample: Images to measure on.
         draws: Random crops per image.
         seed: Seed of sample and crops.
@@ -190,7 +192,7 @@ def measure_views(
     """
     from threetowers.cache.measure_views import measure_views as run
 
-    found = run(config, crop_scales=crop_scales, sample=sample, draws=draws, seed=seed)
+    found = run(config, crop_scales=crop_scales, view_augment=view_augment, sample=sample, draws=draws, seed=seed)
     print(found.text())
     _write_json(json, found.as_dict())
     return 0

@@ -12,6 +12,7 @@ from PIL import Image
 from threetowers.cache.builder.build_config import EncoderConfig
 from threetowers.cache.encoders.live import embed, view_pixels
 from threetowers.cache.format.dtypes import cosines
+from threetowers.cache.format.rand_augment import NO_AUGMENT, RandAugment
 from threetowers.cache.format.views import Params, Pixels, random_box
 from threetowers.cache.webdataset.tar_list import counts_by_reason
 
@@ -72,6 +73,7 @@ def measure_views(
     config: EncoderConfig,
     *,
     crop_scales: Sequence[float] = (0.9, 0.6, 0.35, 0.1),
+    view_augment: str = NO_AUGMENT,
     sample: int = 256,
     draws: int = 2,
     seed: int = 0,
@@ -83,17 +85,20 @@ def measure_views(
     Args:
         config: images and encoder.
         crop_scales: values of a run's `data.crop_scale`, the smallest share of the area of a random crop.
+        view_augment: `randaugment:OPS:MAGNITUDE`, to compare the same crops augmented too.
         sample: images to measure on.
         draws: random crops of each image.
         seed: of the sample and the crops.
 
     Raises:
-        ValueError: fewer than two images that can be decoded, a scale beyond 0 to 1, or no draws.
+        ValueError: fewer than two images that can be decoded, a scale beyond 0 to 1, an unknown augmentation, or no
+            draws.
     """
     if draws < 1 or not all(0 < scale <= 1 for scale in crop_scales):
         raise ValueError(
             f"--crop-scales {tuple(crop_scales)}, --draws {draws}: expected 0 < scale <= 1 and at least one draw"
         )
+    policy = RandAugment.parse(view_augment)
     drawn = config.sample_images(sample, seed)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = config.load_encoder(device).side("image")
@@ -108,12 +113,21 @@ def measure_views(
     center_nD = embedded([view_pixels(encoder, image, 0, None) for image in images])
     mirrored_nD = embedded([view_pixels(encoder, image, 1, None) for image in images])
     rows = [_row("mirrored", center_nD, mirrored_nD)]
-    rng = np.random.default_rng(seed)
+
+    repeated = [image for image in images for _ in range(draws)]
+    box_rng = np.random.default_rng(seed)
+    op_rng = np.random.default_rng([seed, 1])  # so that the crops are the same with and without augmentation
+
+    def embedded_crops(params: Sequence[Params]) -> npt.NDArray[np.float32]:
+        pairs = zip(repeated, params, strict=True)
+        return embedded([view_pixels(encoder, image, 0, params_P) for image, params_P in pairs])
+
     for scale in crop_scales:
-        crops = []
-        for image in images:
-            crops += [view_pixels(encoder, image, 0, _random_crop(image, scale, rng)) for _ in range(draws)]
-        rows.append(_row(f"random crop, crop_scale {scale:g}", center_nD, embedded(crops)))
+        params = [_random_crop(image, scale, box_rng) for image in repeated]
+        rows.append(_row(f"random crop, crop_scale {scale:g}", center_nD, embedded_crops(params)))
+        if policy:
+            params = [np.append(crop_5, policy.draw(op_rng)) for crop_5 in params]
+            rows.append(_row(f"  and {view_augment}", center_nD, embedded_crops(params)))
     rows.append(_row("another image", center_nD, np.roll(center_nD, 1, axis=0)))
     return ViewComparison(len(images), dict(bad), draws, tuple(rows), drawn.notes)
 

@@ -1,4 +1,4 @@
-"""The operations on images as their definitions say, pixel by pixel, on bytes as (H, W, 3) float64."""
+"""The operations on images as their definitions say, without Pillow, on bytes as (H, W, 3) float64."""
 
 import math
 from collections.abc import Callable
@@ -11,43 +11,42 @@ SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
 
 
 def grey(image: Bytes) -> Bytes:
-    return np.floor(image @ [0.299, 0.587, 0.114] + 0.5)
+    return np.floor(image @ [19595, 38470, 7471] / 65536 + 0.5)
 
 
 def blended(a: Bytes, b: Bytes, factor: float) -> Bytes:
     """From a to b and beyond, cut off, by single precision."""
-    return np.floor((a + np.float32(factor) * (b - a)).clip(0, 255))
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return np.floor((a + np.float32(factor) * (b - a)).clip(0, 255)).astype(np.float64)
 
 
-def sampled(image: Bytes, source: Callable[[float, float], tuple[float, float]]) -> Bytes:
-    """Bilinear, pixel by pixel, where `source` maps the unit square; black outside."""
+def sampled(image: Bytes, source: Callable[[Bytes, Bytes], tuple[Bytes, Bytes]]) -> Bytes:
+    """Bilinear, cut off to whole bytes, where `source` maps the unit square; black outside."""
     height, width, _ = image.shape
+    y, x = np.mgrid[:height, :width]
+    u, v = source((x + 0.5) / width, (y + 0.5) / height)
+    left, top = np.floor(u * width - 0.5).astype(int), np.floor(v * height - 0.5).astype(int)
+    right_share, lower_share = u * width - 0.5 - left, v * height - 0.5 - top
     out = np.zeros_like(image)
-    for y in range(height):
-        for x in range(width):
-            u, v = source((x + 0.5) / width, (y + 0.5) / height)
-            if not (0 <= u * width < width and 0 <= v * height < height):
-                continue
-            left, top = math.floor(u * width - 0.5), math.floor(v * height - 0.5)
-            right_share, lower_share = u * width - 0.5 - left, v * height - 0.5 - top
-            for row, row_share in ((top, 1 - lower_share), (top + 1, lower_share)):
-                for column, share in ((left, 1 - right_share), (left + 1, right_share)):
-                    pixel = image[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
-                    out[y, x] += row_share * share * pixel
-    return out
+    for row, row_share in ((top, 1 - lower_share), (top + 1, lower_share)):
+        for column, share in ((left, 1 - right_share), (left + 1, right_share)):
+            pixels = image[row.clip(0, height - 1), column.clip(0, width - 1)]
+            out += (row_share * share)[..., None] * pixels
+    inside = (u >= 0) & (u < 1) & (v >= 0) & (v < 1)
+    return np.floor(np.where(inside[..., None], out, 0) + 1e-9)
 
 
-def rotated(angle: float) -> Callable[[float, float], tuple[float, float]]:
+def rotated(angle: float) -> Callable[[Bytes, Bytes], tuple[Bytes, Bytes]]:
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     return lambda u, v: (0.5 + cos * (u - 0.5) - sin * (v - 0.5), 0.5 + sin * (u - 0.5) + cos * (v - 0.5))
 
 
 def smoothed(image: Bytes) -> Bytes:
+    height, width, _ = image.shape
     out = image.copy()
-    for y in range(1, image.shape[0] - 1):
-        for x in range(1, image.shape[1] - 1):
-            window = image[y - 1 : y + 2, x - 1 : x + 2]
-            out[y, x] = np.floor((window * SMOOTH[..., None]).sum((0, 1)) + 0.5)
+    if min(height, width) > 2:
+        windows = [(SMOOTH[y, x], image[y : height - 2 + y, x : width - 2 + x]) for y in range(3) for x in range(3)]
+        out[1:-1, 1:-1] = np.floor(sum(share * window for share, window in windows) + 0.5)
     return out
 
 
@@ -65,10 +64,9 @@ def equalized(image: Bytes, measured: Bytes) -> Bytes:
     for channel in range(3):
         counted = measured[..., channel].ravel()
         step = int((counted < counted.max()).sum()) // 255
-        if step:
-            for at in np.ndindex(image.shape[:2]):
-                below = int((counted < image[*at, channel]).sum())
-                out[*at, channel] = min(255, (below + step // 2) // step)
+        for byte in range(256) if step else ():
+            below = int((counted < byte).sum())
+            out[image[..., channel] == byte, channel] = min(255, (below + step // 2) // step)
     return out
 
 

@@ -32,7 +32,7 @@ def quarter(image: Any) -> Pixels:
 
 
 FORMATS = [
-    PixelFormat(Views("crops:3", 1, 0.5), quarter, (10, 7), "bicubic", None),
+    PixelFormat(Views("crops:3", 1, 0.5, "randaugment:2:9"), quarter, (10, 7), "bicubic", None),
     PixelFormat(Views("center+flip"), quarter, (6, 8), "bicubic", None),
 ]
 

@@ -212,7 +212,7 @@ class SampleSet:
             tar_number, ordinal = self.address(index)
             join = next(iter(self.caches.values()))
             params_P = join.view_params(tar_number, ordinal, view, image.size)
-            return stored_view(image, size, params_P, join.cache.manifest.preprocessing.interpolation)
+            return stored_view(image, size, params_P, join.cache.manifest.image_preprocessing.interpolation)
         image_3hw = center_crop(image, size)
         return image_3hw.flip(-1) if view else image_3hw
 
