@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from tests.trainer.loading import load_batches
+from tests.trainer.loading import load_batches, loader_of, open_run
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.encoder import ImageEncoder
@@ -54,7 +54,9 @@ def test_the_teacher_gives_the_stored_rows_for_what_the_image_tower_sees(
     three["towers"]["third"]["path"] = str(augmented)
     three["data"] |= {"image_size": SIDE, "access": access}
     seen = set()
-    for batch in load_batches(three, stop=9):
+    samples = open_run(three)
+    assert "views: crops:3, seed 4, scale 0.4, augment randaugment:2:14; an epoch shows one of the 3" in samples.notes()
+    for batch in loader_of(three, samples, stop=9):
         images, rows = batch.inputs["image"], batch.inputs["third"].float()
         assert images.dtype == torch.uint8
         embedded = teacher.embed(images).float()

@@ -125,7 +125,7 @@ class SampleSet:
         return int(self._first_indices[component.tars.stop] - self._first_indices[component.tars.start])
 
     def notes(self) -> list[str]:
-        """Return lines for the start-up page: tars that are not used, the data sets of a mixture, sequential access."""
+        """Return lines for the start-up page: tars that are not used, data sets of a mixture, views, sequential access."""
         lines = list(self._tar_notes)
         batch_size = sum(component.samples_per_batch for component in self.components)
         for number, component in enumerate(self.components):
@@ -134,6 +134,8 @@ class SampleSet:
                     f"data set {component.name}: {component.samples_per_batch:,} of each batch of {batch_size:,}, from "
                     f"{self.component_length(number):,} usable samples in {len(component.tars)} tars"
                 )
+        if self.views.count > 1:
+            lines.append(f"views: {self.views}; an epoch shows one of the {self.views.count}")
         if self.sequential:
             lines.append(f"access: sequential, tar after tar in {self.num_streams} streams")
         return lines
