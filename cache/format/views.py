@@ -71,7 +71,7 @@ class Views:
 
     @property
     def cropped(self) -> bool:
-        """Whether the views are stored crops, and the cache has an array of their boxes."""
+        """Whether the views are crops, and the cache has an array of parameters for each."""
         return self.policy.startswith("crops:")
 
     @property

@@ -125,7 +125,7 @@ class SampleSet:
         return int(self._first_indices[component.tars.stop] - self._first_indices[component.tars.start])
 
     def notes(self) -> list[str]:
-        """Return lines for the start-up page: tars that are not used, data sets of a mixture, views, sequential access."""
+        """Return lines for the start-up page: tars that are not used, data sets of a mixture, views, access."""
         lines = list(self._tar_notes)
         batch_size = sum(component.samples_per_batch for component in self.components)
         for number, component in enumerate(self.components):
