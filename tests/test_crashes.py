@@ -1,8 +1,10 @@
 """A test that dies, or hangs where no exception reaches it, is named while the others go on."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -44,3 +46,12 @@ def test_the_test_in_which_a_worker_died_is_named(tmp_path: Path) -> None:
     assert "crashed while running 'test_some.py::test_that_hangs'" in hung
     assert "in test_that_hangs" in result.stderr  # where it stood
     assert "2 failed, 3 passed" in result.stdout
+
+
+def test_no_test_is_ended_as_hung_before_its_own_limit() -> None:
+    """The limit of faulthandler is one for all tests; after its own a test still needs some time to clean up."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    own = [int(seconds) for source in sources for seconds in re.findall(r"mark\.timeout\((\d+)\)", source)]
+    assert own
+    assert options["faulthandler_timeout"] >= max(*own, options["timeout"]) + 30
