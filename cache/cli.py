@@ -67,7 +67,7 @@ def verify(
     cache: tyro.conf.Positional[str],
     tars: list[str] | None = None,
     depth: Literal["metadata", "values", "recompute"] = "values",
-    check_images: bool = False,
+    check_contents: bool = False,
     sample: int = 64,
     seed: int = 0,
     min_cosine: float | None = None,
@@ -84,8 +84,8 @@ def verify(
         cache: Folder or URL of the cache.
         tars: Compare with these tars: paths, globs in quotes, brace ranges.
         depth: metadata: files and records; values: every row too; recompute: a sample too, embedded again.
-        check_images: Compare the bytes of every image of these tars, not only the headers.
-        sample: Images that recompute embeds.
+        check_contents: Compare every image or caption of these tars with the embedded one, not only the headers.
+        sample: Images or captions that recompute embeds.
         seed: Seed of that sample.
         min_cosine: Bound on the cosines that recompute finds; default: a little below that of the dtype.
         weights: Path of the teacher's weights, if they came from a file.
@@ -101,7 +101,7 @@ def verify(
         cache,
         tars,
         depth=depth,
-        check_images=check_images,
+        check_contents=check_contents,
         sample=sample,
         seed=seed,
         min_cosine=min_cosine,

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder
+from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder, TextEncoder
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions, load_frozen_encoder
 from threetowers.cache.format.manifest import Manifest, ManifestError
 from threetowers.cache.format.views import Params, Pixels, as_pixels, render_view
@@ -78,3 +78,13 @@ def embed(
         return np.zeros((0, encoder.width(feature)), np.float32)
     batches = (np.stack(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size))
     return np.concatenate([encoder.embed(torch.from_numpy(batch), feature).numpy() for batch in batches])
+
+
+def embed_captions(
+    encoder: TextEncoder, captions: Sequence[str], feature: str | None = None, batch_size: int = BATCH_SIZE
+) -> npt.NDArray[np.float32]:
+    """Return one feature (n, D) of n captions."""
+    if not captions:
+        return np.zeros((0, encoder.width(feature)), np.float32)
+    batches = (captions[i : i + batch_size] for i in range(0, len(captions), batch_size))
+    return np.concatenate([encoder.embed(batch, feature).numpy() for batch in batches])

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,12 @@ class CaptionRuns:
     bound_N: npt.NDArray[np.int64]
     source_r: npt.NDArray[np.uint8]
     hash_r: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, end_n: npt.NDArray[Any], source_r: npt.NDArray[Any], hash_r: npt.NDArray[Any]) -> Self:
+        """Return the runs that end there; see `CaptionRows` for sources and hashes."""
+        bound_N = np.concatenate([[0], end_n.astype(np.int64)])
+        return cls(bound_N, source_r.astype(np.uint8), hash_r.astype(np.uint64))
 
     def row(self, ordinal: int, number: int, caption: str | None) -> int | None:
         """Return the row of a caption of a sample; None where there is none, or one of another caption."""

@@ -57,7 +57,7 @@ def read_tar_columns(storage: Storage, manifest: Manifest, record: DoneRecord) -
     status_n = read_column(storage, manifest, record, "status").astype(np.uint8)
     if manifest.of == "image":
         return TarColumns(record, hash_n, status_n)
-    end_n = read_column(storage, manifest, record, "row_end").astype(np.int64)
-    source_r = read_column(storage, manifest, record, "caption_source").astype(np.uint8)
-    hash_r = read_column(storage, manifest, record, "caption_hash").astype(np.uint64)
-    return TarColumns(record, hash_n, status_n, CaptionRuns(np.concatenate([[0], end_n]), source_r, hash_r))
+    end_n, source_r, hash_r = (
+        read_column(storage, manifest, record, name) for name in ("row_end", "caption_source", "caption_hash")
+    )
+    return TarColumns(record, hash_n, status_n, CaptionRuns.of(end_n, source_r, hash_r))

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from threetowers.cache.format.manifest import Side
 from threetowers.cache.storage.storage import Storage
 from threetowers.cache.verify.recompute import Recomputation
 from threetowers.cache.verify.statistics import RowStatistics
@@ -28,11 +29,13 @@ class VerifyReport:
 
     storage: Storage
     depth: Depth
+    of: Side = "image"
     tars: int = 0
     tars_intact: int = 0
     tars_compared: int = 0
     samples: int = 0
-    ok_rows: int = 0
+    rows: int = 0
+    ok_samples: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     statistics: RowStatistics = field(default_factory=RowStatistics)
     recomputed: Recomputation | None = None
@@ -51,8 +54,10 @@ class VerifyReport:
         lines = [
             f"{self.storage}: {'OK' if self.ok else 'DAMAGED'} (depth {self.depth})",
             f"tars       {self.tars_intact} of {self.tars} intact, {self.tars_compared} compared with the tar itself",
-            f"samples    {self.samples} in intact tars, {self.ok_rows} with an embedding, without: {bad}",
+            f"samples    {self.samples} in intact tars, {self.ok_samples} with an embedding, without: {bad}",
         ]
+        if self.of == "text":
+            lines.append(f"captions   {self.rows} with an embedding")
         if self.depth != "metadata":
             duplicates, _ = self.statistics.duplicates()
             lines += [f"duplicates {duplicates} rows equal an earlier row bit for bit", *self.statistics.norm_lines()]
@@ -68,10 +73,12 @@ class VerifyReport:
         """Return the report for a script."""
         return {
             "cache": str(self.storage),
+            "of": self.of,
             "depth": self.depth,
             "ok": self.ok,
             "tars": {"all": self.tars, "intact": self.tars_intact, "compared": self.tars_compared},
-            "samples": {"intact": self.samples, "embedded": self.ok_rows, "without": dict(self.counts)},
+            "samples": {"intact": self.samples, "embedded": self.ok_samples, "without": dict(self.counts)},
+            "rows": self.rows,
             "statistics": self.statistics.as_dict() if self.depth != "metadata" else None,
             "recomputed": self.recomputed.as_dict() if self.recomputed is not None else None,
             "problems": [{"tar_id": problem.tar_id, "text": problem.text} for problem in self.problems],

@@ -34,7 +34,7 @@ class Anomaly:
 
 
 class RowStatistics:
-    """Collects the OK rows of tar after tar.
+    """Collects the embeddings of tar after tar.
 
     Memory: 4 bytes a row and view for norms, 24 bytes a row for duplicates.
     """
@@ -45,38 +45,38 @@ class RowStatistics:
         self.uniform = Anomaly()
         self._norms: list[Float32Array] = []
         self._digests: list[npt.NDArray[np.uint64]] = []
-        self._images: list[npt.NDArray[np.uint64]] = []
+        self._contents: list[npt.NDArray[np.uint64]] = []
         self._addresses: list[npt.NDArray[np.int32]] = []
 
     def add(
         self,
         entry: TarEntry,
         name: Callable[[int], str],
-        ordinals: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
         views_VnD: Sequence[Float32Array],
-        image_hash_n: npt.NDArray[np.uint64],
+        content_hash_n: npt.NDArray[np.uint64],
     ) -> None:
-        """Add the OK rows of one tar.
+        """Add the embeddings of one tar.
 
         Args:
             entry: the tar.
-            name: names the sample of an ordinal for a person.
-            ordinals: (n,) of the rows.
-            views_VnD: the rows of each view.
-            image_hash_n: hashes of the image files.
+            name: names a row of the tar for a person.
+            rows: (n,) which of its rows have an embedding.
+            views_VnD: these, of each view.
+            content_hash_n: hashes of the images or captions.
         """
         for rows_nD in views_VnD:
             zero = ~rows_nD.any(axis=1)
             constant = ~zero & (np.ptp(rows_nD, axis=1) == 0) & (rows_nD.shape[1] > 1) if len(rows_nD) else zero
-            self.zero.add(int(zero.sum()), [name(i) for i in ordinals[zero][:EXAMPLES_SHOWN].tolist()])
-            self.constant.add(int(constant.sum()), [name(i) for i in ordinals[constant][:EXAMPLES_SHOWN].tolist()])
+            self.zero.add(int(zero.sum()), [name(i) for i in rows[zero][:EXAMPLES_SHOWN].tolist()])
+            self.constant.add(int(constant.sum()), [name(i) for i in rows[constant][:EXAMPLES_SHOWN].tolist()])
             self._norms.append(np.linalg.norm(rows_nD.astype(np.float64), axis=1).astype(np.float32))
         first_nD = views_VnD[0]
-        if len(first_nD) > 1 and (first_nD == first_nD[0]).all() and len(np.unique(image_hash_n)) > 1:
+        if len(first_nD) > 1 and (first_nD == first_nD[0]).all() and len(np.unique(content_hash_n)) > 1:
             self.uniform.add(1, [f"{entry.path} ({entry.id})"])
         self._digests.append(np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in first_nD], dtype=np.uint64))
-        self._images.append(image_hash_n)
-        self._addresses.append(np.stack([np.full(len(ordinals), entry.id), ordinals], axis=1).astype(np.int32))
+        self._contents.append(content_hash_n)
+        self._addresses.append(np.stack([np.full(len(rows), entry.id), rows], axis=1).astype(np.int32))
 
     @property
     def norms(self) -> Float32Array:
@@ -84,22 +84,22 @@ class RowStatistics:
         return np.concatenate(self._norms) if self._norms else np.zeros(0, np.float32)
 
     def duplicates(self) -> tuple[int, Anomaly]:
-        """Return how many rows equal an earlier one bit for bit, and those among them whose image files differ."""
+        """Return how many rows equal an earlier one bit for bit, and those among them whose contents differ."""
         if not self._digests:
             return 0, Anomaly()
         digest_N = np.concatenate(self._digests)
-        image_N = np.concatenate(self._images)
+        content_N = np.concatenate(self._contents)
         address_N2 = np.concatenate(self._addresses)
-        order = np.lexsort((image_N, digest_N))
+        order = np.lexsort((content_N, digest_N))
         digest_N = digest_N[order]
-        image_N = image_N[order]
+        content_N = content_N[order]
         address_N2 = address_N2[order]
         equal = digest_N[1:] == digest_N[:-1]
-        anomalous = np.flatnonzero(equal & (image_N[1:] != image_N[:-1]))
+        anomalous = np.flatnonzero(equal & (content_N[1:] != content_N[:-1]))
         examples = []
         for i in anomalous[:EXAMPLES_SHOWN].tolist():
-            (tar, ordinal), (other_tar, other_ordinal) = address_N2[i : i + 2].tolist()
-            examples.append(f"tar {tar} ordinal {ordinal} = tar {other_tar} ordinal {other_ordinal}")
+            (tar, row), (other_tar, other_row) = address_N2[i : i + 2].tolist()
+            examples.append(f"tar {tar} row {row} = tar {other_tar} row {other_row}")
         return int(equal.sum()), Anomaly(len(anomalous), examples)
 
     def histogram(self) -> tuple[list[int], list[float]]:
@@ -121,14 +121,14 @@ class RowStatistics:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the statistics for a script."""
-        duplicates, of_other_images = self.duplicates()
+        duplicates, of_others = self.duplicates()
         counts, edges = self.histogram()
         norms = self.norms
         percentiles = np.percentile(norms, NORM_PERCENTILES).tolist() if len(norms) else []
         anomalies = {
             "zero": self.zero,
             "constant": self.constant,
-            "duplicates_of_other_images": of_other_images,
+            "duplicates_of_others": of_others,
             "tars_of_one_row": self.uniform,
         }
         return {

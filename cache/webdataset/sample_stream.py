@@ -8,7 +8,9 @@ from typing import Any, BinaryIO
 import xxhash
 
 from threetowers.cache.storage.object_file import open_object
+from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.sample import Annotation, read_annotation
 from threetowers.cache.webdataset.sample_list import TEXT_EXTENSIONS
 from threetowers.cache.webdataset.tar_headers import TAR_BLOCK, BadTar
 from threetowers.cache.webdataset.tar_index import CHANGED, TarIndex, read_member, split_name
@@ -53,6 +55,19 @@ def stream_samples(
     with open_object(index.location) as file:
         file.seek(-(-index.samples.start(first) // TAR_BLOCK) * TAR_BLOCK)
         yield from _grouped(index, file, first, index.samples.image_extensions | set(extensions))
+
+
+def stream_annotations(index: TarIndex, captions: CaptionFormat) -> Generator[tuple[int, Annotation], None, None]:
+    """Stream the captions and fields of a tar's samples: (ordinal, annotation), also of those without a caption.
+
+    Raises:
+        BadTar: As for `stream_samples`.
+    """
+    for ordinal, members in stream_samples(index, extensions=captions.extensions):
+        yield (
+            ordinal,
+            read_annotation(index, ordinal, members.__getitem__, captions=captions, captions_required=False),
+        )
 
 
 class _HashingReader:

@@ -62,6 +62,12 @@ class TarIndex:
         """Return the tar and the key of a sample, for messages."""
         return f"{self.location}: sample {self.samples.key(ordinal)!r}"
 
+    def only(self, ordinal: int) -> "TarIndex":
+        """Return the index with one sample alone, which is then at ordinal 0."""
+        sample = self.samples[ordinal]
+        samples = SampleList([(sample.key, sample.members)], self.samples.image_member)
+        return TarIndex(self.location, self.size, self.fingerprint, samples, {})
+
     def describe_defect(self, ordinal: int) -> str:
         """Return what is wrong with the image of a sample, without tar and key."""
         return describe_defect(self.samples[ordinal], self.samples.image_member)

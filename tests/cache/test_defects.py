@@ -51,7 +51,7 @@ def options(tiny_encoder: Callable[..., str]) -> dict[str, Any]:
 
 
 def test_each_status_has_a_defect_and_each_defect_a_status() -> None:
-    assert {defect.name for defect in ImageDefect} | {"ABSENT", "OK", "FILTERED", "NON_FINITE"} == {
+    assert {defect.name for defect in ImageDefect} | {"ABSENT", "OK", "FILTERED", "NON_FINITE", "NO_CAPTION"} == {
         status.name for status in RowStatus
     }
     assert [RowStatus.of(defect).value for defect in ImageDefect] == [2, 5, 6, 7, 8, 9]
@@ -196,7 +196,7 @@ def test_a_build_gives_defective_samples_a_status(tar: Path, options: dict[str, 
         build_cache(dataclasses.replace(strict, tars=[cut, empty], on_bad="skip_tars"))
 
     # Verification and remapping know these samples.
-    checked = verify(tmp_path / "out", [tar, empty], check_images=True)
+    checked = verify(tmp_path / "out", [tar, empty], check_contents=True)
     assert checked.ok, checked.text()
     assert checked.counts == STATUS_COUNTS
     assert not verify(tmp_path / "out", [tar, cut], depth="metadata").ok
@@ -233,7 +233,7 @@ def test_a_cache_is_of_one_image_member(options: dict[str, Any], tmp_path: Path)
         assert build_cache(config).ok == 5
         caches[member] = EmbeddingCache.open(tmp_path / member)
         assert caches[member].manifest.image_member == member
-        assert verify(tmp_path / member, [path], check_images=True).ok
+        assert verify(tmp_path / member, [path], check_contents=True).ok
     assert (caches["left.png"].tar(0) != caches["right.png"].tar(0)).any()
     with pytest.raises(ManifestError, match=r"image_member: expected right\.png, found left\.png"):
         build_cache(dataclasses.replace(config, image_member="left.png"))

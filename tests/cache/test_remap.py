@@ -73,7 +73,9 @@ def test_rows_follow_their_samples_into_any_sharding(
     assert (report.tars, report.kept, report.rows, report.missing, report.changed) == (3, 0, len(order), 0, 0)
     source, taken = rows_by_key(old), rows_by_key(tmp_path / "new")
     assert taken == {key_hash(made[j][0]): source[key_hash(made[j][0])] for j in order}
-    found = verify(tmp_path / "new", tars, depth="recompute", check_images=True, sample=9, weights=weights("test_vit"))
+    found = verify(
+        tmp_path / "new", tars, depth="recompute", check_contents=True, sample=9, weights=weights("test_vit")
+    )
     assert found.ok, found.text()
     assert found.counts == ({"undecodable": 1} if 4 in order else {})
     assert EmbeddingCache.open(tmp_path / "new").record(0).source == "remap"
@@ -114,7 +116,7 @@ def test_a_sample_without_a_row_is_refused_filtered_or_left_to_a_build(
     assert opened.status(0).tolist() == [RowStatus.OK, RowStatus.FILTERED, RowStatus.OK]
     assert opened.status(1).tolist() == [RowStatus.OK, RowStatus.FILTERED]
     assert opened.record(1).bad[0].reason == "remapped: no row of this key"
-    assert verify(tmp_path / "filtered", tars, check_images=True).ok
+    assert verify(tmp_path / "filtered", tars, check_contents=True).ok
     report = remap(old, tmp_path / "left", tars, missing="build")
     assert report.left == tuple(map(str, tars[:2]))
     view = Views("crops:2", 3, 0.4)
