@@ -85,6 +85,19 @@ def test_measured_views_order_augmentations_by_how_far_they_go(tars: list[Path],
     assert found.text().count("\n") == 1 + len(found.rows)
 
 
+def test_augmentation_is_measured_on_the_same_crops(tars: list[Path], options: dict[str, Any]) -> None:
+    config = EncoderConfig(tars=tars, **options)
+    plain = measure_views(config, crop_scales=(0.9, 0.4), sample=9, draws=2)
+    augmented = measure_views(config, crop_scales=(0.9, 0.4), view_augment="randaugment:2:30", sample=9, draws=2)
+    added = [row for row in augmented.rows if row.name == "  and randaugment:2:30"]
+    assert tuple(row for row in augmented.rows if row not in added) == plain.rows
+    assert len(added) == 2
+    for crop, row in zip(plain.rows[1:], added, strict=False):
+        assert row.mean < crop.mean
+    with pytest.raises(ValueError, match="augment 'rand': expected none, or randaugment:OPS:MAGNITUDE"):
+        measure_views(config, view_augment="rand")
+
+
 def test_bad_input_is_named(tars: list[Path], options: dict[str, Any], pack: Pack, tmp_path: Path) -> None:
     broken = pack(tmp_path / "x.tar", [(str(i), {"png": b"?"}) for i in range(9)])
     with pytest.raises(ValueError, match="0 of 9 sampled images can be decoded: expected at least 8"):
