@@ -59,7 +59,7 @@ class RetrievalEvaluator:
             left_out_text(len(part.rows), self.left_out),
         )
         self.gallery = Gallery.of(part, self.retrieval)
-        self.tokenizer = Tokenizer.load(config.data.tokenizer)
+        self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
 
     def every(self, samples: int, batch: int, steps: int) -> int:
         """Return after how many steps it is due again."""

@@ -317,8 +317,9 @@ class RunFolder:
             manifests: The manifests of the caches, by tower.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if Path(config.data.tokenizer).resolve() != self.tokenizer.resolve():
-            write_atomic(self.tokenizer, Path(config.data.tokenizer).read_bytes())
+        tokenizer = config.data.tokenizer
+        if tokenizer is not None and Path(tokenizer).resolve() != self.tokenizer.resolve():
+            write_atomic(self.tokenizer, Path(tokenizer).read_bytes())
         write_atomic(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
         self.write_manifests(manifests)
         write_atomic(self.config, yaml.safe_dump(dump(config), sort_keys=False))  # last: it marks the folder as a run's

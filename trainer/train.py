@@ -260,8 +260,8 @@ class Trainer:
         self.survey = survey_annotations(config, self.samples)
         self.manifests = {name: join.cache.manifest for name, join in self.samples.caches.items()}
         self.folder.check_manifests(self.manifests)
-        self.tokenizer = Tokenizer.load(config.data.tokenizer)
-        self.vocab_size = self.tokenizer.embedding_rows(config.data.vocab_size)
+        self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+        self.vocab_size = self.tokenizer.embedding_rows(config.data.vocab_size) if self.tokenizer else None
         # Each data set visits a sample once in an epoch, and epochs are of whole batches.
         components = self.samples.components
         self._has_groups = len(components) > 1 or components[0].group_field is not None

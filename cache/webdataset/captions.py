@@ -146,19 +146,31 @@ class CaptionFormat:
         return lines
 
     def draw(self, found: Mapping[str, tuple[str, ...]], rng: np.random.Generator) -> str:
-        """Return one of a sample's captions: a source by weight among those that have one, then a caption of it.
+        """Return one of a sample's captions, as `draw_place` draws it.
 
         Args:
             found: The captions by source; at least one.
+            rng: Random numbers.
+        """
+        source, position = self.draw_place({name: len(captions) for name, captions in found.items()}, rng)
+        return found[source][position]
+
+    def draw_place(self, counts: Mapping[str, int], rng: np.random.Generator) -> tuple[str, int]:
+        """Draw one of a sample's captions without its words: its source, and its position among those of the source.
+
+        A source is drawn by weight among those that have captions, then one of its captions. Words and cached rows are
+        both drawn so: for the same random numbers they are those of the same caption.
+
+        Args:
+            counts: How many captions each source has; at least one has some.
             rng: A number is taken for the source only where there is a choice.
         """
-        sources = sorted(found)  # whatever the order in which a config names them
+        sources = sorted(counts)  # whatever the order in which a config names them
         source = sources[0]
         if len(sources) > 1:
             ends = np.cumsum([self.sources[name] for name in sources])
             source = sources[int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))]
-        captions = found[source]
-        return captions[rng.integers(len(captions))]
+        return source, int(rng.integers(counts[source]))
 
 
 DEFAULT_CAPTIONS = CaptionFormat()

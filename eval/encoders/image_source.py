@@ -43,7 +43,7 @@ def image_source(trained: TrainedModel, tower: str, data: ImageSet, options: Loa
     """
     config = trained.config.towers[tower]
     if not isinstance(config, CacheTower):
-        transform = partial(center_crop, size=trained.config.data.image_size)
+        transform = partial(center_crop, size=trained.config.data.side)
         return ImageSource(PixelView(data.tars, transform, options.max_pixels))
     if options.live_teacher:
         return _teacher_source(trained, tower, data, options)
@@ -81,7 +81,7 @@ def _cache_path(config: CacheTower, tower: str, options: LoadOptions) -> str | P
 def describe_view(trained: TrainedModel, tower: str) -> str:
     """Return, in words, the transform between an image and an image tower."""
     if tower not in trained.manifests:
-        return f"central square, bicubic to {trained.config.data.image_size} px"
+        return f"central square, bicubic to {trained.config.data.side} px"
     return describe_preprocessing(trained.manifests[tower].image_preprocessing)
 
 

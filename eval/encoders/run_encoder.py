@@ -55,7 +55,7 @@ class RunEncoder(Encoder):
                 weights=digest,
                 parts=self._parts(),
                 image_size=trained.config.data.image_size,
-                tokenizer=trained.tokenizer.model,
+                tokenizer=trained.tokenizer.model if trained.tokenizer else None,
                 context_length=trained.config.data.context_length,
                 rows=manifest.digest if manifest else None,
                 live=live,
@@ -94,7 +94,7 @@ class RunEncoder(Encoder):
     @torch.inference_mode()
     def _embed_text(self, captions: Sequence[str]) -> Tensor:
         tower = self.trained.config.root_of(self.text_head)
-        tokens_bL = self.trained.tokenizer.encode(captions, self.trained.config.data.context_length).to(self.device)
+        tokens_bL = self.trained.tokens(captions).to(self.device)
         with arithmetic(self.precision, self.device):
             return self.trained.model.embed({tower: tokens_bL}, [self.text_head])[self.text_head]
 

@@ -95,6 +95,10 @@ def _data(config: TrainConfig) -> Iterator[str]:
         if not dataset.tars:
             key = f"data.datasets.{name}.tars" if name else "data.tars"
             yield f"{key}: expected at least one tar or pattern, found none"
+    needed = {"timm": ("image_size", data.image_size), "text": ("tokenizer", data.tokenizer)}
+    for kind, (key, value) in needed.items():
+        if value is None and config.towers_of(kind):
+            yield f"data.{key}: expected a value, as the towers {config.towers_of(kind)} need it, found null"
     for key, sources in _caption_sources(config).items():
         try:
             CaptionFormat(sources)
@@ -118,7 +122,7 @@ def _caption_sources(config: TrainConfig) -> dict[str, Mapping[str, float]]:
 
 def _random_views(config: TrainConfig) -> Iterator[str]:
     data = config.data
-    cached = config.towers_of("cache")
+    cached = [name for name in config.towers_of("cache") if config.side_of(name) == "image"]
     if data.crop_scale < 1 and cached:
         yield (
             f"data.crop_scale: found {data.crop_scale}, but the cached towers {cached} hold the embedding of the "
@@ -190,11 +194,14 @@ def _negatives(config: TrainConfig) -> Iterator[str]:
 
 
 def _deployed_heads(config: TrainConfig) -> Iterator[str]:
-    deploy = config.deploy
-    if config.towers[config.root_of(deploy.text)].kind != "text":
-        yield f"deploy.text: the head {deploy.text!r} is not on a text tower; name one that is"
-    if config.towers[config.root_of(deploy.image)].kind == "text":
-        yield f"deploy.image: the head {deploy.image!r} is on a text tower; name one on an image tower or a cache"
+    for side, head in (("image", config.deploy.image), ("text", config.deploy.text)):
+        tower = config.root_of(head)
+        found = config.side_of(tower)
+        if found != side:
+            yield (
+                f"deploy.{side}: the head {head!r} is on the tower {tower!r} of {found}; name one on a tower, or a "
+                f"cache, of {side}"
+            )
 
 
 def _unused(config: TrainConfig) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from threetowers.cache.format.manifest import Side
 from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.tar_list import OnBad
@@ -119,10 +120,12 @@ class Augment:
 class Data:
     """The training data and how it is read. Give either `tars` or `datasets`."""
 
-    tokenizer: str
-    """SentencePiece model (.model), as written by `threetowers tokenizer train`."""
-    image_size: PositiveInt
-    """Side of the square image that the image towers see, in pixels."""
+    tokenizer: str | None = None
+    """SentencePiece model (.model), as written by `threetowers tokenizer train`; null in a run without a text tower of
+    its own."""
+    image_size: PositiveInt | None = None
+    """Side of the square image that the image towers see, in pixels; null in a run without an image tower of its
+    own."""
     tars: list[str] = field(default_factory=list)
     """Tars of a single data set: paths, URLs, globs or brace ranges."""
     datasets: dict[str, TrainDataset] = field(default_factory=dict)
@@ -190,6 +193,12 @@ class Data:
             return CaptionFormat(self.captions, self.caption_per_line)
         per_line = self.caption_per_line if dataset.caption_per_line is None else dataset.caption_per_line
         return CaptionFormat(dataset.captions or self.captions, per_line)
+
+    @property
+    def side(self) -> int:
+        """The side of the image in pixels, which a config with an image tower gives."""
+        assert self.image_size is not None
+        return self.image_size
 
     @property
     def patterns(self) -> list[str]:
@@ -286,6 +295,9 @@ class CacheTower:
     """The kind of tower."""
     path: str
     """Folder or URL of the cache."""
+    of: Side = "image"
+    """image: the cache holds embeddings of the images. text: of the captions, of which each sample has those of the
+    one that is drawn for it."""
     encoder: str | None = None
     """The encoder whose embeddings the cache must hold, as `timm:resnet50`, or `timm:resnet50@160` at this side of its
     input only; null: any. A dry run without the cache needs it."""
@@ -357,9 +369,9 @@ class Deploy:
     """The two heads that make the model kept for inference."""
 
     image: str
-    """The image head, on an image tower or on a cache."""
+    """The image head, on an image tower or on a cache of images."""
     text: str
-    """The text head, on a text tower."""
+    """The text head, on a text tower or on a cache of text."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -530,6 +542,13 @@ class TrainConfig:
     def towers_of(self, kind: str) -> list[str]:
         """Return the names of the towers of one kind, in the config's order."""
         return [name for name, tower in self.towers.items() if tower.kind == kind]
+
+    def side_of(self, tower: str) -> Side:
+        """Return what a tower sees: images or text."""
+        config = self.towers[tower]
+        if isinstance(config, CacheTower):
+            return config.of
+        return "text" if isinstance(config, TextTower) else "image"
 
     def root_of(self, head: str) -> str:
         """Return the name of the tower below a head or a chain of heads."""

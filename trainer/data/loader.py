@@ -121,9 +121,9 @@ class TrainingSampleReader:
         image = None
         if self._needs_image:
             if data.crop_scale < 1:
-                image = random_crop(decode(), data.image_size, data.crop_scale, rng)
+                image = random_crop(decode(), data.side, data.crop_scale, rng)
             else:
-                image = samples.view_image(index, view, decode(), data.image_size)
+                image = samples.view_image(index, view, decode(), data.side)
             if self._augments:
                 image = augment(image, data.augment, rng)
 
@@ -231,7 +231,7 @@ class SequentialDataset(TarDataset):
 class Collator:
     """Puts samples into a batch, and lists those that cannot be used."""
 
-    def __init__(self, config: TrainConfig, samples: SampleSet, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: TrainConfig, samples: SampleSet, tokenizer: Tokenizer | None) -> None:
         """Set up the collator of a run's samples."""
         self._config = config
         self._dims = {name: join.cache.dim for name, join in samples.caches.items()}
@@ -254,6 +254,7 @@ class Collator:
             if tower.kind == "timm":
                 inputs[name] = torch.stack([sample.image for sample in good if sample.image is not None])
             elif tower.kind == "text":
+                assert self._tokenizer is not None
                 captions = [sample.caption for sample in good]
                 inputs[name] = self._tokenizer.encode(captions, self._config.data.context_length)
             else:
@@ -313,7 +314,7 @@ def _checked(part: Batch | LoaderFailure) -> Batch:
 def training_loader(
     config: TrainConfig,
     samples: SampleSet,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     rank: int,
     world_size: int,
     start: int,
@@ -328,7 +329,7 @@ def training_loader(
     Args:
         config: The run's config.
         samples: Its samples.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; None in a run without a text tower of its own.
         rank: Number of this process.
         world_size: Number of processes.
         start: The first step.

@@ -97,7 +97,7 @@ class StateMemory:
         return self.weights + self.gradients + self.optimizer
 
 
-def meta_model(config: TrainConfig, vocab_size: int, teachers: Mapping[str, TeacherCost]) -> TowerModel:
+def meta_model(config: TrainConfig, vocab_size: int | None, teachers: Mapping[str, TeacherCost]) -> TowerModel:
     """Return the run's model on the meta device, with weights of the type they are trained in."""
     with torch.device("meta"):
         model = TowerModel(config, vocab_size, {name: teacher.dim for name, teacher in teachers.items()})
@@ -183,7 +183,7 @@ def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
     for name, tower in model.config.towers.items():
         match tower:
             case ImageTower():
-                shape, dtype = [3, data.image_size, data.image_size], torch.uint8
+                shape, dtype = [3, data.side, data.side], torch.uint8
             case TextTower():
                 shape, dtype = [data.context_length], torch.int64
             case CacheTower():

@@ -81,7 +81,9 @@ def _teacher(name: str, tower: CacheTower) -> TeacherCost:
         return TeacherCost.from_encoder(tower.encoder)
 
 
-def _vocab_size(config: TrainConfig) -> int:
+def _vocab_size(config: TrainConfig) -> int | None:
+    if config.data.tokenizer is None:
+        return None
     if Path(config.data.tokenizer).exists():
         return Tokenizer.load(config.data.tokenizer).embedding_rows(config.data.vocab_size)
     if config.data.vocab_size is None:

@@ -80,7 +80,7 @@ def run_summary(
 def summary_or_reason(
     config: TrainConfig,
     world: World,
-    vocab_size: int,
+    vocab_size: int | None,
     manifests: Mapping[str, Manifest],
     stats: DatasetStats,
     steps: int,

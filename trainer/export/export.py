@@ -84,7 +84,8 @@ def export(
 def _write_threetowers(deployed: TrainedModel, run: RunFolder, folder: Path) -> float:
     """Write our own format and return the largest difference of embeddings."""
     exported = RunFolder(folder)
-    shutil.copyfile(run.tokenizer, exported.tokenizer)
+    if deployed.tokenizer is not None:
+        shutil.copyfile(run.tokenizer, exported.tokenizer)
     exported.write_manifests(deployed.manifests)
     exported.config.write_text(yaml.safe_dump(dump(deployed.config), sort_keys=False))
     state = deduplicated_state_dict(deployed.model)
@@ -128,13 +129,16 @@ WRITERS: dict[ExportFormat, Callable[[TrainedModel, RunFolder, Path], float]] = 
 
 
 def probe_inputs(model: TrainedModel, samples: int = 5) -> tuple[Tensor, Tensor]:
-    """Return inputs to compare models by: images of noise (or rows of it, for a cached tower), and tokens (b, L)."""
+    """Return inputs to compare models by: images of noise, and tokens (b, L); for cached towers rows of noise."""
     generator = torch.Generator().manual_seed(0)
     data = model.config.data
-    shape = (samples, 3, data.image_size, data.image_size)
-    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     if model.sees_cached_rows:
         images = torch.randn(samples, model.model.widths[model.image_tower], generator=generator)
+    else:
+        shape = (samples, 3, data.side, data.side)
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    if model.reads_cached_text or model.tokenizer is None:
+        return images, torch.randn(samples, model.model.widths[model.text_tower], generator=generator)
     tokens_bL = torch.randint(END + 1, model.tokenizer.vocab_size, (samples, data.context_length), generator=generator)
     for row in range(samples):  # captions of all lengths
         end = data.context_length - 1 - row % data.context_length

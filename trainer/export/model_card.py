@@ -70,7 +70,7 @@ def _list(items: Iterable[str]) -> str:
 def _loading(deployed: TrainedModel, form: ExportFormat) -> str:
     """Return the Python lines that load the export."""
     data = deployed.config.data
-    images = f"(n, 3, {data.image_size}, {data.image_size}) uint8"
+    images = f"(n, 3, {data.side}, {data.side}) uint8"
     if deployed.sees_cached_rows:
         images = f"rows of its cached teacher, (n, {deployed.model.widths[deployed.image_tower]})"
     return LOADING[form].format(images=images, end=END, pad=PAD, context=data.context_length)
@@ -88,4 +88,4 @@ def _image_tower(deployed: TrainedModel) -> str:
     if isinstance(tower, CacheTower):
         return f"cached rows of {deployed.manifests[deployed.image_tower].encoder}"
     assert isinstance(tower, ImageTower)
-    return f"{tower.model} of timm, {deployed.config.data.image_size} pixels"
+    return f"{tower.model} of timm, {deployed.config.data.side} pixels"

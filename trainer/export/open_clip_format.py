@@ -142,11 +142,11 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
             "timm_pool": "",
             "timm_proj": "linear",
             "timm_proj_bias": config.heads[config.deploy.image].bias,
-            "image_size": config.data.image_size,
+            "image_size": config.data.side,
         },
         "text_cfg": {
             "context_length": config.data.context_length,
-            "vocab_size": model.tokenizer.embedding_rows(config.data.vocab_size),
+            "vocab_size": _token_rows(model),
             "width": text.width,
             "heads": text.heads,
             "layers": text.depth,
@@ -162,7 +162,7 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
     if config.loss.kind == "sigmoid":
         model_config |= {"init_logit_bias": config.loss.bias_init}
     preprocess = {
-        "size": [config.data.image_size] * 2,
+        "size": [config.data.side] * 2,
         "mode": "RGB",
         "mean": image.mean.flatten().tolist(),
         "std": image.std.flatten().tolist(),
@@ -170,3 +170,8 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
         "resize_mode": "shortest",
     }
     return {"model_cfg": model_config, "preprocess_cfg": preprocess}
+
+
+def _token_rows(model: TrainedModel) -> int:
+    assert model.tokenizer is not None
+    return model.tokenizer.embedding_rows(model.config.data.vocab_size)

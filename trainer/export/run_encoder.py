@@ -108,6 +108,7 @@ class RunTextModel(TextModel):
         self.tower = trained.model.towers[heads.tower]
         self.heads = heads
         self._name = name
+        assert trained.tokenizer is not None
         self._tokenizer: Tokenizer = trained.tokenizer
         self._length = trained.config.data.context_length
         config = trained.config.towers[heads.tower]
@@ -189,8 +190,8 @@ def load_run_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncode
         packages += [package for package in below.packages if package not in packages]
     else:
         image_model = RunImageModel(tower, image_heads, None, full_name)
-        preprocessing = _preprocessing(tower, trained.config.data.image_size, options)
-        transform = CenterCrop(trained.config.data.image_size)
+        preprocessing = _preprocessing(tower, trained.config.data.side, options)
+        transform = CenterCrop(trained.config.data.side)
     if name.size is not None and (name.size, name.size) != preprocessing.input_size:
         height, width = preprocessing.input_size
         raise ValueError(f"{name}: expected images of the run's own size, {height}x{width}: leave out @{name.size}")

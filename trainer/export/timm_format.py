@@ -31,7 +31,7 @@ def write_timm(model: TrainedModel, folder: Path) -> None:
         )
     tower = model.model.towers[model.image_tower]
     assert isinstance(tower, TimmTower)
-    size = model.config.data.image_size
+    size = model.config.data.side
     data = {"input_size": (3, size, size), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
     arguments = {**config.args, "num_classes": 0}
     save_for_hf(tower.model, str(folder), model_args=arguments, data_config=data, safe_serialization=True)

@@ -1,6 +1,6 @@
 """A trained model, loaded for inference: from a finished run or an export of one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -42,16 +42,15 @@ def load_model(
         ValueError: runs/no-such-run holds no finished run: config.yaml is missing; finish it with `threetowers train`
     """
     folder = RunFolder(Path(path))
-    for needed in (folder.config, folder.weights, folder.tokenizer, folder.manifests):
+    for needed in (folder.config, folder.weights, folder.manifests):
         if not needed.exists():
             raise ValueError(
                 f"{folder.path} holds no finished run: {needed.name} is missing; finish it with `threetowers train`"
             )
     config = load_config(folder.config)
-    tokenizer = Tokenizer.load(folder.tokenizer)
+    tokenizer = Tokenizer.load(folder.tokenizer) if config.data.tokenizer else None
     manifests = folder.read_manifests()
-    widths = {name: manifest.dim for name, manifest in manifests.items()}
-    model = TowerModel(config, tokenizer.embedding_rows(config.data.vocab_size), widths)
+    model = _model(config, tokenizer, manifests)
     load_deduplicated(model, load_file(folder.weights))
     model.set_precision(precision or model.precision)
     return TrainedModel(config, model.to(device).eval(), tokenizer, manifests)
@@ -63,7 +62,7 @@ class TrainedModel:
 
     config: TrainConfig
     model: TowerModel
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None in a run without a text tower of its own
     manifests: dict[str, Manifest]  # of the caches that the run was trained with, by tower
 
     @property
@@ -73,13 +72,18 @@ class TrainedModel:
 
     @property
     def text_tower(self) -> str:
-        """The tower that the deployed text head stands on."""
+        """The tower that the deployed text head stands on; a cached one where the text side is frozen."""
         return self.config.root_of(self.config.deploy.text)
 
     @property
     def sees_cached_rows(self) -> bool:
         """Whether the image side takes rows of a cache (LiT) instead of images."""
         return isinstance(self.config.towers[self.image_tower], CacheTower)
+
+    @property
+    def reads_cached_text(self) -> bool:
+        """Whether the text side takes rows of a cache of text instead of tokens."""
+        return isinstance(self.config.towers[self.text_tower], CacheTower)
 
     @property
     def device(self) -> torch.device:
@@ -97,13 +101,37 @@ class TrainedModel:
 
     @torch.inference_mode()
     def encode_texts(self, captions: Sequence[str]) -> Tensor:
-        """Return unit-norm embeddings (len(captions), D), float32."""
-        return self.encode_tokens(self.tokenizer.encode(captions, self.config.data.context_length))
+        """Return unit-norm embeddings (len(captions), D), float32.
+
+        Raises:
+            ValueError: The text side takes rows of a cache: `encode_tokens` takes them, and the encoder `run:FOLDER`
+                embeds words by the encoder that the cache is of.
+        """
+        return self.encode_tokens(self.tokens(captions))
 
     @torch.inference_mode()
     def encode_tokens(self, tokens_bL: Tensor) -> Tensor:
-        """Return unit-norm embeddings (b, D), float32, of tokens int64 as the tokenizer returns them."""
+        """Return unit-norm embeddings (b, D), float32, of tokens (b, L) int64 as the tokenizer returns them.
+
+        Where the text side is cached they are of rows (b, width).
+        """
         return self.model.encode_text({self.text_tower: tokens_bL.to(self.device)})
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Return the tokens (b, L) int64 of captions. Raises ValueError where the text side takes cached rows."""
+        if self.tokenizer is None or self.reads_cached_text:
+            encoder = self.manifests[self.text_tower].encoder
+            raise ValueError(
+                f"the text side takes rows of {encoder}, found words: embed them by the encoder run:FOLDER, or give "
+                "rows of a cache"
+            )
+        return self.tokenizer.encode(captions, self.config.data.context_length)
+
+
+def _model(config: TrainConfig, tokenizer: Tokenizer | None, manifests: Mapping[str, Manifest]) -> TowerModel:
+    """Return the model of a run with random weights."""
+    vocab_size = tokenizer.embedding_rows(config.data.vocab_size) if tokenizer else None
+    return TowerModel(config, vocab_size, {name: manifest.dim for name, manifest in manifests.items()})
 
 
 def deployed_model(trained: TrainedModel) -> TrainedModel:
@@ -113,12 +141,12 @@ def deployed_model(trained: TrainedModel) -> TrainedModel:
     """
     config = _deployed_config(trained.config)
     manifests = {name: manifest for name, manifest in trained.manifests.items() if name in config.towers}
-    widths = {name: manifest.dim for name, manifest in manifests.items()}
-    model = TowerModel(config, trained.tokenizer.embedding_rows(config.data.vocab_size), widths)
+    tokenizer = trained.tokenizer if config.data.tokenizer else None
+    model = _model(config, tokenizer, manifests)
     state = trained.model.state_dict()
     load_deduplicated(model, {name: state[name] for name in model.state_dict()})
     model.set_precision(trained.model.precision)
-    return TrainedModel(config, model.to(trained.device).eval(), trained.tokenizer, manifests)
+    return TrainedModel(config, model.to(trained.device).eval(), tokenizer, manifests)
 
 
 def _deployed_config(config: TrainConfig) -> TrainConfig:
@@ -149,8 +177,10 @@ def _deployed_config(config: TrainConfig) -> TrainConfig:
         term = Term(image, text, scale=config.scales()[0])
     else:
         term = Term(image, text, kind="l2")
+    has_words = any(isinstance(tower, TextTower) for tower in towers.values())
     return replace(
         config,
+        data=config.data if has_words else replace(config.data, tokenizer=None),
         towers=towers,
         heads={name: head for name, head in config.heads.items() if name in heads},
         terms={"image-text": term},

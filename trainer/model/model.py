@@ -14,7 +14,7 @@ from threetowers.trainer.model.cached import CachedTower
 from threetowers.trainer.model.head import build_head
 from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.initial_weights import load_initial
-from threetowers.trainer.model.precision import autocast, cast_parameters
+from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
 from threetowers.trainer.model.shared import share_blocks
 from threetowers.trainer.model.text import TextTransformer
 
@@ -34,12 +34,12 @@ class TowerModel(nn.Module):
     Every parameter has at least one dimension, scales included: DeepSpeed cannot hold 0-dimensional ones.
     """
 
-    def __init__(self, config: TrainConfig, vocab_size: int, cache_widths: Mapping[str, int]) -> None:
+    def __init__(self, config: TrainConfig, vocab_size: int | None, cache_widths: Mapping[str, int]) -> None:
         """Build the model with random weights.
 
         Args:
             config: The run.
-            vocab_size: Rows of the token embedding.
+            vocab_size: Rows of the token embedding; None in a run without a text tower of its own.
             cache_widths: Embedding width of each cached tower, by name.
 
         Raises:
@@ -75,6 +75,8 @@ class TowerModel(nn.Module):
         for name, tower in config.towers.items():
             if not isinstance(tower, CacheTower) and tower.frozen:
                 self.towers[name].requires_grad_(False)
+        kept = float32_parameters(self).keys()
+        self._weight_name = next((name for name, _ in self.named_parameters() if name not in kept), "")
         self.train()
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError("no parameter is left to train: unfreeze a tower, or give one a linear head")
@@ -177,10 +179,8 @@ class TowerModel(nn.Module):
 
     @property
     def _weight(self) -> Tensor:
-        """The tokens' embedding: all parameters have its device, and but for `float32_parameters` its type."""
-        tower = self.towers[self.config.root_of(self.config.deploy.text)]
-        assert isinstance(tower, TextTransformer)
-        return tower.embed.weight
+        """One of the parameters: all have its device, and but for `float32_parameters` its type."""
+        return self.get_parameter(self._weight_name)
 
     def encode_image(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the embeddings (b, D) of the deployed image head, unit norm."""
@@ -210,11 +210,12 @@ def _is_frozen(module: nn.Module) -> bool:
     return has_parameters
 
 
-def _build_tower(config: TrainConfig, name: str, vocab_size: int, cache_widths: Mapping[str, int]) -> nn.Module:
+def _build_tower(config: TrainConfig, name: str, vocab_size: int | None, cache_widths: Mapping[str, int]) -> nn.Module:
     match config.towers[name]:
         case ImageTower() as tower:
-            return TimmTower(tower, config.data.image_size)
+            return TimmTower(tower, config.data.side)
         case TextTower() as tower:
+            assert vocab_size is not None
             return TextTransformer(tower, vocab_size, config.data.context_length)
         case CacheTower():
             return CachedTower(cache_widths[name])
