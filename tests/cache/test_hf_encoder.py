@@ -183,7 +183,7 @@ def test_image_features_are_those_of_the_library(kind: str, folder_of: Folders) 
     if states.ndim == 4:
         states = states.flatten(2).transpose(1, 2)
     patches = states[:, classes:].mean(1)
-    expected = {"mean_patch": patches}
+    expected = {} if kind == "resnet" else {"mean_patch": patches}  # of maps there is the pooled feature alone
     if classes:
         expected |= {"cls": states[:, 0], "cls+mean_patch": torch.cat([states[:, 0], patches], dim=1)}
     pooler = output.pooler_output
@@ -199,13 +199,15 @@ def test_layers_are_features(folder_of: Folders) -> None:
     x_b3HW = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     last, pooled = image.forward(x_b3HW, ("layer:layernorm", "pooled"))
     cls, patches = image.forward(x_b3HW, ("cls", "mean_patch"))
-    torch.testing.assert_close(last, (cls + 16 * patches) / 17, rtol=1e-5, atol=1e-6)
-    assert image.width("layer:embeddings") == 16
+    assert last.equal(patches)  # without the class token
+    assert image.width("layer:embeddings") == image.width("layer:layers.0") == 16
     assert pooled.equal(cls)
-    with pytest.raises(ValueError, match=r"layer:nowhere: no such module; the first of its \d+ are embeddings"):
+    with pytest.raises(ValueError, match=r"layer:nowhere: expected the name of a module, as one of embeddings"):
         image.width("layer:nowhere")
-    with pytest.raises(ValueError, match=r"feature: expected one of pooled, cls, .*layer:NAME, found 'projected'"):
+    with pytest.raises(ValueError, match=r"layer:NAME, found 'projected': the model has no joint space of images"):
         image.width("projected")
+    (cut,) = encoder_of(folder_of("resnet")).side("image").forward(x_b3HW, ("layer:embedder",))
+    assert cut.shape == (2, 8)
 
 
 @pytest.mark.parametrize("kind", [*IMAGES, *PAIRS])

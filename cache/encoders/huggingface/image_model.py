@@ -1,114 +1,96 @@
 """Image models of transformers: the states of their patches, pooled."""
 
-import contextlib
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.encoder import LAYER, ImageModel, require_offered
-from threetowers.cache.encoders.huggingface.outputs import captured_output, joint_embedding, own_pooler
+from threetowers.cache.encoders.huggingface.outputs import TowerHook, TowerOutput, joint_embedding, own_pooler
+from threetowers.cache.encoders.image_features import CLS_MEAN_PATCH, ImageLayout, LayerOutputs, token_feature
 
-
-class ImageOutputs(NamedTuple):
-    """What an image model gives for a batch: vectors (b, D) and token states (b, L, D), None where it has none."""
-
-    pooler_bD: Tensor | None
-    projected_bD: Tensor | None
-    class_bD: Tensor | None
-    patches_bLD: Tensor
+CLASS_TOKENS = ("cls_token", "class_embedding")  # names of their parameters
 
 
 class HfImageModel(ImageModel):
     """An image model of transformers, or the image side of an image-text model.
 
-    Its features are
-
     - `pooled`: what the model's own classifier would see: its own vector, or the class token where that vector is a
-      dense layer for another task, as ViT's, or the mean of the patches where there is neither;
-    - `projected`: the joint space of an image-text model;
-    - `cls`, `mean_patch`, `cls+mean_patch`: the class token, the mean of the patches, and both side by side, after the
-      last norm;
-    - `layer:NAME`: the output of a module, by its name in the model, averaged over its tokens or places.
+      dense layer for another task, as ViT's, or the mean of the patches where there is neither.
+    - `projected`: the joint space of an image-text model.
+    - `cls`: the class token, where it has one.
+    - `mean_patch`: the mean of the tokens of patches, where it has tokens.
+    - `cls+mean_patch`: both, concatenated in this order.
+    - `layer:NAME`: the output of a module as one vector (`mean_over_image`).
+
+    Tokens are those after the last norm.
     """
 
-    def __init__(self, model: nn.Module, size: tuple[int, int], name: str) -> None:
-        """Find out what the model offers, by a forward pass.
+    def __init__(self, model: nn.Module, input_size: tuple[int, int], name: str) -> None:
+        """Find out what a model offers, by a forward pass.
 
         Args:
             model: In evaluation mode, on its device.
-            size: Of its input (height, width) in pixels.
+            input_size: (height, width) of its input in pixels.
             name: Of the encoder, for messages.
-
-        Raises:
-            ValueError: It takes no such images.
         """
         super().__init__()
         self.model: Any = model
         self._name = name
         self._call: Any = getattr(model, "get_image_features", model)
         self._tower: Any = getattr(model, "vision_model", model)
+        self._hook = TowerHook(self._tower, name)
         config = getattr(self.model.config, "vision_config", None) or self.model.config
-        self._patches = _patch_count(config, size)
-        self._arguments: dict[str, Any] = {}
-        native = getattr(config, "image_size", None)
-        takes = inspect.signature(getattr(self._call, "forward", self._call)).parameters
-        if native not in (None, size[0], size, list(size)) and "interpolate_pos_encoding" in takes:
-            self._arguments["interpolate_pos_encoding"] = True
+        self._arguments = _size_arguments(self._call, config, input_size)
+        blank_13HW = torch.zeros(1, 3, *input_size, device=next(model.parameters()).device)
         self._norm: Any = None
-        self._norm = self._skipped_norm(size)
-        found = self._outputs(self._blank(size))
-        self.features = (
-            "pooled",
-            *(["projected"] if found.projected_bD is not None else []),
-            *(["cls"] if found.class_bD is not None else []),
-            "mean_patch",
-            *(["cls+mean_patch"] if found.class_bD is not None else []),
+        self._norm = self._skipped_norm(blank_13HW)
+        output, projected_1D = self._outputs(blank_13HW)
+        self.layout = _layout(output.states, config, input_size)
+        has_class = self.layout.prefix > 0 and any(
+            parameter.rpartition(".")[2] in CLASS_TOKENS for parameter, _ in self._tower.named_parameters()
         )
+        tokens: tuple[str, ...] = ()
+        if output.states.ndim == 3:
+            tokens = ("cls", "mean_patch", CLS_MEAN_PATCH) if has_class else ("mean_patch",)
+        self._has_class = has_class
+        self.features = ("pooled", *(["projected"] if projected_1D is not None else []), *tokens)
+        self._layers = LayerOutputs(model, self.layout, name)
 
     def forward(self, x_b3HW: Tensor, features: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the wanted features, (b, D) each."""
-        layers = [feature for feature in features if feature.startswith(LAYER)]
         for feature in features:
-            if feature not in layers:
-                require_offered(feature, (*self.features, f"{LAYER}NAME"), self._name)
-        with contextlib.ExitStack() as stack:
-            kept = {layer: stack.enter_context(captured_output(self._module(layer))) for layer in layers}
-            outputs = self._outputs(x_b3HW)
-        return tuple(
-            _pool_places(kept[feature].states, self._name, feature) if feature in kept else _pool(outputs, feature)
-            for feature in features
-        )
+            if not feature.startswith(LAYER):
+                reason = "the model has no joint space of images and text" if feature == "projected" else ""
+                require_offered(feature, (*self.features, f"{LAYER}NAME"), self._name, reason)
+        self._layers.begin(features)
+        output, projected_bD = self._outputs(x_b3HW)
+        found = {"projected": projected_bD} if projected_bD is not None else {}
+        return tuple(found[one] if one in found else self._other(one, output) for one in features)
 
-    def _module(self, layer: str) -> nn.Module:
-        name = layer.removeprefix(LAYER)
-        modules: dict[str, nn.Module] = dict(self.model.named_modules())
-        if name not in modules or not name:
-            some = ", ".join(list(modules)[1:6])
-            raise ValueError(f"{self._name}: {layer}: no such module; the first of its {len(modules) - 1} are {some}")
-        return modules[name]
+    def _other(self, feature: str, output: TowerOutput) -> Tensor:
+        """Return a feature other than `projected`."""
+        if feature.startswith(LAYER):
+            return self._layers.vector(feature)
+        if feature != "pooled":
+            return token_feature(feature, output.states, self.layout.prefix)
+        if output.pooler is not None and own_pooler(self._tower):
+            return output.pooler.flatten(1)
+        if output.states.ndim == 4:
+            return output.states.mean((2, 3))
+        return token_feature("cls" if self._has_class else "mean_patch", output.states, self.layout.prefix)
 
-    def _outputs(self, x_b3HW: Tensor) -> ImageOutputs:
-        with captured_output(self._tower) as output:
-            projected_bD = joint_embedding(
-                self._call(pixel_values=x_b3HW, **self._arguments), self._call is not self.model, "image_embeds"
-            )
-        states = output.states
-        if states.ndim == 4:  # a feature map
-            states = states.flatten(2).transpose(1, 2)
-        states_bLD = states if self._norm is None else self._norm(states)
-        # Before the patches stand a class token and perhaps registers or a token of distillation. A hierarchical model
-        # has fewer places than patches, and no such token.
-        before = max(0, states_bLD.shape[1] - self._patches) if self._patches else 0
-        pooler_bD = output.pooler
-        if pooler_bD is not None:
-            pooler_bD = pooler_bD.flatten(1) if own_pooler(self._tower) else None
-        class_bD = states_bLD[:, 0] if before else None
-        return ImageOutputs(pooler_bD, projected_bD, class_bD, states_bLD[:, before:])
+    def _outputs(self, x_b3HW: Tensor) -> tuple[TowerOutput, Tensor | None]:
+        """Return states after the last norm and the model's own vector, and the joint-space embedding (b, D)."""
+        result = self._call(pixel_values=x_b3HW, **self._arguments)
+        output = self._hook.take()
+        if self._norm is not None:
+            output = output._replace(states=self._norm(output.states))
+        return output, joint_embedding(result, self._call is not self.model, "image_embeds")
 
-    def _skipped_norm(self, size: tuple[int, int]) -> Any:
+    def _skipped_norm(self, x_13HW: Tensor) -> Any:
         """Return the last norm of a model that applies it to its own vector alone, as CLIP's does; else None."""
         norm = getattr(self._tower, "post_layernorm", None)
         if norm is None:
@@ -116,40 +98,29 @@ class HfImageModel(ImageModel):
         inputs = []
         handle = norm.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
         try:
-            self._outputs(self._blank(size))
+            self._outputs(x_13HW)
         finally:
             handle.remove()
         return norm if all(x.ndim == 2 for x in inputs) else None
 
-    def _blank(self, size: tuple[int, int]) -> Tensor:
-        return torch.zeros(1, 3, *size, device=next(self.model.parameters()).device)
+
+def _size_arguments(call: Any, config: Any, input_size: tuple[int, int]) -> dict[str, Any]:
+    """Return the arguments by which a model takes images of a size that is not its own."""
+    native = getattr(config, "image_size", None)
+    takes = inspect.signature(getattr(call, "forward", call)).parameters
+    own = native in (None, input_size[0], input_size, list(input_size))
+    return {} if own or "interpolate_pos_encoding" not in takes else {"interpolate_pos_encoding": True}
 
 
-def _patch_count(config: Any, size: tuple[int, int]) -> int | None:
-    """Return the number of patches of an image; None for a model without patches of one size."""
+def _layout(states: Tensor, config: Any, input_size: tuple[int, int]) -> ImageLayout:
+    """Return where the parts of an image are in the outputs of a model.
+
+    Before the patches stand a class token and perhaps registers or a token of distillation. A hierarchical model has
+    fewer places in the end than patches, and no such token.
+    """
     patch = getattr(config, "patch_size", None)
-    if patch is None:
-        return None
+    if states.ndim != 3 or patch is None:
+        return ImageLayout(input_size)
     height, width = (patch, patch) if isinstance(patch, int) else patch
-    return (size[0] // height) * (size[1] // width)
-
-
-def _pool(outputs: ImageOutputs, feature: str) -> Tensor:
-    class_bD, mean_bD = outputs.class_bD, outputs.patches_bLD.mean(1)
-    if feature == "projected":
-        assert outputs.projected_bD is not None
-        return outputs.projected_bD
-    if feature == "pooled":
-        return next(x_bD for x_bD in (outputs.pooler_bD, class_bD, mean_bD) if x_bD is not None)
-    if feature == "mean_patch":
-        return mean_bD
-    assert class_bD is not None
-    return class_bD if feature == "cls" else torch.cat([class_bD, mean_bD], dim=1)
-
-
-def _pool_places(x: Any, name: str, feature: str) -> Tensor:
-    """Return the output of a module as (b, D): averaged over tokens (b, L, D), or over places (b, D, h, w)."""
-    if isinstance(x, Tensor) and x.ndim in (2, 3, 4):
-        return x if x.ndim == 2 else x.mean(1) if x.ndim == 3 else x.mean((2, 3))
-    found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-    raise ValueError(f"{name}: {feature}: expected an output (b, D), (b, L, D) or (b, D, h, w), found {found}")
+    prefix = states.shape[1] - (input_size[0] // height) * (input_size[1] // width)
+    return ImageLayout(input_size, prefix, states.shape[1]) if prefix >= 0 else ImageLayout(input_size)

@@ -1,42 +1,48 @@
 """What models of transformers give: the states of tokens, the model's own vector, the joint space."""
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 
-@dataclass
-class ModuleOutput:
-    """The output of a module.
+class TowerOutput(NamedTuple):
+    """The output of one side of a model.
 
     Attributes:
         states: Of the tokens, (b, L, D), or a feature map (b, D, h, w).
-        pooler: A model's own vector, (b, D); None without one.
+        pooler: The model's own vector; None without one.
     """
 
-    states: Any = None
-    pooler: Tensor | None = None
+    states: Tensor
+    pooler: Tensor | None
 
 
-@contextlib.contextmanager
-def captured_output(module: nn.Module) -> Iterator[ModuleOutput]:
-    """Keep what a module gives while it runs inside a model: the model above it may write over it."""
-    kept = ModuleOutput()
+class TowerHook:
+    """Keeps what one side of a model gives in a forward pass, before the model above it writes over it."""
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        if hasattr(output, "last_hidden_state"):
-            kept.states, kept.pooler = output.last_hidden_state, getattr(output, "pooler_output", None)
-        else:
-            kept.states = output[0] if isinstance(output, tuple) else output
+    def __init__(self, tower: nn.Module, name: str) -> None:
+        """Keep the output of `tower`. `name`: of the encoder, for messages."""
+        self._name = name
+        self._found: TowerOutput | None = None
+        tower.register_forward_hook(self._keep)
 
-    handle = module.register_forward_hook(keep)
-    try:
-        yield kept
-    finally:
-        handle.remove()
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        states = getattr(output, "last_hidden_state", None)
+        self._found = None if states is None else TowerOutput(states, getattr(output, "pooler_output", None))
+
+    def take(self) -> TowerOutput:
+        """Return the output of the last forward pass, and forget it.
+
+        Raises:
+            ValueError: The model is put together in another way.
+        """
+        found, self._found = self._found, None
+        if found is None:
+            raise ValueError(
+                f"{self._name}: expected a model that gives last_hidden_state, or whose sides text_model and "
+                "vision_model do, found another: it cannot be used as an encoder"
+            )
+        return found
 
 
 def own_pooler(tower: Any) -> bool:

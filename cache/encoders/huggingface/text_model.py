@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.encoder import TextModel, Tokens, require_offered
-from threetowers.cache.encoders.huggingface.outputs import captured_output, joint_embedding, own_pooler
+from threetowers.cache.encoders.huggingface.outputs import TowerHook, joint_embedding, own_pooler
 from threetowers.cache.encoders.huggingface.tokenizer import CaptionTokenizer, tokenizer_digest
 from threetowers.cache.format.manifest import TextProcessing
 
@@ -52,8 +52,10 @@ class HfTextModel(TextModel):
         self._name = name
         self._fixed_length = fixed_length
         self._call, self._tower = text_call(model)
-        found = self._outputs(self.collate(self._tokens.tokenize(["a"])))
-        causal = self._is_causal()
+        self._hook = TowerHook(self._tower, name)
+        with torch.inference_mode():
+            found = self._outputs(self.collate(self._tokens.tokenize(["a"])))
+            causal = self._is_causal()
         by_tokens = "last" if causal else "mean"
         pooling = "pooler" if found.pooler_bD is not None and own_pooler(self._tower) else by_tokens
         self.features = (
@@ -104,17 +106,17 @@ class HfTextModel(TextModel):
         arguments = {name: x.to(device) for name, x in inputs.items()}
         if self._fixed_length:
             del arguments["attention_mask"]
-        with torch.inference_mode(), captured_output(self._tower) as output:
-            projected_bD = joint_embedding(self._call(**arguments), self._call is not self.model, "text_embeds")
-        return TextOutputs(output.states, output.pooler, projected_bD)
+        result = self._call(**arguments)
+        output = self._hook.take()
+        return TextOutputs(
+            output.states, output.pooler, joint_embedding(result, self._call is not self.model, "text_embeds")
+        )
 
     def _is_causal(self) -> bool:
         """Return whether no token sees a later one: found out by changing the last one."""
-        ids_L = torch.tensor(self._tokens.tokenize(["a photo of a dog on a bench"])[0].ids[:8])
-        other = (ids_L[0] + 1) % self._tokens.rows
-        ids_2L = torch.stack([torch.cat([ids_L, end[None]]) for end in (ids_L[0], other)])
-        if ids_2L.shape[1] > self._tokens.max_length:
-            ids_2L = ids_2L[:, -self._tokens.max_length :]
+        first_id = self._tokens.tokenize(["a"])[0].ids[0]
+        ids_2L = torch.full((2, 3), first_id)
+        ids_2L[1, -1] = (first_id + 1) % self._tokens.rows
         states_2LD = self._outputs({"input_ids": ids_2L, "attention_mask": torch.ones_like(ids_2L)}).states_bLD
         first, second = states_2LD[:, :-1].float()
         return bool((first - second).abs().max() <= CAUSAL_TOLERANCE * first.abs().max())
