@@ -124,7 +124,7 @@ def remap(
     image_member: str | None = None,
     on_bad: OnBad = "skip",
 ) -> int:
-    """Carry the rows of a cache over to other tars of the same images, by key and image, without the teacher.
+    """Carry the rows of a cache over to other tars of the same samples, by key and image or caption, without a teacher.
 
     Args:
         old: Folder or URL of the cache that has the rows.
@@ -137,7 +137,7 @@ def remap(
         on_bad: error stops at a sample without a usable image, or a bad tar; skip gives such samples their status;
             skip_tars also leaves bad tars out.
     """
-    from threetowers.cache.remap import remap as run
+    from threetowers.cache.remap.remap import remap as run
 
     print(run(old, new, tars, missing=missing, image_member=image_member, on_bad=on_bad).text())
     return 0

@@ -26,11 +26,12 @@ class _Run(NamedTuple):
 class TextRowBuffer(RowBuffer):
     """The runs of a tar of n samples, and the embedding of each different caption.
 
-    First all samples are given their captions, then `captions` are embedded, in any order. A sample is embedded if all
-    of its captions are.
+    First all samples are given their captions, then these are embedded, in any order. A sample is embedded if all of
+    its captions are. Captions are told apart by their hashes, as they are in the cache.
 
     Attributes:
-        captions: the u different captions of the samples.
+        captions: the u different captions of the samples, by place; fewer where only hashes were given.
+        hashes: of all of these.
     """
 
     def __init__(self, index: TarIndex, manifest: Manifest, min_cosine: float | None = None) -> None:
@@ -38,7 +39,8 @@ class TextRowBuffer(RowBuffer):
         self._sources = manifest.caption_sources
         self._code = {source: code for code, source in enumerate(self._sources.names)}
         self.captions: list[str] = []
-        self._place: dict[str, int] = {}  # of each of `captions` in it
+        self.hashes: list[int] = []
+        self._place: dict[int, int] = {}  # of each of `hashes` in it
         self._runs: dict[int, _Run] = {}
         self._n_rows = 0
 
@@ -48,14 +50,30 @@ class TextRowBuffer(RowBuffer):
         Raises:
             ManifestError: the tar has more captions than the cache has room for.
         """
-        captions = []
         sources = []
-        for source, found in captions_by_source.items():
-            captions += [self._place_of(caption) for caption in found]
-            sources += [self._code[source]] * len(found)
-        self._runs[ordinal] = _Run(np.array(captions, np.uint32), np.array(sources, np.uint8))
+        hashes = []
+        for source, captions in captions_by_source.items():
+            for caption in captions:
+                sources.append(self._code[source])
+                hashes.append(caption_hash(caption))
+                if hashes[-1] not in self._place:
+                    self._add_place(hashes[-1])
+                    self.captions.append(caption)
+        self.set_hashes(ordinal, sources, hashes)
+
+    def set_hashes(self, ordinal: int, sources: Sequence[int], hashes: Sequence[int]) -> None:
+        """Take the captions of a sample by their hashes and the numbers of their sources, like `set_captions`.
+
+        Raises:
+            ManifestError: as for `set_captions`.
+        """
+        for each in hashes:
+            if each not in self._place:
+                self._add_place(each)
+        places = np.array([self._place[each] for each in hashes], np.uint32)
+        self._runs[ordinal] = _Run(places, np.array(sources, np.uint8))
         self.status_n[ordinal] = RowStatus.OK
-        self._n_rows += len(captions)
+        self._n_rows += len(hashes)
         if self._n_rows > self.manifest.rows_per_tar:
             raise ManifestError(
                 f"{self.index.location}: {self._n_rows} captions in the first {len(self._runs)} samples, expected at "
@@ -88,6 +106,13 @@ class TextRowBuffer(RowBuffer):
             ordinal = next(ordinal for ordinal, run in self._runs.items() if place in run.caption_k)
             raise self._rounding_error(ordinal, f", caption {shortened(self.captions[place])}", features_bD[coarse[:1]])
 
+    def set_stored(self, places: npt.NDArray[np.int64], stored_bD: StoredArray, scale_b: StoredArray | None) -> None:
+        """Store the embeddings of the captions at these places, as another cache of this dtype has them."""
+        self._stored_uD[places] = stored_bD
+        if scale_b is not None:
+            self._scale_u[places] = scale_b
+        self._embedded_u[places] = True
+
     def reject(self, ordinal: int, status: RowStatus, reason: str) -> None:
         """Record that a sample has no embedding, and why. Its run is empty."""
         self._runs.pop(ordinal, None)
@@ -105,7 +130,7 @@ class TextRowBuffer(RowBuffer):
         length_n = np.zeros(len(self.index.samples), np.int64)
         length_n[ordinals] = [len(self._runs[ordinal].caption_k) for ordinal in ordinals]
         caption_r = self._packed_captions
-        hash_u = np.fromiter(map(caption_hash, self.captions), np.uint64, len(self.captions))
+        hash_u = np.array(self.hashes, np.uint64)
         stored: Arrays = {
             emb_name(0): self._stored_uD[caption_r],
             "caption_hash": hash_u[caption_r],
@@ -130,12 +155,9 @@ class TextRowBuffer(RowBuffer):
         """Return the extensions of the text members that captions are read from."""
         return self._sources.caption_format.extensions
 
-    def _place_of(self, caption: str) -> int:
-        """Return the place of a caption in `captions`, to which it is added where it is new."""
-        place = self._place.setdefault(caption, len(self.captions))
-        if place == len(self.captions):
-            self.captions.append(caption)
-        return place
+    def _add_place(self, hash_of_caption: int) -> None:
+        self._place[hash_of_caption] = len(self.hashes)
+        self.hashes.append(hash_of_caption)
 
     @property
     def _packed_captions(self) -> npt.NDArray[np.uint32]:
@@ -144,19 +166,19 @@ class TextRowBuffer(RowBuffer):
 
     @cached_property
     def _stored_uD(self) -> StoredArray:
-        return np.full((len(self.captions), self.manifest.dim), self.dtype.fill, self.dtype.stored)
+        return np.full((len(self.hashes), self.manifest.dim), self.dtype.fill, self.dtype.stored)
 
     @cached_property
     def _scale_u(self) -> Float32Array:
-        return np.full(len(self.captions), np.nan, np.float32)
+        return np.full(len(self.hashes), np.nan, np.float32)
 
     @cached_property
     def _cosine_u(self) -> npt.NDArray[np.float64]:
-        return np.full(len(self.captions), np.nan)
+        return np.full(len(self.hashes), np.nan)
 
     @cached_property
     def _embedded_u(self) -> npt.NDArray[np.bool_]:
-        return np.zeros(len(self.captions), bool)
+        return np.zeros(len(self.hashes), bool)
 
     def _reject_nonfinite(self, places: npt.NDArray[np.int64], features_bD: Float32Array) -> None:
         """Reject the samples that have one of these captions, whose embeddings are nonfinite as stored."""

@@ -23,7 +23,7 @@ from threetowers.cache.format.manifest import ManifestError, to_json
 from threetowers.cache.format.store import read_tar_rows, write_tar_rows
 from threetowers.cache.format.views import Views, render_view
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.remap import remap
+from threetowers.cache.remap.remap import remap
 from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.verify.verify import verify
 from threetowers.cache.webdataset.tar_index import index_tar, key_hash, read_member

@@ -21,7 +21,7 @@ from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.info import read_info
 from threetowers.cache.measure_views import measure_views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.remap import remap
+from threetowers.cache.remap.remap import remap
 from threetowers.cache.verify.verify import verify
 from threetowers.cache.webdataset.defects import BadSample, ImageDefect
 from threetowers.cache.webdataset.sample import read_encoded_image, read_image

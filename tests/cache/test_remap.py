@@ -15,7 +15,7 @@ from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError, read_manifest
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.remap import remap
+from threetowers.cache.remap.remap import remap
 from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.verify.verify import verify
 from threetowers.cache.webdataset.tar_index import index_tar, key_hash
@@ -70,7 +70,7 @@ def test_rows_follow_their_samples_into_any_sharding(
     cuts = np.sort(rng.choice(np.arange(1, len(order)), 2, replace=False))
     tars = [pack(tmp_path / f"{i}.tar", [made[j] for j in part]) for i, part in enumerate(np.split(order, cuts))]
     report = remap(old, tmp_path / "new", tars)
-    assert (report.tars, report.kept, report.rows, report.missing, report.changed) == (3, 0, len(order), 0, 0)
+    assert (report.tars, report.kept, report.samples, report.missing, report.changed) == (3, 0, len(order), 0, 0)
     source, taken = rows_by_key(old), rows_by_key(tmp_path / "new")
     assert taken == {key_hash(made[j][0]): source[key_hash(made[j][0])] for j in order}
     found = verify(
@@ -110,7 +110,7 @@ def test_a_sample_without_a_row_is_refused_filtered_or_left_to_a_build(
         remap(old, tmp_path / "refused", tars)
     assert not (tmp_path / "refused").exists()
     report = remap(old, tmp_path / "filtered", tars, missing="filtered")
-    assert (report.tars, report.rows, report.missing, report.changed) == (3, 7, 1, 1)
+    assert (report.tars, report.samples, report.missing, report.changed) == (3, 7, 1, 1)
     assert any("0.tar: 'part/0000001': its row is of another image" in name for name in report.names)
     opened = EmbeddingCache.open(tmp_path / "filtered")
     assert opened.status(0).tolist() == [RowStatus.OK, RowStatus.FILTERED, RowStatus.OK]
@@ -154,7 +154,7 @@ def test_incomplete_caches_and_foreign_folders_are_refused(
     with pytest.raises(ManifestError, match="neither a cache nor empty"):
         remap(old, tmp_path / "other", [tar])
     assert command.remap(str(old), str(tmp_path / "new"), [str(tar)]) == 0
-    assert "1 tars written, 0 already finished; 3 rows" in capsys.readouterr().out
+    assert "1 tars written, 0 already finished; 3 samples" in capsys.readouterr().out
     manifest = read_manifest(open_storage(tmp_path / "new"))
     assert manifest.rows_per_tar < read_manifest(open_storage(old)).rows_per_tar
     (tmp_path / "new" / "done" / "0.json").unlink()

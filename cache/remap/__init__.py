@@ -1,0 +1,1 @@
+"""Carrying the rows of a cache over to other tars."""
