@@ -45,6 +45,7 @@ class CacheInfo:
         n_all = sum(entry.n_samples for entry in self.table.entries)
         n_samples = sum(record.n_samples for record in records)
         n_ok = sum(record.n_ok for record in records)
+        n_rows = sum(record.n_rows for record in records)
         n_bytes = sum(file.size for record in records for file in record.files.values())
         cosines = [record.cosines.min for record in records if record.cosines.min is not None]
 
@@ -52,11 +53,10 @@ class CacheInfo:
         lines = [
             f"{self.storage}: {manifest.encoder}, weights {manifest.weights} (sha256 {manifest.weights_digest[:16]})",
             f"feature   {manifest.feature}, {manifest.dim} x {manifest.dtype}, {input_text(manifest)}",
-            f"views     {manifest.views}",
+            contents_text(manifest),
+            f"computed  in {manifest.precision} by {manifest.runtime}, {manifest.batch_size} "
+            f"{'captions' if manifest.of == 'text' else 'images'} per forward pass",
         ]
-        lines.append(
-            f"computed  in {manifest.precision} by {manifest.runtime}, {manifest.batch_size} images per forward pass"
-        )
         if manifest.image_member is not None:
             lines.append(f"image     the member .{manifest.image_member} of each sample")
         if cosines:
@@ -67,6 +67,7 @@ class CacheInfo:
             f"versions  {versions}",
             f"tars      {len(records)} of {len(self.table.entries)} built, from {self.table.root}",
             f"samples   {n_samples} of {n_all}: {n_ok} embedded, {counts_text(counts)}",
+            *([f"rows      {n_rows}, {n_rows / n_ok:.2f} captions a sample"] if manifest.of == "text" and n_ok else []),
             f"bytes     {n_bytes}",
             *note_lines(notes, ignored),
             *bad_sample_lines(self.bad[:MAX_BAD_LISTED], counts.total()),
@@ -75,6 +76,16 @@ class CacheInfo:
         if len(self.missing) > MAX_MISSING_LISTED:
             lines.append(f"not built: {len(self.missing) - MAX_MISSING_LISTED:,} more")
         return "\n".join(lines)
+
+
+def contents_text(manifest: Manifest) -> str:
+    """Return a line on which views of the images, or which captions, a cache holds."""
+    if manifest.of == "image":
+        return f"views     {manifest.views}"
+    sources = manifest.caption_sources
+    lines = ", each line of a text member" if sources.caption_per_line else ""
+    named = ", ".join(sources.names) if sources.sources else sources.caption_format.sources_text()
+    return f"captions  from {named}{lines}"
 
 
 def input_text(manifest: Manifest) -> str:

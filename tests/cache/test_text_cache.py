@@ -15,6 +15,7 @@ from tests.cache.caches import DTYPES, CaptionsBySource, make_cache, make_text_c
 from threetowers.cache.format.dtypes import storage_dtype
 from threetowers.cache.format.layout import STORE, RowStatus
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.info import read_info
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import stream_rows
 from threetowers.cache.storage.local import LocalStorage
@@ -308,3 +309,18 @@ def test_a_remote_cache_is_fetched_a_shard_at_a_time(cache: Path, monkeypatch: p
         array = name.partition("/")[0]
         found = sorted(request for request in requests if f"/{array}/" in request)
         assert found == [f"{STORE}/{name.format(tar)}" for tar in (0, 2)]
+
+
+def test_info_tells_what_a_cache_of_text_holds(cache: Path, tmp_path: Path) -> None:
+    text = read_info(cache).text()
+    for line in (
+        "feature   pooled, 6 x float16, captions of up to 8 tokens, pooled by mean",
+        "captions  from txt, json.captions\n",
+        "64 captions per forward pass",
+        "samples   7 of 7: 4 embedded, 3 no caption",
+        "rows      13, 3.25 captions a sample",
+        "(ordinal 1): no caption",
+    ):
+        assert line in text, text
+    make_text_cache(tmp_path, [[{"txt": ["a"]}]], 6)
+    assert "captions  from txt, json.captions or json.caption\n" in read_info(tmp_path).text()
