@@ -40,11 +40,12 @@ from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.done_record import done_record_name
 from threetowers.cache.format.image_row_buffer import ImageRowBuffer
-from threetowers.cache.format.layout import image_room
-from threetowers.cache.format.manifest import Manifest, Preprocessing, to_json
-from threetowers.cache.format.row_buffer import Provenance
+from threetowers.cache.format.layout import image_room, text_room
+from threetowers.cache.format.manifest import CaptionSources, Manifest, Preprocessing, TextProcessing, to_json
+from threetowers.cache.format.row_buffer import Provenance, RowBuffer
 from threetowers.cache.format.store import fit_to_table
 from threetowers.cache.format.tar_table import extend
+from threetowers.cache.format.text_row_buffer import TextRowBuffer
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.webdataset.images import decode_rgb
@@ -56,7 +57,7 @@ from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.tokenizer import train_tokenizer
 
-SIZE, BATCH, SHARD_ROWS, SHARD_DIM = 160, 64, 10_000, 1024
+SIZE, BATCH, SHARD_ROWS, SHARD_DIM, TEXT_DIM = 160, 64, 10_000, 1024, 384
 TEACHER = f"timm:tf_efficientnet_lite0@{SIZE}:package:efficientnet-lite0"
 SHARED_MODEL, SHARED_SIZE, SHARED_FEATURES = "vit_tiny_patch16_224", 96, ("pooled", "mean_patch")
 PEER = Path(__file__).with_name("peer_clip_retrieval.py")
@@ -216,7 +217,7 @@ def bench_runtime(folder: Path, rounds: int, batch: int = 32) -> None:
 
 def random_cache(folder: Path) -> EmbeddingCache:
     """A cache of one tar of random rows."""
-    storage, n = open_storage(folder), SHARD_ROWS
+    n = SHARD_ROWS
     room = image_room(2 * SHARD_DIM, n)
     transform = Preprocessing((8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
     manifest = Manifest(
@@ -231,14 +232,45 @@ def random_cache(folder: Path) -> EmbeddingCache:
         preprocessing=transform,
     )
     index = TarIndex("/0.tar", 1, "0", SampleList([(str(k), {"png": Member(0, 1)}) for k in range(n)]), {})
-    (entry,) = extend(storage, [index], room.samples_per_tar).entries
-    fit_to_table(storage, manifest)
-    storage.put("manifest.json", to_json(manifest), owner="manifest")
     rows = ImageRowBuffer(index, manifest)
     emb_nD = np.random.default_rng(0).normal(size=(n, 1, SHARD_DIM)).astype(np.float32)
     for k in range(n):
         rows.set_image(k, k)
     rows.set_embeddings(list(range(n)), emb_nD)
+    return one_tar(folder, manifest, rows)
+
+
+def random_text_cache(folder: Path) -> EmbeddingCache:
+    """A cache of one tar of random rows of 1 to 8 captions a sample; room was made for a tenth fewer."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 9, SHARD_ROWS)
+    manifest = Manifest(
+        encoder="st:b",
+        weights="w",
+        weights_digest="d",
+        feature="pooled",
+        dim=TEXT_DIM,
+        dtype="float16",
+        **text_room(2 * TEXT_DIM, SHARD_ROWS, int(0.9 * counts.sum()))._asdict(),
+        versions={},
+        of="text",
+        text=TextProcessing("d", "", 128, "mean", normalize=True),
+        captions=CaptionSources(),
+    )
+    index = TarIndex("/0.tar", 1, "0", SampleList([(str(k), {"json": Member(0, 1)}) for k in range(SHARD_ROWS)]), {})
+    rows = TextRowBuffer(index, manifest)
+    for k, count in enumerate(counts.tolist()):
+        rows.set_captions(k, {"json.captions": [f"caption {i} of {k}" for i in range(count)]})
+    rows.set_embeddings(range(len(rows.captions)), rng.normal(size=(len(rows.captions), TEXT_DIM)).astype(np.float32))
+    return one_tar(folder, manifest, rows)
+
+
+def one_tar(folder: Path, manifest: Manifest, rows: RowBuffer) -> EmbeddingCache:
+    """A cache of one tar."""
+    storage = open_storage(folder)
+    (entry,) = extend(storage, [rows.index], manifest.samples_per_tar).entries
+    fit_to_table(storage, manifest)
+    storage.put("manifest.json", to_json(manifest), owner="manifest")
     record = rows.write(storage, entry, "", Provenance("teacher", 1, "cpu", 0.0))
     storage.put(done_record_name(0), to_json(record), owner="0.done")
     return EmbeddingCache.open(folder)
@@ -260,12 +292,24 @@ def bench_shard(folder: Path, rounds: int) -> None:
     order = np.random.default_rng(0).permutation(SHARD_ROWS)[:2000]
     one = timed(lambda: [cache.row(0, int(k), keys[k]) for k in order]) / len(order)
     print(f"a row by address                   {one * 1e6:6.1f}  us, key compared", flush=True)
+    texts = random_text_cache(folder / "text")
+    captions = [f"caption 0 of {k}" for k in range(SHARD_ROWS)]
+    known, checked = alternate(
+        3,
+        lambda: timed(lambda: [texts.caption_row(0, int(k), keys[k], 0) for k in order]),
+        lambda: timed(lambda: [texts.caption_row(0, int(k), keys[k], 0, captions[k]) for k in order]),
+    )
+    microseconds = [seconds / len(order) * 1e6 for seconds in (known, checked)]
+    print(f"a caption's row by address         {microseconds[0]:6.1f}  us, key compared", flush=True)
+    print(f"                                   {microseconds[1]:6.1f}  us, caption compared too", flush=True)
 
 
 def bench_size(folder: Path) -> None:
-    cache = random_cache(folder)
-    used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"size on disk / N D 2 bytes         {used / (SHARD_ROWS * cache.dim * 2):6.3f}  (<= 1.03)", flush=True)
+    for kind, make, bound in (("rows", random_cache, 1.03), ("runs of captions", random_text_cache, 1.05)):
+        cache = make(folder / kind)
+        used = sum(path.stat().st_size for path in (folder / kind).rglob("*") if path.is_file())
+        ratio = used / (cache.record(0).n_rows * cache.dim * 2)
+        print(f"size on disk / N D 2 bytes         {ratio:6.3f}  (<= {bound}; {kind}, D = {cache.dim})", flush=True)
 
 
 def run_of(folder: Path, tars: list[Path], cached: bool) -> TrainConfig:

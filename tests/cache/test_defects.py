@@ -203,7 +203,7 @@ def test_a_build_gives_defective_samples_a_status(tar: Path, options: dict[str, 
     assert verify(tmp_path / "out", [tar, cut], depth="metadata", on_bad="skip_tars").ok
     moved = write_defective(tmp_path / "shorter.tar", 12)
     remapped = remap(tmp_path / "out", tmp_path / "new", [moved, empty])
-    assert (remapped.rows, remapped.bad, remapped.missing, remapped.changed) == (7, 5, 0, 0)
+    assert (remapped.samples, remapped.bad, remapped.missing, remapped.changed) == (7, 5, 0, 0)
     new = EmbeddingCache.open(tmp_path / "new")
     assert new.record(0).counts == STATUS_COUNTS
     np.testing.assert_array_equal(new.tar(0), opened.tar(0)[:12])
