@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import CacheTower, parse
 from threetowers.trainer.model.model import TowerModel
@@ -14,14 +15,20 @@ from threetowers.trainer.model.state_dict import deduplicated_state_dict
 from threetowers.trainer.run_folder import RunFolder
 
 
-def finished_run(tree: dict[str, Any]) -> Path:
-    """The folder of a run with random weights, biases, norms and scales included."""
+def finished_run(tree: dict[str, Any], manifests: dict[str, Manifest] | None = None) -> Path:
+    """The folder of a run with random weights, biases, norms and scales included.
+
+    `manifests`: of the caches of its towers; by default these are opened.
+    """
     config = parse(tree)
-    manifests = {n: EmbeddingCache.open(t.path).manifest for n, t in config.towers.items() if isinstance(t, CacheTower)}
+    if manifests is None:
+        cached = {name: tower for name, tower in config.towers.items() if isinstance(tower, CacheTower)}
+        manifests = {name: EmbeddingCache.open(tower.path).manifest for name, tower in cached.items()}
     folder = RunFolder(Path(config.output_dir))
     folder.create(config, {}, manifests)
     torch.manual_seed(3)
-    rows = Tokenizer.load(folder.tokenizer).embedding_rows(config.data.vocab_size)
+    has_words = config.data.tokenizer is not None
+    rows = Tokenizer.load(folder.tokenizer).embedding_rows(config.data.vocab_size) if has_words else None
     model = TowerModel(config, rows, {name: manifest.dim for name, manifest in manifests.items()})
     with torch.no_grad():
         for p in model.parameters():

@@ -14,8 +14,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.trainer.finished_runs import finished_run
-from threetowers.cache.encoders.encoder import FrozenEncoder
-from threetowers.cache.encoders.names import EncoderName, EncoderOptions
+from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder, TextEncoder
+from threetowers.cache.encoders.names import EncoderName, EncoderOptions, load_frozen_encoder
+from threetowers.cache.format.manifest import CaptionSources, Manifest, Side
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.export import export
 from threetowers.trainer.export.run_encoder import load_run_encoder
@@ -112,7 +113,7 @@ def test_a_prompt_is_part_of_the_caption(clip: dict[str, Any]) -> None:
 def test_lit_sees_images_through_its_frozen_encoder(lit: dict[str, Any], cache: Path, tmp_path: Path) -> None:
     weights = cache.parent / "teacher.safetensors"
     folder = finished_run(lit)
-    with pytest.raises(ValueError, match=r"rows of timm:test_resnet, .* needed to see others: .*name its weights as"):
+    with pytest.raises(ValueError, match=r"takes rows of timm:test_resnet, .* needed to make them: .*name its weights"):
         encoder_of(folder)
     encoder = load_run_encoder(EncoderName("run", str(folder), None, str(weights)), EncoderOptions())
     lit["towers"]["third"]["weights"] = str(weights)
@@ -139,6 +140,63 @@ def test_lit_sees_images_through_its_frozen_encoder(lit: dict[str, Any], cache: 
     assert image.width("pooled") == rows.shape[1]
     assert stated.side("image").embed(pixels, "projected").equal(image.embed(pixels, "projected"))
     assert stated.weights_digest == encoder.weights_digest
+
+
+def manifest_of(encoder: FrozenEncoder, of: Side, feature: str) -> Manifest:
+    """The manifest of a cache of one feature of an encoder."""
+    side = encoder.side(of)
+    return Manifest(
+        encoder=encoder.name,
+        weights=encoder.weights,
+        weights_digest=encoder.weights_digest,
+        feature=feature,
+        dim=side.width(feature),
+        dtype="float16",
+        samples_per_tar=64,
+        rows_per_tar=64,
+        chunk_rows=64,
+        versions={},
+        of=of,
+        preprocessing=side.preprocessing if isinstance(side, ImageEncoder) else None,
+        text=side.processing if isinstance(side, TextEncoder) else None,
+        captions=CaptionSources() if of == "text" else None,
+    )
+
+
+def both_cached(clip: dict[str, Any]) -> dict[str, Any]:
+    """A run whose towers are both cached, which reads neither pictures nor words."""
+    data = {key: value for key, value in clip["data"].items() if key not in ("tokenizer", "image_size")}
+    towers = {of: {"kind": "cache", "of": of, "path": f"cache-of-{of}"} for of in ("image", "text")}
+    return clip | {"data": data, "towers": towers, "output_dir": clip["output_dir"] + "-cached"}
+
+
+def test_both_sides_may_be_those_of_a_frozen_encoder(clip: dict[str, Any]) -> None:
+    options = EncoderOptions(prompt="a photo of ", max_length=6)
+    pair = load_frozen_encoder("test:pair", options)
+    manifests = {"image": manifest_of(pair, "image", "projected"), "text": manifest_of(pair, "text", "pooled")}
+    folder = finished_run(both_cached(clip), manifests)
+    trained, encoder = load_model(folder), encoder_of(folder)
+    image, text = encoder.side("image"), encoder.side("text")
+    words = F.normalize(text.embed(CAPTIONS[:3], "projected"), dim=-1)
+    rows = pair.side("text").embed(CAPTIONS[:3])
+    torch.testing.assert_close(words, trained.encode_tokens(rows), rtol=0, atol=1e-6)
+    assert text.processing == pair.side("text").processing
+    assert text.features == ("pooled", "projected", "head:g")
+    assert [tokens.cut for tokens in text.tokenize(CAPTIONS[:3])] == [False, False, True]
+    pixels = torch.from_numpy(np.stack([image.transform(picture) for picture in pictures()]))
+    found = F.normalize(image.embed(pixels, "projected"), dim=-1)
+    expected = trained.encode_images(pair.side("image").embed(pixels, "projected"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert encoder.weights_digest != pair.weights_digest
+
+    same = encoder_of(folder, prompt="a photo of ", max_length=6)
+    assert same.side("text").processing == text.processing
+    with pytest.raises(ValueError, match="--prompt: found 'a ', expected that of the cached rows, 'a photo of '"):
+        encoder_of(folder, prompt="a ")
+    with pytest.raises(ValueError, match="--max-length: found 7, expected that of the cached rows, 6"):
+        encoder_of(folder, max_length=7)
+    with pytest.raises(ValueError, match=r"its image side takes rows of test:pair, .* weights_digest: expected"):
+        encoder_of(f"{folder}:seed:1")
 
 
 def test_what_is_no_run_is_refused(clip: dict[str, Any], tmp_path: Path) -> None:

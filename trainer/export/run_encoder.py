@@ -26,7 +26,7 @@ from threetowers.cache.encoders.encoder import (
 from threetowers.cache.encoders.live import live_teacher
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
 from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD, Tokenizer
-from threetowers.cache.format.manifest import Preprocessing, TextProcessing
+from threetowers.cache.format.manifest import Preprocessing, Side, TextProcessing
 from threetowers.trainer.config import CacheTower, TextTower
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
@@ -146,6 +146,35 @@ class RunTextModel(TextModel):
         return outputs
 
 
+class CachedTextModel(TextModel):
+    """The text side of a run whose text tower is cached: the frozen encoder of the cache, and the heads on its rows."""
+
+    def __init__(self, tower: nn.Module, heads: RunHeads, below: TextModel, feature: str, name: str) -> None:
+        """Join a `CachedTower` and its heads with the model and the feature that make its rows."""
+        super().__init__()
+        self.tower = tower
+        self.heads = heads
+        self._below = below
+        self._feature = feature
+        self._name = name
+        self.features = heads.features
+        self.processing = below.processing
+
+    def tokenize(self, captions: Sequence[str]) -> list[Tokens]:
+        """Return the tokens of each caption, as the frozen encoder takes them."""
+        return self._below.tokenize(captions)
+
+    def collate(self, tokens: Sequence[Tokens]) -> Mapping[str, Tensor]:
+        """Return a batch of captions, as the frozen encoder takes it."""
+        return self._below.collate(tokens)
+
+    def forward(self, inputs: Mapping[str, Tensor], features: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return the wanted features, (b, D) each."""
+        (rows_bw,) = self._below(inputs, (self._feature,))
+        outputs: tuple[Tensor, ...] = self.heads(self.tower(rows_bw), features, self._name)
+        return outputs
+
+
 @dataclass(frozen=True)
 class CenterCrop:
     """The evaluation transform of runs: the largest central square, resized to `size` pixels by Pillow's bicubic."""
@@ -162,72 +191,111 @@ def load_run_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncode
     """Load a finished run, or an export in our own format, as an encoder of images and text.
 
     Args:
-        name: Its folder. Its weights are those of the frozen encoder on whose cached rows a LiT run stands; by default
-            they are looked for where the run's config (`weights` of the tower) or the cache's manifest have them from.
+        name: Its folder. Its weights are those of the frozen encoder on whose cached rows it stands, the image side's
+            if both sides do; by default they are looked for where the run's config (`weights` of the tower) or the
+            cache's manifest have them from.
         options: How it is loaded and run. Computed from float32 weights, whatever the precision of the run.
 
     Raises:
-        ValueError: The folder holds no finished run, the frozen encoder below a LiT run cannot be loaded, or a size or
+        ValueError: The folder holds no finished run, the frozen encoder below it cannot be loaded, or a size, prompt or
             length is not that of the run.
     """
     folder = RunFolder(Path(name.name))
     full_name = f"{KIND}:{name.name}"
     trained = load_model(folder.path, options.device, precision="float32")
     trained.model.requires_grad_(False)
-    device = torch.device(options.device)
+    below = _encoders_below(trained, name, str(options.device))
     digest = state_digest(load_file(folder.weights))
     packages = ["torch", "timm", "pillow", "sentencepiece"]
+    for encoder in below.values():
+        digest = hashlib.sha256(f"{digest} {encoder.weights_digest}".encode()).hexdigest()
+        packages += [package for package in encoder.packages if package not in packages]
+    return FrozenEncoder(
+        full_name,
+        name.name,
+        digest,
+        _image_side(trained, below.get("image"), name, options),
+        _text_side(trained, below.get("text"), full_name, options),
+        _logit_scale(trained),
+        tuple(packages),
+    )
 
-    image_heads = RunHeads(trained, trained.config.deploy.image)
-    tower = trained.model.towers[image_heads.tower]
-    if trained.sees_cached_rows:
-        below = _encoder_below(trained, image_heads.tower, name, device)
+
+def _image_side(
+    trained: TrainedModel, below: FrozenEncoder | None, name: EncoderName, options: EncoderOptions
+) -> ImageEncoder:
+    """Return the deployed image side; `below`: the frozen encoder whose rows it takes, if it does."""
+    full_name = f"{KIND}:{name.name}"
+    heads = RunHeads(trained, trained.config.deploy.image)
+    tower: Any = trained.model.towers[heads.tower]
+    if below is not None:
         side = below.side("image")
-        feature = trained.manifests[image_heads.tower].feature
-        image_model = RunImageModel(tower, image_heads, (side.model, feature), full_name)
+        model = RunImageModel(tower, heads, (side.model, trained.manifests[heads.tower].feature), full_name)
         preprocessing, transform = side.preprocessing, side.transform
-        digest = hashlib.sha256(f"{digest} {below.weights_digest}".encode()).hexdigest()
-        packages += [package for package in below.packages if package not in packages]
     else:
-        image_model = RunImageModel(tower, image_heads, None, full_name)
-        preprocessing = _preprocessing(tower, trained.config.data.side, options)
-        transform = CenterCrop(trained.config.data.side)
+        size = trained.config.data.side
+        model = RunImageModel(tower, heads, None, full_name)
+        mean, std = (tuple(float(x) for x in values.flatten()) for values in (tower.mean, tower.std))
+        preprocessing = Preprocessing((size, size), "bicubic", 1.0, "center", mean, std, options.decode)
+        transform = CenterCrop(size)
     if name.size is not None and (name.size, name.size) != preprocessing.input_size:
         height, width = preprocessing.input_size
         raise ValueError(f"{name}: expected images of the run's own size, {height}x{width}: leave out @{name.size}")
-    image = ImageEncoder(
+    return ImageEncoder(
         full_name,
-        image_model,
+        model,
         preprocessing,
         transform,
-        device,
+        torch.device(options.device),
         options.precision,
         options.runtime,
         options.compiled,
     )
-    text_heads = RunHeads(trained, trained.config.deploy.text)
-    text_model = RunTextModel(trained, text_heads, options.prompt or "", options.max_length, full_name)
-    text = TextEncoder(full_name, text_model, device, options.precision)
-    return FrozenEncoder(full_name, name.name, digest, image, text, _logit_scale(trained), tuple(packages))
 
 
-def _preprocessing(tower: Any, size: int, options: EncoderOptions) -> Preprocessing:
-    mean, std = (tuple(float(x) for x in values.flatten()) for values in (tower.mean, tower.std))
-    return Preprocessing((size, size), "bicubic", 1.0, "center", mean, std, options.decode)
+def _text_side(trained: TrainedModel, below: FrozenEncoder | None, name: str, options: EncoderOptions) -> TextEncoder:
+    """Return the deployed text side; `below`: the frozen encoder whose rows it takes, if it does."""
+    heads = RunHeads(trained, trained.config.deploy.text)
+    model: TextModel
+    if below is None:
+        model = RunTextModel(trained, heads, options.prompt or "", options.max_length, name)
+    else:
+        side = below.side("text")
+        feature = trained.manifests[heads.tower].feature
+        model = CachedTextModel(trained.model.towers[heads.tower], heads, side.model, feature, name)
+        own = model.processing
+        for flag, wanted, found in (
+            ("--prompt", options.prompt, own.prompt),
+            ("--max-length", options.max_length, own.max_length),
+        ):
+            if wanted not in (None, found):
+                raise ValueError(f"{name}: {flag}: found {wanted!r}, expected that of the cached rows, {found!r}")
+    return TextEncoder(name, model, torch.device(options.device), options.precision)
 
 
-def _encoder_below(trained: TrainedModel, tower: str, name: EncoderName, device: torch.device) -> FrozenEncoder:
-    """Return the frozen encoder whose rows a cached tower takes. Raises ValueError where it cannot be loaded."""
-    config = trained.config.towers[tower]
-    assert isinstance(config, CacheTower)
-    manifest = trained.manifests[tower]
-    try:
-        return live_teacher(manifest, name.weights or config.weights, str(device))
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: the images of this run are rows of {manifest.encoder}, which is needed to see others: {error}; "
-            f"name its weights as {KIND}:{name.name}:WEIGHTS"
-        ) from error
+def _encoders_below(trained: TrainedModel, name: EncoderName, device: str) -> dict[Side, FrozenEncoder]:
+    """Return the frozen encoders whose rows the deployed towers take, by side.
+
+    Raises:
+        ValueError: One of them cannot be loaded.
+    """
+    found: dict[Side, FrozenEncoder] = {}
+    weights = name.weights
+    sides: tuple[tuple[Side, str], ...] = (("image", trained.image_tower), ("text", trained.text_tower))
+    for side, tower in sides:
+        config = trained.config.towers[tower]
+        if not isinstance(config, CacheTower):
+            continue
+        manifest = trained.manifests[tower]
+        try:
+            found[side] = live_teacher(manifest, weights or config.weights, device)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: its {side} side takes rows of {manifest.encoder}, which is needed to make them: {error}; "
+                f"name its weights as {KIND}:{name.name}:WEIGHTS"
+            ) from error
+        weights = None
+    return found
 
 
 def _logit_scale(trained: TrainedModel) -> float | None:
