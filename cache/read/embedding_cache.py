@@ -219,23 +219,9 @@ class EmbeddingCache:
         found_mD = np.empty((len(tars_m), self.dim), np.float32)
         for tar_id in np.unique(tars_m).tolist():
             at = np.flatnonzero(tars_m == tar_id)
-            columns = self.columns(tar_id)
-            wanted = ordinals_m[at]
-            good = (wanted >= 0) & (wanted < len(columns.status_n))
-            good[good] = columns.status_n[wanted[good]] == RowStatus.OK
-            if keys is not None:
-                hashes = np.array([key_hash(keys[i]) for i in at.tolist()], np.uint64)
-                good[good] = columns.key_hash_n[wanted[good]] == hashes[good]
-            if not good.all():
-                first = int(np.flatnonzero(~good)[0])
-                raise self._row_error(tar_id, int(wanted[first]), None if keys is None else keys[at[first]])
-            if columns.runs is not None and captions_m is not None:
-                rows, outside = columns.runs.rows(wanted, captions_m[at])
-                if len(outside):
-                    first = int(outside[0])
-                    raise self._caption_error(tar_id, int(wanted[first]), None, int(captions_m[at[first]]), None)
-                wanted = rows
-            found_mD[at] = self._decoded(tar_id, view, wanted)
+            self._check_samples(tar_id, ordinals_m[at], None if keys is None else [keys[i] for i in at.tolist()])
+            rows = ordinals_m[at] if captions_m is None else self._run_rows(tar_id, ordinals_m[at], captions_m[at])
+            found_mD[at] = self._decoded(tar_id, view, rows)
         return found_mD
 
     def captions(self, tar_id: int, ordinal: int, key: str) -> CaptionRows:
@@ -455,6 +441,28 @@ class EmbeddingCache:
             return read_shard_rows(self.storage, self.manifest, self.columns(tar_id).record, self._checked(view))
         except BadShard as error:
             raise self._damage_error(tar_id, error) from error
+
+    def _check_samples(self, tar_id: int, ordinals_m: Int64, keys: Sequence[str] | None) -> None:
+        """Raise ManifestError for the first of these samples of a tar that has no embedding, or another key."""
+        columns = self.columns(tar_id)
+        good_m = (ordinals_m >= 0) & (ordinals_m < len(columns.status_n))
+        good_m[good_m] = columns.status_n[ordinals_m[good_m]] == RowStatus.OK
+        if keys is not None:
+            hashes_m = np.array([key_hash(key) for key in keys], np.uint64)
+            good_m[good_m] = columns.key_hash_n[ordinals_m[good_m]] == hashes_m[good_m]
+        if not good_m.all():
+            first = int(np.flatnonzero(~good_m)[0])
+            raise self._row_error(tar_id, int(ordinals_m[first]), None if keys is None else keys[first])
+
+    def _run_rows(self, tar_id: int, ordinals_m: Int64, captions_m: Int64) -> Int64:
+        """Return the (m,) rows of captions of samples that have some. Raises ManifestError where there is none."""
+        runs = self.columns(tar_id).runs
+        assert runs is not None
+        rows_m, outside = runs.rows(ordinals_m, captions_m)
+        if len(outside):
+            first = int(outside[0])
+            raise self._caption_error(tar_id, int(ordinals_m[first]), None, int(captions_m[first]), None)
+        return rows_m
 
     def _runs(self, tar_id: int, ordinal: int, key: str) -> CaptionRuns:
         """Return the runs of a tar, in which that of this sample is. Raises ManifestError as `caption_rows` does."""
