@@ -34,12 +34,17 @@ def build(config: Annotated[BuildConfig, FLAGS]) -> int:
 
 def _print_build(report: "BuildReport") -> None:
     prefix = f"rank {report.world.rank} of {report.world.size}: " if report.world.size > 1 else ""
-    rate = report.samples / report.seconds if report.seconds else 0.0
+    embedded = "embedded"
+    done, unit = report.samples, "img"
+    if report.of == "text":
+        embedded = f"embedded with {report.captions} captions, {report.different_captions} different in their tars"
+        done, unit = report.captions, "captions"
+    rate = done / report.seconds if report.seconds else 0.0
     left = f", {report.tars_left} taken over by other workers" if report.tars_left else ""
     print(f"{prefix}{report.storage}: {report.tars_built} tars built, {report.tars_kept} already finished{left}")
     print(
-        f"{prefix}{report.samples} samples: {report.ok} embedded, {counts_text(report.counts)}; "
-        f"{report.seconds:.1f} s including start-up, {rate:.1f} img/s, {report.bytes / 1e6:.1f} MB written"
+        f"{prefix}{report.samples} samples: {report.ok} {embedded}, {counts_text(report.counts)}; "
+        f"{report.seconds:.1f} s including start-up, {rate:.1f} {unit}/s, {report.bytes / 1e6:.1f} MB written"
     )
     if report.tars_built:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())

@@ -161,6 +161,8 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
     """
     if ranks < 1:
         raise ValueError(f"--ranks {ranks}: expected at least 1")
+    if any(source.of == "text" for source in config.sources()):
+        raise ValueError("--of text: expected --of image, the cost of captions is not estimated: build one tar of them")
     drawn = config.sample_images(sample, seed)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher = config.load_encoder(device)
@@ -181,8 +183,7 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
 
     rate, shares, record_bytes = _measure_build(drawn, config, device)
     costs = [
-        _dtype_cost(dtype, drawn, teacher, source, config.views, rows_nD, record_bytes)
-        for dtype in STORAGE_DTYPES.values()
+        _dtype_cost(dtype, drawn, teacher, source, config, rows_nD, record_bytes) for dtype in STORAGE_DTYPES.values()
     ]
     return CostEstimate(
         n_tars=drawn.n_tars,
@@ -238,12 +239,12 @@ def _dtype_cost(
     drawn: DatasetSample,
     teacher: FrozenEncoder,
     source: Source,
-    views: Views,
+    config: EmbeddingConfig,
     rows_nD: npt.NDArray[np.float32],
     record_bytes: int,
 ) -> DtypeCost:
     room = image_room(dtype.row_bytes(rows_nD.shape[1]), drawn.largest)
-    manifest = requested_manifest(teacher, source, dtype.name, views, room, None, 1)
+    manifest = requested_manifest(teacher, source, dtype.name, room, 1, config)
     sizes = [len(index.samples) for index in drawn.indexed]
     bytes_per_tar = np.mean([stored_bytes(manifest, size, size) for size in sizes]) + record_bytes
     n_arrays = len(arrays(manifest))

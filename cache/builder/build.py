@@ -14,6 +14,7 @@ import torch
 
 from threetowers.cache.builder.build_config import BuildConfig, Source
 from threetowers.cache.builder.build_report import BuildReport, build_report
+from threetowers.cache.builder.caption_embedder import CaptionEmbedder
 from threetowers.cache.builder.decode_workers import DecodeThreads, DecodeWorkers
 from threetowers.cache.builder.decoding import Decoder
 from threetowers.cache.builder.embedder import Embedder
@@ -38,6 +39,8 @@ from threetowers.cache.storage.storage import Storage, is_url, open_storage
 from threetowers.cache.webdataset.tar_patterns import expand
 
 logger = logging.getLogger(__name__)
+
+TAR_ITEMS = 3  # of a tar of which only captions are read: while it is embedded, the next one is read
 
 
 def build_cache(config: BuildConfig) -> BuildReport:
@@ -114,7 +117,7 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
         pool = stack.enter_context(_thread_pool(threads))
 
         # Find out which tars can be used, before anything is loaded or written.
-        indexer = TarIndexer(config.image_member, config.on_bad, pool)
+        indexer = TarIndexer(config, pool)
         if world.first:
             index_new_tars(indexer, storages, paths)
 
@@ -135,7 +138,10 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
             outputs.append(OutputCache(storage, manifest, teacher, leases, entries, config.min_cosine))
             differences.append(tolerated)
         indexer.release()
-        images = ImageEmbedder(dict(enumerate(outputs)), config.batch_size, timer)
+        of_images = {i: output for i, output in enumerate(outputs) if output.manifest.of == "image"}
+        of_text = {i: output for i, output in enumerate(outputs) if output.manifest.of == "text"}
+        images = ImageEmbedder(of_images, config.batch_size, timer)
+        captions = stack.enter_context(CaptionEmbedder(of_text, config.batch_size, timer))
 
         # Find out what each cache lacks.
         statuses = [TarStatus(output.leases, [entry.id for entry in output.entries]) for output in outputs]
@@ -148,17 +154,20 @@ def build_caches(config: BuildConfig) -> tuple[BuildReport, ...]:
 
         # Read in a thread, decode in threads or processes, embed here, until no tar is left.
         decoder = Decoder(images.formats, config.max_pixels)
-        in_processes = workers > 0 and any(unfinished)
+        in_processes = workers > 0 and any(unfinished[i] for i in of_images)
         decoding = DecodeWorkers(decoder, workers) if in_processes else DecodeThreads(decoder, threads)
         stack.enter_context(decoding)
         queue = WorkQueue(statuses, world.rank, world.size, seed=worker.token, unfinished=unfinished)
-        reader = TarReader(paths, outputs, queue, images, decoding, config.image_member)
+        sources_of_captions = config.caption_sources().caption_format
+        reader = TarReader(paths, outputs, queue, images, captions, sources_of_captions, decoding, config.image_member)
         stack.callback(reader.stopped.set)
-        depth = 4 * max(map(images.batch_size, range(len(outputs)))) + 2 * max(threads, workers)
+        depth = TAR_ITEMS
+        if of_images:
+            depth = 4 * max(map(images.batch_size, of_images)) + 2 * max(threads, workers)
         items = stack.enter_context(contextlib.closing(prefetch(reader.items(), depth=depth)))
         stack.callback(reader.stopped.set)  # before the thread is joined, and before the pool is shut down
         advance = stack.enter_context(_progress_bar(outputs, unfinished, world, config.progress, timer))
-        written = list(Embedder(outputs, images, config.on_bad, timer).run(items, advance))
+        written = list(Embedder(outputs, images, captions, config.on_bad, timer).run(items, advance))
     seconds = time.monotonic() - started
     reports = []
     for i, output in enumerate(outputs):
@@ -222,7 +231,8 @@ def _progress_bar(
         name = f"cache build, share of rank {world.rank} of {world.size}"
         total = -(-(total - initial) // world.size)
         initial = 0
-    bar = progress_bar(name, total, "images", initial=initial, enabled=progress and world.first, keep=True)
+    unit = "images" if any(output.manifest.of == "image" for output in outputs) else "samples"
+    bar = progress_bar(name, total, unit, initial=initial, enabled=progress and world.first, keep=True)
 
     def advance(samples: int) -> None:
         if samples:

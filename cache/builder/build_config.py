@@ -13,7 +13,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
-from threetowers.cache.format.manifest import DecodeMode, EncoderPrecision, EncoderRuntime, Side
+from threetowers.cache.format.manifest import CaptionSources, DecodeMode, EncoderPrecision, EncoderRuntime, Side
 from threetowers.cache.format.rand_augment import NO_AUGMENT
 from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.storage.storage import Storage
@@ -97,6 +97,19 @@ class EncoderConfig:
     image_member: str | None = None
     """The member that is the image of a sample, by its extension, as jpg or left.jpg; default: its only image."""
 
+    captions: Annotated[Sequence[str], _several("SOURCE")] = ()
+    """Where captions are: extensions of text members, or json.FIELD, all of which are embedded; default: the first of
+    txt, json.captions and json.caption that a sample has."""
+
+    caption_per_line: bool = False
+    """Each line of a text member is a caption."""
+
+    prompt: str | None = None
+    """Put before each caption, as an instruction; default: the encoder's own, mostly none."""
+
+    max_length: int | None = None
+    """Tokens to which captions are cut, special ones included; default: the encoder's own."""
+
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are bad samples, a protection against decompression bombs."""
 
@@ -110,6 +123,10 @@ class EncoderConfig:
             raise ValueError(f"--on-bad {self.on_bad}: expected {', '.join(get_args(OnBad))}")
         if self.max_pixels < 1:
             raise ValueError(f"--max-pixels {self.max_pixels}: expected at least 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"--max-length {self.max_length}: expected at least 1")
+        self._check_sides()
+        self.caption_sources()
         if self.runtime == "onnx":
             from threetowers.cache.encoders.onnx_runtime import require_onnx_runtime
 
@@ -139,6 +156,37 @@ class EncoderConfig:
                 raise ValueError(f"--of {side}: expected {' or '.join(get_args(Side))}")
         return [Source(*source) for source in zip(encoders, sides, features, strict=True)]
 
+    def _check_sides(self) -> None:
+        """Raise ValueError for what only the other side of encoders knows."""
+        sides = set(as_tuple(self.of))
+        given = [
+            flag
+            for flag, value in (
+                ("--captions", self.captions or None),
+                ("--caption-per-line", self.caption_per_line or None),
+                ("--prompt", self.prompt),
+                ("--max-length", self.max_length),
+            )
+            if value is not None
+        ]
+        if given and "text" not in sides:
+            raise ValueError(f"{', '.join(given)}: expected a cache of text (--of text), found {sorted(sides)}")
+        if self.runtime == "onnx" and "image" not in sides:
+            raise ValueError("--runtime onnx: expected a cache of images, text runs by torch")
+
+    def caption_sources(self) -> CaptionSources:
+        """Return which captions a cache of text holds. Raises ValueError for what is no source, or is given twice."""
+        sources = as_tuple(self.captions)
+        if weighted := [source for source in sources if "=" in source]:
+            raise ValueError(
+                f"--captions: found {weighted[0]!r}, expected SOURCE: a cache holds the captions of all sources, and "
+                "weights are a run's"
+            )
+        try:
+            return CaptionSources(sources, self.caption_per_line)
+        except ValueError as error:
+            raise ValueError(f"--captions: {error}") from None
+
     def sample_images(self, sample: int, seed: int) -> DatasetSample:
         """Draw a sample of the images. Raises what `sample_dataset` raises."""
         return sample_dataset(
@@ -161,6 +209,8 @@ class EncoderConfig:
             runtime=self.runtime or "torch",
             decode=self.decode,
             compiled=self.compile,
+            prompt=self.prompt,
+            max_length=self.max_length,
         )
         names = dict.fromkeys(source.encoder for source in self.sources())
         return {name: load_frozen_encoder(name, options) for name in names}
@@ -185,8 +235,8 @@ class EmbeddingConfig(EncoderConfig):
     """Views of each image to embed."""
 
     batch_size: int | None = None
-    """Images per forward pass; default: as the cache was begun with, else 256 on a GPU and 64 on the CPU. Only CPUs of
-    one kind, at equal batch size, --runtime and --compile, give equal bits."""
+    """Images or captions per forward pass; default: as the cache was begun with, else 64 on the CPU, and 256 images or
+    512 captions on a GPU. Only CPUs of one kind, at equal batch size, --runtime and --compile, give equal bits."""
 
     threads: int | None = None
     """Threads that read headers, and decode and resize where no processes do; default: this process's share of the
@@ -199,6 +249,8 @@ class EmbeddingConfig(EncoderConfig):
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
         super().__post_init__()
+        if self.views != CENTER and "image" not in as_tuple(self.of):
+            raise ValueError(f"--views {self.views}: expected a cache of images (--of image), captions have no views")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers {self.workers}: expected at least 0")
         if any(number is not None and number < 1 for number in (self.batch_size, self.threads)):
@@ -227,6 +279,9 @@ class BuildConfig(EmbeddingConfig):
     samples_per_tar: int | None = None
     """Samples for which each tar has room; default: as the largest has. More leaves room for larger ones later."""
 
+    rows_per_tar: int | None = None
+    """Captions for which each tar has room in a cache of text; default: four times those of the densest of 16 tars."""
+
     lease_timeout: float = 120
     """Seconds without a heartbeat after which another worker may take over a tar."""
 
@@ -242,6 +297,12 @@ class BuildConfig(EmbeddingConfig):
         storage_dtype(self.dtype)
         if self.samples_per_tar is not None and self.samples_per_tar < 1:
             raise ValueError(f"--samples-per-tar {self.samples_per_tar}: expected at least 1")
+        sides = set(as_tuple(self.of))
+        if self.rows_per_tar is not None and (self.rows_per_tar < 1 or "text" not in sides):
+            raise ValueError(
+                f"--rows-per-tar {self.rows_per_tar}: expected at least 1, and a cache of text (--of text): "
+                "--samples-per-tar is for caches of images too"
+            )
 
     def output_dirs(self) -> tuple[str | Path | Storage, ...]:
         """Return where each cache is built.

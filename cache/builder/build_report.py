@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from threetowers.cache.builder.output_cache import OutputCache
 from threetowers.cache.builder.tar_writer import WrittenTar
 from threetowers.cache.format.done_record import RejectedSample
+from threetowers.cache.format.manifest import Side
 from threetowers.cache.format.row_buffer import MAX_BAD_SHOWN
 from threetowers.cache.processes.stage_timer import StageTimer
 from threetowers.cache.processes.world import World
@@ -20,12 +21,15 @@ class BuildReport:
 
     Attributes:
         storage: where the cache is.
-        rank: of this process.
+        world: this process among all.
+        of: which side of the samples it holds.
         tars_built: tars that it wrote.
         tars_kept: tars of its own share that were finished before.
         tars_left: tars that another worker took over from it.
         samples: samples of the tars that it wrote; each is `ok` or in `counts`.
-        ok: samples with an embedding.
+        ok: samples with an embedding, of the image or of each caption.
+        captions: rows of these, in a cache of text.
+        different_captions: how many captions were embedded for them: of equal ones in a tar, one.
         counts: samples without an embedding, by status.
         notes: embedded samples of which something was tolerated, by what it was.
         ignored: members of these tars that nothing reads, by the reason.
@@ -39,11 +43,14 @@ class BuildReport:
 
     storage: Storage
     world: World
+    of: Side
     tars_built: int
     tars_kept: int
     tars_left: int
     samples: int
     ok: int
+    captions: int
+    different_captions: int
     counts: dict[str, int]
     notes: dict[str, int]
     ignored: dict[str, int]
@@ -79,11 +86,14 @@ def build_report(
     return BuildReport(
         storage=output.storage,
         world=world,
+        of=output.manifest.of,
         tars_built=len(built),
         tars_kept=kept,
         tars_left=len(written) - len(built),
         samples=sum(record.n_samples for _, record in built),
         ok=sum(record.n_ok for _, record in built),
+        captions=sum(record.n_rows for _, record in built) if output.manifest.of == "text" else 0,
+        different_captions=sum(tar.different_captions for tar in written),
         counts=dict(counts),
         notes=dict(notes),
         ignored=dict(ignored),

@@ -4,13 +4,15 @@ import logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
-from threetowers.cache.builder.build_config import BuildConfig, Source
+from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, Source
+from threetowers.cache.builder.caption_density import captions_per_tar
 from threetowers.cache.builder.tar_indexer import TarIndexer
 from threetowers.cache.encoders.device_defaults import default_batch_size
-from threetowers.cache.encoders.encoder import FrozenEncoder
+from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder
 from threetowers.cache.format.dtypes import DtypeName, storage_dtype
-from threetowers.cache.format.layout import STORE, TarRoom, image_room
+from threetowers.cache.format.layout import STORE, TarRoom, image_room, text_room
 from threetowers.cache.format.manifest import (
     MANIFEST,
     Manifest,
@@ -22,10 +24,9 @@ from threetowers.cache.format.manifest import (
 )
 from threetowers.cache.format.store import MANIFEST_OWNER, fit_to_table
 from threetowers.cache.format.tar_table import TARS, TarTable, extend, read_table
-from threetowers.cache.format.views import Views
+from threetowers.cache.format.views import CENTER
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage
-from threetowers.cache.webdataset.tar_index import TarIndex
 
 logger = logging.getLogger(__name__)
 
@@ -74,22 +75,14 @@ def open_or_create(
 
     # The manifest: written by rank 0, if there is none, and compared by all.
     if world.first and storage.size(MANIFEST) is None:
-        create(storage, _new_manifest(index(paths), teacher, source, config))
+        create(storage, _new_manifest(index, paths, teacher, source, config))
     while storage.size(MANIFEST) is None:
         wait()
     manifest = read_manifest(storage)
-    samples_per_tar = max(manifest.samples_per_tar, config.samples_per_tar or 0)
-    room = TarRoom(samples_per_tar, samples_per_tar, manifest.chunk_rows)
     running = teacher.running(config.precision or manifest.precision, config.runtime or manifest.runtime)
-    requested = requested_manifest(
-        running,
-        source,
-        config.dtype,
-        config.views,
-        room,
-        config.image_member,
-        config.batch_size or manifest.batch_size,
-    )
+    room = _requested_room(manifest, source, config)
+    batch_size = config.batch_size or manifest.batch_size
+    requested = requested_manifest(running, source, config.dtype, room, batch_size, config)
     check_compatible(storage, manifest, requested)
     differences = tuple(informative_differences(manifest, requested))
 
@@ -144,29 +137,50 @@ def check_compatible(storage: Storage, manifest: Manifest, requested: Manifest) 
         )
 
 
-def _new_manifest(indexes: list[TarIndex], teacher: FrozenEncoder, source: Source, config: BuildConfig) -> Manifest:
+def _new_manifest(
+    index: TarIndexer, paths: Sequence[str], teacher: FrozenEncoder, source: Source, config: BuildConfig
+) -> Manifest:
     """Return the manifest of a new cache of these tars."""
-    largest = config.samples_per_tar or max(len(tar.samples) for tar in indexes)
-    TarTable(()).missing(indexes, largest)  # refuses copies, and tars that are too large
-    row_bytes = storage_dtype(config.dtype).row_bytes(teacher.side(source.of).width(source.feature))
-    room = image_room(row_bytes, largest)
-    batch_size = config.batch_size or default_batch_size(teacher.side(source.of).device)
-    return requested_manifest(teacher, source, config.dtype, config.views, room, config.image_member, batch_size)
+    tars = index(paths)
+    largest = config.samples_per_tar or max(len(tar.samples) for tar in tars)
+    TarTable(()).missing(tars, largest)  # refuses copies, and tars that are too large
+    side = teacher.side(source.of)
+    row_bytes = storage_dtype(config.dtype).row_bytes(side.width(source.feature))
+    if source.of == "image":
+        room = image_room(row_bytes, largest)
+    else:
+        captions = captions_per_tar(tars, config.caption_sources().caption_format, index.pool)
+        room = text_room(row_bytes, largest, captions, config.rows_per_tar)
+    batch_size = config.batch_size or default_batch_size(side.device, source.of)
+    return requested_manifest(teacher, source, config.dtype, room, batch_size, config)
+
+
+def _requested_room(manifest: Manifest, source: Source, config: BuildConfig) -> TarRoom:
+    """Return the room for each tar that the command asks for: the cache's own, or more, which it does not have."""
+    samples_per_tar = max(manifest.samples_per_tar, config.samples_per_tar or 0)
+    if source.of == "image":
+        return TarRoom(samples_per_tar, samples_per_tar, manifest.chunk_rows)
+    return TarRoom(samples_per_tar, max(manifest.rows_per_tar, config.rows_per_tar or 0), manifest.chunk_rows)
 
 
 def requested_manifest(
-    teacher: FrozenEncoder,
-    source: Source,
-    dtype: DtypeName,
-    views: Views,
-    room: TarRoom,
-    image_member: str | None,
-    batch_size: int,
+    teacher: FrozenEncoder, source: Source, dtype: DtypeName, room: TarRoom, batch_size: int, config: EmbeddingConfig
 ) -> Manifest:
     """Return the manifest that a build with these settings would write."""
-    side = teacher.side("image")
+    side = teacher.side(source.of)
     feature = source.feature or side.features[0]
-    packages = teacher.packages + (("onnxruntime",) if side.runtime == "onnx" else ())
+    packages = teacher.packages
+    of_side: dict[str, Any]
+    if isinstance(side, ImageEncoder):
+        of_side = {
+            "preprocessing": side.preprocessing,
+            "views": config.views,
+            "image_member": config.image_member,
+            "runtime": side.runtime,
+        }
+        packages += ("onnxruntime",) if side.runtime == "onnx" else ()
+    else:
+        of_side = {"text": side.processing, "captions": config.caption_sources(), "views": CENTER}
     return Manifest(
         encoder=teacher.name,
         weights=teacher.weights,
@@ -176,10 +190,8 @@ def requested_manifest(
         dtype=dtype,
         **room._asdict(),
         versions={name: version(name) for name in packages},
-        preprocessing=side.preprocessing,
-        views=views,
+        of=source.of,
         precision=side.precision,
-        image_member=image_member,
-        runtime=side.runtime,
         batch_size=batch_size,
+        **of_side,
     )

@@ -12,6 +12,7 @@ from threetowers.cache.format.done_record import DoneRecord, done_record_name
 from threetowers.cache.format.manifest import to_json
 from threetowers.cache.format.row_buffer import Provenance, RowBuffer
 from threetowers.cache.format.tar_table import TarEntry
+from threetowers.cache.format.text_row_buffer import TextRowBuffer
 from threetowers.cache.processes.stage_timer import StageTimer
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WrittenTar:
-    """A tar that is complete in cache number `cache`; `record` is None where another worker wrote it."""
+    """A tar that is complete in a cache.
+
+    Attributes:
+        cache: number of the cache.
+        entry: of the tar in its table.
+        record: None where another worker wrote it.
+        different_captions: how many captions were embedded, in a cache of text.
+    """
 
     cache: int
     entry: TarEntry
     record: DoneRecord | None
+    different_captions: int = 0
 
 
 class TarWriter:
@@ -66,4 +75,4 @@ class TarWriter:
         output.storage.remove_partial(str(entry.id))
         output.storage.put(done_record_name(entry.id), to_json(record), owner=f"{entry.id}.done")
         output.leases.release(entry.id)
-        return WrittenTar(cache, entry, record)
+        return WrittenTar(cache, entry, record, len(rows.captions) if isinstance(rows, TextRowBuffer) else 0)

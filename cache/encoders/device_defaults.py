@@ -2,10 +2,10 @@
 
 import torch
 
-from threetowers.cache.format.manifest import EncoderPrecision
+from threetowers.cache.format.manifest import EncoderPrecision, Side
 
 CPU_BATCH = 64
-GPU_BATCH = 256
+GPU_BATCHES: dict[Side, int] = {"image": 256, "text": 512}  # a caption has fewer tokens than an image has patches
 
 
 def default_precision(device: str | torch.device) -> EncoderPrecision:
@@ -18,6 +18,6 @@ def default_precision(device: str | torch.device) -> EncoderPrecision:
     return "float32"
 
 
-def default_batch_size(device: str | torch.device) -> int:
-    """Return how many images a forward pass takes."""
-    return GPU_BATCH if torch.device(device).type == "cuda" else CPU_BATCH
+def default_batch_size(device: str | torch.device, of: Side = "image") -> int:
+    """Return how many images or captions a forward pass takes."""
+    return GPU_BATCHES[of] if torch.device(device).type == "cuda" else CPU_BATCH

@@ -266,7 +266,15 @@ class TextEncoder:
 
         A GPU is given its work, and not waited for.
         """
-        inputs = {name: x.to(self.device, non_blocking=True) for name, x in self.model.collate(tokens).items()}
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in self.collate(tokens).items()}
+        return self.compute(inputs, features)
+
+    def collate(self, tokens: Sequence[Tokens]) -> Mapping[str, Tensor]:
+        """Return a batch of captions as the inputs of `compute`, on the CPU."""
+        return self.model.collate(tokens)
+
+    def compute(self, inputs: Mapping[str, Tensor], features: Sequence[str]) -> list[Tensor]:
+        """Return what `forward` returns, of inputs on the device."""
         with torch.inference_mode(), encoder_arithmetic(self.precision, self.device):
             return [x_bD.float() for x_bD in self.model(inputs, features)]
 

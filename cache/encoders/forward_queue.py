@@ -5,7 +5,7 @@ n - 1 are copied back and used. A CPU does the same in sequence: torch's streams
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from threetowers.cache.encoders.encoder import ImageEncoder
+from threetowers.cache.encoders.encoder import ImageEncoder, TextEncoder, Tokens
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -75,7 +75,7 @@ class ForwardQueue:
         return slot
 
     @contextlib.contextmanager
-    def uploading(self) -> Any:
+    def uploading(self) -> Iterator[None]:
         """Copy to the device beside the computation, which goes on after the copies."""
         computing = self._streams.current_stream(self.device)
         with self._streams.stream(self._uploads):
@@ -125,3 +125,30 @@ class ImageQueue:
             pixels_Vb3HW = [x_B3HW[:b].to(self._encoder.device, non_blocking=True) for x_B3HW in pixels_VB3HW]
         features = [self._encoder.forward(pixels_b3HW, self._features) for pixels_b3HW in pixels_Vb3HW]
         return self._queue.download(slot, pixels_Vb3HW, features)
+
+
+class CaptionQueue:
+    """Embeds batches of captions by one encoder: several features. The results have one view."""
+
+    def __init__(self, encoder: TextEncoder, features: Sequence[str], batch_size: int) -> None:
+        """Allocate memory on the host, pinned where the device is a GPU.
+
+        Args:
+            encoder: Embeds the captions.
+            features: Which of its features.
+            batch_size: Captions of the largest batch.
+        """
+        self._encoder = encoder
+        self._features = tuple(features)
+        self._queue = ForwardQueue(encoder.device, [encoder.width(feature) for feature in features], 1, batch_size)
+
+    def start(self, tokens: Sequence[Tokens]) -> RunningBatch:
+        """Start to embed b captions. Raises ValueError as `TextEncoder.embed` does."""
+        slot = self._queue.take_slot()
+        inputs = self._encoder.collate(tokens)
+        if self._queue.pinned:
+            inputs = {name: x.pin_memory() for name, x in inputs.items()}
+        with self._queue.uploading():
+            uploaded = {name: x.to(self._encoder.device, non_blocking=True) for name, x in inputs.items()}
+        features = self._encoder.compute(uploaded, self._features)
+        return self._queue.download(slot, list(uploaded.values()), [features])

@@ -32,13 +32,30 @@ def stream_images(
         BadTar: The stream and the index disagree, or the tar ends early.
     """
     with open_object(index.location) if file is None else contextlib.nullcontext(file) as file:
-        hashed = _HashingReader(file, digest if digest is not None else xxhash.xxh3_128())
-        for ordinal, members in _grouped(index, hashed, 0, index.samples.image_extensions):
+        for ordinal, members in stream_all(index, file, digest if digest is not None else xxhash.xxh3_128(), ()):
             sample = index.samples[ordinal]
             if sample.image is not None and sample.defect is None:
                 yield ordinal, sample.key, members[sample.image]
-        while hashed.read(1 << 20):  # the end marker and the padding belong to the hash
-            pass
+
+
+def stream_all(
+    index: TarIndex, file: BinaryIO, digest: xxhash.xxh3_128, extensions: Collection[str]
+) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """Stream every sample of an open tar: (ordinal, members by extension), checked as by `stream_images`.
+
+    Args:
+        index: Index of the tar.
+        file: The tar, at its beginning.
+        digest: Updated with every byte of the tar; holds the hash of the file once the iterator is exhausted.
+        extensions: Of the members beside images, as far as they can be read.
+
+    Raises:
+        BadTar: The stream and the index disagree, or the tar ends early.
+    """
+    hashed = _HashingReader(file, digest)
+    yield from _grouped(index, hashed, 0, index.samples.image_extensions | set(extensions))
+    while hashed.read(1 << 20):  # the end marker and the padding belong to the hash
+        pass
 
 
 def stream_samples(

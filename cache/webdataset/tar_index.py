@@ -188,15 +188,30 @@ def read_member(index: TarIndex, ordinal: int, extension: str) -> bytes:
         ValueError: The sample lacks it.
         BadTar: The tar is shorter than when it was indexed.
     """
+    member = _readable(index, ordinal, extension)
+    storage, name = split_address(index.location)
+    data = storage.read(name, member.offset, member.offset + member.size)
+    return _whole(index, ordinal, member, data)
+
+
+def read_member_of(file: BinaryIO, index: TarIndex, ordinal: int, extension: str) -> bytes:
+    """Return the bytes of one member of an open tar. Raises what `read_member` raises."""
+    member = _readable(index, ordinal, extension)
+    file.seek(member.offset)
+    return _whole(index, ordinal, member, file.read(member.size))
+
+
+def _readable(index: TarIndex, ordinal: int, extension: str) -> Member:
     members = index.samples[ordinal].members
     if extension not in members:
         raise ValueError(f"{index.describe(ordinal)}: has no .{extension} member, only {members_text(members)}")
     member = members[extension]
     if defect := unreadable(member):
         raise BadSample(f"{index.describe(ordinal)}: {describe_unreadable(extension, member)}", defect)
-    offset, size = member
-    storage, name = split_address(index.location)
-    data = storage.read(name, offset, offset + size)
-    if len(data) != size:
-        raise BadTar(f"{index.describe(ordinal)}: found {len(data)} bytes, expected {size}: {CHANGED}")
+    return member
+
+
+def _whole(index: TarIndex, ordinal: int, member: Member, data: bytes) -> bytes:
+    if len(data) != member.size:
+        raise BadTar(f"{index.describe(ordinal)}: found {len(data)} bytes, expected {member.size}: {CHANGED}")
     return data
