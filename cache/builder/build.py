@@ -44,7 +44,7 @@ TAR_ITEMS = 3  # of a tar of which only captions are read: while it is embedded,
 
 
 def build_cache(config: BuildConfig) -> BuildReport:
-    """Build a cache, or continue to build it: embed every image of some tars once, and store the embeddings.
+    """Build a cache, or continue to build it: embed the images or the captions of some tars once, and store that.
 
     Returns when every tar is finished, by whichever process. Several processes, started by any launcher, share the
     work. SIGTERM abandons the current tar and ends the process with exit code 143.

@@ -159,16 +159,13 @@ class EncoderConfig:
     def _check_sides(self) -> None:
         """Raise ValueError for what only the other side of encoders knows."""
         sides = set(as_tuple(self.of))
-        given = [
-            flag
-            for flag, value in (
-                ("--captions", self.captions or None),
-                ("--caption-per-line", self.caption_per_line or None),
-                ("--prompt", self.prompt),
-                ("--max-length", self.max_length),
-            )
-            if value is not None
-        ]
+        of_text = {
+            "--captions": bool(self.captions),
+            "--caption-per-line": self.caption_per_line,
+            "--prompt": self.prompt is not None,
+            "--max-length": self.max_length is not None,
+        }
+        given = [flag for flag, is_given in of_text.items() if is_given]
         if given and "text" not in sides:
             raise ValueError(f"{', '.join(given)}: expected a cache of text (--of text), found {sorted(sides)}")
         if self.runtime == "onnx" and "image" not in sides:
