@@ -27,7 +27,9 @@ from threetowers.cache.format.dtypes import storage_dtype
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError, read_manifest
 from threetowers.cache.format.tar_table import read_table
+from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.storage import open_storage
+from threetowers.cache.verify.verify import verify
 from threetowers.cache.webdataset.captions import DEFAULT_SOURCES, caption_hash
 from threetowers.cache.webdataset.defects import BadSample
 
@@ -345,6 +347,19 @@ def test_a_second_run_keeps_what_is_finished(tars: list[Path], cache: Path, tmp_
     report = build_cache(BuildConfig(tars=tars, output_dir=folder, **OPTIONS))
     assert (report.tars_built, report.tars_kept, report.samples) == (2, 1, SIZES[1] + SIZES[2])
     same(folder, cache)
+
+
+def test_readers_and_verify_agree_with_it(samples: list[list[CaptionedSample]], tars: list[Path], cache: Path) -> None:
+    opened = EmbeddingCache.open(cache, of="text")
+    for tar_id, tar in enumerate(samples):
+        found, _ = runs(cache, tar_id, len(tar))
+        for ordinal, (run, sample) in enumerate(zip(found, tar, strict=True)):
+            if run:
+                rows_kD = opened.caption_rows(tar_id, ordinal, sample.key)
+                np.testing.assert_array_equal(rows_kD, [row.embedding_D for row in run])
+    report = verify(cache, list(map(str, tars)), depth="recompute", check_contents=True)
+    assert report.ok, report.text()
+    assert not report.warnings, report.text()
 
 
 def test_tars_are_added_later(tars: list[Path], cache: Path, tmp_path: Path) -> None:
