@@ -161,8 +161,6 @@ def estimate(config: EmbeddingConfig, *, ranks: int = 1, sample: int = 256, seed
     """
     if ranks < 1:
         raise ValueError(f"--ranks {ranks}: expected at least 1")
-    if any(source.of == "text" for source in config.sources()):
-        raise ValueError("--of text: expected --of image, the cost of captions is not estimated: build one tar of them")
     drawn = config.sample_images(sample, seed)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher = config.load_encoder(device)

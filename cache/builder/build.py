@@ -14,11 +14,11 @@ import torch
 
 from threetowers.cache.builder.build_config import BuildConfig, Source
 from threetowers.cache.builder.build_report import BuildReport, build_report
-from threetowers.cache.builder.caption_embedder import CaptionEmbedder
 from threetowers.cache.builder.decode_workers import DecodeThreads, DecodeWorkers
 from threetowers.cache.builder.decoding import Decoder
-from threetowers.cache.builder.embedder import Embedder
-from threetowers.cache.builder.image_embedder import ImageEmbedder
+from threetowers.cache.builder.embedding.caption_embedder import CaptionEmbedder
+from threetowers.cache.builder.embedding.embedder import Embedder
+from threetowers.cache.builder.embedding.image_embedder import ImageEmbedder
 from threetowers.cache.builder.leases import Leases
 from threetowers.cache.builder.opening import open_or_create
 from threetowers.cache.builder.output_cache import OutputCache

@@ -185,7 +185,14 @@ class EncoderConfig:
             raise ValueError(f"--captions: {error}") from None
 
     def sample_images(self, sample: int, seed: int) -> DatasetSample:
-        """Draw a sample of the images. Raises what `sample_dataset` raises."""
+        """Draw a sample of the images.
+
+        Raises:
+            ValueError: Captions are to be embedded.
+            BadTar, BadSample: As by `sample_dataset`.
+        """
+        if "text" in as_tuple(self.of):
+            raise ValueError("--of text: expected --of image, what is measured here are images and their views")
         return sample_dataset(
             self.tars,
             sample,

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Any
 
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, Source
-from threetowers.cache.builder.caption_density import captions_per_tar
 from threetowers.cache.builder.tar_indexer import TarIndexer
 from threetowers.cache.encoders.device_defaults import default_batch_size
 from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder
@@ -27,6 +26,7 @@ from threetowers.cache.format.tar_table import TARS, TarTable, extend, read_tabl
 from threetowers.cache.format.views import CENTER
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage
+from threetowers.cache.webdataset.caption_density import captions_per_tar
 
 logger = logging.getLogger(__name__)
 

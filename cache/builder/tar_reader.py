@@ -11,13 +11,13 @@ from typing import BinaryIO
 
 import xxhash
 
-from threetowers.cache.builder.caption_embedder import CaptionEmbedder, TokenizedCaptions
 from threetowers.cache.builder.decode_workers import DecodeThreads
 from threetowers.cache.builder.decoding import Decoded
-from threetowers.cache.builder.image_embedder import ImageEmbedder
+from threetowers.cache.builder.embedding.caption_embedder import CaptionEmbedder, TokenizedCaptions
+from threetowers.cache.builder.embedding.image_embedder import ImageEmbedder
+from threetowers.cache.builder.embedding.tar_captions import TarCaptions
 from threetowers.cache.builder.output_cache import OutputCache
 from threetowers.cache.builder.scheduler import WorkItem, WorkQueue
-from threetowers.cache.builder.tar_captions import TarCaptions
 from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.storage.object_file import READ_BYTES, open_object
 from threetowers.cache.storage.storage import is_url

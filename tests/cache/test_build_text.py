@@ -18,15 +18,17 @@ from tests.cache.caption_tars import CaptionedSample, captioned, runs
 from tests.cache.text_encoders import HUGE, MAX_LENGTH, NONFINITE, PROCESS_ENV, ColourGrid, WordBag
 from threetowers.cache.builder import tar_reader
 from threetowers.cache.builder.build import build_cache, build_caches
-from threetowers.cache.builder.build_config import BuildConfig
+from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
 from threetowers.cache.encoders.encoder import Tokens
 from threetowers.cache.encoders.forward_queue import CaptionQueue, RunningBatch
 from threetowers.cache.encoders.names import load_frozen_encoder
+from threetowers.cache.estimate import estimate
 from threetowers.cache.format.done_record import DoneRecord, read_done_record
 from threetowers.cache.format.dtypes import storage_dtype
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError, read_manifest
 from threetowers.cache.format.tar_table import read_table
+from threetowers.cache.measure_views import measure_views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.storage import open_storage
 from threetowers.cache.verify.verify import verify
@@ -304,6 +306,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         build_cache(BuildConfig(tars=tars, output_dir=tmp_path / "cache", **OPTIONS | change))
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_measured_on_images_is_refused_for_captions(tars: list[Path]) -> None:
+    for measure in (estimate, measure_views):
+        with pytest.raises(ValueError, match="--of text: expected --of image, what is measured here are images"):
+            measure(EmbeddingConfig(tars=tars, **OPTIONS))
 
 
 def test_more_captions_than_a_tar_has_room_for_are_one_message(pack: Pack, tmp_path: Path) -> None:

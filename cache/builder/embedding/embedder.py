@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from threetowers.cache.builder.caption_embedder import CaptionEmbedder
-from threetowers.cache.builder.image_embedder import ImageEmbedder
+from threetowers.cache.builder.embedding.caption_embedder import CaptionEmbedder
+from threetowers.cache.builder.embedding.image_embedder import ImageEmbedder
 from threetowers.cache.builder.output_cache import OutputCache
 from threetowers.cache.builder.scheduler import WorkItem
 from threetowers.cache.builder.tar_reader import ReadCaptions, ReadImage, StreamItem, TarEnd, TarStart

@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
+from threetowers.cache.builder.embedding.tar_captions import TarCaptions
 from threetowers.cache.builder.output_cache import OutputCache
-from threetowers.cache.builder.tar_captions import TarCaptions
 from threetowers.cache.encoders.encoder import TextEncoder, Tokens
 from threetowers.cache.encoders.forward_queue import CaptionQueue, RunningBatch
 from threetowers.cache.format.text_row_buffer import TextRowBuffer

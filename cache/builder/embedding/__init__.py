@@ -1,0 +1,1 @@
+"""Embedding what is read of tars: images and captions."""
