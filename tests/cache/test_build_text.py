@@ -308,6 +308,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "cache").exists()
 
 
+def test_an_encoder_without_a_text_side_is_named(
+    tars: list[Path], tiny_encoder: Callable[..., str], tmp_path: Path
+) -> None:
+    options = OPTIONS | {"encoder": tiny_encoder("test_vit@64")}
+    with pytest.raises(ValueError, match="timm:test_vit has no text side: choose .*, or use --of image"):
+        build_cache(BuildConfig(tars=tars, output_dir=tmp_path / "cache", **options))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_is_measured_on_images_is_refused_for_captions(tars: list[Path]) -> None:
     for measure in (estimate, measure_views):
         with pytest.raises(ValueError, match="--of text: expected --of image, what is measured here are images"):

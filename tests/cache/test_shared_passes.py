@@ -1,28 +1,28 @@
 """Several caches in one reading of the tars: what they share is done once, and changes none of their bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
-from tests.cache.two_features import CountedTransform, TwoFeatures, two_features
+from tests.cache.text_encoders import ColourGrid, Squash
 from threetowers.cache.builder import decoding
 from threetowers.cache.builder.build import build_caches
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.builder.decoding import PixelFormat, distinct_formats
 from threetowers.cache.encoders.forward_queue import ImageQueue
 from threetowers.cache.encoders.names import load_frozen_encoder
-from threetowers.cache.format.views import Views
+from threetowers.cache.format.views import Pixels, Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 
-__all__ = ["two_features"]  # a fixture
-
-pytestmark = pytest.mark.usefixtures("two_features")
 OPTIONS: dict[str, Any] = {"device": "cpu", "batch_size": 5, "threads": 1}
 N_SAMPLES = 42  # of the tars of the fixture: 23, 7 and 12
 PASSES = 5 + 2 + 3
@@ -34,62 +34,97 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def passes() -> list[tuple[int, tuple[str, ...]]]:
-    """The forward passes since the last call, but for those that find out a width."""
-    found = [each for each in TwoFeatures.passes if each[0] > 1]
-    TwoFeatures.passes.clear()
+@dataclass
+class Counts:
+    """What the encoders were asked for.
+
+    Attributes:
+        passes: batch size and features of each forward pass of more than one image: one finds out a width.
+        transformed: images that were made pixels.
+    """
+
+    passes: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    transformed: int = 0
+
+    def clear(self) -> None:
+        self.passes.clear()
+        self.transformed = 0
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    found = Counts()
+    forward, transform = ColourGrid.forward, Squash.__call__
+
+    def counted_forward(self: ColourGrid, x_b3HW: Tensor, features: Sequence[str]) -> tuple[Tensor, ...]:
+        if len(x_b3HW) > 1:
+            found.passes.append((len(x_b3HW), tuple(features)))
+        return forward(self, x_b3HW, features)
+
+    def counted_transform(self: Squash, image: Image.Image) -> Pixels:
+        found.transformed += 1
+        return transform(self, image)
+
+    monkeypatch.setattr(ColourGrid, "forward", counted_forward)
+    monkeypatch.setattr(Squash, "__call__", counted_transform)
     return found
 
 
 @pytest.fixture
-def alone(tars: list[Path], tmp_path: Path) -> Callable[..., Path]:
+def alone(tars: list[Path], counts: Counts, tmp_path: Path) -> Callable[..., Path]:
     """alone(encoder, feature): the folder of a cache that was built by itself."""
 
     def build(encoder: str, feature: str) -> Path:
         out = tmp_path / f"alone-{encoder}-{feature}"
         build_caches(BuildConfig(tars=tars, output_dir=out, encoder=encoder, feature=feature, **OPTIONS))
-        TwoFeatures.passes.clear()
-        CountedTransform.calls.clear()
+        counts.clear()
         return out
 
     return build
 
 
-def test_two_features_of_one_forward_pass(tars: list[Path], alone: Callable[..., Path], tmp_path: Path) -> None:
-    expected = {feature: stored(alone("two:0", feature)) for feature in ("pooled", "cls")}
-    out = [tmp_path / "pooled", tmp_path / "cls"]
-    config = BuildConfig(tars=tars, output_dir=out, encoder="two:0", feature=["pooled", "cls"], **OPTIONS)
+def test_two_features_of_one_forward_pass(
+    tars: list[Path], alone: Callable[..., Path], counts: Counts, tmp_path: Path
+) -> None:
+    expected = {feature: stored(alone("test:pair", feature)) for feature in ("pooled", "projected")}
+    out = [tmp_path / "pooled", tmp_path / "projected"]
+    config = BuildConfig(tars=tars, output_dir=out, encoder="test:pair", feature=["pooled", "projected"], **OPTIONS)
     reports = build_caches(config)
     assert [(report.tars_built, report.ok) for report in reports] == [(3, N_SAMPLES)] * 2
-    assert [features for _, features in passes()] == [("pooled", "cls")] * PASSES
-    assert len(CountedTransform.calls) == N_SAMPLES
+    assert [features for _, features in counts.passes] == [("pooled", "projected")] * PASSES
+    assert counts.transformed == N_SAMPLES
     for folder in out:
         assert stored(folder) == expected[folder.name]
 
 
 def test_encoders_that_take_equal_pixels_share_them(
-    tars: list[Path], alone: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tars: list[Path], alone: Callable[..., Path], counts: Counts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [stored(alone(encoder, "pooled")) for encoder in ("two:0@32", "two:1@32", "two:1@16")]
+    expected = [
+        stored(alone(encoder, "pooled")) for encoder in ("test:pair@32", "test:pair@32:seed:1", "test:pair@16:seed:1")
+    ]
     decoded = []
     real = decoding.decode_rgb
     monkeypatch.setattr(decoding, "decode_rgb", lambda data, **how: decoded.append(1) or real(data, **how))
     out = [tmp_path / name for name in "abc"]
-    build_caches(BuildConfig(tars=tars, output_dir=out, encoder=["two:0@32", "two:1@32", "two:1@16"], **OPTIONS))
+    build_caches(
+        BuildConfig(
+            tars=tars, output_dir=out, encoder=["test:pair@32", "test:pair@32:seed:1", "test:pair@16:seed:1"], **OPTIONS
+        )
+    )
     assert len(decoded) == N_SAMPLES
-    assert len(CountedTransform.calls) == 2 * N_SAMPLES, "once for each of two sizes"
-    assert len(passes()) == 3 * PASSES
+    assert counts.transformed == 2 * N_SAMPLES, "once for each of two sizes"
+    assert len(counts.passes) == 3 * PASSES
     assert [stored(folder) for folder in out] == expected
 
 
-def test_only_what_a_cache_lacks_is_computed(tars: list[Path], tmp_path: Path) -> None:
-    out = [tmp_path / name for name in ("pooled", "cls", "other")]
-    sources = {"encoder": ["two:0", "two:0", "two:1"], "feature": ["pooled", "cls", "pooled"]}
+def test_only_what_a_cache_lacks_is_computed(tars: list[Path], counts: Counts, tmp_path: Path) -> None:
+    out = [tmp_path / name for name in ("pooled", "projected", "other")]
+    sources = {"encoder": ["test:pair", "test:pair", "test:pair:seed:1"], "feature": ["pooled", "projected", "pooled"]}
     config = BuildConfig(tars=tars, output_dir=out, **sources, **OPTIONS)
     build_caches(config)
     complete = [stored(folder) for folder in out]
-    passes()
-    CountedTransform.calls.clear()
+    counts.clear()
     (out[1] / "done/1.json").unlink()  # 7 samples of one cache
     (out[1] / "store.zarr/emb/c/1/0").unlink()
     reports = build_caches(config)
@@ -98,8 +133,10 @@ def test_only_what_a_cache_lacks_is_computed(tars: list[Path], tmp_path: Path) -
         (1, 2, 7),
         (0, 3, 0),
     ]
-    assert passes() == [(5, ("pooled", "cls")), (2, ("pooled", "cls"))], "the other encoder has nothing to do"
-    assert len(CountedTransform.calls) == 7
+    assert counts.passes == [(5, ("pooled", "projected")), (2, ("pooled", "projected"))], (
+        "the other encoder has nothing to do"
+    )
+    assert counts.transformed == 7
     assert [stored(folder) for folder in out] == complete
 
 
@@ -107,18 +144,23 @@ def test_only_what_a_cache_lacks_is_computed(tars: list[Path], tmp_path: Path) -
     ("sources", "message"),
     [
         (
-            {"encoder": "two:0", "feature": ["pooled", "pooled"]},
-            "two:0 --of image --feature pooled: found for two of --output-dir, .* two:0 offers pooled, cls",
+            {"encoder": "test:pair", "feature": ["pooled", "pooled"]},
+            "--of image --feature pooled: found for two of --output-dir, .* test:pair offers pooled, projected",
         ),
-        ({"encoder": ["two:0", "two:0"]}, "--feature pooled: found for two of --output-dir"),
-        ({"encoder": "two:0", "feature": ["pooled", "tokens"]}, "expected one of pooled, cls, found 'tokens'"),
-        ({"encoder": "two:0", "feature": ["pooled", "cls"], "of": ["image", "text"]}, "two:0 has no text side"),
-        ({"encoder": "two:0", "feature": ["pooled"] * 3}, "2 --output-dir for 3 caches"),
+        ({"encoder": ["test:pair", "test:pair"]}, "--feature pooled: found for two of --output-dir"),
         (
-            {"encoder": ["two:0", "two:1", "two:2"], "feature": ["pooled", "cls"]},
+            {"encoder": "test:pair", "feature": ["pooled", "tokens"]},
+            "expected one of pooled, projected, found 'tokens'",
+        ),
+        ({"encoder": "test:pair", "feature": ["pooled"] * 3}, "2 --output-dir for 3 caches"),
+        (
+            {"encoder": ["test:pair", "test:pair:seed:1", "test:pair:seed:2"], "feature": ["pooled", "projected"]},
             "3 --encoder, 1 --of, 2 --feature: expected one of each, or as many --feature as there are caches",
         ),
-        ({"encoder": "two:0", "feature": ["pooled", "cls"], "of": ["image", "sound"]}, "--of sound: expected image"),
+        (
+            {"encoder": "test:pair", "feature": ["pooled", "projected"], "of": ["image", "sound"]},
+            "--of sound: expected image",
+        ),
     ],
 )
 def test_outputs_that_cannot_be_are_refused_before_anything_is_written(
@@ -132,10 +174,12 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_written(
 
 def test_rows_of_two_features_are_the_encoder_s(tars: list[Path], tmp_path: Path) -> None:
     """In processes that decode, with two views, and a batch size that divides nothing."""
-    out = [tmp_path / "pooled", tmp_path / "cls"]
+    out = [tmp_path / "pooled", tmp_path / "projected"]
     options = OPTIONS | {"batch_size": 4, "workers": 1, "views": Views("center+flip")}
-    build_caches(BuildConfig(tars=tars, output_dir=out, encoder="two:0", feature=["pooled", "cls"], **options))
-    encoder = load_frozen_encoder("two:0").side("image")
+    build_caches(
+        BuildConfig(tars=tars, output_dir=out, encoder="test:pair", feature=["pooled", "projected"], **options)
+    )
+    encoder = load_frozen_encoder("test:pair").side("image")
     for path in tars:
         index = index_tar(path)
         images = [read_image(index, i, 10_000) for i in range(len(index.samples))]
@@ -147,11 +191,11 @@ def test_rows_of_two_features_are_the_encoder_s(tars: list[Path], tmp_path: Path
 
 
 def test_a_queue_gives_several_features() -> None:
-    encoder = load_frozen_encoder("two:0").side("image")
-    queue = ImageQueue(encoder, ["cls", "pooled"], views=2, batch_size=4)
-    images_nV3HW = np.random.default_rng(0).integers(0, 256, (3, 2, 3, 32, 32), np.uint8)
+    encoder = load_frozen_encoder("test:pair").side("image")
+    queue = ImageQueue(encoder, ["projected", "pooled"], views=2, batch_size=4)
+    images_nV3HW = np.random.default_rng(0).integers(0, 256, (3, 2, 3, 16, 16), np.uint8)
     running = queue.start(list(images_nV3HW))
-    for feature, found_bVD in zip(("cls", "pooled"), running.result(), strict=True):
+    for feature, found_bVD in zip(("projected", "pooled"), running.result(), strict=True):
         for view in range(2):
             expected_bD = encoder.embed(torch.from_numpy(images_nV3HW[:, view]), feature).numpy()
             np.testing.assert_array_equal(found_bVD[:, view], expected_bD)
