@@ -312,7 +312,7 @@ def test_an_encoder_without_a_text_side_is_named(
     tars: list[Path], tiny_encoder: Callable[..., str], tmp_path: Path
 ) -> None:
     options = OPTIONS | {"encoder": tiny_encoder("test_vit@64")}
-    with pytest.raises(ValueError, match="timm:test_vit has no text side: choose .*, or use --of image"):
+    with pytest.raises(ValueError, match=r"timm:test_vit has no text side: choose .*, or use --of image"):
         build_cache(BuildConfig(tars=tars, output_dir=tmp_path / "cache", **options))
     assert not (tmp_path / "cache").exists()
 
