@@ -80,16 +80,24 @@ class TarReader:
 
     def items(self) -> Iterator[StreamItem]:
         """Iterate over all samples. Raises BadTar if a tar is not the one of the tar table."""
-        with contextlib.closing(prefetch(self._opened_tars(), depth=1)) as opened:
-            for work, file in opened:
-                with file:
-                    yield from self._read(work, file)
+        ahead: set[BinaryIO] = set()
+        try:
+            with contextlib.closing(prefetch(self._opened_tars(ahead), depth=1)) as opened:
+                for work, file in opened:
+                    ahead.remove(file)
+                    with file:
+                        yield from self._read(work, file)
+        finally:
+            for file in ahead:  # opened before an early end
+                file.close()
 
-    def _opened_tars(self) -> Iterator[tuple[WorkItem, BinaryIO]]:
-        """Yield the tars of the queue, opened; wait where all that are left are leased by others."""
+    def _opened_tars(self, ahead: set[BinaryIO]) -> Iterator[tuple[WorkItem, BinaryIO]]:
+        """Yield the tars of the queue, opened, and add them to `ahead`; wait where others lease all that is left."""
         while not self.stopped.is_set() and (work := self.queue.next()) is not None:
             if isinstance(work, WorkItem):
-                yield work, self._open(self.paths[work.number])
+                file = self._open(self.paths[work.number])
+                ahead.add(file)
+                yield work, file
             else:
                 self.stopped.wait(work)
 

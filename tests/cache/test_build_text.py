@@ -352,9 +352,21 @@ def test_nonfinite_and_huge_captions_reject_their_samples(pack: Pack, tmp_path: 
     assert build_cache(BuildConfig(tars=[tar], output_dir=tmp_path / "wide", **wide)).counts == {"non_finite": 1}
 
 
-def test_on_bad_error_stops_at_a_sample_without_a_caption(tars: list[Path], tmp_path: Path) -> None:
+def test_on_bad_error_stops_at_a_sample_without_a_caption(
+    tars: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+    real = tar_reader.open_object
+
+    def open_object(path: str) -> Any:
+        opened.append(real(path))
+        return opened[-1]
+
+    monkeypatch.setattr(tar_reader, "open_object", open_object)
     with pytest.raises(BadSample, match=r"0\.tar: sample '0/0004' .*no caption \(json\.caption: null\).*--on-bad skip"):
         build_cache(BuildConfig(tars=tars, output_dir=tmp_path, **OPTIONS, on_bad="error"))
+    assert opened
+    assert all(file.closed for file in opened), "also those that were opened ahead"
 
 
 def test_a_second_run_keeps_what_is_finished(tars: list[Path], cache: Path, tmp_path: Path) -> None:
