@@ -158,16 +158,16 @@ def estimate(
 ) -> int:
     """Estimate the cost of a cache: bytes, files, hours, and after how many epochs it pays off.
 
-    A sample of the images is built in a temporary folder to measure the rates.
+    A sample of the images or captions is built in a temporary folder to measure the rates.
 
     Args:
         ranks: Processes that would share the work, each as fast as this one.
-        sample: Images to measure on.
+        sample: Samples to measure on.
         seed: Seed of that sample.
-        images: Print the estimate for this many images too, in tars of the same size.
+        images: Print the estimate for this many samples too, in tars of the same size.
         json: Write the estimate to this file too.
     """
-    from threetowers.cache.estimate import estimate as run
+    from threetowers.cache.estimate.estimate import estimate as run
 
     found = run(config, ranks=ranks, sample=sample, seed=seed)
     estimates = [found] + [found.scaled(n) for n in images]

@@ -14,7 +14,7 @@ from reproduce.pretraining import pretrain
 from reproduce.teachers import cache_seconds, cache_teacher, encoder_name, tars_of
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
-from threetowers.cache.estimate import estimate
+from threetowers.cache.estimate.estimate import estimate
 from threetowers.trainer.train import train
 
 STEPS = 12

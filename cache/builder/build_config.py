@@ -185,14 +185,13 @@ class EncoderConfig:
             raise ValueError(f"--captions: {error}") from None
 
     def sample_images(self, sample: int, seed: int) -> DatasetSample:
-        """Draw a sample of the images.
-
-        Raises:
-            ValueError: Captions are to be embedded.
-            BadTar, BadSample: As by `sample_dataset`.
-        """
+        """Draw a sample, as `draw` does. Raises ValueError if captions are to be embedded."""
         if "text" in as_tuple(self.of):
             raise ValueError("--of text: expected --of image, what is measured here are images and their views")
+        return self.draw(sample, seed)
+
+    def draw(self, sample: int, seed: int) -> DatasetSample:
+        """Draw a sample of the samples. Raises what `sample_dataset` raises."""
         return sample_dataset(
             self.tars,
             sample,

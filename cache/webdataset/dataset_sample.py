@@ -1,17 +1,19 @@
 """A random sample of the images in some tars, and estimates of how many samples the tars have."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import MAX_PIXELS
-from threetowers.cache.webdataset.sample import read_encoded_image, read_image
-from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.cache.webdataset.sample import Annotation, read_annotation, read_encoded_image, read_image
+from threetowers.cache.webdataset.sample_list import unreadable
+from threetowers.cache.webdataset.tar_index import TarIndex, read_member
 from threetowers.cache.webdataset.tar_list import OnBad, index_tars, require_samples
 from threetowers.cache.webdataset.tar_patterns import expand
 
@@ -57,6 +59,31 @@ class DatasetSample:
         """Return the bytes of one image of the sample. Raises BadSample where there is none."""
         number, ordinal = at
         return read_encoded_image(self.indexed[number], ordinal)
+
+    def image_member(self, at: tuple[int, int]) -> dict[str, bytes]:
+        """Return the image of one sample by its extension; nothing where there is none."""
+        number, ordinal = at
+        sample = self.indexed[number].samples[ordinal]
+        return {} if sample.image is None or sample.defect is not None else {sample.image: self.data(at)}
+
+    def readable(self, at: tuple[int, int], extensions: Collection[str]) -> dict[str, bytes]:
+        """Return those members of one sample that have these extensions, as far as they can be read."""
+        number, ordinal = at
+        members = self.indexed[number].samples[ordinal].members
+        wanted = [name for name in sorted(members.keys() & set(extensions)) if not unreadable(members[name])]
+        return {name: read_member(self.indexed[number], ordinal, name) for name in wanted}
+
+    def annotations(self, captions: CaptionFormat) -> list[Annotation]:
+        """Return the captions of the sample, found as `captions` says.
+
+        Raises:
+            BadSample: A sample has none, and `on_bad` is error.
+        """
+        required = self.on_bad == "error"
+        return [
+            read_annotation(self.indexed[number], ordinal, captions=captions, captions_required=required)
+            for number, ordinal in self.sample
+        ]
 
     def images(self) -> tuple[list[Image.Image], Counter[str]]:
         """Decode the images of the sample; return them, and the number of bad samples by the reason.

@@ -22,7 +22,6 @@ from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
 from threetowers.cache.encoders.encoder import Tokens
 from threetowers.cache.encoders.forward_queue import CaptionQueue, RunningBatch
 from threetowers.cache.encoders.names import load_frozen_encoder
-from threetowers.cache.estimate import estimate
 from threetowers.cache.format.done_record import DoneRecord, read_done_record
 from threetowers.cache.format.dtypes import storage_dtype
 from threetowers.cache.format.layout import RowStatus
@@ -318,9 +317,8 @@ def test_an_encoder_without_a_text_side_is_named(
 
 
 def test_what_is_measured_on_images_is_refused_for_captions(tars: list[Path]) -> None:
-    for measure in (estimate, measure_views):
-        with pytest.raises(ValueError, match="--of text: expected --of image, what is measured here are images"):
-            measure(EmbeddingConfig(tars=tars, **OPTIONS))
+    with pytest.raises(ValueError, match="--of text: expected --of image, what is measured here are images"):
+        measure_views(EmbeddingConfig(tars=tars, **OPTIONS))
 
 
 def test_more_captions_than_a_tar_has_room_for_are_one_message(pack: Pack, tmp_path: Path) -> None:

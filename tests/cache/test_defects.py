@@ -15,7 +15,7 @@ from tests.conftest import picture, write_tar
 from tests.defective import COUNTS, DEFECTS, MAX_BYTES, link, write_defective, write_members
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, EncoderConfig
-from threetowers.cache.estimate import estimate
+from threetowers.cache.estimate.estimate import estimate
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.info import read_info

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
+from tests.cache.text_encoders import NONFINITE
 from threetowers.cache import cli as command
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, EncoderConfig
-from threetowers.cache.estimate import estimate
+from threetowers.cache.estimate.estimate import estimate
 from threetowers.cache.format.dtypes import STORAGE_DTYPES
 from threetowers.cache.format.views import Views
 from threetowers.cache.measure_views import measure_views
 from threetowers.cache.webdataset.dataset_sample import sample_dataset
+from threetowers.cache.webdataset.defects import BadSample
 
 Pack = Callable[..., Path]
 
@@ -128,3 +130,51 @@ def test_commands_print_and_write_json(
     assert command.measure_views(EncoderConfig(tars=tars, **options), sample=9, json=tmp_path / "views.json") == 0
     assert "random crop, crop_scale 0.35" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "views.json").read_text())["rows"]) == 6
+
+
+def text_tars(pack: Pack, folder: Path, sizes: tuple[int, ...] = (23, 7)) -> list[Path]:
+    """Tars of samples with two captions each."""
+    tars = []
+    for tar, size in enumerate(sizes):
+        captions = [json.dumps({"captions": [f"picture {i} of {tar}", f"a {i % 5}"]}).encode() for i in range(size)]
+        tars.append(pack(folder / f"{tar}.tar", [(f"{tar}{i:04}", {"json": data}) for i, data in enumerate(captions)]))
+    return tars
+
+
+def test_estimated_bytes_and_files_of_text_equal_those_of_the_built_cache(pack: Pack, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tars": text_tars(pack, tmp_path), "encoder": "test:bag", "of": "text"}
+    found = estimate(EmbeddingConfig(**options), sample=30)
+    assert (found.of, found.per_sample, found.sampled, found.n_samples, found.bad) == ("text", 2.0, 60, 30, {})
+    for cost in found.dtypes:
+        out = tmp_path / cost.name
+        report = build_cache(BuildConfig(**options, output_dir=out, dtype=cost.name, min_cosine=0.99))
+        assert cost.files == sum(path.is_file() for path in out.rglob("*"))
+        records = sum(path.stat().st_size for path in (out / "done").iterdir())
+        assert abs(cost.bytes - report.bytes - records) < 2 * 400, "done records differ by some digits"
+        assert 0.99 < cost.min_cosine <= cost.mean_cosine <= 1 + 1e-9
+    assert found.break_even == pytest.approx(2 / found.shares["forward"])
+    text = found.text()
+    assert "measured    on 60 captions\n" in text
+    assert "2.00 captions a sample; time by stage: " in text
+
+
+def test_captions_that_cannot_be_measured_are_counted_or_refused(pack: Pack, tmp_path: Path) -> None:
+    tar = pack(tmp_path / "0.tar", [(f"{i:03}", {"txt": b"a caption" if i < 9 else b" "}) for i in range(12)])
+    found = estimate(EmbeddingConfig(tars=[tar], encoder="test:bag", of="text"), sample=12)
+    assert (found.per_sample, found.bad) == (0.75, {"no caption": 3})
+    few = pack(tmp_path / "1.tar", [(f"{i:03}", {"txt": b"a caption"}) for i in range(7)])
+    with pytest.raises(ValueError, match="the 7 sampled samples have 7 captions: expected at least 8"):
+        estimate(EmbeddingConfig(tars=[few], encoder="test:bag", of="text"))
+    with pytest.raises(BadSample, match="no caption"):
+        estimate(EmbeddingConfig(tars=[tar], encoder="test:bag", of="text", on_bad="error"), sample=12)
+
+
+def test_nonfinite_embeddings_refuse_no_dtype(pack: Pack, tmp_path: Path) -> None:
+    texts = ["a caption"] * 9 + [f"a {NONFINITE} one"]
+    tar = pack(tmp_path / "0.tar", [(f"{i:03}", {"txt": text.encode()}) for i, text in enumerate(texts)])
+    found = estimate(EmbeddingConfig(tars=[tar], encoder="test:bag", of="text"))
+    assert found.sampled == 9
+    assert all(cost.fits for cost in found.dtypes)
+    lost = pack(tmp_path / "1.tar", [(f"{i:03}", {"txt": NONFINITE.encode()}) for i in range(10)])
+    with pytest.raises(ValueError, match="0 of 10 embeddings are finite: expected at least 8"):
+        estimate(EmbeddingConfig(tars=[lost], encoder="test:bag", of="text"))

@@ -41,6 +41,7 @@ MAX_LENGTH = 8
 SIDE = 16  # of the images, in pixels
 NONFINITE = "nonfinite"  # a word that makes the features of a caption NaN
 HUGE = "huge"  # a word that makes them too large for float16
+SCALES = {NONFINITE: torch.nan, HUGE: 1e7}  # of words with an id of their own
 
 
 class WordBag(TextModel):
@@ -51,13 +52,10 @@ class WordBag(TextModel):
 
     def __init__(self, generator: torch.Generator, prompt: str, max_length: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.embedding = nn.Embedding(VOCABULARY + len(SCALES), WIDTH)
         self.projection = nn.Linear(WIDTH, JOINT_WIDTH, bias=False)
         self.processing = TextProcessing("words modulo 997", prompt, max_length, "mean", normalize=False)
-        scale = torch.ones(VOCABULARY)
-        scale[word_id(NONFINITE)] = torch.nan
-        scale[word_id(HUGE)] = 1e7
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", torch.cat([torch.ones(VOCABULARY), torch.tensor(list(SCALES.values()))]))
         _randomise(self, generator)
 
     def tokenize(self, captions: Sequence[str]) -> list[Tokens]:
@@ -147,6 +145,8 @@ class Squash:
 
 def word_id(word: str) -> int:
     """Return the token of a word."""
+    if word in SCALES:
+        return VOCABULARY + list(SCALES).index(word)
     return xxhash.xxh3_64_intdigest(word.encode()) % VOCABULARY
 
 
