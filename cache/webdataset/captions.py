@@ -16,6 +16,7 @@ from threetowers.cache.webdataset.sample_list import IMAGE_EXTENSIONS
 DEFAULT_SOURCES = ("txt", "json.captions", "json.caption")
 MAX_CAPTION_SHOWN = 60
 FIELD = "json."  # begins a source that is a field of the json member; any other source is the extension of a member
+FIELD_EXTENSIONS = frozenset({"json", "cls"})  # of the members that hold fields
 
 
 class BadText(ValueError):
@@ -82,7 +83,7 @@ class CaptionFormat:
     def extensions(self) -> frozenset[str]:
         """The extensions of the text members that are read: those that may hold captions, and `json` and `cls`."""
         members = {source for source in self.sources or DEFAULT_SOURCES if not source.startswith(FIELD)}
-        return frozenset(members | {"json", "cls"})
+        return FIELD_EXTENSIONS | members
 
     def sources_text(self) -> str:
         """Return the sources that are looked at, for messages."""

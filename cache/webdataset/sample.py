@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, BadText, CaptionFormat, decode_text
+from threetowers.cache.webdataset.captions import (
+    DEFAULT_CAPTIONS,
+    FIELD_EXTENSIONS,
+    BadText,
+    CaptionFormat,
+    decode_text,
+)
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
 from threetowers.cache.webdataset.sample_list import members_text, unreadable
@@ -70,16 +76,56 @@ def read_annotation(
         BadTar: The tar has changed since it was indexed.
     """
     members = tar.samples[ordinal].members
+    data, notes = _read_texts(tar, ordinal, read, captions.extensions)
+    fields = _fields(data, notes)
+    found, faults = captions.find(data, fields)
+    notes += faults
+    if captions_required and not found:
+        reason = _no_caption(notes)
+        raise BadSample(
+            f"{tar.describe(ordinal)}: {describe_missing_captions(members, fields, notes)}, expected a caption in "
+            f"{captions.sources_text()} (captions, --captions, names other sources)",
+            reason,
+        )
+    return Annotation(found, fields, tuple(notes))
+
+
+def read_fields(
+    tar: TarIndex, ordinal: int, read: ReadMember | None = None
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return the fields of a sample, as those of an annotation, and notes on them; no caption is read.
+
+    Args:
+        tar: Index of the tar.
+        ordinal: The sample's position in it.
+        read: Reads a member of this sample, where they are at hand; otherwise they are read from the tar.
+
+    Raises:
+        BadTar: The tar has changed since it was indexed.
+    """
+    data, notes = _read_texts(tar, ordinal, read, FIELD_EXTENSIONS)
+    return _fields(data, notes), tuple(notes)
+
+
+def _read_texts(
+    tar: TarIndex, ordinal: int, read: ReadMember | None, extensions: Collection[str]
+) -> tuple[dict[str, bytes], list[str]]:
+    """Return those text members of a sample that have one of these extensions, and why others cannot be read."""
+    members = tar.samples[ordinal].members
     if read is None:
         read = partial(read_member, tar, ordinal)
     notes: list[str] = []
     data = {}
-    for extension in sorted(members.keys() & captions.extensions):
+    for extension in sorted(members.keys() & extensions):
         if defect := unreadable(members[extension]):
             notes.append(f"{extension}: {defect}")
         else:
             data[extension] = read(extension)
+    return data, notes
 
+
+def _fields(data: Mapping[str, bytes], notes: list[str]) -> dict[str, Any]:
+    """Return the fields in some text members; what cannot be used is added to the notes."""
     fields: dict[str, Any] = {}
     if "json" in data:
         try:
@@ -91,17 +137,7 @@ def read_annotation(
             fields["cls"] = [int(number) for number in decode_text(data["cls"]).replace(",", " ").split()]
         except ValueError:
             notes.append(BAD_LABEL)
-
-    found, faults = captions.find(data, fields)
-    notes += faults
-    if captions_required and not found:
-        reason = _no_caption(notes)
-        raise BadSample(
-            f"{tar.describe(ordinal)}: {describe_missing_captions(members, fields, notes)}, expected a caption in "
-            f"{captions.sources_text()} (captions, --captions, names other sources)",
-            reason,
-        )
-    return Annotation(found, fields, tuple(notes))
+    return fields
 
 
 def describe_missing_captions(members: Collection[str], fields: Mapping[str, Any], notes: Sequence[str]) -> str:

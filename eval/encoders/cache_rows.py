@@ -10,7 +10,7 @@ from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo
 from threetowers.eval.encoders.fingerprint import model_fingerprint
 from threetowers.eval.encoders.forward import RowView, forward_images
 from threetowers.eval.encoders.image_source import describe_preprocessing
-from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.joins.image_join import ImageJoin
 
 
 class CacheEncoder(Encoder):
@@ -36,7 +36,7 @@ class CacheEncoder(Encoder):
 
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
         """Yield the stored rows of images, which are both embeddings and features."""
-        join = CacheJoin(self.path, data.tars)
+        join = ImageJoin(self.path, data.tars)
         return forward_images(images, RowView(join), lambda rows: rows, self.options.batch_size, 0)
 
     def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:

@@ -17,7 +17,7 @@ from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.eval.datasets.image_set import EvalImage
 from threetowers.eval.encoders.embedding_store import Embeddings
-from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.joins.image_join import ImageJoin
 
 ImageView = Callable[[EvalImage], Tensor]  # reads one image as a model's input
 
@@ -39,7 +39,7 @@ class PixelView:
 class RowView:
     """The row of an image in a cache."""
 
-    join: CacheJoin
+    join: ImageJoin
 
     def __call__(self, image: EvalImage) -> Tensor:
         """Return the image's row (D,)."""

@@ -14,7 +14,7 @@ from threetowers.eval.datasets.image_set import ImageSet
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.forward import ImageView, PixelView, RowView, TeacherTransform
 from threetowers.trainer.config import CacheTower
-from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.joins.image_join import ImageJoin
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.trained_model import TrainedModel
 
@@ -49,7 +49,7 @@ def image_source(trained: TrainedModel, tower: str, data: ImageSet, options: Loa
         return _teacher_source(trained, tower, data, options)
     path = _cache_path(config, tower, options)
     try:
-        join = CacheJoin(path, data.tars)
+        join = ImageJoin(path, data.tars)
     except ManifestError as error:
         raise ManifestError(
             f"{error}. A run whose image tower is a cached teacher needs rows for the evaluation images: build a cache "
@@ -91,7 +91,7 @@ def describe_preprocessing(p: Preprocessing) -> str:
     return f"teacher's: {p.crop_mode} crop {p.crop_pct}, {p.interpolation} to {height} x {width} px"
 
 
-def _check(trained: TrainedModel, tower: str, path: str | Path, join: CacheJoin) -> None:
+def _check(trained: TrainedModel, tower: str, path: str | Path, join: ImageJoin) -> None:
     """Raise ManifestError for a cache of another teacher; its tars and dtype may differ from those of training."""
     manifest = join.cache.manifest
     if lines := teacher_mismatch(trained.manifests[tower], manifest):

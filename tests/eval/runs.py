@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import parse
-from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.joins.image_join import ImageJoin
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
 
@@ -19,7 +19,7 @@ def finished(tree: dict[str, Any], constant: bool = False) -> Path:
     """The folder of a run as training leaves it, with random weights; `constant`: with collapsed embeddings."""
     run = parse(tree)
     tars = [index_tar(tar) for tar in run.data.tars]
-    caches = {name: CacheJoin(run.towers[name].path, tars).cache for name in run.towers_of("cache")}  # type: ignore[union-attr]
+    caches = {name: ImageJoin(run.towers[name].path, tars).cache for name in run.towers_of("cache")}  # type: ignore[union-attr]
     torch.manual_seed(2)
     vocab = Tokenizer.load(run.data.tokenizer).embedding_rows(run.data.vocab_size)
     model = TowerModel(run, vocab, {name: cache.dim for name, cache in caches.items()})

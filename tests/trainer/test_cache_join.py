@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from threetowers.cache.format.views import Views, as_pixels, render_view
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.sample import read_image
-from threetowers.cache.webdataset.tar_index import index_tar
+from threetowers.cache.webdataset.tar_index import index_tar, read_member
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import epoch_snapshot
 from threetowers.trainer.data.batch import Batch
-from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.epoch_snapshot import EpochSnapshots
+from threetowers.trainer.data.joins.image_join import ImageJoin
 from threetowers.trainer.data.loader import TrainingSampleReader
+from threetowers.trainer.data.sample_members import SampleMembers
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.streaming import StreamSegment, read_segment
 from threetowers.trainer.data.transforms import center_crop
@@ -157,7 +159,9 @@ def test_live_computes_the_rows_that_the_cache_lacks(
     join, index = samples.caches["third"], index_tar(tar)
     assert samples.without_row == {"computed by the teacher of 'third'": 2}
     for view in range(views.count):
-        row = join.with_fallback(None, 0, 3, view, lambda: read_image(index, 3, 10**6))
+        visit = replace(samples.visit(0, 3), view=view)
+        members = SampleMembers(index, 3, partial(read_member, index, 3), visit.captions, 10**6)
+        row = join.with_fallback(None, 0, visit, members)
         assert row is not None
         expected = EmbeddingCache.open(whole).row(0, 3, "s0003", view)
         np.testing.assert_allclose(row, expected, rtol=2e-3, atol=2e-3)
@@ -309,7 +313,7 @@ def check_snapshots(rank: int, store: str, folder: str, tars: list[Path], cache:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    join = CacheJoin(cache, [index_tar(tar) for tar in tars], allow_incomplete=True)
+    join = ImageJoin(cache, [index_tar(tar) for tar in tars], allow_incomplete=True)
     if rank == 1:
         join.built = lambda: np.ones(4, np.bool_)  # type: ignore[method-assign]
     snapshots = EpochSnapshots(Path(folder) / "snapshots.jsonl", [join], 8)
@@ -362,17 +366,17 @@ def test_sequential_and_random_access_give_equal_samples(
     for epoch in range(views.count):
         segment = StreamSegment(epoch, samples.epoch_indices(epoch), 0)
         streamed = list(read_segment(samples, segment, 4, np.random.default_rng(epoch), read_ahead=8))
-        assert sorted(found.sample_index for found in streamed) == segment.indices.tolist()
+        assert sorted(found.visit.index for found in streamed) == segment.indices.tolist()
         for found in streamed:
             members, rows = found.members.__getitem__, found.rows.__getitem__
             try:
-                expected = reader.read(epoch, found.sample_index)
+                expected = reader.read(epoch, found.visit.index)
             except BadSample as error:
                 message = str(error).partition(" 0x")[0]  # Pillow names a buffer
                 with pytest.raises(BadSample, match=re.escape(message)):
-                    reader.prepare(epoch, found.sample_index, members, rows)
+                    reader.prepare(found.visit, members, rows)
                 continue
-            sample = reader.prepare(epoch, found.sample_index, members, rows)
+            sample = reader.prepare(found.visit, members, rows)
             assert isinstance(sample.image, torch.Tensor)
             assert isinstance(expected.image, torch.Tensor)
             assert sample.image.equal(expected.image)

@@ -163,7 +163,7 @@ def test_undecoded_samples_in_memory_are_bounded_by_the_buffer(
 
     def counted(*arguments: Any) -> Any:
         for found in read_tars(*arguments):
-            arrived.append(found.sample_index)
+            arrived.append(found.visit.index)
             yield found
 
     monkeypatch.setattr(streaming, "_read_tars", counted)
@@ -177,7 +177,7 @@ def test_undecoded_samples_in_memory_are_bounded_by_the_buffer(
 def test_a_resumed_stream_opens_no_tar_that_is_done(uneven: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     samples = SampleSet([index_tar(tar) for tar in uneven], {})
     rng = lambda: np.random.default_rng(5)  # noqa: E731
-    whole = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 0), 8, rng(), 64)]
+    whole = [found.visit.index for found in read_segment(samples, StreamSegment(0, np.arange(96), 0), 8, rng(), 64)]
     opened: list[tuple[str, int]] = []
 
     def spied(tar: Any, first: int, extensions: Any) -> Any:
@@ -185,7 +185,7 @@ def test_a_resumed_stream_opens_no_tar_that_is_done(uneven: list[Path], monkeypa
         return stream_samples(tar, first, extensions)
 
     monkeypatch.setattr(streaming, "stream_samples", spied)
-    rest = [found.sample_index for found in read_segment(samples, StreamSegment(0, np.arange(96), 70), 8, rng(), 64)]
+    rest = [found.visit.index for found in read_segment(samples, StreamSegment(0, np.arange(96), 70), 8, rng(), 64)]
     assert rest == whole[70:]
     first = min(rest)
     starts = np.cumsum((0, *SIZES)).tolist()

@@ -33,7 +33,7 @@ from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
-from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.joins.image_join import ImageJoin
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import NAMES
@@ -147,7 +147,7 @@ def test_a_full_disk_is_one_message(clip: dict[str, Any], tmp_path: Path) -> Non
 def test_cached_and_live_teacher_give_the_same_loss(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
     config = parse(three)
     indexes = [index_tar(tar) for tar in tars]
-    join = CacheJoin(cache, indexes)
+    join = ImageJoin(cache, indexes)
     encoder = load_frozen_encoder(f"timm:test_resnet@64:{cache.parent}/teacher.safetensors").side("image")
     addresses = [(0, 3), (1, 0), (1, 19), (0, 24), (0, 0), (1, 7)]
     pixels = [np.ascontiguousarray(encoder.transform(read_image(indexes[t], o, 10**6))) for t, o in addresses]
@@ -196,15 +196,15 @@ def test_a_folder_with_another_config_is_refused(clip: dict[str, Any], tmp_path:
 
 def test_a_cache_of_another_encoder_is_refused(three: dict[str, Any], cache: Path, tars: list[Path]) -> None:
     indexes = [index_tar(tar) for tar in tars]
-    assert CacheJoin(cache, indexes, "timm:test_resnet").cache.manifest.encoder == "timm:test_resnet"
+    assert ImageJoin(cache, indexes, "timm:test_resnet").cache.manifest.encoder == "timm:test_resnet"
     with pytest.raises(ManifestError, match=r"encoder: expected 'timm:resnet18', found 'timm:test_resnet'"):
-        CacheJoin(cache, indexes, "timm:resnet18")
-    CacheJoin(cache, indexes, "timm:test_resnet@64")
+        ImageJoin(cache, indexes, "timm:resnet18")
+    ImageJoin(cache, indexes, "timm:test_resnet@64")
     with pytest.raises(ManifestError, match=r"encoder: expected 'timm:test_resnet@96', found 'timm:test_resnet@64'"):
-        CacheJoin(cache, indexes, "timm:test_resnet@96")
+        ImageJoin(cache, indexes, "timm:test_resnet@96")
     with pytest.raises(ManifestError, match=r"expected KIND:NAME\[@SIZE\], found .*: leave its weights out"):
-        CacheJoin(cache, indexes, "timm:test_resnet:teacher.safetensors")
-    began = CacheJoin(cache, indexes).cache.manifest
+        ImageJoin(cache, indexes, "timm:test_resnet:teacher.safetensors")
+    began = ImageJoin(cache, indexes).cache.manifest
     folder = RunFolder(Path(three["output_dir"]))
     folder.create(parse(three), {}, {"third": began})
     folder.check_manifests({"third": began})

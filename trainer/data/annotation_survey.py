@@ -1,9 +1,14 @@
-"""A look at the annotations before the first step: where captions come from, which groups there are, what is wrong."""
+"""A look at the annotations before the first step: where captions come from, which groups there are, what is wrong.
+
+A run that reads no words looks at the captions of its caches instead.
+"""
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,15 +16,30 @@ from threetowers.cache.processes.world import World
 from threetowers.cache.webdataset.captions import FIELD
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.groups import BAD_GROUP, BadField, SampleGroup, sample_group
-from threetowers.cache.webdataset.sample import Annotation, read_annotation
+from threetowers.cache.webdataset.sample import read_annotation, read_fields
 from threetowers.cache.webdataset.tar_list import counts_by_reason
 from threetowers.trainer.config import ConfigError, TrainConfig
+from threetowers.trainer.data.joins.text_join import TextJoin
 from threetowers.trainer.data.mixture import MixtureComponent
 from threetowers.trainer.data.sample_set import SampleSet
+from threetowers.trainer.data.sampler import Indices
 from threetowers.trainer.data.tar_headers import gather_from_ranks
 
 LOOKED_AT = 1000  # samples in all, evenly spaced
 THREADS = 16  # for remote tars, where each sample waits for the network
+TARS_LOOKED_AT = 16  # of a cache, whose columns are read a tar at a time
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found in one sample."""
+
+    sources: Collection[str]  # of captions that training may draw
+    group: SampleGroup
+    differs: bool = False  # whether another source says something else
+    several_lines: bool = False  # whether its caption has several lines
+    fields: Collection[str] = ()
+    notes: Collection[str] = ()
 
 
 @dataclass
@@ -27,7 +47,8 @@ class _Survey:
     """What was found in the samples of one component that were looked at."""
 
     component: MixtureComponent
-    looked_at: int
+    looked_at: int = 0
+    cached: bool = False  # whether the captions are those of a cache
     sources: Counter[str] = field(default_factory=Counter)  # samples by the source of their captions
     differing: int = 0  # samples of which another source says something else
     several_lines: int = 0  # samples whose caption has several lines
@@ -42,23 +63,19 @@ class _Survey:
     def usable(self) -> int:
         return self.looked_at - self.bad.total()
 
-    def add(self, found: tuple[Annotation, SampleGroup] | BadSample) -> None:
+    def add(self, found: _Found | BadSample) -> None:
+        self.looked_at += 1
         if isinstance(found, BadSample):
             self.bad[found.reason] += 1
             self.first_bad = self.first_bad or str(found)
             return
-        annotation, group = found
-        captions = self.component.captions
-        by_source = annotation.captions_by_source
-        used, *others = by_source
-        self.sources.update(list(by_source) if captions.sources else [used])
-        self.differing += any(set(by_source[source]) - set(by_source[used]) for source in others)
-        if not captions.caption_per_line and not used.startswith(FIELD):
-            self.several_lines += any("\n" in caption for caption in by_source[used])
-        self.groups.add(group.name)
-        self.without_group += group.without_value
-        self.fields |= annotation.fields.keys()
-        self.notes.update(annotation.notes)
+        self.sources.update(found.sources)
+        self.differing += found.differs
+        self.several_lines += found.several_lines
+        self.groups.add(found.group.name)
+        self.without_group += found.group.without_value
+        self.fields.update(found.fields)
+        self.notes.update(found.notes)
 
     def lines(self) -> list[str]:
         captions = self.component.captions
@@ -70,7 +87,9 @@ class _Survey:
         for source in captions.sources or self.sources:
             weight = f" (weight {captions.sources[source]:g})" if captions.sources else ""
             parts.append(f"from {source}{weight} in {self.sources[source]:,}")
-        text = f"captions: {', '.join(parts)} {of}"
+        text = f"captions: {', '.join(parts) or 'none'} {of}"
+        if self.cached:
+            text += ", as the cache has them; no word is read"
         if captions.caption_per_line:
             text += "; each line of a text member is one"
         lines = [text]
@@ -113,11 +132,15 @@ def survey_annotations(config: TrainConfig, samples: SampleSet) -> list[str]:
         surveys = []
         for component, indices in zip(samples.components, visited, strict=True):
             count = min(len(indices), max(1, LOOKED_AT // len(visited)))
-            chosen = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)].tolist()
-            survey = _Survey(component, count)
-            with ThreadPoolExecutor(THREADS) as pool:
-                for found in pool.map(partial(_read, samples, component), chosen):
-                    survey.add(found)
+            survey = _Survey(component, cached=not samples.reads_words)
+            if samples.reads_words:
+                chosen = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)].tolist()
+                with ThreadPoolExecutor(THREADS) as pool:
+                    for found in pool.map(partial(_read, samples, component), chosen):
+                        survey.add(found)
+            else:
+                for index in _of_few_tars(samples, indices, count):
+                    survey.add(_look_up(samples, component, index))
             surveys.append(survey)
         _check(config, surveys)
         return [line for survey in surveys for line in survey.lines()]
@@ -131,16 +154,58 @@ def _nothing() -> list[str]:
     return []
 
 
-def _read(samples: SampleSet, component: MixtureComponent, index: int) -> tuple[Annotation, SampleGroup] | BadSample:
+def _read(samples: SampleSet, component: MixtureComponent, index: int) -> _Found | BadSample:
+    """Return what is found in a sample's members."""
     tar_number, ordinal = samples.address(index)
     tar = samples.tars[tar_number]
+    captions = component.captions
     try:
-        annotation = read_annotation(tar, ordinal, captions=component.captions.with_all_sources())
-        return annotation, sample_group(tar, ordinal, annotation.fields, component.group_field)
+        annotation = read_annotation(tar, ordinal, captions=captions.with_all_sources())
+        group = sample_group(tar, ordinal, annotation.fields, component.group_field)
     except BadField as error:
         return BadSample(f"{tar.describe(ordinal)}: {error}", BAD_GROUP)
     except BadSample as error:
         return error
+    by_source = annotation.captions_by_source
+    used, *others = by_source
+    is_member = not captions.caption_per_line and not used.startswith(FIELD)
+    return _Found(
+        list(by_source) if captions.sources else [used],
+        group,
+        differs=any(set(by_source[source]) - set(by_source[used]) for source in others),
+        several_lines=is_member and any("\n" in caption for caption in by_source[used]),
+        fields=annotation.fields.keys(),
+        notes=annotation.notes,
+    )
+
+
+def _of_few_tars(samples: SampleSet, indices: Indices, count: int) -> list[int]:
+    """Return so many of some samples, evenly spaced in a few tars that are evenly spaced themselves."""
+    tar_numbers = samples.tar_numbers(indices)
+    tars = np.unique(tar_numbers)
+    chosen = tars[np.linspace(0, len(tars) - 1, min(len(tars), TARS_LOOKED_AT)).round().astype(int)]
+    among = indices[np.isin(tar_numbers, chosen)]
+    return [int(among[at]) for at in np.linspace(0, len(among) - 1, min(count, len(among))).round().astype(int)]
+
+
+def _look_up(samples: SampleSet, component: MixtureComponent, index: int) -> _Found | BadSample:
+    """Return what the caches have of a sample's captions, and its group."""
+    tar_number, ordinal = samples.address(index)
+    tar = samples.tars[tar_number]
+    sources: Collection[str] = ()
+    for join in samples.caches.values():
+        if isinstance(join, TextJoin) and not join.is_missing(tar_number, ordinal):
+            sources = join.sources(tar_number, ordinal, component.captions)
+            break
+    fields: Mapping[str, Any] = {}
+    notes: Collection[str] = ()
+    try:
+        if component.group_field is not None:
+            fields, notes = read_fields(tar, ordinal)
+        group = sample_group(tar, ordinal, fields, component.group_field)
+    except BadField as error:
+        return BadSample(f"{tar.describe(ordinal)}: {error}", BAD_GROUP)
+    return _Found(sources, group, fields=fields.keys(), notes=notes)
 
 
 def _check(config: TrainConfig, surveys: list[_Survey]) -> None:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +19,13 @@ from torch import distributed
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import write_atomic
 from threetowers.trainer.config import ConfigError
-from threetowers.trainer.data.cache_join import CacheJoin
+from threetowers.trainer.data.joins.cache_join import CacheJoin
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 
 
-def wait_until_built(joins: Sequence[CacheJoin]) -> None:
+def wait_until_built(joins: Sequence[CacheJoin[Any]]) -> None:
     """Return once the rows of all tars of these joins are built."""
     _wait(joins, lambda built_T: bool(built_T.all()))
     for join in joins:
@@ -35,7 +36,7 @@ class EpochSnapshots:
     """The tars that each epoch visits. Collective: every rank asks for the same epochs in the same order."""
 
     def __init__(
-        self, path: Path, joins: Sequence[CacheJoin], samples_per_batch: int, tar_numbers: range | None = None
+        self, path: Path, joins: Sequence[CacheJoin[Any]], samples_per_batch: int, tar_numbers: range | None = None
     ) -> None:
         """Set up the snapshots of one data set.
 
@@ -107,7 +108,7 @@ class EpochSnapshots:
         return built
 
 
-def _wait(joins: Sequence[CacheJoin], enough: Callable[[npt.NDArray[np.bool_]], bool]) -> npt.NDArray[np.bool_]:
+def _wait(joins: Sequence[CacheJoin[Any]], enough: Callable[[npt.NDArray[np.bool_]], bool]) -> npt.NDArray[np.bool_]:
     """Return which tars are built in all caches, as soon as they are enough."""
     logged = False
     while True:

@@ -4,8 +4,8 @@ import contextlib
 import functools
 import itertools
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.processes.worker_processes import without_main_module, worker_context
 from threetowers.cache.processes.world import World
 from threetowers.cache.webdataset.defects import BadSample
-from threetowers.cache.webdataset.groups import BAD_GROUP, WITHOUT_GROUP, BadField, sample_group
-from threetowers.cache.webdataset.sample import read_annotation, read_image
 from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import read_member
 from threetowers.trainer.config import Augment, TrainConfig
 from threetowers.trainer.data.batch import Batch, join_parts
-from threetowers.trainer.data.cache_join import CachedRow, MissingRow
+from threetowers.trainer.data.joins.cache_join import CachedRow, MissingRow
+from threetowers.trainer.data.joins.text_join import DrawnRow, other_captions, require_caption
+from threetowers.trainer.data.joins.visit import Visit
+from threetowers.trainer.data.sample_members import SampleMembers
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import RandomAccessSampler, SampleAddress
 from threetowers.trainer.data.streaming import READ_AHEAD, StreamedSample, StreamSampler, StreamStep, read_segment
@@ -40,14 +41,14 @@ class TrainingSample(NamedTuple):
 
     Attributes:
         image: (3, S, S) uint8; None in a run without an image tower, such as LiT, which decodes no image.
-        caption: One of its captions.
+        caption: One of its captions; None in a run that reads no words.
         rows: By cached tower, its embedding (D,); None where it has none.
         group: Hash of the name of its group.
         notes: What was tolerated in its image and its annotation, as short phrases.
     """
 
     image: Tensor | None
-    caption: str
+    caption: str | None
     rows: dict[str, CachedRow | None]
     group: int
     notes: tuple[str, ...] = ()
@@ -72,8 +73,8 @@ class TrainingSampleReader:
         """Set up the reader of a run's samples."""
         self._config = config
         self._samples = samples
-        self._needs_image = bool(config.towers_of("timm"))
         self._augments = config.data.augment != Augment()
+        self._crops = config.data.crop_scale < 1
 
     def read(self, epoch: int, index: int) -> TrainingSample:
         """Return a sample by random access.
@@ -83,63 +84,74 @@ class TrainingSampleReader:
         """
         samples = self._samples
         tar_number, ordinal = samples.address(index)
-        view = samples.view(epoch)
+        visit = samples.visit(epoch, index)
         return self.prepare(
-            epoch,
-            index,
+            visit,
             read=functools.partial(read_member, samples.tars[tar_number], ordinal),
-            stored_row=lambda tower: samples.caches[tower].stored_row(tar_number, ordinal, view),
+            stored_row=lambda tower: samples.caches[tower].stored_row(tar_number, ordinal, visit),
         )
 
-    def prepare(
-        self, epoch: int, index: int, read: Callable[[str], bytes], stored_row: Callable[[str], CachedRow | None]
-    ) -> TrainingSample:
+    def prepare(self, visit: Visit, read: Callable[[str], bytes], stored_row: Callable[[str], Any]) -> TrainingSample:
         """Return a sample from its members.
 
         Args:
-            epoch: Epoch of the sample's component.
-            index: Index of the sample.
+            visit: The visit of its component's epoch.
             read: Gives the bytes of a member by its extension.
-            stored_row: Gives the stored row of a cached tower, or None.
+            stored_row: Gives what is stored for the visit in the cache of a tower, see `CacheJoin.stored_row`.
 
         Raises:
             BadSample: The sample cannot be used.
         """
         samples, data = self._samples, self._config.data
-        tar_number, ordinal = samples.address(index)
+        tar_number, ordinal = samples.address(visit.index)
         tar = samples.tars[tar_number]
-        view = samples.view(epoch)
-        rng = np.random.default_rng([self._config.seed, epoch, index])
+        members = SampleMembers(tar, ordinal, read, visit.captions, data.max_pixels)
+        rng = visit.rng() if samples.reads_images and (self._crops or self._augments) else None
 
-        component = samples.component_of(tar_number)
-        annotation = read_annotation(tar, ordinal, read, captions=component.captions)
-        caption = component.captions.draw(annotation.captions_by_source, rng)
+        # The caption, which is drawn before anything else
+        caption = members.caption(visit, rng) if samples.reads_words else None
+        stored = {tower: stored_row(tower) for tower in samples.caches}
+        if not samples.reads_words:
+            self._draw_cached(visit, stored, members, rng)
 
-        # Decoded at most once, and only if a tower or a teacher needs it
-        image_notes: list[str] = []
-        decode = functools.cache(lambda: read_image(tar, ordinal, data.max_pixels, read, image_notes))
         image = None
-        if self._needs_image:
-            if data.crop_scale < 1:
-                image = random_crop(decode(), data.side, data.crop_scale, rng)
+        if samples.reads_images:
+            if self._crops and rng is not None:
+                image = random_crop(members.image, data.side, data.crop_scale, rng)
             else:
-                image = samples.view_image(index, view, decode(), data.side)
-            if self._augments:
+                image = samples.view_image(visit.index, visit.view, members.image, data.side)
+            if self._augments and rng is not None:
                 image = augment(image, data.augment, rng)
 
         rows = {}
         for tower, join in samples.caches.items():
             try:
-                rows[tower] = join.with_fallback(stored_row(tower), tar_number, ordinal, view, decode)
+                rows[tower] = join.with_fallback(stored[tower], tar_number, visit, members)
             except MissingRow as error:
                 raise BadSample(f"{tar.location}: sample {tar.samples[ordinal].key!r}: {error}") from error
 
-        try:
-            group = sample_group(tar, ordinal, annotation.fields, component.group_field)
-        except BadField as error:
-            raise BadSample(f"{tar.describe(ordinal)}: {error}; see data.group_field", BAD_GROUP) from error
-        notes = (*image_notes, *annotation.notes, *([WITHOUT_GROUP] if group.without_value else []))
-        return TrainingSample(image, caption, rows, group_hash(group.name), notes)
+        group = members.group(samples.component_of(tar_number).group_field)
+        return TrainingSample(image, caption, rows, group_hash(group), tuple(members.notes))
+
+    def _draw_cached(
+        self, visit: Visit, stored: Mapping[str, Any], members: SampleMembers, rng: np.random.Generator | None
+    ) -> None:
+        """Check that all caches of text hold the drawn caption, and take it from the random numbers.
+
+        Raises:
+            BadSample: They hold none that the run draws from.
+            ManifestError: They hold different captions.
+        """
+        drawn = {tower: row for tower, row in stored.items() if isinstance(row, DrawnRow)}
+        if not drawn:
+            return
+        first, row = next(iter(drawn.items()))
+        require_caption(row.caption_hash is not None, members.tar, members.ordinal, visit.captions)
+        for tower, other in drawn.items():
+            if other.caption_hash != row.caption_hash:
+                raise other_captions(members.tar, members.ordinal, first, tower)
+        if rng is not None:
+            visit.place(row.counts, rng)
 
 
 def group_hash(name: str) -> int:
@@ -213,9 +225,8 @@ class SequentialDataset(TarDataset):
         for component in step.components:
             sample = next(self._open[step.stream, component])
             read = functools.partial(self._member, sample)
-            stored_row = sample.rows.__getitem__
             try:
-                loaded.append(self._reader.prepare(sample.epoch, sample.sample_index, read, stored_row))
+                loaded.append(self._reader.prepare(sample.visit, read, sample.rows.__getitem__))
             except BadSample as error:
                 loaded.append(error)
         return loaded
@@ -224,7 +235,7 @@ class SequentialDataset(TarDataset):
         """Return a member that was streamed; one that was not, by random access, which tells why."""
         if extension in sample.members:
             return sample.members[extension]
-        tar_number, ordinal = self._samples.address(sample.sample_index)
+        tar_number, ordinal = self._samples.address(sample.visit.index)
         return read_member(self._samples.tars[tar_number], ordinal, extension)
 
 
@@ -255,7 +266,7 @@ class Collator:
                 inputs[name] = torch.stack([sample.image for sample in good if sample.image is not None])
             elif tower.kind == "text":
                 assert self._tokenizer is not None
-                captions = [sample.caption for sample in good]
+                captions = [sample.caption for sample in good if sample.caption is not None]
                 inputs[name] = self._tokenizer.encode(captions, self._config.data.context_length)
             else:
                 rows = [sample.rows[name] for sample in good]

@@ -1,13 +1,18 @@
 """The samples of a run: its tars, the caches of their embeddings, the mixture of data sets and the access to them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from threetowers.cache.storage.storage import is_url
+from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.cache.webdataset.tar_list import first_defect, left_aside_lines, none_usable, refuse_defects
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.config.checks import streams_and_batch
-from threetowers.trainer.data.cache_join import CacheJoin
 from threetowers.trainer.data.epoch_snapshot import EpochSnapshots, wait_until_built
+from threetowers.trainer.data.joins.cache_join import CacheJoin
+from threetowers.trainer.data.joins.image_join import ImageJoin
+from threetowers.trainer.data.joins.text_join import TextJoin
 from threetowers.trainer.data.mixture import MixtureComponent, samples_per_batch
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import too_few_samples
@@ -34,18 +39,11 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
     reads_images = bool(config.towers_of("timm"))
     if reads_images and data.on_bad == "error":
         refuse_defects(tars)
-    caches = {}
-    for name, tower in config.towers.items():
-        if isinstance(tower, CacheTower):
-            caches[name] = CacheJoin(
-                tower.path,
-                tars,
-                tower.encoder,
-                on_missing_row=tower.on_missing_row,
-                weights=tower.weights,
-                allow_incomplete=data.on_incomplete_cache != "error",
-                datasets=list(tar_numbers.values()),
-            )
+    caches = {
+        name: _join(config, tower, tars, tar_numbers)
+        for name, tower in config.towers.items()
+        if isinstance(tower, CacheTower)
+    }
     joins = list(caches.values())
     if joins and data.on_incomplete_cache == "wait":
         wait_until_built(joins)
@@ -80,6 +78,8 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         components,
         sequential,
         reads_images=reads_images,
+        reads_words=bool(config.towers_of("text")),
+        seed=config.seed,
         accepts_bad=data.on_bad != "error",
         tar_notes=notes,
         num_streams=num_streams,
@@ -94,3 +94,24 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
                 raise ConfigError(key + none_usable(left_out.total(), left_out, str(first)))
             raise ConfigError(key + too_few_samples(component.samples_per_batch, usable, left_out))
     return samples
+
+
+def _join(
+    config: TrainConfig, tower: CacheTower, tars: Sequence[TarIndex], tar_numbers: Mapping[str, range]
+) -> CacheJoin[Any]:
+    """Return the join of a tower's cache to the tars of a run. Raises ManifestError where it does not fit the run."""
+    data = config.data
+    join = (TextJoin if tower.of == "text" else ImageJoin)(
+        tower.path,
+        tars,
+        tower.encoder,
+        on_missing_row=tower.on_missing_row,
+        weights=tower.weights,
+        allow_incomplete=data.on_incomplete_cache != "error",
+        datasets=list(tar_numbers.values()),
+    )
+    if isinstance(join, TextJoin):
+        for name, dataset in data.named_datasets.items():
+            if any(join.tar_ids[number] is not None for number in tar_numbers[name]):
+                join.check_captions(data.caption_format(dataset), f"data.datasets.{name}" if name else "data")
+    return join

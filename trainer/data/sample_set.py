@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from threetowers.cache.format.views import Views
+from threetowers.cache.webdataset.captions import FIELD_EXTENSIONS
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.trainer.config import ConfigError
-from threetowers.trainer.data.cache_join import CachedRow, CacheJoin
+from threetowers.trainer.data.joins.cache_join import CachedRow, CacheJoin
+from threetowers.trainer.data.joins.image_join import ImageJoin
+from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.mixture import MixtureComponent
 from threetowers.trainer.data.sampler import Indices
 from threetowers.trainer.data.transforms import center_crop, stored_view
@@ -44,6 +47,8 @@ class SampleSet:
     Attributes:
         tars: The run's list of tars; a tar's number is its position in it.
         caches: The joins of the caches to these tars, by the name of their tower.
+        reads_images: Whether the run reads the image of every sample.
+        reads_words: Whether it reads the captions of every sample; otherwise caches of text say which there are.
         components: The mixture of data sets that the tars make up.
         sequential: Whether the samples are read by sequential access.
         num_streams: Into how many streams sequential access cuts the tars; 1 under random access.
@@ -53,11 +58,13 @@ class SampleSet:
     def __init__(
         self,
         tars: Sequence[TarIndex],
-        caches: Mapping[str, CacheJoin],
+        caches: Mapping[str, CacheJoin[Any]],
         components: Sequence[MixtureComponent] | None = None,
         sequential: bool = False,
         *,
         reads_images: bool = False,
+        reads_words: bool = True,
+        seed: int = 0,
         accepts_bad: bool = True,
         tar_notes: Sequence[str] = (),
         num_streams: int = 1,
@@ -70,6 +77,8 @@ class SampleSet:
             components: The mixture; without it all tars are one data set.
             sequential: Whether the samples are read by sequential access.
             reads_images: Whether the run reads the image of every sample: those without a usable one are left out.
+            reads_words: Whether it reads the captions of every sample.
+            seed: Seed of the run.
             accepts_bad: Whether a sample that cannot be used is left out, or refused.
             tar_notes: Lines on tars that are not used, for the start-up page.
             num_streams: Streams of sequential access.
@@ -82,10 +91,13 @@ class SampleSet:
         self.components = [MixtureComponent("", range(len(self.tars)))] if components is None else list(components)
         self.sequential = sequential
         self.num_streams = num_streams
-        self._reads_images = reads_images
+        self.reads_images = reads_images
+        self.reads_words = reads_words
+        self._seed = seed
         self._accepts_bad = accepts_bad
         self._tar_notes = list(tar_notes)
-        self.views = _common_views(self.caches)
+        self._image_joins = {name: join for name, join in self.caches.items() if isinstance(join, ImageJoin)}
+        self.views = _common_views(self._image_joins)
         self._first_indices = np.cumsum([0, *(len(tar.samples) for tar in self.tars)], dtype=np.int64)
         tar_counts = [len(component.tars) for component in self.components]
         self._component_of_tar = np.repeat(np.arange(len(self.components)), tar_counts)
@@ -179,6 +191,18 @@ class SampleSet:
         """Return the view of the caches that an epoch uses."""
         return epoch % self.views.count
 
+    def visit(self, epoch: int, index: int) -> Visit:
+        """Return the visit of an epoch to a sample."""
+        captions = self.component_of(int(self.tar_numbers(index))).captions
+        return Visit(self._seed, epoch, index, self.view(epoch), captions)
+
+    def extensions_read(self, tar_number: int) -> frozenset[str]:
+        """Return the extensions of the text members of a tar that are read of every sample."""
+        component = self.component_of(tar_number)
+        if self.reads_words:
+            return component.captions.extensions
+        return FIELD_EXTENSIONS if component.group_field is not None else frozenset()
+
     def epoch_indices(self, epoch: int, component: int = 0) -> Indices:
         """Return the samples of a component that an epoch visits. Collective where a cache is still being built.
 
@@ -212,7 +236,7 @@ class SampleSet:
         """
         if self.views.cropped:
             tar_number, ordinal = self.address(index)
-            join = next(iter(self.caches.values()))
+            join = next(iter(self._image_joins.values()))
             params_P = join.view_params(tar_number, ordinal, view, image.size)
             return stored_view(image, size, params_P, join.cache.manifest.image_preprocessing.interpolation)
         image_3hw = center_crop(image, size)
@@ -225,10 +249,10 @@ class SampleSet:
         """Return the ordinals of a tar that an epoch visits, and count the others."""
         tar = self.tars[tar_number]
         usable = np.ones(len(tar.samples), bool)
-        if self._reads_images:
+        if self.reads_images:
             self._leave_out_defects(tar, usable, left_out)
         for name, join in self.caches.items():
-            if join.on_missing_row == "live":
+            if join.on_missing_row == "live" and join.side == "image":
                 self._leave_out_defects(tar, usable, left_out, ~join.has_rows(tar_number))
             missing = usable & ~join.has_rows(tar_number)
             if join.on_missing_row == "error" and missing.any():
@@ -272,7 +296,7 @@ class SampleSet:
             usable[bad] = False
 
 
-def _common_views(caches: Mapping[str, CacheJoin]) -> Views:
+def _common_views(caches: Mapping[str, ImageJoin]) -> Views:
     views = {name: join.cache.manifest.views for name, join in caches.items()}
     if len(set(views.values())) > 1:
         found = ", ".join(f"{name}: {of_cache}" for name, of_cache in views.items())

@@ -7,16 +7,16 @@ what the shuffle buffer held, and continues reading at the first of those sample
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from threetowers.cache.processes.prefetch import prefetch
 from threetowers.cache.webdataset.sample_stream import stream_samples
 from threetowers.trainer.config import ConfigError
-from threetowers.trainer.data.cache_join import CachedRow
+from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.mixture import batch_layout
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import Epoch, Indices, epochs
@@ -55,12 +55,11 @@ class StreamStep(NamedTuple):
 
 
 class StreamedSample(NamedTuple):
-    """A sample as it was read from its tar, with its rows by cached tower. Nothing is decoded."""
+    """A sample as it was read from its tar, with what is stored for this visit by cached tower. Nothing is decoded."""
 
-    epoch: int
-    sample_index: int
+    visit: Visit
     members: Mapping[str, bytes]
-    rows: Mapping[str, CachedRow | None]
+    rows: Mapping[str, Any]
 
 
 class StreamSampler:
@@ -212,7 +211,7 @@ def read_segment(
         for index in segment.indices[order].tolist():
             while index not in held:
                 sample = next(arriving)
-                held[sample.sample_index] = sample
+                held[sample.visit.index] = sample
             yield held.pop(index)
 
 
@@ -229,12 +228,24 @@ def _read_tars(samples: SampleSet, epoch: int, indices: Indices) -> Iterator[Str
         }
         for tar_number, ordinals in by_tar:
             row_of = {name: next(rows) for name, rows in rows_of_tars.items()}
-            wanted = set(ordinals)
-            extensions = samples.component_of(tar_number).captions.extensions
-            with contextlib.closing(stream_samples(samples.tars[tar_number], ordinals[0], extensions)) as tar_samples:
-                for ordinal, members in tar_samples:
-                    if ordinal in wanted:
-                        rows = {name: row(ordinal) for name, row in row_of.items()}
-                        yield StreamedSample(epoch, samples.index(tar_number, ordinal), members, rows)
-                    if ordinal == ordinals[-1]:
-                        break
+            with contextlib.closing(_members_of_tar(samples, tar_number, ordinals)) as members_of_samples:
+                for ordinal, members in zip(ordinals, members_of_samples, strict=True):
+                    visit = samples.visit(epoch, samples.index(tar_number, ordinal))
+                    yield StreamedSample(visit, members, {name: row(ordinal, visit) for name, row in row_of.items()})
+
+
+def _members_of_tar(
+    samples: SampleSet, tar_number: int, ordinals: list[int]
+) -> Generator[Mapping[str, bytes], None, None]:
+    """Yield the members of some samples of a tar, which are in order; where none are needed, it is not opened."""
+    extensions = samples.extensions_read(tar_number)
+    if not extensions and not samples.reads_images:
+        yield from ({} for _ in ordinals)
+        return
+    wanted = set(ordinals)
+    with contextlib.closing(stream_samples(samples.tars[tar_number], ordinals[0], extensions)) as tar_samples:
+        for ordinal, members in tar_samples:
+            if ordinal in wanted:
+                yield members
+            if ordinal == ordinals[-1]:
+                break

@@ -4,33 +4,44 @@ No teacher runs, except for rows that the cache lacks in a run with `on_missing_
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.format.layout import RowStatus
-from threetowers.cache.format.manifest import Manifest, ManifestError
+from threetowers.cache.format.manifest import Manifest, ManifestError, Side
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.read.stream import stream_rows
-from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
+from threetowers.cache.read.stream import TarRows, stream_rows
+from threetowers.cache.read.tar_columns import OK
+from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.trainer.data.joins.visit import Visit
+from threetowers.trainer.data.sample_members import SampleMembers
 
 if TYPE_CHECKING:
     from threetowers.cache.encoders.encoder import FrozenEncoder
 
 CachedRow = npt.NDArray[np.float32]  # one embedding, (D,)
+Stored = TypeVar("Stored")  # what a cache holds for one visit of a sample
 
 
 class MissingRow(ValueError):
     """A row that neither the cache nor the teacher can give. The message has the reason."""
 
 
-class CacheJoin:
-    """The rows of one cache for the tars of a run, each of which has a number: its position in the run's list."""
+class CacheJoin(ABC, Generic[Stored]):
+    """The rows of one cache for the tars of a run, each of which has a number: its position in the run's list.
+
+    Attributes:
+        side: Which side of the samples the cache must hold.
+    """
+
+    side: ClassVar[Side]
 
     def __init__(
         self,
@@ -56,9 +67,16 @@ class CacheJoin:
                 rows, unless `on_missing_row` is error.
 
         Raises:
-            ManifestError: The cache is missing, not built completely, of other tars or of another encoder.
+            ManifestError: The cache is missing, not built completely, of other tars, of the other side of the samples
+                or of another encoder.
         """
         self.cache = EmbeddingCache.open(path)
+        found = self.cache.manifest.of
+        if found != self.side:
+            raise ManifestError(
+                f"{path}: of: the tower expects a cache of {self.side}, found one of {found} "
+                f"({self.cache.manifest.encoder}); give the path of another cache, or set the tower's `of: {found}`"
+            )
         if encoder is not None:
             _require_encoder(path, self.cache.manifest, encoder)
         self.on_missing_row = on_missing_row
@@ -77,7 +95,7 @@ class CacheJoin:
             raise ManifestError(
                 f"{path}: holds none of the run's {len(self.tars)} tars; give the path of a cache of these tars"
             )
-        self._check_image_members(path)
+        self._check_tars(path)
         if not allow_incomplete:
             self.check_built()
 
@@ -85,15 +103,8 @@ class CacheJoin:
         """Pickle without the teacher, which every process loads itself."""
         return self.__dict__ | {"_teacher": None}
 
-    def _check_image_members(self, path: str | Path) -> None:
-        expected = self.cache.manifest.image_member
-        for tar, tar_id in zip(self.tars, self.tar_ids, strict=True):
-            if tar_id is not None and tar.samples.image_member != expected:
-                raise ManifestError(
-                    f"{path}: image_member: the cache was built from {_member(expected)}, the images of {tar.location} "
-                    f"are {_member(tar.samples.image_member)}; set image_member (data.image_member, --image-member) to "
-                    "that of the cache, or build a cache from the other member"
-                )
+    def _check_tars(self, path: str | Path) -> None:
+        """Check whether the run reads what was embedded. Raises ManifestError where it does not."""
 
     def _holds_any(self, tar_numbers: range) -> bool:
         table = self.cache.table
@@ -125,91 +136,87 @@ class CacheJoin:
             return np.ones(record.n_samples, np.bool_)
         return np.equal(self.cache.status(tar_id), RowStatus.OK)
 
-    def moments(self, tar_numbers: Sequence[int]) -> tuple[CachedRow, CachedRow]:
-        """Return the mean and the standard deviation (D,) of the features over some tars."""
-        tar_ids = [self.tar_ids[number] for number in tar_numbers]
-        return self.cache.moments([tar_id for tar_id in tar_ids if tar_id is not None])
-
-    def row(self, tar_number: int, ordinal: int, view: int = 0) -> CachedRow:
-        """Return one embedding (D,).
-
-        Raises:
-            ManifestError: The cached row belongs to another key, or there is none.
-        """
-        tar, tar_id = self.tars[tar_number], self.tar_ids[tar_number]
+    def tar_id(self, tar_number: int) -> int:
+        """Return the id of a tar in the cache. Raises ManifestError where it is not there."""
+        tar_id = self.tar_ids[tar_number]
         if tar_id is None:
-            raise ManifestError(f"{self.cache.storage}: has no rows of {tar.location}")
-        return self.cache.row(tar_id, ordinal, tar.samples[ordinal].key, view)
+            raise ManifestError(f"{self.cache.storage}: has no rows of {self.tars[tar_number].location}")
+        return tar_id
 
-    def stored_row(self, tar_number: int, ordinal: int, view: int) -> CachedRow | None:
-        """Return one embedding (D,), or None where it is missing and `with_fallback` can do without.
+    def is_missing(self, tar_number: int, ordinal: int) -> bool:
+        """Return whether a sample has no embedding."""
+        tar_id = self.tar_ids[tar_number]
+        return tar_id is None or bool(self.cache.columns(tar_id).status_n[ordinal] != OK)
+
+    def stored_row(self, tar_number: int, ordinal: int, visit: Visit) -> Stored | None:
+        """Return what is stored for a visit of a sample; None where it is missing and `with_fallback` can do without.
 
         Raises:
-            ManifestError: As `row` does.
+            ManifestError: The cached rows belong to another key, or there are none.
         """
-        if self.on_missing_row in ("mask", "live"):
-            tar_id = self.tar_ids[tar_number]
-            if tar_id is None or self.cache.columns(tar_id).status_n[ordinal] != RowStatus.OK:
-                return None
-        return self.row(tar_number, ordinal, view)
+        if self.on_missing_row in ("mask", "live") and self.is_missing(tar_number, ordinal):
+            return None
+        return self._read(self.tar_id(tar_number), ordinal, self.tars[tar_number].samples.key(ordinal), visit)
 
     def streamed_rows(
         self, tar_numbers: Sequence[int], view: int
-    ) -> Generator[Callable[[int], CachedRow | None], None, None]:
-        """Yield, tar after tar, a function from an ordinal to its stored embedding (D,) or None.
+    ) -> Generator[Callable[[int, Visit], Stored | None], None, None]:
+        """Yield, tar after tar, a function from an ordinal and a visit of this view to what is stored, or None.
 
         A thread reads the rows of the next tar meanwhile; for the memory see `cache.read.stream.stream_rows`.
 
         Raises:
-            ManifestError: As `row` does, and for a damaged shard.
+            ManifestError: As `stored_row` does, and for a damaged shard.
         """
+        with contextlib.closing(self.streamed_tars(tar_numbers, view)) as rows_of_tars:
+            for tar_number, rows in zip(tar_numbers, rows_of_tars, strict=True):
+                yield partial(self._take, rows, self.tars[tar_number])
+
+    def streamed_tars(self, tar_numbers: Sequence[int], view: int) -> Generator[TarRows | None, None, None]:
+        """Yield the rows of tar after tar, read ahead as by `streamed_rows`; None for tars that the cache lacks."""
         tar_ids = [self.tar_ids[number] for number in tar_numbers]
         cached_ids = [tar_id for tar_id in tar_ids if tar_id is not None]
-        with contextlib.closing(stream_rows(self.cache, cached_ids, view)) as rows_of_tars:
-            for tar_number, tar_id in zip(tar_numbers, tar_ids, strict=True):
-                if tar_id is None:
-                    yield lambda ordinal: None
-                    continue
-                rows = next(rows_of_tars)
-                tar = self.tars[tar_number]
-                yield lambda ordinal, rows=rows, tar=tar: rows.row(ordinal, tar.samples[ordinal].key)  # type: ignore[misc]
+        with contextlib.closing(stream_rows(self.cache, cached_ids, view % self.cache.n_views)) as rows_of_tars:
+            for tar_id in tar_ids:
+                yield None if tar_id is None else next(rows_of_tars)
 
+    def _take(self, rows: TarRows | None, tar: TarIndex, ordinal: int, visit: Visit) -> Stored | None:
+        return None if rows is None else self._take_from(rows, ordinal, tar.samples.key(ordinal), visit)
+
+    @abstractmethod
+    def _read(self, tar_id: int, ordinal: int, key: str, visit: Visit) -> Stored:
+        """Return what is stored for a sample, by random access."""
+
+    @abstractmethod
+    def _take_from(self, rows: TarRows, ordinal: int, key: str, visit: Visit) -> Stored | None:
+        """Return what is stored for a sample in the rows of its tar; None where it has no embedding."""
+
+    @abstractmethod
     def with_fallback(
-        self, row: CachedRow | None, tar_number: int, ordinal: int, view: int, read_image: Callable[[], Image.Image]
+        self, stored: Stored | None, tar_number: int, visit: Visit, members: SampleMembers
     ) -> CachedRow | None:
-        """Return a stored row or, where there is none, what `on_missing_row` puts in its place.
+        """Return the row of a visit or, where none is stored, what `on_missing_row` puts in its place.
 
         Args:
-            row: The stored row, None where there is none.
+            stored: What is stored for the visit; None where there is nothing.
             tar_number: The tar of the sample.
-            ordinal: Its ordinal.
-            view: The view of the row.
-            read_image: Gives the decoded image; called only where the teacher has to embed it.
+            visit: The visit.
+            members: The sample's members, of which only those are read that are needed.
 
         Returns:
             The row (D,); None under `mask` where it is missing.
 
         Raises:
+            BadSample: There is no usable member to embed.
             MissingRow: The teacher's embedding is not finite.
-            ManifestError: The row is missing and there is no fallback: the cache has changed.
+            ManifestError: The row is missing and there is no fallback, or is that of another caption: the cache or the
+                samples have changed.
         """
-        if row is not None or self.on_missing_row == "mask":
-            return row
-        if self.on_missing_row == "live":
-            return self._embed(tar_number, ordinal, view, read_image())
-        return self.row(tar_number, ordinal, view)  # it existed when the epoch began: this raises what has changed
 
-    def view_params(self, tar_number: int, ordinal: int, view: int, size: tuple[int, int]) -> CachedRow:
-        """Return the parameters (P,) of one view of an image of this (width, height), for `views.render_view`."""
-        tar_id = self.tar_ids[tar_number]
-        if tar_id is not None:
-            stored_P = self.cache.view_params(tar_id, ordinal, view)
-            if np.isfinite(stored_P).all():
-                return stored_P
-        # The build left this image out, or never had it: draw the crops that it would have drawn
-        key = self.tars[tar_number].samples[ordinal].key
-        drawn_P: CachedRow = self.cache.manifest.views.params(key_hash(key), *size)[view]
-        return drawn_P
+    def moments(self, tar_numbers: Sequence[int]) -> tuple[CachedRow, CachedRow]:
+        """Return the mean and the standard deviation (D,) of the features over some tars."""
+        tar_ids = [self.tar_ids[number] for number in tar_numbers]
+        return self.cache.moments([tar_id for tar_id in tar_ids if tar_id is not None])
 
     def load_teacher(self) -> "FrozenEncoder":
         """Return the teacher of the cache, on the CPU. It is loaded at the first call.
@@ -223,18 +230,6 @@ class CacheJoin:
 
             self._teacher = live_teacher(self.cache.manifest, self._weights)
         return self._teacher
-
-    def _embed(self, tar_number: int, ordinal: int, view: int, image: Image.Image) -> CachedRow:
-        from threetowers.cache.encoders.live import embed, view_pixels
-
-        encoder = self.load_teacher().side("image")
-        params_P = None
-        if self.cache.manifest.views.cropped:
-            params_P = self.view_params(tar_number, ordinal, view, image.size)
-        row_D: CachedRow = embed(encoder, [view_pixels(encoder, image, view, params_P)], self.cache.manifest.feature)[0]
-        if not np.isfinite(row_D).all():
-            raise MissingRow(f"the embedding by teacher {encoder.name!r} is not finite")
-        return row_D
 
 
 def _require_encoder(path: str | Path, manifest: Manifest, encoder: str) -> None:
@@ -254,7 +249,3 @@ def _require_encoder(path: str | Path, manifest: Manifest, encoder: str) -> None
             f"{path}: encoder: expected {wanted!r}, found {found!r}; build a cache with the expected one, or change "
             "the tower's encoder"
         )
-
-
-def _member(image_member: str | None) -> str:
-    return "the only image of each sample (null)" if image_member is None else f"the member {image_member!r}"

@@ -1,0 +1,164 @@
+"""The join of a cache of text: the row of the caption of a sample that an epoch draws."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.read.caption_runs import CaptionRows
+from threetowers.cache.read.stream import TarRows
+from threetowers.cache.webdataset.captions import CaptionFormat
+from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.trainer.data.joins.cache_join import CachedRow, CacheJoin, MissingRow
+from threetowers.trainer.data.joins.visit import Visit, numbers_by_source
+from threetowers.trainer.data.sample_members import SampleMembers
+
+NO_CAPTION = "no caption"
+
+
+class DrawnRow(NamedTuple):
+    """What a cache of text holds for one visit of a sample.
+
+    Attributes:
+        captions: The captions of the sample that were embedded.
+        counts: How many of them there are of each source that the run draws from.
+        number: Number of the one that is drawn among `captions`; None where the run draws from none of their sources.
+        row_D: Its embedding.
+    """
+
+    captions: CaptionRows
+    counts: dict[str, int]
+    number: int | None
+    row_D: CachedRow | None
+
+    @property
+    def caption_hash(self) -> int | None:
+        """The hash of the caption that is drawn."""
+        return None if self.number is None else int(self.captions.hash_k[self.number])
+
+
+class TextJoin(CacheJoin[DrawnRow]):
+    """The rows of a cache of text for the tars of a run."""
+
+    side = "text"
+
+    @property
+    def source_names(self) -> Sequence[str]:
+        """The sources of captions in the cache by their number."""
+        return self.cache.manifest.caption_sources.names
+
+    def check_captions(self, captions: CaptionFormat, key: str) -> None:
+        """Check that the captions of a data set are among those that are embedded.
+
+        Args:
+            captions: Where the run finds them.
+            key: The config's key of their data set, for the message.
+
+        Raises:
+            ManifestError: They are not.
+        """
+        embedded = self.cache.manifest.caption_sources
+        where = f"{self.cache.storage}: captions"
+        default = "the default sources"
+        wanted = set(captions.sources)
+        if (not wanted and embedded.sources) or wanted - set(embedded.sources):
+            raise ManifestError(
+                f"{where}: {key}.captions draws from {sorted(wanted) or default}, expected sources among those that "
+                f"are embedded, found {list(embedded.sources) or default}; set {key}.captions to these, or build a "
+                f"cache with --captions {' '.join(sorted(wanted)) or '(none)'}"
+            )
+        if captions.caption_per_line != embedded.caption_per_line:
+            found = str(embedded.caption_per_line).lower()
+            raise ManifestError(
+                f"{where}: {key}.caption_per_line: expected that of the cache, {found}, found "
+                f"{str(captions.caption_per_line).lower()}; set it to {found}, or build a cache "
+                f"{'without' if embedded.caption_per_line else 'with'} --caption-per-line"
+            )
+
+    def with_fallback(
+        self, stored: DrawnRow | None, tar_number: int, visit: Visit, members: SampleMembers
+    ) -> CachedRow | None:
+        """Return the row of a visit, see `CacheJoin.with_fallback`; captions that were read are compared with it."""
+        if stored is None:
+            if self.on_missing_row == "mask":
+                return None
+            if self.on_missing_row == "live":
+                return self._embed(members.caption(visit))
+            # It existed when the epoch began: this raises what has changed
+            stored = self.stored_row(tar_number, members.ordinal, visit)
+            assert stored is not None
+        if members.captions_by_source is not None:
+            self._compare(stored, visit.captions, members)
+        return stored.row_D
+
+    def sources(self, tar_number: int, ordinal: int, captions: CaptionFormat) -> list[str]:
+        """Return the sources of a sample's cached captions that a run draws from."""
+        rows = self.cache.captions(self.tar_id(tar_number), ordinal, self.tars[tar_number].samples.key(ordinal))
+        return list(numbers_by_source(rows.source_k, self.source_names, captions))
+
+    def draw(self, captions: CaptionRows, visit: Visit) -> tuple[dict[str, int], int | None]:
+        """Return how many of a sample's cached captions each source of the run has, and the number of the drawn one."""
+        numbers = numbers_by_source(captions.source_k, self.source_names, visit.captions)
+        counts = {source: len(of_source) for source, of_source in numbers.items()}
+        if not counts:
+            return counts, None
+        source, position = visit.place(counts)
+        return counts, numbers[source][position]
+
+    def _read(self, tar_id: int, ordinal: int, key: str, visit: Visit) -> DrawnRow:
+        return self._drawn(
+            self.cache.captions(tar_id, ordinal, key),
+            visit,
+            lambda number: self.cache.caption_row(tar_id, ordinal, key, number),
+        )
+
+    def _take_from(self, rows: TarRows, ordinal: int, key: str, visit: Visit) -> DrawnRow | None:
+        captions = rows.captions(ordinal, key)
+        if captions is None:
+            return None
+        kept = CaptionRows(captions.source_k.copy(), captions.hash_k.copy())  # not the columns of the whole tar
+        return self._drawn(kept, visit, lambda number: rows.caption_row(ordinal, key, number))
+
+    def _drawn(self, captions: CaptionRows, visit: Visit, row_of: Callable[[int], CachedRow | None]) -> DrawnRow:
+        counts, number = self.draw(captions, visit)
+        return DrawnRow(captions, counts, number, None if number is None else row_of(number))
+
+    def _compare(self, stored: DrawnRow, captions: CaptionFormat, members: SampleMembers) -> None:
+        """Raise ManifestError where the captions of a sample are no longer those that were embedded."""
+        names = self.source_names
+        by_source = members.captions_by_source or {}
+        rows = stored.captions
+        if captions.sources:
+            codes = [code for code, name in enumerate(names) if name in captions.sources]
+            own_k = np.isin(rows.source_k, codes)
+            rows = CaptionRows(rows.source_k[own_k], rows.hash_k[own_k])
+        ordered = {name: by_source[name] for name in names if name in by_source}
+        if difference := rows.differences(names, ordered):
+            raise ManifestError(f"{self.cache.storage}: {members.tar.describe(members.ordinal)}: {difference}")
+
+    def _embed(self, caption: str) -> CachedRow:
+        from threetowers.cache.encoders.live import embed_captions
+
+        encoder = self.load_teacher().side("text")
+        row_D: CachedRow = embed_captions(encoder, [caption], self.cache.manifest.feature)[0]
+        if not np.isfinite(row_D).all():
+            raise MissingRow(f"the embedding by teacher {encoder.name!r} is not finite")
+        return row_D
+
+
+def require_caption(found: bool, tar: TarIndex, ordinal: int, captions: CaptionFormat) -> None:
+    """Raise BadSample for a sample of whose cached captions none is of a source that the run draws from."""
+    if not found:
+        raise BadSample(
+            f"{tar.describe(ordinal)}: {NO_CAPTION} in the cache, expected one in {captions.sources_text()}", NO_CAPTION
+        )
+
+
+def other_captions(tar: TarIndex, ordinal: int, one: str, other: str) -> ManifestError:
+    """Return the error of two cached towers that hold different captions of a sample."""
+    return ManifestError(
+        f"{tar.describe(ordinal)}: the caches of the towers {one!r} and {other!r} hold different captions: the "
+        "captions were changed between their builds; build the older one again"
+    )
