@@ -44,6 +44,26 @@ class TarRows:
         row_D: Float32Array = self._decoded(np.array([ordinal]))[0]
         return row_D
 
+    def rows(self, ordinals_m: npt.NDArray[np.int64], captions_m: npt.NDArray[np.int64] | None = None) -> Float32Array:
+        """Return the embeddings of m samples, (m, D) float32; their keys are not compared.
+
+        Args:
+            ordinals_m: the samples' positions in the tar.
+            captions_m: numbers of their captions, for rows of text.
+
+        Raises:
+            ManifestError: one of them has no such row.
+        """
+        missing_m = self.columns.status_n[ordinals_m] != OK
+        rows_m = ordinals_m
+        if captions_m is not None:
+            rows_m, outside = self._runs().rows(ordinals_m, captions_m)
+            missing_m[outside] = True
+        if missing_m.any():
+            first = int(ordinals_m[int(np.argmax(missing_m))])
+            raise ManifestError(f"tar {self.path} ({self.tar_id}), ordinal {first}: there is no such row")
+        return self._decoded(rows_m)
+
     def captions(self, ordinal: int, key: str) -> CaptionRows | None:
         """Return which captions of a sample have rows; None if it has no embedding.
 

@@ -30,7 +30,8 @@ def loader_of(
 ) -> TrainingBatches:
     """Return the batches of the steps start .. stop-1, before any is loaded."""
     config = parse(tree)
-    return training_loader(config, samples, Tokenizer.load(config.data.tokenizer), rank, world_size, start, stop, plan)
+    tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+    return training_loader(config, samples, tokenizer, rank, world_size, start, stop, plan)
 
 
 def load_batches(tree: dict[str, Any], rank: int = 0, world_size: int = 1, start: int = 0, *, stop: int) -> list[Batch]:

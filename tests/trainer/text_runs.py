@@ -96,7 +96,7 @@ def build_text(
                 rows.reject(ordinal, RowStatus.NO_CAPTION, "no caption")
         rows.set_embeddings(range(len(rows.captions)), embed_captions(text, rows.captions, "pooled"))
         rows.check_complete()
-        record = rows.write(storage, entry, "", Provenance(loaded.name, 1, "cpu", 0.0))
+        record = rows.write(storage, entry, "", Provenance("teacher", 1, "cpu", 0.0))
         storage.put(done_record_name(entry.id), to_json(record), owner="test")
     return folder / name
 

@@ -300,7 +300,10 @@ class CacheTower:
     one that is drawn for it."""
     encoder: str | None = None
     """The encoder whose embeddings the cache must hold, as `timm:resnet50`, or `timm:resnet50@160` at this side of its
-    input only; null: any. A dry run without the cache needs it."""
+    input only; null: any. A dry run without the cache needs it, or `dim`."""
+    dim: PositiveInt | None = None
+    """Width of the rows that the cache must hold; null: any. A dry run without the cache needs it, unless timm knows
+    the encoder."""
     # A linear head with bias can express the same map; starting from there, it need not first learn away a large
     # common offset.
     standardize: bool = True

@@ -89,7 +89,7 @@ class _Survey:
             parts.append(f"from {source}{weight} in {self.sources[source]:,}")
         text = f"captions: {', '.join(parts) or 'none'} {of}"
         if self.cached:
-            text += ", as the cache has them; no word is read"
+            text += ", as the cache has them"
         if captions.caption_per_line:
             text += "; each line of a text member is one"
         lines = [text]

@@ -26,12 +26,20 @@ from threetowers.cache.webdataset.tar_index import read_member
 from threetowers.trainer.config import Augment, TrainConfig
 from threetowers.trainer.data.batch import Batch, join_parts
 from threetowers.trainer.data.joins.cache_join import CachedRow, MissingRow
-from threetowers.trainer.data.joins.text_join import DrawnRow, other_captions, require_caption
+from threetowers.trainer.data.joins.text_join import DrawnRow, no_caption, other_captions
 from threetowers.trainer.data.joins.visit import Visit
+from threetowers.trainer.data.row_batches import BatchOfRows, RowReader, RowSegment, is_rows_alone
 from threetowers.trainer.data.sample_members import SampleMembers
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import RandomAccessSampler, SampleAddress
-from threetowers.trainer.data.streaming import READ_AHEAD, StreamedSample, StreamSampler, StreamStep, read_segment
+from threetowers.trainer.data.streaming import (
+    READ_AHEAD,
+    StreamedSample,
+    StreamSampler,
+    StreamSegment,
+    StreamStep,
+    read_segment,
+)
 from threetowers.trainer.data.transforms import augment, random_crop
 from threetowers.trainer.data.worker_plan import WorkerPlan, plan_workers
 
@@ -146,7 +154,8 @@ class TrainingSampleReader:
         if not drawn:
             return
         first, row = next(iter(drawn.items()))
-        require_caption(row.caption_hash is not None, members.tar, members.ordinal, visit.captions)
+        if row.caption_hash is None:
+            raise no_caption(members.tar, members.ordinal, visit.captions)
         for tower, other in drawn.items():
             if other.caption_hash != row.caption_hash:
                 raise other_captions(members.tar, members.ordinal, first, tower)
@@ -159,7 +168,7 @@ def group_hash(name: str) -> int:
     return int(np.uint64(xxhash.xxh3_64_intdigest(name.encode())).astype(np.int64))
 
 
-class TarDataset(Dataset[LoadedSample]):
+class TarDataset(Dataset[Any]):
     """A torch dataset of a run's samples.
 
     Workers that are not forks of this process map its index of the tars from a file: a node's workers may be a hundred,
@@ -171,6 +180,7 @@ class TarDataset(Dataset[LoadedSample]):
         self._config = config
         self._samples = samples
         self._reader = TrainingSampleReader(config, samples)
+        self._rows = RowReader(samples)
         self._mapped: MappedPickle[tuple[TrainConfig, SampleSet]] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., "TarDataset"], tuple[object, ...]]:
@@ -197,15 +207,24 @@ class RandomAccessDataset(TarDataset):
             return LoaderFailure(error)
 
 
+def buffer_size(config: TrainConfig, samples: SampleSet) -> int:
+    """Return how many samples the shuffle buffer of a stream holds."""
+    return max(1, config.data.shuffle_buffer // samples.num_streams)
+
+
+def segment_rng(seed: int, stream: int, component: int, segment: StreamSegment) -> np.random.Generator:
+    """Return the random numbers of the shuffle buffer of a stream in an epoch of a component."""
+    return np.random.default_rng([seed, segment.epoch, component, stream, 1])
+
+
 class SequentialDataset(TarDataset):
     """A torch dataset of the samples of streams, which it keeps open from step to step."""
 
     def __init__(self, config: TrainConfig, samples: SampleSet) -> None:
         """Set up the dataset of a run's samples."""
         super().__init__(config, samples)
-        self._buffer_size = max(1, config.data.shuffle_buffer // samples.num_streams)
+        self._buffer_size = buffer_size(config, samples)
         self._read_ahead = max(4, READ_AHEAD // samples.num_streams)
-        self._seed = config.seed
         self._open: dict[tuple[int, int], Iterator[StreamedSample]] = {}  # by stream and component
 
     def __getitems__(self, steps: Sequence[StreamStep]) -> list[LoadedSample]:
@@ -217,7 +236,7 @@ class SequentialDataset(TarDataset):
 
     def _read(self, step: StreamStep) -> list[LoadedSample]:
         for component, segment in step.segments.items():
-            rng = np.random.default_rng([self._seed, segment.epoch, component, step.stream, 1])
+            rng = segment_rng(self._config.seed, step.stream, component, segment)
             self._open[step.stream, component] = read_segment(
                 self._samples, segment, self._buffer_size, rng, self._read_ahead
             )
@@ -237,6 +256,49 @@ class SequentialDataset(TarDataset):
             return sample.members[extension]
         tar_number, ordinal = self._samples.address(sample.visit.index)
         return read_member(self._samples.tars[tar_number], ordinal, extension)
+
+
+class RandomAccessRows(TarDataset):
+    """A torch dataset of batches of rows alone, by the addresses of their samples."""
+
+    def __getitems__(self, addresses: Sequence[SampleAddress]) -> Batch | LoaderFailure:
+        """Return the batch of the samples at some addresses."""
+        try:
+            return self._rows.read(addresses)
+        except FATAL as error:
+            return LoaderFailure(error)
+
+
+class SequentialRows(TarDataset):
+    """A torch dataset of batches of rows alone of streams, which it keeps open from step to step."""
+
+    def __init__(self, config: TrainConfig, samples: SampleSet) -> None:
+        """Set up the dataset of a run's samples."""
+        super().__init__(config, samples)
+        self._open: dict[tuple[int, int], RowSegment] = {}  # by stream and component
+
+    def __getitems__(self, steps: Sequence[StreamStep]) -> Batch | LoaderFailure:
+        """Return the batch of the next samples of some streams."""
+        batch = BatchOfRows(self._samples, sum(len(step.components) for step in steps))
+        first = 0
+        try:
+            for step in steps:
+                self._begin(step)
+                layout = np.array(step.components)
+                for component in np.unique(layout).tolist():
+                    positions = first + np.flatnonzero(layout == component)
+                    self._open[step.stream, component].put(batch, positions)
+                first += len(layout)
+            return batch.finish()
+        except FATAL as error:
+            return LoaderFailure(error)
+
+    def _begin(self, step: StreamStep) -> None:
+        """Open the segments that begin, or are resumed, with a step."""
+        for component, segment in step.segments.items():
+            rng = segment_rng(self._config.seed, step.stream, component, segment)
+            size = buffer_size(self._config, self._samples)
+            self._open[step.stream, component] = RowSegment(self._samples, self._rows, segment, size, rng)
 
 
 class Collator:
@@ -352,27 +414,34 @@ def training_loader(
         ValueError: The global batch cannot be divided among the ranks.
     """
     plan = plan or plan_workers(config, samples, World(rank, world_size, local_rank=0, local_size=1))
-    dataset: Dataset[LoadedSample]
+    rows_alone = is_rows_alone(samples)
+    dataset: Dataset[Any]
     sampler: RandomAccessSampler | StreamSampler
     if samples.sequential:
         sampler = StreamSampler(samples, config.seed, samples.num_streams, rank, world_size, plan.parts, start, stop)
-        dataset = SequentialDataset(config, samples)
+        dataset = (SequentialRows if rows_alone else SequentialDataset)(config, samples)
     else:
         numbers = range(len(samples.components))
         indices_of = [functools.partial(samples.epoch_indices, component=number) for number in numbers]
         counts = [component.samples_per_batch for component in samples.components]
         sampler = RandomAccessSampler(config.seed, indices_of, counts, rank, world_size, start, stop, plan.parts)
-        dataset = RandomAccessDataset(config, samples)
+        dataset = (RandomAccessRows if rows_alone else RandomAccessDataset)(config, samples)
+    collate: Callable[[Any], Any] = _as_it_is if rows_alone else Collator(config, samples, tokenizer)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=Collator(config, samples, tokenizer),
+        collate_fn=collate,
         num_workers=plan.workers,
         prefetch_factor=plan.ahead or None,
         multiprocessing_context=worker_context() if plan.workers else None,
         worker_init_fn=_leave_signals_to_the_trainer,
     )
     return TrainingBatches(loader, plan.parts, stop - start, config.global_batch_size // world_size)
+
+
+def _as_it_is(batch: Batch | LoaderFailure) -> Batch | LoaderFailure:
+    """Return what a dataset of whole batches gives."""
+    return batch
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -105,6 +105,7 @@ def _join(
         tower.path,
         tars,
         tower.encoder,
+        dim=tower.dim,
         on_missing_row=tower.on_missing_row,
         weights=tower.weights,
         allow_incomplete=data.on_incomplete_cache != "error",

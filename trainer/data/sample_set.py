@@ -49,6 +49,7 @@ class SampleSet:
         caches: The joins of the caches to these tars, by the name of their tower.
         reads_images: Whether the run reads the image of every sample.
         reads_words: Whether it reads the captions of every sample; otherwise caches of text say which there are.
+        seed: Seed of the run.
         components: The mixture of data sets that the tars make up.
         sequential: Whether the samples are read by sequential access.
         num_streams: Into how many streams sequential access cuts the tars; 1 under random access.
@@ -93,7 +94,7 @@ class SampleSet:
         self.num_streams = num_streams
         self.reads_images = reads_images
         self.reads_words = reads_words
-        self._seed = seed
+        self.seed = seed
         self._accepts_bad = accepts_bad
         self._tar_notes = list(tar_notes)
         self._image_joins = {name: join for name, join in self.caches.items() if isinstance(join, ImageJoin)}
@@ -148,6 +149,11 @@ class SampleSet:
                 )
         if self.views.count > 1:
             lines.append(f"views: {self.views}; an epoch shows one of the {self.views.count}")
+        unread = {"no image is decoded": self.reads_images, "no word is read": self.reads_words}
+        if not all(unread.values()):
+            live = any(join.on_missing_row == "live" for join in self.caches.values())
+            parts = ", ".join(part for part, is_read in unread.items() if not is_read)
+            lines.append(f"read: {parts}{', but for samples without a row' if live else ''}")
         if self.sequential:
             lines.append(f"access: sequential, tar after tar in {self.num_streams} streams")
         return lines
@@ -194,7 +200,7 @@ class SampleSet:
     def visit(self, epoch: int, index: int) -> Visit:
         """Return the visit of an epoch to a sample."""
         captions = self.component_of(int(self.tar_numbers(index))).captions
-        return Visit(self._seed, epoch, index, self.view(epoch), captions)
+        return Visit(self.seed, epoch, index, self.view(epoch), captions)
 
     def extensions_read(self, tar_number: int) -> frozenset[str]:
         """Return the extensions of the text members of a tar that are read of every sample."""

@@ -50,6 +50,11 @@ class TeacherCost:
         return cls(manifest.encoder, manifest.dim, manifest.storage_dtype.row_bytes(manifest.dim), flops)
 
     @classmethod
+    def of_width(cls, encoder: str | None, dim: int) -> Self:
+        """Return the cost of the teacher of a cache yet to be built, in float16, whose rows have this width."""
+        return cls(encoder or "a cache", dim, Float16Dtype().row_bytes(dim), None)
+
+    @classmethod
     def from_encoder(cls, encoder: str) -> Self:
         """Return the cost of the teacher of a cache yet to be built, in float16.
 
@@ -69,7 +74,7 @@ class TeacherCost:
         except Exception as error:  # a model's own code may raise anything
             raise ConfigError(
                 f"encoder {encoder!r}: the width of its rows is unknown, timm cannot run it on the meta device "
-                f"({error}); build its cache first"
+                f"({error}); give the tower's dim, or build its cache"
             ) from error
         return cls(encoder, dim, Float16Dtype().row_bytes(dim), flops)
 
@@ -287,7 +292,9 @@ def _timm_cost(encoder: str, size: tuple[int, int] | None) -> tuple[int, int]:
     import timm
 
     if not encoder.startswith(TIMM):
-        raise ConfigError(f"encoder {encoder!r}: the width of its rows is unknown; build its cache first")
+        raise ConfigError(
+            f"encoder {encoder!r}: the width of its rows is unknown; give the tower's dim, or build its cache"
+        )
     name = encoder.removeprefix(TIMM)
     if not timm.is_model(name):
         raise ConfigError(f"encoder {encoder!r} is unknown to timm {timm.__version__}; see timm.list_models()")

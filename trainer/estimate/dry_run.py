@@ -14,6 +14,7 @@ from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.cache.webdataset.tar_list import image_defects, refuse_defects, require_samples, select_tars, try_index
 from threetowers.cache.webdataset.tar_patterns import expand
 from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
+from threetowers.trainer.data.joins.cache_join import require_side
 from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
 from threetowers.trainer.estimate.summary import DatasetStats, run_summary
@@ -71,14 +72,24 @@ def _dataset_stats(config: TrainConfig) -> DatasetStats | None:
 
 
 def _teacher(name: str, tower: CacheTower) -> TeacherCost:
+    """Return the cost of the encoder of a cached tower, by the cache or else by what the config states."""
     try:
-        return TeacherCost.from_manifest(EmbeddingCache.open(tower.path).manifest)
+        manifest = EmbeddingCache.open(tower.path).manifest
     except ManifestError as error:
+        if tower.dim is not None:
+            return TeacherCost.of_width(tower.encoder, tower.dim)
+        if tower.of == "text":
+            raise ConfigError(
+                f"towers.{name}.dim: give it; the width of rows of text is unknown without the cache ({error})"
+            ) from error
         if tower.encoder is None:
             raise ConfigError(
-                f"towers.{name}.encoder: name it; the width of the rows is unknown without the cache ({error})"
+                f"towers.{name}.encoder: name it, or give towers.{name}.dim; the width of the rows is unknown without "
+                f"the cache ({error})"
             ) from error
         return TeacherCost.from_encoder(tower.encoder)
+    require_side(tower.path, manifest, tower.of)
+    return TeacherCost.from_manifest(manifest)
 
 
 def _vocab_size(config: TrainConfig) -> int | None:

@@ -140,7 +140,7 @@ def _augmentation(config: TrainConfig) -> list[str]:
             changes.append(f"{option.name} {value:g}")
     if not changes:
         return []
-    cached = config.towers_of("cache")
+    cached = [name for name in config.towers_of("cache") if config.side_of(name) == "image"]
     without = f"; the rows of {', '.join(cached)} are of images without it" if cached else ""
     return [f"augmentation: {', '.join(changes)}{without}"]
 
@@ -152,8 +152,9 @@ def _towers(
     for name, tower in config.towers.items():
         if isinstance(tower, CacheTower):
             teacher = teachers[name]
-            rows = f"{teacher.dim:,} features = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
-            saved = f"; {_counted(teacher.flops)} a sample less than with the live teacher"
+            of = "the drawn caption" if tower.of == "text" else "the image"
+            rows = f"{teacher.dim:,} features of {of} = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
+            saved = "" if teacher.flops is None else f"; {flop(teacher.flops)} a sample less than with the live teacher"
             lines.append(f"tower {name}: {teacher.encoder}, {rows}, no forward passes{saved}")
             continue
         cost = costs[name]

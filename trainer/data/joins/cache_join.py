@@ -18,8 +18,8 @@ from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, ManifestError, Side
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import TarRows, stream_rows
-from threetowers.cache.read.tar_columns import OK
-from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.cache.read.tar_columns import OK, TarColumns
+from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
 from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.sample_members import SampleMembers
 
@@ -49,6 +49,7 @@ class CacheJoin(ABC, Generic[Stored]):
         tars: Sequence[TarIndex],
         encoder: str | None = None,
         *,
+        dim: int | None = None,
         on_missing_row: str = "error",
         weights: str | None = None,
         allow_incomplete: bool = False,
@@ -60,6 +61,7 @@ class CacheJoin(ABC, Generic[Stored]):
             path: Folder or URL of the cache.
             tars: The run's list.
             encoder: The encoder that the cache must be of, as `CacheTower.encoder`; None accepts any.
+            dim: The width that its rows must have; None accepts any.
             on_missing_row: See `CacheTower.on_missing_row`.
             weights: See `CacheTower.weights`.
             allow_incomplete: Accept tars whose rows are not built yet.
@@ -67,15 +69,15 @@ class CacheJoin(ABC, Generic[Stored]):
                 rows, unless `on_missing_row` is error.
 
         Raises:
-            ManifestError: The cache is missing, not built completely, of other tars, of the other side of the samples
-                or of another encoder.
+            ManifestError: The cache is missing, not built completely, of other tars, of the other side of the samples,
+                of another encoder or width.
         """
         self.cache = EmbeddingCache.open(path)
-        found = self.cache.manifest.of
-        if found != self.side:
+        require_side(path, self.cache.manifest, self.side)
+        if dim is not None and dim != self.cache.dim:
             raise ManifestError(
-                f"{path}: of: the tower expects a cache of {self.side}, found one of {found} "
-                f"({self.cache.manifest.encoder}); give the path of another cache, or set the tower's `of: {found}`"
+                f"{path}: dim: the tower expects rows of width {dim}, found {self.cache.dim} "
+                f"({self.cache.manifest.encoder}); give the path of another cache, or set the tower's dim"
             )
         if encoder is not None:
             _require_encoder(path, self.cache.manifest, encoder)
@@ -83,6 +85,7 @@ class CacheJoin(ABC, Generic[Stored]):
         self.tars = list(tars)
         self._weights = weights
         self._teacher: FrozenEncoder | None = None
+        self._compared: set[int] = set()  # tars whose keys have been compared
         # The id of each tar in the cache; None where the cache holds no tar of a data set
         self.tar_ids: list[int | None] = []
         may_lack = on_missing_row != "error" and datasets is not None and len(datasets) > 1
@@ -147,6 +150,56 @@ class CacheJoin(ABC, Generic[Stored]):
         """Return whether a sample has no embedding."""
         tar_id = self.tar_ids[tar_number]
         return tar_id is None or bool(self.cache.columns(tar_id).status_n[ordinal] != OK)
+
+    def columns(self, tar_number: int, streamed: TarRows | None = None) -> TarColumns | None:
+        """Return what is stored of a tar beside its embeddings; None where the cache holds nothing of it.
+
+        Args:
+            tar_number: The tar.
+            streamed: Its rows, where they are at hand.
+
+        Raises:
+            ManifestError: The samples of the tar are not those that were embedded, by their keys.
+        """
+        tar_id = self.tar_ids[tar_number]
+        if tar_id is None:
+            return None
+        columns = self.cache.columns(tar_id) if streamed is None else streamed.columns
+        if tar_number not in self._compared:
+            samples = self.tars[tar_number].samples
+            hash_n = np.fromiter((key_hash(samples.key(i)) for i in range(len(samples))), np.uint64, len(samples))
+            if not np.array_equal(hash_n, columns.key_hash_n):
+                raise ManifestError(
+                    f"{self.cache.storage}: the samples of {self.tars[tar_number].location} have other keys than those "
+                    "that were embedded: the tar is not the one that was cached"
+                )
+            self._compared.add(tar_number)
+        return columns
+
+    def rows(
+        self,
+        tar_number: int,
+        ordinals_m: npt.NDArray[np.int64],
+        view: int = 0,
+        captions_m: npt.NDArray[np.int64] | None = None,
+        streamed: TarRows | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Return the embeddings (m, D) of m samples of a tar whose keys `columns` has compared.
+
+        Args:
+            tar_number: The tar.
+            ordinals_m: The samples.
+            view: View of the rows.
+            captions_m: Numbers of their captions, in a cache of text.
+            streamed: The rows of the tar, where they are at hand.
+
+        Raises:
+            ManifestError: A sample has no such row.
+        """
+        if streamed is not None:
+            return streamed.rows(ordinals_m, captions_m)
+        tar_ids_m = np.full(len(ordinals_m), self.tar_id(tar_number))
+        return self.cache.rows(tar_ids_m, ordinals_m, view=view % self.cache.n_views, captions=captions_m)
 
     def stored_row(self, tar_number: int, ordinal: int, visit: Visit) -> Stored | None:
         """Return what is stored for a visit of a sample; None where it is missing and `with_fallback` can do without.
@@ -230,6 +283,15 @@ class CacheJoin(ABC, Generic[Stored]):
 
             self._teacher = live_teacher(self.cache.manifest, self._weights)
         return self._teacher
+
+
+def require_side(path: str | Path, manifest: Manifest, side: Side) -> None:
+    """Raise ManifestError unless a cache is of the side of the samples that its tower is of."""
+    if manifest.of != side:
+        raise ManifestError(
+            f"{path}: of: the tower expects a cache of {side}, found one of {manifest.of} ({manifest.encoder}); give "
+            f"the path of another cache, or set the tower's `of: {manifest.of}`"
+        )
 
 
 def _require_encoder(path: str | Path, manifest: Manifest, encoder: str) -> None:

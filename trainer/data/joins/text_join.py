@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from threetowers.cache.format.manifest import ManifestError
-from threetowers.cache.read.caption_runs import CaptionRows
+from threetowers.cache.read.caption_runs import CaptionRows, CaptionRuns
 from threetowers.cache.read.stream import TarRows
 from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
@@ -107,6 +108,31 @@ class TextJoin(CacheJoin[DrawnRow]):
         source, position = visit.place(counts)
         return counts, numbers[source][position]
 
+    def draw_numbers(
+        self,
+        runs: CaptionRuns,
+        ordinals_m: npt.NDArray[np.int64],
+        captions: CaptionFormat,
+        visit_of: Callable[[int], Visit],
+    ) -> npt.NDArray[np.int64]:
+        """Return the number of the drawn caption of m samples of a tar, (m,), as `draw` does; -1 where there is none.
+
+        Nothing is done sample by sample where there is no choice.
+
+        Args:
+            runs: The captions of the tar.
+            ordinals_m: The samples.
+            captions: The captions of the run.
+            visit_of: The visit of each of the m samples.
+        """
+        counts_m = runs.bound_N[ordinals_m + 1] - runs.bound_N[ordinals_m]
+        numbers_m = np.where(counts_m == 0, -1, 0)
+        draws_from_all = not captions.sources or set(captions.sources) == set(self.source_names)
+        for at in np.flatnonzero(counts_m > (1 if draws_from_all else 0)).tolist():
+            _, number = self.draw(runs.captions(int(ordinals_m[at])), visit_of(at))
+            numbers_m[at] = -1 if number is None else number
+        return numbers_m
+
     def _read(self, tar_id: int, ordinal: int, key: str, visit: Visit) -> DrawnRow:
         return self._drawn(
             self.cache.captions(tar_id, ordinal, key),
@@ -148,12 +174,11 @@ class TextJoin(CacheJoin[DrawnRow]):
         return row_D
 
 
-def require_caption(found: bool, tar: TarIndex, ordinal: int, captions: CaptionFormat) -> None:
-    """Raise BadSample for a sample of whose cached captions none is of a source that the run draws from."""
-    if not found:
-        raise BadSample(
-            f"{tar.describe(ordinal)}: {NO_CAPTION} in the cache, expected one in {captions.sources_text()}", NO_CAPTION
-        )
+def no_caption(tar: TarIndex, ordinal: int, captions: CaptionFormat) -> BadSample:
+    """Return the error of a sample of whose cached captions none is of a source that the run draws from."""
+    return BadSample(
+        f"{tar.describe(ordinal)}: {NO_CAPTION} in the cache, expected one in {captions.sources_text()}", NO_CAPTION
+    )
 
 
 def other_captions(tar: TarIndex, ordinal: int, one: str, other: str) -> ManifestError:
