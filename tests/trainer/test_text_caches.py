@@ -1,6 +1,7 @@
 """Cached text towers in training: the caption that is drawn is one, in its words and in the rows of every cache."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,15 @@ import pytest
 import torch
 
 from tests.conftest import write_tar
+from tests.trainer.launches import (
+    RUN_CONFIGS,
+    losses,
+    run_command,
+    run_jobs,
+    same_weights,
+    torchrun,
+    write_config,
+)
 from tests.trainer.loading import load_batches, open_run
 from tests.trainer.text_runs import (
     SOURCES,
@@ -27,14 +37,17 @@ from threetowers.cache.encoders.live import embed_captions
 from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.webdataset.defects import BadSample
-from threetowers.trainer.config import parse
+from threetowers.trainer.config import ConfigError, parse
+from threetowers.trainer.data.annotation_survey import survey_annotations
 from threetowers.trainer.data.joins.text_join import TextJoin
 from threetowers.trainer.data.loader import TrainingSampleReader
 from threetowers.trainer.data.streaming import StreamSegment, read_segment
+from threetowers.trainer.estimate.dry_run import dry_run
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 
 WEIGHTS = {"json.alt": 3.0, "txt": 1.0}
+SHORT = {"duration": {"steps": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +329,89 @@ def test_cached_and_live_text_give_the_same_loss(run: dict[str, Any], text: Path
     }
     totals = [float(total_loss(config, model(inputs | {"text_third": rows}))[0].detach()) for rows in (live, cached)]
     assert totals[0] == pytest.approx(totals[1], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_layouts_agree(run: dict[str, Any], text: Path, images: Path, tmp_path: Path) -> None:
+    """Two ranks at ZeRO 0 to 2, also in micro-batches, and one process alone give the same losses; no encoder runs."""
+    trees = {
+        "3t-text": three_text(run, text),
+        "lift": lift(run, text),
+        "sharelock": sharelock(run, images, text),
+    }
+    engines: list[dict[str, Any]] = [{"zero_stage": 0}, {"zero_stage": 1, "micro_batch_size": 3}, {"zero_stage": 2}]
+    alone = {kind: write_config(tree | SHORT, tmp_path, f"{kind}-one") for kind, tree in trees.items()}
+    two = {
+        kind: [write_config(tree | SHORT, tmp_path, f"{kind}-{i}", **engine) for i, engine in enumerate(engines)]
+        for kind, tree in trees.items()
+    }
+    run_command([sys.executable, RUN_CONFIGS, *(file for file, _ in alone.values())])
+    files = [file for configs in two.values() for file, _ in configs]
+    output = run_command([*torchrun(2), RUN_CONFIGS, *files]).stdout
+    for kind, (_, out) in alone.items():
+        expected = np.array(losses(out))
+        assert expected.shape == (2, 1 + len(trees[kind]["terms"]))
+        for _, other in two[kind]:
+            np.testing.assert_allclose(np.array(losses(other)), expected, rtol=2e-4)
+    seen = [json.loads(line) for line in output.splitlines() if line.startswith('{"models"')]
+    assert len(seen) == 9
+    assert not any(memory["encoder imported"] for memory in seen)
+
+
+@pytest.mark.distributed
+def test_runs_resume_exactly_in_the_middle_of_an_epoch(
+    run: dict[str, Any], text: Path, images: Path, tmp_path: Path
+) -> None:
+    """Words and rows, read by workers in any order, and rows alone, streamed."""
+    third = three_text(run, text)
+    third["data"] |= {"workers": 1}
+    both = sharelock(run, images, text)
+    both["data"] |= {"access": "sequential", "num_streams": 4, "shuffle_buffer": 16, "workers": 1}
+    names = {"third": third, "both": both}
+    whole = {name: write_config(tree, tmp_path, f"{name}-whole", zero_stage=1) for name, tree in names.items()}
+    stopped = {name: write_config(tree, tmp_path, f"{name}-stopped", zero_stage=1) for name, tree in names.items()}
+    jobs = [{"config": file} for file, _ in whole.values()]
+    run_jobs(2, [*jobs, *({"config": file, "stop": 3} for file, _ in stopped.values())], tmp_path)
+    ends = run_jobs(2, [{"config": file} for file, _ in stopped.values()], tmp_path)
+    assert [(end["start"], end["end"]) for end in ends if end["start"]] == [(4, "finished")] * len(ends)
+    for name in names:  # three steps an epoch
+        assert same_weights(whole[name][1], stopped[name][1])
+        assert losses(whole[name][1]) == losses(stopped[name][1])
+
+
+def test_the_start_page_says_what_each_tower_is_and_what_is_not_read(
+    run: dict[str, Any], text: Path, images: Path
+) -> None:
+    tree = sharelock(run, images, text)
+    samples = open_run(tree)
+    assert "read: no image is decoded, no word is read" in samples.notes()
+    (survey,) = survey_annotations(parse(tree), samples)
+    assert survey == (
+        "captions: from json.alt (weight 3) in 30, from txt (weight 1) in 45 of 45 samples looked at, as the cache has "
+        "them"
+    )
+    lines = dry_run(parse(tree))
+    assert (
+        f"tower text: test:bag, 24 features of the drawn caption = 48 bytes a sample read from {text}, no forward "
+        in (" ".join(lines))
+    )
+    assert open_run(lift(run, text)).notes()[-1] == "read: no word is read"
+    tree["data"]["captions"] = {"json.nothing": 1.0}
+    with pytest.raises(ManifestError, match=r"data\.captions draws from"):
+        open_run(tree)
+
+
+def test_a_dry_run_without_the_caches(run: dict[str, Any], text: Path, images: Path, tmp_path: Path) -> None:
+    tree = sharelock(run, tmp_path / "images", tmp_path / "text")
+    tree["towers"]["image"]["dim"] = 24
+    with pytest.raises(ConfigError, match=r"towers\.text\.dim: give it; the width of rows of text is unknown"):
+        dry_run(parse(tree))
+    tree["towers"]["text"] |= {"dim": 40, "encoder": "test:bag"}
+    assert any("tower text: test:bag, 40 features of the drawn caption" in line for line in dry_run(parse(tree)))
+    tree["towers"]["text"]["path"] = str(text)
+    tree["towers"]["image"]["path"] = str(images)
+    with pytest.raises(ManifestError, match="dim: the tower expects rows of width 40, found 24"):
+        open_run(tree)
+    tree["towers"]["text"] |= {"path": str(images)}
+    with pytest.raises(ManifestError, match="of: the tower expects a cache of text, found one of image"):
+        dry_run(parse(tree))

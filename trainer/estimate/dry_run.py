@@ -84,8 +84,8 @@ def _teacher(name: str, tower: CacheTower) -> TeacherCost:
             ) from error
         if tower.encoder is None:
             raise ConfigError(
-                f"towers.{name}.encoder: name it, or give towers.{name}.dim; the width of the rows is unknown without "
-                f"the cache ({error})"
+                f"towers.{name}.encoder: name it; or give towers.{name}.dim, as the width of the rows is unknown "
+                f"without the cache ({error})"
             ) from error
         return TeacherCost.from_encoder(tower.encoder)
     require_side(tower.path, manifest, tower.of)

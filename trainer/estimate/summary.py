@@ -154,7 +154,9 @@ def _towers(
             teacher = teachers[name]
             of = "the drawn caption" if tower.of == "text" else "the image"
             rows = f"{teacher.dim:,} features of {of} = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
-            saved = "" if teacher.flops is None else f"; {flop(teacher.flops)} a sample less than with the live teacher"
+            saved = f"; {_counted(teacher.flops)} a sample less than with the live teacher"
+            if tower.of == "text":  # the length of captions is not known
+                saved = ""
             lines.append(f"tower {name}: {teacher.encoder}, {rows}, no forward passes{saved}")
             continue
         cost = costs[name]

@@ -1,0 +1,154 @@
+"""A run whose towers are all cached, against the same steps on batches that are sliced from arrays in memory.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_rows.py        # about two minutes
+
+Steps are complete, through DeepSpeed in one process: forward, losses, backward, optimizer; the loader has one worker.
+Rows are random: 10,000 samples with an image of width 1,024 and one to eight captions of width 384 each. Prints ratios
+of the medians of measurements taken in alternation in this run.
+"""
+
+import argparse
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_cache import SHARD_DIM, SHARD_ROWS, TEXT_DIM, alternate, random_cache, random_text_cache, timed
+from torch import Tensor
+
+from threetowers.cache.webdataset.sample_list import SampleList
+from threetowers.cache.webdataset.tar_headers import Member
+from threetowers.cache.webdataset.tar_index import TarIndex
+from threetowers.trainer.config import TrainConfig, parse
+from threetowers.trainer.data.joins.image_join import ImageJoin
+from threetowers.trainer.data.joins.text_join import TextJoin
+from threetowers.trainer.data.loader import training_loader
+from threetowers.trainer.data.mixture import MixtureComponent
+from threetowers.trainer.data.sample_set import SampleSet
+from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
+from threetowers.trainer.grad_cache import GradCache
+from threetowers.trainer.loss import total_loss
+from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.optimizer.agreed_step import AgreedStep
+
+BATCH, STEPS = 1024, 20
+HEADS: dict[str, dict[str, Any]] = {"linear": {}, "mlp": {"kind": "mlp", "hidden": 1024}}
+
+
+def run_of(folder: Path, head: dict[str, Any], access: str) -> TrainConfig:
+    """A run on both caches; no tar is opened."""
+    towers = {
+        "image": {"kind": "cache", "path": str(folder / "image")},
+        "text": {"kind": "cache", "of": "text", "path": str(folder / "text")},
+    }
+    tree: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "global_batch_size": BATCH,
+        "duration": {"epochs": 1},
+        "embed_dim": 256,
+        "data": {"tars": ["/0.tar"], "workers": 1, "access": access, "shuffle_buffer": 2 * BATCH},
+        "towers": towers,
+        "heads": {"f": {"of": "image"} | head, "g": {"of": "text"} | head},
+        "terms": {"image-text": {"x": "f", "y": "g"}},
+        "deploy": {"image": "f", "text": "g"},
+        "engine": {"precision": "float32"},
+    }
+    return parse(tree)
+
+
+def samples_of(folder: Path, sequential: bool) -> SampleSet:
+    """The samples of both caches."""
+    listed = SampleList([(str(k), {"json": Member(0, 1)}) for k in range(SHARD_ROWS)])
+    tars = [TarIndex("/0.tar", 1, "0", listed, {})]
+    joins = {"image": ImageJoin(folder / "image", tars), "text": TextJoin(folder / "text", tars)}
+    component = MixtureComponent("", range(1), BATCH)
+    return SampleSet(tars, joins, [component], sequential, reads_words=False, num_streams=4 if sequential else 1)
+
+
+def step_of(config: TrainConfig) -> Callable[[dict[str, Tensor]], object]:
+    """A training step of a run."""
+    world = join_process_group()
+    torch.manual_seed(0)
+    model = TowerModel(config, None, {"image": SHARD_DIM, "text": TEXT_DIM})
+    engine = start_engine(model, config, deepspeed_config(config, world.size))
+    micro_batches = num_micro_batches(config, world.size)
+    grad_cache = GradCache(engine, partial(total_loss, config), micro_batches, seed=0, rank=0, device=world.device)
+    agreed_step = AgreedStep(engine, config.optim.grad_clip_norm, world.device)
+    return lambda inputs: agreed_step(grad_cache(inputs, 0, None))
+
+
+def sliced() -> Iterator[dict[str, Tensor]]:
+    """Batches of arrays in memory, in random order."""
+    rng = np.random.default_rng(0)
+    arrays = {"image": SHARD_DIM, "text": TEXT_DIM}
+    rows = {name: rng.normal(size=(SHARD_ROWS, dim)).astype(np.float32) for name, dim in arrays.items()}
+    while True:
+        chosen = rng.permutation(SHARD_ROWS)[:BATCH]
+        yield {name: torch.from_numpy(rows_nD[chosen]) for name, rows_nD in rows.items()}
+
+
+class Waiting:
+    """Takes batches from a loader, and counts the seconds that are waited for them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def taking(self, batches: Iterator[Any]) -> Iterator[dict[str, Tensor]]:
+        """Yield the inputs of some batches."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch.inputs
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_cache(folder / "image")
+        random_text_cache(folder / "text")
+        in_memory = sliced()
+        for kind, head in HEADS.items():
+            for access in ("random", "sequential"):
+                config = run_of(folder, head, access)
+                step = step_of(config)
+                samples = samples_of(folder, access == "sequential")
+                waiting, taken = Waiting(), []
+
+                def run(
+                    config: TrainConfig = config,
+                    samples: SampleSet = samples,
+                    step: Callable[[dict[str, Tensor]], object] = step,
+                    waiting: Waiting = waiting,
+                    taken: list[float] = taken,
+                ) -> float:
+                    batches = iter(training_loader(config, samples, None, 0, 1, 0, STEPS + 2))
+                    for _ in range(2):
+                        step(next(batches).inputs)
+                    taken.append(timed(lambda: deque(map(step, waiting.taking(batches)), maxlen=0)))
+                    return taken[-1]
+
+                def floor(step: Callable[[dict[str, Tensor]], object] = step) -> float:
+                    return timed(lambda: [step(next(in_memory)) for _ in range(STEPS)])
+
+                ours, theirs = alternate(rounds, run, floor)
+                print(
+                    f"rows alone, {access:<10} {kind:<6} heads / sliced arrays (rate) {theirs / ours:6.3f}  (>= 0.7; "
+                    f"{STEPS * BATCH / ours:,.0f} samples/s, data wait {waiting.seconds / sum(taken):.1%}, <= 5 %)",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
