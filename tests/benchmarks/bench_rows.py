@@ -67,7 +67,7 @@ def samples_of(folder: Path, sequential: bool) -> SampleSet:
     tars = [TarIndex("/0.tar", 1, "0", listed, {})]
     joins = {"image": ImageJoin(folder / "image", tars), "text": TextJoin(folder / "text", tars)}
     component = MixtureComponent("", range(1), BATCH)
-    return SampleSet(tars, joins, [component], sequential, reads_words=False, num_streams=4 if sequential else 1)
+    return SampleSet(tars, joins, [component], sequential, reads_words=False)
 
 
 def step_of(config: TrainConfig) -> Callable[[dict[str, Tensor]], object]:
