@@ -34,8 +34,8 @@ from threetowers.trainer.data import epoch_snapshot
 from threetowers.trainer.data.batch import Batch
 from threetowers.trainer.data.epoch_snapshot import EpochSnapshots
 from threetowers.trainer.data.joins.image_join import ImageJoin
+from threetowers.trainer.data.joins.sample_members import SampleMembers
 from threetowers.trainer.data.loader import TrainingSampleReader
-from threetowers.trainer.data.sample_members import SampleMembers
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.streaming import StreamSegment, read_segment
 from threetowers.trainer.data.transforms import center_crop

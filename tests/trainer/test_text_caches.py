@@ -309,6 +309,22 @@ def test_a_data_set_of_a_mixture_without_cached_text(run: dict[str, Any], folder
     assert len(batch) == 12
 
 
+def test_epochs_visit_the_tars_whose_text_is_embedded(
+    run: dict[str, Any], own_tars: list[Path], tmp_path: Path
+) -> None:
+    growing = build_text(tmp_path, own_tars)
+    (growing / "done/0.json").rename(tmp_path / "held.json")
+    tree = lift(run, growing)
+    with pytest.raises(ManifestError, match=r"a\.tar"):
+        open_run(tree)
+    tree["data"]["on_incomplete_cache"] = "skip"
+    assert open_run(tree).epoch_indices(0).tolist() == list(range(25, 45))
+    (tmp_path / "held.json").rename(growing / "done/0.json")
+    samples = open_run(tree)
+    assert samples.epoch_indices(0).tolist() == list(range(25, 45))  # as it was recorded
+    assert samples.epoch_indices(1).tolist() == list(range(45))
+
+
 def test_cached_and_live_text_give_the_same_loss(run: dict[str, Any], text: Path) -> None:
     config = parse(three_text(run, text))
     samples = open_run(three_text(run, text))

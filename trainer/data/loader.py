@@ -26,10 +26,10 @@ from threetowers.cache.webdataset.tar_index import read_member
 from threetowers.trainer.config import Augment, TrainConfig
 from threetowers.trainer.data.batch import Batch, join_parts
 from threetowers.trainer.data.joins.cache_join import CachedRow, MissingRow
+from threetowers.trainer.data.joins.sample_members import SampleMembers
 from threetowers.trainer.data.joins.text_join import DrawnRow, no_caption, other_captions
 from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.row_batches import BatchOfRows, RowReader, RowSegment, is_rows_alone
-from threetowers.trainer.data.sample_members import SampleMembers
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.sampler import RandomAccessSampler, SampleAddress
 from threetowers.trainer.data.streaming import (

@@ -1,1 +1,1 @@
-"""The joins of caches to the tars of a run, and the captions and views that an epoch draws."""
+"""Caches joined to the tars of a run, and what an epoch shows of a sample: its view, its caption, its members."""

@@ -20,13 +20,15 @@ from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import TarRows, stream_rows
 from threetowers.cache.read.tar_columns import OK, TarColumns
 from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
+from threetowers.trainer.data.joins.sample_members import SampleMembers
 from threetowers.trainer.data.joins.visit import Visit
-from threetowers.trainer.data.sample_members import SampleMembers
 
 if TYPE_CHECKING:
     from threetowers.cache.encoders.encoder import FrozenEncoder
 
 CachedRow = npt.NDArray[np.float32]  # one embedding, (D,)
+FEW_TARS = 256
+MOST_OPEN_TARS = 4096  # each is a memory map, of which a process may have some tens of thousands
 Stored = TypeVar("Stored")  # what a cache holds for one visit of a sample
 
 
@@ -72,7 +74,8 @@ class CacheJoin(ABC, Generic[Stored]):
             ManifestError: The cache is missing, not built completely, of other tars, of the other side of the samples,
                 of another encoder or width.
         """
-        self.cache = EmbeddingCache.open(path)
+        # Random access comes back to every tar: keep them open, 17 bytes a sample and 9 a caption of text
+        self.cache = EmbeddingCache.open(path, open_tars=min(max(FEW_TARS, len(tars)), MOST_OPEN_TARS))
         require_side(path, self.cache.manifest, self.side)
         if dim is not None and dim != self.cache.dim:
             raise ManifestError(

@@ -9,8 +9,8 @@ from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.stream import TarRows
 from threetowers.cache.webdataset.tar_index import key_hash
 from threetowers.trainer.data.joins.cache_join import CachedRow, CacheJoin, MissingRow
+from threetowers.trainer.data.joins.sample_members import SampleMembers
 from threetowers.trainer.data.joins.visit import Visit
-from threetowers.trainer.data.sample_members import SampleMembers
 
 
 class ImageJoin(CacheJoin[CachedRow]):

@@ -13,8 +13,8 @@ from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.trainer.data.joins.cache_join import CachedRow, CacheJoin, MissingRow
+from threetowers.trainer.data.joins.sample_members import SampleMembers
 from threetowers.trainer.data.joins.visit import Visit, numbers_by_source
-from threetowers.trainer.data.sample_members import SampleMembers
 
 NO_CAPTION = "no caption"
 
