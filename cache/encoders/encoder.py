@@ -333,6 +333,13 @@ class FrozenEncoder:
         text = self.text and replace(self.text, precision=precision)
         return replace(self, image=image, text=text)
 
+    def with_weights(self, dtype: torch.dtype) -> "FrozenEncoder":
+        """Return the same encoder with weights, and so products, of another type. Its modules change in place."""
+        for side in (self.image, self.text):
+            if side is not None:
+                side.model.to(dtype)
+        return self.running("float32", "torch")
+
 
 def encoder_arithmetic(precision: EncoderPrecision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which products are computed in this precision."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from threetowers.cache.encoders.encoder import LAYER
 
-CLS_MEAN_PATCH = "cls+mean_patch"
+TOKEN_FEATURES = ("cls", "mean_patch", "cls+mean_patch")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def mean_over_image(x: Any, layout: ImageLayout) -> Tensor:
 
 
 def token_feature(feature: str, x_bLD: Tensor, prefix: int) -> Tensor:
-    """Return `cls`, `mean_patch` or `cls+mean_patch` of tokens, the class token first and `prefix` before patches."""
+    """Return one of `TOKEN_FEATURES` of tokens (b, L, D): the class token first, `prefix` of them before patches."""
     parts = {"cls": lambda: x_bLD[:, 0], "mean_patch": lambda: x_bLD[:, prefix:].mean(1)}
     return torch.cat([parts[part]() for part in feature.split("+")], 1)
 

@@ -33,7 +33,8 @@ def live_teacher(manifest: Manifest, weights: str | None = None, device: str = "
     source = weights or (None if own else manifest.weights)
     if source is not None and source.startswith("file:"):
         raise ValueError(f"the teacher's weights came from {source.removeprefix('file:')!r}: give its path (weights)")
-    size = manifest.preprocessing.input_size[0] if manifest.preprocessing else None
+    height, width = manifest.preprocessing.input_size if manifest.preprocessing else (0, 1)
+    size = height if height == width else None  # a name has the side of a square
     options = EncoderOptions(
         device=device,
         precision=manifest.precision,

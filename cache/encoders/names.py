@@ -122,7 +122,9 @@ def load_frozen_encoder(name: str | EncoderName, options: EncoderOptions | None 
 
             - `timm:NAME[@SIZE][:WEIGHTS]`: a timm model, `hf-hub:ORG/NAME`, or a folder that timm saved it to; WEIGHTS
               is a file, FILE#PREFIX for a part of one, or `package:NAME`; by default timm's own;
-            - `open_clip:NAME[:WEIGHTS]`: an open_clip model, `hf-hub:ORG/NAME`, or a folder that it saved;
+            - `open_clip:NAME[:WEIGHTS]`: an open_clip model, `hf-hub:ORG/NAME`, or a folder that it saved; WEIGHTS is
+              one of its pretrained tags, a file, or TAG=FILE for a file with the preprocessing of that tag; by default
+              those of hub or folder, otherwise random ones;
             - `hf:NAME[:WEIGHTS]`: a model of transformers, of text, images or both, by folder or name; WEIGHTS is a
               folder with a copy of the files of that name;
             - `st:NAME[:WEIGHTS]`: a model of sentence-transformers, by folder, name or `package:NAME`;

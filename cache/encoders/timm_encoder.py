@@ -15,7 +15,7 @@ from threetowers.cache.encoders.encoder import (
     require_offered,
     state_digest,
 )
-from threetowers.cache.encoders.image_features import CLS_MEAN_PATCH, ImageLayout, LayerOutputs, token_feature
+from threetowers.cache.encoders.image_features import TOKEN_FEATURES, ImageLayout, LayerOutputs, token_feature
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
 from threetowers.cache.encoders.timm_models import (
     SOURCES,
@@ -62,11 +62,7 @@ class TimmFeatures(ImageModel):
         super().__init__()
         self.model: Any = model
         self.layout = timm_layout(model, input_size, name)
-        tokens: tuple[str, ...] = ()
-        if self.layout.tokens is not None:
-            has_class = self.layout.prefix > 0 and getattr(model, "cls_token", None) is not None
-            tokens = ("cls", "mean_patch", CLS_MEAN_PATCH) if has_class else ("mean_patch",)
-        self.features = ("pooled", *tokens)
+        self.features = ("pooled", *timm_token_features(model, self.layout))
         self._name = name
         self._layers = LayerOutputs(model, self.layout, name)
 
@@ -109,6 +105,14 @@ def timm_layout(model: nn.Module, input_size: tuple[int, int], name: str) -> Ima
     if prefix < 0:  # class tokens alone
         return ImageLayout(input_size)
     return ImageLayout(input_size, prefix, x.shape[1], channels_last)
+
+
+def timm_token_features(model: nn.Module, layout: ImageLayout) -> tuple[str, ...]:
+    """Return the features that a timm model has by its tokens."""
+    if layout.tokens is None:
+        return ()
+    has_class = layout.prefix > 0 and getattr(model, "cls_token", None) is not None
+    return TOKEN_FEATURES if has_class else ("mean_patch",)
 
 
 def load_timm_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncoder:

@@ -58,7 +58,7 @@ class LoadOptions:
         live_teacher: Compute such rows by the teacher itself.
         device: cpu, cuda or cuda:N, for the models and for FAISS; auto takes a GPU if there is one.
         precision: Of the towers' forward pass; None: that in which a run was trained, float32 for other models.
-        runtime: Of the forward pass of timm models.
+        runtime: Of the forward pass of the image side of frozen encoders.
         batch_size: Images or captions per forward pass.
         workers: Processes that read and decode images beside the model; 0: none.
         max_pixels: Largest width x height of an image that is decoded.
@@ -102,6 +102,7 @@ class Encoder(ABC):
         info: What identifies the model in records.
         dim: Width of its embeddings.
         sees_text: Whether it embeds captions.
+        by_runtime: Whether `LoadOptions.runtime` is what runs its image side.
         logit_scale: The learned inverse temperature of image and text; 1.0 where there is none. Cosines times it are
             the logits whose softmax is calibrated as far as the model is.
         store: Where embeddings are kept; None: they are computed at each call.
@@ -111,6 +112,7 @@ class Encoder(ABC):
     info: ModelInfo
     dim: int
     sees_text: bool = True
+    by_runtime: bool = False
     logit_scale: float = 1.0
     store: EmbeddingStore | None = None
     search_device: Device = "auto"

@@ -86,9 +86,10 @@ def describe_view(trained: TrainedModel, tower: str) -> str:
 
 
 def describe_preprocessing(p: Preprocessing) -> str:
-    """Return a teacher's transform in words."""
+    """Return a frozen encoder's transform in words."""
     height, width = p.input_size
-    return f"teacher's: {p.crop_mode} crop {p.crop_pct}, {p.interpolation} to {height} x {width} px"
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (p.mean, p.std))
+    return f"{p.crop_mode} crop {p.crop_pct:g}, {p.interpolation} to {height} x {width} px, mean {mean}, std {std}"
 
 
 def _check(trained: TrainedModel, tower: str, path: str | Path, join: ImageJoin) -> None:

@@ -125,7 +125,7 @@ def test_unknown_models_are_refused(tmp_path: Path) -> None:
         load_encoder(tmp_path / "missing")
     with pytest.raises(ValueError, match="holds no finished run"):
         load_encoder(tmp_path)
-    with pytest.raises(ValueError, match="expected timm:NAME"):
+    with pytest.raises(ValueError, match="expected an encoder as KIND:NAME"):
         load_encoder("timm:")
     with pytest.raises(ValueError, match="unknown to timm"):
         load_encoder("timm:no_such_model")
@@ -162,8 +162,11 @@ def test_export_embeds_like_its_run(clip: dict[str, Any], data: ImageSet, tmp_pa
     by_onnx = load_encoder(f"timm:{tmp_path / 'timm'}", LoadOptions(workers=0, runtime="onnx"))
     np.testing.assert_allclose(by_onnx.images(data, data.images), tower.images(data, data.images), atol=1e-5)
     assert by_onnx.info.fingerprint != tower.info.fingerprint
-    with pytest.raises(ValueError, match="--runtime onnx: found no timm:NAME among the models"):
-        check_options([own, theirs], LoadOptions(runtime="onnx"))
+    check_options([own, theirs], LoadOptions(runtime="onnx"))
+    with pytest.raises(ValueError, match="--runtime onnx: found no KIND:NAME among the models"):
+        check_options([own], LoadOptions(runtime="onnx"))
+    named = load_encoder(f"run:{path}", LoadOptions(workers=0))
+    assert named.info == run.info
     pairs = [(theirs.images, run.images), (tower.images, lambda *a: unit(run.features(*a)))]
     # Their transforms resize before they crop.
     for one, other in pairs:

@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from tests.eval.tiny_open_clip import save_open_clip
+from tests.cache.tiny_open_clip import save_open_clip
 from threetowers.cache.encoders.encoder import state_digest
 from threetowers.cache.encoders.live import live_teacher
 from threetowers.cache.encoders.names import load_frozen_encoder
@@ -92,7 +92,7 @@ def test_folders_of_timm(tmp_path: Path) -> None:
     assert live_teacher(manifest).weights_digest == digest
     save_timm(tmp_path / "plain")
     encoder = load_encoder(f"timm:local-dir:{tmp_path}/plain@64:{other}#state_dict", LoadOptions(workers=0))
-    assert (encoder.info.name, encoder.dim) == ("timm:plain", 96)
+    assert (encoder.info.name, encoder.dim) == ("timm:plain:other", 96)
 
 
 def test_models_of_open_clip(repo: MakeRepo, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_models_of_open_clip(repo: MakeRepo, tmp_path: Path) -> None:
     for name in ("hf-hub:me/clip", f"local-dir:{tmp_path}/clip:folder", f"{tmp_path}/clip:folder"):
         encoder = load_encoder(f"open_clip:{name}", LoadOptions(workers=0))
         assert encoder.info.digest == digest, name
-        assert "mean=[0.1, 0.2, 0.3]" in encoder.info.preprocessing
+        assert "mean 0.1, 0.2, 0.3" in encoder.info.preprocessing
         assert encoder.info.name in ("open_clip:clip", "open_clip:clip:folder")
 
 
@@ -117,7 +117,7 @@ def test_models_of_open_clip(repo: MakeRepo, tmp_path: Path) -> None:
         ("timm:test_resnet", "cannot load the pretrained weights of 'test_resnet': .* as the path of a"),
         ("timm:local-dir:nowhere", r"'local-dir:nowhere': .* found no config\.json"),
         ("timm:me/none", "'me/none' is unknown to timm .*; a model of the hub is hf-hub:me/none"),
-        ("timm:test_resnet@big", "expected the side of the input in pixels after '@'"),
+        ("timm:test_resnet@big", "'test_resnet@big' is unknown to timm"),
         ("open_clip:local-dir:nowhere", r"found no open_clip_config\.json in it"),
         ("open_clip:ViT-B32", r"no folder, and unknown to open_clip .*ViT-B-32"),
         ("open_clip:ViT-B-32:nothing", "'nothing' is neither a file nor a pretrained tag of it; its tags: openai, "),

@@ -1,4 +1,4 @@
-"""open_clip's models: their own preprocessing, weights in wrappers, and features of every kind of image tower."""
+"""open_clip's models in evaluation: their own preprocessing, weights in wrappers, and precisions."""
 
 import logging
 from copy import deepcopy
@@ -11,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.eval.tiny_open_clip import COCA, TIMM, TINY, save_open_clip
+from tests.cache.tiny_open_clip import COCA, TIMM, TINY, save_open_clip
+from threetowers.cache.webdataset.sample import read_image
+from threetowers.cache.webdataset.tar_index import index_tar
+from threetowers.eval.datasets.image_set import read_images
 from threetowers.eval.encoders.encoder import LoadOptions
+from threetowers.eval.encoders.frozen_model import FrozenModel
 from threetowers.eval.encoders.load import load_encoder
-from threetowers.eval.encoders.open_clip_encoder import OpenClipEncoder
 
 
 @pytest.fixture
@@ -28,9 +31,9 @@ def weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "weights.pt"
 
 
-def encoder_of(spec: str) -> OpenClipEncoder:
+def encoder_of(spec: str) -> FrozenModel:
     encoder = load_encoder(spec, LoadOptions(workers=0))
-    assert isinstance(encoder, OpenClipEncoder)
+    assert isinstance(encoder, FrozenModel)
     return encoder
 
 
@@ -55,8 +58,12 @@ def test_a_file_has_the_preprocessing_that_open_clip_gives_its_tag(
     with caplog.at_level(logging.INFO):
         encoder = encoder_of(f"open_clip:{name}:{source}{weights}")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    assert encoder.transform(image).equal(theirs(image))
-    assert str(theirs.transforms[-1]) in encoder.info.preprocessing
+    pixels_3HW = torch.from_numpy(np.ascontiguousarray(encoder.image.transform(image)))
+    torch.testing.assert_close(theirs.transforms[-1](pixels_3HW / 255), theirs(image), atol=1e-6, rtol=0)
+    normalize = theirs.transforms[-1]
+    preprocessing = encoder.image.preprocessing
+    assert (preprocessing.mean, preprocessing.std) == (tuple(normalize.mean), tuple(normalize.std))
+    assert f"mean {normalize.mean[0]:.4g}, " in encoder.info.preprocessing
     assert ("is taken to be" in caplog.text) == (source == "")
     assert "andomly" not in caplog.text
 
@@ -81,7 +88,7 @@ def test_wrapped_and_averaged_weights(weights: Path, tmp_path: Path) -> None:
     save_open_clip(tmp_path / "folder")
     folder = encoder_of(f"open_clip:{tmp_path / 'folder'}:{weights}")
     assert (folder.info.name, folder.info.digest) == ("open_clip:folder:weights", digests[str(weights)])
-    assert "mean=[0.1, 0.2, 0.3]" in folder.info.preprocessing
+    assert "mean 0.1, 0.2, 0.3" in folder.info.preprocessing
 
 
 def test_weights_that_do_not_fit_are_refused_in_one_line(weights: Path, tmp_path: Path) -> None:
@@ -94,20 +101,35 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(weights: Path, tmp_path
 
 
 @torch.inference_mode()
-def test_features_are_what_the_projection_maps(tmp_path: Path) -> None:
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-    def of(config: dict[str, Any]) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        save_open_clip(folder, config)
-        encoder = encoder_of(f"open_clip:{folder}")
-        return encoder.model.visual, encoder._features(pixels), encoder._embed(pixels)
-
-    for config in (TINY, COCA):
-        visual, features, embeddings = of(config)
-        projected = features @ visual.proj
-        if config is COCA:  # which normalizes by itself
-            projected = torch.nn.functional.normalize(projected, dim=-1)
-        torch.testing.assert_close(projected, embeddings, atol=1e-5, rtol=1e-4)
-    visual, features, embeddings = of(TIMM)
-    torch.testing.assert_close(visual.trunk.get_classifier()(features), embeddings, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("config", [TINY, COCA, TIMM], ids=["vit", "coca", "timm"])
+def test_embeddings_and_features_are_those_of_open_clip(
+    config: dict[str, Any], tars: list[Path], tmp_path: Path
+) -> None:
+    save_open_clip(tmp_path, config)
+    data = read_images([index_tar(tars[0])])
+    captions = ["a red disc", "", "a very long caption " * 9]
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    x_b3HW = torch.stack([transform(read_image(data.tars[p.tar], p.ordinal, 10**6)) for p in data.images])
+    images = model.eval().encode_image(x_b3HW, normalize=True)
+    texts = model.encode_text(open_clip.get_tokenizer(f"local-dir:{tmp_path}")(captions), normalize=True)
+    encoder = encoder_of(f"open_clip:{tmp_path}")
+    assert (encoder.sees_text, encoder.dim) == (True, 24)
+    np.testing.assert_allclose(encoder.images(data, data.images), images, atol=1e-6)
+    np.testing.assert_allclose(encoder.texts(captions), texts, atol=1e-6)
+    projection = model.visual.trunk.get_classifier().weight.T if config is TIMM else model.visual.proj
+    features = torch.from_numpy(np.array(encoder.features(data, data.images)))
+    projected = torch.nn.functional.normalize(features @ projection, dim=-1)
+    if config is TIMM:
+        projected = torch.nn.functional.normalize(
+            features @ projection + model.visual.trunk.get_classifier().bias, dim=-1
+        )
+    torch.testing.assert_close(projected, images, atol=1e-5, rtol=1e-4)
+    for precision in ("mixed", "bfloat16", "float16"):
+        half = load_encoder(f"open_clip:{tmp_path}", LoadOptions(workers=0, precision=precision))  # type: ignore[arg-type]
+        assert half.info.fingerprint != encoder.info.fingerprint
+        assert half.logit_scale == encoder.logit_scale
+        for found, expected in ((half.images(data, data.images), images), (half.texts(captions), texts)):
+            assert not np.array_equal(found, expected)
+            assert (found * expected.numpy()).sum(1).min() > 0.999
+    with pytest.raises(ValueError, match="--runtime onnx: expected --precision float32, found float16"):
+        load_encoder(f"open_clip:{tmp_path}", LoadOptions(workers=0, precision="float16", runtime="onnx", device="cpu"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from threetowers.cache.encoders.encoder import LAYER, ImageModel, require_offered
 from threetowers.cache.encoders.huggingface.outputs import TowerHook, TowerOutput, joint_embedding, own_pooler
-from threetowers.cache.encoders.image_features import CLS_MEAN_PATCH, ImageLayout, LayerOutputs, token_feature
+from threetowers.cache.encoders.image_features import TOKEN_FEATURES, ImageLayout, LayerOutputs, token_feature
 
 CLASS_TOKENS = ("cls_token", "class_embedding")  # names of their parameters
 
@@ -54,7 +54,7 @@ class HfImageModel(ImageModel):
         )
         tokens: tuple[str, ...] = ()
         if output.states.ndim == 3:
-            tokens = ("cls", "mean_patch", CLS_MEAN_PATCH) if has_class else ("mean_patch",)
+            tokens = TOKEN_FEATURES if has_class else ("mean_patch",)
         self._has_class = has_class
         self.features = ("pooled", *(["projected"] if projected_1D is not None else []), *tokens)
         self._layers = LayerOutputs(model, self.layout, name)

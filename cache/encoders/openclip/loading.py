@@ -1,18 +1,29 @@
-"""open_clip's models as open_clip loads them: architecture, weights, and the preprocessing that belongs to both."""
+"""open_clip's models as open_clip loads them: architecture, weights, and the preprocessing and tokenizer of both."""
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from threetowers.cache.encoders.openclip.tokenizers import (
+    OpenClipTokenizer,
+    SentencePieceTokenizer,
+    open_clip_tokenizer,
+)
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
-from threetowers.cache.encoders.weights_file import load_strictly, model_part, one_line, read_state, split_part
+from threetowers.cache.encoders.weights_file import (
+    load_strictly,
+    model_part,
+    one_line,
+    read_state,
+    require_finite,
+    split_part,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +48,22 @@ PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # as open_clip'
 
 @dataclass(frozen=True)
 class OpenClipModel:
-    """An open_clip model, ready to embed.
+    """An open_clip model, as it is loaded.
 
     Attributes:
-        name: In records and tables, without folders.
-        model: open_clip's model.
+        name: As open_clip knows it, or its folder.
+        weights: Where its weights came from: `pretrained` (those of the hub), one of its tags, its folder,
+            `file:FILE#PREFIX`, or `random`.
+        model: open_clip's model, in evaluation mode.
         transform: Its evaluation transform, PIL image to (3, H, W).
-        tokenize: Its tokenizer, captions to (b, L).
+        tokenizer: Its tokenizer.
     """
 
     name: str
+    weights: str
     model: Any
     transform: Any
-    tokenize: Callable[[list[str]], Tensor]
+    tokenizer: OpenClipTokenizer
 
 
 def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
@@ -67,7 +81,7 @@ def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
     try:
         import open_clip
     except ImportError as error:
-        raise ValueError(f"open_clip:{name}: run `pip install open_clip_torch` first") from error
+        raise ValueError(f"open_clip:{name}: open_clip not found: pip install 'threetowers[open_clip]'") from error
     spec = f"open_clip:{name}"
     folder = _folder(name)
     known = LOCAL + str(folder) if folder else name if name.startswith(HUB) else name.replace("/", "-")
@@ -82,7 +96,7 @@ def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
     tag, file = _tag_and_file(known, weights, spec)
     if folder is not None and file is None:
         file = str(folder)
-    arguments: dict[str, Any] = {"pretrained": tag}
+    arguments: dict[str, Any] = {"pretrained": tag, "require_pretrained": known.startswith(HUB)}
     if file is not None:
         preprocessing = {} if known.startswith(SOURCES) else _preprocessing(known, tag, file, spec)
         # Without weights of its towers, which open_clip would otherwise fetch.
@@ -94,11 +108,25 @@ def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
             model, _, transform = open_clip.create_model_and_transforms(known, **arguments)
     except Exception as error:  # hub, network, file system and open_clip each raise their own kinds
         raise ValueError(f"{spec}: open_clip cannot load {_what(known, tag)}: {one_line(error)}{REMEDY}") from error
-    if file is not None:
-        _load_weights(model, file, spec)
-    stem = Path(split_part(weights.partition("=")[2] or weights)[0]).stem if weights else ""
-    short = (folder or Path(known.removeprefix(HUB))).name
-    return OpenClipModel(short + (f":{stem}" if stem else ""), model, transform, _tokenizer(known, folder, model, spec))
+    part = _load_weights(model, file, spec) if file is not None else ""
+    return OpenClipModel(
+        str(folder or known),
+        _stated_weights(known, weights, file, part),
+        model.eval().requires_grad_(False),
+        transform,
+        _tokenizer(known, folder, model, spec),
+    )
+
+
+def _stated_weights(known: str, weights: str | None, file: str | None, part: str) -> str:
+    """Return where the weights came from, as manifests say it. `part`: the prefix that they have in the file."""
+    if weights is None:
+        if known.startswith(LOCAL):
+            return known.removeprefix(LOCAL)
+        return "pretrained" if known.startswith(HUB) else "random"
+    if file is None:
+        return weights
+    return f"file:{split_part(file)[0].name}" + (f"#{part}" if part else "")
 
 
 def _folder(name: str) -> Path | None:
@@ -170,24 +198,37 @@ def _preprocessing(known: str, tag: str | None, file: str, spec: str) -> dict[st
     return {f"image_{key}": value for key, value in found.items()}
 
 
-def _load_weights(model: Any, file: str, spec: str) -> None:
-    """Load a file of weights: as it is if it fits, otherwise by open_clip, which converts foreign and older ones."""
+def _load_weights(model: Any, file: str, spec: str) -> str:
+    """Load a file of weights: as it is if it fits, otherwise by open_clip, which converts foreign and older ones.
+
+    Returns:
+        The prefix of the part of the file that they are.
+    """
     import open_clip
 
     path, part = split_part(file)
     state: dict[str, Tensor] = {}
     if path.suffix not in (".npz", ".npy"):  # of big_vision
-        state, _ = model_part(read_state(path, WEIGHTS), model.state_dict(), str(path), part)
+        state, found = model_part(read_state(path, WEIGHTS), model.state_dict(), str(path), part)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if part or path.is_dir() or shapes == {name: tensor.shape for name, tensor in state.items()}:
-            return load_strictly(model, state, str(path), spec)
+            load_strictly(model, state, str(path), spec)
+            _require_finite_towers(model, path)
+            return found
     try:
         open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
     except Exception as error:  # each format raises its own kinds
         if state:
             load_strictly(model, state, str(path), spec)
         raise ValueError(f"{spec}: {path} cannot be loaded: {one_line(error)}") from error
-    return None
+    _require_finite_towers(model, path)
+    return ""
+
+
+def _require_finite_towers(model: Any, path: Path) -> None:
+    """Raise ValueError for NaN or infinity in what embeds; the decoder of CoCa is not used."""
+    require_finite(model.visual, str(path))
+    require_finite(getattr(model, "text", model), str(path))
 
 
 @contextmanager
@@ -205,15 +246,14 @@ def _without_notice_of_random_weights() -> Iterator[None]:
         root.removeFilter(keep)
 
 
-def _tokenizer(known: str, folder: Path | None, model: Any, spec: str) -> Callable[[list[str]], Tensor]:
+def _tokenizer(known: str, folder: Path | None, model: Any, spec: str) -> OpenClipTokenizer:
     """Return open_clip's tokenizer of the model; our own where the folder is one of our exports, which contain it."""
     if folder is not None and (folder / "tokenizer.model").is_file():
-        return partial(Tokenizer.load(folder / "tokenizer.model").encode, context_length=model.context_length)
+        return SentencePieceTokenizer(Tokenizer.load(folder / "tokenizer.model"), model.context_length)
     import open_clip
 
     try:
-        theirs: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(known)
+        return open_clip_tokenizer(open_clip.get_tokenizer(known))
     except Exception as error:  # hub, network and transformers each raise their own kinds
         install = ": run `pip install transformers`" if isinstance(error, ImportError) else REMEDY
         raise ValueError(f"{spec}: its tokenizer cannot be loaded: {one_line(error)}{install}") from error
-    return theirs

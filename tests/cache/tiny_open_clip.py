@@ -32,12 +32,12 @@ TIMM: dict[str, Any] = {  # as MobileCLIP: timm's classifier is the projection
 PREPROCESS = {"size": [32, 32], "mean": [0.1, 0.2, 0.3], "interpolation": "bilinear"}
 
 
-def save_open_clip(folder: Path, config: dict[str, Any] = TINY) -> str:
+def save_open_clip(folder: Path, config: dict[str, Any] = TINY, preprocess: dict[str, Any] | None = None) -> str:
     """Save a model as open_clip does, and return the digest of its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"model_cfg": config, "preprocess_cfg": PREPROCESS}
+    content = {"model_cfg": config, "preprocess_cfg": PREPROCESS | (preprocess or {})}
     (folder / "open_clip_config.json").write_text(json.dumps(content))
     torch.manual_seed(0)
-    state = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
+    state = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False).state_dict()
     save_file({name: value.clone() for name, value in state.items()}, folder / "open_clip_model.safetensors")
     return state_digest(state)

@@ -1,0 +1,1 @@
+"""open_clip's models: loading them, and their image and text towers as encoders."""
