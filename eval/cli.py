@@ -27,7 +27,8 @@ class EvalFlags:
     """The flags of every command that evaluates models.
 
     Attributes:
-        models: A run or export folder, open_clip:NAME[:WEIGHTS], timm:NAME[:WEIGHTS] or cache:PATH.
+        models: A run or export folder, a frozen encoder KIND:NAME[@SIZE][:WEIGHTS], as open_clip:ViT-B-32:openai, or
+            cache:PATH.
         output_dir: Folder for report.html, report.md, records/ and embeddings/; what is recorded there is not computed
             again.
         ensemble: TOWER=WEIGHT[,WEIGHT...]: evaluate each run also with its third tower's image embedding mixed in by
@@ -38,7 +39,7 @@ class EvalFlags:
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         precision: Of the towers; mixed: float32 weights, products in bfloat16. By default that in which a run was
             trained, float32 for other models.
-        runtime: What runs timm models: torch, or onnx (an extra of that name; on the CPU).
+        runtime: What runs the image side of frozen encoders: torch, or onnx (an extra of that name; on the CPU).
         workers: Processes that read and decode images; 0: none.
         max_pixels: Images with more pixels are left out, a protection against decompression bombs.
         on_bad: What is done with what cannot be read. error: stop at the first; skip: leave out such samples, and
@@ -175,7 +176,7 @@ def search(
     """Search images by free text: prints keys, scores and captions, and writes a page.
 
     Args:
-        model: The folder of a run or an export, or open_clip:NAME[:WEIGHTS].
+        model: The folder of a run or an export, or a frozen encoder of images and text.
         tars: The gallery: tars, globs or brace ranges. Its images need no captions.
         query: Texts to search for.
         output_dir: Folder for search.html and the gallery's embeddings, which are then computed once. Without it,
