@@ -1,16 +1,18 @@
 """A run whose towers are all cached, against the same steps on batches that are sliced from arrays in memory.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_rows.py        # about two minutes
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_rows.py                 # about two minutes
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_rows.py --in-process    # on a machine that does other things
 
 Steps are complete, through DeepSpeed in one process: forward, losses, backward, optimizer; the loader has one worker.
+Without it everything is done by the training process, whose CPU time other processes hardly change.
 Rows are random: 10,000 samples with an image of width 1,024 and one to eight captions of width 384 each. Prints ratios
 of the medians of measurements taken in alternation in this run.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_cache import SHARD_DIM, SHARD_ROWS, TEXT_DIM, alternate, random_cache, random_text_cache, timed
+from bench_cache import SHARD_DIM, SHARD_ROWS, TEXT_DIM, alternate, random_cache, random_text_cache
 from torch import Tensor
 
 from threetowers.cache.webdataset.sample_list import SampleList
@@ -40,7 +42,7 @@ BATCH, STEPS = 1024, 20
 HEADS: dict[str, dict[str, Any]] = {"linear": {}, "mlp": {"kind": "mlp", "hidden": 1024}}
 
 
-def run_of(folder: Path, head: dict[str, Any], access: str) -> TrainConfig:
+def run_of(folder: Path, head: dict[str, Any], access: str, workers: int) -> TrainConfig:
     """A run on both caches; no tar is opened."""
     towers = {
         "image": {"kind": "cache", "path": str(folder / "image")},
@@ -51,7 +53,7 @@ def run_of(folder: Path, head: dict[str, Any], access: str) -> TrainConfig:
         "global_batch_size": BATCH,
         "duration": {"epochs": 1},
         "embed_dim": 256,
-        "data": {"tars": ["/0.tar"], "workers": 1, "access": access, "shuffle_buffer": 2 * BATCH},
+        "data": {"tars": ["/0.tar"], "workers": workers, "access": access, "shuffle_buffer": 2 * BATCH},
         "towers": towers,
         "heads": {"f": {"of": "image"} | head, "g": {"of": "text"} | head},
         "terms": {"image-text": {"x": "f", "y": "g"}},
@@ -92,60 +94,66 @@ def sliced() -> Iterator[dict[str, Tensor]]:
         yield {name: torch.from_numpy(rows_nD[chosen]) for name, rows_nD in rows.items()}
 
 
-class Waiting:
-    """Takes batches from a loader, and counts the seconds that are waited for them."""
+class Measured:
+    """The steps of a run, and those on sliced arrays, by one clock."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, config: TrainConfig, samples: SampleSet, clock: Callable[[], float]) -> None:
+        self._config = config
+        self._samples = samples
+        self._clock = clock
+        self._step = step_of(config)
+        self._in_memory = sliced()
+        self._waited: list[float] = []
 
-    def taking(self, batches: Iterator[Any]) -> Iterator[dict[str, Tensor]]:
-        """Yield the inputs of some batches."""
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self.seconds += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch.inputs
+    def run(self) -> float:
+        """Return the seconds of the steps of the run, after two that do not count."""
+        batches = iter(training_loader(self._config, self._samples, None, 0, 1, 0, STEPS + 2))
+        for _ in range(2):
+            self._step(next(batches).inputs)
+        began = self._clock()
+        waited = 0.0
+        for _ in range(STEPS):
+            asked = self._clock()
+            batch = next(batches)
+            waited += self._clock() - asked
+            self._step(batch.inputs)
+        seconds = self._clock() - began
+        self._waited.append(waited / seconds)
+        return seconds
+
+    def floor(self) -> float:
+        """Return the seconds of as many steps on sliced arrays."""
+        began = self._clock()
+        for _ in range(STEPS):
+            self._step(next(self._in_memory))
+        return self._clock() - began
+
+    @property
+    def data_wait(self) -> float:
+        """The share of a run's time that is spent until its batches are there, in the median."""
+        return statistics.median(self._waited)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--in-process", action="store_true", help="without a worker, by CPU time")
+    options = parser.parse_args()
+    clock = time.process_time if options.in_process else time.perf_counter
+    how = "no worker, CPU time" if options.in_process else "one worker"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_cache(folder / "image")
         random_text_cache(folder / "text")
-        in_memory = sliced()
         for kind, head in HEADS.items():
             for access in ("random", "sequential"):
-                config = run_of(folder, head, access)
-                step = step_of(config)
-                samples = samples_of(folder, access == "sequential")
-                waiting, taken = Waiting(), []
-
-                def run(
-                    config: TrainConfig = config,
-                    samples: SampleSet = samples,
-                    step: Callable[[dict[str, Tensor]], object] = step,
-                    waiting: Waiting = waiting,
-                    taken: list[float] = taken,
-                ) -> float:
-                    batches = iter(training_loader(config, samples, None, 0, 1, 0, STEPS + 2))
-                    for _ in range(2):
-                        step(next(batches).inputs)
-                    taken.append(timed(lambda: deque(map(step, waiting.taking(batches)), maxlen=0)))
-                    return taken[-1]
-
-                def floor(step: Callable[[dict[str, Tensor]], object] = step) -> float:
-                    return timed(lambda: [step(next(in_memory)) for _ in range(STEPS)])
-
-                ours, theirs = alternate(rounds, run, floor)
+                config = run_of(folder, head, access, workers=0 if options.in_process else 1)
+                measured = Measured(config, samples_of(folder, access == "sequential"), clock)
+                ours, theirs = alternate(options.rounds, measured.run, measured.floor)
                 print(
-                    f"rows alone, {access:<10} {kind:<6} heads / sliced arrays (rate) {theirs / ours:6.3f}  (>= 0.7; "
-                    f"{STEPS * BATCH / ours:,.0f} samples/s, data wait {waiting.seconds / sum(taken):.1%}, <= 5 %)",
+                    f"rows alone, {access:<10} {kind:<6} heads / sliced arrays (rate) {theirs / ours:6.3f}  (>= 0.7; {how}; "
+                    f"{STEPS * BATCH / ours:,.0f} samples/s, data wait {measured.data_wait:.1%}, <= 5 %)",
                     flush=True,
                 )
 

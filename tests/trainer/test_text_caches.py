@@ -238,7 +238,7 @@ def test_caches_that_hold_different_captions_are_refused(run: dict[str, Any], tm
     tree = sharelock(run, build_images(tmp_path, [tar]), one)
     tree["data"] |= {"tars": [str(tar)], "captions": {"json.alt": 1.0}}
     tree["towers"] |= towers_of(text_b=two)
-    tree["heads"] |= {"b": {"of": "text_b"}}
+    tree["heads"] = tree["heads"] | {"b": {"of": "text_b"}}
     tree["terms"] = run["terms"] | {"b": {"x": "f", "y": "b"}}
     reader = reader_of(tree)
     epochs = [epoch for epoch in range(8) if drawn(0, epoch, 5, {"json.alt": 1.0}).startswith("disc")]
@@ -287,6 +287,33 @@ def test_live_rows_where_no_words_are_read(run: dict[str, Any], gap: Path, image
     reader = reader_of(with_policy(sharelock(run, images, gap), "live"))
     for index in (3, 4):
         assert_is_row(reader.read(5, index).rows["text"], drawn(0, 5, index, WEIGHTS))
+
+
+def test_live_rows_do_not_change_crops_and_are_of_the_caption_of_other_caches(
+    run: dict[str, Any], gap: Path, text: Path, folder: Path, own_tars: list[Path], tmp_path: Path
+) -> None:
+    """Words of the sample that one cache lacks are compared with the captions of the other."""
+    tree = with_policy(lift(run, gap), "live")
+    tree["towers"] |= towers_of(text_b=text)
+    tree["heads"] = tree["heads"] | {"b": {"of": "text_b"}}
+    tree["terms"] = run["terms"] | {"b": {"x": "f", "y": "b"}}
+    for data in (run["data"], tree["data"]):
+        data |= {"crop_scale": 0.4}
+    plain, cached = reader_of(run), reader_of(tree)
+    for index in (3, 4, 31):
+        one, other = plain.read(2, index), cached.read(2, index)
+        assert one.image is not None
+        assert other.image is not None
+        assert one.image.equal(other.image)
+        for tower in ("text", "text_b"):
+            assert one.caption is not None
+            assert_is_row(other.rows[tower], one.caption)
+    now = write_tar(tmp_path / "a.tar", changed(captioned(0, 25), 5, "changed"))
+    tree["data"]["tars"] = [str(now)]
+    tree["towers"]["text"]["path"] = str(build_text(tmp_path, [now], left_out=(5,)))
+    tree["towers"]["text_b"]["path"] = str(build_text(tmp_path, [now], "b", before=own_tars[:1]))
+    with pytest.raises(ManifestError, match=r"'s0005'.*was changed"):
+        reader_of(tree).read(0, 5)
 
 
 def test_a_sample_without_captions_of_the_runs_sources_is_bad(run: dict[str, Any], images: Path, text: Path) -> None:

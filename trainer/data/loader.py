@@ -27,7 +27,7 @@ from threetowers.trainer.config import Augment, TrainConfig
 from threetowers.trainer.data.batch import Batch, join_parts
 from threetowers.trainer.data.joins.cache_join import CachedRow, MissingRow
 from threetowers.trainer.data.joins.sample_members import SampleMembers
-from threetowers.trainer.data.joins.text_join import DrawnRow, no_caption, other_captions
+from threetowers.trainer.data.joins.text_join import DrawnRow, TextJoin, no_caption, other_captions
 from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.row_batches import BatchOfRows, RowReader, RowSegment, is_rows_alone
 from threetowers.trainer.data.sample_set import SampleSet
@@ -146,11 +146,19 @@ class TrainingSampleReader:
     ) -> None:
         """Check that all caches of text hold the drawn caption, and take it from the random numbers.
 
+        Words are read only where one of the caches lacks the sample, and its teacher has to embed them.
+
         Raises:
-            BadSample: They hold none that the run draws from.
-            ManifestError: They hold different captions.
+            BadSample: There is no caption that the run draws from.
+            ManifestError: The caches hold different captions.
         """
         drawn = {tower: row for tower, row in stored.items() if isinstance(row, DrawnRow)}
+        is_read = any(
+            stored[tower] is None and isinstance(join, TextJoin) and join.on_missing_row == "live"
+            for tower, join in self._samples.caches.items()
+        )
+        if is_read:
+            members.caption(visit, rng)
         if not drawn:
             return
         first, row = next(iter(drawn.items()))
@@ -159,7 +167,7 @@ class TrainingSampleReader:
         for tower, other in drawn.items():
             if other.caption_hash != row.caption_hash:
                 raise other_captions(members.tar, members.ordinal, first, tower)
-        if rng is not None:
+        if rng is not None and not is_read:
             visit.place(row.counts, rng)
 
 

@@ -14,7 +14,7 @@ from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.trainer.data.joins.cache_join import CachedRow, CacheJoin, MissingRow
 from threetowers.trainer.data.joins.sample_members import SampleMembers
-from threetowers.trainer.data.joins.visit import Visit, numbers_by_source
+from threetowers.trainer.data.joins.visit import Visit
 
 NO_CAPTION = "no caption"
 
@@ -62,13 +62,14 @@ class TextJoin(CacheJoin[DrawnRow]):
         """
         embedded = self.cache.manifest.caption_sources
         where = f"{self.cache.storage}: captions"
-        default = "the default sources"
-        wanted = set(captions.sources)
-        if (not wanted and embedded.sources) or wanted - set(embedded.sources):
+        wanted = sorted(captions.sources)
+        if (not wanted and embedded.sources) or set(wanted) - set(embedded.sources):
+            default = "the default sources"
+            flag = f"with --captions {' '.join(wanted)}" if wanted else "without --captions"
             raise ManifestError(
-                f"{where}: {key}.captions draws from {sorted(wanted) or default}, expected sources among those that "
-                f"are embedded, found {list(embedded.sources) or default}; set {key}.captions to these, or build a "
-                f"cache with --captions {' '.join(sorted(wanted)) or '(none)'}"
+                f"{where}: {key}.captions draws from {wanted or default}, expected sources among those that are "
+                f"embedded, found {list(embedded.sources) or default}; set {key}.captions to these, or build a cache "
+                f"{flag}"
             )
         if captions.caption_per_line != embedded.caption_per_line:
             found = str(embedded.caption_per_line).lower()
@@ -172,6 +173,25 @@ class TextJoin(CacheJoin[DrawnRow]):
         if not np.isfinite(row_D).all():
             raise MissingRow(f"the embedding by teacher {encoder.name!r} is not finite")
         return row_D
+
+
+def numbers_by_source(
+    source_k: npt.NDArray[np.uint8], names: Sequence[str], captions: CaptionFormat
+) -> dict[str, range]:
+    """Return which of a sample's k cached captions are of each source that a run draws from.
+
+    Args:
+        source_k: The source of each caption; those of one source are next to each other.
+        names: The sources by number.
+        captions: The captions of the run.
+    """
+    found: dict[str, range] = {}
+    for number, code in enumerate(source_k.tolist()):
+        name = names[code]
+        if not captions.sources or name in captions.sources:
+            first = found[name].start if name in found else number
+            found[name] = range(first, number + 1)
+    return found
 
 
 def no_caption(tar: TarIndex, ordinal: int, captions: CaptionFormat) -> BadSample:

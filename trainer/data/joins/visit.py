@@ -1,10 +1,9 @@
 """The visit of an epoch to a sample: which view of its image and which of its captions are shown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from threetowers.cache.webdataset.captions import CaptionFormat
 
@@ -44,22 +43,3 @@ class Visit:
                 return next(iter(counts)), 0
             rng = self.rng()
         return self.captions.draw_place(counts, rng)
-
-
-def numbers_by_source(
-    source_k: npt.NDArray[np.uint8], names: Sequence[str], captions: CaptionFormat
-) -> dict[str, range]:
-    """Return which of a sample's k cached captions are of each source that a run draws from.
-
-    Args:
-        source_k: The source of each caption; those of one source are next to each other.
-        names: The sources by number.
-        captions: The captions of the run.
-    """
-    found: dict[str, range] = {}
-    for number, code in enumerate(source_k.tolist()):
-        name = names[code]
-        if not captions.sources or name in captions.sources:
-            first = found[name].start if name in found else number
-            found[name] = range(first, number + 1)
-    return found
