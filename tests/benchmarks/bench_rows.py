@@ -152,8 +152,8 @@ def main() -> None:
                 measured = Measured(config, samples_of(folder, access == "sequential"), clock)
                 ours, theirs = alternate(options.rounds, measured.run, measured.floor)
                 print(
-                    f"rows alone, {access:<10} {kind:<6} heads / sliced arrays (rate) {theirs / ours:6.3f}  (>= 0.7; {how}; "
-                    f"{STEPS * BATCH / ours:,.0f} samples/s, data wait {measured.data_wait:.1%}, <= 5 %)",
+                    f"rows alone, {access:<10} {kind:<6} heads / sliced arrays (rate) {theirs / ours:6.3f}  (>= 0.7; "
+                    f"{how}; {STEPS * BATCH / ours:,.0f} samples/s, data wait {measured.data_wait:.1%}, <= 5 %)",
                     flush=True,
                 )
 
