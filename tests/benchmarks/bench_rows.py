@@ -141,7 +141,6 @@ def main() -> None:
     parser.add_argument("--in-process", action="store_true", help="without a worker, by CPU time")
     options = parser.parse_args()
     clock = time.process_time if options.in_process else time.perf_counter
-    how = "no worker, CPU time" if options.in_process else "one worker"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_cache(folder / "image")
@@ -151,9 +150,10 @@ def main() -> None:
                 config = run_of(folder, head, access, workers=0 if options.in_process else 1)
                 measured = Measured(config, samples_of(folder, access == "sequential"), clock)
                 ours, theirs = alternate(options.rounds, measured.run, measured.floor)
+                how = "no worker, CPU time" if options.in_process else f"data wait {measured.data_wait:.1%}, <= 5 %"
                 print(
                     f"rows alone, {access:<10} {kind:<6} heads / sliced arrays (rate) {theirs / ours:6.3f}  (>= 0.7; "
-                    f"{how}; {STEPS * BATCH / ours:,.0f} samples/s, data wait {measured.data_wait:.1%}, <= 5 %)",
+                    f"{STEPS * BATCH / ours:,.0f} samples/s, {how})",
                     flush=True,
                 )
 

@@ -37,10 +37,12 @@ from tests.trainer.text_runs import (
 from threetowers.cache.encoders.live import embed_captions
 from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data.annotation_survey import survey_annotations
 from threetowers.trainer.data.joins.text_join import TextJoin
+from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.loader import TrainingSampleReader
 from threetowers.trainer.data.streaming import StreamSegment, read_segment
 from threetowers.trainer.estimate.dry_run import dry_run
@@ -129,6 +131,12 @@ def test_rows_are_those_of_the_caption_that_a_run_without_them_draws(
             for tower in ("text_a", "text_b"):
                 assert_is_row(sample.rows[tower], caption)
     assert len(seen) > 70  # of 90
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**63])
+def test_the_random_numbers_of_a_visit_are_those_of_its_fields(seed: int) -> None:
+    visit = Visit(seed, 3, 2**31, 0, DEFAULT_CAPTIONS)
+    assert visit.rng().random(4).tolist() == np.random.default_rng([seed, 3, 2**31]).random(4).tolist()
 
 
 def test_random_crops_do_not_depend_on_who_counts_the_captions(run: dict[str, Any], text: Path) -> None:
