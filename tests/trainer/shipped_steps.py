@@ -1,10 +1,11 @@
-"""Two steps of every shipped config and variant, with its towers shrunk and its own engine and optimizer, in a process.
+"""Two steps of every config and variant in some of configs/'s folders, shrunk, with their own engine and optimizer.
 
 For each a line of JSON: its precision, the loss of both steps, and the types of weights, batch norms and scales.
 """
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,9 @@ def shrunk(config: TrainConfig) -> TrainConfig:
     tree["global_batch_size"] = BATCH
     tree["data"] |= {"image_size": PIXELS, "context_length": LENGTH, "vocab_size": VOCAB}
     tree["embed_dim"] = WIDTH
+    for head in tree["heads"].values():
+        if head["hidden"] is not None:
+            head["hidden"] = WIDTH
     for tower in tree["towers"].values():
         if tower["kind"] == "text":
             tower |= {"width": WIDTH, "depth": 6 if tower["share"] else 1, "heads": 2, "mlp_ratio": 4.0}
@@ -75,6 +79,7 @@ def two_steps(config: TrainConfig) -> dict[str, Any]:
         "precision": config.engine.precision,
         "losses": losses,
         "norms": len(norms),
+        "scales": len(config.scales()),
         "exact": sorted({str(p.dtype) for p in float32_parameters(model).values()}),
         "embeddings": sorted({str(x_bD.dtype) for x_bD in outputs.embeddings.values()}),
     }
@@ -90,7 +95,7 @@ def precisions(config: TrainConfig, plain: bool) -> list[Precision]:
 if __name__ == "__main__":
     join_process_group()
     done: dict[str, dict[str, Any]] = {}  # variants that differ in size alone are the same once they are shrunk
-    for file in [*RUNS, *REPRODUCED]:
+    for file in [file for file in [*RUNS, *REPRODUCED] if file.parent.name in sys.argv[1:]]:
         for variant in variants(file):
             small = shrunk(load_config(file, variant=variant))
             for precision in precisions(small, variant is None):

@@ -44,15 +44,18 @@ class TeacherCost:
     def from_manifest(cls, manifest: Manifest) -> Self:
         """Return the cost of the teacher that built a cache."""
         flops = None
-        if manifest.preprocessing is not None and manifest.encoder.startswith(TIMM):
-            size = manifest.preprocessing.input_size
-            flops = _count_or_none(f"FLOPs of {manifest.encoder}", lambda: _timm_cost(manifest.encoder, size)[1])
+        if manifest.preprocessing is not None:
+            flops = _timm_flops(manifest.encoder, manifest.preprocessing.input_size)
         return cls(manifest.encoder, manifest.dim, manifest.storage_dtype.row_bytes(manifest.dim), flops)
 
     @classmethod
     def of_width(cls, encoder: str | None, dim: int) -> Self:
         """Return the cost of the teacher of a cache yet to be built, in float16, whose rows have this width."""
-        return cls(encoder or "a cache", dim, Float16Dtype().row_bytes(dim), None)
+        flops = None
+        if encoder is not None:
+            name = EncoderName.parse(encoder)
+            flops = _timm_flops(name.model, _side(name))
+        return cls(encoder or "a cache", dim, Float16Dtype().row_bytes(dim), flops)
 
     @classmethod
     def from_encoder(cls, encoder: str) -> Self:
@@ -66,9 +69,8 @@ class TeacherCost:
             ValueError: If it is no name of an encoder.
         """
         name = EncoderName.parse(encoder)
-        size = None if name.size is None else (name.size, name.size)
         try:
-            dim, flops = _timm_cost(name.model, size)
+            dim, flops = _timm_cost(name.model, _side(name))
         except ConfigError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -284,6 +286,17 @@ def _flops(module: nn.Module, value: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         module(value)
     return int(counter.get_total_flops())
+
+
+def _side(name: EncoderName) -> tuple[int, int] | None:
+    return None if name.size is None else (name.size, name.size)
+
+
+def _timm_flops(encoder: str, size: tuple[int, int] | None) -> int | None:
+    """Return the forward FLOPs of an encoder at an image size; None where it is none of timm, or not countable."""
+    if not encoder.startswith(TIMM):
+        return None
+    return _count_or_none(f"FLOPs of {encoder}", lambda: _timm_cost(encoder, size)[1])
 
 
 @cache

@@ -37,7 +37,9 @@ def dry_run(config: TrainConfig, world_size: int = 1) -> list[str]:
         raise ConfigError(
             f"duration.epochs: the length of an epoch is unknown without {config.data.patterns}; give samples"
         )
-    teachers = {name: _teacher(name, tower) for name, tower in config.towers.items() if isinstance(tower, CacheTower)}
+    teachers = {
+        name: teacher_cost(name, tower) for name, tower in config.towers.items() if isinstance(tower, CacheTower)
+    }
     vocab_size = _vocab_size(config)
     steps = config.duration.in_steps(0 if stats is None else stats.usable, config.global_batch_size)
     # The layout, the model and the parameter groups are checked as in training.
@@ -71,8 +73,12 @@ def _dataset_stats(config: TrainConfig) -> DatasetStats | None:
     )
 
 
-def _teacher(name: str, tower: CacheTower) -> TeacherCost:
-    """Return the cost of the encoder of a cached tower, by the cache or else by what the config states."""
+def teacher_cost(name: str, tower: CacheTower) -> TeacherCost:
+    """Return the cost of the encoder of a cached tower, by the cache or else by what the config states.
+
+    Raises:
+        ConfigError: The config does not state the width of its rows, and there is no cache.
+    """
     try:
         manifest = EmbeddingCache.open(tower.path).manifest
     except ManifestError as error:
