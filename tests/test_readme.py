@@ -1,17 +1,14 @@
 """The README's Python, run as it stands there on a small part of the demo's data."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import write_tar
-from threetowers.cache.webdataset.tar_index import index_tar, read_member
+from tests.emoji_samples import ROOT, demo_folder
 
-ROOT = Path(__file__).parent.parent
 # The demo's run, shortened.
 SHORTER = {'"duration={epochs: 20}"': '"duration={steps: 2}", "global_batch_size=32", "data.workers=0"'}
 
@@ -19,15 +16,7 @@ SHORTER = {'"duration={epochs: 20}"': '"duration={steps: 2}", "global_batch_size
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
     """The folder that `make demo` leaves, of 64 images to train on and 40 to test on."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "data/emoji").mkdir(parents=True)
-    for split, count in (("train", 64), ("test", 40)):
-        tar = index_tar(sorted((ROOT / "data/emoji").glob(f"{split}-*.tar"))[0])
-        members = [
-            (sample.key, {name: read_member(tar, ordinal, name) for name in sample.members})
-            for ordinal, sample in enumerate(list(tar.samples)[:count])
-        ]
-        write_tar(tmp_path / f"data/emoji/{split}-0.tar", members)
+    demo_folder(tmp_path, {"train": 64, "test": 40})
     teacher = ["--encoder", "timm:tf_efficientnet_lite0@160:package:efficientnet-lite0"]
     build = ["cache", "build", "--tars", "data/emoji/*.tar", "--output-dir", "runs/emoji/cache", *teacher]
     tokenizer = ["tokenizer", "train", "--tars", "data/emoji/train-*.tar", "--output", "runs/emoji/tokenizer.model"]
