@@ -52,9 +52,9 @@ def test_dry_run_of_every_config(name: str, tmp_path: Path, monkeypatch: pytest.
     assert f"= {config.global_batch_size:,}\n" in page
     model = build(config)
     assert f"model: {count(model):,} parameters, each counted once" in page
-    for name in config.towers_of("cache"):
-        saved = "; .*FLOP a sample less than" if config.side_of(name) == "image" else "$"
-        assert re.search(rf"(?m)^tower {name}: .* bytes a sample read from .*, no forward passes{saved}", page)
+    for tower in config.towers_of("cache"):
+        saved = "; .*FLOP a sample less than" if config.side_of(tower) == "image" else "$"
+        assert re.search(rf"(?m)^tower {tower}: .* bytes a sample read from .*, no forward passes{saved}", page)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
