@@ -34,8 +34,9 @@ class EvalFlags:
         ensemble: TOWER=WEIGHT[,WEIGHT...]: evaluate each run also with its third tower's image embedding mixed in by
             that weight, as in third=0.1,0.3,0.5.
         ensemble_space: Mix embeddings, or logits: then captions are compared with the third tower by their own head.
-        cache: TOWER=PATH of a cache with the images, for runs whose image tower is a cached teacher (LiT).
-        live_teacher: For such runs, compute the embeddings of the images by the teacher itself.
+        cache: TOWER=PATH of a cache with the images, or with the captions, for runs with a cached tower (as LiT).
+        live_teacher: For such runs, compute the rows of other towers by the teacher itself, and those of class names,
+            prompts and queries.
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         precision: Of the towers; mixed: float32 weights, products in bfloat16. By default that in which a run was
             trained, float32 for other models.
@@ -184,8 +185,8 @@ def search(
         k: Images per query; by default ten, or all if there are fewer.
         index: FAISS factory string; Flat searches exactly.
         index_parameters: Its search parameters, such as nprobe=16.
-        cache: TOWER=PATH of a cache with the images, for a run whose image tower is a cached teacher (LiT).
-        live_teacher: For such a run, compute the embeddings of the images by the teacher itself.
+        cache: TOWER=PATH of a cache with the images, for a run with a cached tower (as LiT).
+        live_teacher: For such a run, compute rows by the teacher itself, as those of the queries.
         device: cpu, cuda or cuda:N; auto takes a GPU if there is one.
         workers: Processes that read and decode images; 0: none.
         image_member: The member that is the image of a sample, by its extension, as jpg or left.jpg; by default its
@@ -337,14 +338,14 @@ def parse_ensembles(items: Sequence[str], space: Literal["embedding", "logit"]) 
     return ensembles
 
 
-def parse_caches(items: Sequence[str]) -> dict[str, Path]:
-    """Parse TOWER=PATH. Raises ValueError for anything else, and for a tower that is given twice."""
-    caches: dict[str, Path] = {}
+def parse_caches(items: Sequence[str]) -> dict[str, str]:
+    """Parse TOWER=PATH or URL. Raises ValueError for anything else, and for a tower that is given twice."""
+    caches: dict[str, str] = {}
     for item in items:
         tower, sign, path = item.partition("=")
         if not sign:
             raise ValueError(f"--cache {item!r}: expected TOWER=PATH, as in third=runs/heldout-cache")
         if tower in caches:
             raise ValueError(f"--cache {item!r}: {tower!r} is given twice, first as {caches[tower]}; give it once")
-        caches[tower] = Path(path)
+        caches[tower] = path
     return caches

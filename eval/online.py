@@ -1,8 +1,7 @@
 """Online evaluation: retrieval on held-out tars while a run trains, on all ranks together."""
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,24 +9,27 @@ from torch import Tensor, distributed
 
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.processes.world import World
+from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.eval.datasets.dataset import open_dataset
 from threetowers.eval.datasets.dataset_config import DatasetConfig
 from threetowers.eval.datasets.image_set import ImageReader
+from threetowers.eval.encoders.cached_input import CachedInput
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.forward import forward_captions, forward_images
-from threetowers.eval.encoders.image_source import image_source
+from threetowers.eval.encoders.image_source import ImageSource
+from threetowers.eval.encoders.text_source import TextSource
 from threetowers.eval.left_out import left_out_text
 from threetowers.eval.metrics.recall import evaluate_retrieval
 from threetowers.eval.tasks.retrieval import Gallery, captioned_part
 from threetowers.eval.tasks.settings import RetrievalSettings
-from threetowers.trainer.config import OnlineEvaluation, TrainConfig
+from threetowers.trainer.config import CacheTower, OnlineEvaluation, TrainConfig
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+REMEDY = "give it as evaluation.caches.{tower}"
 LOGGED = ("text_to_image/recall@1", "text_to_image/recall@5", "image_to_text/recall@1", "image_to_text/recall@5")
 
 
@@ -37,7 +39,12 @@ class RetrievalEvaluator:
     name = "retrieval"
 
     def __init__(self, config: TrainConfig, settings: OnlineEvaluation) -> None:
-        """Read the held-out set. Raises ValueError when it holds nothing usable."""
+        """Read the held-out set.
+
+        Raises:
+            ManifestError: A deployed head stands on a cache, and there is none of the held-out tars.
+            ValueError: The set holds nothing usable.
+        """
         self.config = config
         self.settings = settings
         self.retrieval = RetrievalSettings(group_field=settings.group_field)
@@ -60,6 +67,9 @@ class RetrievalEvaluator:
         )
         self.gallery = Gallery.of(part, self.retrieval)
         self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+        # No workers: the training's own run beside it, and a second set would have to be forked every time.
+        self.options = LoadOptions(caches=settings.caches, workers=0, max_pixels=config.data.max_pixels)
+        self.cached = self._cached_inputs()
 
     def every(self, samples: int, batch: int, steps: int) -> int:
         """Return after how many steps it is due again."""
@@ -70,11 +80,12 @@ class RetrievalEvaluator:
 
         Collective. `left_out/<reason>` is the number of images that could not be used.
         """
-        manifests = RunFolder(Path(self.config.output_dir)).read_manifests()
+        manifests = {tower: cached.manifest for tower, cached in self.cached.items()}
         trained = TrainedModel(self.config, model, self.tokenizer, manifests)
-        # No workers: the training's own run beside it, and a second set would have to be forked every time.
-        options = LoadOptions(workers=0, max_pixels=self.config.data.max_pixels)
-        source = image_source(trained, trained.image_tower, self.data, options)
+        image_source = ImageSource(self.config, self.options, self.cached.get(trained.image_tower))
+        text_source = TextSource(trained.tokens, self.cached.get(trained.text_tower))
+        view = image_source.view(self.data)
+        read_text = text_source.captions(self.data)
 
         # This rank's share of the images, with the captions of each.
         world = World.from_process_group()
@@ -89,11 +100,15 @@ class RetrievalEvaluator:
                 text_groups.append(group)
 
         @torch.inference_mode()
-        def forward(views: Tensor) -> Tensor:
-            return model.encode_image({trained.image_tower: source.prepare(views).to(trained.device)})
+        def embed_images(views: Tensor) -> Tensor:
+            return trained.encode_images(image_source.prepare(views))
 
-        image_batches = list(forward_images(images, source.view, forward, options.batch_size, options.workers))
-        text_batches = list(forward_captions(captions, trained.encode_texts, options.batch_size))
+        def embed_captions(batch: Sequence[str]) -> Tensor:
+            return trained.encode_tokens(read_text(batch))
+
+        options = self.options
+        image_batches = list(forward_images(images, view, embed_images, options.batch_size, options.workers))
+        text_batches = list(forward_captions(captions, embed_captions, options.batch_size))
 
         # Every rank scores all of them.
         image_ND, all_image_groups = _gather(image_batches, image_groups)
@@ -110,6 +125,25 @@ class RetrievalEvaluator:
         for reason, count in self.left_out.items():
             counts[f"left_out/{reason.replace(' ', '_')}"] = float(count)
         return {name: metrics[name] for name in LOGGED} | counts
+
+    def _cached_inputs(self) -> dict[str, CachedInput]:
+        """Return what the deployed heads' cached towers take, by tower.
+
+        Raises:
+            ManifestError: There are no caches of the held-out tars. Whether they are built is asked when they are read.
+        """
+        found = {}
+        for head in (self.config.deploy.image, self.config.deploy.text):
+            tower = self.config.root_of(head)
+            settings = self.config.towers[tower]
+            if isinstance(settings, CacheTower):
+                manifest = EmbeddingCache.open(settings.path).manifest
+                cached = found[tower] = CachedInput(self.config, tower, manifest, self.options, REMEDY)
+                cache = cached.cache()
+                with cached.explained():
+                    for tar in self.data.tars:
+                        cache.table.find(tar)
+        return found
 
 
 def _gather(batches: list[Embeddings], groups: list[str]) -> tuple[Embeddings, list[str]]:

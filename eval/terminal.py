@@ -135,9 +135,9 @@ def _retrieval_table(results: Sequence[RunResult], galleries: Sequence[str]) -> 
             took = run.stage_seconds.get(stage)
             seconds[number].append(NO_VALUE if took is None else f"{took:.0f}")
         cache_bytes = sum(cache.bytes for cache in run.caches)
-        cache_samples = sum(cache.samples for cache in run.caches)
+        cache_rows = sum(cache.rows for cache in run.caches)
         cache_seconds = sum(cache.seconds for cache in run.caches)
         costs[number] = [NO_VALUE, NO_VALUE]
         if cache_seconds:
-            costs[number] = [f"{cache_bytes / 1e6:.1f}", f"{cache_samples / cache_seconds:.0f}"]
-    return table.widened("Seconds", stages, seconds).widened("Cache", ["MB", "img/s"], costs)
+            costs[number] = [f"{cache_bytes / 1e6:.1f}", f"{cache_rows / cache_seconds:.0f}"]
+    return table.widened("Seconds", stages, seconds).widened("Cache", ["MB", "rows/s"], costs)

@@ -108,6 +108,11 @@ class CaptionRuns:
         outside = np.flatnonzero((numbers_m < 0) | (rows_m >= self.bound_N[ordinals_m + 1]))
         return rows_m, outside
 
+    def addresses(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return of which sample each row is, (r,), and the number of its caption among those of the sample, (r,)."""
+        ordinal_r = np.repeat(np.arange(len(self.bound_N) - 1), np.diff(self.bound_N))
+        return ordinal_r, np.arange(len(ordinal_r)) - self.bound_N[ordinal_r]
+
     def captions(self, ordinal: int) -> CaptionRows:
         """Return the captions of a sample."""
         run = slice(self.bound_N[ordinal], self.bound_N[ordinal + 1])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
@@ -19,10 +20,15 @@ class CacheEncoder(Encoder):
     sees_text = False
 
     def __init__(self, path: str, options: LoadOptions) -> None:
-        """Open the cache at `path`. Raises ManifestError where there is none."""
+        """Open the cache at `path`. Raises ManifestError where there is none, or one of text."""
         self.path = path
         self.options = options
         manifest = EmbeddingCache.open(path).manifest
+        if manifest.of == "text":
+            raise ManifestError(
+                f"cache:{path}: expected a cache of images, found one of text: every task embeds images, so evaluate "
+                f"its encoder ({manifest.encoder}), or a run that stands on it"
+            )
         self.dim = manifest.dim
         self.info = ModelInfo(
             name=f"cache:{Path(path).name}",

@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ class ModelInfo:
         preprocessing: Transform before the image tower, in words.
         fingerprint: `model_fingerprint` of all that decides its embeddings and scores: what the other fields tell in
             words, and the architecture with its arguments, the heads, the tokenizer and the transform as they are.
-        cache_manifest: Digest of the manifest of the cache whose rows it reads.
+        cache_manifest: Digests of the manifests of the caches whose rows it reads.
         recipe: Digest of a run's config without its seed and folder; runs of one recipe are compared over their seeds.
         seed: Seed of a run.
     """
@@ -54,8 +55,8 @@ class LoadOptions:
     """How models are loaded and run.
 
     Attributes:
-        caches: For a model that reads cached rows, the cache of the evaluation images, by tower.
-        live_teacher: Compute such rows by the teacher itself.
+        caches: For a model that reads cached rows, the cache of the evaluation images, or captions, by tower.
+        live_teacher: Compute such rows by the teacher itself, where `caches` does not name a cache of them.
         device: cpu, cuda or cuda:N, for the models and for FAISS; auto takes a GPU if there is one.
         precision: Of the towers' forward pass; None: that in which a run was trained, float32 for other models.
         runtime: Of the forward pass of the image side of frozen encoders.
@@ -65,7 +66,7 @@ class LoadOptions:
         embeddings: Folder where embeddings are kept, so that each is computed once; None: they are not kept.
     """
 
-    caches: Mapping[str, Path] = field(default_factory=dict)
+    caches: Mapping[str, str | Path] = field(default_factory=dict)
     live_teacher: bool = False
     device: str = "auto"
     precision: PrecisionName | None = None
@@ -130,6 +131,10 @@ class Encoder(ABC):
     def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
         """Yield embeddings, not yet normalised, of captions in their order. Raises NoTextTower."""
 
+    def raw_caption_batches(self, data: ImageSet, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield the same of captions of a set, which a model may find elsewhere than in their words."""
+        return self.raw_text_batches(captions)
+
     def images(self, data: ImageSet, images: Sequence[EvalImage]) -> Embeddings:
         """Return unit-norm embeddings (n, dim), float32, of images of a set."""
         if self.store is None:
@@ -151,6 +156,13 @@ class Encoder(ABC):
         self._check_not_empty(captions)
         return self.store.texts(self.info.fingerprint, captions, self.text_batches)
 
+    def captions(self, data: ImageSet, captions: Sequence[str]) -> Embeddings:
+        """Return what `texts` returns, of captions of the samples of a set, for which a cache may have rows."""
+        if self.store is None:
+            return self._concatenate(self.caption_batches(data, captions))
+        self._check_not_empty(captions)
+        return self.store.texts(self.info.fingerprint, captions, partial(self.caption_batches, data))
+
     def image_batches(self, data: ImageSet, images: Sequence[EvalImage]) -> Iterator[Embeddings]:
         """Yield batches of what `images` returns."""
         return map(self.normalized, self.raw_image_batches(data, images, features=False))
@@ -162,6 +174,10 @@ class Encoder(ABC):
     def text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
         """Yield batches of what `texts` returns."""
         return map(self.normalized, self.raw_text_batches(captions))
+
+    def caption_batches(self, data: ImageSet, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield batches of what `captions` returns."""
+        return map(self.normalized, self.raw_caption_batches(data, captions))
 
     def normalized(self, x_bD: Embeddings) -> Embeddings:
         """Return the rows of a batch scaled to unit norm."""
@@ -192,6 +208,12 @@ class Encoder(ABC):
     def _check_not_empty(self, inputs: Sequence[object]) -> None:
         if not inputs:
             raise ValueError(f"{self.info.name}: nothing to embed")
+
+
+def joined_digests(*digests: str | None) -> str | None:
+    """Return the digests of some manifests as one, each once; None where there are none."""
+    each = [digest for joined in digests if joined for digest in joined.split()]
+    return " ".join(dict.fromkeys(each)) or None
 
 
 def file_digest(path: Path) -> str:

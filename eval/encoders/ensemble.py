@@ -9,7 +9,7 @@ import numpy as np
 
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.embedding_store import Embeddings
-from threetowers.eval.encoders.encoder import Encoder
+from threetowers.eval.encoders.encoder import Encoder, joined_digests
 from threetowers.eval.encoders.fingerprint import model_fingerprint
 
 EnsembleSpace = Literal["embedding", "logit"]
@@ -67,7 +67,7 @@ class EnsembleEncoder(Encoder):
             fingerprint=model_fingerprint(
                 main=main.info.fingerprint, third=third.info.fingerprint, options=asdict(options)
             ),
-            cache_manifest=third.info.cache_manifest,
+            cache_manifest=joined_digests(main.info.cache_manifest, third.info.cache_manifest),
             recipe=f"{main.info.recipe} {options!r}" if main.info.recipe else None,
         )
 
@@ -93,9 +93,19 @@ class EnsembleEncoder(Encoder):
         main_MD = self.main.texts(captions)
         yield main_MD if self.options.space == "embedding" else self._joined(main_MD, self.third.texts(captions))
 
+    def raw_caption_batches(self, data: ImageSet, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield the same of captions of a set."""
+        main_MD = self.main.captions(data, captions)
+        in_main = self.options.space == "embedding"
+        yield main_MD if in_main else self._joined(main_MD, self.third.captions(data, captions))
+
     def text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
         """Yield the text embeddings as they are: they have unit norm already."""
         return self.raw_text_batches(captions)
+
+    def caption_batches(self, data: ImageSet, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield the embeddings of captions as they are."""
+        return self.raw_caption_batches(data, captions)
 
     def normalized(self, x_bD: Embeddings) -> Embeddings:
         """Return mixed image embeddings scaled to unit norm; joined ones, which have it already, as they are."""

@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.arithmetic import PrecisionName, arithmetic
+from threetowers.eval.encoders.cached_input import CachedInput
 from threetowers.eval.encoders.embedding_store import Embeddings
-from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo, file_digest
+from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo, file_digest, joined_digests
 from threetowers.eval.encoders.fingerprint import model_fingerprint
 from threetowers.eval.encoders.forward import forward_captions, forward_images
-from threetowers.eval.encoders.image_source import describe_view, evaluated_manifest, image_source
-from threetowers.trainer.config import CacheTower, TrainConfig, dump
+from threetowers.eval.encoders.image_source import ImageSource
+from threetowers.eval.encoders.text_source import TextInput, TextSource
+from threetowers.trainer.config import TrainConfig, dump
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
 from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.run_folder import RunFolder
 
 
 class RunEncoder(Encoder):
-    """The embeddings of two heads of a run, one on an image tower (or a cached one) and one on the text tower."""
+    """The embeddings of two heads of a run, one on an image tower and one on a text tower; either may be cached."""
 
     def __init__(
         self, path: Path, trained: TrainedModel, image_head: str, text_head: str, options: LoadOptions
@@ -33,23 +35,31 @@ class RunEncoder(Encoder):
         self.image_head = image_head
         self.text_head = text_head
         self.image_tower = trained.config.root_of(image_head)
+        self.text_tower = trained.config.root_of(text_head)
+        cached = {
+            tower: CachedInput(trained.config, tower, trained.manifests[tower], options)
+            for tower in (self.image_tower, self.text_tower)
+            if tower in trained.manifests
+        }
+        self.image = ImageSource(trained.config, options, cached.get(self.image_tower))
+        self.text = TextSource(trained.tokens, cached.get(self.text_tower))
         self.device = options.torch_device()
         self.precision: PrecisionName = options.precision or trained.model.precision
         trained.model.to(self.device).set_precision(self.precision)
-        self.dim = self._embed_text(["a"]).shape[1]
+        self.dim = trained.model.widths[image_head]
         self.logit_scale = self._logit_scale()
         folder = RunFolder(path)
         digest = file_digest(folder.weights)
         if (image_head, text_head) != (trained.config.deploy.image, trained.config.deploy.text):
             digest = hashlib.sha256(f"{digest} {image_head} {text_head}".encode()).hexdigest()
-        live = self.image_tower in trained.manifests and options.live_teacher
-        manifest = evaluated_manifest(trained, self.image_tower, options)
+        # What cached towers take: of which cache, and whether it is read
+        rows = {name: (tower.evaluated_manifest.digest, tower.reads_rows) for name, tower in cached.items()}
         self.info = ModelInfo(
             name=path.resolve().name,
             digest=digest,
             step=int(json.loads(folder.summary.read_text())["steps"]) if folder.summary.exists() else None,
             precision=self.precision,
-            preprocessing=describe_view(trained, self.image_tower) + (", live" if live else ""),
+            preprocessing=f"{self.image}; captions: {self.text}" if self.text.cached else str(self.image),
             fingerprint=model_fingerprint(
                 kind="run",
                 weights=digest,
@@ -57,12 +67,11 @@ class RunEncoder(Encoder):
                 image_size=trained.config.data.image_size,
                 tokenizer=trained.tokenizer.model if trained.tokenizer else None,
                 context_length=trained.config.data.context_length,
-                rows=manifest.digest if manifest else None,
-                live=live,
+                rows=rows,
                 scale=self.logit_scale,
                 precision=self.precision,
             ),
-            cache_manifest=manifest.digest if manifest else None,
+            cache_manifest=joined_digests(*(digest for digest, _ in rows.values())),
             recipe=recipe_digest(trained.config),
             seed=trained.config.seed,
         )
@@ -74,29 +83,35 @@ class RunEncoder(Encoder):
 
     def raw_image_batches(self, data: ImageSet, images: Sequence[EvalImage], features: bool) -> Iterator[Embeddings]:
         """Yield embeddings of the image head, or with `features` the output of its tower."""
-        source = image_source(self.trained, self.image_tower, data, self.options)
+        view = self.image.view(data)
         model = self.trained.model
 
         @torch.inference_mode()
         def forward(views: Tensor) -> Tensor:
-            inputs = {self.image_tower: source.prepare(views).to(self.device, non_blocking=True)}
+            inputs = {self.image_tower: self.image.prepare(views).to(self.device, non_blocking=True)}
             with arithmetic(self.precision, self.device):
                 if features:
                     return model.features(inputs, self.image_tower)
                 return model.embed(inputs, [self.image_head])[self.image_head]
 
-        return forward_images(images, source.view, forward, self.options.batch_size, self.options.workers)
+        return forward_images(images, view, forward, self.options.batch_size, self.options.workers)
 
     def raw_text_batches(self, captions: Sequence[str]) -> Iterator[Embeddings]:
         """Yield embeddings of the text head."""
-        return forward_captions(captions, self._embed_text, self.options.batch_size)
+        return self._text_batches(captions, self.text.texts())
 
-    @torch.inference_mode()
-    def _embed_text(self, captions: Sequence[str]) -> Tensor:
-        tower = self.trained.config.root_of(self.text_head)
-        tokens_bL = self.trained.tokens(captions).to(self.device)
-        with arithmetic(self.precision, self.device):
-            return self.trained.model.embed({tower: tokens_bL}, [self.text_head])[self.text_head]
+    def raw_caption_batches(self, data: ImageSet, captions: Sequence[str]) -> Iterator[Embeddings]:
+        """Yield embeddings of the text head; a cached tower takes the rows of the captions."""
+        return self._text_batches(captions, self.text.captions(data))
+
+    def _text_batches(self, captions: Sequence[str], read: TextInput) -> Iterator[Embeddings]:
+        @torch.inference_mode()
+        def forward(batch: Sequence[str]) -> Tensor:
+            inputs = {self.text_tower: read(batch).to(self.device)}
+            with arithmetic(self.precision, self.device):
+                return self.trained.model.embed(inputs, [self.text_head])[self.text_head]
+
+        return forward_captions(captions, forward, self.options.batch_size)
 
     def _parts(self) -> dict[str, nn.Module]:
         """Return the towers and heads that the two heads stand on, and these, by name."""
@@ -138,9 +153,13 @@ def load_third_tower_heads(path: Path, tower: str, options: LoadOptions) -> RunE
     """
     trained = load_model(path)
     run = trained.config
-    if not isinstance(run.towers.get(tower), CacheTower):
-        known = [name for name, config in run.towers.items() if isinstance(config, CacheTower)]
-        raise ValueError(f"{path}: an ensemble needs a cached tower, {tower!r} is none; found {known or 'none'}")
+    known = [name for name in run.towers_of("cache") if run.side_of(name) == "image"]
+    if tower not in known:
+        found = "is of text" if tower in run.towers_of("cache") else "is none"
+        raise ValueError(
+            f"{path}: an ensemble needs a cached tower of images, whose embedding is mixed into that of the main image "
+            f"tower; {tower!r} {found}; found {known or 'none'}"
+        )
     text = run.root_of(run.deploy.text)
     for term in run.terms.values():
         for image_head, text_head in ((term.x, term.y), (term.y, term.x)):

@@ -55,7 +55,8 @@ def model_metadata(model: str | Path, encoder: Encoder) -> ModelMetadata:
     if folder.summary.exists():
         stages["training"] = float(json.loads(folder.summary.read_text())["seconds"])
     metrics = read_metrics(folder.metrics) if folder.metrics.exists() else None
-    locked = isinstance(run.towers[run.root_of(run.deploy.image)], CacheTower)
+    deployed = (run.deploy.image, run.deploy.text)
+    locked = any(isinstance(run.towers[run.root_of(head)], CacheTower) for head in deployed)
     return ModelMetadata(
         name=info.name,
         digest=info.digest,

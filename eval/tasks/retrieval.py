@@ -112,7 +112,7 @@ def retrieval(
     data = dataset.test.data
     gallery = Gallery.of(dataset.test, settings)
     image_ND = encoder.images(data, gallery.images)
-    text_MD = encoder.texts(gallery.captions)
+    text_MD = encoder.captions(data, gallery.captions)
 
     # Recalls from exact ranks.
     exact = evaluate_retrieval(

@@ -16,6 +16,7 @@ from threetowers.cache.format.dtypes import storage_dtype
 from threetowers.cache.format.layout import STORE, RowStatus
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.info import read_info
+from threetowers.cache.read.caption_table import CaptionTable
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.stream import stream_rows
 from threetowers.cache.storage.local import LocalStorage
@@ -38,6 +39,25 @@ def stored(row_D: np.ndarray, dtype: str) -> np.ndarray:
     """A row as a reader of this precision sees it."""
     tier = storage_dtype(dtype)
     return tier.decode(*tier.encode(row_D[None]))[0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_row_is_found_by_the_words_of_its_caption(dtype: str, tmp_path: Path) -> None:
+    embeddings = make_text_cache(tmp_path, SAMPLES, 5, dtype, SOURCES)
+    cache = pickle.loads(pickle.dumps(EmbeddingCache.open(tmp_path)))
+    table = CaptionTable(cache, [2, 0, 1])
+    assert len(table) == len(embeddings) == 10
+    captions = [*embeddings, "a", "a"][::-1]
+    expected = np.stack([stored(embeddings[caption], dtype) for caption in captions])
+    assert np.array_equal(table.rows(captions), expected)
+    assert table.rows([]).shape == (0, 5)
+    # Only the tars that are asked for count
+    first = CaptionTable(cache, [0])
+    message = r"no row of 2 of 3 captions, as of 'j': its 1 tars have rows of 5 captions, from txt, json\.captions"
+    with pytest.raises(ManifestError, match=message):
+        first.rows(["a", "j", "A"])
+    with pytest.raises(ManifestError, match="no row of 1 of 1 captions"):
+        CaptionTable(cache, []).rows(["a"])
 
 
 @settings(max_examples=16, deadline=None)

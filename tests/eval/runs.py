@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
-from threetowers.cache.webdataset.tar_index import index_tar
-from threetowers.trainer.config import parse
-from threetowers.trainer.data.joins.image_join import ImageJoin
+from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.trainer.config import CacheTower, parse
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
 
@@ -18,10 +17,10 @@ from threetowers.trainer.run_folder import RunFolder
 def finished(tree: dict[str, Any], constant: bool = False) -> Path:
     """The folder of a run as training leaves it, with random weights; `constant`: with collapsed embeddings."""
     run = parse(tree)
-    tars = [index_tar(tar) for tar in run.data.tars]
-    caches = {name: ImageJoin(run.towers[name].path, tars).cache for name in run.towers_of("cache")}  # type: ignore[union-attr]
+    caches = {n: EmbeddingCache.open(t.path) for n, t in run.towers.items() if isinstance(t, CacheTower)}
     torch.manual_seed(2)
-    vocab = Tokenizer.load(run.data.tokenizer).embedding_rows(run.data.vocab_size)
+    tokenizer = Tokenizer.load(run.data.tokenizer) if run.data.tokenizer else None
+    vocab = tokenizer.embedding_rows(run.data.vocab_size) if tokenizer else None
     model = TowerModel(run, vocab, {name: cache.dim for name, cache in caches.items()})
     if constant:
         for head in (run.deploy.image, run.deploy.text):

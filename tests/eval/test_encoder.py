@@ -17,8 +17,8 @@ from threetowers.eval.datasets.image_set import ImageSet, read_images
 from threetowers.eval.encoders.encoder import LoadOptions, NoTextTower
 from threetowers.eval.encoders.ensemble import EnsembleOptions
 from threetowers.eval.encoders.forward import PixelView, TeacherTransform
-from threetowers.eval.encoders.image_source import image_source
 from threetowers.eval.encoders.load import check_options, load_encoder
+from threetowers.eval.encoders.run_encoder import load_deployed_heads
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.export import export
 from threetowers.trainer.export.trained_model import load_model
@@ -135,8 +135,8 @@ def test_image_views_can_be_pickled(lit: dict[str, Any], clip: dict[str, Any], c
     image = data.images[7]
     teacher = load_frozen_encoder(f"timm:test_resnet@64:{cache.parent}/teacher.safetensors").side("image")
     views = [
-        image_source(load_model(finished(clip)), "image", data, LoadOptions()).view,
-        image_source(load_model(finished(lit)), "third", data, LoadOptions()).view,
+        load_deployed_heads(finished(clip), LoadOptions()).image.view(data),
+        load_deployed_heads(finished(lit), LoadOptions()).image.view(data),
         PixelView(data.tars, TeacherTransform(teacher.transform), 10**6),
     ]
     for view in views:

@@ -188,7 +188,8 @@ def test_live_and_cached_rows_agree(lit: dict[str, Any], cache: Path, tars: list
     encoders = [load_encoder(path, LoadOptions(live_teacher=live)) for live in (True, False)]
     rows = [encoder.images(data, data.images[:9]) for encoder in encoders]
     assert (rows[0] * rows[1]).sum(1).min() >= 0.9999
-    assert [encoder.info.preprocessing.endswith(", live") for encoder in encoders] == [True, False]
+    found = [encoder.info.preprocessing.partition(": ")[0] for encoder in encoders]
+    assert found == [f"timm:test_resnet pooled ({how})" for how in ("live", "cached")]
 
 
 def test_bad_samples_are_listed(clip: dict[str, Any], tmp_path: Path) -> None:

@@ -380,6 +380,6 @@ def test_options_for_cached_towers_need_one(
 def test_a_tower_is_given_one_cache() -> None:
     from threetowers.eval.cli import parse_caches
 
-    assert parse_caches(["a=x", "b=y=z"]) == {"a": Path("x"), "b": Path("y=z")}
+    assert parse_caches(["a=s3://x", "b=y=z"]) == {"a": "s3://x", "b": "y=z"}
     with pytest.raises(ValueError, match="'a' is given twice, first as x"):
         parse_caches(["a=x", "a=y"])

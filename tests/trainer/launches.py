@@ -12,11 +12,12 @@ import yaml
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
+PATHS = [str(ROOT), str(ROOT / "tests/encoders")]  # of `tests`, and of the encoders that tests use
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),  # for `tests`
+    "PYTHONPATH": os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
 TRAIN = [sys.executable, "-m", "threetowers", "train"]
 RUN_CONFIGS = str(Path(__file__).with_name("run_configs.py"))

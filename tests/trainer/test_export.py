@@ -3,18 +3,23 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
 
+from tests.trainer.cached_runs import both_cached, cached_text, pair_caches
 from tests.trainer.finished_runs import finished_run
+from threetowers.cache.encoders.names import EncoderOptions, load_frozen_encoder
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.trainer.export.export import export, probe_inputs
 from threetowers.trainer.export.trained_model import load_model
 
+CAPTIONS = ["a caption", "another one"]  # of model cards
 CAUSAL = {"kind": "text", "width": 16, "depth": 2, "heads": 2, "causal": True, "norm_eps": 1e-5}
 
 
@@ -58,6 +63,47 @@ def test_a_lit_export_keeps_its_cached_tower(lit: dict[str, Any], tmp_path: Path
         with pytest.raises(ValueError, match=r"cannot express .* cached teacher"):
             export(folder, tmp_path / form, form)  # type: ignore[arg-type]
         assert not (tmp_path / form).exists()
+
+
+@pytest.mark.parametrize("kind", [cached_text, both_cached])
+def test_an_export_names_the_encoder_of_its_cached_text(
+    kind: Callable[..., dict[str, Any]], clip: dict[str, Any], tars: list[Path], tmp_path: Path
+) -> None:
+    folder = finished_run(kind(clip, pair_caches(tars, tmp_path, prompt="see: "), tmp_path))
+    done = export(folder, tmp_path / "export")
+    assert done.difference == 0
+    exported = load_model(tmp_path / "export")
+    assert exported.reads_cached_text
+    assert exported.tokenizer is None
+    assert exported.manifests == load_model(folder).manifests
+    card = (tmp_path / "export" / "README.md").read_text()
+    words = "cached rows of test:pair, pooled: captions of up to 8 tokens, prompt 'see: ', pooled by mean"
+    assert f"- text: {words}" in card
+    assert exported.manifests["words"].weights_digest in card
+    _run_the_lines(card, tmp_path / "export")
+    with pytest.raises(ValueError, match=r"open_clip cannot express .* its text tower is a cached teacher"):
+        export(folder, tmp_path / "open_clip", "open_clip")
+    if kind is cached_text:
+        assert export(folder, tmp_path / "timm", "timm").difference == 0
+    else:
+        with pytest.raises(ValueError, match=r"timm cannot express .* cached teacher"):
+            export(folder, tmp_path / "timm", "timm")
+
+
+def _run_the_lines(card: str, folder: Path) -> None:
+    """Run all Python lines of a model card, one after the other."""
+    model = load_model(folder)
+    pixels, text_rows = probe_inputs(model)
+    names: dict[str, Any] = {"pixels": pixels, "image_rows": pixels, "text_rows": text_rows}
+    direct, composed = (block.partition("```")[0] for block in card.split("```python\n")[1:])
+    exec(direct.replace("this folder", str(folder)), names)
+    assert names["cosines"].shape == (len(pixels), len(text_rows))
+    side = 16 if model.sees_cached_rows else 32
+    names["pixels"] = torch.zeros(3, 3, side, side, dtype=torch.uint8)
+    exec(composed.replace("this folder", str(folder)), names)
+    assert (names["images"].shape, names["texts"].shape) == ((3, 16), (2, 16))
+    rows = load_frozen_encoder("test:pair", EncoderOptions(prompt="see: ")).side("text").embed(CAPTIONS)
+    torch.testing.assert_close(F.normalize(names["texts"], dim=-1), model.encode_tokens(rows))
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])

@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.cached_runs import both_cached, cached_text, pair_caches
+from tests.trainer.finished_runs import finished_run
 from tests.trainer.launches import metric, run_command, run_jobs, same_weights, torchrun, write_config
+from threetowers.cache.format.manifest import ManifestError
+from threetowers.eval.datasets.dataset_config import DatasetConfig
+from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.online import RetrievalEvaluator
+from threetowers.eval.suite import evaluate
+from threetowers.trainer.config import ConfigError, load_config, parse
 from threetowers.trainer.export.trained_model import load_model
 
 
@@ -40,6 +47,49 @@ def test_evaluation_and_trace(kind: str, tars: list[Path], tmp_path: Path, reque
             assert metric(out, f"retrieval/{name}")[-1] == pytest.approx(value), name
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_cached_towers_are_evaluated_by_caches_of_the_held_out_tars(
+    clip: dict[str, Any], tars: list[Path], tmp_path: Path
+) -> None:
+    """One rank and two find what the evaluation of the finished run finds, with text cached or both sides."""
+    trained_on, held = (pair_caches([tar], tmp_path / tar.stem) for tar in tars)
+    folders = []
+    for kind in (cached_text, both_cached):
+        tree = kind(clip, trained_on, tmp_path)
+        caches = {tower: str(held[settings["of"]]) for tower, settings in tree["towers"].items() if "of" in settings}
+        folders.append(finished_run(tree | {"evaluation": {"tars": [str(tars[1])], "caches": caches}}))
+    found = []
+    for ranks in (1, 2):
+        result = run_command([*torchrun(ranks), str(Path(__file__).with_name("online_ranks.py")), *map(str, folders)])
+        found.append([json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")])
+    for folder, *online in zip(folders, *found, strict=True):
+        evaluation = load_config(folder / "config.yaml").evaluation
+        assert evaluation is not None
+        caches = {tower: Path(path) for tower, path in evaluation.caches.items()}
+        options = LoadOptions(caches=caches, workers=0, precision="float32")
+        data = DatasetConfig(name="all", tars=[str(tars[1])])
+        (record,) = evaluate([folder], [data], tmp_path / "out", tasks=["retrieval"], options=options).records
+        for metrics in online:
+            assert metrics["images"] == 20
+            for name in ("text_to_image/recall@5", "image_to_text/recall@1"):
+                assert metrics[name] == pytest.approx(record.metrics[name]), name
+
+
+def test_held_out_tars_without_rows_are_named_before_training(
+    clip: dict[str, Any], tars: list[Path], tmp_path: Path
+) -> None:
+    caches = pair_caches([tars[0]], tmp_path)
+    tree = cached_text(clip, caches, tmp_path)
+    config = parse(tree | {"evaluation": {"tars": [str(tars[1])]}})
+    assert config.evaluation is not None
+    message = r"b\.tar: not among the 1 tars .* evaluation captions: .* give it as evaluation\.caches\.words"
+    with pytest.raises(ManifestError, match=message):
+        RetrievalEvaluator(config, config.evaluation)
+    evaluation = {"tars": [str(tars[1])], "caches": {"image": "nowhere"}}
+    with pytest.raises(ConfigError, match=r"evaluation\.caches: found 'image', expected .* deployed heads: words"):
+        parse(tree | {"evaluation": evaluation})
 
 
 @pytest.mark.distributed

@@ -202,6 +202,14 @@ def _deployed_heads(config: TrainConfig) -> Iterator[str]:
                 f"deploy.{side}: the head {head!r} is on the tower {tower!r} of {found}; name one on a tower, or a "
                 f"cache, of {side}"
             )
+    deployed = {config.root_of(head) for head in (config.deploy.image, config.deploy.text)}
+    known = sorted(deployed & set(config.towers_of("cache")))
+    for tower in config.evaluation.caches if config.evaluation else ():
+        if tower not in known:
+            yield (
+                f"evaluation.caches: found {tower!r}, expected cached towers below deployed heads: "
+                f"{', '.join(known) or 'there are none, leave it out'}"
+            )
 
 
 def _unused(config: TrainConfig) -> Iterator[str]:

@@ -503,6 +503,9 @@ class OnlineEvaluation:
     """Samples used at most, the first ones."""
     group_field: str | None = None
     """JSON field that names the group of a sample; null: only its own captions match an image."""
+    caches: dict[str, str] = field(default_factory=dict)
+    """Where a deployed head stands on a cached tower: a cache of the held-out tars, by tower. Without one, the tower's
+    own cache must hold them too."""
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -18,8 +18,9 @@ LOADING: dict[ExportFormat, str] = {
     "threetowers": """from threetowers.trainer.export.trained_model import load_model
 
 model = load_model("this folder")
-images = model.encode_images(pixels)  # {images}
-texts = model.encode_texts(["a caption", "another one"])  # unit norm: images @ texts.T are cosines""",
+images = model.encode_images({images}
+texts = model.encode_{texts}
+cosines = images @ texts.T  # both are of unit norm""",
     "open_clip": """import open_clip
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:this folder")
@@ -28,6 +29,17 @@ model, _, preprocess = open_clip.create_model_and_transforms("local-dir:this fol
 
 image_tower = timm.create_model("local-dir:this folder", pretrained=True)""",
 }
+# How a model with a cached tower sees what is in no cache.
+COMPOSED = """The {sides} side takes rows of {encoders}, whose weights are not in this folder. Where they are at
+hand, the two together are the encoder `run:this folder`, by which caches are built as well:
+
+```python
+from threetowers.cache.encoders.names import load_frozen_encoder
+
+encoder = load_frozen_encoder("run:this folder")
+images = encoder.side("image").embed(pixels, "projected")  # uint8, by encoder.side("image").transform
+texts = encoder.side("text").embed(["a caption", "another one"], "projected")
+```"""
 
 
 def model_card(
@@ -45,8 +57,11 @@ def _sections(
     width = deployed.model.widths[config.deploy.image]
     yield f"Image and text embeddings of {width} dimensions, trained by threetowers."
     yield f"```python\n{_loading(deployed, form)}\n```"
-    text = deployed.config.towers[deployed.text_tower]
-    yield f"## Towers\n\n- image: {_image_tower(deployed)}\n- text: {text.kind} transformer"
+    if form == "threetowers" and deployed.manifests:
+        sides = {manifest.of: manifest.encoder for manifest in deployed.manifests.values()}
+        encoders = " and ".join(dict.fromkeys(sides.values()))
+        yield COMPOSED.format(sides=" and the ".join(sorted(sides)), encoders=encoders)
+    yield f"## Towers\n\n- image: {_image_tower(deployed)}\n- text: {_text_tower(deployed)}"
 
     terms = _list(f"{name}: {t.weight:g} x {t.kind} of ({t.x}, {t.y})" for name, t in config.terms.items())
     yield f"## Trained by\n\n{config.loss.kind}, batch {config.global_batch_size:,}\n\n{terms}"
@@ -70,10 +85,15 @@ def _list(items: Iterable[str]) -> str:
 def _loading(deployed: TrainedModel, form: ExportFormat) -> str:
     """Return the Python lines that load the export."""
     data = deployed.config.data
-    images = f"(n, 3, {data.side}, {data.side}) uint8"
+    widths = deployed.model.widths
+    texts = 'texts(["a caption", "another one"])'
     if deployed.sees_cached_rows:
-        images = f"rows of its cached teacher, (n, {deployed.model.widths[deployed.image_tower]})"
-    return LOADING[form].format(images=images, end=END, pad=PAD, context=data.context_length)
+        images = f"image_rows)  # of the cached teacher, (n, {widths[deployed.image_tower]})"
+    else:
+        images = f"pixels)  # (n, 3, {data.side}, {data.side}) uint8"
+    if deployed.reads_cached_text:
+        texts = f"tokens(text_rows)  # of the cached teacher, (m, {widths[deployed.text_tower]})"
+    return LOADING[form].format(images=images, texts=texts, end=END, pad=PAD, context=data.context_length)
 
 
 def _teacher(name: str, manifest: Manifest) -> str:
@@ -86,6 +106,17 @@ def _teacher(name: str, manifest: Manifest) -> str:
 def _image_tower(deployed: TrainedModel) -> str:
     tower = deployed.config.towers[deployed.image_tower]
     if isinstance(tower, CacheTower):
-        return f"cached rows of {deployed.manifests[deployed.image_tower].encoder}"
+        return _cached(deployed.manifests[deployed.image_tower])
     assert isinstance(tower, ImageTower)
     return f"{tower.model} of timm, {deployed.config.data.side} pixels"
+
+
+def _text_tower(deployed: TrainedModel) -> str:
+    tower = deployed.config.towers[deployed.text_tower]
+    if isinstance(tower, CacheTower):
+        return _cached(deployed.manifests[deployed.text_tower])
+    return f"{tower.kind} transformer"
+
+
+def _cached(manifest: Manifest) -> str:
+    return f"cached rows of {manifest.encoder}, {manifest.feature}: {input_text(manifest)}"

@@ -92,7 +92,9 @@ def _check_expressible(model: TrainedModel) -> None:
         reasons.append(f"its image tower is {image.model}, open_clip takes timm's own names")
     elif image.args:
         reasons.append(f"its image tower has args {image.args}, open_clip takes timm's models by name alone")
-    if not isinstance(text, TextTower) or text.pool == "mean":
+    if not isinstance(text, TextTower):
+        reasons.append("its text tower is a cached teacher, whose weights are not in the run")
+    elif text.pool == "mean":
         reasons.append("its text tower pools by the mean; open_clip by eos or last")
     elif text.causal and (text.pool == "last" or not text.mask_padding):
         reasons.append("its causal text tower does not pool at the end token behind a mask")
