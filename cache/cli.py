@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig, EncoderConfig
+from threetowers.cache.exchange.import_config import ImportConfig
 from threetowers.cache.info import bad_sample_lines, counts_text, note_lines, read_info
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.tar_list import OnBad
@@ -145,6 +146,42 @@ def remap(
     from threetowers.cache.remap.remap import remap as run
 
     print(run(old, new, tars, missing=missing, image_member=image_member, on_bad=on_bad).text())
+    return 0
+
+
+def import_(config: Annotated[ImportConfig, FLAGS]) -> int:
+    """Make a cache of embeddings that another tool has computed, joined to the samples of tars. Run again to resume.
+
+    Images are found by the keys of their samples, captions by their words. Samples without a row and rows without a
+    sample are counted.
+    """
+    from threetowers.cache.exchange.importer import import_cache
+
+    print(import_cache(config).text())
+    return 0
+
+
+def export(
+    cache: tyro.conf.Positional[str],
+    output_dir: Path,
+    tars: list[str] | None = None,
+    view: int = 0,
+    dtype: Literal["float16", "float32"] = "float16",
+    rows_per_part: int = 1_000_000,
+) -> int:
+    """Write a cache as .npy matrices and Parquet tables in the layout of clip-retrieval.
+
+    Args:
+        cache: Folder or URL of the cache.
+        output_dir: New folder.
+        tars: Where the tars are now, which have the keys and captions; default: where they were embedded.
+        view: Which view of the images.
+        dtype: Of the matrices.
+        rows_per_part: Rows of all parts but the last.
+    """
+    from threetowers.cache.exchange.exporter import export_cache
+
+    print(export_cache(cache, output_dir, tars, view=view, dtype=dtype, rows_per_part=rows_per_part).text())
     return 0
 
 

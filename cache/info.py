@@ -63,8 +63,12 @@ class CacheInfo:
             lines.append(
                 f"dtype     {manifest.dtype}: cosine between computed and stored rows at least {min(cosines):.7f}"
             )
+        if origins := counts_by_reason(
+            Counter(f"by {record.source}" for record in records if record.source != "teacher")
+        ):
+            lines.append(f"tars      whose rows were not computed here: {origins}")
         lines += [
-            f"versions  {versions}",
+            f"versions  {versions or 'not known'}",
             f"tars      {len(records)} of {len(self.table.entries)} built, from {self.table.root}",
             f"samples   {n_samples} of {n_all}: {n_ok} embedded, {counts_text(counts)}",
             *([f"rows      {n_rows}, {n_rows / n_ok:.2f} captions a sample"] if manifest.of == "text" and n_ok else []),

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +28,7 @@ from threetowers.cache.format.views import CENTER
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.storage import PARTIAL_FOLDER, Storage
 from threetowers.cache.webdataset.caption_density import captions_per_tar
+from threetowers.cache.webdataset.tar_index import TarIndex
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +77,12 @@ def open_or_create(
 
     # The manifest: written by rank 0, if there is none, and compared by all.
     if world.first and storage.size(MANIFEST) is None:
-        create(storage, _new_manifest(index, paths, teacher, source, config))
+        create(storage, new_manifest(index(paths), teacher, source, config, index.pool))
     while storage.size(MANIFEST) is None:
         wait()
     manifest = read_manifest(storage)
     running = teacher.running(config.precision or manifest.precision, config.runtime or manifest.runtime)
-    room = _requested_room(manifest, source, config)
+    room = requested_room(manifest, source, config)
     batch_size = config.batch_size or manifest.batch_size
     requested = requested_manifest(running, source, config.dtype, room, batch_size, config)
     check_compatible(storage, manifest, requested)
@@ -137,11 +139,15 @@ def check_compatible(storage: Storage, manifest: Manifest, requested: Manifest) 
         )
 
 
-def _new_manifest(
-    index: TarIndexer, paths: Sequence[str], teacher: FrozenEncoder, source: Source, config: BuildConfig
+def new_manifest(
+    tars: Sequence[TarIndex], teacher: FrozenEncoder, source: Source, config: BuildConfig, pool: ThreadPoolExecutor
 ) -> Manifest:
-    """Return the manifest of a new cache of these tars."""
-    tars = index(paths)
+    """Return the manifest of a new cache of these tars.
+
+    Raises:
+        ManifestError: A tar is there twice, or has too many samples.
+        BadSample: None of the samples that were looked at has a caption.
+    """
     largest = config.samples_per_tar or max(len(tar.samples) for tar in tars)
     TarTable(()).missing(tars, largest)  # refuses copies, and tars that are too large
     side = teacher.side(source.of)
@@ -149,13 +155,13 @@ def _new_manifest(
     if source.of == "image":
         room = image_room(row_bytes, largest)
     else:
-        captions = captions_per_tar(tars, config.caption_sources().caption_format, index.pool)
+        captions = captions_per_tar(tars, config.caption_sources().caption_format, pool)
         room = text_room(row_bytes, largest, captions, config.rows_per_tar)
     batch_size = config.batch_size or default_batch_size(side.device, source.of)
     return requested_manifest(teacher, source, config.dtype, room, batch_size, config)
 
 
-def _requested_room(manifest: Manifest, source: Source, config: BuildConfig) -> TarRoom:
+def requested_room(manifest: Manifest, source: Source, config: BuildConfig) -> TarRoom:
     """Return the room for each tar that the command asks for: the cache's own, or more, which it does not have."""
     samples_per_tar = max(manifest.samples_per_tar, config.samples_per_tar or 0)
     if source.of == "image":

@@ -32,6 +32,7 @@ from threetowers.cache.processes.float32_products import exact_products
 
 DRAFT_MARGIN = 2  # a draft keeps this many times the pixels per side of the resized image, enough for its filter
 LAYER = "layer:"  # begins the name of a feature that is the output of a module
+UNIT = "unit:"  # begins the name of a feature that is another one scaled to unit norm
 
 
 class ImageModel(nn.Module, ABC):
@@ -152,7 +153,7 @@ class ImageEncoder:
 
     def width(self, feature: str | None = None) -> int:
         """Return the width D of a feature, by default the first. Raises ValueError for one that it does not offer."""
-        feature = feature or self.features[0]
+        feature = (feature or self.features[0]).removeprefix(UNIT)
         if feature not in self._widths:
             images_13HW = torch.zeros(1, 3, *self.preprocessing.input_size, dtype=torch.uint8, device=self.device)
             try:
@@ -171,7 +172,7 @@ class ImageEncoder:
     def prepare(self, features: Sequence[str] | None = None) -> None:
         """Do now what the first forward pass would do once. Raises ValueError as that would."""
         if self.runtime == "onnx":
-            self._onnx_network(tuple(features or self.features[:1]))
+            self._onnx_network(_computed(features or self.features[:1]))
 
     def embed(self, images_b3HW: Tensor, feature: str | None = None) -> Tensor:
         """Return one feature of uint8 pixels: (b, D) float32, not normalised, on the CPU.
@@ -190,12 +191,14 @@ class ImageEncoder:
         """
         if images_b3HW.dtype != torch.uint8:
             raise ValueError(f"expected uint8 pixels as `transform` gives them, found {images_b3HW.dtype}")
+        computed = _computed(features)
         if self.runtime == "onnx":
-            return self._onnx_network(tuple(features))(images_b3HW)
-        network = self._network(tuple(features), self.compiled)
+            return _as_named(computed, self._onnx_network(computed)(images_b3HW), features)
+        network = self._network(computed, self.compiled)
         # Inference mode first: at its end it puts back the autocast that it found, and would leave it on for good.
         with torch.inference_mode(), encoder_arithmetic(self.precision, self.device):
-            return [x_bD.float() for x_bD in network(images_b3HW.to(memory_format=torch.channels_last))]
+            found = [x_bD.float() for x_bD in network(images_b3HW.to(memory_format=torch.channels_last))]
+        return _as_named(computed, found, features)
 
     @cached_property
     def _widths(self) -> dict[str, int]:
@@ -275,8 +278,10 @@ class TextEncoder:
 
     def compute(self, inputs: Mapping[str, Tensor], features: Sequence[str]) -> list[Tensor]:
         """Return what `forward` returns, of inputs on the device."""
+        computed = _computed(features)
         with torch.inference_mode(), encoder_arithmetic(self.precision, self.device):
-            return [x_bD.float() for x_bD in self.model(inputs, features)]
+            found = [x_bD.float() for x_bD in self.model(inputs, computed)]
+        return _as_named(computed, found, features)
 
     def embed(self, captions: Sequence[str], feature: str | None = None) -> Tensor:
         """Return one feature of captions: (b, D) float32, on the CPU, as the model gives it.
@@ -339,6 +344,20 @@ class FrozenEncoder:
             if side is not None:
                 side.model.to(dtype)
         return self.running("float32", "torch")
+
+
+def _computed(features: Sequence[str]) -> tuple[str, ...]:
+    """Return the features that a model computes for these, each once: UNIT is what is done with them."""
+    return tuple(dict.fromkeys(feature.removeprefix(UNIT) for feature in features))
+
+
+def _as_named(computed: Sequence[str], found: Sequence[Tensor], features: Sequence[str]) -> list[Tensor]:
+    """Return the features by name of those that a model has computed."""
+    x_bD = dict(zip(computed, found, strict=True))
+    return [
+        nn.functional.normalize(x_bD[feature.removeprefix(UNIT)], dim=-1) if feature.startswith(UNIT) else x_bD[feature]
+        for feature in features
+    ]
 
 
 def encoder_arithmetic(precision: EncoderPrecision, device: torch.device) -> contextlib.AbstractContextManager[Any]:

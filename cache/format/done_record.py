@@ -1,5 +1,7 @@
 """The done record of a tar: written last, so that its presence means that all rows of the tar are stored."""
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
@@ -7,9 +9,10 @@ import xxhash
 from pydantic import ConfigDict
 
 from threetowers.cache.format.layout import tar_files
-from threetowers.cache.format.manifest import Manifest, ManifestError, from_json
-from threetowers.cache.format.tar_table import TarEntry
+from threetowers.cache.format.manifest import MANIFEST, Manifest, ManifestError, from_json, read_manifest
+from threetowers.cache.format.tar_table import TarEntry, read_table
 from threetowers.cache.storage.storage import Storage
+from threetowers.cache.webdataset.tar_index import TarIndex
 
 DONE = "done"
 
@@ -87,7 +90,8 @@ class DoneRecord:
         seconds: wall time of the tar.
         finished: when, in ISO 8601.
         host: where.
-        source: what made the rows: the `teacher`, or a `remap` of another cache, whose cosines are inherited.
+        source: what made the rows: the `teacher`, a `remap` of another cache, whose cosines are inherited, or an
+            `import` of another tool's files.
         runtime: what ran the teacher's forward pass.
     """
 
@@ -114,7 +118,7 @@ class DoneRecord:
     seconds: float
     finished: str
     host: str
-    source: Literal["teacher", "remap"] = "teacher"
+    source: Literal["teacher", "remap", "import"] = "teacher"
     notes: dict[str, int] = field(default_factory=dict)
     runtime: str = "torch"
 
@@ -157,3 +161,19 @@ def read_done_record(storage: Storage, manifest: Manifest, entry: TarEntry) -> D
                 f"{'no file' if size is None else size}. Delete {path} and {again}"
             )
     return record
+
+
+def finished_tars(storage: Storage, indexes: Iterable[TarIndex]) -> set[str]:
+    """Return the fingerprints of those of these tars that are complete in a cache, or in a folder to become one."""
+    if storage.size(MANIFEST) is None:
+        return set()
+    manifest = read_manifest(storage)
+    table = read_table(storage, allow_empty=True)
+    finished = set()
+    for index in indexes:
+        entry = table.by_fingerprint.get(index.fingerprint)
+        if entry is not None:
+            with contextlib.suppress(ManifestError):
+                read_done_record(storage, manifest, entry)
+                finished.add(index.fingerprint)
+    return finished

@@ -33,7 +33,7 @@ class RoundingError(ValueError):
 class Provenance:
     """What made the rows of a tar, and the `seconds` that it took; `batch_size` are the rows per forward pass."""
 
-    source: Literal["teacher", "remap"]
+    source: Literal["teacher", "remap", "import"]
     batch_size: int
     device: str
     seconds: float

@@ -4,7 +4,6 @@ A row goes with a sample if the hashes of its key and of its image's bytes, or o
 the row. No image is decoded and no teacher runs; the tars are read once.
 """
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from threetowers.cache.builder.opening import check_compatible, create
-from threetowers.cache.format.done_record import done_record_name, read_done_record
+from threetowers.cache.format.done_record import done_record_name, finished_tars
 from threetowers.cache.format.layout import TarRoom
 from threetowers.cache.format.manifest import MANIFEST, Manifest, ManifestError, Side, read_manifest, to_json
 from threetowers.cache.format.row_buffer import Provenance
 from threetowers.cache.format.store import fit_to_table
-from threetowers.cache.format.tar_table import TarEntry, extend, read_table
+from threetowers.cache.format.tar_table import TarEntry, extend
 from threetowers.cache.remap.old_cache import TarMatch
 from threetowers.cache.remap.old_captions import OldCaptions, TextMatch
 from threetowers.cache.remap.old_images import ImageMatch, OldImages
@@ -119,7 +118,7 @@ def remap(
     indexes = listed.tars
     if on_bad == "error" and of == "image":
         refuse_defects(indexes)
-    finished = _finished(storage, indexes)
+    finished = finished_tars(storage, indexes)
     unfinished = [index for index in indexes if index.fingerprint not in finished]
     matches = _matches(old_storage, of, unfinished, on_bad)
     n_new = sum(int(match.new_n.sum()) for match in matches)
@@ -182,22 +181,6 @@ def _open_or_create(
     room = TarRoom(manifest.samples_per_tar, manifest.rows_per_tar, manifest.chunk_rows)
     check_compatible(storage, manifest, dataclasses.replace(old, **room._asdict()))
     return manifest
-
-
-def _finished(storage: Storage, indexes: Sequence[TarIndex]) -> set[str]:
-    """Return the fingerprints of the tars that are complete in the new cache."""
-    if storage.size(MANIFEST) is None:
-        return set()
-    manifest = read_manifest(storage)
-    table = read_table(storage, allow_empty=True)
-    finished = set()
-    for index in indexes:
-        entry = table.by_fingerprint.get(index.fingerprint)
-        if entry is not None:
-            with contextlib.suppress(ManifestError):
-                read_done_record(storage, manifest, entry)
-                finished.add(index.fingerprint)
-    return finished
 
 
 def _write(storage: Storage, manifest: Manifest, entry: TarEntry, match: TarMatch) -> None:

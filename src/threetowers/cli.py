@@ -25,6 +25,8 @@ cache_app.command(cache.build)
 cache_app.command(cache.info)
 cache_app.command(cache.verify)
 cache_app.command(cache.remap)
+cache_app.command(name="import")(cache.import_)
+cache_app.command(cache.export)
 cache_app.command(cache.estimate)
 cache_app.command(cache.measure_views)
 
