@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from threetowers.cache.processes.loader_workers import loading, worker_beginning
 from threetowers.cache.processes.progress import progress_bar
-from threetowers.cache.processes.worker_processes import without_main_module, worker_context
+from threetowers.cache.processes.worker_processes import worker_context
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import TarIndex
@@ -102,10 +103,9 @@ def forward_images(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         multiprocessing_context=worker_context() if workers else None,
+        worker_init_fn=worker_beginning(),
     )
-    with without_main_module():
-        batches = iter(loader)
-    with progress_bar("embed images", len(images), "images") as bar:
+    with loading(loader) as batches, progress_bar("embed images", len(images), "images") as bar:
         for views in batches:
             if isinstance(views, BadSample):
                 raise views

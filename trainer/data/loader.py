@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.manifest import ManifestError
+from threetowers.cache.processes.loader_workers import loading, worker_beginning
 from threetowers.cache.processes.mapped_pickle import MappedPickle
 from threetowers.cache.processes.preemption import ignore_sigterm
 from threetowers.cache.processes.prefetch import prefetch
-from threetowers.cache.processes.worker_processes import without_main_module, worker_context
+from threetowers.cache.processes.worker_processes import worker_context
 from threetowers.cache.processes.world import World
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.tar_headers import BadTar
@@ -368,13 +369,12 @@ class TrainingBatches:
         Raises:
             BadTar, ManifestError, OSError: Tars or caches have changed since they were opened, or cannot be read.
         """
-        with without_main_module():
-            loaded = iter(self._loader)  # in the main thread, which torch tells of a worker's end by a signal
-        if not torch.cuda.is_available():
-            yield from self._joined(loaded, pin_memory=False)
-            return
-        with contextlib.closing(prefetch(self._joined(loaded, pin_memory=True), depth=1)) as batches:
-            yield from batches
+        with loading(self._loader) as loaded:  # in the main thread, which torch tells of a worker's end by a signal
+            if not torch.cuda.is_available():
+                yield from self._joined(loaded, pin_memory=False)
+                return
+            with contextlib.closing(prefetch(self._joined(loaded, pin_memory=True), depth=1)) as batches:
+                yield from batches
 
     def _joined(self, loaded: Iterator[Batch | LoaderFailure], pin_memory: bool) -> Iterator[Batch]:
         for _ in range(self._steps):
@@ -442,7 +442,7 @@ def training_loader(
         num_workers=plan.workers,
         prefetch_factor=plan.ahead or None,
         multiprocessing_context=worker_context() if plan.workers else None,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=functools.partial(_begin_worker, worker_beginning()),
     )
     return TrainingBatches(loader, plan.parts, stop - start, config.global_batch_size // world_size)
 
@@ -452,10 +452,11 @@ def _as_it_is(batch: Batch | LoaderFailure) -> Batch | LoaderFailure:
     return batch
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def _begin_worker(beginning: Callable[[int], None], worker: int) -> None:
     """Ignore SIGTERM and Ctrl-C in a worker: every process gets them, and the last step still needs the workers.
 
     They end with the loader, or when their parent is gone.
     """
+    beginning(worker)
     ignore_sigterm()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
