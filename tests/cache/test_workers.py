@@ -220,7 +220,7 @@ def test_a_frozen_worker_loses_its_lease_and_abandons_the_tar(
 def test_kill_9_at_random_moments(
     kills: int, pattern: str, options: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
-    script = start("tests.cache.forked_workers", pattern, str(tmp_path), options["encoder"], str(kills), "1")
+    script = start("tests.cache.forked_workers", pattern, str(tmp_path), options["encoder"], str(kills), "1", "image")
     output, errors = script.communicate(timeout=280)
     assert script.returncode == 0, errors
     assert f"killed {kills} builds" in output

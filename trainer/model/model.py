@@ -76,7 +76,9 @@ class TowerModel(nn.Module):
             if not isinstance(tower, CacheTower) and tower.frozen:
                 self.towers[name].requires_grad_(False)
         kept = float32_parameters(self).keys()
-        self._weight_name = next((name for name, _ in self.named_parameters() if name not in kept), "")
+        # In a list, which no module looks into: to take a parameter from its module in here would, under ZeRO 3, gather
+        # it as one that this module uses.
+        self._weights = [p for name, p in self.named_parameters() if name not in kept][:1]
         self.train()
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError("no parameter is left to train: unfreeze a tower, or give one a linear head")
@@ -180,7 +182,7 @@ class TowerModel(nn.Module):
     @property
     def _weight(self) -> Tensor:
         """One of the parameters: all have its device, and but for `float32_parameters` its type."""
-        return self.get_parameter(self._weight_name)
+        return self._weights[0]
 
     def encode_image(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the embeddings (b, D) of the deployed image head, unit norm."""
