@@ -42,7 +42,7 @@ KERNELS_AND_TOWERS = [
 # AVX2 is what most machines have; the least is tried where that is cheap.
 TESTS = {
     "DEFAULT": KERNELS_AND_TOWERS,
-    "AVX2": [*KERNELS_AND_TOWERS, "tests/cache/test_teacher.py", "tests/trainer/test_export.py", "tests/eval"],
+    "AVX2": [*KERNELS_AND_TOWERS, "tests/cache/test_timm_encoder.py", "tests/trainer/test_export.py", "tests/eval"],
 }
 
 
