@@ -157,7 +157,7 @@ class RowBuffer(ABC):
     def _why_nonfinite(self, features_nD: Float32Array) -> str:
         if np.isfinite(features_nD).all():
             return f"largest component {np.abs(features_nD).max():.6g} overflows {self.dtype.name}"
-        return "the teacher's output is nonfinite"
+        return "the embedding is nonfinite"
 
     def _rounding_error(self, ordinal: int, what: str, features_nD: Float32Array) -> RoundingError:
         found = {name: float(storage_cosines(dtype, features_nD).min()) for name, dtype in STORAGE_DTYPES.items()}

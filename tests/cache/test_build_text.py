@@ -344,7 +344,7 @@ def test_nonfinite_and_huge_captions_reject_their_samples(pack: Pack, tmp_path: 
     assert [len(run) for run in found] == [1, 0, 0, 2]
     assert status == [RowStatus.OK, RowStatus.NON_FINITE, RowStatus.NON_FINITE, RowStatus.OK]
     reasons = [bad.reason for _, bad in report.bad]
-    assert "output is nonfinite" in reasons[0]
+    assert "embedding is nonfinite" in reasons[0]
     assert "overflows float16" in reasons[1]
     wide = OPTIONS | {"dtype": "float32"}
     assert build_cache(BuildConfig(tars=[tar], output_dir=tmp_path / "wide", **wide)).counts == {"non_finite": 1}

@@ -253,7 +253,7 @@ def test_samples_that_cannot_be_used_keep_their_own_status(raw: dict[Side, Rows]
         lacks = "no_image" if of == "image" else "no_caption"
         assert report.counts == {lacks: 1, "non_finite": 1}
         assert "nan (ordinal 2): " in report.text()
-        assert "output is nonfinite" in report.text()
+        assert "embedding is nonfinite" in report.text()
         with pytest.raises(BadSample, match=r"0\.tar: (sample|.*) 'none'.*--on-bad skip"):
             run(tar, tmp_path / f"{of}-strict", of=of, feature="projected", on_bad="error", **pair)
 

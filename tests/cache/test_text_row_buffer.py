@@ -92,7 +92,7 @@ def test_equal_captions_are_embedded_once() -> None:
     assert stored["caption_source"].tolist() == [0, 0, 2, 2, 0, 0]
 
 
-@pytest.mark.parametrize(("value", "reason"), [(np.nan, "output is nonfinite"), (1e6, "1e\\+06 overflows float16")])
+@pytest.mark.parametrize(("value", "reason"), [(np.nan, "embedding is nonfinite"), (1e6, "1e\\+06 overflows float16")])
 def test_a_sample_with_a_nonfinite_row_is_rejected_whole(value: float, reason: str) -> None:
     rows = buffer_of(4)
     for ordinal, captions in enumerate((["a", "bad"], ["b"], ["bad"], ["a", "c"])):
