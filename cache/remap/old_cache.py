@@ -18,6 +18,7 @@ from threetowers.cache.storage.storage import Storage
 from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
 
 OPEN_TARS = 64
+AS_BEFORE = "as in the cache that its row was taken from"  # why a sample that was looked at has no embedding
 
 Flags = npt.NDArray[np.bool_]
 
@@ -72,12 +73,14 @@ class TarMatch(ABC):
         defect_n: (n,) which samples cannot have a row, whatever the old cache has.
         new_n: (n,) whose key has none.
         changed_n: (n,) whose key has one of something else.
+        nonfinite_n: (n,) whose embedding was nonfinite: there is no row to carry over, and none to miss.
     """
 
     tar_xxh3_128 = ""
     defect_n: Flags
     new_n: Flags
     changed_n: Flags
+    nonfinite_n: Flags
 
     def __init__(self, index: TarIndex) -> None:
         self.index = index
@@ -97,7 +100,7 @@ class TarMatch(ABC):
     @property
     def n_matched(self) -> int:
         """Number of samples with a row."""
-        return int((~(self.defect_n | self.new_n | self.changed_n)).sum())
+        return int((~(self.defect_n | self.new_n | self.changed_n | self.nonfinite_n)).sum())
 
     @cached_property
     def key_n(self) -> npt.NDArray[np.uint64]:

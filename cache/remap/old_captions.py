@@ -1,6 +1,7 @@
 """Rows of captions by key and caption: a sample gets its run if its old run has a row of each of its captions.
 
-So captions may have been reordered, removed or moved to another source; a sample with a new one has no row.
+So captions may have been reordered, removed or moved to another source; a sample with a new one has no row. A sample
+whose embedding was nonfinite is known by its key alone: no hash of its captions is kept.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from threetowers.cache.format.layout import RowStatus, TarRoom, emb_name, scale_
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.format.text_row_buffer import TextRowBuffer
 from threetowers.cache.read.caption_runs import CaptionRuns
-from threetowers.cache.remap.old_cache import OldCache, TarMatch
+from threetowers.cache.remap.old_cache import AS_BEFORE, OldCache, TarMatch
 from threetowers.cache.storage.storage import Storage
 from threetowers.cache.webdataset.captions import caption_hash
 from threetowers.cache.webdataset.defects import BadSample
@@ -23,15 +24,16 @@ from threetowers.cache.webdataset.sample_stream import stream_annotations
 from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.cache.webdataset.tar_list import OnBad
 
-RUN_COLUMNS = ("key_hash", "row_end", "caption_source", "caption_hash")
+RUN_COLUMNS = ("key_hash", "status", "row_end", "caption_source", "caption_hash")
 
 
 class OldCaptions(OldCache):
-    """The rows of a cache of text: 40 bytes a sample and 9 bytes a caption in memory."""
+    """The rows of a cache of text: 41 bytes a sample and 9 bytes a caption in memory."""
 
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage)
         keys = []
+        statuses = []
         tars = []
         ordinals = []
         self._runs = []
@@ -39,6 +41,7 @@ class OldCaptions(OldCache):
             columns = self.columns(entry.id, RUN_COLUMNS)
             n = entry.n_samples
             keys.append(columns["key_hash"][:n])
+            statuses.append(columns["status"][:n])
             tars.append(np.full(n, entry.id, np.int32))
             ordinals.append(np.arange(n, dtype=np.int32))
             rows = slice(record.n_rows)
@@ -46,6 +49,7 @@ class OldCaptions(OldCache):
             self._runs.append(CaptionRuns.of(columns["row_end"][:n], sources, hashes))
         order = np.argsort(np.concatenate(keys), kind="stable")
         self._key_N = np.concatenate(keys)[order]
+        self._status_N = np.concatenate(statuses)[order]
         self._tar_N = np.concatenate(tars)[order]
         self._ordinal_N = np.concatenate(ordinals)[order]
 
@@ -55,10 +59,10 @@ class OldCaptions(OldCache):
         Raises:
             KeyError: there is no such key.
         """
-        first, last = np.searchsorted(self._key_N, key, "left"), np.searchsorted(self._key_N, key, "right")
-        if first == last:
+        samples = self._samples(key)
+        if not samples:
             raise KeyError(key)
-        for at in range(int(first), int(last)):  # several tars may have a sample of this key
+        for at in samples:
             tar_id = int(self._tar_N[at])
             ordinal = int(self._ordinal_N[at])
             start = int(self._runs[tar_id].bound_N[ordinal])
@@ -66,6 +70,15 @@ class OldCaptions(OldCache):
             if all(each in row for each in hashes):
                 return tar_id, [row[each] for each in hashes]
         return None
+
+    def was_nonfinite(self, key: np.uint64) -> bool:
+        """Return whether a sample of this key has no rows because an embedding of it was nonfinite."""
+        return any(self._status_N[at] == RowStatus.NON_FINITE for at in self._samples(key))
+
+    def _samples(self, key: np.uint64) -> range:
+        """Return where the samples of a key are in the sorted columns: several tars may have one."""
+        first, last = np.searchsorted(self._key_N, key, "left"), np.searchsorted(self._key_N, key, "right")
+        return range(int(first), int(last))
 
 
 class _MatchedRun(NamedTuple):
@@ -87,7 +100,7 @@ class TextMatch(TarMatch):
         self._missing: dict[int, str] = {}
         self._runs: dict[int, _MatchedRun] = {}
         self._n_captions = 0
-        self.defect_n, self.new_n, self.changed_n = np.zeros((3, len(index.samples)), np.bool_)
+        self.defect_n, self.new_n, self.changed_n, self.nonfinite_n = np.zeros((4, len(index.samples)), np.bool_)
         sources = source.manifest.caption_sources
         code = {name: number for number, name in enumerate(sources.names)}
         for ordinal, annotation in stream_annotations(index, sources.caption_format):
@@ -128,6 +141,8 @@ class TextMatch(TarMatch):
             rows.reject(ordinal, RowStatus.NO_CAPTION, missing)
         for ordinal in np.flatnonzero(self.new_n | self.changed_n).tolist():
             rows.reject(ordinal, RowStatus.FILTERED, f"remapped: {self.reason(ordinal)}")
+        for ordinal in np.flatnonzero(self.nonfinite_n).tolist():
+            rows.reject(ordinal, RowStatus.NON_FINITE, AS_BEFORE)
         tars = [run.tar_id for run in self._runs.values() for _ in run.row_k]
         return rows, self._source.cosines(np.array(tars, np.int64))
 
@@ -138,7 +153,8 @@ class TextMatch(TarMatch):
             self.new_n[ordinal] = True
             return
         if found is None:
-            self.changed_n[ordinal] = True
+            flags = self.nonfinite_n if self._source.was_nonfinite(self.key_n[ordinal]) else self.changed_n
+            flags[ordinal] = True
             return
         tar_id, old_rows = found
         self._runs[ordinal] = _MatchedRun(

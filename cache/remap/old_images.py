@@ -8,34 +8,37 @@ from threetowers.cache.format.done_record import Cosines
 from threetowers.cache.format.image_row_buffer import ImageRowBuffer
 from threetowers.cache.format.layout import RowStatus, TarRoom, image_room
 from threetowers.cache.format.manifest import Manifest
-from threetowers.cache.remap.old_cache import Flags, OldCache, TarMatch
+from threetowers.cache.remap.old_cache import AS_BEFORE, Flags, OldCache, TarMatch
 from threetowers.cache.storage.storage import Storage
 from threetowers.cache.webdataset.sample_stream import stream_images
 from threetowers.cache.webdataset.tar_index import TarIndex
 
-HASH_COLUMNS = ("key_hash", "image_hash")
+SAMPLE_COLUMNS = ("key_hash", "image_hash", "status")
 Hashes = npt.NDArray[np.uint64]
 
 
 class OldImages(OldCache):
-    """The rows of a cache of images: 40 bytes a row in memory."""
+    """The rows of a cache of images: 41 bytes a row in memory."""
 
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage)
 
-        # Key, image, tar and ordinal of every row.
+        # Key, image, status, tar and ordinal of every row.
         keys = []
         images = []
+        statuses = []
         tars = []
         ordinals = []
         for entry in self.table.entries:
-            columns = self.columns(entry.id, HASH_COLUMNS)
+            columns = self.columns(entry.id, SAMPLE_COLUMNS)
             keys.append(columns["key_hash"][: entry.n_samples])
             images.append(columns["image_hash"][: entry.n_samples])
+            statuses.append(columns["status"][: entry.n_samples])
             tars.append(np.full(entry.n_samples, entry.id, np.int32))
             ordinals.append(np.arange(entry.n_samples, dtype=np.int32))
         self.key_N = np.concatenate(keys)
         self.image_N = np.concatenate(images)
+        self.status_N = np.concatenate(statuses)
         self.tar_N = np.concatenate(tars)
         self.ordinal_N = np.concatenate(ordinals)
 
@@ -81,6 +84,7 @@ class ImageMatch(TarMatch):
         lacks_n = (self.row_n < 0) & ~self.defect_n
         self.changed_n = lacks_n & source.has_key(self.key_n)
         self.new_n = lacks_n & ~self.changed_n
+        self.nonfinite_n = (self.row_n >= 0) & (source.status_N[self.row_n] == RowStatus.NON_FINITE)
 
     def reason(self, ordinal: int) -> str:
         """Return why a sample has no row."""
@@ -109,5 +113,5 @@ class ImageMatch(TarMatch):
             if self.row_n[ordinal] < 0:
                 rows.reject(ordinal, RowStatus.FILTERED, f"remapped: {self.reason(ordinal)}")
             elif rows.status_n[ordinal] != RowStatus.OK:
-                rows.reject(ordinal, RowStatus(rows.status_n[ordinal]), "as in the cache that its row was taken from")
+                rows.reject(ordinal, RowStatus(rows.status_n[ordinal]), AS_BEFORE)
         return rows, self._source.cosines(tar_n)

@@ -45,7 +45,8 @@ class RemapReport:
         bad: samples without a usable image, as far as headers tell, or without a caption.
         missing: samples whose key has no row in the old cache.
         changed: samples whose key has a row of another image, or no row of one of their captions.
-        names: the first few of both.
+        nonfinite: samples whose embedding was nonfinite, which keep that status.
+        names: the first few of the missing and the changed ones.
         left: tars that `cache build` has to build.
         notes: lines on tars that are not used.
         seconds: wall time.
@@ -59,6 +60,7 @@ class RemapReport:
     bad: int
     missing: int
     changed: int
+    nonfinite: int
     names: tuple[str, ...]
     left: tuple[str, ...]
     notes: tuple[str, ...]
@@ -70,7 +72,7 @@ class RemapReport:
             f"{self.storage}: {self.tars} tars written, {self.kept} already finished; {self.samples} samples "
             f"carried over in {self.seconds:.1f} s",
             f"samples without a row: {self.missing} new, {self.changed} with {WHAT_CHANGED[self.of]}, {self.bad} "
-            f"without {WHAT_LACKS[self.of]}",
+            f"without {WHAT_LACKS[self.of]}, {self.nonfinite} whose embedding was nonfinite",
             *(f"  {name}" for name in self.names),
             *self.notes,
         ]
@@ -151,6 +153,7 @@ def remap(
         bad=sum(int(match.defect_n.sum()) for match in matches),
         missing=n_new,
         changed=n_changed,
+        nonfinite=sum(int(match.nonfinite_n.sum()) for match in matches),
         names=tuple(names[:MAX_NAMES_SHOWN]),
         left=tuple(match.index.location for match in left),
         notes=tuple(listed.notes()),

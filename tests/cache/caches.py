@@ -1,7 +1,7 @@
 """Caches of random rows, made without a teacher, and done records without what differs between two builds."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,11 @@ def make_text_cache(
     sources: Sequence[str] = (),
     chunk_rows: int = 4,
     seed: int = 0,
+    nonfinite: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
     """A cache of the captions of some samples in some tars, {} for a sample that has none.
 
-    Returns the random (D,) float32 embedding of each caption.
+    Returns the random (D,) float32 embedding of each caption; those of the `nonfinite` captions are NaN.
     """
     rng = np.random.default_rng(seed)
     counts = [sum(len(captions) for sample in tar for captions in sample.values()) for tar in tars]
@@ -118,6 +119,8 @@ def make_text_cache(
                 rows.reject(ordinal, RowStatus.NO_CAPTION, "no caption")
         for caption in rows.captions:
             embeddings.setdefault(caption, (rng.normal(size=dim) * 3 + 5).astype(np.float32))
+            if caption in nonfinite:
+                embeddings[caption][-1] = np.nan
         for place in rng.permutation(len(rows.captions)).tolist():
             rows.set_embeddings([place], embeddings[rows.captions[place]][None])
         _finish(storage, entry, rows)

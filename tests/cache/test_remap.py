@@ -129,6 +129,24 @@ def test_a_sample_without_a_row_is_refused_filtered_or_left_to_a_build(
     assert verify(tmp_path / "left", tars, depth="recompute", weights=weights("test_vit")).ok
 
 
+def test_nonfinite_samples_are_counted_as_such_and_stay_so(
+    made: Provenance, tiny_encoder: Callable[..., str], pack: Pack, tmp_path: Path
+) -> None:
+    tars = [pack(tmp_path / f"{i}.tar", samples) for i, samples in enumerate((made[:9], made[8:4:-1]))]
+    embedded = BuildConfig(tars=tars[:1], output_dir=tmp_path / "finite", encoder=tiny_encoder("test_vit@64"))
+    build_cache(embedded)
+    largest = np.abs(EmbeddingCache.open(tmp_path / "finite").tar(0).reshape(9, -1)).max(axis=1)
+    scale = 65520 / float(np.nanmedian(largest[5:]))  # of the four samples that are carried over two overflow float16
+    build_cache(
+        BuildConfig(tars=tars[:1], output_dir=tmp_path / "old", encoder=tiny_encoder("test_vit@64", scale=scale))
+    )
+    before = EmbeddingCache.open(tmp_path / "old").status(0)[:4:-1].tolist()
+    assert before.count(RowStatus.NON_FINITE) == 2
+    report = remap(tmp_path / "old", tmp_path / "new", tars[1:])
+    assert (report.samples, report.missing, report.changed, report.nonfinite) == (2, 0, 0, 2)
+    assert EmbeddingCache.open(tmp_path / "new").status(0).tolist() == before
+
+
 def test_one_key_of_two_images_is_told_apart_by_the_image(
     made: Provenance, options: dict[str, Any], pack: Pack, tmp_path: Path
 ) -> None:

@@ -126,6 +126,26 @@ def test_a_sample_with_a_new_caption_is_refused_filtered_or_left_to_a_build(
     assert "0 with other captions, 1 without a caption" in capsys.readouterr().out
 
 
+def test_nonfinite_samples_are_counted_as_such_and_stay_so(
+    pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their captions have no hash in the cache, also the finite ones beside a nonfinite one."""
+    captions: list[CaptionsBySource] = [{"txt": ["a"]}, {"txt": ["a"], "json.captions": ["inf"]}, {"txt": ["inf"]}]
+    make_text_cache(tmp_path / "old", [captions], 5, sources=SOURCES, nonfinite=["inf"])
+    now = [captions[2], captions[0], captions[1]]
+    tar = pack(tmp_path / "0.tar", [(f"0/{i}", members(each)) for i, each in zip((2, 0, 1), now, strict=True)])
+    report = remap(tmp_path / "old", tmp_path / "new", [tar])
+    assert (report.samples, report.missing, report.changed, report.nonfinite) == (1, 0, 0, 2)
+    opened = EmbeddingCache.open(tmp_path / "new")
+    assert opened.status(0).tolist() == [RowStatus.NON_FINITE, RowStatus.OK, RowStatus.NON_FINITE]
+    assert opened.record(0).counts == {"non_finite": 2}
+    assert verify(tmp_path / "new", [tar], check_contents=True).ok
+    assert command.remap(str(tmp_path / "old"), str(tmp_path / "printed"), [str(tar)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 samples carried over" in printed
+    assert "0 new, 0 with other captions, 0 without a caption, 2 whose embedding was nonfinite" in printed
+
+
 def test_equal_captions_of_a_tar_keep_one_embedding(pack: Pack, tmp_path: Path) -> None:
     """Also where two old tars embedded the same caption, in batches of their own."""
     make_text_cache(tmp_path / "old", [[{"txt": ["a"]}], [{"txt": ["a"]}]], 5, "float32")
