@@ -54,8 +54,7 @@ class CacheInfo:
             f"{self.storage}: {manifest.encoder}, weights {manifest.weights} (sha256 {manifest.weights_digest[:16]})",
             f"feature   {manifest.feature}, {manifest.dim} x {manifest.dtype}, {input_text(manifest)}",
             contents_text(manifest),
-            f"computed  in {manifest.precision} by {manifest.runtime}, {manifest.batch_size} "
-            f"{'captions' if manifest.of == 'text' else 'images'} per forward pass",
+            f"computed  in {manifest.precision} by {manifest.runtime}{batches_text(manifest, records)}",
         ]
         if manifest.image_member is not None:
             lines.append(f"image     the member .{manifest.image_member} of each sample")
@@ -90,6 +89,13 @@ def contents_text(manifest: Manifest) -> str:
     lines = ", each line of a text member" if sources.caption_per_line else ""
     named = ", ".join(sources.names) if sources.sources else sources.caption_format.sources_text()
     return f"captions  from {named}{lines}"
+
+
+def batches_text(manifest: Manifest, records: Sequence[DoneRecord]) -> str:
+    """Return how many images or captions a forward pass took, where the rows of a tar were computed here."""
+    sizes = sorted({record.batch_size for record in records if record.source == "teacher"})
+    what = "captions" if manifest.of == "text" else "images"
+    return f", {' or '.join(map(str, sizes))} {what} per forward pass" if sizes else ""
 
 
 def input_text(manifest: Manifest) -> str:

@@ -154,6 +154,7 @@ def test_a_folder_of_clip_retrieval_becomes_a_cache(
     assert build_cache(BuildConfig(tars=tars, output_dir=tmp_path / "cache", device="cpu", **options)).tars_kept == 3
     text = read_info(tmp_path / "cache").text()
     assert "versions  not known" in text
+    assert "computed  in float32 by torch\n" in text, "no batch size: there was none"
     assert "tars      whose rows were not computed here: 3 by import" in text
 
 

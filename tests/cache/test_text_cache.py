@@ -336,7 +336,7 @@ def test_info_tells_what_a_cache_of_text_holds(cache: Path, tmp_path: Path) -> N
     for line in (
         "feature   pooled, 6 x float16, captions of up to 8 tokens, pooled by mean",
         "captions  from txt, json.captions\n",
-        "64 captions per forward pass",
+        "computed  in float32 by torch, 1 captions per forward pass",
         "samples   7 of 7: 4 embedded, 3 no caption",
         "rows      13, 3.25 captions a sample",
         "(ordinal 1): no caption",
