@@ -4,6 +4,7 @@ Training, the tokenizer and the evaluation all find captions here, so that they 
 """
 
 import codecs
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,7 +16,7 @@ from threetowers.cache.webdataset.sample_list import IMAGE_EXTENSIONS
 
 DEFAULT_SOURCES = ("txt", "json.captions", "json.caption")
 MAX_CAPTION_SHOWN = 60
-FIELD = "json."  # begins a source that is a field of the json member; any other source is the extension of a member
+JSON = "json"  # the extension, or the last part of the extension, of a member that holds an object with fields
 FIELD_EXTENSIONS = frozenset({"json", "cls"})  # of the members that hold fields
 
 
@@ -28,7 +29,8 @@ class CaptionFormat:
     """Where the captions of a data set are.
 
     A *source* is the extension of a text member (`txt`, `cap`, `outputs.txt`), or `json.FIELD`: a field of the `json`
-    member that holds a caption or a list of them. Without sources the captions of a sample are those of the first of
+    member that holds a caption or a list of them. The member may have a longer name: `syn.json.FIELD` is a field of
+    `KEY.syn.json`. Without sources the captions of a sample are those of the first of
     `txt`, `json.captions` and `json.caption` that has any.
 
     Attributes:
@@ -42,15 +44,17 @@ class CaptionFormat:
     def __post_init__(self) -> None:
         """Raise ValueError for what is no source."""
         for source, weight in self.sources.items():
-            if source in IMAGE_EXTENSIONS or source in ("", "json", FIELD) or source.startswith("."):
+            member, name = split_source(source)
+            if source in IMAGE_EXTENSIONS or source in ("", JSON) or source.startswith(".") or name == "":
                 raise ValueError(
                     f"found {source!r}, expected the extension of a text member, such as txt, or a field of the json "
                     "member, such as json.caption"
                 )
             if not 0 < weight < float("inf"):
                 raise ValueError(f"found the weight {weight} of {source!r}, expected a positive number")
-            if not source.startswith(FIELD) and source != source.lower():
-                raise ValueError(f"found {source!r}, expected {source.lower()!r}: extensions are read in lower case")
+            if member != member.lower():
+                expected = member.lower() if name is None else f"{member.lower()}.{name}"
+                raise ValueError(f"found {source!r}, expected {expected!r}: extensions are read in lower case")
 
     @classmethod
     def parse(cls, items: Sequence[str], caption_per_line: bool = False) -> Self:
@@ -82,8 +86,7 @@ class CaptionFormat:
     @property
     def extensions(self) -> frozenset[str]:
         """The extensions of the text members that are read: those that may hold captions, and `json` and `cls`."""
-        members = {source for source in self.sources or DEFAULT_SOURCES if not source.startswith(FIELD)}
-        return FIELD_EXTENSIONS | members
+        return FIELD_EXTENSIONS | {split_source(source)[0] for source in self.sources or DEFAULT_SOURCES}
 
     def sources_text(self) -> str:
         """Return the sources that are looked at, for messages."""
@@ -128,8 +131,10 @@ class CaptionFormat:
 
     def _entries(self, source: str, texts: Mapping[str, bytes], fields: Mapping[str, Any]) -> Sequence[Any]:
         """Return what a source holds: its captions, if they can be used. Raises BadText where they cannot."""
-        if source.startswith(FIELD):
-            name = source.removeprefix(FIELD)
+        member, name = split_source(source)
+        if name is not None:
+            if member != JSON:
+                fields = json_object(texts[member]) if member in texts else {}
             if name not in fields:
                 return ()
             value = fields[name]
@@ -182,6 +187,20 @@ def caption_hash(caption: str) -> int:
     return xxhash.xxh3_64_intdigest(caption.encode())
 
 
+def split_source(source: str) -> tuple[str, str | None]:
+    """Return the extension of the member that a source is in, and its field; None where the whole member is it.
+
+    Examples:
+        >>> split_source("outputs.txt"), split_source("json.caption"), split_source("syn.json.syn_text")
+        (('outputs.txt', None), ('json', 'caption'), ('syn.json', 'syn_text'))
+    """
+    parts = source.split(".")
+    if JSON not in parts[:-1]:
+        return source, None
+    end = parts.index(JSON) + 1
+    return ".".join(parts[:end]), ".".join(parts[end:])
+
+
 def shortened(caption: str) -> str:
     """Return the beginning of a caption in quotes, for messages."""
     return repr(caption if len(caption) <= MAX_CAPTION_SHOWN else caption[:MAX_CAPTION_SHOWN] + "...")
@@ -203,6 +222,19 @@ def decode_text(data: bytes) -> str:
     if "\0" in text:
         raise BadText("NUL characters")
     return text
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Return the object in a json member. Raises BadText where there is none."""
+    try:
+        fields = json.loads(decode_text(data))
+    except BadText:
+        raise
+    except (ValueError, RecursionError):  # the latter for thousands of nested brackets
+        raise BadText("not JSON") from None
+    if not isinstance(fields, dict):
+        raise BadText("not an object")
+    return fields
 
 
 def _caption(value: Any) -> str:

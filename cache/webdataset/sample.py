@@ -5,7 +5,6 @@ The trainer, the tokenizer and the evaluation all read samples here, so that the
 
 import io
 import itertools
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from threetowers.cache.webdataset.captions import (
     BadText,
     CaptionFormat,
     decode_text,
+    json_object,
 )
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.images import BadImage, decode_rgb
@@ -129,7 +129,7 @@ def _fields(data: Mapping[str, bytes], notes: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if "json" in data:
         try:
-            fields = _json_object(data["json"])
+            fields = json_object(data["json"])
         except BadText as error:
             notes.append(f"json: {error}")
     if "cls" in data:
@@ -148,19 +148,6 @@ def describe_missing_captions(members: Collection[str], fields: Mapping[str, Any
 
 def _no_caption(notes: Sequence[str]) -> str:
     return f"no caption ({', '.join(notes)})" if notes else "no caption"
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    """Return the object in a json member. Raises BadText where there is none."""
-    try:
-        fields = json.loads(decode_text(data))
-    except BadText:
-        raise
-    except (ValueError, RecursionError):  # the latter for thousands of nested brackets
-        raise BadText("not JSON") from None
-    if not isinstance(fields, dict):
-        raise BadText("not an object")
-    return fields
 
 
 def read_label_vector(tar: TarIndex, ordinal: int) -> list[int]:

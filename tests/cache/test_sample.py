@@ -186,6 +186,23 @@ def test_named_sources_are_read_alone_and_in_their_order(tmp_path: Path) -> None
     assert read(tmp_path, CaptionFormat({"outputs.txt": 1}), outputs_txt=b"five").captions == ("five",)
 
 
+def test_captions_are_in_other_json_members_too(tmp_path: Path) -> None:
+    """A field of KEY.syn.json, whose object is apart from that of KEY.json."""
+    captions = CaptionFormat({"syn.json.syn_text": 1, "json.syn_text": 1, "txt": 1})
+    both = {"syn_json": b'{"syn_text": ["one", " two "]}', "json": b'{"syn_text": "three"}', "txt": b"four"}
+    found = read(tmp_path, captions, **both)
+    assert found.captions_by_source == {
+        "syn.json.syn_text": ("one", "two"),
+        "json.syn_text": ("three",),
+        "txt": ("four",),
+    }
+    assert found.fields == {"syn_text": "three"}
+    assert read(tmp_path, captions, txt=b"four").captions == ("four",)
+    for data, fault in ((b"[1]", "not an object"), (b"{", "not JSON"), (b'{"syn_text": null}', "null")):
+        annotation = read(tmp_path, captions, syn_json=data, txt=b"four")
+        assert (annotation.captions, annotation.notes) == (("four",), (f"syn.json.syn_text: {fault}",))
+
+
 def test_a_caption_is_drawn_by_weight_among_the_sources_that_have_one() -> None:
     captions = CaptionFormat({"txt": 1, "json.caption": 2, "cap": 1})
     found = {"txt": ("a", "b"), "json.caption": ("c",)}
@@ -211,6 +228,8 @@ def test_a_caption_is_drawn_by_weight_among_the_sources_that_have_one() -> None:
         (["jpg"], "found 'jpg', expected the extension of a text member"),
         ([".txt"], "found '.txt', expected the extension"),
         (["json."], "expected the extension"),
+        (["syn.json."], "expected the extension"),
+        (["Syn.json.Text"], "found 'Syn.json.Text', expected 'syn.json.Text'"),
         (["TXT"], "found 'TXT', expected 'txt'"),
         (["txt=0"], "weight 0.0 of 'txt', expected a positive number"),
         (["txt=nan"], "expected a positive number"),

@@ -155,8 +155,9 @@ class Data:
     without a value (no such field, null, blank, NaN) is its own group, too."""
     captions: dict[str, Annotated[Weight, Field(gt=0)]] = field(default_factory=dict)
     """Sources of captions, by weight, as in `{txt: 1, json.recaption: 2}`: the extension of a text member, or
-    `json.FIELD`. In each epoch one of those that a sample has is drawn. {}: the `txt` member where it has a caption,
-    otherwise the `json` member's `captions`, otherwise its `caption`."""
+    `json.FIELD`; `syn.json.FIELD` is a field of the member `syn.json`. In each epoch one of those that a sample has is
+    drawn. {}: the `txt` member where it has a caption, otherwise the `json` member's `captions`, otherwise its
+    `caption`."""
     caption_per_line: bool = False
     """Read each line of a text member as a caption of its own. Otherwise a text member is a single caption."""
     image_member: str | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from threetowers.cache.processes.world import World
-from threetowers.cache.webdataset.captions import FIELD
+from threetowers.cache.webdataset.captions import split_source
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.groups import BAD_GROUP, BadField, SampleGroup, sample_group
 from threetowers.cache.webdataset.sample import read_annotation, read_fields
@@ -168,7 +168,7 @@ def _read(samples: SampleSet, component: MixtureComponent, index: int) -> _Found
         return error
     by_source = annotation.captions_by_source
     used, *others = by_source
-    is_member = not captions.caption_per_line and not used.startswith(FIELD)
+    is_member = not captions.caption_per_line and split_source(used)[1] is None
     return _Found(
         list(by_source) if captions.sources else [used],
         group,
