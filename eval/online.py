@@ -13,7 +13,7 @@ from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.eval.datasets.dataset import open_dataset
 from threetowers.eval.datasets.dataset_config import DatasetConfig
 from threetowers.eval.datasets.image_set import ImageReader
-from threetowers.eval.encoders.cached_input import CachedInput
+from threetowers.eval.encoders.cached_input import CachedInput, teachers_of
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.forward import forward_captions, forward_images
@@ -132,17 +132,20 @@ class RetrievalEvaluator:
         Raises:
             ManifestError: There are no caches of the held-out tars. Whether they are built is asked when they are read.
         """
-        found = {}
+        manifests = {}
         for head in (self.config.deploy.image, self.config.deploy.text):
             tower = self.config.root_of(head)
             settings = self.config.towers[tower]
             if isinstance(settings, CacheTower):
-                manifest = EmbeddingCache.open(settings.path).manifest
-                cached = found[tower] = CachedInput(self.config, tower, manifest, self.options, REMEDY)
-                cache = cached.cache()
-                with cached.explained():
-                    for tar in self.data.tars:
-                        cache.table.find(tar)
+                manifests[tower] = EmbeddingCache.open(settings.path).manifest
+        teachers = teachers_of(self.config, manifests, self.options)
+        found = {}
+        for tower, manifest in manifests.items():
+            cached = found[tower] = CachedInput(self.config, tower, manifest, teachers, self.options, REMEDY)
+            cache = cached.cache()
+            with cached.explained():
+                for tar in self.data.tars:
+                    cache.table.find(tar)
         return found
 
 

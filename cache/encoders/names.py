@@ -129,7 +129,7 @@ def load_frozen_encoder(name: str | EncoderName, options: EncoderOptions | None 
               folder with a copy of the files of that name;
             - `st:NAME[:WEIGHTS]`: a model of sentence-transformers, by folder, name or `package:NAME`;
             - `run:FOLDER[:WEIGHTS]`: a finished run, or an export, of this package; WEIGHTS are those of the frozen
-              encoder whose cached rows it stands on (LiT).
+              encoder whose cached rows it stands on (LiT), with one side or both.
         options: How it is loaded and run.
 
     Raises:

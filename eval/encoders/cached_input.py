@@ -1,11 +1,11 @@
 """What a cached tower of a run takes in evaluation: rows of a cache, or what the live teacher computes."""
 
 import contextlib
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from threetowers.cache.encoders.encoder import FrozenEncoder
+from threetowers.cache.encoders.live import LiveTeachers
 from threetowers.cache.format.manifest import Manifest, ManifestError, teacher_mismatch
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.eval.encoders.encoder import LoadOptions
@@ -29,7 +29,13 @@ class CachedInput:
     """
 
     def __init__(
-        self, config: TrainConfig, tower: str, manifest: Manifest, options: LoadOptions, remedy: str = REMEDY
+        self,
+        config: TrainConfig,
+        tower: str,
+        manifest: Manifest,
+        teachers: LiveTeachers,
+        options: LoadOptions,
+        remedy: str = REMEDY,
     ) -> None:
         """Choose the source.
 
@@ -37,6 +43,7 @@ class CachedInput:
             config: Of the run.
             tower: A cached tower of it.
             manifest: See the class.
+            teachers: Those of the run's cached towers.
             options: How the run is evaluated.
             remedy: How a cache is named, for messages.
         """
@@ -47,12 +54,11 @@ class CachedInput:
         self.path: str | Path = options.caches.get(tower, settings.path)
         self.reads_rows = tower in options.caches or not options.live_teacher
         self.computes = options.live_teacher
-        self._options = options
-        self._weights = settings.weights
+        self._teachers = teachers
         self._run = config.output_dir
         self._remedy = remedy.format(tower=tower)
 
-    @cached_property
+    @property
     def teacher(self) -> FrozenEncoder:
         """The live teacher; loaded when it is first asked for.
 
@@ -60,9 +66,7 @@ class CachedInput:
             ManifestError: The encoder that is there now is not the one that the run was trained on.
             ValueError: It cannot be loaded.
         """
-        from threetowers.cache.encoders.live import live_teacher
-
-        return live_teacher(self.manifest, self._weights, str(self._options.torch_device()))
+        return self._teachers.teacher(self.tower)
 
     @property
     def evaluated_manifest(self) -> Manifest:
@@ -108,3 +112,10 @@ class CachedInput:
     def __str__(self) -> str:
         """Return the teacher, its feature, and whether rows are read or computed."""
         return f"{self.manifest.encoder} {self.manifest.feature} ({'cached' if self.reads_rows else 'live'})"
+
+
+def teachers_of(config: TrainConfig, manifests: Mapping[str, Manifest], options: LoadOptions) -> LiveTeachers:
+    """Return the teachers of a run's cached towers, of which `manifests` are those of the caches, by tower."""
+    towers = {name: config.towers[name] for name in manifests}
+    weights = {name: tower.weights for name, tower in towers.items() if isinstance(tower, CacheTower)}
+    return LiveTeachers(manifests, weights, str(options.torch_device()))

@@ -52,12 +52,13 @@ def load_encoder(
     if not path.is_dir():
         kinds = sorted({CACHE, *encoder_kinds()} - {RUN})
         raise ValueError(f"{model!r} is not a folder of a run or an export; other models: {', '.join(kinds)}:NAME")
-    from threetowers.eval.encoders.run_encoder import load_deployed_heads, load_third_tower_heads
+    from threetowers.eval.encoders.run_encoder import load_deployed_heads, third_tower_heads
 
-    main = _with_options(load_deployed_heads(path, options), options)
+    deployed = load_deployed_heads(path, options)
+    main = _with_options(deployed, options)
     if ensemble is None:
         return main
-    third = _with_options(load_third_tower_heads(path, ensemble.tower, options), options)
+    third = _with_options(third_tower_heads(deployed, ensemble.tower), options)
     return EnsembleEncoder(main, third, ensemble)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from threetowers.cache.encoders.live import LiveTeachers
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.arithmetic import PrecisionName, arithmetic
-from threetowers.eval.encoders.cached_input import CachedInput
+from threetowers.eval.encoders.cached_input import CachedInput, teachers_of
 from threetowers.eval.encoders.embedding_store import Embeddings
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions, ModelInfo, file_digest, joined_digests
 from threetowers.eval.encoders.fingerprint import model_fingerprint
@@ -27,17 +28,34 @@ class RunEncoder(Encoder):
     """The embeddings of two heads of a run, one on an image tower and one on a text tower; either may be cached."""
 
     def __init__(
-        self, path: Path, trained: TrainedModel, image_head: str, text_head: str, options: LoadOptions
+        self,
+        path: Path,
+        trained: TrainedModel,
+        teachers: LiveTeachers,
+        image_head: str,
+        text_head: str,
+        options: LoadOptions,
     ) -> None:
-        """Make an encoder of the heads `image_head` and `text_head` of the run in folder `path`."""
+        """Make an encoder of two heads of a run.
+
+        Args:
+            path: Folder of the run.
+            trained: Its model.
+            teachers: Those of its cached towers.
+            image_head: A head on an image tower.
+            text_head: A head on a text tower.
+            options: How the run is evaluated.
+        """
+        self.path = path
         self.trained = trained
+        self.teachers = teachers
         self.options = options
         self.image_head = image_head
         self.text_head = text_head
         self.image_tower = trained.config.root_of(image_head)
         self.text_tower = trained.config.root_of(text_head)
         cached = {
-            tower: CachedInput(trained.config, tower, trained.manifests[tower], options)
+            tower: CachedInput(trained.config, tower, trained.manifests[tower], teachers, options)
             for tower in (self.image_tower, self.text_tower)
             if tower in trained.manifests
         }
@@ -143,16 +161,22 @@ def recipe_digest(run: TrainConfig) -> str:
 def load_deployed_heads(path: Path, options: LoadOptions) -> RunEncoder:
     """Return the encoder of the deployed heads of a run or an export. Raises ValueError for a folder without one."""
     trained = load_model(path)
-    return RunEncoder(path, trained, trained.config.deploy.image, trained.config.deploy.text, options)
+    teachers = teachers_of(trained.config, trained.manifests, options)
+    return RunEncoder(path, trained, teachers, trained.config.deploy.image, trained.config.deploy.text, options)
 
 
-def load_third_tower_heads(path: Path, tower: str, options: LoadOptions) -> RunEncoder:
+def third_tower_heads(main: RunEncoder, tower: str) -> RunEncoder:
     """Return the encoder of the heads h_g on a cached tower and g_h on the text tower, found by their pair term.
 
-    Raises ValueError for a run that has no such tower, or no such term.
+    Args:
+        main: The encoder of the run's deployed heads, with which it shares the model and the teachers.
+        tower: The cached tower.
+
+    Raises:
+        ValueError: The run has no such tower, or no such term.
     """
-    trained = load_model(path)
-    run = trained.config
+    path = main.path
+    run = main.trained.config
     known = [name for name in run.towers_of("cache") if run.side_of(name) == "image"]
     if tower not in known:
         found = "is of text" if tower in run.towers_of("cache") else "is none"
@@ -164,5 +188,5 @@ def load_third_tower_heads(path: Path, tower: str, options: LoadOptions) -> RunE
     for term in run.terms.values():
         for image_head, text_head in ((term.x, term.y), (term.y, term.x)):
             if run.root_of(image_head) == tower and run.root_of(text_head) == text:
-                return RunEncoder(path, trained, image_head, text_head, options)
+                return RunEncoder(path, main.trained, main.teachers, image_head, text_head, main.options)
     raise ValueError(f"{path}: no term pairs the text tower with {tower!r}, so there is no embedding for an ensemble")

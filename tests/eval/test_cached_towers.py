@@ -12,6 +12,8 @@ import torch
 from tests.conftest import samples_of, write_tar
 from tests.eval.runs import finished
 from tests.trainer.cached_runs import both_cached, cached_text, pair_caches
+from threetowers.cache.encoders import live as live_teachers
+from threetowers.cache.encoders.encoder import FrozenEncoder
 from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.webdataset.captions import CaptionFormat
@@ -64,11 +66,22 @@ def test_cache_and_live_encoder_find_the_same(
     caches: Mapping[str, Path],
     heldout: tuple[Path, Mapping[str, Path]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = finished(KINDS[kind](clip, caches, tmp_path))
     tar, held = heldout
+    loaded = 0
+
+    def load(*args: Any) -> FrozenEncoder:
+        nonlocal loaded
+        loaded += 1
+        return load_frozen_encoder(*args)
+
+    monkeypatch.setattr(live_teachers, "load_frozen_encoder", load)
     (by_cache,) = retrieve(run, tar, tmp_path / "out", options_of(kind, held)).records
+    assert loaded == 0
     (live,) = retrieve(run, tar, tmp_path / "live", LIVE).records
+    assert loaded == 1, "the sides stand on one encoder"
     assert by_cache.metrics == live.metrics
     assert by_cache.counts["images"] == live.counts["images"] == 12
     assert by_cache.spec.model_fingerprint != live.spec.model_fingerprint

@@ -1,5 +1,6 @@
 """Runs and exports as encoders: the embeddings of the trained model, before normalisation."""
 
+import dataclasses
 import pickle
 import tomllib
 from importlib import import_module
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.trainer.finished_runs import finished_run
+from threetowers.cache.encoders import live
 from threetowers.cache.encoders.encoder import FrozenEncoder, ImageEncoder, TextEncoder
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions, load_frozen_encoder
 from threetowers.cache.format.manifest import CaptionSources, Manifest, Side
@@ -22,6 +24,7 @@ from threetowers.trainer.export.export import export
 from threetowers.trainer.export.run_encoder import load_run_encoder
 from threetowers.trainer.export.trained_model import load_model
 
+SIDES: tuple[Side, ...] = ("image", "text")
 CAPTIONS = ["a red disc", "cross, blue", "grey dot " * 9, ""]
 
 
@@ -197,6 +200,35 @@ def test_both_sides_may_be_those_of_a_frozen_encoder(clip: dict[str, Any]) -> No
         encoder_of(folder, max_length=7)
     with pytest.raises(ValueError, match=r"its image side takes rows of test:pair, .* weights_digest: expected"):
         encoder_of(f"{folder}:seed:1")
+
+
+def test_weights_by_name_are_those_of_both_sides(clip: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder of both sides is loaded once; where there are two, the weights are those of the image side's."""
+    loaded: list[EncoderName] = []
+    real = load_frozen_encoder
+
+    def load(name: EncoderName, options: EncoderOptions) -> FrozenEncoder:
+        loaded.append(name)
+        return real(name, options)
+
+    monkeypatch.setattr(live, "load_frozen_encoder", load)
+    pair, other = real("test:pair:seed:4"), real("test:bag")
+    # As after a build from a file, of which a manifest has the name alone
+    manifests = {of: manifest_of(pair, of, "pooled") for of in SIDES}
+    manifests = {of: dataclasses.replace(each, weights="file:pair.pt") for of, each in manifests.items()}
+    folder = finished_run(both_cached(clip), manifests)
+    with pytest.raises(ValueError, match=r"its image side .* 'pair\.pt': give its .* as towers\.image\.weights"):
+        encoder_of(folder)
+    encoder = encoder_of(f"{folder}:seed:4")
+    assert loaded == [EncoderName("test", "pair", 16, "seed:4")]
+    rows = pair.side("text").embed(CAPTIONS[:3])
+    words = F.normalize(encoder.side("text").embed(CAPTIONS[:3], "projected"), dim=-1)
+    torch.testing.assert_close(words, load_model(folder).encode_tokens(rows), rtol=0, atol=1e-6)
+
+    clip["output_dir"] += "-two"
+    two = finished_run(both_cached(clip), manifests | {"text": manifest_of(other, "text", "pooled")})
+    assert encoder_of(f"{two}:seed:4").side("text").embed(CAPTIONS[:1]).shape == (1, 24)
+    assert loaded[1:] == [EncoderName("test", "pair", 16, "seed:4"), EncoderName("test", "bag")]
 
 
 def test_what_is_no_run_is_refused(clip: dict[str, Any], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from threetowers.cache.encoders.encoder import (
     require_offered,
     state_digest,
 )
-from threetowers.cache.encoders.live import live_teacher
+from threetowers.cache.encoders.live import LiveTeachers
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
 from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD, Tokenizer
 from threetowers.cache.format.manifest import Preprocessing, Side, TextProcessing
@@ -191,9 +191,9 @@ def load_run_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncode
     """Load a finished run, or an export in our own format, as an encoder of images and text.
 
     Args:
-        name: Its folder. Its weights are those of the frozen encoder on whose cached rows it stands, the image side's
-            if both sides do; by default they are looked for where the run's config (`weights` of the tower) or the
-            cache's manifest have them from.
+        name: Its folder. Its weights are those of the frozen encoder on whose cached rows it stands, with one side or
+            both; where the sides stand on two encoders, the image side's. By default they are looked for where the
+            run's config (`weights` of the tower) or the cache's manifest have them from.
         options: How it is loaded and run. Computed from float32 weights, whatever the precision of the run.
 
     Raises:
@@ -279,22 +279,26 @@ def _encoders_below(trained: TrainedModel, name: EncoderName, device: str) -> di
     Raises:
         ValueError: One of them cannot be loaded.
     """
+    sides: dict[Side, str] = {"image": trained.image_tower, "text": trained.text_tower}
+    cached = {side: tower for side, tower in sides.items() if tower in trained.manifests}
+    manifests = {tower: trained.manifests[tower] for tower in cached.values()}
+    weights = {}
+    for tower, manifest in manifests.items():
+        settings = trained.config.towers[tower]
+        assert isinstance(settings, CacheTower)
+        is_named = name.weights is not None and manifest.encoder == next(iter(manifests.values())).encoder
+        weights[tower] = name.weights if is_named else settings.weights
+    teachers = LiveTeachers(manifests, weights, device)
     found: dict[Side, FrozenEncoder] = {}
-    weights = name.weights
-    sides: tuple[tuple[Side, str], ...] = (("image", trained.image_tower), ("text", trained.text_tower))
-    for side, tower in sides:
-        config = trained.config.towers[tower]
-        if not isinstance(config, CacheTower):
-            continue
-        manifest = trained.manifests[tower]
+    for side, tower in cached.items():
         try:
-            found[side] = live_teacher(manifest, weights or config.weights, device)
+            found[side] = teachers.teacher(tower)
         except ValueError as error:
             raise ValueError(
-                f"{name}: its {side} side takes rows of {manifest.encoder}, which is needed to make them: {error}; "
-                f"name its weights as {KIND}:{name.name}:WEIGHTS"
+                f"{name}: its {side} side takes rows of {manifests[tower].encoder}, which is needed to make them: "
+                f"{error}; name its weights as {KIND}:{name.name}:WEIGHTS, or as towers.{tower}.weights in the run's "
+                "config"
             ) from error
-        weights = None
     return found
 
 
