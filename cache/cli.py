@@ -38,7 +38,10 @@ def _print_build(report: "BuildReport") -> None:
     embedded = "embedded"
     done, unit = report.samples, "img"
     if report.of == "text":
-        embedded = f"embedded with {report.captions} captions, {report.different_captions} different in their tars"
+        embedded = (
+            f"embedded with {report.captions} captions, of which the encoder read {report.different_captions} "
+            "(equal ones of a tar once)"
+        )
         done, unit = report.captions, "captions"
     rate = done / report.seconds if report.seconds else 0.0
     left = f", {report.tars_left} taken over by other workers" if report.tars_left else ""

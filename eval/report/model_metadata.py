@@ -23,7 +23,7 @@ class ModelMetadata:
     Attributes:
         name: Name in records and tables.
         digest: Digest of its weights.
-        method: The loss terms of a run, or the kind of another model.
+        method: The loss terms of a run, with the sides that it deploys on cached towers; or the kind of another model.
         stage_seconds: Wall seconds of building its caches and of training.
         caches: The caches it was trained with.
         curves: Steps and values of its training metrics, thinned.
@@ -55,12 +55,12 @@ def model_metadata(model: str | Path, encoder: Encoder) -> ModelMetadata:
     if folder.summary.exists():
         stages["training"] = float(json.loads(folder.summary.read_text())["seconds"])
     metrics = read_metrics(folder.metrics) if folder.metrics.exists() else None
-    deployed = (run.deploy.image, run.deploy.text)
-    locked = any(isinstance(run.towers[run.root_of(head)], CacheTower) for head in deployed)
+    deployed = {"image": run.deploy.image, "text": run.deploy.text}
+    cached = [side for side, head in deployed.items() if isinstance(run.towers[run.root_of(head)], CacheTower)]
     return ModelMetadata(
         name=info.name,
         digest=info.digest,
-        method=" + ".join(run.terms) + (" on cached rows" if locked else ""),
+        method=" + ".join(run.terms) + (f" (cached: {', '.join(cached)})" if cached else ""),
         stage_seconds=stages,
         caches=caches,
         curves=thinned(metrics) if metrics else {},

@@ -416,7 +416,9 @@ def test_a_cache_in_a_bucket_equals_one_in_a_folder(tars: list[Path], cache: Pat
     assert build_cache(BuildConfig(tars=urls, output_dir=out, **OPTIONS)).tars_kept == len(tars)
 
 
-def test_the_command_says_what_it_did(tars: list[Path], cache: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_it_did(
+    samples: list[list[CaptionedSample]], tars: list[Path], cache: Path, tmp_path: Path
+) -> None:
     flags = ["--encoder", "test:bag", "--of", "text", "--batch-size", "5", "--threads", "1", "--device", "cpu"]
     command = [sys.executable, "-m", "threetowers", "cache", "build", "--tars", *map(str, tars)]
     result = subprocess.run(
@@ -429,7 +431,9 @@ def test_the_command_says_what_it_did(tars: list[Path], cache: Path, tmp_path: P
     assert result.returncode == 0, result.stderr
     same(tmp_path / "cache", cache)
     rows = sum(record.n_rows for record in records(cache))
-    assert f"embedded with {rows} captions, " in result.stdout
+    read = sum(len({c for sample in tar for found in sample.captions.values() for c in found}) for tar in samples)
+    assert read < rows
+    assert f"embedded with {rows} captions, of which the encoder read {read} (equal ones" in result.stdout
     assert "captions/s" in result.stdout
     assert "noted     " in result.stdout
     assert "no caption (json.caption: null); found members" in result.stdout

@@ -91,7 +91,7 @@ def test_cache_and_live_encoder_find_the_same(
     assert len((by_cache.spec.cache_manifest or "").split()) == (2 if kind == "both" else 1)
     # The report tells of the caches
     (metadata,) = (json.loads(path.read_text()) for path in (tmp_path / "live" / "models").glob("*.json"))
-    assert metadata["method"].endswith("on cached rows")
+    assert metadata["method"].endswith(" (cached: image, text)" if kind == "both" else " (cached: text)")
     costs = {cost["of"]: cost["rows"] for cost in metadata["caches"]}
     assert costs == {"text": 90} | ({"image": 45} if kind == "both" else {})
 
