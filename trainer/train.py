@@ -10,8 +10,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
@@ -43,6 +45,7 @@ from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.compilation import compile_model, log_graph_breaks
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.model.phi_s import phi_s
 from threetowers.trainer.model.running_moments import (
     average_running_moments,
     remember_running_moments,
@@ -56,6 +59,8 @@ from threetowers.trainer.optimizer.agreed_step import AgreedStep, StepReport
 from threetowers.trainer.optimizer.optimizer import freeze
 from threetowers.trainer.optimizer.schedule import Schedule
 from threetowers.trainer.run_folder import RunFolder, RunInUse
+
+FloatArray = npt.NDArray[np.floating[Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -275,16 +280,38 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         model = self._new_model()
         self._init_notes = model.load_initial_weights()
-        for name in self.manifests:
-            tower = self.config.towers[name]
-            if isinstance(tower, CacheTower) and tower.standardize:
-                mean, std = self.samples.moments(name)
-                model.towers[name].set_moments(torch.from_numpy(mean), torch.from_numpy(std))  # type: ignore[operator]
+        self._standardize(model)
         freeze(model, self.config.optim)
         if self.config.engine.activation_checkpointing:
             model.checkpoint_activations()
         compile_model(model, self.config.engine.compile)
         return model
+
+    def _standardize(self, model: TowerModel) -> None:
+        """Give the cached towers the statistics of their caches, as the first rank computes them. Collective.
+
+        On another machine the eigenvectors of PHI-S may come out differently, as they are no smooth function.
+        """
+        statistics: list[dict[str, list[Tensor]]] = [{}]
+
+        def compute() -> None:
+            for name in self.manifests:
+                tower = self.config.towers[name]
+                if isinstance(tower, CacheTower) and tower.standardize != "none":
+                    statistics[0][name] = [torch.from_numpy(array) for array in self._statistics(name, tower)]
+
+        self._do_on_first_rank(compute)
+        distributed.broadcast_object_list(statistics)
+        for name, tensors in statistics[0].items():
+            model.towers[name].set_statistics(*tensors)  # type: ignore[operator]
+
+    def _statistics(self, name: str, tower: CacheTower) -> Sequence[FloatArray]:
+        """Return what a cached tower is standardised by: mean and standard deviations, and the rotation of PHI-S."""
+        if tower.standardize == "moments":
+            return self.samples.moments(name)
+        mean_w, covariance_ww = self.samples.covariance(name)
+        rotation_ww, std = phi_s(covariance_ww)
+        return mean_w, np.full(len(mean_w), std), rotation_ww
 
     def _new_model(self) -> TowerModel:
         widths = {name: manifest.dim for name, manifest in self.manifests.items()}

@@ -4,7 +4,7 @@ A local cache is memory-mapped; of a remote one, the shards of whole tars are fe
 of memory. A row is returned only if the hash of its key is the one stored beside it, and that of its caption.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,8 @@ from threetowers.cache.read.shard_rows import MmapShardRows, ShardRows, open_sha
 from threetowers.cache.read.tar_columns import OK, TarColumns, read_tar_columns
 from threetowers.cache.storage.storage import Storage, open_storage
 from threetowers.cache.webdataset.tar_index import key_hash
+
+Float64Array = npt.NDArray[np.float64]
 
 Int64 = npt.NDArray[np.int64]
 
@@ -387,6 +389,45 @@ class EmbeddingCache:
         Raises:
             ManifestError: a tar is incomplete or damaged, or no row has an embedding.
         """
+        mean_D, square_D = self._statistics(tar_ids, max_rows, seed, lambda x_nD: (x_nD**2).sum(0))
+        return mean_D.astype(np.float32), np.sqrt(np.maximum(square_D, 0)).astype(np.float32)
+
+    def covariance(
+        self, tar_ids: Sequence[int] | None = None, *, max_rows: int = 65536, seed: int = 0
+    ) -> tuple[Float64Array, Float64Array]:
+        """Return (D,) mean and (D, D) population covariance of the embeddings of view 0, in float64.
+
+        Over the rows that `moments` takes, and with its errors; chunk by chunk, in memory for (D, D).
+        """
+        mean_D, covariance_DD = self._statistics(tar_ids, max_rows, seed, lambda x_nD: x_nD.T @ x_nD)
+        return mean_D, covariance_DD
+
+    def _statistics(
+        self,
+        tar_ids: Sequence[int] | None,
+        max_rows: int,
+        seed: int,
+        sum_of_products: Callable[[Float64Array], Float64Array],
+    ) -> tuple[Float64Array, Float64Array]:
+        """Return the mean of the rows, and that of the products of centred ones, as their sum over some is computed."""
+        count = 0
+        total_D = np.zeros(self.dim)
+        products: Float64Array = np.zeros(())
+        shift_D: Float64Array | None = None
+        for x_nD in self._drawn_chunks(tar_ids, seed):
+            shift_D = x_nD[0] if shift_D is None else shift_D  # keeps the sums small where the mean is large
+            count += len(x_nD)
+            total_D += (x_nD - shift_D).sum(0)
+            products = products + sum_of_products(x_nD - shift_D)
+            if count >= max_rows:
+                break
+        if shift_D is None:
+            raise ManifestError(f"{self.storage}: no row has an embedding: see `threetowers cache info`")
+        mean_D = total_D / count
+        return mean_D + shift_D, products / count - sum_of_products(mean_D[None])
+
+    def _drawn_chunks(self, tar_ids: Sequence[int] | None, seed: int) -> Iterator[Float64Array]:
+        """Yield the embeddings (n, D) of the chunks of some tars that have any, in an order drawn by the seed."""
         chunk_rows = self.manifest.chunk_rows
         entries = self.tars if tar_ids is None else [self.tars[tar_id] for tar_id in sorted(tar_ids)]
         chunks = []
@@ -394,27 +435,11 @@ class EmbeddingCache:
             n_rows = self.record(entry.id).n_rows if self._of_text else entry.n_samples
             n_chunks = -(-n_rows // chunk_rows)
             chunks += [(entry.id, i) for i in range(n_chunks)]
-        count = 0
-        total = np.zeros(self.dim)
-        square = np.zeros(self.dim)
-        shift: npt.NDArray[np.float64] | None = None
         for at in np.random.default_rng(seed).permutation(len(chunks)).tolist():
-            if count >= max_rows:
-                break
             tar_id, i = chunks[at]
             rows = self.columns(tar_id).embedded_rows(i * chunk_rows, (i + 1) * chunk_rows)
-            x_nD = self._decoded(tar_id, 0, rows).astype(np.float64)
-            if not len(x_nD):
-                continue
-            shift = x_nD[0] if shift is None else shift  # keeps the sum of squares small where the mean is large
-            count += len(x_nD)
-            total += (x_nD - shift).sum(0)
-            square += ((x_nD - shift) ** 2).sum(0)
-        if shift is None:
-            raise ManifestError(f"{self.storage}: no row has an embedding: see `threetowers cache info`")
-        mean = total / count
-        std = np.sqrt(np.maximum(square / count - mean**2, 0))
-        return (mean + shift).astype(np.float32), std.astype(np.float32)
+            if len(rows):
+                yield self._decoded(tar_id, 0, rows).astype(np.float64)
 
     def columns(self, tar_id: int) -> TarColumns:
         """Return what is stored of a tar beside its embeddings.

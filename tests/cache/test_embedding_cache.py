@@ -156,6 +156,9 @@ def test_moments_are_exact_on_small_caches_and_repeatable(cache: Path) -> None:
     assert mean.dtype == std.dtype == np.float32
     np.testing.assert_allclose(mean, rows.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(std, rows.std(axis=0), rtol=1e-6)
+    in_double, covariance = opened.covariance()
+    np.testing.assert_allclose(in_double, rows.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(rows.T, bias=True), rtol=1e-9, atol=1e-12)
     some = np.concatenate([opened.tar(i) for i in (0, 2)])
     np.testing.assert_allclose(opened.moments([2, 0])[0], some[np.isfinite(some).all(axis=1)].mean(axis=0), rtol=1e-5)
     few = [EmbeddingCache.open(cache).moments(max_rows=20, seed=seed)[0] for seed in (0, 0, 1)]

@@ -335,7 +335,7 @@ def test_ranks_agree_on_the_tars_of_an_epoch(growing: Any, tmp_path: Path) -> No
 def test_a_masked_run_is_the_same_on_two_ranks(three: dict[str, Any], gap: Any, tmp_path: Path) -> None:
     """Two of twelve samples have no row; the loss does not depend on the ranks that they fall to."""
     tar, cache = gap(Views())
-    tree = with_cache(three, tar, cache, on_missing_row="mask", standardize=False)
+    tree = with_cache(three, tar, cache, on_missing_row="mask", standardize="none")
     tree["data"]["on_bad"] = "skip"
     outs = []
     for ranks in (1, 2):

@@ -374,7 +374,7 @@ def test_cached_and_live_text_give_the_same_loss(run: dict[str, Any], text: Path
     torch.manual_seed(0)
     model = TowerModel(config, vocab_size=48, cache_widths={"text_third": join.cache.dim}).eval()
     mean, std = (torch.from_numpy(each) for each in samples.moments("text_third"))
-    model.towers["text_third"].set_moments(mean, std)  # type: ignore[operator]
+    model.towers["text_third"].set_statistics(mean, std)  # type: ignore[operator]
     inputs = {
         "image": torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8),
         "text": torch.tensor([[5 + i, 9, 2, 0] for i in range(12)]),

@@ -36,6 +36,7 @@ Weight = Annotated[float, BeforeValidator(_divided)]
 
 Precision = Literal["float32", "mixed", "bfloat16"]
 HeadNorm = Literal["batch", "layer"]
+Standardization = Literal["moments", "phi-s", "none"]
 
 SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -307,8 +308,11 @@ class CacheTower:
     the encoder."""
     # A linear head with bias can express the same map; starting from there, it need not first learn away a large
     # common offset.
-    standardize: bool = True
-    """Standardize each feature by its mean and standard deviation over the cache."""
+    standardize: Standardization = "moments"
+    """Standardization of the rows by their statistics over the cache. moments: each feature by its mean and standard
+    deviation. phi-s: less their mean, by a rotation and one common scale that give all features a variance of 1
+    (PHI-S, arXiv 2410.01680); for widths with a Hadamard matrix, as all multiples of 64 up to 2048. none: the rows as
+    they are, as similarities between images and text need them."""
     on_missing_row: Literal["error", "skip", "mask", "live"] = "error"
     """A sample without an embedding in the cache: error refuses to train, skip leaves the sample out, mask keeps it
     for the terms without this tower, live computes its embedding with the teacher (in the loader, on the CPU)."""

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from threetowers.cache.format.views import Views
+from threetowers.cache.read.embedding_cache import Float64Array
 from threetowers.cache.webdataset.captions import FIELD_EXTENSIONS
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.tar_index import TarIndex
@@ -230,10 +231,14 @@ class SampleSet:
 
     def moments(self, tower: str) -> tuple[CachedRow, CachedRow]:
         """Return mean and standard deviation (D,) of a cached tower's features over the tars of the first epoch."""
-        tar_numbers: list[int] = []
-        for component in self.components:
-            tar_numbers += self._epoch_tars(0, component)
-        return self.caches[tower].moments(tar_numbers)
+        return self.caches[tower].moments(self._first_tars())
+
+    def covariance(self, tower: str) -> tuple[Float64Array, Float64Array]:
+        """Return mean (D,) and covariance (D, D) of a cached tower's features over the tars of the first epoch."""
+        return self.caches[tower].covariance(self._first_tars())
+
+    def _first_tars(self) -> list[int]:
+        return [number for component in self.components for number in self._epoch_tars(0, component)]
 
     def view_image(self, index: int, view: int, image: Image.Image, size: int) -> Tensor:
         """Return a view of a sample's image as the teachers of the caches saw it: (3, size, size) uint8.

@@ -14,6 +14,7 @@ from threetowers.trainer.model.cached import CachedTower
 from threetowers.trainer.model.head import build_head
 from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.initial_weights import load_initial
+from threetowers.trainer.model.phi_s import has_hadamard_matrix
 from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
 from threetowers.trainer.model.shared import share_blocks
 from threetowers.trainer.model.text import TextTransformer
@@ -219,5 +220,11 @@ def _build_tower(config: TrainConfig, name: str, vocab_size: int | None, cache_w
         case TextTower() as tower:
             assert vocab_size is not None
             return TextTransformer(tower, vocab_size, config.data.context_length)
-        case CacheTower():
-            return CachedTower(cache_widths[name])
+        case CacheTower() as tower:
+            width = cache_widths[name]
+            if tower.standardize == "phi-s" and not has_hadamard_matrix(width):
+                raise ValueError(
+                    f"towers.{name}.standardize: phi-s needs a Hadamard matrix of the rows' width, and none of {width} "
+                    "is known; set moments or none"
+                )
+            return CachedTower(width, tower.standardize)

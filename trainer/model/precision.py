@@ -33,6 +33,11 @@ def autocast(enabled: bool, device: torch.device) -> AbstractContextManager[Any]
     return torch.autocast(device.type, torch.bfloat16)
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products are computed in the type of their factors, also inside of `autocast`."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def float32_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are float32 where the others are not, by name.
 

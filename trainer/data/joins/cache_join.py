@@ -16,7 +16,7 @@ import numpy.typing as npt
 from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, ManifestError, Side
-from threetowers.cache.read.embedding_cache import EmbeddingCache
+from threetowers.cache.read.embedding_cache import EmbeddingCache, Float64Array
 from threetowers.cache.read.stream import TarRows, stream_rows
 from threetowers.cache.read.tar_columns import OK, TarColumns
 from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
@@ -271,8 +271,16 @@ class CacheJoin(ABC, Generic[Stored]):
 
     def moments(self, tar_numbers: Sequence[int]) -> tuple[CachedRow, CachedRow]:
         """Return the mean and the standard deviation (D,) of the features over some tars."""
+        return self.cache.moments(self._tar_ids_of(tar_numbers))
+
+    def covariance(self, tar_numbers: Sequence[int]) -> tuple[Float64Array, Float64Array]:
+        """Return the mean (D,) and the covariance (D, D) of the features over some tars."""
+        return self.cache.covariance(self._tar_ids_of(tar_numbers))
+
+    def _tar_ids_of(self, tar_numbers: Sequence[int]) -> list[int]:
+        """Return the ids in the cache of those tars that it has."""
         tar_ids = [self.tar_ids[number] for number in tar_numbers]
-        return self.cache.moments([tar_id for tar_id in tar_ids if tar_id is not None])
+        return [tar_id for tar_id in tar_ids if tar_id is not None]
 
     def load_teacher(self) -> "FrozenEncoder":
         """Return the teacher of the cache, on the CPU. It is loaded at the first call.
