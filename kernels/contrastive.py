@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from threetowers.kernels.distributed.agreement import agree_on_sizes
-from threetowers.kernels.distributed.rank_group import RankGroup
-from threetowers.kernels.operators import contrastive_forward, outputs_per_pair
-from threetowers.kernels.pair import LossKind, Pair, PairResult
+from threetowers.kernels.pair import DistillationPair, LossKind, Pair, PairResult
+from threetowers.kernels.pair_losses import pair_losses
 from threetowers.kernels.validation import argument_fault
 
 
@@ -36,7 +33,7 @@ def contrastive_losses(
             for, and what is wrong with a pair's values is told by `PairResult.fault`.
 
     Returns:
-        The loss and the accuracies of each pair, and what is wrong with its values.
+        The loss, the accuracies and the sample losses of each pair, and what is wrong with its values.
 
     Raises:
         ValueError: an argument does not fit; the message names the pair.
@@ -50,42 +47,9 @@ def contrastive_losses(
         >>> float(matched.accuracy_xy), float(swapped.accuracy_xy)
         (1.0, 0.0)
     """
+    given = [DistillationPair(pair.x, pair.y, pair.log_scale, (), pair.bias, hard_weight=1.0) for pair in pairs]
     fault = argument_fault(pairs, group_ids, kind, logit_cache_bytes)
-    if fault:
-        agree_on_sizes(RankGroup(), fault, "", [])  # raises, on all ranks
-
-    # Only the column side's gradient crosses ranks: a side without one is the better column side.
-    swapped = [_wants_gradient(pair.y) and not _wants_gradient(pair.x) for pair in pairs]
-    x = [pair.y if swap else pair.x for pair, swap in zip(pairs, swapped, strict=True)]
-    y = [pair.x if swap else pair.y for pair, swap in zip(pairs, swapped, strict=True)]
-    log_scale = [pair.log_scale for pair in pairs]
-    bias = []
-    if kind == "sigmoid":
-        bias = [pair.log_scale.new_zeros(1) if pair.bias is None else pair.bias for pair in pairs]
-    outputs = contrastive_forward(
-        x,
-        y,
-        log_scale,
-        bias,
-        group_ids,
-        kind,
-        logit_cache_bytes,
-        ring,
-        [_wants_gradient(part) for part in x],
-        [_wants_gradient(part) for part in y],
-        [_wants_gradient(part) for part in log_scale],
-        swapped,
-        check,
-    )
-    faults_K = outputs[-1].detach()
-
-    results = []
-    for k, swap in enumerate(swapped):
-        first = k * outputs_per_pair(kind)
-        loss = outputs[first]
-        accuracy_2 = outputs[first + 1].detach()
-        results.append(PairResult(loss, accuracy_2[int(swap)], accuracy_2[1 - int(swap)], faults_K[k]))
-    return results
+    return pair_losses(given, fault, kind, group_ids, logit_cache_bytes, ring, check)
 
 
 def contrastive_loss(
@@ -158,7 +122,3 @@ def contrastive_loss(
         pairs, kind=kind, group_ids=group_ids, logit_cache_bytes=logit_cache_bytes, ring=ring, check=check
     )
     return result.loss
-
-
-def _wants_gradient(part: Tensor) -> bool:
-    return torch.is_grad_enabled() and part.requires_grad

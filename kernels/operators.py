@@ -1,9 +1,14 @@
 """The losses as torch operators: real and fake kernels, and gradients, registered with torch.library.
 
-An operator takes and returns flat lists of tensors. Forward returns, pair by pair, the fields of `SoftmaxOutputs` or
-`SigmoidOutputs`; then each pair's columns of all ranks, where backward needs them; and after them what is common to all
-pairs: the labels (int32), how many rows of each pair every rank holds (int64 (W, K), on the CPU), each pair's scale and
-bias (float64 (K, 2)) and what is wrong with its values (int32 (K,)).
+An operator takes and returns flat lists of tensors. Teachers are given for all pairs in a row, and `teacher_counts`
+says how many each pair has. Forward returns, in this order,
+
+- pair by pair, the fields of `SoftmaxOutputs` or `SigmoidOutputs`;
+- teacher by teacher, those of `TeacherOutputs` (softmax only);
+- the columns of all ranks, each pair's and behind them its teachers', where backward needs them;
+- what is common to all: the labels (int32), how many rows of each pair every rank holds (int64 (W, K), on the CPU),
+  the scale and bias of each pair, then of each teacher (float64 (N, 2)), and what is wrong with each pair's values
+  (int32 (K,)).
 """
 
 import contextlib
@@ -19,12 +24,12 @@ from threetowers.kernels.distributed.agreement import agree_on_sizes
 from threetowers.kernels.distributed.columns import ColumnExchange, GatheredColumns
 from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
 from threetowers.kernels.distributed.ring import RingColumns
-from threetowers.kernels.pair_state import PairState
+from threetowers.kernels.pair_state import PairState, TeacherState
 from threetowers.kernels.sigmoid import SigmoidOutputs, sigmoid_forward
-from threetowers.kernels.softmax import SoftmaxOutputs, softmax_backward, softmax_forward
+from threetowers.kernels.softmax import SoftmaxOutputs, TeacherOutputs, softmax_backward, softmax_forward
 from threetowers.kernels.tiles import LogitMap
 from threetowers.kernels.tiling import CachedTiles
-from threetowers.kernels.validation import check_values, value_facts, value_faults
+from threetowers.kernels.validation import check_values, pair_faults, value_facts, value_faults
 
 NUM_COMMON = 4  # outputs of forward that are common to all pairs
 
@@ -34,12 +39,23 @@ def outputs_per_pair(kind: str) -> int:
     return len(SoftmaxOutputs._fields) if kind == "softmax" else len(SigmoidOutputs._fields)
 
 
+def outputs_per_teacher(kind: str) -> int:
+    """Return how many of forward's outputs belong to each teacher."""
+    return len(TeacherOutputs._fields) if kind == "softmax" else 0
+
+
 @torch.library.custom_op("threetowers::contrastive_forward", mutates_args=())
 def contrastive_forward(
     x: list[Tensor],
     y: list[Tensor],
     log_scale: list[Tensor],
     bias: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+    teacher_log_scale: list[Tensor],
+    teacher_bias: list[Tensor],
+    teacher_counts: list[int],
+    teacher_weights: list[float],
     group_ids: Tensor | None,
     kind: str,
     logit_cache_bytes: int,
@@ -52,6 +68,7 @@ def contrastive_forward(
 ) -> list[Tensor]:
     """Return losses, accuracies and what backward needs.
 
+    teacher_weights: of a pair they sum to at most 1; what is missing to 1 is the weight of the samples' own pairs.
     need_x, need_y, need_scale: which gradients are wanted. swapped: which pairs' sides the caller calls y and x.
     check: whether to raise where values do not fit.
     """
@@ -66,34 +83,41 @@ def contrastive_forward(
                 f"x is on {x[0].device}, which the default process group cannot send from; "
                 "initialise it with a backend for that device, such as nccl for cuda"
             )
-        shapes = [(part.shape[1], str(part.dtype), part.device.type) for part in x]
+        shapes = [(part.shape[1], str(part.dtype), part.device.type) for part in [*x, *v]]
         layout = (
-            f"{kind}, ring {ring}, check {check}, group_ids {group_ids is not None}, widths {shapes}, gradients {needs}"
+            f"{kind}, ring {ring}, check {check}, group_ids {group_ids is not None}, widths {shapes}, "
+            f"gradients {needs}, teachers {teacher_counts} of weights {teacher_weights}"
         )
         sizes_WK = agree_on_sizes(ranks, fault, layout, [len(part) for part in x])
 
         # What lies on the device is judged there.
-        sides = [(b, a) if swap else (a, b) for a, b, swap in zip(x, y, swapped, strict=True)]
-        facts_K42 = value_facts([side[0] for side in sides], [side[1] for side in sides], log_scale, bias)
-        facts_WK42 = ranks.gather(facts_K42)
-        faults_K = value_faults(facts_WK42, [part.shape[1] for part in x], [part.dtype for part in x])
+        teacher_swapped = [swap for swap, count in zip(swapped, teacher_counts, strict=True) for _ in range(count)]
+        sides = zip([*x, *u], [*y, *v], swapped + teacher_swapped, strict=True)
+        given = [(b, a) if swap else (a, b) for a, b, swap in sides]
+        scalars = [*log_scale, *teacher_log_scale], [*bias, *teacher_bias]
+        facts_N42 = value_facts([side[0] for side in given], [side[1] for side in given], *scalars)
+        facts_WN42 = ranks.gather(facts_N42)
+        faults_N = value_faults(facts_WN42, [a.shape[1] for a, _ in given], [a.dtype for a, _ in given])
         if check:
-            check_values(faults_K, facts_WK42)
+            check_values(faults_N, facts_WN42, teacher_counts)
+        faults_K = pair_faults(faults_N, teacher_counts)
 
         # The pairs as this rank sees them, and their losses.
-        scalars_K2 = torch.stack([facts_K42[:, 0, 0].exp(), facts_K42[:, 1, 0]], 1)
+        scalars_N2 = torch.stack([facts_N42[:, 0, 0].exp(), facts_N42[:, 1, 0]], 1)
         labels = _group_labels(ranks, group_ids, BatchLayout(sizes_WK[:, 0].tolist(), ranks.rank))
-        pairs = _pair_states(x, y, sizes_WK, scalars_K2, ranks, labels, needs)
+        teachers = u, v, teacher_counts, teacher_weights
+        pairs = _pair_states(x, y, teachers, sizes_WK, scalars_N2, ranks, labels, needs)
         exchange = _column_exchange(ranks, pairs, ring)
         outputs: Sequence[SoftmaxOutputs | SigmoidOutputs]
+        teacher_outputs: Sequence[TeacherOutputs] = []
         if kind == "softmax":
-            outputs = softmax_forward(pairs, exchange, ranks, logit_cache_bytes)
+            outputs, teacher_outputs = softmax_forward(pairs, exchange, ranks, logit_cache_bytes)
             columns = exchange.kept()
         else:
             outputs = sigmoid_forward(pairs, exchange, ranks)
-            columns = [part.new_empty(0) for part in y]
-        flat = [tensor for output in outputs for tensor in output]
-        return [*flat, *columns, labels, sizes_WK, scalars_K2, faults_K]
+            columns = [side_bD.new_empty(0) for pair in pairs for side_bD in pair.columns]
+        flat = [tensor for output in [*outputs, *teacher_outputs] for tensor in output]
+        return [*flat, *columns, labels, sizes_WK, scalars_N2, faults_K]
 
 
 @contextlib.contextmanager
@@ -117,21 +141,32 @@ def _group_labels(ranks: RankGroup, group_ids: Tensor | None, layout: BatchLayou
     return torch.empty_like(differs_B).scatter_(0, order_B, differs_B.cumsum(0, dtype=torch.int32))
 
 
+Teachers = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[int], Sequence[float]]
+"""All pairs' teachers: u, v, how many each pair has, and their weights."""
+
+
 def _pair_states(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
+    teachers: Teachers,
     sizes_WK: Tensor,
-    scalars_K2: Tensor,
+    scalars_N2: Tensor,
     ranks: RankGroup,
     labels: Tensor,
     needs: tuple[Sequence[bool], Sequence[bool], Sequence[bool]],
 ) -> list[PairState]:
     need_x, need_y, need_scale = needs
     backends = {part.dtype: backend_for(part) for part in x}  # pairs take turns with one back end's scratch memory
+    teacher_scalars = iter(zip(*teachers[:2], teachers[3], scalars_N2[len(x) :], strict=True))
     pairs = []
     for k in range(len(x)):
         backend = backends[x[k].dtype]
-        scale, bias = scalars_K2[k].unbind()
+        states = []
+        for u_bE, v_bE, weight, scalars_2 in itertools.islice(teacher_scalars, teachers[2][k]):
+            logit_map = LogitMap.of(scalars_2, backend.dtype)
+            states.append(TeacherState(u_bE, v_bE, scalars_2[0], scalars_2[1], logit_map, weight))
+        layout = BatchLayout(sizes_WK[:, k].tolist(), ranks.rank)
+        scale, bias = scalars_N2[k].unbind()
         state = PairState(
             x_bD=x[k],
             y_bD=y[k],
@@ -140,10 +175,12 @@ def _pair_states(
             need_x=need_x[k],
             need_y=need_y[k],
             need_scale=need_scale[k],
-            layout=BatchLayout(sizes_WK[:, k].tolist(), ranks.rank),
+            row_layout=layout,
+            column_layout=layout,
             labels_B=labels if len(labels) else None,
             backend=backend,
-            logit_map=LogitMap.of(scalars_K2[k], backend.dtype),
+            logit_map=LogitMap.of(scalars_N2[k], backend.dtype),
+            teachers=tuple(states),
         )
         pairs.append(state)
     return pairs
@@ -162,7 +199,11 @@ def contrastive_backward(
     grads: list[Tensor],
     x: list[Tensor],
     y: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
     saved: list[Tensor],
+    teacher_counts: list[int],
+    teacher_weights: list[float],
     kind: str,
     ring: bool,
     need_x: list[bool],
@@ -177,11 +218,15 @@ def contrastive_backward(
         if kind == "sigmoid":
             return _scaled_sigmoid_gradients(grads, saved, need_x, need_y, need_scale)
         ranks = RankGroup()
-        labels, sizes_WK, scalars_K2, _ = saved[-NUM_COMMON:]
-        pairs = _pair_states(x, y, sizes_WK, scalars_K2, ranks, labels, (need_x, need_y, need_scale))
-        exchange = _column_exchange(ranks, pairs, ring, saved[-NUM_COMMON - len(x) : -NUM_COMMON])
-        outputs = [SoftmaxOutputs(*part) for part in _by_pair(saved, kind, len(x))]
-        results = softmax_backward(pairs, outputs, grads, exchange)
+        labels, sizes_WK, scalars_N2, _ = saved[-NUM_COMMON:]
+        teachers = u, v, teacher_counts, teacher_weights
+        pairs = _pair_states(x, y, teachers, sizes_WK, scalars_N2, ranks, labels, (need_x, need_y, need_scale))
+        sizes = [outputs_per_pair(kind) * len(x), outputs_per_teacher(kind) * len(u), len(x) + len(u)]
+        of_pairs, of_teachers, columns, _ = _split(saved, sizes)
+        exchange = _column_exchange(ranks, pairs, ring, columns)
+        outputs = [SoftmaxOutputs(*part) for part in _groups(of_pairs, outputs_per_pair(kind))]
+        teacher_outputs = [TeacherOutputs(*part) for part in _groups(of_teachers, outputs_per_teacher(kind))]
+        results = softmax_backward(pairs, outputs, teacher_outputs, grads, exchange)
         dx, dy, d_scale = (list(side) for side in zip(*results, strict=True))
         return [*dx, *dy, *d_scale, *(part.new_empty(0) for part in x)]
 
@@ -195,8 +240,7 @@ def _scaled_sigmoid_gradients(
 ) -> list[Tensor]:
     """Return forward's gradients times the incoming ones, as new tensors, in the order of `contrastive_backward`."""
     dx, dy, d_scale, d_bias = [], [], [], []
-    for k, part in enumerate(_by_pair(saved, "sigmoid", len(grads))):
-        output = SigmoidOutputs(*part)
+    for k, output in enumerate(_sigmoid_outputs(saved, len(grads))):
         dx.append(output.dx_bD * grads[k] if need_x[k] else output.dx_bD.new_empty(0))
         dy.append(output.dy_bD * grads[k] if need_y[k] else output.dy_bD.new_empty(0))
         d_scale.append(output.d_scale * grads[k] if need_scale[k] else output.d_scale.new_empty(0))
@@ -204,10 +248,15 @@ def _scaled_sigmoid_gradients(
     return [*dx, *dy, *d_scale, *d_bias]
 
 
-def _by_pair(outputs: Sequence[Tensor], kind: str, num_pairs: int) -> list[Sequence[Tensor]]:
+def _groups(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    """Return consecutive groups of this size."""
+    return [tensors[start : start + size] for start in range(0, len(tensors), size)]
+
+
+def _sigmoid_outputs(outputs: Sequence[Tensor], num_pairs: int) -> list[SigmoidOutputs]:
     """Return the outputs of each pair."""
-    n = outputs_per_pair(kind)
-    return [outputs[n * k : n * (k + 1)] for k in range(num_pairs)]
+    n = outputs_per_pair("sigmoid")
+    return [SigmoidOutputs(*part) for part in _groups(outputs[: n * num_pairs], n)]
 
 
 def _dynamic_size() -> Any:
@@ -216,28 +265,34 @@ def _dynamic_size() -> Any:
         return torch.library.get_ctx().new_dynamic_size()
     except torch._subclasses.fake_tensor.DynamicOutputShapeException as error:
         raise RuntimeError(
-            "contrastive_loss over several ranks, or with logit_cache_bytes and a symbolic batch, has outputs whose "
+            "a loss over several ranks, or with logit_cache_bytes and a symbolic batch, has outputs whose "
             "size is known only when it runs, which this fake mode cannot express; trace it with torch.compile, or "
             "give FakeTensorMode a ShapeEnv with allow_dynamic_output_shape_ops"
         ) from error
 
 
 @contrastive_forward.register_fake
-def _(x, y, log_scale, bias, group_ids, kind, logit_cache_bytes, ring, need_x, need_y, need_scale, swapped, check):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, y, log_scale, bias, u, v, teacher_log_scale, teacher_bias, teacher_counts, teacher_weights, group_ids, kind,
+    logit_cache_bytes, ring, need_x, need_y, need_scale, swapped, check,
+):  # fmt: skip
     num_ranks = RankGroup().size
     alone = num_ranks == 1
+    softmax = kind == "softmax"
+    totals = [part.shape[0] if alone or not softmax else _dynamic_size() for part in x]
     outputs = []
     for k, (x_bD, y_bD) in enumerate(zip(x, y, strict=True)):
         batch = x_bD.shape[0]
         dtype = torch.promote_types(x_bD.dtype, torch.float32)
-        outputs += [x_bD.new_empty((), dtype=dtype), x_bD.new_empty(2, dtype=dtype)]  # loss, accuracies
-        if kind == "softmax":
-            total = batch if alone else _dynamic_size()
-            outputs += [x_bD.new_empty(size, dtype=dtype) for size in (batch, batch, total, total, batch)]
+        # loss, accuracies, sample losses
+        outputs += [x_bD.new_empty(size, dtype=dtype) for size in ((), 2, batch)]
+        if softmax:
+            outputs += [x_bD.new_empty(size, dtype=dtype) for size in (batch, batch, totals[k], totals[k], batch)]
             cached: Any = 0
             if logit_cache_bytes and (need_x[k] or need_y[k] or need_scale[k]):
                 if alone and isinstance(batch, int):  # not where torch.compile keeps the batch open
-                    cached = CachedTiles.size_within(logit_cache_bytes, backend_for(x_bD), batch, [batch])
+                    layers = 1 + teacher_counts[k]
+                    cached = CachedTiles.size_within(logit_cache_bytes, backend_for(x_bD), batch, [batch], layers)
                     logit_cache_bytes -= cached * dtype.itemsize
                 else:
                     cached = _dynamic_size()
@@ -248,19 +303,30 @@ def _(x, y, log_scale, bias, group_ids, kind, logit_cache_bytes, ring, need_x, n
             outputs.append(x_bD.new_empty((), dtype=torch.float64) if need_scale[k] else x_bD.new_empty(0))
             outputs.append(x_bD.new_empty((), dtype=torch.float64))
 
-    gathered = kind == "softmax" and not alone and not ring
-    columns = [part.new_empty((_dynamic_size(), part.shape[1]) if gathered else 0) for part in y]
+    gathered = softmax and not alone and not ring
+    columns = []
+    rest = iter(v)
+    for k, y_bD in enumerate(y):
+        of_teachers = list(itertools.islice(rest, teacher_counts[k]))
+        if softmax:
+            batch, total = x[k].shape[0], totals[k]
+            dtype = torch.promote_types(x[k].dtype, torch.float32)
+            for _ in of_teachers:
+                outputs += [y_bD.new_empty(size, dtype=dtype) for size in (batch, batch, total, total)]
+        columns += [side.new_empty((totals[k], side.shape[1]) if gathered else 0) for side in [y_bD, *of_teachers]]
     labels = torch.empty(0, dtype=torch.int32)
     if group_ids is not None:
         labels = group_ids.new_empty(group_ids.shape if alone else _dynamic_size(), dtype=torch.int32)
     sizes_WK = torch.empty(num_ranks, len(x), dtype=torch.int64)
-    scalars_K2 = x[0].new_empty(len(x), 2, dtype=torch.float64)
+    scalars_N2 = x[0].new_empty(len(x) + len(u), 2, dtype=torch.float64)
     faults_K = x[0].new_empty(len(x), dtype=torch.int32)
-    return [*outputs, *columns, labels, sizes_WK, scalars_K2, faults_K]
+    return [*outputs, *columns, labels, sizes_WK, scalars_N2, faults_K]
 
 
 @contrastive_backward.register_fake
-def _(grads, x, y, saved, kind, ring, need_x, need_y, need_scale):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grads, x, y, u, v, saved, teacher_counts, teacher_weights, kind, ring, need_x, need_y, need_scale
+):  # fmt: skip
     scalar = {"size": (), "dtype": torch.float64}
     dx = [torch.empty_like(part) if need else part.new_empty(0) for part, need in zip(x, need_x, strict=True)]
     dy = [torch.empty_like(part) if need else part.new_empty(0) for part, need in zip(y, need_y, strict=True)]
@@ -272,18 +338,20 @@ def _(grads, x, y, saved, kind, ring, need_x, need_y, need_scale):  # type: igno
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, y, log_scale, bias, _, ctx.kind, _, ctx.ring, ctx.need_x, ctx.need_y, ctx.need_scale, _, _ = inputs
+    x, y, log_scale, bias, u, v, _, _, ctx.teacher_counts, ctx.teacher_weights, *options = inputs
+    _, ctx.kind, _, ctx.ring, ctx.need_x, ctx.need_y, ctx.need_scale, _, _ = options
     ctx.num_pairs = len(x)
     losses = {k * outputs_per_pair(ctx.kind) for k in range(len(x))}
     ctx.mark_non_differentiable(*(part for i, part in enumerate(output) if i not in losses))
     ctx.set_materialize_grads(False)  # else autograd fills zeros for every output, cached tiles included
-    ctx.save_for_backward(*x, *y, *log_scale, *bias, *output)
+    ctx.save_for_backward(*x, *y, *log_scale, *bias, *u, *v, *output)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     n = ctx.num_pairs
     num_bias = n if ctx.kind == "sigmoid" else 0
-    x, y, log_scale, bias, outputs = _split(ctx.saved_tensors, [n, n, n, num_bias])
+    num_teachers = len(ctx.teacher_weights)
+    x, y, log_scale, bias, u, v, outputs = _split(ctx.saved_tensors, [n, n, n, num_bias, num_teachers, num_teachers])
 
     # A loss that nothing uses gets no gradient, and then its pair's inputs get none.
     per_pair = outputs_per_pair(ctx.kind)
@@ -298,7 +366,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if ctx.kind == "sigmoid" and _is_only_reader(losses):
         flat = _scale_sigmoid_gradients_in_place(incoming, outputs)
     else:
-        flat = contrastive_backward(incoming, x, y, outputs, ctx.kind, ctx.ring, need_x, need_y, need_scale)
+        teachers = ctx.teacher_counts, ctx.teacher_weights
+        needs = need_x, need_y, need_scale
+        flat = contrastive_backward(incoming, x, y, u, v, outputs, *teachers, ctx.kind, ctx.ring, *needs)
 
     # In the shapes of the inputs, and None where not wanted.
     dx, dy, d_scale, d_bias, _ = _split(flat, [n, n, n, n])
@@ -309,7 +379,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         if need_scale[k]:
             scale_grads[k] = d_scale[k].to(log_scale[k].dtype).view(log_scale[k].shape)
     bias_grads = [d_bias[k].to(bias[k].dtype).view(bias[k].shape) for k in range(num_bias)]
-    return x_grads, y_grads, scale_grads, bias_grads, *[None] * 9
+    teacher_grads = [[None] * len(part) for part in (u, v, u, v if num_bias else [])]
+    no_weights: list[None] | None = None if num_teachers else []  # torch takes an empty list for one of tensors
+    return x_grads, y_grads, scale_grads, bias_grads, *teacher_grads, None, no_weights, *[None] * 9
 
 
 def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
@@ -331,8 +403,7 @@ def _scale_sigmoid_gradients_in_place(grads: Sequence[Tensor], outputs: Sequence
     Only where nothing reads forward's outputs again. Gradients are then never in memory twice.
     """
     dx, dy, d_scale, d_bias = [], [], [], []
-    for part, grad in zip(_by_pair(outputs, "sigmoid", len(grads)), grads, strict=True):
-        output = SigmoidOutputs(*part)
+    for output, grad in zip(_sigmoid_outputs(outputs, len(grads)), grads, strict=True):
         dx.append(output.dx_bD.mul_(grad))
         dy.append(output.dy_bD.mul_(grad))
         d_scale.append(output.d_scale.mul_(grad))
@@ -342,8 +413,8 @@ def _scale_sigmoid_gradients_in_place(grads: Sequence[Tensor], outputs: Sequence
 
 def _refuse_second_backward(ctx: Any, grads: list[Tensor]) -> NoReturn:
     raise RuntimeError(
-        "contrastive_loss has no second derivative: call backward without create_graph, "
-        "or use reference_contrastive_loss where one is needed"
+        "the losses have no second derivative: call backward without create_graph, "
+        "or use reference_contrastive_loss or reference_distillation_loss where one is needed"
     )
 
 

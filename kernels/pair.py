@@ -1,5 +1,6 @@
-"""What a contrastive loss is computed of, and its result."""
+"""What the losses are computed of, and their result."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -16,6 +17,35 @@ class Pair(NamedTuple):
     bias: Tensor | None = None
 
 
+class Teacher(NamedTuple):
+    """A frozen pair of sides whose similarities a student learns.
+
+    u and v: local features (b, E) of the same samples as the student's x and y, of any width; log_scale [1], and for
+    the sigmoid loss a bias [1]. weight: its share among the teachers of a pair, relative to the other weights; a
+    teacher of weight 0 is left out. None of them gets a gradient.
+    """
+
+    u: Tensor
+    v: Tensor
+    log_scale: Tensor
+    bias: Tensor | None = None
+    weight: float = 1.0
+
+
+class DistillationPair(NamedTuple):
+    """A student's pair of sides, as in `Pair`, and its teachers.
+
+    hard_weight: λ, the share of the samples' own pairs in the target, from 0 to 1; the rest is the teachers'.
+    """
+
+    x: Tensor
+    y: Tensor
+    log_scale: Tensor
+    teachers: Sequence[Teacher]
+    bias: Tensor | None = None
+    hard_weight: float = 0.0
+
+
 class PairResult(NamedTuple):
     """Loss and accuracies of one pair over the global batch: scalars, the same on all ranks.
 
@@ -24,9 +54,12 @@ class PairResult(NamedTuple):
 
     fault (int32, detached) is 0, or the bits of a `ValueFault` where the call was told not to check values: loss and
     gradients then mean nothing.
+
+    sample_losses (detached) are those of the local samples, (b,): over all ranks their mean is the loss.
     """
 
     loss: Tensor
     accuracy_xy: Tensor
     accuracy_yx: Tensor
     fault: Tensor
+    sample_losses: Tensor

@@ -13,6 +13,22 @@ ROWS = 4096  # rows at once in the O(b D) loops below: bounds their temporaries
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherState:
+    """A teacher of a pair as one rank sees it: its features, how their dots become logits, its share of the target."""
+
+    u_bE: Tensor
+    v_bE: Tensor
+    scale: Tensor  # 0-d, float64
+    bias: Tensor
+    logit_map: LogitMap
+    weight: float  # all of a pair's and the weight of its own pairs (λ) sum to 1
+
+    def positives(self, dtype: torch.dtype) -> Tensor:
+        """Return the dots (b,) of the samples' own pairs."""
+        return own_dots(self.u_bE, self.v_bE, dtype)[0]
+
+
+@dataclass(frozen=True, slots=True)
 class PairState:
     """A pair as one rank sees it: its features, how dots become logits, and which gradients are wanted."""
 
@@ -23,10 +39,17 @@ class PairState:
     need_x: bool
     need_y: bool
     need_scale: bool
-    layout: BatchLayout
+    row_layout: BatchLayout
+    column_layout: BatchLayout
     labels_B: Tensor | None  # int32, of the global batch
     backend: TileBackend
     logit_map: LogitMap
+    teachers: tuple[TeacherState, ...] = ()
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """The own columns of the pair and of each teacher: what other ranks need. Only the first gets a gradient."""
+        return self.y_bD, *(teacher.v_bE for teacher in self.teachers)
 
     @property
     def needs_gradient(self) -> bool:
@@ -54,24 +77,9 @@ class PairState:
         """Return the positives' dots (b,), and by how much a base-2 logit must exceed another to count as above it.
 
         The margin covers the rounding of a dot product, so that a tie (a repeated caption) never counts as a win.
-
-        The dots are diagonals of small products, not sums of elementwise products: under a large offset common to all
-        logits their rounding is then close to the negatives' rounding, and cancels.
         """
         dtype = self.backend.dtype
-        dot_b = torch.empty(len(self.x_bD), dtype=dtype, device=self.x_bD.device)
-        norms_b = torch.empty_like(dot_b)
-        for i in spans(len(dot_b), ROWS):
-            x_rD = self.x_bD[i].to(dtype)
-            y_rD = self.y_bD[i].to(dtype)
-            norms_b[i] = torch.linalg.vector_norm(x_rD, dim=1) * torch.linalg.vector_norm(y_rD, dim=1)
-            # Products of 64 rows each, and one of the rows left over.
-            whole = len(x_rD) // 64 * 64
-            x_n64D = x_rD[:whole].reshape(-1, 64, x_rD.shape[1])
-            y_n64D = y_rD[:whole].reshape(-1, 64, y_rD.shape[1])
-            whole_n64 = torch.bmm(x_n64D, y_n64D.mT).diagonal(dim1=1, dim2=2)
-            rest_r = (x_rD[whole:] @ y_rD[whole:].T).diagonal()
-            dot_b[i] = torch.cat([whole_n64.flatten(), rest_r])
+        dot_b, norms_b = own_dots(self.x_bD, self.y_bD, dtype)
         return dot_b, norms_b * (8 * torch.finfo(dtype).eps * self.scale * LOG2E)
 
     def finish_gradients(
@@ -110,7 +118,29 @@ class PairState:
 
     def gradient_factor(self, grad: Tensor) -> Tensor:
         """Return what one rank multiplies its gradients by, so that their mean over ranks is the joined batch's."""
-        return grad * (len(self.layout.sizes) / self.layout.total)
+        return grad * (len(self.row_layout.sizes) / self.row_layout.total)
+
+
+def own_dots(x_bD: Tensor, y_bD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the dots (b,) of the samples' own pairs, and the products of their norms.
+
+    The dots are diagonals of small products, not sums of elementwise products: under a large offset common to all
+    logits their rounding is then close to the negatives' rounding, and cancels.
+    """
+    dot_b = torch.empty(len(x_bD), dtype=dtype, device=x_bD.device)
+    norms_b = torch.empty_like(dot_b)
+    for i in spans(len(dot_b), ROWS):
+        x_rD = x_bD[i].to(dtype)
+        y_rD = y_bD[i].to(dtype)
+        norms_b[i] = torch.linalg.vector_norm(x_rD, dim=1) * torch.linalg.vector_norm(y_rD, dim=1)
+        # Products of 64 rows each, and one of the rows left over.
+        whole = len(x_rD) // 64 * 64
+        x_n64D = x_rD[:whole].reshape(-1, 64, x_rD.shape[1])
+        y_n64D = y_rD[:whole].reshape(-1, 64, y_rD.shape[1])
+        whole_n64 = torch.bmm(x_n64D, y_n64D.mT).diagonal(dim1=1, dim2=2)
+        rest_r = (x_rD[whole:] @ y_rD[whole:].T).diagonal()
+        dot_b[i] = torch.cat([whole_n64.flatten(), rest_r])
+    return dot_b, norms_b
 
 
 def _add_positives(grad_bD: Tensor, other_bD: Tensor, attraction_b: Tensor, scaled: Tensor) -> None:
@@ -138,6 +168,6 @@ def mean_losses(pairs: Sequence[PairState], totals: Sequence[Tensor], ranks: Ran
     ranks.sum_(totals_k3)
     results = []
     for pair, total_3 in zip(pairs, totals_k3, strict=True):
-        mean_3 = (total_3 / pair.layout.total).to(pair.backend.dtype)
+        mean_3 = (total_3 / pair.row_layout.total).to(pair.backend.dtype)
         results.append((mean_3[0].clone(), mean_3[1:].clone()))
     return results

@@ -1,8 +1,12 @@
 """The reference: every logit kept, any precision, one process. Slow and obvious: all else is tested against it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from threetowers.kernels.pair import Teacher
 
 
 def reference_contrastive_loss(
@@ -44,9 +48,7 @@ def reference_contrastive_loss(
         >>> round(float(reference_contrastive_loss(x_BD, x_BD, torch.zeros(1))), 4)
         0.3133
     """
-    logits_BB = log_scale.to(dtype).exp() * (x_BD.to(dtype) @ y_BD.to(dtype).T)
-    if bias is not None:
-        logits_BB = logits_BB + bias.to(dtype)
+    logits_BB = _logits(x_BD, y_BD, log_scale, bias, dtype)
     positives_B = logits_BB.diagonal()
     negative_BB = _negatives(len(logits_BB), group_ids, logits_BB.device)
     if kind == "sigmoid":
@@ -58,6 +60,55 @@ def reference_contrastive_loss(
     rows_B = _softplus(off_BB.logsumexp(1) - positives_B)
     columns_B = _softplus(off_BB.logsumexp(0) - positives_B)
     return ((rows_B + columns_B) / 2).mean()
+
+
+def reference_distillation_loss(
+    x_BD: Tensor,
+    y_BD: Tensor,
+    log_scale: Tensor,
+    teachers: Sequence[Teacher],
+    *,
+    bias: Tensor | None = None,
+    hard_weight: float = 0.0,
+    kind: str = "softmax",
+    group_ids: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return the loss of `threetowers.kernels.distillation_loss` on one process, from full (B, B) matrices of logits.
+
+    Args and result are those of `reference_contrastive_loss`, teachers and hard_weight those of `distillation_loss`.
+
+    Examples:
+        >>> x_BD = torch.eye(2)
+        >>> teacher = Teacher(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(1))
+        >>> round(float(reference_distillation_loss(x_BD, x_BD, torch.zeros(1), [teacher])), 4)
+        0.8133
+    """
+    meet_BB = _negatives(len(x_BD), group_ids, x_BD.device) | torch.eye(len(x_BD), dtype=torch.bool, device=x_BD.device)
+    total = sum(teacher.weight for teacher in teachers)
+    logits_BB = _logits(x_BD, y_BD, log_scale, bias, dtype)
+    own_BB = torch.eye(len(x_BD), dtype=dtype, device=x_BD.device)
+    if kind == "sigmoid":
+        target_BB = hard_weight * own_BB
+        for u_BE, v_BE, teacher_scale, teacher_bias, weight in teachers:
+            teacher_BB = _logits(u_BE, v_BE, teacher_scale, teacher_bias, dtype).detach()
+            target_BB = target_BB + (1 - hard_weight) * weight / total * teacher_BB.sigmoid()
+        return torch.where(meet_BB, _softplus(logits_BB) - target_BB * logits_BB, 0).sum(1).mean()
+
+    losses = []
+    for dim in (1, 0):
+        target_BB = hard_weight * own_BB
+        for u_BE, v_BE, teacher_scale, _, weight in teachers:
+            teacher_BB = _logits(u_BE, v_BE, teacher_scale, None, dtype).detach().masked_fill(~meet_BB, -torch.inf)
+            target_BB = target_BB + (1 - hard_weight) * weight / total * teacher_BB.softmax(dim)
+        log_p_BB = logits_BB - logits_BB.masked_fill(~meet_BB, -torch.inf).logsumexp(dim, keepdim=True)
+        losses.append(-(target_BB * log_p_BB).sum(dim).mean())
+    return (losses[0] + losses[1]) / 2
+
+
+def _logits(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    logits_BB = log_scale.to(dtype).exp() * (x_BD.to(dtype) @ y_BD.to(dtype).T)
+    return logits_BB if bias is None else logits_BB + bias.to(dtype)
 
 
 def reference_accuracies(

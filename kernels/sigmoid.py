@@ -1,6 +1,9 @@
-"""The sigmoid loss (SigLIP) over tiles: three passes, all forward, since its gradient needs no statistics first.
+"""The sigmoid loss over tiles, against the own pairs (SigLIP) or against teachers.
 
-``loss_i = softplus(-z_ii) + Σ_j softplus(z_ij)`` over admissible negatives.
+With teachers' logits t_k and a target ``τ_ij = λ [i = j] + Σ_k w_k σ(t_k,ij)`` (λ + Σ_k w_k = 1) a sample's loss is
+``Σ_j softplus(z_ij) - τ_ij z_ij`` over its own pair and admissible negatives; without teachers
+``softplus(-z_ii) + Σ_j≠i softplus(z_ij)``. Three passes and one of each teacher, all forward, since the gradient needs
+no statistics first.
 """
 
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from torch import Tensor
 from threetowers.kernels.distributed.columns import ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
-from threetowers.kernels.tiles import LOG2E, SigmoidSums, softplus
+from threetowers.kernels.tiles import LOG2E, SigmoidSums, soft_cross_entropy
 from threetowers.kernels.tiling import sigmoid_sums_and_gradients
 
 
@@ -21,6 +24,7 @@ class SigmoidOutputs(NamedTuple):
 
     loss: Tensor
     accuracy_2: Tensor
+    losses_b: Tensor
     dx_bD: Tensor
     dy_bD: Tensor
     d_scale: Tensor
@@ -42,14 +46,16 @@ def sigmoid_forward(pairs: Sequence[PairState], exchange: ColumnExchange, ranks:
     _reduce_column_max(sums, ranks)
 
     # The positives, and the losses of the own samples, in O(b).
-    attractions_b, totals = [], []
+    losses_b, attractions_b, totals = [], [], []
     for pair, part in zip(pairs, sums, strict=True):
         dot_b, margin_b = pair.positives()
         z_b = dot_b * pair.scale + pair.bias
         t_b = z_b * LOG2E
-        own_max_b = part.col_max_c[pair.layout.own]
-        loss_b = part.loss_r + softplus(-z_b)
-        attractions_b.append(torch.sigmoid(-z_b))
+        own_max_b = part.col_max_c[pair.column_layout.own]
+        missed_b = _missed_by_teachers(pair)
+        loss_b = part.loss_r + soft_cross_entropy(-z_b, missed_b)  # of -z and 1 - τ it is the same
+        losses_b.append(loss_b)
+        attractions_b.append(torch.sigmoid(-z_b) - missed_b)
         totals.append(sample_totals(loss_b, t_b - part.row_max_r > margin_b, t_b - own_max_b > margin_b))
 
     outputs = []
@@ -58,8 +64,17 @@ def sigmoid_forward(pairs: Sequence[PairState], exchange: ColumnExchange, ranks:
         factor = pair.gradient_factor(pair.vector(1, 1.0)[0])
         grads = pair.finish_gradients(dx_bD[k], exchange.own_gradient(k), attractions_b[k], factor)
         d_bias = (sums[k].prob_r - attractions_b[k]).sum(dtype=torch.float64) * factor
-        outputs.append(SigmoidOutputs(loss, accuracy_2, *grads, d_bias))
+        outputs.append(SigmoidOutputs(loss, accuracy_2, losses_b[k], *grads, d_bias))
     return outputs
+
+
+def _missed_by_teachers(pair: PairState) -> Tensor:
+    """Return ``1 - τ`` of the samples' own pairs, (b,): what the teachers' targets lack there."""
+    missed_b = pair.vector(len(pair.x_bD))
+    for teacher in pair.teachers:
+        t_b = teacher.positives(pair.backend.dtype) * teacher.scale + teacher.bias
+        missed_b += teacher.weight * torch.sigmoid(-t_b)
+    return missed_b
 
 
 def _empty_sums(pair: PairState) -> SigmoidSums:
@@ -68,7 +83,7 @@ def _empty_sums(pair: PairState) -> SigmoidSums:
         loss_r=pair.vector(batch),
         prob_r=pair.vector(batch),
         row_max_r=pair.vector(batch, -torch.inf),
-        col_max_c=pair.vector(pair.layout.total, -torch.inf),
+        col_max_c=pair.vector(pair.column_layout.total, -torch.inf),
     )
 
 

@@ -1,11 +1,19 @@
-"""The bidirectional softmax loss (InfoNCE) over tiles: one pass forward, three backward, less the logit cache.
+"""The bidirectional softmax loss over tiles, against the own pairs (InfoNCE) or against teachers.
 
-``loss_i = ½ (softplus(r_i - s_ii) + softplus(c_i - s_ii))`` with r and c the log-sum-exp of a row's and a column's
-*negatives*. The positive enters no tile, so a loss of 1e-20 and its gradient keep their relative accuracy, where
-``lse - s_ii`` would be zero. Log-sum-exps stay in two parts (maximum, sum), and what is O(B) is done in float64: large
-offsets common to all logits then cancel, and a row's probabilities sum to 1.
+With p the student's softmax along a row, or a column, of logits z, and a target that is ``λ`` at the sample's own pair
+plus ``Σ_k w_k q_k``, q_k the softmax of teacher k's logits (λ + Σ_k w_k = 1), a sample's loss is the mean of the cross
+entropies along its row and its column. Along a row:
+
+``loss_i = softplus(r_i - z_ii) - Σ_k w_k Σ_j≠i q_k,ij (z_ij - z_ii)``, r the log-sum-exp of the row's *negatives*.
+
+The own pair enters no tile, so a loss of 1e-20 and its gradient keep their relative accuracy, where ``lse - z_ii``
+would be zero. Log-sum-exps stay in two parts (maximum, sum), and what is O(B) is done in float64: large offsets common
+to all logits then cancel, and a row's probabilities sum to 1.
+
+Passes, K teachers: 1 + K forward and 3 + K backward, less those of tiles in the logit cache.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +24,14 @@ from threetowers.kernels.buffer_pool import buffer_pool
 from threetowers.kernels.distributed.columns import ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
-from threetowers.kernels.tiles import LOG2E, OnlineLogSumExp, SoftmaxWeights, softplus
-from threetowers.kernels.tiling import CachedTiles, softmax_gradients, softmax_statistics
+from threetowers.kernels.tiles import LOG2E, OnlineExpectation, OnlineLogSumExp, SoftmaxWeights, softplus
+from threetowers.kernels.tiling import (
+    CachedTiles,
+    PairWeights,
+    SoftmaxStatistics,
+    softmax_gradients,
+    softmax_statistics,
+)
 
 
 class SoftmaxOutputs(NamedTuple):
@@ -25,64 +39,84 @@ class SoftmaxOutputs(NamedTuple):
 
     loss: Tensor
     accuracy_2: Tensor
+    losses_b: Tensor
     row_shift_b: Tensor
-    row_half_b: Tensor  # ½ / Σ_j 2^(t_ij - shift_i), positive included
+    row_factor_b: Tensor  # ½ / Σ_j 2^(t_ij - shift_i), positive included
     col_shift_B: Tensor
-    col_half_B: Tensor
-    attraction_b: Tensor  # ½ (1 - P_ii of the row) + ½ (1 - P_ii of the column)
+    col_factor_B: Tensor
+    attraction_b: Tensor  # minus the derivative of a sample's loss by its own pair's logit
     cache_n: Tensor
+
+
+class TeacherOutputs(NamedTuple):
+    """What backward reads of one teacher; its factors are ½ w / Σ_j 2^(t_ij - shift_i)."""
+
+    row_shift_b: Tensor
+    row_factor_b: Tensor
+    col_shift_B: Tensor
+    col_factor_B: Tensor
 
 
 def softmax_forward(
     pairs: Sequence[PairState], exchange: ColumnExchange, ranks: RankGroup, logit_cache_bytes: int
-) -> list[SoftmaxOutputs]:
-    """Return the results of all pairs.
+) -> tuple[list[SoftmaxOutputs], list[TeacherOutputs]]:
+    """Return the results of all pairs, and of all their teachers in the order of the pairs.
 
     Collectives: the exchange of columns, two for the columns' statistics, one for totals.
     """
     # All tiles: log-sum-exps of the negatives, by row and by column.
-    rows_b = [OnlineLogSumExp.empty(len(pair.x_bD), pair.x_bD, pair.backend.dtype) for pair in pairs]
-    cols_B = [OnlineLogSumExp.empty(pair.layout.total, pair.x_bD, pair.backend.dtype) for pair in pairs]
+    rows_b = [SoftmaxStatistics.empty(pair, len(pair.x_bD)) for pair in pairs]
+    cols_B = [SoftmaxStatistics.empty(pair, pair.column_layout.total) for pair in pairs]
     cache_n = _allocate_caches(pairs, exchange, logit_cache_bytes)
-    caches = [CachedTiles(flat_n) for flat_n in cache_n]
+    caches = [CachedTiles(flat_n, 1 + len(pair.teachers)) for flat_n, pair in zip(cache_n, pairs, strict=True)]
     for block in exchange.blocks():
         k = block.pair
         softmax_statistics(pairs[k], block, rows_b[k], cols_B[k], caches[k])
 
-    # The positives' logits in base 2, and every column's statistics over all ranks.
-    positives_b, margins_b = [], []
+    # The own pairs' logits in base 2, the student's and the teachers', and every column's statistics over all ranks.
+    margins_b, positives_b = [], []
     for pair in pairs:
         dot_b, margin_b = pair.positives()
-        positives_b.append(dot_b.double() * pair.logit_map.base2_2[0].double())  # the factor as the tiles round it
         margins_b.append(margin_b)
+        # the factors as the tiles round them
+        base2_b = [dot_b.double() * pair.logit_map.base2_2[0].double()]
+        for teacher in pair.teachers:
+            base2_b.append(teacher.positives(pair.backend.dtype).double() * teacher.logit_map.base2_2[0].double())
+        positives_b.append(base2_b)
     positives_B = _reduce_columns(pairs, cols_B, positives_b, ranks)
 
     # Losses of the own samples, in O(b).
-    attractions_b, totals = [], []
-    for pair, rows, cols, t_b, margin_b in zip(pairs, rows_b, cols_B, positives_b, margins_b, strict=True):
-        own_cols = cols.part(pair.layout.own)
-        z_rows_b = (rows.max_n.double() - t_b + rows.sum_n.double().log2()) / LOG2E
-        z_cols_b = (own_cols.max_n.double() - t_b + own_cols.sum_n.double().log2()) / LOG2E
-        loss_b = (softplus(z_rows_b) + softplus(z_cols_b)) / 2
-        attractions_b.append((torch.sigmoid(z_rows_b) + torch.sigmoid(z_cols_b)) / 2)
-        totals.append(sample_totals(loss_b, t_b - rows.max_n > margin_b, t_b - own_cols.max_n > margin_b))
+    losses_b, attractions_b, totals = [], [], []
+    for k, pair in enumerate(pairs):
+        own_cols = cols_B[k].part(pair.column_layout.own)
+        row_losses_b, row_attractions_b = _sample_losses(pair, rows_b[k], positives_b[k])
+        col_losses_b, col_attractions_b = _sample_losses(pair, own_cols, positives_b[k])
+        losses_b.append((row_losses_b + col_losses_b) / 2)
+        attractions_b.append((row_attractions_b + col_attractions_b) / 2)
+        t_b, margin_b = positives_b[k][0], margins_b[k]
+        won = [t_b - side.student.max_n > margin_b for side in (rows_b[k], own_cols)]
+        totals.append(sample_totals(losses_b[k], *won))
 
-    outputs = []
+    outputs, teachers = [], []
     for k, (loss, accuracy_2) in enumerate(mean_losses(pairs, totals, ranks)):
-        row_weights = _half_weights(rows_b[k], positives_b[k])
-        col_weights = _half_weights(cols_B[k], positives_B[k])
+        dtype = pairs[k].backend.dtype
+        row_weights = _weights(pairs[k], rows_b[k], positives_b[k])
+        col_weights = _weights(pairs[k], cols_B[k], positives_B[k])
         output = SoftmaxOutputs(
             loss=loss,
             accuracy_2=accuracy_2,
-            row_shift_b=row_weights.shift_n,
-            row_half_b=row_weights.factor_n,
-            col_shift_B=col_weights.shift_n,
-            col_half_B=col_weights.factor_n,
-            attraction_b=attractions_b[k].to(pairs[k].backend.dtype),
+            losses_b=losses_b[k].to(dtype),
+            row_shift_b=row_weights.student.shift_n,
+            row_factor_b=row_weights.student.factor_n,
+            col_shift_B=col_weights.student.shift_n,
+            col_factor_B=col_weights.student.factor_n,
+            attraction_b=attractions_b[k].to(dtype),
             cache_n=cache_n[k],
         )
         outputs.append(output)
-    return outputs
+        for of_rows, of_cols in zip(row_weights.teachers, col_weights.teachers, strict=True):
+            teachers.append(TeacherOutputs(of_rows.shift_n, of_rows.factor_n, of_cols.shift_n, of_cols.factor_n))
+    return outputs, teachers
 
 
 def _allocate_caches(pairs: Sequence[PairState], exchange: ColumnExchange, budget_bytes: int) -> list[Tensor]:
@@ -91,55 +125,119 @@ def _allocate_caches(pairs: Sequence[PairState], exchange: ColumnExchange, budge
     for k, pair in enumerate(pairs):
         size = 0
         if pair.needs_gradient:
-            size = CachedTiles.size_within(budget_bytes, pair.backend, len(pair.x_bD), exchange.block_sizes(k))
+            layers = 1 + len(pair.teachers)
+            size = CachedTiles.size_within(budget_bytes, pair.backend, len(pair.x_bD), exchange.block_sizes(k), layers)
         budget_bytes -= size * pair.backend.cache_dtype.itemsize
         caches.append(buffer_pool().take(size, pair.backend.cache_dtype, pair.x_bD.device))
     return caches
 
 
 def _reduce_columns(
-    pairs: Sequence[PairState], cols_B: Sequence[OnlineLogSumExp], positives_b: Sequence[Tensor], ranks: RankGroup
-) -> list[Tensor]:
-    """Merge column statistics over ranks in place, and return every column's positive logit, (B,) each."""
+    pairs: Sequence[PairState],
+    cols_B: Sequence[SoftmaxStatistics],
+    positives_b: Sequence[Sequence[Tensor]],
+    ranks: RankGroup,
+) -> list[list[Tensor]]:
+    """Merge column statistics over ranks in place; return all columns' own logits, (B,), by pair: student, teachers."""
     if ranks.size == 1:
-        return list(positives_b)
+        return [list(of_pair) for of_pair in positives_b]
 
     # First the maxima, to which every rank then brings its sums.
-    max_N = torch.cat([cols.max_n for cols in cols_B])
+    stats: list[OnlineLogSumExp | OnlineExpectation] = []
+    for cols in cols_B:
+        stats += [cols.student, *cols.teachers]
+    lengths = [len(part.max_n) for part in stats]
+    max_N = torch.cat([part.max_n for part in stats])
     ranks.max_(max_N)
-    lengths = [len(cols.max_n) for cols in cols_B]
-    parts: list[Tensor] = []
-    for pair, cols, max_B, t_b in zip(pairs, cols_B, torch.split(max_N, lengths), positives_b, strict=True):
-        base_B = torch.where(max_B == -torch.inf, 0, max_B)
-        t_B = torch.zeros_like(cols.sum_n, dtype=torch.float64)
-        t_B[pair.layout.own] = t_b
-        parts += [cols.sum_n * torch.exp2(cols.max_n - base_B), t_B]
-        cols.max_n.copy_(max_B)
+    for part, max_B in zip(stats, torch.split(max_N, lengths), strict=True):
+        factor_B = torch.exp2(part.max_n - torch.where(max_B == -torch.inf, 0, max_B))
+        for sum_B in _sums(part):
+            sum_B.mul_(factor_B)
+        part.max_n.copy_(max_B)
 
-    # The sums, and with them the positives of all ranks.
-    sums_N = torch.cat(parts)
+    # The sums, and with them the own logits of all ranks.
+    positives_B = []
+    for pair, of_pair in zip(pairs, positives_b, strict=True):
+        padded_B = [t_b.new_zeros(pair.column_layout.total) for t_b in of_pair]
+        for t_B, t_b in zip(padded_B, of_pair, strict=True):
+            t_B[pair.column_layout.own] = t_b
+        positives_B.append(padded_B)
+    sums_B = [sum_B for part in stats for sum_B in _sums(part)]
+    reduced = sums_B + [t_B for of_pair in positives_B for t_B in of_pair]
+    sums_N = torch.cat([part.double() for part in reduced])
     ranks.sum_(sums_N)
-    summed = torch.split(sums_N, [len(part) for part in parts])
-    for cols, sum_B in zip(cols_B, summed[::2], strict=True):
-        cols.sum_n.copy_(sum_B)
-    return list(summed[1::2])
+    for part_B, total_B in zip(reduced, torch.split(sums_N, [len(part) for part in reduced]), strict=True):
+        part_B.copy_(total_B)
+    return positives_B
 
 
-def _half_weights(negatives: OnlineLogSumExp, t_n: Tensor) -> SoftmaxWeights:
-    """Return shift and ½ / sum of the softmax over the negatives and the positive t, which is float64."""
+def _sums(stats: OnlineLogSumExp | OnlineExpectation) -> list[Tensor]:
+    """Return what is relative to the maxima."""
+    return [stats.sum_n] if isinstance(stats, OnlineLogSumExp) else [stats.sum_n, stats.cross_n]
+
+
+def _sample_losses(pair: PairState, stats: SoftmaxStatistics, positives_n: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the losses along one side, and minus their derivatives by the own pair's logit; float64 (n,).
+
+    positives_n: the own pairs' logits in base 2: the student's, then each teacher's.
+    """
+    t_n = positives_n[0]
+    z_n = (stats.student.max_n.double() - t_n + stats.student.sum_n.double().log2()) / LOG2E
+    losses_n = softplus(z_n)
+    attractions_n = torch.sigmoid(z_n)  # 1 - p of the own pair
+    factor = pair.logit_map.base2_2[0].double()
+    for teacher, expectation, own_n in zip(pair.teachers, stats.teachers, positives_n[1:], strict=True):
+        _, scale_n, total_n = _joined(expectation, own_n)
+        missed_n = expectation.sum_n * scale_n / total_n  # 1 - q of the own pair
+        expected_n = expectation.cross_n * scale_n / total_n * factor  # Σ_j≠i q t_ij
+        losses_n = losses_n - teacher.weight / LOG2E * (expected_n - missed_n * t_n)
+        attractions_n = attractions_n - teacher.weight * missed_n
+    return losses_n, attractions_n
+
+
+def _joined(negatives: OnlineLogSumExp | OnlineExpectation, t_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Join the own pair's logit t, which is float64, to the negatives of its row or column.
+
+    Returns:
+        The maximum of both; what turns the negatives' sums to be relative to it, and the sum of all; both float64.
+    """
     shift_n = torch.maximum(negatives.max_n, t_n.to(negatives.max_n.dtype))
-    total_n = negatives.sum_n * torch.exp2(negatives.max_n.double() - shift_n) + torch.exp2(t_n - shift_n)
-    return SoftmaxWeights(shift_n, (0.5 / total_n).to(shift_n.dtype))
+    scale_n = torch.exp2(negatives.max_n.double() - shift_n)
+    return shift_n, scale_n, negatives.sum_n * scale_n + torch.exp2(t_n - shift_n)
+
+
+def _weights(pair: PairState, stats: SoftmaxStatistics, positives_n: Sequence[Tensor]) -> PairWeights:
+    """Return the softmaxes over the negatives and the own pair, halved: the student's, and each teacher's share."""
+    teachers = [
+        _half_weights(part, own_n, teacher.weight)
+        for teacher, part, own_n in zip(pair.teachers, stats.teachers, positives_n[1:], strict=True)
+    ]
+    return PairWeights(_half_weights(stats.student, positives_n[0], 1.0), teachers)
+
+
+def _half_weights(negatives: OnlineLogSumExp | OnlineExpectation, t_n: Tensor, weight: float) -> SoftmaxWeights:
+    shift_n, _, total_n = _joined(negatives, t_n)
+    return SoftmaxWeights(shift_n, (0.5 * weight / total_n).to(shift_n.dtype))
 
 
 def softmax_backward(
-    pairs: Sequence[PairState], outputs: Sequence[SoftmaxOutputs], grads: Sequence[Tensor], exchange: ColumnExchange
+    pairs: Sequence[PairState],
+    outputs: Sequence[SoftmaxOutputs],
+    teachers: Sequence[TeacherOutputs],
+    grads: Sequence[Tensor],
+    exchange: ColumnExchange,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return (dx, dy, d log_scale) of every pair; empty where not wanted. grads: one 0-d gradient a pair."""
     dx_bD = [pair.zero_row_gradient() for pair in pairs]
-    rows_b = [SoftmaxWeights(part.row_shift_b, part.row_half_b) for part in outputs]
-    cols_B = [SoftmaxWeights(part.col_shift_B, part.col_half_B) for part in outputs]
-    caches = [CachedTiles(part.cache_n) for part in outputs]
+    rows_b, cols_B, caches = [], [], []
+    rest = iter(teachers)
+    for pair, part in zip(pairs, outputs, strict=True):
+        own_teachers = list(itertools.islice(rest, len(pair.teachers)))
+        of_rows = [SoftmaxWeights(teacher.row_shift_b, teacher.row_factor_b) for teacher in own_teachers]
+        of_cols = [SoftmaxWeights(teacher.col_shift_B, teacher.col_factor_B) for teacher in own_teachers]
+        rows_b.append(PairWeights(SoftmaxWeights(part.row_shift_b, part.row_factor_b), of_rows))
+        cols_B.append(PairWeights(SoftmaxWeights(part.col_shift_B, part.col_factor_B), of_cols))
+        caches.append(CachedTiles(part.cache_n, 1 + len(pair.teachers)))
 
     def add(block: ColumnBlock, dy_sD: Tensor | None) -> None:
         k = block.pair

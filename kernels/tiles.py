@@ -18,7 +18,7 @@ A new back end implements `TileBackend` and is chosen in `backends.backend_for`,
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -42,6 +42,12 @@ def spans(n: int, most: int) -> Iterator[slice]:
 def softplus(z_n: Tensor) -> Tensor:
     """Return log(1 + exp(z)) with full relative accuracy at both ends; 0 at -inf."""
     return z_n.clamp(min=0) + torch.log1p(torch.exp(-z_n.abs()))
+
+
+def soft_cross_entropy(z_n: Tensor, target_n: Tensor) -> Tensor:
+    """Return ``softplus(z) - target z``, without cancellation where a large z meets a target near 1; 0 at -inf."""
+    missed_n = torch.where(z_n > 0, (1 - target_n) * z_n, -target_n * z_n.clamp(min=torch.finfo(z_n.dtype).min))
+    return missed_n + torch.log1p(torch.exp(-z_n.abs()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,47 @@ class SigmoidSums:
     col_max_c: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class TeacherTile:
+    """A teacher's tile beside the student's: the same rows, columns, diagonal and labels, its own logits."""
+
+    u_rE: Tensor  # as `TileBackend.features` returns them
+    v_cE: Tensor
+    tile: Tile
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineExpectation:
+    """Running sums over a teacher's softmax in base 2: ``2^max * sum = Σ 2^t`` and ``2^max * cross = Σ 2^t dot``.
+
+    t is the teacher's logit and dot the student's dot product, so that cross / sum is the dot's expectation under the
+    teacher. Empty is (-inf, 0, 0). All parts are contiguous, and updated in place.
+    """
+
+    max_n: Tensor
+    sum_n: Tensor
+    cross_n: Tensor
+
+    @classmethod
+    def empty(cls, n: int, like: Tensor, dtype: torch.dtype) -> Self:
+        """Return n empty ones on the device of ``like``."""
+        max_n = torch.full((n,), -torch.inf, dtype=dtype, device=like.device)
+        return cls(max_n, torch.zeros_like(max_n), torch.zeros_like(max_n))
+
+    def part(self, positions: slice) -> Self:
+        """Return a view of those at these positions."""
+        return type(self)(self.max_n[positions], self.sum_n[positions], self.cross_n[positions])
+
+    def merge(self, max_n: Tensor, sum_n: Tensor, cross_n: Tensor) -> None:
+        """Add other partial results, in place."""
+        new_n = torch.maximum(self.max_n, max_n)
+        base_n = torch.where(new_n == -torch.inf, 0, new_n)
+        old_n, other_n = torch.exp2(self.max_n - base_n), torch.exp2(max_n - base_n)
+        self.sum_n.mul_(old_n).add_(sum_n * other_n)
+        self.cross_n.mul_(old_n).add_(cross_n * other_n)
+        self.max_n.copy_(new_n)
+
+
 class TileBackend(ABC):
     """What computes tiles on one kind of device; the module's docstring has the rules."""
 
@@ -186,6 +233,59 @@ class TileBackend(ABC):
         """
 
     @abstractmethod
+    def distill_stats(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        teachers: Sequence[TeacherTile],
+        teacher_rows: Sequence[OnlineExpectation],
+        teacher_cols: Sequence[OnlineExpectation],
+        cache_Krc: Tensor | None,
+    ) -> None:
+        """Do what `stats` does, and merge each teacher's statistics into its part of teacher_rows and teacher_cols.
+
+        If cache_Krc (1 + K, r, c) is given, store the dots in it: the student's, then each teacher's.
+        """
+
+    @abstractmethod
+    def distill_grad(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: SoftmaxWeights,
+        cols: SoftmaxWeights,
+        teachers: Sequence[TeacherTile],
+        teacher_rows: Sequence[SoftmaxWeights],
+        teacher_cols: Sequence[SoftmaxWeights],
+        cache_Krc: Tensor | None,
+    ) -> Tensor:
+        """Return what `softmax_grad` returns, less the same of each teacher's logits with its own weights.
+
+        The factors of a row's, or column's, teachers add up to no more than the student's.
+        """
+
+    @abstractmethod
+    def distill_sigmoid(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        sums: SigmoidSums,
+        weights_r: Tensor | None,
+        teachers: Sequence[TeacherTile],
+        teacher_weights: Sequence[float],
+    ) -> Tensor | None:
+        """Do what `sigmoid` does against the target ``q = Σ_k weight_k σ(t_k)``, with t_k a teacher's natural logit.
+
+        The loss's summands are ``softplus(z) - q z``, the probability's ``σ(z) - q``, and the gradient is
+        ``weights_i (σ(z) - q)``. teacher_weights add up to at most 1.
+        """
+
+    @abstractmethod
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
         """Do ``dx += grad @ y``, accumulated in ``dtype``."""
 
@@ -209,14 +309,28 @@ class LibraryTiles(TileBackend):
 
     def scratch(self, x_rD: Tensor, y_cD: Tensor) -> Tensor:
         """Return an (r, c) buffer, the same memory at every call."""
-        size = len(x_rD) * len(y_cD)
+        return self.scratch_tiles(1, x_rD, y_cD)[0]
+
+    def scratch_tiles(self, count: int, x_rD: Tensor, y_cD: Tensor) -> Tensor:
+        """Return a (count, r, c) buffer, the same memory at every call."""
+        size = count * len(x_rD) * len(y_cD)
         if self._scratch_n.numel() < size:
             self._scratch_n = x_rD.new_empty(size)
-        return self._scratch_n[:size].view(len(x_rD), len(y_cD))
+        return self._scratch_n[:size].view(count, len(x_rD), len(y_cD))
 
     def dots(self, x_rD: Tensor, y_cD: Tensor, out_rc: Tensor | None = None) -> Tensor:
         """Return ``x @ y.T`` in out_rc, or else in the scratch buffer."""
         return torch.mm(x_rD, y_cD.T, out=self.scratch(x_rD, y_cD) if out_rc is None else out_rc)
+
+    def all_dots(
+        self, x_rD: Tensor, y_cD: Tensor, teachers: Sequence[TeacherTile], out_Krc: Tensor | None = None
+    ) -> Tensor:
+        """Return the student's dots and each teacher's, (1 + K, r, c), in out_Krc, or else in the scratch buffer."""
+        dots_Krc = self.scratch_tiles(1 + len(teachers), x_rD, y_cD) if out_Krc is None else out_Krc
+        torch.mm(x_rD, y_cD.T, out=dots_Krc[0])
+        for teacher, dots_rc in zip(teachers, dots_Krc[1:], strict=True):
+            torch.mm(teacher.u_rE, teacher.v_cE.T, out=dots_rc)
+        return dots_Krc
 
     @override
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
@@ -226,23 +340,105 @@ class LibraryTiles(TileBackend):
     def add_cols(self, dy_cD: Tensor, grad_rc: Tensor, x_rD: Tensor) -> None:
         dy_cD.addmm_(grad_rc.T, x_rD)
 
+    @override
+    def distill_stats(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        teachers: Sequence[TeacherTile],
+        teacher_rows: Sequence[OnlineExpectation],
+        teacher_cols: Sequence[OnlineExpectation],
+        cache_Krc: Tensor | None,
+    ) -> None:
+        dots_Krc = self.all_dots(x_rD, y_cD, teachers, cache_Krc)
+        t_rc = _logits(dots_Krc[0], tile, tile.logit_map.base2_2[0])
+        for side, dim in ((rows, 1), (cols, 0)):
+            power_rc, max_n = _powers(t_rc, dim)
+            side.merge(max_n, power_rc.sum(dim))
+        for k, teacher in enumerate(teachers):
+            t_rc = _logits(dots_Krc[1 + k], teacher.tile, teacher.tile.logit_map.base2_2[0])
+            for expectation, dim in ((teacher_rows[k], 1), (teacher_cols[k], 0)):
+                power_rc, max_n = _powers(t_rc, dim)
+                expectation.merge(max_n, power_rc.sum(dim), (power_rc * dots_Krc[0]).sum(dim))
+
+    @override
+    def distill_grad(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: SoftmaxWeights,
+        cols: SoftmaxWeights,
+        teachers: Sequence[TeacherTile],
+        teacher_rows: Sequence[SoftmaxWeights],
+        teacher_cols: Sequence[SoftmaxWeights],
+        cache_Krc: Tensor | None,
+    ) -> Tensor:
+        dots_Krc = self.all_dots(x_rD, y_cD, teachers) if cache_Krc is None else cache_Krc
+        grad_rc = _probabilities(dots_Krc[0], tile, rows, cols)
+        for k, teacher in enumerate(teachers):
+            grad_rc -= _probabilities(dots_Krc[1 + k], teacher.tile, teacher_rows[k], teacher_cols[k])
+        return grad_rc
+
+    @override
+    def distill_sigmoid(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        sums: SigmoidSums,
+        weights_r: Tensor | None,
+        teachers: Sequence[TeacherTile],
+        teacher_weights: Sequence[float],
+    ) -> Tensor | None:
+        dots_Krc = self.all_dots(x_rD, y_cD, teachers)
+        z_rc = _logits(dots_Krc[0], tile, *tile.logit_map.natural_2)
+        target_rc = torch.zeros_like(z_rc)
+        for teacher, weight, dots_rc in zip(teachers, teacher_weights, dots_Krc[1:], strict=True):
+            logits_rc = _logits(dots_rc, teacher.tile, *teacher.tile.logit_map.natural_2)
+            target_rc.add_(torch.sigmoid(logits_rc), alpha=weight)
+        difference_rc = torch.sigmoid(z_rc) - target_rc
+        sums.loss_r.add_(soft_cross_entropy(z_rc, target_rc).sum(1))
+        sums.prob_r.add_(difference_rc.sum(1))
+        torch.maximum(sums.row_max_r, z_rc.amax(1) * LOG2E, out=sums.row_max_r)
+        torch.maximum(sums.col_max_c, z_rc.amax(0) * LOG2E, out=sums.col_max_c)
+        return None if weights_r is None else difference_rc.mul_(weights_r[:, None])
+
+
+def _logits(dot_rc: Tensor, tile: Tile, factor: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return ``dot * factor + offset`` as a new tensor, with -inf where excluded."""
+    t_rc = dot_rc * factor
+    if offset is not None:
+        t_rc += offset
+    if tile.row_labels_r is not None and tile.col_labels_c is not None:
+        t_rc.masked_fill_(tile.row_labels_r[:, None] == tile.col_labels_c, -torch.inf)
+    if -len(t_rc) < tile.diagonal < t_rc.shape[1]:
+        t_rc.diagonal(tile.diagonal).fill_(-torch.inf)
+    return t_rc
+
+
+def _powers(t_rc: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return ``2^(t - max)`` and the maxima along dim, in which all may be excluded."""
+    max_n = t_rc.amax(dim)
+    base_n = torch.where(max_n == -torch.inf, 0, max_n)
+    return torch.exp2(t_rc - base_n.unsqueeze(dim)), max_n
+
+
+def _probabilities(dot_rc: Tensor, tile: Tile, rows: SoftmaxWeights, cols: SoftmaxWeights) -> Tensor:
+    """Return the weighted probabilities of a row's and of a column's softmax, summed; 0 where excluded."""
+    t_rc = _logits(dot_rc, tile, tile.logit_map.base2_2[0])
+    sum_rc = torch.exp2(t_rc - rows.shift_n[:, None]).mul_(rows.factor_n[:, None])
+    return sum_rc.add_(torch.exp2(t_rc - cols.shift_n).mul_(cols.factor_n))
+
 
 class TorchTiles(LibraryTiles):
     """Tiles on any device, float32 or float64, in plain torch ops: the other back ends' reference and replacement."""
 
     def __init__(self, dtype: torch.dtype, rows: int = 1024, cols: int = 2048) -> None:
         super().__init__(dtype, rows, cols)
-
-    def _logits(self, dot_rc: Tensor, tile: Tile, factor: Tensor, offset: Tensor | None = None) -> Tensor:
-        """Return ``dot * factor + offset`` as a new tensor, with -inf where excluded."""
-        t_rc = dot_rc * factor
-        if offset is not None:
-            t_rc += offset
-        if tile.row_labels_r is not None and tile.col_labels_c is not None:
-            t_rc.masked_fill_(tile.row_labels_r[:, None] == tile.col_labels_c, -torch.inf)
-        if -len(t_rc) < tile.diagonal < t_rc.shape[1]:
-            t_rc.diagonal(tile.diagonal).fill_(-torch.inf)
-        return t_rc
 
     @override
     def stats(
@@ -254,11 +450,10 @@ class TorchTiles(LibraryTiles):
         cols: OnlineLogSumExp,
         cache_rc: Tensor | None,
     ) -> None:
-        t_rc = self._logits(self.dots(x_rD, y_cD, cache_rc), tile, tile.logit_map.base2_2[0])
+        t_rc = _logits(self.dots(x_rD, y_cD, cache_rc), tile, tile.logit_map.base2_2[0])
         for side, dim in ((rows, 1), (cols, 0)):
-            max_n = t_rc.amax(dim)
-            base_n = torch.where(max_n == -torch.inf, 0, max_n)
-            side.merge(max_n, torch.exp2(t_rc - base_n.unsqueeze(dim)).sum(dim))
+            power_rc, max_n = _powers(t_rc, dim)
+            side.merge(max_n, power_rc.sum(dim))
 
     @override
     def softmax_grad(
@@ -271,15 +466,13 @@ class TorchTiles(LibraryTiles):
         cache_rc: Tensor | None,
     ) -> Tensor:
         dot_rc = self.dots(x_rD, y_cD) if cache_rc is None else cache_rc
-        t_rc = self._logits(dot_rc, tile, tile.logit_map.base2_2[0])
-        grad_rc = torch.exp2(t_rc - rows.shift_n[:, None]).mul_(rows.factor_n[:, None])
-        return grad_rc.add_(torch.exp2(t_rc - cols.shift_n).mul_(cols.factor_n))
+        return _probabilities(dot_rc, tile, rows, cols)
 
     @override
     def sigmoid(
         self, x_rD: Tensor, y_cD: Tensor, tile: Tile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
-        z_rc = self._logits(self.dots(x_rD, y_cD), tile, *tile.logit_map.natural_2)
+        z_rc = _logits(self.dots(x_rD, y_cD), tile, *tile.logit_map.natural_2)
         prob_rc = torch.sigmoid(z_rc)
         sums.loss_r.add_(softplus(z_rc).sum(1))
         sums.prob_r.add_(prob_rc.sum(1))

@@ -1,30 +1,47 @@
 """The loop over tiles: own rows against a block of columns, tile by tile, in memory linear in the batch."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
 from threetowers.kernels.distributed.columns import ColumnBlock
 from threetowers.kernels.pair_state import PairState
-from threetowers.kernels.tiles import OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile, TileBackend, spans
+from threetowers.kernels.tiles import (
+    OnlineExpectation,
+    OnlineLogSumExp,
+    SigmoidSums,
+    SoftmaxWeights,
+    TeacherTile,
+    Tile,
+    TileBackend,
+    spans,
+)
 
 
 class CachedTiles:
-    """The logit cache of one pair: dots of its first tiles, as many as fit, in the order in which they come."""
+    """The logit cache of one pair: dots of its first tiles, as many as fit, in the order in which they come.
 
-    def __init__(self, flat_n: Tensor) -> None:
+    A tile has as many layers as there are dots at each of its places: the student's and each teacher's.
+    """
+
+    def __init__(self, flat_n: Tensor, layers: int) -> None:
         self._flat_n = flat_n
+        self._layers = layers
         self._next = 0
 
     def take(self, rows: int, cols: int) -> Tensor | None:
-        """Return the memory of the next tile; None once it is used up."""
+        """Return the memory of the next tile, (layers, rows, cols); None once it is used up."""
         start = self._next
-        self._next += rows * cols
-        return self._flat_n[start : self._next].view(rows, cols) if self._next <= len(self._flat_n) else None
+        self._next += self._layers * rows * cols
+        if self._next > len(self._flat_n):
+            return None
+        return self._flat_n[start : self._next].view(self._layers, rows, cols)
 
     def rows_with_tiles(self, rows: int, cols: int, backend: TileBackend) -> int:
         """Return how many of these rows, in whole strips of tiles, the memory that is left has any tile of."""
-        left = len(self._flat_n) - self._next
+        left = (len(self._flat_n) - self._next) // self._layers
         for i in spans(rows, backend.rows):
             first_j = next(spans(cols, backend.cols), slice(0, 0))
             if not 0 < (i.stop - i.start) * first_j.stop <= left:
@@ -33,7 +50,7 @@ class CachedTiles:
         return rows
 
     @staticmethod
-    def size_within(budget_bytes: int, backend: TileBackend, rows: int, block_sizes: Sequence[int]) -> int:
+    def size_within(budget_bytes: int, backend: TileBackend, rows: int, block_sizes: Sequence[int], layers: int) -> int:
         """Return how many elements to allocate: complete tiles only, within the budget.
 
         Args:
@@ -41,46 +58,92 @@ class CachedTiles:
             backend: what computes the tiles.
             rows: own rows.
             block_sizes: how many columns each block has, in the order in which they come.
+            layers: of a tile.
         """
         limit = budget_bytes // backend.cache_dtype.itemsize
         used = 0
         for cols in block_sizes:
             for i in spans(rows, backend.rows):
                 for j in spans(cols, backend.cols):
-                    size = (i.stop - i.start) * (j.stop - j.start)
+                    size = layers * (i.stop - i.start) * (j.stop - j.start)
                     if used + size > limit:
                         return used
                     used += size
         return used
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedTile:
+    """A tile with its rows (counted within x_bD), its columns (within the block), and the features of both."""
+
+    i: slice
+    j: slice
+    x_rD: Tensor
+    y_cD: Tensor
+    tile: Tile
+    teachers: list[TeacherTile]
+
+
 def iter_tiles(
     pair: PairState, block: ColumnBlock, rows: slice, most_rows: int, most_cols: int
-) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tile]]:
-    """Yield the tiles of these own rows against a block of columns, none larger than most_rows x most_cols.
-
-    Each comes as its rows, its columns (counted within x_bD and within the block), their features, and the tile.
-    """
-    row_start = pair.layout.own.start
+) -> Iterator[PlacedTile]:
+    """Yield the tiles of these own rows against a block of columns, none larger than most_rows x most_cols."""
+    features = pair.backend.features
+    row_start = pair.row_layout.own.start
     col_start = block.positions.start
     for span in spans(rows.stop - rows.start, most_rows):
         i = slice(rows.start + span.start, rows.start + span.stop)
-        x_rD = pair.backend.features(pair.x_bD[i])
+        x_rD = features(pair.x_bD[i])
+        u_KrE = [features(teacher.u_bE[i]) for teacher in pair.teachers]
         for j in spans(len(block.y_sD), most_cols):
-            y_cD = pair.backend.features(block.y_sD[j])
-            diagonal = (row_start + i.start) - (col_start + j.start)
-            tile = Tile(pair.logit_map, diagonal)
+            y_cD = features(block.y_sD[j])
+            tile = Tile(pair.logit_map, (row_start + i.start) - (col_start + j.start))
             if pair.labels_B is not None:
                 row_labels_r = pair.labels_B[row_start + i.start : row_start + i.stop]
                 col_labels_c = pair.labels_B[col_start + j.start : col_start + j.stop]
-                tile = Tile(pair.logit_map, diagonal, row_labels_r, col_labels_c)
-            yield i, j, x_rD, y_cD, tile
+                tile = replace(tile, row_labels_r=row_labels_r, col_labels_c=col_labels_c)
+            teachers = [
+                TeacherTile(u_rE, features(v_sE[j]), replace(tile, logit_map=teacher.logit_map))
+                for teacher, u_rE, v_sE in zip(pair.teachers, u_KrE, block.teachers_sE, strict=True)
+            ]
+            yield PlacedTile(i, j, x_rD, y_cD, tile, teachers)
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxStatistics:
+    """The running statistics of one pair's rows, or columns: the student's negatives, and each teacher's."""
+
+    student: OnlineLogSumExp
+    teachers: list[OnlineExpectation]
+
+    @classmethod
+    def empty(cls, pair: PairState, n: int) -> Self:
+        """Return those of n rows or columns that have met nothing yet."""
+        like, dtype = pair.x_bD, pair.backend.dtype
+        teachers = [OnlineExpectation.empty(n, like, dtype) for _ in pair.teachers]
+        return cls(OnlineLogSumExp.empty(n, like, dtype), teachers)
+
+    def part(self, positions: slice) -> Self:
+        """Return a view of those at these positions."""
+        return type(self)(self.student.part(positions), [part.part(positions) for part in self.teachers])
+
+
+@dataclass(frozen=True, slots=True)
+class PairWeights:
+    """The softmaxes along one pair's rows, or columns: the student's, and each teacher's."""
+
+    student: SoftmaxWeights
+    teachers: list[SoftmaxWeights]
+
+    def part(self, positions: slice) -> Self:
+        """Return a view of those at these positions."""
+        return type(self)(self.student.part(positions), [part.part(positions) for part in self.teachers])
 
 
 def softmax_statistics(
-    pair: PairState, block: ColumnBlock, rows_b: OnlineLogSumExp, cols_B: OnlineLogSumExp, cache: CachedTiles
+    pair: PairState, block: ColumnBlock, rows_b: SoftmaxStatistics, cols_B: SoftmaxStatistics, cache: CachedTiles
 ) -> None:
-    """Merge the statistics of these tiles into rows_b and cols_B: one pass.
+    """Merge the statistics of these tiles into rows_b and cols_B: one pass, and one of each teacher.
 
     Tiles to be cached are cut as backward will ask for them, which needs memory for their gradients; the others may be
     larger.
@@ -89,34 +152,63 @@ def softmax_statistics(
     cols_s = cols_B.part(block.positions)
     batch = len(pair.x_bD)
     cached = cache.rows_with_tiles(batch, len(block.y_sD), backend)
-    for i, j, x_rD, y_cD, tile in iter_tiles(pair, block, slice(0, cached), backend.rows, backend.cols):
-        cache_rc = cache.take(len(x_rD), len(y_cD))
-        backend.stats(x_rD, y_cD, tile, rows_b.part(i), cols_s.part(j), cache_rc)
+    for placed in iter_tiles(pair, block, slice(0, cached), backend.rows, backend.cols):
+        cache_Krc = cache.take(len(placed.x_rD), len(placed.y_cD))
+        _tile_statistics(backend, placed, rows_b, cols_s, cache_Krc)
     largest = backend.stats_rows, backend.stats_cols
-    for i, j, x_rD, y_cD, tile in iter_tiles(pair, block, slice(cached, batch), *largest):
-        backend.stats(x_rD, y_cD, tile, rows_b.part(i), cols_s.part(j), None)
+    for placed in iter_tiles(pair, block, slice(cached, batch), *largest):
+        _tile_statistics(backend, placed, rows_b, cols_s, None)
+
+
+def _tile_statistics(
+    backend: TileBackend,
+    placed: PlacedTile,
+    rows_b: SoftmaxStatistics,
+    cols_s: SoftmaxStatistics,
+    cache_Krc: Tensor | None,
+) -> None:
+    rows, cols = rows_b.part(placed.i), cols_s.part(placed.j)
+    student = placed.x_rD, placed.y_cD, placed.tile, rows.student, cols.student
+    if placed.teachers:
+        backend.distill_stats(*student, placed.teachers, rows.teachers, cols.teachers, cache_Krc)
+    else:
+        backend.stats(*student, None if cache_Krc is None else cache_Krc[0])
 
 
 def softmax_gradients(
     pair: PairState,
     block: ColumnBlock,
-    rows_b: SoftmaxWeights,
-    cols_B: SoftmaxWeights,
+    rows_b: PairWeights,
+    cols_B: PairWeights,
     cache: CachedTiles,
     dx_bD: Tensor | None,
     dy_sD: Tensor | None,
 ) -> None:
-    """Add ``G @ y`` to dx and ``G.T @ x`` to dy where wanted: one pass for G unless it is cached, and one each."""
+    """Add ``G @ y`` to dx and ``G.T @ x`` to dy where wanted, one pass each; G takes one and one of each teacher.
+
+    G takes none where it is cached.
+    """
     backend = pair.backend
     cols_s = cols_B.part(block.positions)
     all_rows = slice(0, len(pair.x_bD))
-    for i, j, x_rD, y_cD, tile in iter_tiles(pair, block, all_rows, backend.rows, backend.cols):
-        cache_rc = cache.take(len(x_rD), len(y_cD))
-        grad_rc = backend.softmax_grad(x_rD, y_cD, tile, rows_b.part(i), cols_s.part(j), cache_rc)
-        if dx_bD is not None:
-            backend.add_rows(dx_bD[i], grad_rc, y_cD)
-        if dy_sD is not None:
-            backend.add_cols(dy_sD[j], grad_rc, x_rD)
+    for placed in iter_tiles(pair, block, all_rows, backend.rows, backend.cols):
+        cache_Krc = cache.take(len(placed.x_rD), len(placed.y_cD))
+        rows, cols = rows_b.part(placed.i), cols_s.part(placed.j)
+        student = placed.x_rD, placed.y_cD, placed.tile, rows.student, cols.student
+        if placed.teachers:
+            grad_rc = backend.distill_grad(*student, placed.teachers, rows.teachers, cols.teachers, cache_Krc)
+        else:
+            grad_rc = backend.softmax_grad(*student, None if cache_Krc is None else cache_Krc[0])
+        _add_products(backend, placed, grad_rc, dx_bD, dy_sD)
+
+
+def _add_products(
+    backend: TileBackend, placed: PlacedTile, grad_rc: Tensor, dx_bD: Tensor | None, dy_sD: Tensor | None
+) -> None:
+    if dx_bD is not None:
+        backend.add_rows(dx_bD[placed.i], grad_rc, placed.y_cD)
+    if dy_sD is not None:
+        backend.add_cols(dy_sD[placed.j], grad_rc, placed.x_rD)
 
 
 def sigmoid_sums_and_gradients(
@@ -127,18 +219,22 @@ def sigmoid_sums_and_gradients(
     dx_bD: Tensor | None,
     dy_sD: Tensor | None,
 ) -> None:
-    """Merge into sums (rows b, columns B), and add gradient products where wanted: one pass, and one each.
+    """Merge into sums (rows b, columns B): one pass, one of each teacher. Add gradient products where wanted: one each.
 
     weights_b: what each row's gradient is multiplied by; None where no gradient is wanted.
     """
     backend = pair.backend
     col_max_s = sums.col_max_c[block.positions]
     largest = (backend.rows, backend.cols) if weights_b is not None else (backend.stats_rows, backend.stats_cols)
-    for i, j, x_rD, y_cD, tile in iter_tiles(pair, block, slice(0, len(pair.x_bD)), *largest):
+    teacher_weights = [teacher.weight for teacher in pair.teachers]
+    for placed in iter_tiles(pair, block, slice(0, len(pair.x_bD)), *largest):
+        i, j = placed.i, placed.j
         part = SigmoidSums(sums.loss_r[i], sums.prob_r[i], sums.row_max_r[i], col_max_s[j])
         weights_r = None if weights_b is None else weights_b[i]
-        grad_rc = backend.sigmoid(x_rD, y_cD, tile, part, weights_r)
-        if grad_rc is not None and dx_bD is not None:
-            backend.add_rows(dx_bD[i], grad_rc, y_cD)
-        if grad_rc is not None and dy_sD is not None:
-            backend.add_cols(dy_sD[j], grad_rc, x_rD)
+        student = placed.x_rD, placed.y_cD, placed.tile, part, weights_r
+        if placed.teachers:
+            grad_rc = backend.distill_sigmoid(*student, placed.teachers, teacher_weights)
+        else:
+            grad_rc = backend.sigmoid(*student)
+        if grad_rc is not None:
+            _add_products(backend, placed, grad_rc, dx_bD, dy_sD)

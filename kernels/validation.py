@@ -6,13 +6,13 @@ On several ranks all are told of a fault, and all raise: none waits for a rank t
 import enum
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from threetowers.kernels.distributed.agreement import MAX_PAIRS
-from threetowers.kernels.pair import Pair
+from threetowers.kernels.pair import DistillationPair, Pair
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LOG_SCALE = 80.0  # of either sign
@@ -32,14 +32,19 @@ class ValueFault(enum.IntFlag):
     BIAS_DIFFERS = 32
     LOG_SCALE_OUT_OF_RANGE = 64  # beyond ±80
     LOGITS_OVERFLOW = 128  # logits may reach beyond floating point
+    TEACHER = 256  # any of these of a teacher's values
 
+
+OF_SIDES = [bit for bit in ValueFault if bit != ValueFault.TEACHER]
 
 NOT_FINITE = (
     ValueFault.LOG_SCALE_NOT_FINITE | ValueFault.BIAS_NOT_FINITE | ValueFault.X_NOT_FINITE | ValueFault.Y_NOT_FINITE
 )
 
 
-def argument_fault(pairs: Sequence[Pair], group_ids: Tensor | None, kind: str, logit_cache_bytes: int) -> str | None:
+def argument_fault(
+    pairs: Sequence[Pair | DistillationPair], group_ids: Tensor | None, kind: str, logit_cache_bytes: int
+) -> str | None:
     """Return what is wrong with the arguments, judged without reading values; None if nothing is."""
     if kind not in ("softmax", "sigmoid"):
         return f"kind is {kind!r}; expected 'softmax' or 'sigmoid'"
@@ -57,30 +62,71 @@ def argument_fault(pairs: Sequence[Pair], group_ids: Tensor | None, kind: str, l
     return None
 
 
-def _pair_fault(pair: Pair, group_ids: Tensor | None, kind: str) -> str | None:
-    named = {**pair._asdict(), "group_ids": group_ids}
+def _pair_fault(pair: Pair | DistillationPair, group_ids: Tensor | None, kind: str) -> str | None:
+    named = {"x": pair.x, "y": pair.y, "log_scale": pair.log_scale, "bias": pair.bias}
+    fault = _side_fault(named, kind) or _group_fault(group_ids, pair.x)
+    if fault or isinstance(pair, Pair):
+        return fault
+
+    if not 0 <= pair.hard_weight <= 1:
+        return f"hard_weight is {pair.hard_weight!r}; expected a number from 0 to 1"
+    for k, teacher in enumerate(pair.teachers):
+        if not 0 <= teacher.weight < math.inf:
+            return f"the weight of teacher {k} is {teacher.weight!r}; expected a finite number, 0 or more"
+        named = {"u": teacher.u, "v": teacher.v, "log_scale": teacher.log_scale, "bias": teacher.bias}
+        fault = _side_fault(named, kind)
+        if fault is None and len(teacher.u) != len(pair.x):
+            fault = f"u has {len(teacher.u)} rows and x {len(pair.x)}; expected one of each sample for both"
+        if fault is None and teacher.u.device != pair.x.device:
+            fault = f"u is on {teacher.u.device} and x on {pair.x.device}; expected one device"
+        if fault:
+            return f"teacher {k}: {fault}"
+    if pair.hard_weight < 1 and not any(teacher.weight for teacher in pair.teachers):
+        return (
+            f"{len(pair.teachers)} teachers are given, none with a weight above 0; expected one at least, or "
+            "hard_weight=1, or contrastive_losses, which needs none"
+        )
+    return None
+
+
+def _side_fault(named: Mapping[str, Tensor | None], kind: str) -> str | None:
+    """Return what is wrong with two sides, their log_scale and their bias, given in this order by name."""
     for name, value in named.items():
-        if not isinstance(value, Tensor) and not (value is None and name in ("bias", "group_ids")):
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
             return f"{name} is a {type(value).__name__}; expected a tensor"
-    x, y, log_scale, bias = pair
+    (first, x), (second, y), (_, log_scale), (_, bias) = named.items()
+    assert x is not None
+    assert y is not None
     if x.dim() != 2 or x.shape != y.shape or x.shape[1] < 1:
-        return f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; expected the same (batch, width) for both"
+        shapes = f"{first} has shape {tuple(x.shape)} and {second} {tuple(y.shape)}"
+        return f"{shapes}; expected the same (batch, width) for both"
     if x.dtype not in FEATURE_DTYPES or x.dtype != y.dtype:
-        return f"x is {x.dtype} and y {y.dtype}; expected one of float32, bfloat16, float16, float64 for both"
+        dtypes = f"{first} is {x.dtype} and {second} {y.dtype}"
+        return f"{dtypes}; expected one of float32, bfloat16, float16, float64 for both"
     if bias is not None and kind == "softmax":
         return "bias is given, but a constant on all logits leaves the softmax loss as it is; use kind='sigmoid'"
     for name, value in (("log_scale", log_scale), ("bias", bias)):
         if value is not None and (value.shape not in ((1,), ()) or not value.is_floating_point()):
             shape = tuple(value.shape)
             return f"{name} has shape {shape} and dtype {value.dtype}; expected floating point of shape [1]"
-    if group_ids is not None and (group_ids.dtype != torch.int64 or group_ids.shape != x.shape[:1]):
-        found = f"group_ids has shape {tuple(group_ids.shape)} and dtype {group_ids.dtype}"
-        return f"{found}; expected int64 of shape ({x.shape[0]},)"
     elsewhere = [
         f"{name} on {value.device}" for name, value in named.items() if value is not None and value.device != x.device
     ]
     if elsewhere:
-        return f"x is on {x.device}, but {', '.join(elsewhere)}; expected one device"
+        return f"{first} is on {x.device}, but {', '.join(elsewhere)}; expected one device"
+    return None
+
+
+def _group_fault(group_ids: Tensor | None, x: Tensor) -> str | None:
+    if group_ids is None:
+        return None
+    if not isinstance(group_ids, Tensor):
+        return f"group_ids is a {type(group_ids).__name__}; expected a tensor"
+    if group_ids.dtype != torch.int64 or group_ids.shape != x.shape[:1]:
+        found = f"group_ids has shape {tuple(group_ids.shape)} and dtype {group_ids.dtype}"
+        return f"{found}; expected int64 of shape ({x.shape[0]},)"
+    if group_ids.device != x.device:
+        return f"x is on {x.device}, but group_ids on {group_ids.device}; expected one device"
     return None
 
 
@@ -134,8 +180,23 @@ def _limits(
     """Return the pairs' widths, the largest numbers that their logits can be, and the 8 bits, on the device."""
     largest = [torch.finfo(torch.promote_types(dtype, torch.float32)).max for dtype in dtypes]
     of_pairs_2K = torch.tensor([widths, largest], dtype=torch.float64).to(device, non_blocking=True)
-    bit_8 = torch.tensor([int(bit) for bit in ValueFault], dtype=torch.int32).to(device, non_blocking=True)
+    bit_8 = torch.tensor([int(bit) for bit in OF_SIDES], dtype=torch.int32).to(device, non_blocking=True)
     return of_pairs_2K[0], of_pairs_2K[1], bit_8
+
+
+def pair_faults(faults_N: Tensor, teacher_counts: Sequence[int]) -> Tensor:
+    """Return the faults of the pairs alone, int32 (K,), in which `ValueFault.TEACHER` stands for all of its teachers'.
+
+    Args:
+        faults_N: the `value_faults` of all pairs, then of each pair's teachers in a row.
+        teacher_counts: how many teachers each pair has.
+    """
+    num_pairs = len(teacher_counts)
+    if len(faults_N) == num_pairs:
+        return faults_N
+    of_teachers = torch.split(faults_N[num_pairs:], list(teacher_counts))
+    wrong_K = torch.stack([(part != 0).any() for part in of_teachers])
+    return faults_N[:num_pairs] + wrong_K.to(torch.int32) * int(ValueFault.TEACHER)
 
 
 def describe_fault(fault: int) -> str:
@@ -152,6 +213,7 @@ def describe_fault(fault: int) -> str:
 
 
 _WORDS = {
+    ValueFault.TEACHER: "NaN, infinite or too large values of a teacher",
     ValueFault.X_NOT_FINITE: "NaN or infinite values in x",
     ValueFault.Y_NOT_FINITE: "NaN or infinite values in y",
     ValueFault.LOG_SCALE_NOT_FINITE: "NaN or infinite values in log_scale",
@@ -163,25 +225,29 @@ _WORDS = {
 }
 
 
-def check_values(faults_K: Tensor, facts_WK42: Tensor) -> None:
-    """Raise ValueError, on all ranks alike, if any pair has a fault. Waits for the device.
+def check_values(faults_N: Tensor, facts_WN42: Tensor, teacher_counts: Sequence[int]) -> None:
+    """Raise ValueError, on all ranks alike, if any pair or teacher has a fault. Waits for the device.
 
     Args:
-        faults_K: the `value_faults` of all pairs.
-        facts_WK42: the facts that they were found in.
+        faults_N: the `value_faults` of all pairs, then of each pair's teachers in a row.
+        facts_WN42: the facts that they were found in.
+        teacher_counts: how many teachers each pair has.
     """
-    faults = [ValueFault(fault) for fault in faults_K.tolist()]
+    faults = [ValueFault(fault) for fault in faults_N.tolist()]
     if not any(faults):
         return
-    facts = facts_WK42.tolist()
+    facts = facts_WN42.tolist()
+    owners = [(f"pair {k}", "x", "y") for k in range(len(teacher_counts))]
+    for k, count in enumerate(teacher_counts):
+        owners += [(f"teacher {number} of pair {k}", "u", "v") for number in range(count)]
 
     # Nonfinite values: where they are, rank by rank.
     nonfinite = []
     for rank, of_rank in enumerate(facts):
         found = [
-            f"{name} of pair {k}"
-            for k, of_pair in enumerate(of_rank)
-            for name, bounds in zip(("log_scale", "bias", "x", "y"), of_pair, strict=True)
+            f"{name} of {owner}"
+            for (owner, first, second), of_owner in zip(owners, of_rank, strict=True)
+            for name, bounds in zip(("log_scale", "bias", first, second), of_owner, strict=True)
             if not all(map(math.isfinite, bounds))
         ]
         if found:
@@ -190,23 +256,24 @@ def check_values(faults_K: Tensor, facts_WK42: Tensor) -> None:
     if nonfinite:
         raise ValueError("; ".join(nonfinite) + "; lower the learning rate or skip this batch")
 
-    # Numbers that do not fit: of the first pair at fault.
-    k = next(k for k, fault in enumerate(faults) if fault)
-    log_scales, biases, x, y = zip(*(of_rank[k] for of_rank in facts), strict=True)
+    # Numbers that do not fit: of the first pair or teacher at fault.
+    n = next(n for n, fault in enumerate(faults) if fault)
+    owner, first, second = owners[n]
+    log_scales, biases, x, y = zip(*(of_rank[n] for of_rank in facts), strict=True)
     for bit, name, bounds in (
         (ValueFault.LOG_SCALE_DIFFERS, "log_scale", log_scales),
         (ValueFault.BIAS_DIFFERS, "bias", biases),
     ):
-        if faults[k] & bit:
+        if faults[n] & bit:
             values = [value for value, _ in bounds]
-            raise ValueError(f"pair {k}: {name} differs between ranks, {values}; expected the same on all")
+            raise ValueError(f"{owner}: {name} differs between ranks, {values}; expected the same on all")
     log_scale = log_scales[0][0]
-    if faults[k] & ValueFault.LOG_SCALE_OUT_OF_RANGE:
+    if faults[n] & ValueFault.LOG_SCALE_OUT_OF_RANGE:
         raise ValueError(
-            f"pair {k}: log_scale is {log_scale:g}; expected between {-MAX_LOG_SCALE:g} and {MAX_LOG_SCALE:g}"
+            f"{owner}: log_scale is {log_scale:g}; expected between {-MAX_LOG_SCALE:g} and {MAX_LOG_SCALE:g}"
         )
     x_largest, y_largest = (max(abs(bound) for bounds in side for bound in bounds) for side in (x, y))
     raise ValueError(
-        f"pair {k}: values of x reach {x_largest:.1e} and of y {y_largest:.1e}, so that at log_scale {log_scale:g} "
-        "logits may reach beyond floating point; normalise x and y"
+        f"{owner}: values of {first} reach {x_largest:.1e} and of {second} {y_largest:.1e}, so that at log_scale "
+        f"{log_scale:g} logits may reach beyond floating point; normalise {first} and {second}"
     )

@@ -22,6 +22,7 @@ from threetowers.kernels.cuda.launch import (
     Launch,
     Launcher,
     StreamLauncher,
+    UnsupportedError,
     blocks_over,
     check_operands,
     check_torch,
@@ -39,6 +40,7 @@ from threetowers.kernels.tiles import (
     TileBackend,
 )
 
+NO_TEACHERS = "there are no kernels for distillation yet; give float32 features"
 GAIN = {torch.bfloat16: 1.0, torch.float16: 2.0**14}  # gradient tiles hold this multiple: kGain in tensor_core.h
 
 
@@ -132,6 +134,18 @@ class TensorCoreTiles(TileBackend):
         torch.maximum(sums.row_max_r, row_parts[..., 2].amax(0), out=sums.row_max_r)
         torch.maximum(sums.col_max_c, col_max[..., 0].amax(0), out=sums.col_max_c)
         return None if gradient is None else gradient[:, : len(y_cD)]
+
+    @override
+    def distill_stats(self, *_: object) -> None:
+        raise UnsupportedError(NO_TEACHERS)
+
+    @override
+    def distill_grad(self, *_: object) -> Tensor:
+        raise UnsupportedError(NO_TEACHERS)
+
+    @override
+    def distill_sigmoid(self, *_: object) -> Tensor | None:
+        raise UnsupportedError(NO_TEACHERS)
 
     @override
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:

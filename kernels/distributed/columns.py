@@ -15,11 +15,15 @@ from threetowers.kernels.pair_state import PairState
 
 @dataclass(frozen=True, slots=True)
 class ColumnBlock:
-    """Columns of one pair that are at hand: its index, where they lie in the global batch, their features (s, D)."""
+    """Columns of one pair that are at hand: its index, where they lie in the global batch, their features.
+
+    Those of the pair itself are (s, D), those of each of its teachers (s, E).
+    """
 
     pair: int
     positions: slice
     y_sD: Tensor
+    teachers_sE: tuple[Tensor, ...] = ()
 
 
 AddGradient = Callable[[ColumnBlock, Tensor | None], None]
@@ -42,8 +46,11 @@ class ColumnExchange(ABC):
         """Yield all columns of all pairs, the own ones first, while others are on their way. Collective."""
 
     def kept(self) -> list[Tensor]:
-        """Return what backward needs to have the columns again, one tensor a pair; empty ones where it needs none."""
-        return [pair.y_bD.new_empty(0) for pair in self._pairs]
+        """Return what backward needs to have the columns again; empty tensors where it needs none.
+
+        They are those of each pair, and after them its teachers'.
+        """
+        return [side_bD.new_empty(0) for pair in self._pairs for side_bD in pair.columns]
 
     @abstractmethod
     def accumulate_gradients(self, add: AddGradient) -> None:
@@ -65,29 +72,33 @@ class GatheredColumns(ColumnExchange):
     def __init__(self, ranks: RankGroup, pairs: Sequence[PairState], kept: Sequence[Tensor] | None = None) -> None:
         """Begin to gather, or take `kept`, what was gathered of the same features before."""
         super().__init__(ranks, pairs)
-        self._columns = list(kept or [])  # (B, D), or (W, m, D) as long as they are on their way
-        self._waits: dict[int, Callable[[], Any]] = {}  # by pair
+        self._columns: list[list[Tensor]] = []  # by pair and side: (B, D), or (W, m, D) while they are on their way
+        self._waits: dict[int, list[Callable[[], Any]]] = {}  # by pair
         self._sums: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
-        if kept is None and ranks.size > 1:
+        if kept is not None:
+            rest = iter(kept)
+            self._columns = [list(itertools.islice(rest, len(pair.columns))) for pair in pairs]
+        elif ranks.size > 1:
             for k, pair in enumerate(pairs):
-                gathered_WmD, self._waits[k] = ranks.gather_async(pair.layout.padded(pair.y_bD))
-                self._columns.append(gathered_WmD)
+                sent = [ranks.gather_async(pair.column_layout.padded(side_bD)) for side_bD in pair.columns]
+                self._columns.append([gathered_WmD for gathered_WmD, _ in sent])
+                self._waits[k] = [wait for _, wait in sent]
 
     @override
     def kept(self) -> list[Tensor]:
         if self._ranks.size == 1:
             return super().kept()
-        return [self._joined(k) for k in range(len(self._pairs))]
+        return [side_BD for k in range(len(self._pairs)) for side_BD in self._joined(k)]
 
     @override
     def block_sizes(self, k: int) -> list[int]:
-        layout = self._pairs[k].layout
+        layout = self._pairs[k].column_layout
         positions = layout.own, *self._other_positions(k)
         return [part.stop - part.start for part in positions]
 
     def _other_positions(self, k: int) -> tuple[slice, slice]:
         """Return where the columns before and behind the own ones lie; either may be empty."""
-        layout = self._pairs[k].layout
+        layout = self._pairs[k].column_layout
         return slice(0, layout.own.start), slice(layout.own.stop, layout.total)
 
     @override
@@ -98,19 +109,20 @@ class GatheredColumns(ColumnExchange):
             yield from self._other_blocks(k)
 
     def _own_block(self, k: int) -> ColumnBlock:
-        return ColumnBlock(k, self._pairs[k].layout.own, self._pairs[k].y_bD)
+        y_bD, *teachers_bE = self._pairs[k].columns
+        return ColumnBlock(k, self._pairs[k].column_layout.own, y_bD, tuple(teachers_bE))
 
     def _other_blocks(self, k: int) -> Iterator[ColumnBlock]:
         if self._ranks.size > 1:
-            y_BD = self._joined(k)
+            y_BD, *teachers_BE = self._joined(k)
             for positions in self._other_positions(k):
-                yield ColumnBlock(k, positions, y_BD[positions])
+                yield ColumnBlock(k, positions, y_BD[positions], tuple(v_BE[positions] for v_BE in teachers_BE))
 
-    def _joined(self, k: int) -> Tensor:
-        """Return the columns of all ranks, (B, D)."""
-        if k in self._waits:
-            self._waits.pop(k)()
-            self._columns[k] = self._pairs[k].layout.join(self._columns[k])
+    def _joined(self, k: int) -> list[Tensor]:
+        """Return the columns of all ranks, (B, D): the pair's, and its teachers'."""
+        for side, wait in enumerate(self._waits.pop(k, [])):
+            wait()
+            self._columns[k][side] = self._pairs[k].column_layout.join(self._columns[k][side])
         return self._columns[k]
 
     @override
@@ -120,11 +132,11 @@ class GatheredColumns(ColumnExchange):
             if pair.need_y:
                 for earlier in range(k - 1):  # bounds the memory: one pair's sums are on their way at most
                     self._wait_for_sum(earlier)
-                dy_BD = pair.zero_rows(pair.layout.total)
+                dy_BD = pair.zero_rows(pair.column_layout.total)
             for block in itertools.chain([self._own_block(k)], self._other_blocks(k)):
                 add(block, None if dy_BD is None else dy_BD[block.positions])
             if dy_BD is not None:
-                self._sums[k] = self._ranks.reduce_scatter_async(pair.layout.split(dy_BD))
+                self._sums[k] = self._ranks.reduce_scatter_async(pair.column_layout.split(dy_BD))
 
     def _wait_for_sum(self, k: int) -> None:
         if k in self._sums:

@@ -29,15 +29,19 @@ class RingColumns(ColumnExchange):
         super().__init__(ranks, pairs)
         self._order = [(ranks.rank + step) % ranks.size for step in range(ranks.size)]
         self._complete: dict[int, Tensor] = {}
-        # Where each pair begins in a packed buffer of bytes: the same on every rank.
-        self._offsets = [0]
+        # Where the sides of each pair begin in a packed buffer of bytes: the same on every rank.
+        self._offsets: list[list[int]] = []
+        self._packed_bytes = 0
         for pair in pairs:
-            size = pair.layout.largest * pair.y_bD.shape[1] * pair.y_bD.element_size()
-            self._offsets.append(self._offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+            self._offsets.append([])
+            for side_bD in pair.columns:
+                self._offsets[-1].append(self._packed_bytes)
+                size = pair.column_layout.largest * side_bD.shape[1] * side_bD.element_size()
+                self._packed_bytes += -(-size // ALIGNMENT) * ALIGNMENT
 
     @override
     def block_sizes(self, k: int) -> list[int]:
-        return [self._pairs[k].layout.sizes[rank] for rank in self._order]
+        return [self._pairs[k].column_layout.sizes[rank] for rank in self._order]
 
     @override
     def blocks(self) -> Iterator[ColumnBlock]:
@@ -55,27 +59,34 @@ class RingColumns(ColumnExchange):
                 held_N, next_N = next_N, held_N
                 if step + 1 < self._ranks.size:
                     wait = self._ranks.shift_async([held_N], [next_N])
-            yield [
-                ColumnBlock(k, pair.layout.rows_of(rank), self._unpack(held_N, k, rank) if step else pair.y_bD)
-                for k, pair in enumerate(self._pairs)
-            ]
+            yield [self._block(held_N, k, rank) for k in range(len(self._pairs))]
+
+    def _block(self, held_N: Tensor, k: int, rank: int) -> ColumnBlock:
+        """Return this rank's columns of pair k, which are held."""
+        pair = self._pairs[k]
+        own = rank == self._ranks.rank
+        y_sD, *teachers_sE = pair.columns if own else self._unpack(held_N, k, rank)
+        return ColumnBlock(k, pair.column_layout.rows_of(rank), y_sD, tuple(teachers_sE))
 
     def _pack(self) -> Tensor:
         """Return the own columns of all pairs as one buffer."""
-        packed_N = self._pairs[0].y_bD.new_zeros(self._offsets[-1], dtype=torch.uint8)
-        for offset, pair in zip(self._offsets, self._pairs, strict=False):
-            raw = pair.y_bD.contiguous().view(torch.uint8).view(-1)
-            packed_N[offset : offset + len(raw)] = raw
+        packed_N = self._pairs[0].y_bD.new_zeros(self._packed_bytes, dtype=torch.uint8)
+        for offsets, pair in zip(self._offsets, self._pairs, strict=True):
+            for offset, side_bD in zip(offsets, pair.columns, strict=True):
+                raw = side_bD.contiguous().view(torch.uint8).view(-1)
+                packed_N[offset : offset + len(raw)] = raw
         return packed_N
 
-    def _unpack(self, packed_N: Tensor, k: int, rank: int) -> Tensor:
-        """Return the rows (s, D) of pair k in what this rank packed, as a view."""
-        y_bD = self._pairs[k].y_bD
-        rows = self._pairs[k].layout.sizes[rank]
-        width = y_bD.shape[1]
-        start = self._offsets[k]
-        raw = packed_N[start : start + rows * width * y_bD.element_size()]
-        return raw.view(y_bD.dtype).view(rows, width)
+    def _unpack(self, packed_N: Tensor, k: int, rank: int) -> list[Tensor]:
+        """Return the columns (s, D) of pair k and of its teachers in what this rank packed, as views."""
+        pair = self._pairs[k]
+        rows = pair.column_layout.sizes[rank]
+        sides = []
+        for offset, side_bD in zip(self._offsets[k], pair.columns, strict=True):
+            width = side_bD.shape[1]
+            raw = packed_N[offset : offset + rows * width * side_bD.element_size()]
+            sides.append(raw.view(side_bD.dtype).view(rows, width))
+        return sides
 
     @override
     def accumulate_gradients(self, add: AddGradient) -> None:
@@ -103,7 +114,7 @@ class RingColumns(ColumnExchange):
     def _padded_zeros(self, k: int) -> Tensor:
         """Return room for the gradient of any rank's columns of pair k."""
         pair = self._pairs[k]
-        return pair.zero_rows(pair.layout.largest)
+        return pair.zero_rows(pair.column_layout.largest)
 
     @override
     def own_gradient(self, k: int) -> Tensor | None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from threetowers.eval.suite import evaluate as evaluate
     from threetowers.kernels.contrastive import contrastive_loss as contrastive_loss
     from threetowers.kernels.contrastive import contrastive_losses as contrastive_losses
+    from threetowers.kernels.distillation import distillation_loss as distillation_loss
+    from threetowers.kernels.distillation import distillation_losses as distillation_losses
     from threetowers.trainer.config import load_config as load_config
     from threetowers.trainer.export.trained_model import load_model as load_model
     from threetowers.trainer.train import train as train
@@ -34,6 +36,8 @@ _MODULES = {
     "build_cache": "threetowers.cache.builder.build",
     "contrastive_loss": "threetowers.kernels.contrastive",
     "contrastive_losses": "threetowers.kernels.contrastive",
+    "distillation_loss": "threetowers.kernels.distillation",
+    "distillation_losses": "threetowers.kernels.distillation",
     "evaluate": "threetowers.eval.suite",
     "load_config": "threetowers.trainer.config",
     "load_encoder": "threetowers.eval.encoders.load",
@@ -48,6 +52,8 @@ __all__ = [
     "build_cache",
     "contrastive_loss",
     "contrastive_losses",
+    "distillation_loss",
+    "distillation_losses",
     "evaluate",
     "load_config",
     "load_encoder",

@@ -8,17 +8,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from threetowers.kernels import (
+    DistillationPair,
     Pair,
+    Teacher,
     ValueFault,
     contrastive_loss,
     contrastive_losses,
     describe_fault,
+    distillation_losses,
     operators,
     reference_accuracies,
     reference_contrastive_loss,
+    reference_distillation_loss,
 )
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.distributed.rank_group import RankGroup
@@ -123,6 +128,39 @@ def check_pairs(kind: Any, ring: bool) -> None:
     assert_averaged(leaves[used], references[used])
 
 
+def check_distillation(kind: Any, ring: bool) -> None:
+    """Check two students in one call: two teachers of other widths, and one with hard pairs for some samples only."""
+    x_BD, y_BD, _ = batch(total_of_ranks())
+    mine = own_rows()
+    some = torch.arange(len(x_BD)) % 3 > 0
+    leaves = leaves_for(kind)
+    references = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    sides = [(normalize(x_BD[:, :7]), normalize(y_BD[:, :7])), (normalize(x_BD[:, 2:5]), normalize(y_BD[:, 2:5]))]
+    bias = torch.tensor([-1.0]) if kind == "sigmoid" else None
+    taught = [Teacher(u, v, torch.tensor([1.5 - k]), bias, 1.0 + k) for k, (u, v) in enumerate(sides)]
+
+    def students(parts: list[Tensor], rows: Any) -> list[DistillationPair]:
+        x, y = x_BD[rows].to(parts[0].dtype) @ parts[0], y_BD[rows].to(parts[0].dtype) @ parts[1]
+        own = [teacher._replace(u=teacher.u[rows], v=teacher.v[rows]) for teacher in taught]
+        has = some[rows]
+        few = [own[1]._replace(u=own[1].u[has], v=own[1].v[has])]
+        scale, bias = parts[2], parts[3] if kind == "sigmoid" else None
+        return [DistillationPair(x, y, scale, own, bias), DistillationPair(x[has], y[has], scale, few, bias, 0.3)]
+
+    results = distillation_losses(students(leaves, mine), kind=kind, ring=ring, logit_cache_bytes=5000)
+    (results[0].loss + 2 * results[1].loss).backward()
+    truth = [
+        reference_distillation_loss(
+            pair.x, pair.y, pair.log_scale, pair.teachers, bias=pair.bias, hard_weight=pair.hard_weight, kind=kind
+        )
+        for pair in students(references, slice(None))
+    ]
+    (truth[0] + 2 * truth[1]).backward()
+    for result, want in zip(results, truth, strict=True):
+        assert float(result.loss.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+    assert_averaged(leaves, references)
+
+
 class Towers(torch.nn.Module):
     """Two linear towers, a scale and perhaps a bias, as one module that data-parallel training wraps."""
 
@@ -219,6 +257,7 @@ def _worker(rank: int, folder: str) -> None:
             check_single(kind, ring=True, cache_bytes=5000)
             for ring in (False, True):
                 check_pairs(kind, ring)
+                check_distillation(kind, ring)
             if size > 1:
                 check_under_ddp(kind)
         if size > 1:

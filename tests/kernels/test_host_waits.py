@@ -67,12 +67,15 @@ def test_no_number_is_read(kind: str, ranks: type[RankGroup], with_ids: bool, mo
         scales = [torch.empty(1), torch.empty(1)]
         bias = [torch.empty(1), torch.empty(1)] if kind == "sigmoid" else []
         ids = torch.empty(3, dtype=torch.int64) if with_ids else None
+        u, v = ([torch.empty(3, 5)] for _ in range(2))
+        teacher = u, v, [torch.empty(1)], [torch.empty(1)] if kind == "sigmoid" else []
     needs = [True, False], [True, True], [True, True]
     options = kind, 100, False, *needs, [False, False]
-    saved = operators.contrastive_forward._init_fn(x, y, scales, bias, ids, *options, False)
+    teachers = *teacher, [0, 1], [0.5]
+    saved = operators.contrastive_forward._init_fn(x, y, scales, bias, *teachers, ids, *options, False)
     grads = [torch.empty((), device="meta")] * 2
-    flat = operators.contrastive_backward._init_fn(grads, x, y, saved, kind, False, *needs)
+    flat = operators.contrastive_backward._init_fn(grads, x, y, u, v, saved, [0, 1], [0.5], kind, False, *needs)
     assert [part.shape for part in flat[2:4]] == [(3, 8), (3, 6)]
     assert [part.shape for part in flat[:2]] == [(3, 8), (0,)]
     with pytest.raises(RuntimeError, match="meta"):  # which does read
-        operators.contrastive_forward._init_fn(x, y, scales, bias, ids, *options, True)
+        operators.contrastive_forward._init_fn(x, y, scales, bias, *teachers, ids, *options, True)

@@ -28,6 +28,14 @@ def scalars(kind: str) -> list[Tensor]:
     return [torch.tensor([value], requires_grad=True) for value in values]
 
 
+def teachers(total: int, count: int, kind: str) -> tuple[list[Any], ...]:
+    """Return what the operator takes of so many teachers of the second of two pairs."""
+    g = torch.Generator().manual_seed(1)
+    sides = [[torch.randn(total, 3 + k, generator=g) / 2 for k in range(count)] for _ in range(2)]
+    scales = [torch.tensor([0.5]) for _ in range(count)]
+    return *sides, scales, scales if kind == "sigmoid" else [], [0, count], [0.4] * count
+
+
 def loss_of(x: Tensor, y: Tensor, log_scale: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     return contrastive_loss(x, y, log_scale, bias=bias, kind="softmax" if bias is None else "sigmoid", **options)
 
@@ -35,7 +43,8 @@ def loss_of(x: Tensor, y: Tensor, log_scale: Tensor, bias: Tensor | None = None,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cache_bytes", [0, 2000])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own reading
-def test_opcheck(kind: str, cache_bytes: int) -> None:
+@pytest.mark.parametrize("num_teachers", [0, 2])
+def test_opcheck(kind: str, cache_bytes: int, num_teachers: int) -> None:
     x_BD, y_BD = batch(20)
     z_BD, w_BD = batch(20, 8)
     (log_scale, *bias), (other_scale, *other_bias) = scalars(kind), scalars(kind)
@@ -45,6 +54,7 @@ def test_opcheck(kind: str, cache_bytes: int) -> None:
         *sides,
         [log_scale, other_scale],
         bias + other_bias,
+        *teachers(20, num_teachers, kind),
         torch.arange(20) // 2,
         kind,
         cache_bytes,
@@ -57,14 +67,17 @@ def test_opcheck(kind: str, cache_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck_of_backward(kind: str) -> None:
+@pytest.mark.parametrize("num_teachers", [0, 1])
+def test_opcheck_of_backward(kind: str, num_teachers: int) -> None:
     """Schema and shapes, also with a logit cache. Its autograd formula refuses by design, so opcheck cannot run it."""
     x_BD, y_BD = (part.detach() for part in batch(20))
     scales = [part.detach() for part in scalars(kind)]
     needs = [True], [False], [True]
     options = None, kind, 2000, False, *needs, [False], True
-    saved = operators.contrastive_forward([x_BD], [y_BD], scales[:1], scales[1:], *options)
-    args = [torch.ones_like(saved[0])], [x_BD], [y_BD], saved, kind, False, *needs
+    u, v, *rest, shares = teachers(20, num_teachers, kind)
+    rest[-1] = [num_teachers]
+    saved = operators.contrastive_forward([x_BD], [y_BD], scales[:1], scales[1:], u, v, *rest, shares, *options)
+    args = [torch.ones_like(saved[0])], [x_BD], [y_BD], u, v, saved, rest[-1], shares, kind, False, *needs
     torch.library.opcheck(operators.contrastive_backward, args, test_utils=["test_schema", "test_faketensor"])
 
 
@@ -102,7 +115,8 @@ def test_fake_tensors_have_the_size_of_the_logit_cache(cache_bytes: int) -> None
             sides, scales = ([x_BD, y_BD], [y_BD, z_BD]), [torch.zeros(1), torch.zeros(1)]
             needs = [True, False], [False, False], [False, True]
             options = None, "softmax", cache_bytes, False, *needs, [False, False], True
-            flat = operators.contrastive_forward(*sides, scales, [], *options)
+            taught = [x_BD], [y_BD], scales[:1], [], [0, 1], [1.0]
+            flat = operators.contrastive_forward(*sides, scales, [], *taught, *options)
             return [part.shape for part in flat]
 
     assert shapes(fake=True) == shapes(fake=False)

@@ -13,12 +13,12 @@ from typing import Any
 
 import threetowers
 from threetowers import cli
-from threetowers.kernels import contrastive
+from threetowers.kernels import pair_losses
 
 if __name__ == "__main__":
     root = Path(threetowers.__file__).parent
     folders = [root, *(path.resolve() for path in root.iterdir() if path.is_dir())]
-    operator: Any = contrastive.contrastive_forward
+    operator: Any = pair_losses.contrastive_forward
 
     def record_stack(*args: Any) -> Any:
         frames = traceback.extract_stack()[:-1]
@@ -26,6 +26,6 @@ if __name__ == "__main__":
         print(json.dumps([f"{Path(frame.filename).stem}.{frame.name}" for frame in ours]), flush=True)
         return operator(*args)
 
-    setattr(contrastive, "contrastive_forward", record_stack)  # noqa: B010  # not an attribute to assign for mypy
+    setattr(pair_losses, "contrastive_forward", record_stack)  # noqa: B010  # not an attribute to assign for mypy
     sys.argv = ["threetowers", "train", sys.argv[1]]
     cli.main()
