@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from threetowers.kernels.operator.pair_losses import pair_losses
 from threetowers.kernels.pair import DistillationPair, LossKind, Pair, PairResult
-from threetowers.kernels.pair_losses import pair_losses
 from threetowers.kernels.validation import argument_fault
 
 

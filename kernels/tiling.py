@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor
 
 from threetowers.kernels.distributed.columns import ColumnBlock
-from threetowers.kernels.pair_state import PairState
+from threetowers.kernels.operator.pair_state import PairState
 from threetowers.kernels.tiles import (
     OnlineExpectation,
     OnlineLogSumExp,

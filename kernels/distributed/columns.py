@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from threetowers.kernels.distributed.rank_group import RankGroup, no_wait
-from threetowers.kernels.pair_state import PairState
+from threetowers.kernels.operator.pair_state import PairState
 
 
 @dataclass(frozen=True, slots=True)

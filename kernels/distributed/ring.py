@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from threetowers.kernels.distributed.columns import AddGradient, ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
-from threetowers.kernels.pair_state import PairState
+from threetowers.kernels.operator.pair_state import PairState
 
 ALIGNMENT = 64  # bytes between the parts of a packed buffer, so that every part is an aligned view
 

@@ -137,7 +137,7 @@ def test_the_public_loss_on_emulated_kernels(
 ) -> None:
     """With CUDA tiles, near chance and where pairs are confident, it equals the reference."""
     backend = functools.partial(emulated, Emulator(builds), element, tiles)
-    monkeypatch.setattr("threetowers.kernels.operators.backend_for", lambda x_bD: backend())
+    monkeypatch.setattr("threetowers.kernels.operator.operators.backend_for", lambda x_bD: backend())
     batch = 150
     x_BD, y_BD = Case(batch, batch, 196).features(element)
     features, log_scale_1 = ((x_BD, x_BD), [3.0]) if confident else ((x_BD, y_BD), [2.5])

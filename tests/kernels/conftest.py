@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from threetowers.kernels import operators
 from threetowers.kernels.cpu import CpuTiles, sweep_library
+from threetowers.kernels.operator import operators
 from threetowers.kernels.tiles import TileBackend, TorchTiles
 
 BackendFor = Callable[[torch.Tensor], TileBackend]

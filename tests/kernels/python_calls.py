@@ -6,7 +6,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from threetowers.kernels import operators
+from threetowers.kernels.operator import operators
 
 KERNELS = str(Path(operators.__file__).parent)
 ROOM = 4  # calls that a step may make to enlarge memory which it reuses, depending on the sizes of its tiles

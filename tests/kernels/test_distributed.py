@@ -20,13 +20,13 @@ from threetowers.kernels import (
     contrastive_losses,
     describe_fault,
     distillation_losses,
-    operators,
     reference_accuracies,
     reference_contrastive_loss,
     reference_distillation_loss,
 )
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.distributed.rank_group import RankGroup
+from threetowers.kernels.operator import operators
 from threetowers.kernels.tiles import TileBackend
 
 SIZES = {1: [9], 2: [70, 33], 3: [40, 0, 90], 4: [60, 13, 1, 5]}  # uneven, one of them empty

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from threetowers.kernels import operators
 from threetowers.kernels.distributed.rank_group import RankGroup, no_wait
+from threetowers.kernels.operator import operators
 
 SIZES = [5, 3, 0, 4]  # of the ranks; this one is the second
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from tests.kernels.python_calls import ROOM, python_calls
-from threetowers.kernels import contrastive_loss, operators, reference_contrastive_loss
+from threetowers.kernels import contrastive_loss, reference_contrastive_loss
 from threetowers.kernels.distributed.rank_group import RankGroup, no_wait
+from threetowers.kernels.operator import operators
 
 LOCAL, WIDTH = 2, 4
 own = threading.local()  # the rank of each thread

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from threetowers.kernels import Pair, contrastive_loss, contrastive_losses, operators, reference_contrastive_loss
+from threetowers.kernels import Pair, contrastive_loss, contrastive_losses, reference_contrastive_loss
+from threetowers.kernels.operator import operators
 from threetowers.kernels.tiles import TorchTiles
 
 KINDS = ["softmax", "sigmoid"]

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tests.kernels.python_calls import ROOM, python_calls
-from threetowers.kernels import Pair, contrastive_losses, operators
+from threetowers.kernels import Pair, contrastive_losses
 from threetowers.kernels.distributed.rank_group import RankGroup
+from threetowers.kernels.operator import operators
 from threetowers.kernels.tiles import TorchTiles
 
 KINDS = ["softmax", "sigmoid"]

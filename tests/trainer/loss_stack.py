@@ -13,7 +13,7 @@ from typing import Any
 
 import threetowers
 from threetowers import cli
-from threetowers.kernels import pair_losses
+from threetowers.kernels.operator import pair_losses
 
 if __name__ == "__main__":
     root = Path(threetowers.__file__).parent

@@ -23,7 +23,7 @@ from torch import Tensor
 from threetowers.kernels.buffer_pool import buffer_pool
 from threetowers.kernels.distributed.columns import ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
-from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
+from threetowers.kernels.operator.pair_state import PairState, mean_losses, sample_totals
 from threetowers.kernels.tiles import LOG2E, OnlineExpectation, OnlineLogSumExp, SoftmaxWeights, softplus
 from threetowers.kernels.tiling import (
     CachedTiles,

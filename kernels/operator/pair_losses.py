@@ -7,7 +7,7 @@ from torch import Tensor
 
 from threetowers.kernels.distributed.agreement import agree_on_sizes
 from threetowers.kernels.distributed.rank_group import RankGroup
-from threetowers.kernels.operators import contrastive_forward, outputs_per_pair
+from threetowers.kernels.operator.operators import contrastive_forward, outputs_per_pair
 from threetowers.kernels.pair import DistillationPair, LossKind, PairResult, Teacher
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from threetowers.kernels.distributed.columns import ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
-from threetowers.kernels.pair_state import PairState, mean_losses, sample_totals
+from threetowers.kernels.operator.pair_state import PairState, mean_losses, sample_totals
 from threetowers.kernels.tiles import LOG2E, SigmoidSums, soft_cross_entropy
 from threetowers.kernels.tiling import sigmoid_sums_and_gradients
 

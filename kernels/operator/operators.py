@@ -24,9 +24,9 @@ from threetowers.kernels.distributed.agreement import agree_on_sizes
 from threetowers.kernels.distributed.columns import ColumnExchange, GatheredColumns
 from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
 from threetowers.kernels.distributed.ring import RingColumns
-from threetowers.kernels.pair_state import PairState, TeacherState
-from threetowers.kernels.sigmoid import SigmoidOutputs, sigmoid_forward
-from threetowers.kernels.softmax import SoftmaxOutputs, TeacherOutputs, softmax_backward, softmax_forward
+from threetowers.kernels.operator.pair_state import PairState, TeacherState
+from threetowers.kernels.operator.sigmoid import SigmoidOutputs, sigmoid_forward
+from threetowers.kernels.operator.softmax import SoftmaxOutputs, TeacherOutputs, softmax_backward, softmax_forward
 from threetowers.kernels.tiles import LogitMap
 from threetowers.kernels.tiling import CachedTiles
 from threetowers.kernels.validation import check_values, pair_faults, value_facts, value_faults
