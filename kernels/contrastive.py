@@ -39,6 +39,7 @@ def contrastive_losses(
         ValueError: an argument does not fit; the message names the pair.
 
     Examples:
+        >>> import torch
         >>> x_bD = torch.eye(2)
         >>> scale = torch.zeros(1)
         >>> matched, swapped = contrastive_losses([Pair(x_bD, x_bD, scale), Pair(x_bD, x_bD.flip(0), scale)])
@@ -109,6 +110,7 @@ def contrastive_loss(
     Examples:
         Two matched rows at right angles, at scale 1: ``log(1 + exp(0 - 1))``.
 
+        >>> import torch
         >>> x_bD = torch.eye(2, requires_grad=True)
         >>> loss = contrastive_loss(x_bD, torch.eye(2), torch.zeros(1))
         >>> round(float(loss.detach()), 4)
