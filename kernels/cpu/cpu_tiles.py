@@ -186,9 +186,7 @@ def _all(tile: Tile, teachers: Sequence[TeacherTile]) -> list[Tile]:
     return [tile, *(teacher.tile for teacher in teachers)]
 
 
-def _statistics(
-    student: OnlineLogSumExp, teachers: Sequence[OnlineExpectation]
-) -> "ctypes.Array[ctypes.c_void_p]":
+def _statistics(student: OnlineLogSumExp, teachers: Sequence[OnlineExpectation]) -> "ctypes.Array[ctypes.c_void_p]":
     """Return sweep.cpp's array of ``Statistics``: the student has no cross sums."""
     vectors = [student.max_n, student.sum_n, None]
     for teacher in teachers:
