@@ -1,5 +1,6 @@
 """What `cache import` is asked for."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import Literal
 
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.exchange.clip_retrieval import open_clip_retrieval
+from threetowers.cache.exchange.datacompdr.view_size import ViewSize
 from threetowers.cache.exchange.matrix import DEFAULT_COLUMNS, MatrixPart, open_matrices
+from threetowers.cache.exchange.sample_keys import Match
 from threetowers.cache.format.dtypes import DtypeName
 from threetowers.cache.format.manifest import DecodeMode, EncoderPrecision, Side
+from threetowers.cache.format.views import CENTER, Views
 from threetowers.cache.webdataset.tar_list import OnBad
 
 
@@ -37,13 +41,33 @@ class ImportConfig:
     """Of each of --rows, what its rows are of: keys of samples, or captions (--of text). Text files with a key on each
     line, .npy files of strings, or Parquet files."""
 
+    datacompdr: Sequence[str | Path] = ()
+    """Instead: the tars of DataCompDR, which hold embeddings of augmented crops and of captions: paths or URLs, globs
+    in quotes, and brace ranges. They may be --tars themselves."""
+
+    columns: str | None = None
+    """Of --datacompdr: the columns of the encoder's embeddings among those of all teachers, START:END, as 0:768;
+    default: all."""
+
+    view_size: ViewSize = "image"
+    """Of --datacompdr: what the boxes of the crops are counted in: pixels of the image in the tars, or of the original
+    one, whose size img2dataset has written into the json member when it made the image smaller."""
+
+    view_scale: float = 0.08
+    """Of --datacompdr: smallest share of the image's area in a crop, for the manifest."""
+
+    view_augment: str = "randaugment:2:9"
+    """Of --datacompdr: the policy that augmented the crops, none or randaugment:OPS:MAGNITUDE. Operations that it does
+    not draw are refused."""
+
     key_column: str | None = None
     """Column with the keys or captions of a Parquet file; default: that of clip-retrieval (image_path, caption), else
     key, or caption."""
 
-    match: Literal["key", "name"] = "key"
+    match: Match = "key"
     """How images are found: by the sample's key, or by the name alone: the last part of the path, up to its first dot,
-    of both. Captions are found by their words."""
+    of both. Captions are found by their words. In --datacompdr both are found so, and by uid too: the field uid of the
+    json member is the name of the sample there."""
 
     of: Side = "image"
     """image or text: which side of the samples the rows are of."""
@@ -100,33 +124,69 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError unless there is one source of rows, and for values out of range."""
-        given = (self.clip_retrieval is not None, bool(self.rows), bool(self.keys))
-        if given not in ((True, False, False), (False, True, True)):
+        sources = {
+            "--clip-retrieval": self.clip_retrieval is not None,
+            "--rows": bool(self.rows),
+            "--keys": bool(self.keys),
+            "--datacompdr": bool(self.datacompdr),
+        }
+        given = [flag for flag, is_given in sources.items() if is_given]
+        if given not in (["--clip-retrieval"], ["--rows", "--keys"], ["--datacompdr"]):
             raise ValueError(
-                "expected --clip-retrieval FOLDER, or --rows with --keys, found "
-                + (
-                    ", ".join(n for n, g in zip(("--clip-retrieval", "--rows", "--keys"), given, strict=True) if g)
-                    or "none"
-                )
+                "expected --clip-retrieval FOLDER, or --rows with --keys, or --datacompdr TARS, found "
+                f"{', '.join(given) or 'none'}"
             )
+        if not self.datacompdr:
+            self._refuse_flags_of_datacompdr()
+        elif self.key_column is not None:
+            raise ValueError("--key-column: samples of --datacompdr are found by --match, leave it out")
+        self.column_range()
+        self.build_config(1)
+
+    def _refuse_flags_of_datacompdr(self) -> None:
         if self.of == "text" and self.match == "name":
             raise ValueError("--match name --of text: captions are found by their words, leave --match out")
-        self.build_config()
+        of_datacompdr = {
+            "--columns": self.columns is not None,
+            "--view-size": self.view_size != "image",
+            "--match uid": self.match == "uid",
+        }
+        if given := [flag for flag, is_given in of_datacompdr.items() if is_given]:
+            raise ValueError(f"{', '.join(given)}: expected --datacompdr TARS, whose flags these are")
+
+    def column_range(self) -> tuple[int, int] | None:
+        """Return the first of --columns, and the one behind the last. Raises ValueError for what is no such range."""
+        if self.columns is None:
+            return None
+        found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", self.columns)
+        start, stop = map(int, found.groups()) if found else (0, 0)
+        if start >= stop:
+            raise ValueError(f"--columns {self.columns}: expected START:END with START before END, as 0:768")
+        return start, stop
 
     def parts(self) -> list[MatrixPart]:
-        """Open the source of the rows. Raises BadSource where it cannot be used."""
+        """Open the matrices that the rows are in. Raises BadSource where they cannot be used."""
+        if self.datacompdr:
+            return []
         if self.clip_retrieval is not None:
             return open_clip_retrieval(self.clip_retrieval, self.of, self.key_column)
         return open_matrices(self.rows, self.keys, self.key_column or DEFAULT_COLUMNS[self.of])
 
-    def build_config(self) -> BuildConfig:
-        """Return the build that would compute the same rows. Raises ValueError for values out of range."""
+    def build_config(self, n_crops: int = 0) -> BuildConfig:
+        """Return the build that would compute the same rows, of so many crops where these are imported.
+
+        Raises:
+            ValueError: For values out of range.
+        """
+        crops = self.datacompdr and self.of == "image"
+        views = Views(f"crops:{n_crops}", 0, self.view_scale, self.view_augment) if crops else CENTER
         return BuildConfig(
             tars=self.tars,
             encoder=self.encoder,
             output_dir=self.output_dir,
             of=self.of,
             feature=self.feature,
+            views=views,
             device=self.device,
             precision=self.precision,
             decode=self.decode,

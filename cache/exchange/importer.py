@@ -24,9 +24,13 @@ from threetowers.cache.builder.opening import (
 )
 from threetowers.cache.encoders.encoder import UNIT, FrozenEncoder, ImageEncoder
 from threetowers.cache.exchange.bad_source import BadSource
+from threetowers.cache.exchange.datacompdr.finders import CropRowFinder, ReinforcedCaptionFinder
+from threetowers.cache.exchange.datacompdr.reinforced_tars import ReinforcedTars
 from threetowers.cache.exchange.import_config import ImportConfig
-from threetowers.cache.exchange.row_finder import CaptionRowFinder, ImageRowFinder, JoinedTar, RowFinder, sample_name
-from threetowers.cache.exchange.source_rows import UNIT_TOLERANCE, SourceRows
+from threetowers.cache.exchange.import_source import UNIT_TOLERANCE, ImportSource
+from threetowers.cache.exchange.row_finder import CaptionRowFinder, ImageRowFinder, JoinedTar, RowFinder
+from threetowers.cache.exchange.sample_keys import sample_name
+from threetowers.cache.exchange.source_rows import SourceRows
 from threetowers.cache.format.done_record import (
     DoneRecord,
     RejectedSample,
@@ -65,10 +69,11 @@ class ImportReport:
         notes: embedded samples of which something was tolerated, by what it was.
         bad: the first few without an embedding, with the path of their tar.
         left: tars that `cache build` has to build.
-        rows: rows of the source.
+        rows: rows of the source, or its samples with several rows each, as `units` says.
         used: of them, those that go with samples, also of tars finished before.
         repeated: of them, those whose key an earlier row has too, with the same values.
         unused_names: the first few of the others.
+        units: what `rows` counts.
         tar_notes: lines on tars that are not used.
         seconds: wall time.
     """
@@ -86,6 +91,7 @@ class ImportReport:
     used: int
     repeated: int
     unused_names: tuple[str, ...]
+    units: str
     tar_notes: tuple[str, ...]
     seconds: float
 
@@ -101,7 +107,7 @@ class ImportReport:
             f"{self.samples} samples: {self.ok} with rows, {counts_text(self.counts)}",
             *note_lines(self.notes, {}),
             *bad_sample_lines(self.bad, sum(self.counts.values())),
-            f"{self.rows} rows: {self.used} used, {self.unmatched} of no sample of these tars, "
+            f"{self.rows} {self.units}: {self.used} used, {self.unmatched} of no sample of these tars, "
             f"{self.repeated} repeated",
             *(f"  of no sample: {name}" for name in self.unused_names),
             *self.tar_notes,
@@ -124,30 +130,30 @@ def import_cache(config: ImportConfig) -> ImportReport:
     started = time.monotonic()
     storage = open_storage(config.output_dir)
     parts = config.parts()
+    reinforced = _index_reinforced(config)
     listed = require_samples(index_tars(expand(config.tars), config.image_member, config.on_bad))
     indexes = listed.tars
     if config.on_bad == "error" and config.of == "image":
         refuse_defects(indexes)
 
     # What is said of the rows must be true of the encoder.
-    build = config.build_config()
-    encoder = build.load_encoder(config.device)
+    encoder = config.build_config(1).load_encoder(config.device)
     feature = config.feature or encoder.side(config.of).features[0]
-    source = SourceRows(parts, _hash_of(config))
-    _check_encoder(source, encoder, config.of, feature, str(parts[0].rows_path))
+    source: SourceRows | ReinforcedTars
+    if reinforced:
+        source = ReinforcedTars(reinforced, config.of, config.match, config.column_range())
+    else:
+        source = SourceRows(parts, _hash_of(config))
+    build = config.build_config(source.n_crops if isinstance(source, ReinforcedTars) else 0)
+    _check_encoder(source, encoder, config.of, feature)
 
     # Something of the source must go with the tars.
-    finder: RowFinder
-    if config.of == "image":
-        finder = ImageRowFinder(source, indexes, config.match == "name", config.min_cosine)
-    else:
-        finder = CaptionRowFinder(source, build.caption_sources().caption_format, config.min_cosine)
+    finder = _finder(source, indexes, build, config)
     if not any(finder.has_any(index) for index in indexes):
-        found = next((key for part in parts for keys in part.key_blocks() for key in keys), None)
         raise BadSource(
-            f"none of {len(source)} rows goes with a sample of these tars: {parts[0].keys_path} has {found!r}, the "
+            f"none of {len(source)} {source.units} goes with a sample of these tars: {source.first_key()}, the "
             f"first sample has the key {indexes[0].samples.key(0)!r}: name another column (--key-column), other "
-            "captions (--captions), or compare names alone (--match name)"
+            "captions (--captions), or compare names or uids alone (--match)"
         )
 
     # Write the tars that are not finished.
@@ -172,6 +178,27 @@ def import_cache(config: ImportConfig) -> ImportReport:
     return _report(storage, config, source, records, left, len(finished), listed.notes(), started)
 
 
+def _index_reinforced(config: ImportConfig) -> list[TarIndex]:
+    """Return the tars of DataCompDR, if any are named."""
+    if not config.datacompdr:
+        return []
+    return require_samples(index_tars(expand(config.datacompdr), None, config.on_bad)).tars
+
+
+def _finder(
+    source: SourceRows | ReinforcedTars, indexes: Sequence[TarIndex], build: BuildConfig, config: ImportConfig
+) -> RowFinder:
+    """Return what finds the rows of a source. Raises BadSource where one would go with two samples."""
+    captions = build.caption_sources().caption_format
+    if isinstance(source, ReinforcedTars):
+        if config.of == "image":
+            return CropRowFinder(source, indexes, config.match, config.view_size, config.min_cosine)
+        return ReinforcedCaptionFinder(source, indexes, config.match, captions, config.min_cosine)
+    if config.of == "image":
+        return ImageRowFinder(source, indexes, config.match, config.min_cosine)
+    return CaptionRowFinder(source, captions, config.min_cosine)
+
+
 def _hash_of(config: ImportConfig) -> Any:
     """Return what makes a number of a key in the source, as `RowFinder` makes one of a sample."""
     if config.of == "text":
@@ -179,14 +206,16 @@ def _hash_of(config: ImportConfig) -> Any:
     return (lambda key: key_hash(sample_name(key))) if config.match == "name" else key_hash
 
 
-def _check_encoder(source: SourceRows, encoder: FrozenEncoder, of: Side, feature: str, path: str) -> None:
+def _check_encoder(source: ImportSource, encoder: FrozenEncoder, of: Side, feature: str) -> None:
     """Raise BadSource unless the rows can be this feature of the encoder, by their width and norm."""
     side = encoder.side(of)
+    path = source.location
     if side.width(feature) != source.dim:
         widths = ", ".join(f"{name} {side.width(name)}" for name in side.features)
         raise BadSource(
             f"{path}: rows of width {source.dim}, expected {side.width(feature)}, that of {feature!r} of "
             f"{encoder.name} ({widths}): name another --feature or --encoder"
+            + (", or the --columns of this one" if isinstance(source, ReinforcedTars) else "")
         )
     if isinstance(side, ImageEncoder):
         grey_13HW = torch.full((1, 3, *side.preprocessing.input_size), 128, dtype=torch.uint8)
@@ -229,7 +258,7 @@ def _apply_policies(joined: JoinedTar, config: ImportConfig) -> None:
     """Raise ManifestError for a sample without a row, BadSample for another one without an embedding, if asked to."""
     index = joined.rows.index
     if joined.missing and config.missing == "error":
-        named = [f"{index.samples.key(ordinal)!r}: {what}" for ordinal, what in joined.missing[:MAX_NAMES_SHOWN]]
+        named = [f"{index.samples.key(ordinal)!r}: {why}" for ordinal, why in joined.missing[:MAX_NAMES_SHOWN]]
         raise ManifestError(
             f"{index.location}: {len(joined.missing)} of {len(index.samples)} samples have no row: {'; '.join(named)}. "
             "Choose --missing filtered to give them a status, or --missing build to leave their tars to the teacher"
@@ -254,7 +283,7 @@ def _write(storage: Storage, entry: TarEntry, joined: JoinedTar, begun: float) -
 def _report(
     storage: Storage,
     config: ImportConfig,
-    source: SourceRows,
+    source: ImportSource,
     records: Sequence[tuple[TarEntry, DoneRecord]],
     left: Sequence[str],
     kept: int,
@@ -282,6 +311,7 @@ def _report(
         rows=len(source),
         used=int(np.count_nonzero(source.used_N)),
         repeated=source.repeated,
+        units=source.units,
         unused_names=tuple(source.name(row) for row in unused),
         tar_notes=tuple(tar_notes),
         seconds=time.monotonic() - started,

@@ -13,7 +13,9 @@ import numpy.typing as npt
 import xxhash
 
 from threetowers.cache.exchange.bad_source import BadSource
-from threetowers.cache.exchange.source_rows import Int64, SourceRows
+from threetowers.cache.exchange.import_source import ImportSource, Int64
+from threetowers.cache.exchange.sample_keys import Match, key_hashes
+from threetowers.cache.exchange.source_rows import SourceRows
 from threetowers.cache.format.done_record import DoneRecord
 from threetowers.cache.format.image_row_buffer import ImageRowBuffer
 from threetowers.cache.format.layout import RowStatus
@@ -26,14 +28,15 @@ from threetowers.cache.storage.storage import Storage
 from threetowers.cache.webdataset.captions import CaptionFormat, caption_hash, shortened
 from threetowers.cache.webdataset.sample import describe_missing_captions
 from threetowers.cache.webdataset.sample_stream import stream_annotations, stream_images
-from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
+from threetowers.cache.webdataset.tar_index import TarIndex
 
 BLOCK_ROWS = 4096  # taken from the source at a time
+NO_KEY = "no row of its key"
 
 
 @dataclass(frozen=True, eq=False)
 class JoinedTar:
-    """What will be stored of a tar, and which of its samples have no row in the source: (ordinal, what has none)."""
+    """What will be stored of a tar, and which of its samples have no row in the source: (ordinal, why)."""
 
     rows: RowBuffer
     tar_xxh3_128: str
@@ -43,7 +46,7 @@ class JoinedTar:
 class RowFinder(ABC):
     """Takes the rows of tars from a source."""
 
-    def __init__(self, source: SourceRows, min_cosine: float | None) -> None:
+    def __init__(self, source: ImportSource, min_cosine: float | None) -> None:
         self._source = source
         self._min_cosine = min_cosine
 
@@ -62,57 +65,39 @@ class RowFinder(ABC):
         """Count the rows of a tar that is finished as used."""
 
 
-class ImageRowFinder(RowFinder):
-    """Finds rows by the key of the sample, or by its name alone.
+class KeyRowFinder(RowFinder):
+    """Finds what a source has of a sample by the sample's key, by its name alone, or by its `uid`.
 
     Raises:
-        BadSource: A row would go with two samples.
+        BadSource: Something would go with two samples.
     """
 
     def __init__(
-        self, source: SourceRows, indexes: Sequence[TarIndex], by_name: bool, min_cosine: float | None = None
+        self, source: ImportSource, indexes: Sequence[TarIndex], match: Match, min_cosine: float | None = None
     ) -> None:
         super().__init__(source, min_cosine)
-        self._by_name = by_name
+        self._numbers = {index.location: source.find(key_hashes(index, match)) for index in indexes}
         self._refuse_shared(indexes)
 
     def has_any(self, index: TarIndex) -> bool:
         """Return whether a sample of a tar has a row."""
-        return bool((self._find(index) >= 0).any())
-
-    def take(self, index: TarIndex, manifest: Manifest) -> JoinedTar:
-        """Return the rows of a tar."""
-        rows = ImageRowBuffer(index, manifest, self._min_cosine)
-        digest = xxhash.xxh3_128()
-        for ordinal, _, data in stream_images(index, digest):
-            rows.set_image(ordinal, xxhash.xxh3_64_intdigest(data))
-        rows.reject_defects()
-        usable_n = rows.status_n == RowStatus.ABSENT
-        row_n = self._find(index)
-        found = np.flatnonzero(usable_n & (row_n >= 0))
-        for start in range(0, len(found), BLOCK_ROWS):
-            ordinals = found[start : start + BLOCK_ROWS]
-            rows.set_embeddings(ordinals.tolist(), self._source.take(row_n[ordinals])[:, None])
-        self._source.used_N[row_n[found]] = True
-        missing = [(int(ordinal), "its key") for ordinal in np.flatnonzero(usable_n & (row_n < 0))]
-        return _finished(rows, digest.hexdigest(), missing)
+        return bool((self.find(index) >= 0).any())
 
     def mark_used(
         self, index: TarIndex, storage: Storage, manifest: Manifest, entry: TarEntry, record: DoneRecord
     ) -> None:
         """Count the rows of a tar that is finished as used."""
-        row_n = self._find(index)
+        row_n = self.find(index)
         self._source.used_N[row_n[row_n >= 0]] = True
 
-    def _find(self, index: TarIndex) -> Int64:
-        """Return the (n,) row of each sample, -1 where there is none."""
-        hashes = [key_hash(sample_name(sample.key) if self._by_name else sample.key) for sample in index.samples]
-        return self._source.find(np.array(hashes, np.uint64))
+    def find(self, index: TarIndex) -> Int64:
+        """Return the (n,) row of each sample of a tar, -1 where there is none."""
+        return self._numbers[index.location]
 
     def _refuse_shared(self, indexes: Sequence[TarIndex]) -> None:
         taken_N = np.zeros(len(self._source), np.bool_)
         for index in indexes:
-            row_n = self._find(index)
+            row_n = self.find(index)
             found = np.flatnonzero(row_n >= 0)
             _, first = np.unique(row_n[found], return_index=True)
             again = np.setdiff1d(np.arange(len(found)), first)
@@ -126,11 +111,39 @@ class ImageRowFinder(RowFinder):
             taken_N[row_n[found]] = True
 
 
+class ImageRowFinder(KeyRowFinder):
+    """Finds the rows of images in matrices."""
+
+    def __init__(
+        self, source: SourceRows, indexes: Sequence[TarIndex], match: Match, min_cosine: float | None = None
+    ) -> None:
+        super().__init__(source, indexes, match, min_cosine)
+        self._rows = source
+
+    def take(self, index: TarIndex, manifest: Manifest) -> JoinedTar:
+        """Return the rows of a tar."""
+        rows = ImageRowBuffer(index, manifest, self._min_cosine)
+        digest = xxhash.xxh3_128()
+        for ordinal, _, data in stream_images(index, digest):
+            rows.set_image(ordinal, xxhash.xxh3_64_intdigest(data))
+        rows.reject_defects()
+        usable_n = rows.status_n == RowStatus.ABSENT
+        row_n = self.find(index)
+        found = np.flatnonzero(usable_n & (row_n >= 0))
+        for start in range(0, len(found), BLOCK_ROWS):
+            ordinals = found[start : start + BLOCK_ROWS]
+            rows.set_embeddings(ordinals.tolist(), self._rows.take(row_n[ordinals])[:, None])
+        self._source.used_N[row_n[found]] = True
+        missing = [(int(ordinal), NO_KEY) for ordinal in np.flatnonzero(usable_n & (row_n < 0))]
+        return finish(rows, digest.hexdigest(), missing)
+
+
 class CaptionRowFinder(RowFinder):
-    """Finds rows by the captions."""
+    """Finds the rows of captions in matrices, by their words."""
 
     def __init__(self, source: SourceRows, captions: CaptionFormat, min_cosine: float | None = None) -> None:
         super().__init__(source, min_cosine)
+        self._rows = source
         self._captions = captions
 
     def has_any(self, index: TarIndex) -> bool:
@@ -156,13 +169,13 @@ class CaptionRowFinder(RowFinder):
                 rows.set_captions(ordinal, annotation.captions_by_source)
                 rows.notes.update(annotation.notes)
             else:
-                missing.append((ordinal, f"caption {shortened(captions[int(np.argmax(row_k < 0))])}"))
+                missing.append((ordinal, no_caption_row(captions[int(np.argmax(row_k < 0))])))
         row_u = self._find(rows.hashes)
         for start in range(0, len(row_u), BLOCK_ROWS):
             places = range(start, min(start + BLOCK_ROWS, len(row_u)))
-            rows.set_embeddings(places, self._source.take(row_u[places.start : places.stop]))
+            rows.set_embeddings(places, self._rows.take(row_u[places.start : places.stop]))
         self._source.used_N[row_u] = True
-        return _finished(rows, "", missing)
+        return finish(rows, "", missing)
 
     def mark_used(
         self, index: TarIndex, storage: Storage, manifest: Manifest, entry: TarEntry, record: DoneRecord
@@ -176,17 +189,13 @@ class CaptionRowFinder(RowFinder):
         return self._source.find(np.array(hashes, np.uint64))
 
 
-def sample_name(key: str) -> str:
-    """Return the last part of a key, or of the path of a file, up to its first dot.
-
-    Examples:
-        >>> sample_name("/data/00012/000120007.jpg"), sample_name("part/000120007")
-        ('000120007', '000120007')
-    """
-    return key.replace("\\", "/").rpartition("/")[2].partition(".")[0]
+def no_caption_row(caption: str) -> str:
+    """Return why a sample with this caption is missing."""
+    return f"no row of caption {shortened(caption)}"
 
 
-def _finished(rows: RowBuffer, tar_xxh3_128: str, missing: Sequence[tuple[int, str]]) -> JoinedTar:
-    for ordinal, what in missing:
-        rows.reject(ordinal, RowStatus.FILTERED, f"imported: no row of {what}")
+def finish(rows: RowBuffer, tar_xxh3_128: str, missing: Sequence[tuple[int, str]]) -> JoinedTar:
+    """Give the samples that are missing their status, and return what will be stored."""
+    for ordinal, why in missing:
+        rows.reject(ordinal, RowStatus.FILTERED, f"imported: {why}")
     return JoinedTar(rows, tar_xxh3_128, missing)

@@ -3,30 +3,20 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from threetowers.cache.exchange.bad_source import BadSource
+from threetowers.cache.exchange.import_source import ImportSource, Int64
 from threetowers.cache.exchange.matrix import MatrixPart
 from threetowers.cache.format.dtypes import Float32Array, cosines
 
 # Of two rows of one key: the same input in another batch or on another device, as `verify --depth recompute` allows.
 MIN_REPEAT_COSINE = 0.998
 COMPARED_ROWS = 4096
-UNIT_TOLERANCE = 0.01
-UNIT_SAMPLE = 1024
-
-Int64 = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
+PROBED_ROWS = 1024
 
 
-class SourceRows:
-    """All rows of some matrices, numbered through: 17 bytes a row in memory, about twice as many while they are sorted.
-
-    Attributes:
-        dim: width of the rows.
-        repeated: rows whose key an earlier row has too, with the same values.
-        used_N: (N,) which rows were asked for.
-    """
+class SourceRows(ImportSource):
+    """All rows of some matrices, numbered: 17 bytes a row in memory, about twice as many while they are sorted."""
 
     def __init__(self, parts: Sequence[MatrixPart], hash_of: Callable[[str], int]) -> None:
         """Read all keys.
@@ -49,22 +39,8 @@ class SourceRows:
             for keys in part.key_blocks():
                 hash_N[at : at + len(keys)] = [hash_of(key) for key in keys]
                 at += len(keys)
-        self._row_N = np.argsort(hash_N, kind="stable")
-        self._hash_N = hash_N[self._row_N]
-        self.used_N = np.zeros(len(hash_N), np.bool_)
+        super().__init__(hash_N)
         self.repeated = self._drop_repeated()
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.used_N)
-
-    def find(self, hash_n: Hashes) -> Int64:
-        """Return the (n,) row of each key, -1 where there is none."""
-        if not len(self._hash_N):
-            return np.full(len(hash_n), -1)
-        at_n = np.minimum(np.searchsorted(self._hash_N, hash_n), len(self._hash_N) - 1)
-        found_n: Int64 = np.where(self._hash_N[at_n] == hash_n, self._row_N[at_n], -1)
-        return found_n
 
     def take(self, row_n: Int64) -> Float32Array:
         """Return (n, D) rows by number."""
@@ -77,39 +53,41 @@ class SourceRows:
                 rows_nD[here] = self._parts[number].rows_nD[row_n[here] - self._start_P[number]]
         return rows_nD
 
-    def name(self, row: int) -> str:
+    def name(self, number: int) -> str:
         """Return the file of a row, and its number there, for messages."""
-        number = int(np.searchsorted(self._start_P, row, side="right")) - 1
-        return f"row {row - self._start_P[number]} of {self._parts[number].rows_path}"
+        part = int(np.searchsorted(self._start_P, number, side="right")) - 1
+        return f"row {number - self._start_P[part]} of {self._parts[part].rows_path}"
 
-    def first_unused(self, count: int) -> list[int]:
-        """Return the first few rows that were not asked for, but could have been: repeated ones are passed over."""
-        unused: list[int] = np.sort(self._row_N[~self.used_N[self._row_N]])[:count].tolist()
-        return unused
+    @property
+    def location(self) -> str:
+        """The first matrix."""
+        return str(self._parts[0].rows_path)
 
-    def have_unit_norm(self) -> bool:
-        """Return whether the rows have unit norm: some of them, evenly spaced, those with NaN left out."""
-        step = max(1, len(self) // UNIT_SAMPLE)
-        norm_n = np.linalg.norm(self.take(np.arange(0, len(self), step)), axis=1)
-        norm_n = norm_n[np.isfinite(norm_n)]
-        return bool(len(norm_n)) and bool((np.abs(norm_n - 1) < UNIT_TOLERANCE).all())
+    def first_key(self) -> str:
+        """Return the first key, and its file."""
+        found = next((key for part in self._parts for keys in part.key_blocks() for key in keys), None)
+        return f"{self._parts[0].keys_path} has {found!r}"
+
+    def probe(self) -> Float32Array:
+        """Return some (n, D) rows, evenly spaced."""
+        return self.take(np.arange(0, len(self), max(1, len(self) // PROBED_ROWS)))
 
     def _drop_repeated(self) -> int:
         """Keep the first row of each key, and return how many were not. Raises BadSource where they differ."""
-        later = np.flatnonzero(self._hash_N[1:] == self._hash_N[:-1]) + 1
+        later = self.repeats()
         for start in range(0, len(later), COMPARED_ROWS):
             at = later[start : start + COMPARED_ROWS]
-            a_nD, b_nD = self.take(self._row_N[at - 1]), self.take(self._row_N[at])
+            a_nD, b_nD = self.take(self._number_N[at - 1]), self.take(self._number_N[at])
             finite_n = np.isfinite(a_nD).all(axis=1) & np.isfinite(b_nD).all(axis=1)
             same_n = np.zeros(len(at), np.bool_)
             same_n[finite_n] = cosines(a_nD[finite_n], b_nD[finite_n]) >= MIN_REPEAT_COSINE
             if not same_n.all():
                 first = int(at[np.flatnonzero(~same_n)[0]])
                 raise BadSource(
-                    f"{self.name(self._row_N[first - 1])} and {self.name(self._row_N[first])}: two different "
+                    f"{self.name(self._number_N[first - 1])} and {self.name(self._number_N[first])}: two different "
                     "embeddings of one key, expected one: keys that are not unique (--match, --key-column)"
                 )
         kept = np.ones(len(self._hash_N), np.bool_)
         kept[later] = False
-        self._hash_N, self._row_N = self._hash_N[kept], self._row_N[kept]
+        self._hash_N, self._number_N = self._hash_N[kept], self._number_N[kept]
         return len(later)

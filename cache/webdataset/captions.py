@@ -120,7 +120,7 @@ class CaptionFormat:
                 continue
             for entry in entries:
                 try:
-                    captions.append(_caption(entry))
+                    captions.append(clean_caption(entry))
                 except BadText as error:
                     faults[f"{source}: {error}"] = None
             if captions:
@@ -237,7 +237,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     return fields
 
 
-def _caption(value: Any) -> str:
+def clean_caption(value: Any) -> str:
     """Return a caption without the white space around it. Raises BadText for what is none."""
     if value is None:
         raise BadText("null")

@@ -111,18 +111,23 @@ def _upright(image: Image.Image, notes: list[str] | None) -> Image.Image:
 
     Pillow's `exif_transpose` also writes the EXIF back without the orientation, which fails for many files.
     """
+    method = _transposition(image, notes)
+    return image if method is None else image.transpose(method)
+
+
+def _transposition(image: Image.Image, notes: list[str] | None) -> Image.Transpose | None:
+    """Return how the image is to be turned or mirrored; None where it is upright, or its EXIF or XMP is malformed."""
     try:
         exif = image.getexif()
         if not exif and "exif" in image.info:
             Image.Exif().load(image.info["exif"])  # opening a JPEG has met an error here and hidden it
-        method = TRANSPOSITIONS.get(exif.get(ExifTags.Base.Orientation, 1))
+        return TRANSPOSITIONS.get(exif.get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
     except Exception:  # Pillow's parsers raise SyntaxError, struct.error, TypeError, UnicodeDecodeError, ...
-        method = None
         if notes is not None:
             notes.append(MALFORMED_METADATA)
-    return image if method is None else image.transpose(method)
+        return None
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -132,3 +137,20 @@ def _opaque(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
     return image if image.mode == "RGB" else image.convert("RGB")  # which copies, even what is RGB already
+
+
+def read_stored_size(data: bytes) -> tuple[tuple[int, int], bool]:
+    """Return the (width, height) in which an image is stored, and whether its EXIF turns or mirrors it.
+
+    No pixel of a JPEG or WebP is decoded.
+
+    Raises:
+        BadImage: The data is not in one of FORMATS.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.size, _transposition(image, None) is not None
+    except MemoryError:
+        raise
+    except Exception as error:  # as for `decode_rgb`
+        raise BadImage(f"cannot be decoded ({len(data)} bytes): not one of {', '.join(FORMATS)}") from error

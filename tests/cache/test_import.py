@@ -363,7 +363,9 @@ def test_a_part_without_one_of_its_files_is_refused(tars: list[Path], raw: dict[
 def test_flags_that_do_not_go_together(tmp_path: Path) -> None:
     options: dict[str, Any] = {"tars": ["a.tar"], "output_dir": tmp_path, "encoder": ENCODER}
     pair: dict[str, Any] = {"rows": [Path("a")], "keys": [Path("b")]}
-    with pytest.raises(ValueError, match=r"expected --clip-retrieval FOLDER, or --rows with --keys, found none"):
+    with pytest.raises(
+        ValueError, match=r"expected --clip-retrieval FOLDER, or --rows with --keys, or --datacompdr TARS, found none"
+    ):
         ImportConfig(**options)
     with pytest.raises(ValueError, match="found --clip-retrieval, --keys"):
         ImportConfig(**options, clip_retrieval=tmp_path, keys=[Path("b")])
