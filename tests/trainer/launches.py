@@ -40,7 +40,8 @@ def run_command(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command that must succeed."""
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
-    assert "not counted" not in result.stderr  # what a summary cannot say is a fault here, where a run goes on
+    # What a summary cannot say is a fault here, where a run goes on
+    assert ": not counted (" not in result.stderr, result.stderr[-8000:]
     return result
 
 

@@ -107,7 +107,7 @@ def test_what_cannot_be_counted_is_said_and_stops_nothing(
 
     text, flops = page(replace(manifest, encoder="timm:of_another_timm"))
     assert flops is not None
-    assert "; FLOPs not counted a sample less than with the live teacher" in text
+    assert "no forward passes; FLOPs of the live teacher not counted" in text
     assert (
         "FLOPs of timm:of_another_timm: not counted (ConfigError: encoder 'timm:of_another_timm' is unknown"
         in caplog.text

@@ -1,6 +1,7 @@
 """Online evaluation on all ranks, the trace of some steps, and Adafactor's resuming."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,39 @@ from tests.trainer.launches import metric, run_command, run_jobs, same_weights, 
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.eval.datasets.dataset_config import DatasetConfig
 from threetowers.eval.encoders.encoder import LoadOptions
-from threetowers.eval.online import RetrievalEvaluator
+from threetowers.eval.online import LOGGED, RetrievalEvaluator
+from threetowers.eval.record import read_record
 from threetowers.eval.suite import evaluate
 from threetowers.trainer.config import ConfigError, load_config, parse
 from threetowers.trainer.export.trained_model import load_model
 
+CACHED = {"cached_text": cached_text, "both_cached": both_cached}
+
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["three", "lit"])
+@pytest.mark.parametrize("kind", ["three", "lit", "cached_text", "both_cached"])
 def test_evaluation_and_trace(kind: str, tars: list[Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Two ranks at ZeRO 3 measure during training what one process measures with the final weights."""
-    tree: dict[str, Any] = request.getfixturevalue(kind)
-    tree["evaluation"] = {"tars": [str(tars[0])], "every": {"percent": 50}, "group_field": "concept", "max_samples": 21}
+    """Two ranks at ZeRO 3 measure during training what one process measures with the final weights.
+
+    So does `eval`, of runs on cached text too, by caches of the held-out tar.
+    """
+    tree: dict[str, Any]
+    caches: dict[str, str] = {}
+    if kind in CACHED:
+        tree = CACHED[kind](request.getfixturevalue("clip"), pair_caches(tars[1:], tmp_path), tmp_path)
+        tree["data"]["tars"] = [str(tars[1])]
+        held = pair_caches(tars[:1], tmp_path / "held")
+        caches = {name: str(held[tower["of"]]) for name, tower in tree["towers"].items() if "of" in tower}
+    else:
+        tree = request.getfixturevalue(kind)
+    most = 25 if kind in CACHED else 21  # all images, as `eval` takes them, or some
+    tree["evaluation"] = {
+        "tars": [str(tars[0])],
+        "every": {"percent": 50},
+        "group_field": "concept",
+        "max_samples": most,
+        "caches": caches,
+    }
     tree["log"] = {"every_steps": 2, "profile": [2, 3]}
     file, out = write_config(tree, tmp_path, kind, zero_stage=3)
     result = run_command([*torchrun(2), "-m", "threetowers", "train", file])
@@ -47,6 +69,16 @@ def test_evaluation_and_trace(kind: str, tars: list[Path], tmp_path: Path, reque
             assert metric(out, f"retrieval/{name}")[-1] == pytest.approx(value), name
     finally:
         torch.distributed.destroy_process_group()
+    if kind in CACHED:
+        flags = ["--cache", *(f"{tower}={path}" for tower, path in caches.items())]
+        flags += ["--duplicate-captions", "each", "--output-dir", str(tmp_path / "report")]
+        command = ["eval", "retrieval", str(out), "--tars", str(tars[0]), "--group-field", "concept"]
+        run_command([sys.executable, "-m", "threetowers", *command, *flags])
+        (record,) = map(read_record, (tmp_path / "report" / "records").glob("*.json"))
+        assert record.counts["images"] == metric(out, "retrieval/images")[-1] == 25
+        for name in LOGGED:
+            assert record.metrics[name] == pytest.approx(metric(out, f"retrieval/{name}")[-1]), name
+            assert 0 < record.metrics[name] <= 1
 
 
 @pytest.mark.distributed

@@ -154,9 +154,11 @@ def _towers(
             teacher = teachers[name]
             of = "the drawn caption" if tower.of == "text" else "the image"
             rows = f"{teacher.dim:,} features of {of} = {teacher.row_bytes:,} bytes a sample read from {tower.path}"
-            saved = f"; {_counted(teacher.flops)} a sample less than with the live teacher"
-            if tower.of == "text":  # the length of captions is not known
-                saved = ""
+            saved = ""  # of text: the length of captions is not known
+            if tower.of == "image" and teacher.flops is not None:
+                saved = f"; {flop(teacher.flops)} a sample less than with the live teacher"
+            elif tower.of == "image":
+                saved = "; FLOPs of the live teacher not counted"
             lines.append(f"tower {name}: {teacher.encoder}, {rows}, no forward passes{saved}")
             continue
         cost = costs[name]
