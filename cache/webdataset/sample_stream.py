@@ -3,17 +3,19 @@
 import contextlib
 import tarfile
 from collections.abc import Collection, Generator, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
 import xxhash
 
 from threetowers.cache.storage.object_file import open_object
+from threetowers.cache.storage.storage import is_url
 from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
-from threetowers.cache.webdataset.sample import Annotation, read_annotation
+from threetowers.cache.webdataset.sample import Annotation, ReadMember, read_annotation
 from threetowers.cache.webdataset.sample_list import TEXT_EXTENSIONS
 from threetowers.cache.webdataset.tar_headers import TAR_BLOCK, BadTar
-from threetowers.cache.webdataset.tar_index import CHANGED, TarIndex, read_member, split_name
+from threetowers.cache.webdataset.tar_index import CHANGED, TarIndex, read_member, read_member_of, split_name
 
 
 def stream_images(
@@ -78,13 +80,32 @@ def stream_annotations(index: TarIndex, captions: CaptionFormat) -> Generator[tu
     """Stream the captions and fields of a tar's samples: (ordinal, annotation), also of those without a caption.
 
     Raises:
-        BadTar: As for `stream_samples`.
+        BadTar: As for `stream_texts`.
     """
-    for ordinal, members in stream_samples(index, extensions=captions.extensions):
-        yield (
-            ordinal,
-            read_annotation(index, ordinal, members.__getitem__, captions=captions, captions_required=False),
-        )
+    for ordinal, read in stream_texts(index, captions.extensions):
+        yield ordinal, read_annotation(index, ordinal, read, captions=captions, captions_required=False)
+
+
+def stream_texts(index: TarIndex, extensions: Collection[str]) -> Generator[tuple[int, ReadMember], None, None]:
+    """Stream the text members of a tar's samples: (ordinal, what reads one of them by its extension).
+
+    Of a local tar only the members that are asked for are read, by their place in the index. A remote one is read from
+    end to end, because that takes a few requests in place of one a member.
+
+    Args:
+        index: Index of the tar.
+        extensions: Of the members that may be asked for, before the next sample is.
+
+    Raises:
+        BadTar: A local tar is shorter than when it was indexed; for a remote one as for `stream_samples`.
+    """
+    if is_url(index.location):
+        for ordinal, members in stream_samples(index, extensions=extensions):
+            yield ordinal, members.__getitem__
+        return
+    with open(index.location, "rb", buffering=0) as file:
+        for ordinal in range(len(index.samples)):
+            yield ordinal, partial(read_member_of, file, index, ordinal)
 
 
 class _HashingReader:

@@ -11,7 +11,13 @@ import xxhash
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from tests.defective import link, write_members
-from threetowers.cache.webdataset.sample_stream import stream_images, stream_samples
+from threetowers.cache.webdataset.captions import CaptionFormat
+from threetowers.cache.webdataset.sample_stream import (
+    stream_annotations,
+    stream_images,
+    stream_samples,
+    stream_texts,
+)
 from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import index_tar, key_hash, read_member, split_name
 from threetowers.cache.webdataset.tar_patterns import expand
@@ -105,6 +111,39 @@ def test_long_and_foreign_names(tmp_path: Path) -> None:
         assert [sample.key + ".png" for sample in index.samples] == names
         assert read_member(index, 1, "png") == b"abc"
         assert len(list(stream_images(index))) == 2
+
+
+def bytes_read() -> int:
+    """The bytes that this process has asked the kernel for so far (Linux)."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+def test_of_a_local_tar_only_texts_are_read(tmp_path: Path) -> None:
+    """They are those of the stream, which reads all of it; hard links and samples without a text, too."""
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for number in range(7):
+            for extension, size in (("jpg", 150_000), ("json", 20 + number), ("txt", 9 * number), ("npy", 5000)):
+                info = tarfile.TarInfo(f"s{number}.{extension}")
+                info.size = size
+                if (number, extension) == (5, "txt"):
+                    info.type, info.linkname, info.size = tarfile.LNKTYPE, "s3.txt", 0
+                if (number, extension) != (4, "json"):
+                    archive.addfile(info, io.BytesIO(bytes([65 + number]) * size))
+    index = index_tar(tmp_path / "x.tar")
+    extensions = frozenset({"json", "txt"})
+    streamed = [(i, {e: members[e] for e in members.keys() & extensions}) for i, members in stream_samples(index)]
+    assert streamed[5][1]["txt"] == b"D" * 27
+    assert sum(len(members) for _, members in streamed) == 13
+    before = bytes_read()
+    found = [(i, {e: read(e) for e in streamed[i][1]}) for i, read in stream_texts(index, extensions)]
+    n_read = bytes_read() - before
+    assert found == streamed
+    texts = sum(len(data) for _, members in streamed for data in members.values())
+    assert texts <= n_read < texts + 1000 < index.size / 300
+    (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:600_000])
+    with pytest.raises(BadTar, match="has changed since it was indexed"):
+        list(stream_annotations(index, CaptionFormat()))
 
 
 def test_truncation_is_detected_at_every_length(tar: Path) -> None:
