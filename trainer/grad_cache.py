@@ -20,7 +20,7 @@ from threetowers.trainer.loss import TermResult
 from threetowers.trainer.model.model import Outputs, TowerModel
 from threetowers.trainer.model.running_moments import running_moments_kept
 
-LossFunction = Callable[[Outputs, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, TermResult]]]
+LossFunction = Callable[[Outputs, Tensor | None, Mapping[str, Tensor], int], tuple[Tensor, dict[str, TermResult]]]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class GradCache:
 
         Args:
             engine: DeepSpeed's engine of a `TowerModel`.
-            loss_fn: Maps embeddings of the local batch, group ids (b,) or None, and which samples have which tower,
-                to the loss over the global batch, scaled for averaging over ranks, and its terms.
+            loss_fn: Maps embeddings of the local batch, group ids (b,) or None, which samples have which tower, and
+                the step to the loss over the global batch, scaled for averaging over ranks, and its terms.
             num_micro_batches: Into how many parts the local batch is split; the same on all ranks. 1: one pass.
             seed: The run's seed: dropout is a function of (seed, step, rank, micro-batch), also in a resumed run.
             rank: Of this process.
@@ -110,7 +110,7 @@ class GradCache:
         Args:
             inputs: One tensor of b samples a tower, on the engine's device; from another one they are copied as they
                 are used, in micro-batches twice.
-            step: Number of the step; seeds dropout.
+            step: Number of the step; seeds dropout of features and of teachers.
             groups_b: Group of each sample (b,) int64; samples of one group are no negatives of each other.
             present: For each tower that some samples may lack, which ones have it, (b,) bool on the CPU.
 
@@ -130,7 +130,7 @@ class GradCache:
             del parts
 
         # The loss over the global batch.
-        loss, terms = self.loss_fn(outputs, groups_b, present or {})
+        loss, terms = self.loss_fn(outputs, groups_b, present or {}, step)
         embeddings = {name: embedding_bD.detach() for name, embedding_bD in outputs.embeddings.items()}
         result = StepResult(loss.detach(), terms, embeddings)
 

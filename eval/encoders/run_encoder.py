@@ -144,8 +144,9 @@ class RunEncoder(Encoder):
 
     def _logit_scale(self) -> float:
         run = self.trained.config
-        scales = [t.scale for t in run.terms.values() if {t.x, t.y} == {self.image_head, self.text_head}]
-        if not scales:  # deployed heads that no term trained together
+        between = [t for t in run.terms.values() if {t.x, t.y} == {self.image_head, self.text_head}]
+        scales = [term.scale for term in between if term.has_scale]
+        if not scales:  # deployed heads that no such term trained together
             return 1.0
         log_scale = self.trained.model.log_scales[scales[0]].detach().float()
         return float(clamp_log_scale(log_scale, run.loss.scale_max).exp())

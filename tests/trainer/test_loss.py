@@ -64,11 +64,11 @@ def test_the_ring_gives_the_same_loss_and_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_six_frames_from_the_command_line_to_the_kernels(clip: dict[str, Any], tmp_path: Path) -> None:
-    """From `threetowers train` on, at most six functions of ours stand above the kernels' operator."""
+def test_seven_frames_from_the_command_line_to_the_kernels(clip: dict[str, Any], tmp_path: Path) -> None:
+    """From `threetowers train` on, at most seven functions of ours stand above the kernels' operator."""
     file, _ = write_config(clip | {"duration": {"steps": 1}}, tmp_path, "run", micro_batch_size=4)
     output = run_command([sys.executable, LOSS_STACK, file]).stdout
     (stack,) = (json.loads(line) for line in output.splitlines() if line.startswith("["))
     assert stack[0] == "cli.main"
-    assert stack[-1] == "contrastive.contrastive_losses"
-    assert len(stack) <= 6, stack
+    assert stack[-2:] == ["contrastive.contrastive_losses", "pair_losses.pair_losses"]
+    assert len(stack) <= 7, stack

@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from threetowers.cache.webdataset.captions import CaptionFormat
-from threetowers.trainer.config.schema import CacheTower, Duration, Head, ImageTower, TextTower, TrainConfig
+from threetowers.trainer.config.schema import (
+    CacheTower,
+    Duration,
+    Head,
+    ImageTower,
+    Term,
+    TermTeacher,
+    TextTower,
+    TrainConfig,
+)
 
 # Arguments of `timm.create_model` that are the trainer's own.
 OWNED_TIMM_ARGUMENTS = {
@@ -22,6 +31,9 @@ OWNED_TIMM_ARGUMENTS = {
 # Keys of a head that say nothing of the other kinds.
 MLP_KEYS = ("hidden", "depth", "norm", "activation", "gated", "dropout")
 MEANINGLESS_KEYS = {"linear": MLP_KEYS, "mlp": (), "none": ("embed_dim", "input_norm", *MLP_KEYS)}
+
+# Keys of a term, and the kind that they are for.
+KEYS_OF_KINDS = {"teachers": "distill", "hard_weight": "distill", "drop_teachers": "distill", "beta": "smooth_l1"}
 
 
 class ConfigError(ValueError):
@@ -49,6 +61,8 @@ def check_config(config: TrainConfig, source: str) -> None:
         _keys_of_heads,
         _batch_norms,
         _terms,
+        _keys_of_terms,
+        _teachers,
         _negatives,
         _deployed_heads,
         _unused,
@@ -183,12 +197,83 @@ def _terms(config: TrainConfig) -> Iterator[str]:
             yield f"terms.{name}: x and y are both {term.x!r}, expected two different heads"
 
 
+def _keys_of_terms(config: TrainConfig) -> Iterator[str]:
+    unused = Term("", "")
+    for name, term in config.terms.items():
+        for key, kind in KEYS_OF_KINDS.items():
+            value = getattr(term, key)
+            if term.kind != kind and value != getattr(unused, key):
+                found = sorted(value) if isinstance(value, dict) else value
+                yield (
+                    f"terms.{name}.{key}: found {found} with kind: {term.kind}, which has no use for it; set kind: "
+                    f"{kind}, or leave {key} out"
+                )
+
+
+def _teachers(config: TrainConfig) -> Iterator[str]:
+    for name, term in config.terms.items():
+        if term.kind == "distill" and not term.teachers:
+            yield f"terms.{name}.teachers: expected one teacher or more, found none; name one, or set kind: contrastive"
+        for teacher_name, teacher in term.teachers.items():
+            key = f"terms.{name}.teachers.{teacher_name}"
+            yield from _trained_parts(config, f"{key}.x", teacher.x)
+            yield from _trained_parts(config, f"{key}.y", teacher.y)
+            yield from _standardized_apart(config, key, teacher)
+            yield from _teacher_logits(config, key, teacher)
+
+
+def _trained_parts(config: TrainConfig, key: str, head: str) -> Iterator[str]:
+    """Say what a teacher's head has parameters of."""
+    below = head
+    while below in config.heads:
+        if config.heads[below].kind != "none":
+            yield (
+                f"{key}: {head!r} has trained parameters, those of the head {below!r} of kind: "
+                f"{config.heads[below].kind}, but a teacher stays as it is; name a head of kind: none"
+            )
+            return
+        below = config.heads[below].of
+    tower = config.towers[below]
+    if not isinstance(tower, CacheTower) and not tower.frozen:
+        yield (
+            f"{key}: {head!r} is on the trained tower {below!r}, but a teacher stays as it is; name a head on a cache, "
+            f"or set towers.{below}.frozen: true"
+        )
+
+
+def _standardized_apart(config: TrainConfig, key: str, teacher: TermTeacher) -> Iterator[str]:
+    """Say where the two sides of a teacher are no longer in one space."""
+    towers = {config.root_of(teacher.x), config.root_of(teacher.y)}
+    for name in sorted(towers):
+        tower = config.towers[name]
+        if len(towers) == 2 and isinstance(tower, CacheTower) and tower.standardize != "none":
+            yield (
+                f"towers.{name}.standardize: found {tower.standardize}, which moves the rows of {name!r} out of the "
+                f"space that they share with the other side of {key}; set none"
+            )
+
+
+def _teacher_logits(config: TrainConfig, key: str, teacher: TermTeacher) -> Iterator[str]:
+    named = isinstance(teacher.temperature, str)
+    if named and teacher.temperature not in config.scales():
+        yield (
+            f"{key}.temperature: found {teacher.temperature!r}, expected a number above 0, or a scale of the terms: "
+            f"{config.scales()}"
+        )
+    if config.loss.kind == "softmax" or named:
+        if teacher.bias is not None:
+            reason = f"the scale {teacher.temperature!r} has its own" if named else "softmax is the same at any bias"
+            yield f"{key}.bias: found {teacher.bias}, but {reason}; leave it out"
+    elif teacher.bias is None:
+        yield f"{key}.bias: the sigmoid loss needs the bias of the teacher's logits, found null; give its number"
+
+
 def _negatives(config: TrainConfig) -> Iterator[str]:
     # A softmax over the sample itself alone is 1, with no loss and no gradient; the other losses need no negatives.
-    contrastive = [name for name, term in config.terms.items() if term.kind == "contrastive"]
+    contrastive = [name for name, term in config.terms.items() if term.has_scale]
     if config.global_batch_size == 1 and config.loss.kind == "softmax" and contrastive:
         yield (
-            f"global_batch_size: found 1, but the contrastive terms {contrastive} compare a sample with the others of "
+            f"global_batch_size: found 1, but the terms {contrastive} compare a sample with the others of "
             "its batch and learn nothing without any; expected 2 or more, or loss.kind: sigmoid"
         )
 
@@ -251,7 +336,7 @@ def _masked_rows(config: TrainConfig) -> Iterator[str]:
     for name, tower in config.towers.items():
         if not isinstance(tower, CacheTower) or tower.on_missing_row != "mask":
             continue
-        if all(name in (config.root_of(term.x), config.root_of(term.y)) for term in config.terms.values()):
+        if all(name in map(config.root_of, term.all_heads) for term in config.terms.values()):
             yield (
                 f"towers.{name}.on_missing_row: mask keeps a sample for the terms without {name!r}, but every term "
                 "uses it; use skip"
@@ -263,4 +348,7 @@ def _head_references(config: TrainConfig) -> dict[str, str]:
     for name, term in config.terms.items():
         references[f"terms.{name}.x"] = term.x
         references[f"terms.{name}.y"] = term.y
+        for teacher_name, teacher in term.teachers.items():
+            references[f"terms.{name}.teachers.{teacher_name}.x"] = teacher.x
+            references[f"terms.{name}.teachers.{teacher_name}.y"] = teacher.y
     return references

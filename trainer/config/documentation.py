@@ -128,7 +128,7 @@ def _type(schema: JsonSchema) -> str:
         case "boolean":
             return "true | false"
     bounds = []
-    for keyword, sign in {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<="}.items():
+    for keyword, sign in {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}.items():
         if keyword in schema:
             bounds.append(f"{sign} {schema[keyword]}")
     return f"{schema['type']} {' and '.join(bounds)}".rstrip()

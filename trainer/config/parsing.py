@@ -21,7 +21,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), variant: str | 
     Two keys concern the file itself. `base` names another config, relative to the file, over which the keys of this one
     are merged; a base has no base. `variants` holds named changes, of which `variant` is merged over the result.
     Mappings are merged key by key, everything else is replaced, and so are a duration and a tower of another kind. A
-    tower, head or term that is null is left out. The variants of a base are not inherited.
+    tower, head, term or teacher that is null is left out. The variants of a base are not inherited.
 
     Args:
         path: The YAML file, as in configs/.
@@ -59,7 +59,7 @@ def parse(tree: Mapping[str, Any], source: str = "config") -> TrainConfig:
     """Return the checked config in a plain tree of dicts, without `base` and `variants`.
 
     Args:
-        tree: Keys and values, as YAML gives them. A tower, head or term that is None is left out.
+        tree: Keys and values, as YAML gives them. A tower, head, term or teacher that is None is left out.
         source: Where the tree comes from, for messages.
 
     Raises:
@@ -67,8 +67,10 @@ def parse(tree: Mapping[str, Any], source: str = "config") -> TrainConfig:
     """
     tree = dict(tree)
     for key in ("towers", "heads", "terms"):
-        if isinstance(tree.get(key), dict):
-            tree[key] = {name: entry for name, entry in tree[key].items() if entry is not None}
+        if key in tree:
+            tree[key] = _without_null(tree[key])
+    if isinstance(tree.get("terms"), dict):
+        tree["terms"] = {name: _without_null_teachers(term) for name, term in tree["terms"].items()}
     config = parse_as(TrainConfig, tree, ConfigError, f"{source} is not a valid config")
     check_config(config, source)
     return config
@@ -78,6 +80,19 @@ def dump(config: TrainConfig) -> dict[str, Any]:
     """Return the plain tree that `parse` turns into an equal config."""
     tree: dict[str, Any] = TypeAdapter(TrainConfig).dump_python(config, mode="json")
     return tree
+
+
+def _without_null(entries: Any) -> Any:
+    """Return named entries without those that are null; what is no mapping, as it is."""
+    return (
+        {name: entry for name, entry in entries.items() if entry is not None} if isinstance(entries, dict) else entries
+    )
+
+
+def _without_null_teachers(term: Any) -> Any:
+    if not isinstance(term, dict) or "teachers" not in term:
+        return term
+    return term | {"teachers": _without_null(term["teachers"])}
 
 
 def _read(path: Path) -> dict[str, Any]:

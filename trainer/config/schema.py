@@ -357,19 +357,69 @@ class Head:
 
 
 @dataclass(frozen=True, config=SECTION)
+class TermTeacher:
+    """A teacher of a distill term: two heads without parameters on frozen towers, whose similarities are learned.
+
+    Both may be on one tower: images then learn how similar images are to each other.
+    """
+
+    x: str
+    """The head that stands for the term's x: of kind none, on a cached or a frozen tower."""
+    y: str
+    """The head that stands for the term's y, of the same width."""
+    temperature: Annotated[PositiveFloat | str, Field(union_mode="left_to_right")]
+    """What the teacher's cosines are divided by: a number, such as 0.01 for OpenAI's CLIP; or the name of a learned
+    scale, the inverse temperature, which is taken as it stands at each step and gets no gradient from here."""
+    weight: Annotated[Weight, Field(gt=0)] = 1.0
+    """Its share in the target, relative to the weights of the other teachers. A fraction such as `1/3` is accepted."""
+    bias: float | None = None
+    """loss.kind sigmoid: bias of the teacher's logits, such as -12.9; with a learned scale that scale's own is taken,
+    and this is null."""
+
+
+@dataclass(frozen=True, config=SECTION)
 class Term:
-    """A loss between two heads. Contrastive terms that name the same scale share one learned temperature."""
+    """A loss between two heads. Terms that name the same scale share one learned temperature."""
 
     x: str
     """The first head."""
     y: str
     """The second head."""
-    kind: Literal["contrastive", "l2"] = "contrastive"
-    """contrastive: the loss of the section `loss`. l2: the mean squared distance of the normalized embeddings."""
+    kind: Literal["contrastive", "distill", "l2", "cosine", "smooth_l1"] = "contrastive"
+    """contrastive: the loss of the section `loss`. distill: the same loss with the similarities of teachers as its
+    target. Of the normalized embeddings of a sample, without negatives: l2, the squared distance; cosine, one less the
+    cosine; smooth_l1, the Huber function of each difference divided by `beta`, summed over the features."""
     weight: Weight = 1.0
     """Factor of the term in the sum of all terms. A fraction such as `1/3` is accepted."""
     scale: str = "scale"
-    """contrastive: name of the learned scale (inverse temperature)."""
+    """contrastive, distill: name of the learned scale (inverse temperature)."""
+    teachers: dict[str, TermTeacher] = field(default_factory=dict)
+    """distill: teachers by name. The target is the mean of their distributions over the batch, by weight. A teacher
+    that is null is left out."""
+    hard_weight: UnitFloat = 0.0
+    """distill: share of the samples' own pairs, the target of a contrastive term, in the target; the rest is the
+    teachers'. Where it is above 0, pairs of one group leave the loss as they leave a contrastive term."""
+    drop_teachers: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """distill: probability at each step that a teacher is left out (UNIC, arXiv 2408.05088); one of them always stays.
+    """
+    beta: PositiveFloat = 1.0
+    """smooth_l1: the difference at which the loss turns from a square into a line."""
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether similarities over the batch are compared, which needs a scale."""
+        return self.kind in ("contrastive", "distill")
+
+    @property
+    def masks_groups(self) -> bool:
+        """Whether samples of one group are no negatives of each other."""
+        return self.kind == "contrastive" or (self.kind == "distill" and self.hard_weight > 0)
+
+    @property
+    def all_heads(self) -> list[str]:
+        """The heads that the term takes embeddings of: its own, and its teachers'."""
+        teachers = [head for teacher in self.teachers.values() for head in (teacher.x, teacher.y)]
+        return list(dict.fromkeys([self.x, self.y, *teachers]))
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -570,4 +620,4 @@ class TrainConfig:
 
     def scales(self) -> list[str]:
         """Return the names of the learned scales, in the order of the terms."""
-        return list(dict.fromkeys(term.scale for term in self.terms.values() if term.kind == "contrastive"))
+        return list(dict.fromkeys(term.scale for term in self.terms.values() if term.has_scale))

@@ -250,7 +250,7 @@ def _check(config: TrainConfig, surveys: list[_Survey]) -> None:
 
     usable = sum(survey.usable for survey in surveys)
     groups = set().union(*(survey.groups for survey in surveys))
-    terms = [name for name, term in config.terms.items() if term.kind == "contrastive"]
+    terms = [name for name, term in config.terms.items() if term.masks_groups]
     if usable > 1 and len(groups) == 1 and terms and config.loss.kind == "softmax" and config.loss.mask_false_negatives:
         (group,) = groups
         raise ConfigError(

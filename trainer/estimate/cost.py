@@ -28,7 +28,6 @@ from threetowers.trainer.optimizer.optimizer import freeze
 logger = logging.getLogger(__name__)
 
 TIMM = "timm:"  # begins the name of an encoder whose cost can be counted without its weights
-LOSS_PASSES = {"softmax": 4, "sigmoid": 3}  # products of 2 B B D operations, forward and backward
 
 
 @dataclass(frozen=True)
@@ -148,12 +147,6 @@ def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int | N
             return None
         towers += cost.flops * (1 if name in model.frozen else tower_passes)
     return towers + heads * head_passes
-
-
-def loss_flops(config: TrainConfig, widths: Mapping[str, int]) -> int:
-    """Return FLOPs of the contrastive terms for one sample. `widths`: of heads, by name."""
-    width = sum(widths[term.x] for term in config.terms.values() if term.kind == "contrastive")
-    return LOSS_PASSES[config.loss.kind] * 2 * config.global_batch_size * width
 
 
 def state_memory(config: TrainConfig, model: nn.Module, world: int) -> StateMemory:

@@ -9,18 +9,17 @@ from torch import nn
 
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.processes.world import World
-from threetowers.trainer.config import Augment, CacheTower, ImageTower, Precision, TrainConfig
+from threetowers.trainer.config import Augment, CacheTower, ImageTower, Precision, Term, TrainConfig
 from threetowers.trainer.estimate.cost import (
-    LOSS_PASSES,
     TeacherCost,
     TowerCost,
     activation_bytes,
-    loss_flops,
     meta_model,
     state_memory,
     tower_costs,
     training_flops,
 )
+from threetowers.trainer.estimate.loss_cost import TermCost, term_costs
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.optimizer.schedule import Schedule
 
@@ -65,15 +64,16 @@ def run_summary(
     """
     config = model.config
     costs = tower_costs(model)
+    terms = term_costs(model, world_size)
     return [
         f"run {config.output_dir}",
         *_data(config, world_size, device, stats, steps),
         *_towers(config, model, costs, teachers),
-        *_terms(config),
+        *_terms(config, terms),
         *_learning_rate(config, stats, steps),
         _arithmetic(config, device),
-        *_compute(config, model, costs, teachers, steps),
-        *_memory(config, model, world_size),
+        *_compute(config, model, costs, terms, teachers, steps),
+        *_memory(config, model, terms, world_size),
     ]
 
 
@@ -180,12 +180,32 @@ def _towers(
     ]
 
 
-def _terms(config: TrainConfig) -> list[str]:
-    terms = []
+def _terms(config: TrainConfig, costs: Mapping[str, TermCost]) -> list[str]:
+    lines = []
     for name, term in config.terms.items():
-        kind = config.loss.kind if term.kind == "contrastive" else term.kind
-        terms.append(f"{term.weight:g} x {name} ({term.x}, {term.y}; {kind})")
-    return [f"terms: {', '.join(terms)}", f"scales: {', '.join(config.scales()) or 'none'}"]
+        parts = [f"term {name}: {term.weight:g} x {term.kind} of ({term.x}, {term.y})"]
+        if term.teachers:
+            parts.append(f"taught by {_teachers_of(term)}")
+        if term.has_scale:
+            cost = costs[name]
+            parts.append(f"scale {term.scale}, {config.loss.kind}")
+            parts.append(f"{cost.passes:.3g} passes = {flop(cost.flops)} a sample")
+            parts.append(f"columns and gradients {size(cost.feature_bytes)}, kept tiles {size(cost.tile_bytes)}")
+        lines.append("; ".join(parts))
+    return lines
+
+
+def _teachers_of(term: Term) -> str:
+    total = sum(teacher.weight for teacher in term.teachers.values())
+    share = 1 - term.hard_weight
+    taught = [
+        f"{share * teacher.weight / total:.0%} {name} ({teacher.x}, {teacher.y}) at {teacher.temperature}"
+        for name, teacher in term.teachers.items()
+    ]
+    if term.hard_weight:
+        taught.append(f"{term.hard_weight:.0%} own pairs")
+    dropped = f", each left out of {term.drop_teachers:.0%} of the steps" if term.drop_teachers else ""
+    return ", ".join(taught) + dropped
 
 
 def _learning_rate(config: TrainConfig, stats: DatasetStats | None, steps: int) -> list[str]:
@@ -215,15 +235,14 @@ def _compute(
     config: TrainConfig,
     model: TowerModel,
     costs: Mapping[str, TowerCost],
+    terms: Mapping[str, TermCost],
     teachers: Mapping[str, TeacherCost],
     steps: int,
 ) -> list[str]:
     towers = training_flops(model, costs)
-    loss = loss_flops(config, model.widths)
-    contrastive = [term for term in config.terms.values() if term.kind == "contrastive"]
-    passes = f"{len(contrastive)} terms x {LOSS_PASSES[config.loss.kind]} passes"
+    loss = sum(cost.flops for cost in terms.values())
     parts = (
-        f"FLOPs a sample: towers and heads, forward and backward, {_counted(towers)} + loss {flop(loss)} ({passes} of "
+        f"FLOPs a sample: towers and heads, forward and backward, {_counted(towers)} + loss {flop(loss)} (passes of "
         f"2 x {config.global_batch_size:,} x width)"
     )
     if towers is None:
@@ -238,8 +257,9 @@ def _compute(
     return lines
 
 
-def _memory(config: TrainConfig, model: TowerModel, world_size: int) -> list[str]:
+def _memory(config: TrainConfig, model: TowerModel, terms: Mapping[str, TermCost], world_size: int) -> list[str]:
     memory = state_memory(config, model, world_size)
+    loss = sum(cost.feature_bytes + cost.tile_bytes for cost in terms.values())
     local = config.global_batch_size // world_size
     if config.engine.activation_checkpointing:
         activations = "activations recomputed, not estimated"
@@ -252,7 +272,7 @@ def _memory(config: TrainConfig, model: TowerModel, world_size: int) -> list[str
     return [
         f"memory of a rank: weights {size(memory.weights)} + gradients {size(memory.gradients)} + {config.optim.name} "
         f"{size(memory.optimizer)} = {size(memory.total)} (ZeRO {config.engine.zero_stage} over {world_size} ranks, "
-        f"{config.engine.precision}); {activations}; communication buffers and the loss come on top",
+        f"{config.engine.precision}); {activations}; loss {size(loss)}; communication buffers come on top",
     ]
 
 

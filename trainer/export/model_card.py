@@ -9,7 +9,7 @@ import yaml
 from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.info import input_text
-from threetowers.trainer.config import CacheTower, ImageTower, dump, load_config
+from threetowers.trainer.config import CacheTower, ImageTower, Term, dump, load_config
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.run_folder import RunFolder
 
@@ -63,7 +63,7 @@ def _sections(
         yield COMPOSED.format(sides=" and the ".join(sorted(sides)), encoders=encoders)
     yield f"## Towers\n\n- image: {_image_tower(deployed)}\n- text: {_text_tower(deployed)}"
 
-    terms = _list(f"{name}: {t.weight:g} x {t.kind} of ({t.x}, {t.y})" for name, t in config.terms.items())
+    terms = _list(f"{name}: {_term(term)}" for name, term in config.terms.items())
     yield f"## Trained by\n\n{config.loss.kind}, batch {config.global_batch_size:,}\n\n{terms}"
     yield f"## Data\n\n{_list(config.data.patterns)}"
     manifests = run.read_manifests()
@@ -94,6 +94,11 @@ def _loading(deployed: TrainedModel, form: ExportFormat) -> str:
     if deployed.reads_cached_text:
         texts = f"tokens(text_rows)  # of the cached teacher, (m, {widths[deployed.text_tower]})"
     return LOADING[form].format(images=images, texts=texts, end=END, pad=PAD, context=data.context_length)
+
+
+def _term(term: Term) -> str:
+    taught = f", taught by {', '.join(term.teachers)}" if term.teachers else ""
+    return f"{term.weight:g} x {term.kind} of ({term.x}, {term.y}){taught}"
 
 
 def _teacher(name: str, manifest: Manifest) -> str:

@@ -303,11 +303,11 @@ def _encoders_below(trained: TrainedModel, name: EncoderName, device: str) -> di
 
 
 def _logit_scale(trained: TrainedModel) -> float | None:
-    """Return the inverse temperature of the deployed heads; None if no contrastive term trained them together."""
+    """Return the inverse temperature of the deployed heads; None if no term with a scale trained them together."""
     config = trained.config
     deployed = {config.deploy.image, config.deploy.text}
     for term in config.terms.values():
-        if {term.x, term.y} == deployed and term.kind == "contrastive":
+        if {term.x, term.y} == deployed and term.has_scale:
             log_scale = trained.model.log_scales[term.scale].detach().float()
             return float(clamp_log_scale(log_scale, config.loss.scale_max).exp())
     return None

@@ -171,7 +171,10 @@ def _deployed_config(config: TrainConfig) -> TrainConfig:
         towers[name] = tower
 
     between = [term for term in config.terms.values() if {term.x, term.y} == {image, text}]
-    if between:
+    scaled = [term for term in between if term.has_scale]
+    if scaled:  # its teachers stay behind
+        term = Term(scaled[0].x, scaled[0].y, weight=scaled[0].weight, scale=scaled[0].scale)
+    elif between:
         term = between[0]
     elif config.scales():  # without an image-text term the heads were aligned through a third one
         term = Term(image, text, scale=config.scales()[0])

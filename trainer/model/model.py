@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from threetowers.trainer.config import CacheTower, ImageTower, Precision, TextTower, TrainConfig
+from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TermTeacher, TextTower, TrainConfig
 from threetowers.trainer.model.cached import CachedTower
 from threetowers.trainer.model.head import build_head
 from threetowers.trainer.model.image import TimmTower
@@ -59,12 +59,9 @@ class TowerModel(nn.Module):
         for name, head in config.heads.items():
             self.heads[name], self.widths[name] = build_head(head, self.widths[head.of], config.embed_dim)
         for name, term in config.terms.items():
-            x_width, y_width = self.widths[term.x], self.widths[term.y]
-            if x_width != y_width:
-                raise ValueError(
-                    f"terms.{name}: {term.x!r} has width {x_width}, {term.y!r} has {y_width}; give both a linear head, "
-                    "or set embed_dim to the width of the one without a head"
-                )
+            self._check_widths(f"terms.{name}", term)
+            for teacher_name, teacher in term.teachers.items():
+                self._check_widths(f"terms.{name}.teachers.{teacher_name}", teacher)
 
         self.log_scales = nn.ParameterDict()
         self.biases = nn.ParameterDict()
@@ -83,6 +80,15 @@ class TowerModel(nn.Module):
         self.train()
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError("no parameter is left to train: unfreeze a tower, or give one a linear head")
+
+    def _check_widths(self, key: str, sides: Term | TermTeacher) -> None:
+        x_width, y_width = self.widths[sides.x], self.widths[sides.y]
+        if x_width == y_width:
+            return
+        remedy = "name heads of one width"
+        if isinstance(sides, Term):
+            remedy = "give both a linear head, or set embed_dim to the width of the one without a head"
+        raise ValueError(f"{key}: {sides.x!r} has width {x_width}, {sides.y!r} has {y_width}; {remedy}")
 
     @property
     def frozen(self) -> list[str]:
@@ -143,7 +149,7 @@ class TowerModel(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Return everything that the terms need. `inputs`: by tower, images, tokens or cached rows."""
-        heads = dict.fromkeys(side for term in self.config.terms.values() for side in (term.x, term.y))
+        heads = dict.fromkeys(head for term in self.config.terms.values() for head in term.all_heads)
         # The loss takes its fast products by this type: under autocast that of the products, else that of the weights.
         dtype = torch.bfloat16 if self.precision == "mixed" else self._weight.dtype
         # Parameters leave through the output, not by reference: under ZeRO 3 they are complete only in here.

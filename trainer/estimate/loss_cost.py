@@ -1,0 +1,64 @@
+"""The cost of a run's terms, by arithmetic: products and bytes."""
+
+from dataclasses import dataclass
+
+from threetowers.trainer.config import Term
+from threetowers.trainer.grad_cache import learning_heads
+from threetowers.trainer.model.model import TowerModel
+
+FLOAT32 = 4  # bytes of an accumulated gradient's element, and of a kept dot
+
+
+@dataclass(frozen=True)
+class TermCost:
+    """The cost of one term.
+
+    Attributes:
+        passes: Products of 2 · B · B · D operations, forward and backward, with D the width of the term's heads; those
+            of a teacher of width E count E / D. 0 for a term without negatives.
+        flops: Of one sample.
+        feature_bytes: Of the columns of all ranks, or under `loss.ring` of those on their way, and of the gradients of
+            rows and columns, on one rank.
+        tile_bytes: Of the tiles that are kept from forward to backward, on one rank.
+    """
+
+    passes: float
+    flops: int
+    feature_bytes: int
+    tile_bytes: int
+
+
+def term_costs(model: TowerModel, world_size: int) -> dict[str, TermCost]:
+    """Return the cost of each term of a run on `world_size` ranks, by name."""
+    learning = learning_heads(model)
+    return {name: _term_cost(model, term, learning, world_size) for name, term in model.config.terms.items()}
+
+
+def _term_cost(model: TowerModel, term: Term, learning: set[str], world_size: int) -> TermCost:
+    if not term.has_scale:
+        return TermCost(0, 0, 0, 0)
+    config = model.config
+    batch = config.global_batch_size
+    local = batch // world_size
+    width = model.widths[term.x]
+    teacher_widths = [model.widths[teacher.x] for teacher in term.teachers.values()]
+    logits = 1 + sum(teacher_widths) / width  # products that give the logits of the student and of all teachers
+    sides = len({term.x, term.y} & learning)
+
+    # A softmax has its logits forward and again backward, but for kept tiles; a sigmoid has all it needs forward. Each
+    # side that learns has a product of its own, and the scale needs one in any case.
+    tile_bytes = 0
+    passes = logits + max(1, sides)
+    if config.loss.kind == "softmax":
+        all_tiles = (1 + len(teacher_widths)) * local * batch * FLOAT32
+        tile_bytes = min(config.loss.logit_cache_mib * 2**20, all_tiles)
+        passes += logits * (1 - tile_bytes / all_tiles)
+
+    # Columns are those of the side that does not learn, where there is one.
+    element = 4 if model.precision == "float32" else 2
+    columns = 0 if world_size == 1 else (2 * local if config.loss.ring else batch)
+    feature_bytes = columns * (width + sum(teacher_widths)) * element
+    feature_bytes += local * width * FLOAT32
+    if sides == 2:
+        feature_bytes += (2 * local if config.loss.ring else batch) * width * FLOAT32
+    return TermCost(passes, round(passes * 2 * batch * width), feature_bytes, tile_bytes)
