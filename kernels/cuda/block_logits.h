@@ -1,15 +1,19 @@
 // One thread block's piece of a tile's logits, in registers: 8 warps as 2 x 4, each 64 x 32. Where a block has 256 columns
 // (-DCOLUMNS=256), a warp has 64 x 64: twice the work on 1.5 times the operands, for devices whose shared memory or L2
-// cannot feed their tensor cores otherwise.
+// cannot feed their tensor cores otherwise. Distillation (-DROWS=64 -DCOLUMNS=64), where a thread
+// holds two pieces at once, the student's and a teacher's, has blocks of 64 x 64.
 #pragma once
 #include "tile.h"
 
+#ifndef ROWS
+#define ROWS 128
+#endif
 #ifndef COLUMNS
 #define COLUMNS 128
 #endif
 
-constexpr int kBlockRows = 128, kBlockColumns = COLUMNS, kThreads = 256;
-constexpr int kBlocksAtOnce = kBlockColumns == 128 ? 2 : 1;  // on one processor: what its registers allow
+constexpr int kBlockRows = ROWS, kBlockColumns = COLUMNS, kThreads = 256;
+constexpr int kBlocksAtOnce = kBlockColumns <= 128 ? 2 : 1;  // on one processor: what its registers allow
 
 constexpr int kWarpsDown = 2, kWarpsAcross = 4;
 constexpr int kWarpRows = kBlockRows / kWarpsDown, kWarpColumns = kBlockColumns / kWarpsAcross;

@@ -34,3 +34,24 @@ DEVICE void write_parts(RowParts<RowPart> rows, Out<RowPart> row_parts, ColumnPa
     else
       columns.write(position - kBlockRows, column_parts, block_y(), first_column(), tile.columns);
 }
+
+// Write the parts of the block's rows and columns, through the start of shared memory. of_row(d, half) returns what the 4
+// lanes that share a row have of it, of_column(a, side) what the 8 lanes that share a column have: the same to each lane.
+template <class RowPart, class ColumnPart, class OfRow, class OfColumn>
+DEVICE void join_parts(OfRow of_row, Out<RowPart> row_parts, OfColumn of_column, Out<ColumnPart> column_parts,
+                       const Tile& tile) {
+  const auto rows = RowParts<RowPart>::at(0);
+  BlockLogits::each_row([&](int d, int half) {
+    const RowPart part = of_row(d, half);
+    if (lane() % 4 == 0) rows.put(warp_column(), BlockLogits::row(d, half), part);
+  });
+
+  const auto columns = ColumnParts<ColumnPart>::at(rows.kBytes);
+  BlockLogits::each_column([&](int a, int side) {
+    const ColumnPart part = of_column(a, side);
+    if (lane() / 4 == 0) columns.put(warp_row(), BlockLogits::column(a, side), part);
+  });
+
+  barrier();
+  write_parts(rows, row_parts, columns, column_parts, tile);
+}

@@ -1,5 +1,7 @@
 """Tiles on CUDA devices: tensor cores for bf16 and fp16 features, library GEMMs for the rest."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,31 +18,30 @@ from threetowers.kernels.cuda.block_shape import (
     default_tiles,
     narrow_block,
 )
+from threetowers.kernels.cuda.distillation import DistillationKernels, DistillingTiles
 from threetowers.kernels.cuda.launch import (
     BAND,
     CHUNK,
     Launch,
     Launcher,
-    StreamLauncher,
-    UnsupportedError,
     blocks_over,
     check_operands,
     check_torch,
-    clipped_diagonal,
     columns_launch,
     pairs_launch,
     rows_launch,
 )
+from threetowers.kernels.cuda.merging import add_sigmoid_parts, merge_parts
+from threetowers.kernels.cuda.structs import dots_struct, gradient_struct, tile_struct, weights_struct
 from threetowers.kernels.tiles import (
     LibraryTiles,
     OnlineLogSumExp,
     SigmoidSums,
     SoftmaxWeights,
+    TeacherTile,
     Tile,
-    TileBackend,
 )
 
-NO_TEACHERS = "there are no kernels for distillation yet; give float32 features"
 GAIN = {torch.bfloat16: 1.0, torch.float16: 2.0**14}  # gradient tiles hold this multiple: kGain in tensor_core.h
 
 
@@ -48,7 +49,7 @@ Dots = tuple[BlockShape, Argument]
 """Where the kernels find a tile's dots: the blocks that they are compiled for, and their first argument, `Operands`."""
 
 
-class TensorCoreTiles(TileBackend):
+class TensorCoreTiles(DistillingTiles):
     """Tiles of bf16 or fp16 features on sm_80 and later: dots leave the chip only for the logit cache.
 
     Statistics and weights are float32; gradient tiles have the features' dtype and go to library GEMMs that accumulate
@@ -75,6 +76,8 @@ class TensorCoreTiles(TileBackend):
         self._element = element
         self._shape = shape
         self._scratch_n = torch.empty(0, dtype=element)
+        self._products_n = torch.empty(0)
+        self._distillation = DistillationKernels(self._launcher, element)
 
     def kernels(self) -> list[Launch]:
         """Return one launch of every kernel in use, to be prepared."""
@@ -82,7 +85,7 @@ class TensorCoreTiles(TileBackend):
         variants = [(kernel, self._shape) for kernel in ("stats", "softmax_gradient", "sigmoid")]
         variants.append(("softmax_gradient", SWEEP))  # from the logit cache
         blocks = [block_launch(kernel, self._element, 1, 1, shape, limits) for kernel, shape in variants]
-        return [*blocks, columns_launch("merge", 1, 1, limits)]
+        return [*blocks, columns_launch("merge", 1, 1, limits), *self._distillation.kernels()]
 
     def features(self, z_nD: Tensor) -> Tensor:
         """Return rows as the kernels read them: padded to whole chunks, contiguous, aligned to 16 bytes."""
@@ -115,9 +118,11 @@ class TensorCoreTiles(TileBackend):
         cache_rc: Tensor | None,
     ) -> Tensor:
         sizes = len(x_rD), len(y_cD)
-        dots = self._dots(x_rD, y_cD) if cache_rc is None else dots_in_memory(cache_rc)
+        dots = self._dots(x_rD, y_cD) if cache_rc is None else (SWEEP, dots_struct(cache_rc))
         gradient = self._gradient(x_rD, y_cD)
-        self._run("softmax_gradient", dots, sizes, tile, _weights(rows), _weights(cols), _gradient(gradient))
+        self._run(
+            "softmax_gradient", dots, sizes, tile, weights_struct(rows), weights_struct(cols), gradient_struct(gradient)
+        )
         return gradient[:, : len(y_cD)]
 
     @override
@@ -127,25 +132,10 @@ class TensorCoreTiles(TileBackend):
         sizes = len(x_rD), len(y_cD)
         row_parts, col_max = self._parts(sizes, (3, 1), x_rD.device)
         gradient = None if weights_r is None else self._gradient(x_rD, y_cD)
-        outputs = _gradient(gradient), Out(row_parts), Out(col_max)
+        outputs = gradient_struct(gradient), Out(row_parts), Out(col_max)
         self._run("sigmoid", self._dots(x_rD, y_cD), sizes, tile, In(weights_r), *outputs)
-        sums.loss_r.add_(row_parts[..., 0].sum(0))
-        sums.prob_r.add_(row_parts[..., 1].sum(0))
-        torch.maximum(sums.row_max_r, row_parts[..., 2].amax(0), out=sums.row_max_r)
-        torch.maximum(sums.col_max_c, col_max[..., 0].amax(0), out=sums.col_max_c)
+        add_sigmoid_parts(sums, row_parts, col_max[..., 0])
         return None if gradient is None else gradient[:, : len(y_cD)]
-
-    @override
-    def distill_stats(self, *_: object) -> None:
-        raise UnsupportedError(NO_TEACHERS)
-
-    @override
-    def distill_grad(self, *_: object) -> Tensor:
-        raise UnsupportedError(NO_TEACHERS)
-
-    @override
-    def distill_sigmoid(self, *_: object) -> Tensor | None:
-        raise UnsupportedError(NO_TEACHERS)
 
     @override
     def add_rows(self, dx_rD: Tensor, grad_rc: Tensor, y_cD: Tensor) -> None:
@@ -158,6 +148,27 @@ class TensorCoreTiles(TileBackend):
     def _add_product(self, sum_nD: Tensor, grad_nk: Tensor, z_kD: Tensor) -> None:
         alpha = 1 / GAIN[self._element]
         torch.addmm(sum_nD, grad_nk, z_kD, alpha=alpha, out_dtype=torch.float32, out=sum_nD)
+
+    @override
+    def all_dots(
+        self, x_rD: Tensor, y_cD: Tensor, teachers: Sequence[TeacherTile], out_Krc: Tensor | None = None
+    ) -> Tensor:
+        dots_Krc = self._product_tiles(1 + len(teachers), x_rD, y_cD) if out_Krc is None else out_Krc
+        self._multiply(x_rD, y_cD, dots_Krc[0])
+        for teacher, dots_rc in zip(teachers, dots_Krc[1:], strict=True):
+            self._multiply(teacher.u_rE, teacher.v_cE, dots_rc)
+        return dots_Krc
+
+    def _product_tiles(self, count: int, x_rD: Tensor, y_cD: Tensor) -> Tensor:
+        """Return (count, r, c) for products in float32, the same memory at every call."""
+        size = count * len(x_rD) * len(y_cD)
+        if self._products_n.numel() < size:
+            self._products_n = x_rD.new_empty(size, dtype=torch.float32)
+        return self._products_n[:size].view(count, len(x_rD), len(y_cD))
+
+    @staticmethod
+    def _multiply(x_rD: Tensor, y_cD: Tensor, out_rc: Tensor) -> None:
+        torch.mm(x_rD, y_cD.T, out_dtype=torch.float32, out=out_rc)
 
     def _dots(self, x_rD: Tensor, y_cD: Tensor) -> Dots:
         check_operands(x_rD, y_cD)
@@ -175,7 +186,7 @@ class TensorCoreTiles(TileBackend):
     def _run(self, kernel: str, dots: Dots, sizes: tuple[int, int], tile: Tile, *arguments: Argument) -> None:
         shape, operands = dots
         launch = block_launch(kernel, self._element, *sizes, shape, self._launcher.limits)
-        self._launcher.run(launch, (operands, _tile(tile, *sizes), *arguments))
+        self._launcher.run(launch, (operands, tile_struct(tile, *sizes), *arguments))
 
     def _parts(self, sizes: tuple[int, int], numbers: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return memory for so many numbers for each row and each column, from every block that has it."""
@@ -202,7 +213,6 @@ class LibraryDotsTiles(TensorCoreTiles):
 
     def __init__(self, launcher: Launcher, element: torch.dtype) -> None:
         super().__init__(launcher, element, SWEEP)
-        self._products_n = torch.empty(0)
 
     @property
     @override
@@ -229,18 +239,11 @@ class LibraryDotsTiles(TensorCoreTiles):
 
     @override
     def _dots(self, x_rD: Tensor, y_cD: Tensor) -> Dots:
-        size = len(x_rD) * len(y_cD)
-        if self._products_n.numel() < size:
-            self._products_n = x_rD.new_empty(size, dtype=torch.float32)
-        return self._products(x_rD, y_cD, self._products_n[:size].view(len(x_rD), len(y_cD)))
+        return self._products(x_rD, y_cD, self._product_tiles(1, x_rD, y_cD)[0])
 
     def _products(self, x_rD: Tensor, y_cD: Tensor, out_rc: Tensor) -> Dots:
         self._multiply(x_rD, y_cD, out_rc)
-        return dots_in_memory(out_rc)
-
-    @staticmethod
-    def _multiply(x_rD: Tensor, y_cD: Tensor, out_rc: Tensor) -> None:
-        torch.mm(x_rD, y_cD.T, out_dtype=torch.float32, out=out_rc)
+        return SWEEP, dots_struct(out_rc)
 
 
 def tensor_core_tiles(launcher: Launcher, element: torch.dtype, tiles: str | None) -> TensorCoreTiles:
@@ -251,7 +254,7 @@ def tensor_core_tiles(launcher: Launcher, element: torch.dtype, tiles: str | Non
     return TensorCoreTiles(launcher, element, WIDE_BLOCK if tiles == WIDE else narrow_block(launcher.limits))
 
 
-class DenseTiles(LibraryTiles):
+class DenseTiles(DistillingTiles, LibraryTiles):
     """Tiles on any CUDA device, in float32: a library GEMM leaves a tile's dots in memory, simple kernels read them.
 
     Replaces `TensorCoreTiles` where they cannot serve, and is what they are compared with.
@@ -260,6 +263,9 @@ class DenseTiles(LibraryTiles):
     def __init__(self, launcher: Launcher) -> None:
         super().__init__(torch.float32, rows=4096, cols=4096)
         self._launcher = launcher.bind()
+        self._distillation = DistillationKernels(self._launcher, self.dtype)
+
+    all_dots = LibraryTiles.all_dots
 
     def kernels(self) -> list[Launch]:
         """Return one launch of every kernel in use, to be prepared."""
@@ -270,6 +276,7 @@ class DenseTiles(LibraryTiles):
             columns_launch("dense_column_stats", 1, 1, limits),
             columns_launch("merge", 1, 1, limits),
             pairs_launch("dense_softmax_gradient", 1, 1, limits),
+            *self._distillation.kernels(),
         ]
 
     @override
@@ -299,8 +306,8 @@ class DenseTiles(LibraryTiles):
         dots_rc = self.dots(x_rD, y_cD) if cache_rc is None else cache_rc
         grad_rc = torch.empty_like(dots_rc)
         launch = pairs_launch("dense_softmax_gradient", len(x_rD), len(y_cD), self._launcher.limits)
-        place = _tile(tile, len(x_rD), len(y_cD))
-        self._launcher.run(launch, (In(dots_rc), place, _weights(rows), _weights(cols), Out(grad_rc)))
+        place = tile_struct(tile, len(x_rD), len(y_cD))
+        self._launcher.run(launch, (In(dots_rc), place, weights_struct(rows), weights_struct(cols), Out(grad_rc)))
         return grad_rc
 
     @override
@@ -316,40 +323,12 @@ class DenseTiles(LibraryTiles):
 
     def _run_rows(self, kernel: str, dots_rc: Tensor, tile: Tile, *arguments: Argument) -> None:
         launch = rows_launch(kernel, len(dots_rc), self._launcher.limits)
-        self._launcher.run(launch, (In(dots_rc), _tile(tile, *dots_rc.shape), *arguments))
+        self._launcher.run(launch, (In(dots_rc), tile_struct(tile, *dots_rc.shape), *arguments))
 
     def _column_parts(self, dots_rc: Tensor, tile: Tile) -> Tensor:
         """Return (bands of rows, c, 2): every column's maximum and sum over a band."""
         rows, cols = dots_rc.shape
         launch = columns_launch("dense_column_stats", cols, blocks_over(rows, BAND), self._launcher.limits)
         parts = dots_rc.new_empty(launch.grid[1], cols, 2)
-        self._launcher.run(launch, (In(dots_rc), _tile(tile, rows, cols), Out(parts)))
+        self._launcher.run(launch, (In(dots_rc), tile_struct(tile, rows, cols), Out(parts)))
         return parts
-
-
-def merge_parts(launcher: StreamLauncher, parts_pn2: Tensor, running: OnlineLogSumExp) -> None:
-    """Merge p parts (max, sum) of every position into the running one, in order, in place."""
-    count, length, _ = parts_pn2.shape
-    launch = columns_launch("merge", length, 1, launcher.limits)
-    launcher.run(launch, (In(parts_pn2), count, length, Out(running.max_n), Out(running.sum_n)))
-
-
-# The C++ structs of the same names.
-
-
-def _tile(tile: Tile, rows: int, cols: int) -> Argument:
-    tensors = In(tile.row_labels_r), In(tile.col_labels_c), In(tile.logit_map.base2_2)
-    return (*tensors, rows, cols, clipped_diagonal(tile.diagonal, rows, cols))
-
-
-def _weights(weights: SoftmaxWeights) -> Argument:
-    return (In(weights.shift_n), In(weights.factor_n), len(weights.shift_n))
-
-
-def _gradient(gradient: Tensor | None) -> Argument:
-    return (Out(gradient), 0 if gradient is None else gradient.stride(0))
-
-
-def dots_in_memory(dots_rc: Tensor) -> Dots:
-    """Return dots that the kernels read; `aligned` tells whether they may read 16 bytes at once."""
-    return SWEEP, (In(dots_rc), int(dots_rc.data_ptr() % 16 == 0 and dots_rc.shape[1] % 4 == 0))

@@ -11,8 +11,13 @@ struct alignas(16) Chunk {  // 8 elements: the unit of asynchronous copies, matr
   u32 words[4];
 };
 
+struct alignas(16) FourFloats {
+  float value[4];
+};
+
 constexpr int kWarp = 32, kChunk = 8;  // threads in a warp, elements in a Chunk
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+constexpr float kLargest = 3.40282347e38f;
 
 #ifndef __CUDACC__
 #include "emulator.h"

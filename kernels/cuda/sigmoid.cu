@@ -2,18 +2,7 @@
 // G = row weight * sigmoid(z), 0 for excluded pairs.
 #include "block_dots.h"
 #include "block_gradient.h"
-#include "block_parts.h"
-
-struct Max {
-  float value;
-  DEVICE Max operator+(Max other) const { return {fmaxf(value, other.value)}; }
-};
-
-struct RowPart {
-  Sigmoid sum;
-  Max max;  // of the logits, in base 2
-  DEVICE RowPart operator+(RowPart other) const { return {sum + other.sum, max + other.max}; }
-};
+#include "sigmoid_parts.h"
 
 // This thread's share of a row. Its logits become gradients on the way.
 DEVICE RowPart sigmoid_row(BlockLogits& logits, int d, int half, float weight) {

@@ -1,7 +1,6 @@
-// Forward of the softmax loss: the log-sum-exp of every row and column over a block's piece of the tile. Registers
-// first, then the lanes that share a row (or column), then the warps: always in one order, so always the same bits.
+// Forward of the softmax loss: the log-sum-exp of every row and column over a block's piece of the tile.
 #include "block_dots.h"
-#include "block_parts.h"
+#include "block_log_sums.h"
 
 DEVICE void cache_dots(BlockLogits& dots, const Tile& tile, Out<float> cache) {
   dots.each([&](float& dot, int i, int j) {
@@ -16,18 +15,5 @@ stats(Operands in, Tile tile, Out<LogSum> row_parts, Out<LogSum> column_parts, O
   if (cache.given()) cache_dots(logits, tile, cache);
   to_logits(logits, tile);
 
-  const auto rows = RowParts<LogSum>::at(0);
-  BlockLogits::each_row([&](int d, int half) {
-    const LogSum part = log_sum_over([&](auto visit) { logits.in_row(d, half, visit); }, 1, 4);  // 4 lanes share a row
-    if (lane() % 4 == 0) rows.put(warp_column(), logits.row(d, half), part);
-  });
-
-  const auto columns = ColumnParts<LogSum>::at(rows.kBytes);
-  BlockLogits::each_column([&](int a, int side) {
-    const LogSum part = log_sum_over([&](auto visit) { logits.in_column(a, side, visit); }, 4, 32);  // 8 share a column
-    if (lane() / 4 == 0) columns.put(warp_row(), logits.column(a, side), part);
-  });
-
-  barrier();
-  write_parts(rows, row_parts, columns, column_parts, tile);
+  write_log_sums(logits, row_parts, column_parts, tile);
 }

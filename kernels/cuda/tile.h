@@ -53,7 +53,20 @@ DEVICE float log1p_unit(float u) {
   return 2.0f * s * series;
 }
 
+DEVICE float probability_of(float logit, float tail) {
+  const float rest = reciprocal_fast(1.0f + tail);
+  return logit > 0.0f ? rest : tail * rest;
+}
+
 DEVICE Sigmoid sigmoid_of(float logit) {
-  const float tail = exp2_fast(-fabsf(logit)), rest = reciprocal_fast(1.0f + tail);
-  return {fmaxf(logit, 0.0f) * kLn2 + log1p_unit(tail), logit > 0.0f ? rest : tail * rest};
+  const float tail = exp2_fast(-fabsf(logit));
+  return {fmaxf(logit, 0.0f) * kLn2 + log1p_unit(tail), probability_of(logit, tail)};
+}
+
+// The same against a target: softplus(z) - target z, without cancellation where a large z meets a target near 1, and its
+// derivative. The target of an excluded pair is 0, and its logit must not make that NaN.
+DEVICE Sigmoid sigmoid_of(float logit, float target) {
+  const float tail = exp2_fast(-fabsf(logit));
+  const float missed = logit > 0.0f ? (1.0f - target) * logit : target * fminf(-logit, kLargest);
+  return {missed * kLn2 + log1p_unit(tail), probability_of(logit, tail) - target};
 }

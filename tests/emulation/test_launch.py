@@ -22,6 +22,7 @@ from threetowers.kernels.cuda.block_shape import (
     tiles_from_environment,
 )
 from threetowers.kernels.cuda.cuda_tiles import DenseTiles, LibraryDotsTiles, TensorCoreTiles
+from threetowers.kernels.cuda.distillation import sweep_launch
 from threetowers.kernels.cuda.launch import (
     SHARED_RESERVED,
     Launch,
@@ -62,6 +63,9 @@ def test_grids_cover_ragged_tiles_once() -> None:
     assert launch == Launch("stats", ("COLUMNS=256", "STAGES=4"), (2, 3), 96 * 1024)
     launch = block_launch("stats", torch.bfloat16, 257, 257, SWEEP, SMALL)
     assert launch == Launch("stats", ("COLUMNS=128", "LIBRARY_DOTS"), (3, 3), 40 * 1024)
+    launch = sweep_launch("distill_sigmoid", ("FP16",), 65, 256, 2, SMALL)
+    assert launch.defines == ("FP16", "ROWS=64", "COLUMNS=64", "LIBRARY_DOTS", "TEACHERS=2")
+    assert launch.grid == (4, 2)
     assert rows_launch("dense_row_stats", 9, SMALL).grid == (2, 1)
     assert columns_launch("dense_column_stats", 257, 3, SMALL).grid == (2, 3)
     assert pairs_launch("dense_softmax_gradient", 7, 256, TURING) == Launch("dense_softmax_gradient", (), (1, 7))

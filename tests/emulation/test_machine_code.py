@@ -25,7 +25,15 @@ from threetowers.kernels.cuda.launch import BLOCK_THREADS
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 BLOCK_KERNELS = ["stats", "softmax_gradient", "sigmoid"]
-DENSE_KERNELS = ["merge", "dense_row_stats", "dense_column_stats", "dense_softmax_gradient", "dense_sigmoid"]
+DISTILLATION_KERNELS = ["distill_stats", "distill_gradient", "distill_sigmoid"]
+DENSE_KERNELS = [
+    "merge",
+    "merge_expectations",
+    "dense_row_stats",
+    "dense_column_stats",
+    "dense_softmax_gradient",
+    "dense_sigmoid",
+]
 REGISTERS = 65536  # of a processor
 
 STAGES = {"sm_80": 4, "sm_90": 4, "sm_100": 4}
@@ -49,6 +57,15 @@ def swept_programs() -> Iterator[object]:
         yield parameter(program, slow=bool(element) or arch != "sm_90")
 
 
+def distillation_programs() -> Iterator[object]:
+    """Yield the kernels of distillation for one to five teachers."""
+    elements = ((), ("FP16",), ("FP32",))
+    for arch, kernel, element, teachers in itertools.product(ARCHITECTURES, DISTILLATION_KERNELS, elements, (1, 2, 5)):
+        defines = (*element, "ROWS=64", "COLUMNS=64", "LIBRARY_DOTS", f"TEACHERS={teachers}")
+        usual = arch in ("sm_80", "sm_90") and not element and teachers < 5
+        yield parameter(KernelProgram(kernel, arch, defines), slow=not usual)
+
+
 def dense_programs() -> Iterator[object]:
     """Yield the generic kernels on every architecture."""
     for arch, kernel in itertools.product(ARCHITECTURES, DENSE_KERNELS):
@@ -61,10 +78,12 @@ def parameter(program: KernelProgram, slow: bool = False) -> object:
 
 
 def test_every_kernel_is_listed() -> None:
-    assert sorted(path.stem for path in SOURCES.glob("*.cu")) == sorted(BLOCK_KERNELS + DENSE_KERNELS)
+    assert sorted(path.stem for path in SOURCES.glob("*.cu")) == sorted(
+        BLOCK_KERNELS + DISTILLATION_KERNELS + DENSE_KERNELS
+    )
 
 
-@pytest.mark.parametrize("program", [*block_programs(), *swept_programs(), *dense_programs()])
+@pytest.mark.parametrize("program", [*block_programs(), *swept_programs(), *distillation_programs(), *dense_programs()])
 def test_compiles_without_warnings_or_spills(program: KernelProgram) -> None:
     log = compiled(program).log
     assert "warning" not in log.lower(), log
@@ -94,8 +113,20 @@ def test_uses_tensor_cores_and_asynchronous_copies(program: KernelProgram, tmp_p
 def test_reads_dots_in_wide_words(program: KernelProgram, tmp_path: Path) -> None:
     listing = disassembled(compiled(program), tmp_path)
     check_memory_and_exponentials(listing)
-    wide = [text for _, text in listing if text.startswith("LDG") and ".128" in text.split()[0]]
-    assert len(wide) == 16  # 64 dots a thread, four at a time
+    assert wide_reads(listing) == 16  # 64 dots a thread, four at a time
+
+
+@pytest.mark.parametrize("program", [*distillation_programs()])
+def test_reads_the_dots_of_all_teachers_once(program: KernelProgram, tmp_path: Path) -> None:
+    listing = disassembled(compiled(program), tmp_path)
+    check_memory_and_exponentials(listing)
+    (teachers,) = (int(define.split("=")[1]) for define in program.defines if define.startswith("TEACHERS"))
+    assert wide_reads(listing) == 4 * (1 + teachers)  # 16 dots a thread, four at a time
+
+
+def wide_reads(listing: "Listing") -> int:
+    """Return how many 16-byte reads of global memory a thread makes."""
+    return sum(text.startswith("LDG") and ".128" in text.split()[0] for _, text in listing)
 
 
 def check_memory_and_exponentials(listing: "Listing") -> None:
@@ -105,9 +136,10 @@ def check_memory_and_exponentials(listing: "Listing") -> None:
     assert any(name.startswith("MUFU.EX2") for name in instructions)
 
 
-@pytest.mark.parametrize("kernel", DENSE_KERNELS)
+@pytest.mark.parametrize("kernel", [*DENSE_KERNELS, *DISTILLATION_KERNELS])
 def test_the_generic_path_compiles_for_older_devices(kernel: str) -> None:
-    assert compiled(KernelProgram(kernel, "sm_75")).cubin
+    defines = ("FP32", "ROWS=64", "COLUMNS=64", "LIBRARY_DOTS") if kernel in DISTILLATION_KERNELS else ()
+    assert compiled(KernelProgram(kernel, "sm_75", defines)).cubin
 
 
 Listing = list[tuple[int, str]]  # address and instruction, predicates left out

@@ -106,7 +106,7 @@ BUGS = {
         tiles=(WIDE,),
     ),
     "no barrier before the warps' parts are joined": Bug(
-        Mutation("stats.cu", "  barrier();\n  write_parts", "  write_parts"), "reads"
+        Mutation("block_parts.h", "  barrier();\n  write_parts", "  write_parts"), "reads"
     ),
     "no barrier before the gradient is stored": Bug(
         Mutation("block_gradient.h", "  });\n  barrier();\n", "  });\n"), "shared memory"
@@ -154,7 +154,7 @@ BUGS = {
             "tile.row_label(first_row() + logits.row(d, 0))",
         )
     ),
-    "half of the lanes summed": Bug(Mutation("stats.cu", "visit); }, 4, 32)", "visit); }, 4, 16)")),
+    "half of the lanes summed": Bug(Mutation("block_log_sums.h", "visit); }, 4, 32)", "visit); }, 4, 16)")),
     "empty set is NaN": Bug(Mutation("log_sum.h", "max == -infinity() ? 0.0f : max", "max"), case=LONELY),
     "running statistics forgotten": Bug(Mutation("merge.cu", "{max[i], sum[i]}", "{-infinity(), 0.0f}")),
     "blocks write one part": Bug(
@@ -173,7 +173,7 @@ BUGS = {
         "writes to an input",
     ),
     "a part never shared": Bug(
-        Mutation("stats.cu", "if (lane() / 4 == 0) column", "if (lane() / 4 == 0 && lane() % 4) column"),
+        Mutation("block_parts.h", "if (lane() / 4 == 0) column", "if (lane() / 4 == 0 && lane() % 4) column"),
     ),
     "more shared memory than asked for": Bug(
         Mutation("sigmoid.cu", "::at(kGradientBytes);", "::at(kGradientBytes + 32768);"),

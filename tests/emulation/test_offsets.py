@@ -17,9 +17,10 @@ import torch
 from emulator import SMALL, Emulator, Mutation
 from torch import Tensor
 
-from threetowers.kernels.cuda.arguments import Argument, In, Out
+from threetowers.kernels.cuda.arguments import Argument, In, Out, Scalar
 from threetowers.kernels.cuda.block_shape import SWEEP, block_launch, narrow_block
 from threetowers.kernels.cuda.compiler import SOURCES
+from threetowers.kernels.cuda.distillation import sweep_launch
 from threetowers.kernels.cuda.launch import (
     BAND,
     Launch,
@@ -57,11 +58,11 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 Job = tuple[Launch, Sequence[Argument], list[Tensor]]
 
 
-def tile(rows: int, cols: int) -> Argument:
+def tile(rows: int, cols: int) -> tuple[Scalar, ...]:
     return (In(None), In(None), In(torch.tensor([1.5, -0.5])), rows, cols, cols)  # the diagonal is outside
 
 
-def weights(before: int, count: int) -> Argument:
+def weights(before: int, count: int) -> tuple[Scalar, ...]:
     return (In(filled(numbers(count), before)), In(filled(numbers(count).abs(), before)), before + count)
 
 
@@ -136,6 +137,24 @@ def merge(down: int, right: int, _: int) -> Job:
     return columns_launch("merge", length, 1, SMALL), arguments, [max_n[-COLS:], sum_n[-COLS:]]
 
 
+def distill_gradient(down: int, right: int, _: int) -> Job:
+    rows, cols = down + ROWS, right + COLS
+    grad_rc = zeros(rows, cols, dtype=BF16)
+    dots_rc, teacher_rc = (filled(numbers(ROWS, COLS) * factor, down, right) for factor in (1, 2))
+    sides = weights(down, ROWS), weights(right, COLS)
+    teacher = In(teacher_rc), In(torch.tensor([0.5, 0.0])), *(part for side in sides for part in side[:2])
+    arguments = (In(dots_rc), 1), tile(rows, cols), *sides, teacher, (Out(grad_rc), cols)
+    return sweep_launch("distill_gradient", (), rows, cols, 1, SMALL), arguments, [grad_rc[-ROWS:, -COLS:]]
+
+
+def merge_expectations(down: int, right: int, _: int) -> Job:
+    count, length = down + 1, right + COLS
+    parts = filled(numbers(1, COLS, 3).abs() + 40, down, right, 0)
+    running = [filled(torch.full((COLS,), value), right) for value in (30.0, 1.0, 0.5)]
+    arguments = In(parts), count, length, *map(Out, running)
+    return columns_launch("merge_expectations", length, 1, SMALL), arguments, [part[-COLS:] for part in running]
+
+
 @dataclass(frozen=True)
 class OffsetCase:
     """A kernel, how many rows and columns come before the ones that count, and the product that has to be wide."""
@@ -172,6 +191,12 @@ CASES = {
     ),
     "dense sigmoid": OffsetCase(dense_sigmoid, M, 2048, "dense_sigmoid.cu", "static_cast<i64>(i) * tile.columns"),
     "merged parts": OffsetCase(merge, 4096, 2**19, "merge.cu", "static_cast<i64>(p) * length"),
+    "gradient of distillation": OffsetCase(
+        distill_gradient, M, 2**14, "direct_gradient.h", "static_cast<i64>(i) * to.stride"
+    ),
+    "merged expectations": OffsetCase(
+        merge_expectations, 4096, 2**19, "merge_expectations.cu", "static_cast<i64>(p) * length"
+    ),
 }
 
 

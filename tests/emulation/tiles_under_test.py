@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from threetowers.kernels.cuda.cuda_tiles import GAIN, DenseTiles, TensorCoreTiles, tensor_core_tiles
 from threetowers.kernels.tiles import (
     LogitMap,
+    OnlineExpectation,
     OnlineLogSumExp,
     SigmoidSums,
     SoftmaxWeights,
@@ -18,6 +19,9 @@ from threetowers.kernels.tiles import (
     TileBackend,
     TorchTiles,
 )
+
+LogSums = OnlineLogSumExp | OnlineExpectation
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 
 
 def emulated(emulator: Emulator, element: torch.dtype, tiles: str | None = None) -> TileBackend:
@@ -84,9 +88,17 @@ class Answers:
         tensors = (self.cached_rc, self.grad_rc, self.grad_from_cached_rc, self.sigmoid_grad_rc, self.dx_rD, self.dy_cD)
         sums = (self.sums.loss_r, self.sums.prob_r, self.sums.row_max_r, self.sums.col_max_c)
         running = (self.rows.max_n, self.rows.sum_n, self.cols.max_n, self.cols.sum_n)
-        return b"".join(
-            part.contiguous().view(torch.uint8).cpu().numpy().tobytes() for part in (*tensors, *sums, *running)
-        )
+        return bits_of(*tensors, *sums, *running)
+
+
+def gain_of(backend: TileBackend, element: torch.dtype) -> float:
+    """Return what the back end's gradient tiles are multiplied by."""
+    return GAIN[element] if isinstance(backend, TensorCoreTiles) else 1.0
+
+
+def bits_of(*tensors: Tensor) -> bytes:
+    """Return all numbers, to be compared bit by bit."""
+    return b"".join(part.contiguous().view(torch.uint8).cpu().numpy().tobytes() for part in tensors)
 
 
 def weights_of(case: Case, element: torch.dtype) -> tuple[SoftmaxWeights, SoftmaxWeights]:
@@ -94,12 +106,19 @@ def weights_of(case: Case, element: torch.dtype) -> tuple[SoftmaxWeights, Softma
     rows, cols = _empty(case, torch.float64)
     reference, (x_rD, y_cD) = TorchTiles(torch.float64), case.features(element)
     reference.stats(x_rD.double(), y_cD.double(), case.tile(torch.float64), rows, cols, None)
-    sides = []
-    for side in (rows, cols):
-        shift_n = torch.where(side.max_n == -torch.inf, 0, side.max_n)
-        varied_n = torch.linspace(0.2, 1, len(shift_n), dtype=torch.float64)
-        sides.append(SoftmaxWeights(shift_n, 0.5 * varied_n / (side.sum_n + 0.1)))
-    return sides[0], sides[1]
+    return varied_weights(rows.max_n, rows.sum_n), varied_weights(cols.max_n, cols.sum_n)
+
+
+def varied_weights(max_n: Tensor, sum_n: Tensor, share: float = 1.0) -> SoftmaxWeights:
+    """Return the weights of softmaxes with these statistics, varied in size."""
+    shift_n = torch.where(max_n == -torch.inf, 0, max_n)
+    varied_n = torch.linspace(0.2, 1, len(shift_n), dtype=torch.float64)
+    return SoftmaxWeights(shift_n, 0.5 * share * varied_n / (sum_n + 0.1))
+
+
+def rounded(weights: SoftmaxWeights, dtype: torch.dtype) -> SoftmaxWeights:
+    """Return the weights as a back end takes them."""
+    return SoftmaxWeights(weights.shift_n.to(dtype), weights.factor_n.to(dtype))
 
 
 def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
@@ -109,11 +128,9 @@ def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
     cached_rc = torch.full((case.rows, case.cols), math.nan, dtype=backend.cache_dtype)
     for _ in range(2):  # merged twice: sums double, maxima stay
         backend.stats(x_rD, y_cD, case.tile(dtype), rows, cols, cached_rc)
-    gain = GAIN.get(element, 1.0) if isinstance(backend, TensorCoreTiles) else 1.0
+    gain = gain_of(backend, element)
 
-    row_weights, col_weights = (
-        SoftmaxWeights(w.shift_n.to(dtype), w.factor_n.to(dtype)) for w in weights_of(case, element)
-    )
+    row_weights, col_weights = (rounded(weights, dtype) for weights in weights_of(case, element))
     tile, sigmoid_tile = case.tile(dtype), case.tile(dtype, bias=-3.0)
     grads = []
     for cached in (cached_rc, None):
@@ -123,8 +140,7 @@ def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
     backend.add_rows(dx_rD, grad_rc, y_cD)
     backend.add_cols(dy_cD, grad_rc, x_rD)
 
-    low_r, low_c = (torch.full((n,), -math.inf, dtype=dtype) for n in (case.rows, case.cols))
-    sums = SigmoidSums(torch.zeros(case.rows, dtype=dtype), torch.zeros(case.rows, dtype=dtype), low_r, low_c)
+    sums = empty_sums(case, dtype)
     row_factor_r = torch.linspace(0.5, 1, case.rows, dtype=dtype)
     sigmoid_grad_rc = backend.sigmoid(x_rD, y_cD, sigmoid_tile, sums, row_factor_r)
     assert sigmoid_grad_rc is not None
@@ -135,20 +151,11 @@ def answers(backend: TileBackend, case: Case, element: torch.dtype) -> Answers:
 
 def check(got: Answers, reference: Answers, case: Case, element: torch.dtype) -> None:
     """Raise AssertionError unless the answers agree, each within what its arithmetic allows."""
-    logit = 1e-5 + 5e-7 * case.scale  # fp32 dots of unit vectors, and logits as large as the scale
-    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[element] + logit
-    index_r, index_c = torch.arange(case.rows)[:, None], torch.arange(case.cols)
-    excluded_rc = index_c - index_r == case.diagonal
-    if case.labels:
-        tile = case.tile(torch.float32)
-        excluded_rc |= tile.row_labels_r[:, None] == tile.col_labels_c
-    unused_rc = excluded_rc & (got.cached_rc == -math.inf)  # a back end may note what it excludes
-    close(torch.where(unused_rc, reference.cached_rc, got.cached_rc), reference.cached_rc, "cached dots", absolute=1e-6)
+    logit = logit_error(case.scale)
+    rounding = ROUNDING[element] + logit
+    check_cached(got.cached_rc, reference.cached_rc, case)
     for name in ("rows", "cols"):
-        close(
-            _log_sum(getattr(got, name)), _log_sum(getattr(reference, name)), f"log-sum-exps of {name}", absolute=logit
-        )
-        close(getattr(got, name).max_n, getattr(reference, name).max_n, f"maxima of {name}", absolute=logit)
+        check_log_sums(getattr(got, name), getattr(reference, name), name, logit)
     for name in ("grad_rc", "grad_from_cached_rc", "sigmoid_grad_rc"):
         close(getattr(got, name), getattr(reference, name), name, relative=rounding, absolute=1e-8)
     for name in ("loss_r", "prob_r"):
@@ -159,6 +166,28 @@ def check(got: Answers, reference: Answers, case: Case, element: torch.dtype) ->
         close(getattr(got, name), getattr(reference, name), name, absolute=4 * rounding)
 
 
+def logit_error(scale: float) -> float:
+    """Return what fp32 dots of unit vectors err, and logits as large as the scale."""
+    return 1e-5 + 5e-7 * scale
+
+
+def check_cached(got_rc: Tensor, reference_rc: Tensor, case: Case) -> None:
+    """Raise AssertionError unless the dots agree; a back end may note with -inf what it excludes."""
+    index_r, index_c = torch.arange(case.rows)[:, None], torch.arange(case.cols)
+    excluded_rc = index_c - index_r == case.diagonal
+    if case.labels:
+        tile = case.tile(torch.float32)
+        excluded_rc |= tile.row_labels_r[:, None] == tile.col_labels_c
+    unused_rc = excluded_rc & (got_rc == -math.inf)
+    close(torch.where(unused_rc, reference_rc, got_rc), reference_rc, "cached dots", absolute=1e-6)
+
+
+def check_log_sums(got: LogSums, reference: LogSums, name: str, absolute: float) -> None:
+    """Raise AssertionError unless maxima and log-sum-exps agree."""
+    close(_log_sum(got), _log_sum(reference), f"log-sum-exps of {name}", absolute=absolute)
+    close(got.max_n, reference.max_n, f"maxima of {name}", absolute=absolute)
+
+
 def close(got: Tensor, expected: Tensor, name: str, relative: float = 0.0, absolute: float = 0.0) -> None:
     """Do torch.testing.assert_close with a name; infinities must agree, and NaN is never close."""
     torch.testing.assert_close(
@@ -166,10 +195,16 @@ def close(got: Tensor, expected: Tensor, name: str, relative: float = 0.0, absol
     )
 
 
-def _log_sum(running: OnlineLogSumExp) -> Tensor:
+def _log_sum(running: LogSums) -> Tensor:
     return running.max_n.double() + torch.log2(running.sum_n.double())
 
 
 def _empty(case: Case, dtype: torch.dtype) -> tuple[OnlineLogSumExp, OnlineLogSumExp]:
     like = torch.empty(0)
     return OnlineLogSumExp.empty(case.rows, like, dtype), OnlineLogSumExp.empty(case.cols, like, dtype)
+
+
+def empty_sums(case: Case, dtype: torch.dtype) -> SigmoidSums:
+    """Return sums of the sigmoid loss that have met nothing yet."""
+    low_r, low_c = (torch.full((n,), -math.inf, dtype=dtype) for n in (case.rows, case.cols))
+    return SigmoidSums(torch.zeros(case.rows, dtype=dtype), torch.zeros(case.rows, dtype=dtype), low_r, low_c)

@@ -41,7 +41,7 @@ def launch(device: torch.device, shape: str, element: torch.dtype, case: Case) -
 
 def overrun(device: torch.device) -> None:
     """Merge statistics of 256 rows into memory of 192, whose end is the end of its allocation."""
-    from threetowers.kernels.cuda.cuda_tiles import merge_parts
+    from threetowers.kernels.cuda.merging import merge_parts
 
     x_rD = torch.ones(1, 8, device=device, dtype=torch.bfloat16)
     short = OnlineLogSumExp.empty(192, x_rD, torch.float32)
