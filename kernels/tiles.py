@@ -7,11 +7,11 @@ positives, which are treated apart in O(B)), found at ``(i, i + tile.diagonal)``
 entries of equal labels.
 
 Tiles come in a fixed order from one thread (one stream), with r, c >= 1 and never larger than ``backend.rows`` x
-``backend.cols``, or, where neither gradients nor cached dots are asked for, ``stats_rows`` x ``stats_cols``. Statistics
-are merged into the slices given, in place. A back end must give the same bits for the same sequence of calls, and must
-round ``t - shift`` in `softmax_grad` as ``t - max`` in `stats` (both fused, or both from a rounded t): else
-probabilities would not sum to 1 where logits are large. Gradient tiles may live in the back end's scratch memory: they
-are consumed before the next tile is asked for.
+``backend.cols``, or, where there are no teachers and neither gradients nor cached dots are asked for, ``stats_rows`` x
+``stats_cols``. Statistics are merged into the slices given, in place. A back end must give the same bits for the same
+sequence of calls, and must round ``t - shift`` in `softmax_grad` as ``t - max`` in `stats` (both fused, or both from a
+rounded t): else probabilities would not sum to 1 where logits are large. Gradient tiles may live in the back end's
+scratch memory: they are consumed before the next tile is asked for.
 
 A new back end implements `TileBackend` and is chosen in `backends.backend_for`, nowhere else.
 """

@@ -155,9 +155,14 @@ def softmax_statistics(
     for placed in iter_tiles(pair, block, slice(0, cached), backend.rows, backend.cols):
         cache_Krc = cache.take(len(placed.x_rD), len(placed.y_cD))
         _tile_statistics(backend, placed, rows_b, cols_s, cache_Krc)
-    largest = backend.stats_rows, backend.stats_cols
-    for placed in iter_tiles(pair, block, slice(cached, batch), *largest):
+    for placed in iter_tiles(pair, block, slice(cached, batch), *_most_for_statistics(pair)):
         _tile_statistics(backend, placed, rows_b, cols_s, None)
+
+
+def _most_for_statistics(pair: PairState) -> tuple[int, int]:
+    """Return the most rows and columns of a tile that leaves nothing but statistics; dots of teachers lie in memory."""
+    backend = pair.backend
+    return (backend.rows, backend.cols) if pair.teachers else (backend.stats_rows, backend.stats_cols)
 
 
 def _tile_statistics(
@@ -225,7 +230,7 @@ def sigmoid_sums_and_gradients(
     """
     backend = pair.backend
     col_max_s = sums.col_max_c[block.positions]
-    largest = (backend.rows, backend.cols) if weights_b is not None else (backend.stats_rows, backend.stats_cols)
+    largest = _most_for_statistics(pair) if weights_b is None else (backend.rows, backend.cols)
     teacher_weights = [teacher.weight for teacher in pair.teachers]
     for placed in iter_tiles(pair, block, slice(0, len(pair.x_bD)), *largest):
         i, j = placed.i, placed.j

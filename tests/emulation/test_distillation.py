@@ -1,5 +1,6 @@
 """The kernels of distillation, run thread by thread on the CPU, against float64."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from distillation_under_test import Answers, DistillationCase, answers, check
 from emulator import HOPPER, SMALL, Emulator, Schedule
 from tiles_under_test import Case, emulated
+from torch import Tensor
 
+from threetowers.kernels import Teacher, distillation_loss, reference_distillation_loss
 from threetowers.kernels.cuda.block_shape import LIBRARY, NARROW, WIDE
 from threetowers.kernels.tiles import TorchTiles
 
@@ -63,3 +66,35 @@ def test_all_kinds_of_tiles_give_the_same_bits(builds: Path) -> None:
         for tiles in (NARROW, WIDE, LIBRARY)
     )
     assert others == [first, first]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("element", ELEMENTS, ids=name_of)
+def test_the_public_loss_on_emulated_kernels(
+    kind: str, element: torch.dtype, builds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two teachers of other widths than the student, repeated samples, some of the target on the samples' own pairs."""
+    backend = functools.partial(emulated, Emulator(builds), element)
+    monkeypatch.setattr("threetowers.kernels.operator.operators.backend_for", lambda x_bD: backend())
+    batch, ids = 150, torch.arange(150) % 149
+    features = [Case(batch, batch, width).features(element) for width in (36, 20, 60)]
+    for logit_cache_bytes in (0, 2**30):
+        results = []
+        for loss_of, dtype in ((distillation_loss, element), (reference_distillation_loss, torch.float64)):
+            scalars = torch.promote_types(dtype, torch.float32)
+            (x_bD, y_bD), *taught = ([z.to(dtype, copy=True) for z in sides] for sides in features)
+            leaves = [x_bD.requires_grad_(), y_bD.requires_grad_(), torch.tensor([2.5], dtype=scalars).requires_grad_()]
+            biases = [torch.tensor([bias], dtype=scalars) if kind == "sigmoid" else None for bias in (-4.0, -3.0, -6.0)]
+            teachers = [
+                Teacher(*sides, torch.tensor([log_scale], dtype=scalars), bias, weight)
+                for sides, log_scale, bias, weight in zip(taught, (3.0, 2.0), biases[1:], (1.0, 3.0), strict=True)
+            ]
+            options = {"logit_cache_bytes": logit_cache_bytes} if loss_of is distillation_loss else {}
+            loss: Tensor = loss_of(
+                *leaves, teachers, bias=biases[0], hard_weight=0.25, kind=kind, group_ids=ids, **options
+            )
+            loss.backward()
+            results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+        for got, expected in zip(*results, strict=True):
+            error = (got.double() - expected).norm() / expected.norm()
+            assert error <= {torch.float32: 2e-5}.get(element, 4e-3), error

@@ -58,12 +58,12 @@ def swept_programs() -> Iterator[object]:
 
 
 def distillation_programs() -> Iterator[object]:
-    """Yield the kernels of distillation for one to five teachers."""
-    elements = ((), ("FP16",), ("FP32",))
-    for arch, kernel, element, teachers in itertools.product(ARCHITECTURES, DISTILLATION_KERNELS, elements, (1, 2, 5)):
-        defines = (*element, "ROWS=64", "COLUMNS=64", "LIBRARY_DOTS", f"TEACHERS={teachers}")
-        usual = arch in ("sm_80", "sm_90") and not element and teachers < 5
-        yield parameter(KernelProgram(kernel, arch, defines), slow=not usual)
+    """Yield the kernels of distillation by number of teachers; elements differ in how gradients are packed only."""
+    for arch, kernel, teachers in itertools.product(ARCHITECTURES, DISTILLATION_KERNELS, (1, 2, 5)):
+        for element in ((),) if kernel == "distill_stats" or teachers != 2 else ((), ("FP16",), ("FP32",)):
+            defines = (*element, "ROWS=64", "COLUMNS=64", "LIBRARY_DOTS", f"TEACHERS={teachers}")
+            slow = arch not in ("sm_80", "sm_90") or element == ("FP16",) or teachers == 5
+            yield parameter(KernelProgram(kernel, arch, defines), slow)
 
 
 def dense_programs() -> Iterator[object]:
