@@ -68,6 +68,7 @@ def check_config(config: TrainConfig, source: str) -> None:
         _unused,
         _timm_arguments,
         _frozen,
+        _inheritance,
         _shared_parameters,
         _masked_rows,
     )
@@ -319,6 +320,20 @@ def _frozen(config: TrainConfig) -> Iterator[str]:
     for name, tower in config.towers.items():
         if not isinstance(tower, CacheTower) and tower.frozen and tower.init is None:
             yield f"towers.{name}.frozen: a tower that is never updated needs weights; name them by towers.{name}.init"
+
+
+def _inheritance(config: TrainConfig) -> Iterator[str]:
+    for name, tower in config.towers.items():
+        if isinstance(tower, CacheTower) or tower.inherit is None:
+            continue
+        sources = ["run:"] if isinstance(tower, TextTower) else ["pretrained", "package:", "timm:", "run:"]
+        if tower.init is None or not tower.init.startswith(tuple(sources)):
+            yield (
+                f"towers.{name}.inherit: the larger tower must be named with its shape, by towers.{name}.init: "
+                f"{', '.join(sources)}; found {tower.init or 'null'}"
+            )
+        if isinstance(tower, ImageTower) and tower.specialize is not None:
+            yield f"towers.{name}.inherit: a tower with specialize inherits no weights; leave one of them out"
 
 
 def _shared_parameters(config: TrainConfig) -> Iterator[str]:

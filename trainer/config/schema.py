@@ -36,6 +36,7 @@ Weight = Annotated[float, BeforeValidator(_divided)]
 
 Precision = Literal["float32", "mixed", "bfloat16"]
 HeadNorm = Literal["batch", "layer"]
+Inheritance = Literal["even"]
 Standardization = Literal["moments", "phi-s", "none"]
 
 SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -236,6 +237,12 @@ class ImageTower:
     finished run; `run:FOLDER#towers.NAME` where it has several. FILE (safetensors, or a checkpoint of torch), in which
     the model is found by its names; FILE#PREFIX for the part whose names begin with PREFIX, as in
     `runs/a/model.safetensors#towers.image`."""
+    inherit: Inheritance | None = None
+    """Take the weights of `init`, which is then `pretrained`, `package:`, `timm:` or `run:`, from a deeper or wider
+    model of the same family (vision transformer, ResNet, EfficientNet): even, block floor(i m / n) of each series of m
+    blocks for block i of n, the first channels, and the first heads, which must be as wide (TinyCLIP, arXiv
+    2309.12314). null: the model must be the tower's own. With `pretrained` and `package:`, `model` is the larger one,
+    and `args` make the tower smaller."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
 
@@ -285,6 +292,10 @@ class TextTower:
     """Initial weights. null: random. `run:FOLDER`: those of the text tower of a finished run; `run:FOLDER#towers.NAME`
     where it has several. FILE (safetensors, or a checkpoint of torch), in which the tower is found by its names;
     FILE#PREFIX for the part whose names begin with PREFIX."""
+    inherit: Inheritance | None = None
+    """Take the weights of `init: run:FOLDER` from a deeper or wider text tower with the same vocabulary: even, block
+    floor(i m / n) of its m blocks for block i of n, the first channels, and the first heads, which must be as wide
+    (TinyCLIP, arXiv 2309.12314). null: the tower of the run must be as large."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
 

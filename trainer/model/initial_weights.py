@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.encoders.timm_models import head_tensors
 from threetowers.cache.encoders.weights_file import model_part, read_state, require_finite, split_part
 from threetowers.trainer.config import ImageTower, TextTower
+from threetowers.trainer.model.inheritance import inherited_weights
 from threetowers.trainer.model.resampling import fit_to_tower
 
 COUNTER = "num_batches_tracked"
@@ -19,7 +20,8 @@ TOWERS = "towers."  # begins the part of a run that is a tower
 def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[str]:
     """Load the weights that `config.init` names into a tower, without the classifier.
 
-    Weights of another image size or context length are resampled.
+    Weights of another image size or context length are resampled; those of a larger tower are cut down where
+    `config.inherit` says so.
 
     Args:
         tower: A `TimmTower` or `TextTransformer`.
@@ -27,35 +29,54 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[s
         key: Of `init` in the config, for messages.
 
     Returns:
-        Which weights were resampled, and from what to what size.
+        What was inherited of a larger tower, and which weights were resampled from what to what size.
 
     Raises:
         ValueError: If the weights cannot be loaded or do not fit.
     """
     assert config.init is not None
     try:
-        state = _weights(tower, config, config.init)
-        notes = _load(tower, config, state, config.init)
+        state, inherited = _weights(tower, config, config.init)
+        resampled = _load(tower, config, state, config.init)
         require_finite(tower, config.init)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    return [f"{key}: resampled {note}" for note in notes]
+    return [*(f"{key}: inherited {note}" for note in inherited), *(f"{key}: resampled {note}" for note in resampled)]
 
 
-def _weights(tower: Any, config: ImageTower | TextTower, init: str) -> Mapping[str, Tensor]:
-    """Return the weights of a tower under its own names."""
+def _weights(tower: Any, config: ImageTower | TextTower, init: str) -> tuple[Mapping[str, Tensor], list[str]]:
+    """Return the weights of a tower under its own names, and what of a larger tower they are."""
     _require_known(init)
+    if config.inherit is not None:
+        return _from_larger(tower, config, init)
     if init.startswith(RUN):
-        return _from_run(config, init)
+        return _run_tower(config, init).state_dict(), []
     if isinstance(config, TextTower):
-        if init.startswith(TIMM):
-            raise ValueError(f"{init!r} is a model of images; a text tower begins with the tower of a run, or a file")
-        return _from_file(tower, init)
+        _require_text(init)
+        return _from_file(tower, init), []
     weights = _image_weights(tower.model, config, init)
     head: set[str] = set()
     if config.specialize is None and weights.keys() - tower.model.state_dict().keys():
         head = head_tensors(config.model, **config.args)
-    return {f"model.{name}": tensor for name, tensor in weights.items() if name not in head}
+    return {f"model.{name}": tensor for name, tensor in weights.items() if name not in head}, []
+
+
+def _from_larger(tower: Any, config: ImageTower | TextTower, init: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights that a tower inherits from a larger one, and what they are."""
+    source: Any
+    if init.startswith(RUN):
+        source = _run_tower(config, init)
+    else:
+        assert isinstance(config, ImageTower)  # the config's checks let a text tower inherit from runs alone
+        source = _timm_model(config, init)
+        source.reset_classifier(0)
+    try:
+        if isinstance(config, TextTower):
+            return inherited_weights(tower, source)
+        weights, notes = inherited_weights(tower.model, source.model if init.startswith(RUN) else source)
+    except ValueError as error:
+        raise ValueError(f"{init} cannot be inherited from: {error}") from error
+    return {f"model.{name}": tensor for name, tensor in weights.items()}, notes
 
 
 def _require_known(init: str) -> None:
@@ -68,24 +89,34 @@ def _require_known(init: str) -> None:
         )
 
 
+def _require_text(init: str) -> None:
+    """Raise ValueError for weights of images, which no text tower begins with."""
+    if init.startswith(TIMM):
+        raise ValueError(f"{init!r} is a model of images; a text tower begins with the tower of a run, or a file")
+
+
 def _image_weights(model: Any, config: ImageTower, init: str) -> dict[str, Tensor]:
     """Return the weights for a timm model, perhaps a specialised one, under its own names."""
-    of_timm = init.startswith(TIMM)
-    if not (of_timm or init == "pretrained" or init.startswith("package:")):
+    if not (init.startswith(TIMM) or init == "pretrained" or init.startswith("package:")):
         return _from_file(model, init)
     if config.specialize is not None:
         raise ValueError(f"{init!r} holds a plain {config.model}, but the tower is specialised; leave init out")
+    return dict(_timm_model(config, init).state_dict())
+
+
+def _timm_model(config: ImageTower, init: str) -> nn.Module:
+    """Return the model of timm that `init` names, with its weights and classifier."""
     from threetowers.cache.encoders.timm_encoder import load_timm_model  # a run that reads rows of a cache needs none
 
-    if not of_timm:
-        return dict(load_timm_model(config.model, init)[0].state_dict())
+    if not init.startswith(TIMM):
+        return load_timm_model(config.model, init)[0]
     name = EncoderName.parse(init)
     if name.size is not None:
         raise ValueError(f"{init!r}: leave out @{name.size}: weights are resampled to data.image_size")
-    return dict(load_timm_model(name.name, name.weights or "pretrained")[0].state_dict())
+    return load_timm_model(name.name, name.weights or "pretrained")[0]
 
 
-def _from_run(config: ImageTower | TextTower, init: str) -> Mapping[str, Tensor]:
+def _run_tower(config: ImageTower | TextTower, init: str) -> nn.Module:
     """Return the tower of a run that `run:FOLDER[#towers.NAME]` names: the one of the same kind, if it is alone."""
     from threetowers.trainer.export.trained_model import load_model  # which builds towers, and so imports this
 
@@ -97,8 +128,7 @@ def _from_run(config: ImageTower | TextTower, init: str) -> Mapping[str, Tensor]
     if len(fitting) != 1:
         known = ", ".join(f"{RUN}{folder}#{TOWERS}{name}" for name in trained.config.towers_of(config.kind))
         raise ValueError(f"{init!r}: expected one tower of the kind {config.kind!r}, found {known or 'none'}")
-    tower_state: Mapping[str, Tensor] = trained.model.towers[fitting[0]].state_dict()
-    return tower_state
+    return trained.model.towers[fitting[0]]
 
 
 def _from_file(module: Any, init: str) -> dict[str, Tensor]:

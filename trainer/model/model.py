@@ -116,7 +116,7 @@ class TowerModel(nn.Module):
         """Load the weights that the towers' `init` names.
 
         Returns:
-            Which of them were resampled, and from what to what size.
+            What was inherited of larger towers, and which weights were resampled from what to what size.
 
         Raises:
             ValueError: If they do not fit.
