@@ -15,8 +15,8 @@ from tests.trainer.small_models import SPECIALIZED, VIT, inputs_of, model_of
 from tests.trainer.test_config import changed
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.export.trained_model import load_model
-from threetowers.trainer.model.inheritance import inherited_weights
-from threetowers.trainer.model.initial_weights import load_initial
+from threetowers.trainer.model.initial.inheritance import inherited_weights
+from threetowers.trainer.model.initial.initial_weights import load_initial
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.text import TextTransformer
 

@@ -18,7 +18,7 @@ from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, met
 from threetowers.trainer.estimate.summary import flop, size
 from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.loss import total_loss
-from threetowers.trainer.model.initial_weights import load_initial
+from threetowers.trainer.model.initial.initial_weights import load_initial
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import deduplicated_state_dict, load_deduplicated
 from threetowers.trainer.model.text import TextTransformer

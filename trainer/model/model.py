@@ -13,7 +13,7 @@ from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, 
 from threetowers.trainer.model.cached import CachedTower
 from threetowers.trainer.model.head import build_head
 from threetowers.trainer.model.image import TimmTower
-from threetowers.trainer.model.initial_weights import load_initial
+from threetowers.trainer.model.initial.initial_weights import load_initial
 from threetowers.trainer.model.phi_s import has_hadamard_matrix
 from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
 from threetowers.trainer.model.shared import share_blocks

@@ -9,8 +9,8 @@ from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.encoders.timm_models import head_tensors
 from threetowers.cache.encoders.weights_file import model_part, read_state, require_finite, split_part
 from threetowers.trainer.config import ImageTower, TextTower
-from threetowers.trainer.model.inheritance import inherited_weights
-from threetowers.trainer.model.resampling import fit_to_tower
+from threetowers.trainer.model.initial.inheritance import inherited_weights
+from threetowers.trainer.model.initial.resampling import fit_to_tower
 
 COUNTER = "num_batches_tracked"
 TIMM, RUN = "timm:", "run:"

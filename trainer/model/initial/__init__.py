@@ -1,0 +1,1 @@
+"""The weights of a tower before its first step."""
