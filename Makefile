@@ -21,7 +21,7 @@ DEMO := runs/emoji
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.venv/installed: pyproject.toml constraints.txt setup.py kernels/cpu/sweep.cpp kernels/cpu/sweep_isa.h kernels/cpu/vector_isa.h
+.venv/installed: pyproject.toml constraints.txt setup.py kernels/cpu/sweep.cpp $(wildcard kernels/cpu/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision setuptools wheel ninja
 	# DeepSpeed's own setup imports torch, so it is installed after it and outside build isolation.

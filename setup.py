@@ -5,7 +5,7 @@ from setuptools import Extension, setup
 SWEEP = Extension(
     "threetowers.kernels.cpu.sweep",  # loaded by ctypes, not imported: plain C, no Python in it
     sources=["kernels/cpu/sweep.cpp"],
-    depends=["kernels/cpu/sweep_isa.h", "kernels/cpu/vector_isa.h"],
+    depends=[f"kernels/cpu/{part}_isa.h" for part in ("sweep", "vector", "tile", "softmax", "sigmoid", "distillation")],
     language="c++",
     extra_compile_args=[
         "-std=gnu++17",

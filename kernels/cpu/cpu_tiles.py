@@ -1,12 +1,21 @@
 """Tiles on the CPU: a library product into a reused buffer, then one C++ sweep over it."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from threetowers.kernels.tiles import LibraryTiles, OnlineLogSumExp, SigmoidSums, SoftmaxWeights, Tile
+from threetowers.kernels.tiles import (
+    LibraryTiles,
+    OnlineExpectation,
+    OnlineLogSumExp,
+    SigmoidSums,
+    SoftmaxWeights,
+    TeacherTile,
+    Tile,
+)
 
 # What ATEN_CPU_CAPABILITY can hold torch back to; the sweep keeps to it, so that both compute as on such a processor.
 ISA_OF_TORCH = {"DEFAULT": 0, "AVX2": 1}
@@ -70,13 +79,94 @@ class CpuTiles(LibraryTiles):
         )
         return grad_rc
 
+    @override
+    def distill_stats(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: OnlineLogSumExp,
+        cols: OnlineLogSumExp,
+        teachers: Sequence[TeacherTile],
+        teacher_rows: Sequence[OnlineExpectation],
+        teacher_cols: Sequence[OnlineExpectation],
+        cache_Krc: Tensor | None,
+    ) -> None:
+        dots_Krc = self.all_dots(x_rD, y_cD, teachers, cache_Krc)
+        self._library.threetowers_sweep_distill_stats(
+            *self._heads(dots_Krc, [each.logit_map.base2_2.tolist()[0] for each in _all(tile, teachers)]),
+            *_excluded(tile),
+            _statistics(rows, teacher_rows),
+            _statistics(cols, teacher_cols),
+            _address(self._partial(dots_Krc[0], len(teachers))),
+        )
+
+    @override
+    def distill_grad(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        rows: SoftmaxWeights,
+        cols: SoftmaxWeights,
+        teachers: Sequence[TeacherTile],
+        teacher_rows: Sequence[SoftmaxWeights],
+        teacher_cols: Sequence[SoftmaxWeights],
+        cache_Krc: Tensor | None,
+    ) -> Tensor:
+        dots_Krc = self.all_dots(x_rD, y_cD, teachers) if cache_Krc is None else cache_Krc
+        grad_rc = dots_Krc[0] if cache_Krc is None else self.scratch(x_rD, y_cD)  # the cache is read only
+        weights = [
+            vector
+            for row, col in zip([rows, *teacher_rows], [cols, *teacher_cols], strict=True)
+            for vector in (row.shift_n, row.factor_n, col.shift_n, col.factor_n)
+        ]
+        self._library.threetowers_sweep_distill_grad(
+            *self._heads(dots_Krc, [each.logit_map.base2_2.tolist()[0] for each in _all(tile, teachers)]),
+            *_excluded(tile),
+            _addresses(weights),
+            _address(grad_rc),
+        )
+        return grad_rc
+
+    @override
+    def distill_sigmoid(
+        self,
+        x_rD: Tensor,
+        y_cD: Tensor,
+        tile: Tile,
+        sums: SigmoidSums,
+        weights_r: Tensor | None,
+        teachers: Sequence[TeacherTile],
+        teacher_weights: Sequence[float],
+    ) -> Tensor | None:
+        dots_Krc = self.all_dots(x_rD, y_cD, teachers)
+        results = (sums.loss_r, sums.prob_r, sums.row_max_r, sums.col_max_c)
+        grad_rc = None if weights_r is None else dots_Krc[0]
+        vectors = (*results, weights_r, grad_rc, self._partial(dots_Krc[0], len(teachers)))
+        scales, biases = zip(*(each.logit_map.natural_2.tolist() for each in _all(tile, teachers)), strict=True)
+        self._library.threetowers_sweep_distill_sigmoid(
+            *self._heads(dots_Krc, scales),
+            _floats(biases),
+            *_excluded(tile),
+            _floats(teacher_weights),
+            *map(_address, vectors),
+        )
+        return grad_rc
+
     def _head(self, dot_rc: Tensor, factor: float) -> tuple[int, int, int, int, int, float]:
         rows, cols = dot_rc.shape
         return self._isa, torch.get_num_threads(), dot_rc.data_ptr(), rows, cols, factor
 
-    def _partial(self, dot_rc: Tensor) -> Tensor:
+    def _heads(
+        self, dots_Krc: Tensor, factors: Sequence[float]
+    ) -> tuple[int, int, int, int, int, int, "ctypes.Array[ctypes.c_float]"]:
+        count, rows, cols = dots_Krc.shape
+        return self._isa, torch.get_num_threads(), dots_Krc.data_ptr(), count - 1, rows, cols, _floats(factors)
+
+    def _partial(self, dot_rc: Tensor, teachers: int = 0) -> Tensor:
         """Return memory for the columns' partial results."""
-        size = self._library.threetowers_sweep_scratch(*dot_rc.shape)
+        size = self._library.threetowers_sweep_scratch(*dot_rc.shape, teachers)
         if len(self._partial_n) < size:
             self._partial_n = torch.empty(size)
         return self._partial_n
@@ -90,6 +180,26 @@ def best_isa(library: ctypes.CDLL) -> int:
 
 def _excluded(tile: Tile) -> tuple[int, int | None, int | None]:
     return tile.diagonal, _address(tile.row_labels_r), _address(tile.col_labels_c)
+
+
+def _all(tile: Tile, teachers: Sequence[TeacherTile]) -> list[Tile]:
+    return [tile, *(teacher.tile for teacher in teachers)]
+
+
+def _statistics(student: OnlineLogSumExp, teachers: Sequence[OnlineExpectation]) -> "ctypes.Array[ctypes.c_void_p]":
+    """Return sweep.cpp's array of ``Statistics``: the student has no cross sums."""
+    vectors = [student.max_n, student.sum_n, None]
+    for teacher in teachers:
+        vectors += [teacher.max_n, teacher.sum_n, teacher.cross_n]
+    return _addresses(vectors)
+
+
+def _floats(values: Sequence[float]) -> "ctypes.Array[ctypes.c_float]":
+    return (ctypes.c_float * len(values))(*values)
+
+
+def _addresses(vectors: Sequence[Tensor | None]) -> "ctypes.Array[ctypes.c_void_p]":
+    return (ctypes.c_void_p * len(vectors))(*map(_address, vectors))
 
 
 def _address(vector: Tensor | None) -> int | None:

@@ -1,4 +1,5 @@
-// Sweeps over a tile of dot products in memory: softmax statistics, gradient tiles, sigmoid sums.
+// Sweeps over a tile of dot products in memory: softmax statistics, gradient tiles, sigmoid sums; and the same of a
+// student's tile together with its teachers'.
 //
 // Plain C interface, no torch. Tiles are row-major float32 without gaps. Rows are cut into bands of a fixed height, bands
 // are divided among threads, and the bands' results for a column are merged by one thread in the order of the bands: the
@@ -10,9 +11,11 @@
 #endif
 
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <thread>
 #include <vector>
 
@@ -40,13 +43,32 @@ struct Tile {
   const std::int32_t* col_labels;
 };
 
+// Running results in base 2, each 2^max * sum; empty is (-inf, 0).
+struct Statistics {
+  float* max;
+  float* sum;
+  float* cross;  // 2^max * cross is the sum of 2^t times the student's dot; of teachers only
+};
+
+// Softmax along rows and along columns: in the gradient a power of t - shift is multiplied by its factor.
+struct Weights {
+  const float* row_shift;
+  const float* row_factor;
+  const float* col_shift;
+  const float* col_factor;
+};
+
 struct Sweeps {
   void (*stats)(const Tile&, std::int64_t, std::int64_t, float*, float*, float*, float*);
-  void (*merge_columns)(std::int64_t, std::int64_t, std::int64_t, const float*, float*, float*);
-  void (*softmax_grad)(const Tile&, std::int64_t, std::int64_t, const float*, const float*, const float*, const float*,
-                       float*);
+  void (*merge_columns)(std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*, const Statistics&);
+  void (*softmax_grad)(const Tile&, std::int64_t, std::int64_t, const Weights&, float*);
   void (*sigmoid)(const Tile&, std::int64_t, std::int64_t, float*, float*, float*, float*, const float*, float*);
   void (*merge_maxima)(std::int64_t, std::int64_t, std::int64_t, const float*, float*);
+  void (*distill_stats)(const Tile*, std::int64_t, std::int64_t, std::int64_t, const Statistics*, float*, std::int64_t);
+  void (*merge_cross_columns)(std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*, const Statistics&);
+  void (*distill_grad)(const Tile*, std::int64_t, std::int64_t, std::int64_t, const Weights*, float*);
+  void (*distill_sigmoid)(const Tile*, std::int64_t, const float*, std::int64_t, std::int64_t, float*, float*, float*,
+                          float*, const float*, float*);
 };
 
 namespace baseline {
@@ -148,6 +170,19 @@ void exclude_diagonal(const Tile& tile, std::int64_t diagonal) {
     tile.dots[i * tile.cols + i + diagonal] = -INFINITY;
 }
 
+// The student's tile and its teachers', the samples' own pairs excluded.
+std::vector<Tile> student_and_teachers(float* dots, std::int64_t teachers, std::int64_t rows, std::int64_t cols,
+                                       const float* factors, const float* offsets, std::int64_t diagonal,
+                                       const std::int32_t* row_labels, const std::int32_t* col_labels) {
+  std::vector<Tile> tiles;
+  for (std::int64_t k = 0; k <= teachers; ++k) {
+    const float offset = offsets ? offsets[k] : 0.0f;
+    tiles.push_back({dots + k * rows * cols, rows, cols, factors[k], offset, row_labels, col_labels});
+    exclude_diagonal(tiles.back(), diagonal);
+  }
+  return tiles;
+}
+
 template <class Work>
 void over_bands(const Tile& tile, int threads, const Work& work) {
   parallel(bands(tile.rows), threads, [&](std::int64_t band) {
@@ -161,12 +196,14 @@ void over_bands(const Tile& tile, int threads, const Work& work) {
 extern "C" {
 
 // Increased with every change of this interface, so that a library of an older build is not used.
-int threetowers_sweep_version() { return 4; }
+int threetowers_sweep_version() { return 5; }
 
 int threetowers_sweep_isa() { return best_isa(); }
 
-// Floats of scratch that the calls below need for a tile.
-std::int64_t threetowers_sweep_scratch(std::int64_t rows, std::int64_t cols) { return 2 * bands(rows) * padded(cols); }
+// Floats of scratch that the calls below need for a tile, and for those of this many teachers.
+std::int64_t threetowers_sweep_scratch(std::int64_t rows, std::int64_t cols, std::int64_t teachers) {
+  return 3 * (1 + teachers) * bands(rows) * padded(cols);
+}
 
 void threetowers_sweep_stats(int isa, int threads, float* dots, std::int64_t rows, std::int64_t cols, float factor,
                              std::int64_t diagonal, const std::int32_t* row_labels, const std::int32_t* col_labels,
@@ -179,7 +216,7 @@ void threetowers_sweep_stats(int isa, int threads, float* dots, std::int64_t row
     float* own = scratch + 2 * band * stride;
     sweep.stats(tile, first, last, row_max, row_sum, own, own + stride);
   });
-  sweep.merge_columns(cols, bands(rows), stride, scratch, col_max, col_sum);
+  sweep.merge_columns(cols, bands(rows), stride, 2 * stride, scratch, {col_max, col_sum, nullptr});
 }
 
 // grad may be dots.
@@ -188,9 +225,10 @@ void threetowers_sweep_softmax_grad(int isa, int threads, float* dots, std::int6
                                     const std::int32_t* col_labels, const float* row_shift, const float* row_factor,
                                     const float* col_shift, const float* col_factor, float* grad) {
   const Tile tile{dots, rows, cols, factor, 0.0f, row_labels, col_labels};
+  const Weights weights{row_shift, row_factor, col_shift, col_factor};
   exclude_diagonal(tile, diagonal);
   over_bands(tile, threads, [&](std::int64_t, std::int64_t first, std::int64_t last) {
-    sweeps(isa).softmax_grad(tile, first, last, row_shift, row_factor, col_shift, col_factor, grad);
+    sweeps(isa).softmax_grad(tile, first, last, weights, grad);
   });
 }
 
@@ -207,6 +245,54 @@ void threetowers_sweep_sigmoid(int isa, int threads, float* dots, std::int64_t r
     sweep.sigmoid(tile, first, last, loss, prob, row_max, scratch + band * stride, weights, grad);
   });
   if (loss) sweep.merge_maxima(cols, bands(rows), stride, scratch, col_max);
+}
+
+// Of a student and its teachers. In dots a tile follows the other, the student's first; factors, offsets, row_results,
+// col_results and weights have one element for each, too.
+void threetowers_sweep_distill_stats(int isa, int threads, float* dots, std::int64_t teachers, std::int64_t rows,
+                                     std::int64_t cols, const float* factors, std::int64_t diagonal,
+                                     const std::int32_t* row_labels, const std::int32_t* col_labels,
+                                     const Statistics* row_results, const Statistics* col_results, float* scratch) {
+  const auto tiles =
+      student_and_teachers(dots, teachers, rows, cols, factors, nullptr, diagonal, row_labels, col_labels);
+  const Sweeps& sweep = sweeps(isa);
+  const std::int64_t stride = padded(cols), step = 3 * (1 + teachers) * stride;
+  over_bands(tiles[0], threads, [&](std::int64_t band, std::int64_t first, std::int64_t last) {
+    sweep.distill_stats(tiles.data(), teachers, first, last, row_results, scratch + band * step, stride);
+  });
+  sweep.merge_columns(cols, bands(rows), stride, step, scratch, col_results[0]);
+  for (std::int64_t k = 1; k <= teachers; ++k)
+    sweep.merge_cross_columns(cols, bands(rows), stride, step, scratch + 3 * k * stride, col_results[k]);
+}
+
+// grad may be dots: the student's.
+void threetowers_sweep_distill_grad(int isa, int threads, float* dots, std::int64_t teachers, std::int64_t rows,
+                                    std::int64_t cols, const float* factors, std::int64_t diagonal,
+                                    const std::int32_t* row_labels, const std::int32_t* col_labels,
+                                    const Weights* weights, float* grad) {
+  const auto tiles =
+      student_and_teachers(dots, teachers, rows, cols, factors, nullptr, diagonal, row_labels, col_labels);
+  over_bands(tiles[0], threads, [&](std::int64_t, std::int64_t first, std::int64_t last) {
+    sweeps(isa).distill_grad(tiles.data(), teachers, first, last, weights, grad);
+  });
+}
+
+// shares: of each teacher in the target. weights and grad: both or none; grad may be dots: the student's.
+void threetowers_sweep_distill_sigmoid(int isa, int threads, float* dots, std::int64_t teachers, std::int64_t rows,
+                                       std::int64_t cols, const float* factors, const float* offsets,
+                                       std::int64_t diagonal, const std::int32_t* row_labels,
+                                       const std::int32_t* col_labels, const float* shares, float* loss, float* prob,
+                                       float* row_max, float* col_max, const float* weights, float* grad,
+                                       float* scratch) {
+  const auto tiles =
+      student_and_teachers(dots, teachers, rows, cols, factors, offsets, diagonal, row_labels, col_labels);
+  const Sweeps& sweep = sweeps(isa);
+  const std::int64_t stride = padded(cols);
+  over_bands(tiles[0], threads, [&](std::int64_t band, std::int64_t first, std::int64_t last) {
+    sweep.distill_sigmoid(tiles.data(), teachers, shares, first, last, loss, prob, row_max, scratch + band * stride,
+                          weights, grad);
+  });
+  sweep.merge_maxima(cols, bands(rows), stride, scratch, col_max);
 }
 
 }  // extern "C"

@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_loss.py            # B = 8192, D = 512; about five minutes on two cores
     python tests/benchmarks/bench_loss.py --quick    # smaller, under a minute
     python tests/benchmarks/bench_loss.py --softmax  # only the softmax loss, its floor and open_clip's, half a minute
+    python tests/benchmarks/bench_loss.py --distill  # only distillation from one teacher, its floor and dense forms
     python tests/benchmarks/bench_loss.py --curves --plot curves.svg   # B from 1k to 32k; many minutes
     python tests/benchmarks/bench_loss.py --cpu-time # one thread's processor time: steadier on a busy machine
 
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from threetowers.kernels import contrastive_loss, reference_contrastive_loss
+from threetowers.kernels import Teacher, contrastive_loss, distillation_loss, reference_contrastive_loss
 from threetowers.kernels.backends import backend_for
 
 Step = Callable[[], object]
@@ -43,9 +44,9 @@ Clock = Callable[[], float]
 GIB = 2**30
 
 
-def features(total: int, width: int, noise: float = 2.0) -> tuple[Tensor, Tensor]:
+def features(total: int, width: int, noise: float = 2.0, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Matched unit rows: the less noise, the surer the pairs."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     x_BD = torch.randn(total, width, generator=g)
     y_BD = x_BD + noise * torch.randn(total, width, generator=g)
     return normalize(x_BD).requires_grad_(), normalize(y_BD).requires_grad_()
@@ -63,6 +64,23 @@ def floor(x_BD: Tensor, y_BD: Tensor, logits_again: bool, fresh: bool = False) -
             torch.mm(x, y.T, out=sim_BB)
         torch.mm(sim_BB, y, out=dx_BD)
         torch.mm(sim_BB.T, x, out=dy_BD)
+
+    products()
+    return products
+
+
+def distillation_floor(x_BD: Tensor, y_BD: Tensor, teacher: Teacher) -> Step:
+    """The products alone: both sides' dots twice, as forward and backward take them, and two gradient products."""
+    x, y = x_BD.detach(), y_BD.detach()
+    student_BB, teacher_BB = torch.empty(len(x), len(y)), torch.empty(len(x), len(y))
+    dx_BD, dy_BD = torch.empty_like(x), torch.empty_like(y)
+
+    def products() -> None:
+        for _ in range(2):
+            torch.mm(x, y.T, out=student_BB)
+            torch.mm(teacher.u, teacher.v.T, out=teacher_BB)
+        torch.mm(student_BB, y, out=dx_BD)
+        torch.mm(student_BB.T, x, out=dy_BD)
 
     products()
     return products
@@ -100,6 +118,47 @@ def dense(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Tensor:
     logits_BB = log_scale.exp() * (x_BD @ y_BD.T)
     target_B = torch.arange(len(x_BD))
     return (cross_entropy(logits_BB, target_B) + cross_entropy(logits_BB.T, target_B)) / 2
+
+
+def teacher_of(total: int, width: int) -> Teacher:
+    """A teacher that knows more of the pairs than the student of `features` does."""
+    u_BE, v_BE = (part.detach() for part in features(total, width, noise=1.0, seed=1))
+    return Teacher(u_BE, v_BE, torch.tensor([30.0]).log())
+
+
+def own_distillation(teacher: Teacher) -> Callable[..., Tensor]:
+    """The fused loss; half of the target is the pairs' own, as in the forms below."""
+    return lambda x, y, log_scale: distillation_loss(x, y, log_scale, [teacher], hard_weight=0.5)
+
+
+def dense_distillation(teacher: Teacher) -> Callable[..., Tensor]:
+    """All logits at once, shared by both directions, as CLIP-KD and MobileCLIP compute it."""
+
+    def loss(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Tensor:
+        logits_BB = log_scale.exp() * (x_BD @ y_BD.T)
+        teacher_BB = teacher.log_scale.exp() * (teacher.u @ teacher.v.T)
+        target_B = torch.arange(len(x_BD))
+        soft = cross_entropy(logits_BB, teacher_BB.softmax(1)) + cross_entropy(logits_BB.T, teacher_BB.T.softmax(1))
+        hard = cross_entropy(logits_BB, target_B) + cross_entropy(logits_BB.T, target_B)
+        return (soft + hard) / 4
+
+    return loss
+
+
+def open_clip_distillation(teacher: Teacher) -> Callable[..., Tensor] | None:
+    """open_clip's distillation loss, if it is installed."""
+    try:
+        from open_clip.loss import DistillClipLoss
+    except ImportError:
+        return None
+    module = DistillClipLoss()
+
+    def loss(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Tensor:
+        parts = module(x_BD, y_BD, log_scale.exp(), teacher.u, teacher.v, teacher.log_scale.exp())
+        total: Tensor = sum(parts) / 2
+        return total
+
+    return loss
 
 
 def linear_cross_entropy() -> Callable[..., Tensor] | None:
@@ -157,6 +216,27 @@ def bench_softmax(total: int, width: int, rounds: int, clock: Clock) -> None:
     report(f"Softmax, B = {total}, D = {width}", steps, pairs, rounds, clock)
 
 
+def bench_distillation(total: int, width: int, rounds: int, clock: Clock) -> None:
+    """Distillation from one teacher of the student's width between its floor and dense forms, in the same rounds."""
+    losses = {"distillation": own_distillation, "dense distillation": dense_distillation}
+    losses["open_clip DistillClipLoss"] = open_clip_distillation  # type: ignore[assignment]
+    x_BD, y_BD = features(512, width)
+    small = {name: loss(teacher_of(512, width)) for name, loss in losses.items()}
+    grads = {name: training_step(x_BD, y_BD, loss)() for name, loss in small.items() if loss is not None}
+    for name, (dx_BD, *_) in grads.items():
+        apart = float((dx_BD - grads["distillation"][0]).norm() / dx_BD.norm())
+        if apart > 1e-4:
+            raise RuntimeError(f"{name} has other gradients than distillation, by {apart:.1e}: they do not compare")
+
+    x_BD, y_BD = features(total, width)
+    teacher = teacher_of(total, width)
+    steps = {"floor of 6 passes": distillation_floor(x_BD, y_BD, teacher)}
+    steps |= {name: training_step(x_BD, y_BD, losses[name](teacher)) for name in grads}
+    pairs = [("distillation", "floor of 6 passes")]
+    pairs += [(name, "distillation") for name in grads if name != "distillation"]
+    report(f"Distillation from one teacher of width {width}, B = {total}, D = {width}", steps, pairs, rounds, clock)
+
+
 def bench_time(total: int, width: int, rival_total: int, rounds: int, clock: Clock) -> None:
     x_BD, y_BD = features(total, width)
     steps = {
@@ -210,18 +290,31 @@ def extra_bytes(step: Step, gradient_bytes: int) -> int:
     return process_bytes("VmHWM") - before - gradient_bytes
 
 
+MEMORY_KINDS = ["softmax", "sigmoid", "distillation", "dense distillation"]
+
+
 def measure_memory(total: int, width: int, kind: str) -> None:
     """Print the extra memory of one step, in a process of its own."""
-    options: dict[str, Any] = {"kind": kind} | ({"bias": torch.tensor([-10.0])} if kind == "sigmoid" else {})
-    training_step(*features(256, width), contrastive_loss, **options)()  # libraries make their own buffers at first use
+
+    def loss_of(batch: int) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        if kind == "distillation":
+            return own_distillation(teacher_of(batch, width)), {}
+        if kind == "dense distillation":
+            return dense_distillation(teacher_of(batch, width)), {}
+        return contrastive_loss, {"kind": kind} | ({"bias": torch.tensor([-10.0])} if kind == "sigmoid" else {})
+
+    loss, options = loss_of(256)
+    training_step(*features(256, width), loss, **options)()  # libraries make their own buffers at first use
     x_BD, y_BD = features(total, width)
-    extra = extra_bytes(training_step(x_BD, y_BD, contrastive_loss, **options), 2 * x_BD.nbytes) / 2**20
-    print(f"  {kind:8s} B = {total}, D = {width}: {extra:.0f} MiB beyond inputs and gradients")
+    loss, options = loss_of(total)
+    extra = extra_bytes(training_step(x_BD, y_BD, loss, **options), 2 * x_BD.nbytes) / 2**20
+    print(f"  {kind:18s} B = {total}, D = {width}: {extra:.0f} MiB beyond inputs and gradients")
 
 
-def bench_memory(total: int, width: int, threads: int) -> None:
+def bench_memory(totals: dict[str, int], width: int, threads: int) -> None:
+    """Memory of these kinds of loss, each at its batch."""
     print("\nMemory of forward and backward", flush=True)
-    for kind in ("softmax", "sigmoid"):
+    for kind, total in totals.items():
         command = [sys.executable, __file__, "--memory", kind, "--batch", str(total), "--width", str(width)]
         subprocess.run([*command, "--threads", str(threads)], check=True)
 
@@ -366,6 +459,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--softmax", action="store_true", help="only the softmax loss, its floor and open_clip's")
+    parser.add_argument("--distill", action="store_true", help="only distillation, its floor and dense forms")
     parser.add_argument("--batch", type=int, help="B; default 8192, with --quick 2048")
     parser.add_argument("--width", type=int, default=512, help="D")
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 3")
@@ -375,7 +469,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="with --curves: draw them in this PNG or SVG file")
     parser.add_argument("--batches", type=int, nargs="+", default=[2**k for k in range(10, 16)], help="of --curves")
     parser.add_argument("--limit", type=float, default=90, help="seconds that a point of --curves may take")
-    parser.add_argument("--memory", choices=["softmax", "sigmoid"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=MEMORY_KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--curve", choices=list(CURVES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.threads = 1 if args.cpu_time else args.threads
@@ -399,9 +493,15 @@ def main() -> None:
     if args.softmax:
         bench_softmax(batch, args.width, rounds, clock)
         return
+    if args.distill:
+        bench_distillation(batch, args.width, rounds, clock)
+        # The dense form's memory grows with the square of B, and is measured where it fits.
+        bench_memory({"distillation": 4 * batch, "dense distillation": batch}, args.width, args.threads)
+        return
     bench_error()
     bench_time(batch, args.width, batch, rounds, clock)
-    bench_memory(16384 if args.quick else 32768, 64 if args.quick else args.width, args.threads)
+    large, narrow = 16384 if args.quick else 32768, 64 if args.quick else args.width
+    bench_memory({"softmax": large, "sigmoid": large}, narrow, args.threads)
     bench_share([256] if args.quick else [256, 2048], 2 if args.quick else 3)
 
 

@@ -18,6 +18,15 @@ def _small(backend: Any) -> Any:
     return backend
 
 
+@pytest.fixture(params=[0, 1, 2], ids=["baseline", "avx2", "avx512"])
+def sweep(request: pytest.FixtureRequest) -> CpuTiles:
+    """Run the test with each instruction set's sweep."""
+    loaded = sweep_library()
+    if loaded is None or request.param > loaded.threetowers_sweep_isa():
+        pytest.skip("not built here, or not in this processor")
+    return CpuTiles(loaded, request.param)
+
+
 @pytest.fixture(params=["torch", "cpu"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test on each back end, with tiles so small that every batch has several."""

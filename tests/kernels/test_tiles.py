@@ -22,14 +22,6 @@ from threetowers.kernels.tiles import (
 SHAPES = [(1, 1), (3, 17), (33, 15), (70, 1029), (129, 64)]
 
 
-@pytest.fixture(params=[0, 1, 2], ids=["baseline", "avx2", "avx512"])
-def sweep(request: pytest.FixtureRequest) -> CpuTiles:
-    loaded = sweep_library()
-    if loaded is None or request.param > loaded.threetowers_sweep_isa():
-        pytest.skip("not built here, or not in this processor")
-    return CpuTiles(loaded, request.param)
-
-
 def _map(scale: float, bias: float = 0.0, dtype: torch.dtype = torch.float32) -> LogitMap:
     return LogitMap.of(torch.tensor([scale, bias], dtype=torch.float64), dtype)
 
