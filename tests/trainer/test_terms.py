@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.trainer.small_models import inputs_of
 from tests.trainer.test_config import THREE
 from threetowers.kernels import Teacher, reference_contrastive_loss, reference_distillation_loss
 from threetowers.trainer.config import ConfigError, TrainConfig, dump, parse
@@ -150,6 +151,34 @@ def test_dropped_teachers_are_a_function_of_seed_and_step() -> None:
         share = np.mean([name in names for names in found])
         assert share == pytest.approx(kept, abs=4 * (kept * (1 - kept) / 3000) ** 0.5)
 
+
+def test_live_frozen_towers_teach() -> None:
+    """A teacher needs no cache: its towers run forward alone, and what is frozen stays as it is."""
+    tree = copy.deepcopy(THREE)
+    del tree["towers"]["third"], tree["heads"]["h_f"], tree["heads"]["f_h"]
+    live = {"frozen": True, "init": "weights.safetensors"}
+    tree["towers"] |= {"big": tree["towers"]["image"] | live, "words": tree["towers"]["text"] | live | {"width": 64}}
+    tree["towers"]["words"]["heads"] = 4
+    tree["heads"] |= {"u": {"of": "big", "kind": "none"}, "v": {"of": "words", "kind": "none"}}
+    teachers = {"live": {"x": "u", "y": "v", "temperature": 0.1}}
+    tree["terms"] = {"taught": {"x": "f", "y": "g", "kind": "distill", "teachers": teachers}}
+    model = TowerModel(parse(tree), 48, {})
+    inputs = {name: inputs_of(5)[side] for side, names in SEEN.items() for name in names}
+    outputs = model(inputs)
+    assert not outputs.embeddings["u"].requires_grad
+    assert not outputs.embeddings["v"].requires_grad
+    loss, report = total_loss(model.config, outputs)
+    scale = torch.tensor([0.1]).log().neg()
+    x = {name: embedding_bD.detach() for name, embedding_bD in outputs.embeddings.items()}
+    teacher = Teacher(x["u"], x["v"], scale)
+    dense = reference_distillation_loss(x["f"], x["g"], model.log_scales["scale"].detach(), [teacher])
+    torch.testing.assert_close(report["taught"].loss.double(), dense, rtol=1e-5, atol=0)
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith(("towers.big", "towers.words")), name
+
+
+SEEN = {"image": ("image", "big"), "text": ("text", "words")}
 
 # Which of the samples have a row in each cache; rank 0 holds the first 7.
 PRESENT = {
