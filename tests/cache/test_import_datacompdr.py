@@ -21,6 +21,8 @@ from tests.cache.reinforced_tars import (
     show_crop,
     write_reinforced,
 )
+from threetowers.cache.builder.build import build_cache
+from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.live import embed, embed_captions
 from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.exchange.bad_source import BadSource
@@ -249,6 +251,28 @@ def test_crops_that_mean_nothing_are_refused(data: bytes, message: str) -> None:
         read_crops(data, (61, 84), POLICY)
 
 
+def test_members_with_changed_bytes_are_refused_by_one_kind_of_error() -> None:
+    """Whatever is damaged: the archives' own readers raise a dozen kinds."""
+    rng = np.random.default_rng(5)
+    crops = json.dumps({"param_aug": [[[14, 34, 70, 27], [[3, 30.45317268371582], [12, 0.0]]]] * 2}).encode()
+    whole = {"npz": npz(image_emb=ROWS, text_emb=ROWS), "pth.gz": saved({"image_emb": torch.ones(2, 3)}), "paug": crops}
+    refused = 0
+    for _ in range(300):
+        for name, data in whole.items():
+            unpacked = bytearray(gzip.decompress(data) if name == "pth.gz" else data)
+            at = int(rng.integers(len(unpacked)))
+            unpacked[at : at + int(rng.integers(9))] = rng.bytes(int(rng.integers(5)))
+            damaged = gzip.compress(unpacked, 1) if name == "pth.gz" else bytes(unpacked)
+            try:
+                if name == "paug":
+                    assert read_crops(damaged, (61, 84), POLICY).shape[1] == 9
+                else:
+                    assert all(rows.dtype == np.float32 for rows in read_embeddings({name: damaged}).values())
+            except BadReinforcement:
+                refused += 1
+    assert refused > 600
+
+
 class Evil:
     """A pickle that would do something."""
 
@@ -282,6 +306,9 @@ BAD_MEMBERS = [
     ({"pth.gz": gzip.compress(pickle.dumps(Evil()))}, "pth.gz: not tensors alone"),
     ({"pth.gz": saved([torch.ones(2, 3)])}, "pth.gz: expected tensors by name, found list"),
     ({"pth.gz": saved({"image_emb": [1.0]})}, "pth.gz: image_emb: expected a matrix of floats, found list"),
+    ({"pth.gz": saved({"image_emb": torch.ones(3)})}, r"expected a matrix of floats, found float32 of shape \(3,\)"),
+    ({"pth.gz": saved({"image_emb": torch.ones(2, 3).to_sparse()})}, "image_emb: expected a matrix of floats, found"),
+    ({"pth.gz": saved({"image_emb": torch.ones(1, 1).expand(9**9, 9)})}, "image_emb: 3486784401 numbers, expected at"),
 ]
 
 
@@ -385,6 +412,18 @@ def test_sources_that_cannot_be_used_are_refused(
     with pytest.raises(BadSource, match=r"rows of unit norm, where 'projected' of .*--feature unit:projected"):
         run(tars, reinforced, out, feature="projected")
     assert not out.exists()
+
+
+def test_tars_with_gaps_are_left_to_a_build(samples: list[Tar], write: Callable[..., Any], tmp_path: Path) -> None:
+    """It draws crops of the same policy, and the cache is one."""
+    tars, _ = write()
+    reinforced = rewritten(tmp_path / "dr.tar", samples, lambda number, found: number == 1 and found.pop("npz"))
+    report = run(tars, reinforced, tmp_path / "cache", missing="build")
+    assert report.left == (str(tars[0]),)
+    options: dict[str, Any] = {"tars": tars, "encoder": TEACHERS[0], "feature": "unit:projected", "views": VIEWS}
+    built = build_cache(BuildConfig(output_dir=tmp_path / "cache", device="cpu", **options))
+    assert (built.tars_built, built.tars_kept) == (1, 1)
+    assert verify(tmp_path / "cache", tars, depth="recompute", min_cosine=0.99).ok
 
 
 def test_other_data_sets_have_several_lists_of_synthetic_captions(
