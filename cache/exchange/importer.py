@@ -130,9 +130,9 @@ def import_cache(config: ImportConfig) -> ImportReport:
     started = time.monotonic()
     storage = open_storage(config.output_dir)
     parts = config.parts()
-    reinforced = _index_reinforced(config)
     listed = require_samples(index_tars(expand(config.tars), config.image_member, config.on_bad))
     indexes = listed.tars
+    reinforced = _index_reinforced(config, indexes)
     if config.on_bad == "error" and config.of == "image":
         refuse_defects(indexes)
 
@@ -178,11 +178,19 @@ def import_cache(config: ImportConfig) -> ImportReport:
     return _report(storage, config, source, records, left, len(finished), listed.notes(), started)
 
 
-def _index_reinforced(config: ImportConfig) -> list[TarIndex]:
-    """Return the tars of DataCompDR, if any are named."""
+def _index_reinforced(config: ImportConfig, indexes: Sequence[TarIndex]) -> list[TarIndex]:
+    """Return the tars of DataCompDR, if any are named; those that have the images too are indexed already."""
     if not config.datacompdr:
         return []
-    return require_samples(index_tars(expand(config.datacompdr), None, config.on_bad)).tars
+    known = {index.location: index for index in indexes}
+    locations = expand(config.datacompdr)
+    others = [location for location in locations if location not in known]
+    found = index_tars(others, None, config.on_bad).tars if others else []
+    known |= {index.location: index for index in found}
+    tars = [known[location] for location in locations if location in known]
+    if not tars:
+        raise BadSource(f"none of {len(locations)} tars can be used and holds a sample (--datacompdr): {locations[0]}")
+    return tars
 
 
 def _finder(

@@ -267,7 +267,7 @@ def test_members_with_changed_bytes_are_refused_by_one_kind_of_error() -> None:
                 if name == "paug":
                     assert read_crops(damaged, (61, 84), POLICY).shape[1] == 9
                 else:
-                    assert all(rows.dtype == np.float32 for rows in read_embeddings({name: damaged}).values())
+                    assert all(rows.dtype == np.float32 for rows in read_embeddings({name: damaged}, "image").values())
             except BadReinforcement:
                 refused += 1
     assert refused > 600
@@ -295,6 +295,7 @@ def npz(**arrays: Any) -> bytes:
 ROWS = np.ones((2, 3), np.float32)
 BAD_MEMBERS = [
     ({}, "no member npz or pth.gz"),
+    ({"npz": npz(text_emb=ROWS)}, "npz: no image_emb"),
     ({"npz": npz(image_emb=ROWS)[:-30]}, "npz: truncated, damaged or a pickle"),
     ({"npz": npz(image_emb=np.array([Evil()], object))}, "npz: truncated, damaged or a pickle"),
     ({"npz": npz(image_emb=ROWS[0])}, r"npz: image_emb: expected a matrix of floats, found float32 of shape \(3,\)"),
@@ -317,7 +318,7 @@ def test_embeddings_that_cannot_be_used_are_refused_and_nothing_is_unpickled(
     found: dict[str, bytes], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(BadReinforcement, match=message):
-        read_embeddings(found)
+        read_embeddings(found, "image")
     assert capsys.readouterr().out == ""
 
 
@@ -327,11 +328,11 @@ def test_embeddings_unpack_to_so_many_bytes_at_most(monkeypatch: pytest.MonkeyPa
     np.savez_compressed(packed, image_emb=zeros)
     found = {"npz": packed.getvalue()}, {"pth.gz": saved({"image_emb": torch.from_numpy(zeros)})}
     for each in found:
-        assert read_embeddings(each)["image_emb"].shape == (1000, 100)
+        assert read_embeddings(each, "image")["image_emb"].shape == (1000, 100)
     monkeypatch.setattr(embeddings_module, "MAX_BYTES", 300_000)
     for each in found:
         with pytest.raises(BadReinforcement, match="bytes unpacked"):
-            read_embeddings(each)
+            read_embeddings(each, "image")
 
 
 def rewritten(tar: Path, samples: list[Tar], change: Callable[[int, dict[str, Any]], None]) -> list[Path]:
@@ -398,6 +399,10 @@ def test_sources_that_cannot_be_used_are_refused(
         )
     with pytest.raises(BadSource, match=r"0\.tar: no sample has a member npz or pth\.gz, nor in 1 other tars"):
         run(tars, tars, out)
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(b"no tar")
+    with pytest.raises(BadSource, match=r"none of 1 tars can be used and holds a sample \(--datacompdr\): .*bad\.tar"):
+        run(tars, [bad], out, on_bad="skip_tars")
     pickles = rewritten(
         tmp_path / "pickles.tar", samples, lambda _, found: found.update(npz=npz(image_emb=np.array([Evil()])))
     )

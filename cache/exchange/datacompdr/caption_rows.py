@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from threetowers.cache.exchange.datacompdr.bad_reinforcement import BadReinforcement
-from threetowers.cache.exchange.datacompdr.embeddings import IMAGE_ROWS, SUFFIX, TEXT_ROWS
+from threetowers.cache.exchange.datacompdr.embeddings import SUFFIX, TEXT_ROWS
 from threetowers.cache.format.dtypes import Float32Array
 from threetowers.cache.webdataset.captions import BadText, caption_hash, clean_caption, decode_text, json_object
 
@@ -57,11 +57,6 @@ def rows_by_caption(
         if own is not None:
             found[caption_hash(own)] = text_rows[0]
     return found
-
-
-def text_widths(embeddings: Mapping[str, Float32Array]) -> set[int]:
-    """Return the widths of the rows of captions."""
-    return {rows.shape[1] for name, rows in embeddings.items() if name != IMAGE_ROWS}
 
 
 def _synthetic(members: Mapping[str, bytes]) -> dict[str, list[Any]]:

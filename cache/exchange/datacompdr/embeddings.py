@@ -19,6 +19,7 @@ import torch
 
 from threetowers.cache.exchange.datacompdr.bad_reinforcement import BadReinforcement
 from threetowers.cache.format.dtypes import Float32Array
+from threetowers.cache.format.manifest import Side
 
 NPZ = "npz"
 PTH = "pth.gz"
@@ -29,37 +30,46 @@ TEXT_ROWS = "text_emb"
 MAX_BYTES = 64 << 20  # of the arrays of a sample when they are unpacked
 
 
-def read_embeddings(members: Mapping[str, bytes]) -> dict[str, Float32Array]:
-    """Return the (n, W) embeddings of a sample by name, all those that end in `_emb`.
+def read_embeddings(members: Mapping[str, bytes], of: Side) -> dict[str, Float32Array]:
+    """Return the (n, W) embeddings of a sample by name: `image_emb`, or all others that end in `_emb`; at least one.
 
     Args:
         members: The members of the sample by extension.
+        of: Which side of the sample they are of.
 
     Raises:
-        BadReinforcement: There is no such member, it is damaged or too large, or holds anything but matrices of floats.
+        BadReinforcement: There are none; their member is damaged or too large, or holds other things than matrices of
+            floats.
     """
     for extension in EMBEDDING_EXTENSIONS:
         if extension in members:
-            arrays = _read_npz(members[NPZ]) if extension == NPZ else _read_pth(members[PTH])
+            arrays = _read_npz(members[NPZ], of) if extension == NPZ else _read_pth(members[PTH], of)
+            if not arrays:
+                expected = IMAGE_ROWS if of == "image" else f"{TEXT_ROWS}, nor others of captions"
+                raise BadReinforcement(f"{extension}: no {expected}")
             return {name: _as_rows(f"{extension}: {name}", value) for name, value in arrays.items()}
     raise BadReinforcement(f"no member {' or '.join(EMBEDDING_EXTENSIONS)}")
 
 
-def _read_npz(data: bytes) -> dict[str, Any]:
+def _is_of(name: Any, of: Side) -> bool:
+    return isinstance(name, str) and name.endswith(SUFFIX) and (name == IMAGE_ROWS) == (of == "image")
+
+
+def _read_npz(data: bytes, of: Side) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(info.file_size for info in archive.infolist())
         if size > MAX_BYTES:
             raise BadReinforcement(f"{NPZ}: {size} bytes unpacked, expected at most {MAX_BYTES}")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files if name.endswith(SUFFIX)}
+            return {name: arrays[name] for name in arrays.files if _is_of(name, of)}
     except BadReinforcement:
         raise
     except Exception as error:  # a dozen kinds, and MemoryError where a header tells of more than the file holds
         raise BadReinforcement(f"{NPZ}: truncated, damaged or a pickle: {_first_line(error)}") from error
 
 
-def _read_pth(data: bytes) -> dict[str, Any]:
+def _read_pth(data: bytes, of: Side) -> dict[str, Any]:
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             unpacked = file.read(MAX_BYTES + 1)
@@ -75,7 +85,7 @@ def _read_pth(data: bytes) -> dict[str, Any]:
         raise BadReinforcement(f"{PTH}: not tensors alone, nothing else is unpickled: {_first_line(error)}") from error
     if not isinstance(loaded, dict):
         raise BadReinforcement(f"{PTH}: expected tensors by name, found {type(loaded).__name__}")
-    return {name: value for name, value in loaded.items() if isinstance(name, str) and name.endswith(SUFFIX)}
+    return {name: value for name, value in loaded.items() if _is_of(name, of)}
 
 
 def _as_rows(what: str, value: Any) -> Float32Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from threetowers.cache.exchange.bad_source import BadSource
 from threetowers.cache.exchange.datacompdr.bad_reinforcement import BadReinforcement
-from threetowers.cache.exchange.datacompdr.caption_rows import SYN, TXT, text_widths
+from threetowers.cache.exchange.datacompdr.caption_rows import SYN, TXT
 from threetowers.cache.exchange.datacompdr.crops import PAUG
 from threetowers.cache.exchange.datacompdr.embeddings import (
     EMBEDDING_EXTENSIONS,
@@ -130,10 +130,7 @@ class ReinforcedTars(ImportSource):
 
     def image_rows(self, members: Members) -> Float32Array:
         """Return the (V, D) rows of the crops of a sample. Raises BadReinforcement where they are not as in others."""
-        embeddings = read_embeddings(members)
-        if IMAGE_ROWS not in embeddings:
-            raise BadReinforcement(f"no {IMAGE_ROWS}, found {', '.join(embeddings) or 'nothing'}")
-        rows_VW = embeddings[IMAGE_ROWS]
+        rows_VW = read_embeddings(members, "image")[IMAGE_ROWS]
         if rows_VW.shape != (self.n_crops, self.width):
             raise BadReinforcement(
                 f"{IMAGE_ROWS}: {len(rows_VW)} rows of width {rows_VW.shape[1]}, expected {self.n_crops} of width "
@@ -143,13 +140,10 @@ class ReinforcedTars(ImportSource):
 
     def text_rows(self, members: Members) -> dict[str, Float32Array]:
         """Return the rows of the captions of a sample, of all teachers. Raises as `image_rows` does."""
-        embeddings = {name: rows for name, rows in read_embeddings(members).items() if name != IMAGE_ROWS}
-        if not embeddings:
-            raise BadReinforcement("no embeddings of captions")
-        if text_widths(embeddings) != {self.width}:
+        embeddings = read_embeddings(members, "text")
+        if (widths := {rows.shape[1] for rows in embeddings.values()}) != {self.width}:
             raise BadReinforcement(
-                f"{', '.join(embeddings)}: rows of width {sorted(text_widths(embeddings))}, expected {self.width} as "
-                "in other samples"
+                f"{', '.join(embeddings)}: rows of width {sorted(widths)}, expected {self.width} as in other samples"
             )
         return embeddings
 
@@ -178,13 +172,10 @@ class ReinforcedTars(ImportSource):
 
     def _embeddings_of_side(self, number: int, members: Members) -> Float32Array:
         """Return the (n, W) embeddings of the crops of a sample, or of its captions."""
-        embeddings = read_embeddings(members)
-        wanted = [
-            rows for name, rows in embeddings.items() if (name == IMAGE_ROWS) == (self.of == "image") and len(rows)
-        ]
-        if not wanted or len({rows.shape[1] for rows in wanted}) > 1:
-            raise BadReinforcement(f"no embeddings of {self.of}, found {', '.join(embeddings) or 'nothing'}")
-        return np.concatenate(wanted)
+        rows = [each for each in read_embeddings(members, self.of).values() if len(each)]
+        if len({each.shape[1] for each in rows}) != 1:
+            raise BadReinforcement(f"no embeddings of {self.of}, or of several widths")
+        return np.concatenate(rows)
 
 
 def _with_embeddings(index: TarIndex) -> Int64:
