@@ -14,19 +14,34 @@ def contrastive_losses(
     *,
     kind: LossKind = "softmax",
     group_ids: Tensor | None = None,
+    margin: float | None = None,
     logit_cache_bytes: int = 0,
     ring: bool = False,
     check: bool = True,
 ) -> list[PairResult]:
     """Return the losses of several pairs over one global batch, with one set of collectives for all of them.
 
-    Three towers have three pairs. Equations, conventions and errors are those of `contrastive_loss`.
+    Three towers have three pairs. Conventions and errors are those of `contrastive_loss`, and so are the equations
+    where rows of x and y are matched. Where columns have owners (`Pair.owner`), P_i the columns that row i owns, the
+    loss is
+
+    - softmax: ``½ mean_i 1/|P_i| Σ_j∈P_i -log P(y_j | x_i) + ½ mean_j -log P(x_owner(j) | y_j)``, the first over rows
+      that own a column (L_out of supervised contrastive learning, Khosla et al. 2020), the second over columns that
+      have an owner. P(y_j | x_i) is over the columns that i owns and those of no equal group id, P(x_i | y_j) over the
+      owner and the rows of no equal group id. A row that owns nothing is a negative of columns alone;
+    - sigmoid: the sum over all pairs, ``softplus(-s_ij)`` where i owns j and else ``softplus(s_ij)``, over the number
+      of rows.
+
+    A pass is then a product of 2 B M D operations, M the columns of all ranks.
 
     Args:
         pairs: 1 to 32 pairs. Local batches may differ from pair to pair (where some samples lack a side), as long as no
             group_ids are given.
         kind: "softmax" or "sigmoid", for all pairs.
         group_ids: int64 (b,), for all pairs.
+        margin: a negative whose dot product is above the smallest of its row's positives, or above its column's
+            positive, by more than this is taken for a false negative, and leaves both directions (and the accuracies).
+            The bound itself gets no gradient. None: no negative is.
         logit_cache_bytes: the budget of all pairs together.
         ring: whether column features travel from rank to rank instead of being gathered.
         check: whether to raise where values do not fit, for which a GPU is waited for once. False: nothing is waited
@@ -49,8 +64,9 @@ def contrastive_losses(
         (1.0, 0.0)
     """
     given = [DistillationPair(pair.x, pair.y, pair.log_scale, (), pair.bias, hard_weight=1.0) for pair in pairs]
-    fault = argument_fault(pairs, group_ids, kind, logit_cache_bytes)
-    return pair_losses(given, fault, kind, group_ids, logit_cache_bytes, ring, check)
+    fault = argument_fault(pairs, group_ids, kind, logit_cache_bytes, margin)
+    of_columns = [pair.owner for pair in pairs], [pair.column_group_ids for pair in pairs]
+    return pair_losses(given, fault, kind, group_ids, logit_cache_bytes, ring, check, *of_columns, margin)
 
 
 def contrastive_loss(

@@ -3,8 +3,9 @@
 A tile is the block of logits between r rows of x and c columns of y. Every back end computes
 ``dot = x_rD @ y_cD.T`` with at least float32 accumulation and works on ``t = (scale * dot + bias) * log2(e)``: logits
 in base 2. Two kinds of entries are *excluded* from a tile, as if they were not there: the samples' own pairs (the
-positives, which are treated apart in O(B)), found at ``(i, i + tile.diagonal)``, and, where labels are given, all
-entries of equal labels.
+positives, which are treated apart in O(B)), found at ``(i, i + tile.diagonal)``; where labels are given, all entries
+of equal labels; and where limits are given, all whose dot is above the limit of their row or of their column. Where
+columns have owners, the diagonal misses the tile, and labels exclude the own pairs.
 
 Tiles come in a fixed order from one thread (one stream), with r, c >= 1 and never larger than ``backend.rows`` x
 ``backend.cols``, or, where there are no teachers and neither gradients nor cached dots are asked for, ``stats_rows`` x
@@ -74,6 +75,8 @@ class Tile:
     diagonal: int  # entry (i, i + diagonal) is the sample's own pair; any integer, often outside the tile
     row_labels_r: Tensor | None = None  # int32, contiguous; both or none
     col_labels_c: Tensor | None = None
+    row_limits_r: Tensor | None = None  # in the back end's dtype, contiguous; both or none
+    col_limits_c: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,6 +418,8 @@ def _logits(dot_rc: Tensor, tile: Tile, factor: Tensor, offset: Tensor | None = 
         t_rc += offset
     if tile.row_labels_r is not None and tile.col_labels_c is not None:
         t_rc.masked_fill_(tile.row_labels_r[:, None] == tile.col_labels_c, -torch.inf)
+    if tile.row_limits_r is not None and tile.col_limits_c is not None:
+        t_rc.masked_fill_(dot_rc > torch.minimum(tile.row_limits_r[:, None], tile.col_limits_c), -torch.inf)
     if -len(t_rc) < tile.diagonal < t_rc.shape[1]:
         t_rc.diagonal(tile.diagonal).fill_(-torch.inf)
     return t_rc

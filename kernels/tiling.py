@@ -97,16 +97,26 @@ def iter_tiles(
         u_KrE = [features(teacher.u_bE[i]) for teacher in pair.teachers]
         for j in spans(len(block.y_sD), most_cols):
             y_cD = features(block.y_sD[j])
-            tile = Tile(pair.logit_map, (row_start + i.start) - (col_start + j.start))
-            if pair.labels_B is not None:
-                row_labels_r = pair.labels_B[row_start + i.start : row_start + i.stop]
-                col_labels_c = pair.labels_B[col_start + j.start : col_start + j.stop]
-                tile = replace(tile, row_labels_r=row_labels_r, col_labels_c=col_labels_c)
+            global_i = slice(row_start + i.start, row_start + i.stop)
+            global_j = slice(col_start + j.start, col_start + j.stop)
+            has_owners = pair.owners.owner_m is not None
+            tile = Tile(
+                pair.logit_map,
+                diagonal=len(y_cD) if has_owners else global_i.start - global_j.start,
+                row_labels_r=_part(pair.exclusions.row_labels_B, global_i),
+                col_labels_c=_part(pair.exclusions.col_labels_B, global_j),
+                row_limits_r=_part(pair.exclusions.row_limits_b, i),
+                col_limits_c=_part(pair.exclusions.col_limits_B, global_j),
+            )
             teachers = [
                 TeacherTile(u_rE, features(v_sE[j]), replace(tile, logit_map=teacher.logit_map))
                 for teacher, u_rE, v_sE in zip(pair.teachers, u_KrE, block.teachers_sE, strict=True)
             ]
             yield PlacedTile(i, j, x_rD, y_cD, tile, teachers)
+
+
+def _part(vector_n: Tensor | None, positions: slice) -> Tensor | None:
+    return None if vector_n is None else vector_n[positions]
 
 
 @dataclass(frozen=True, slots=True)

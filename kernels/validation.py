@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from threetowers.kernels.distributed.agreement import MAX_PAIRS
+from threetowers.kernels.operator.owners import Owners
 from threetowers.kernels.pair import DistillationPair, Pair
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,9 +34,11 @@ class ValueFault(enum.IntFlag):
     LOG_SCALE_OUT_OF_RANGE = 64  # beyond ±80
     LOGITS_OVERFLOW = 128  # logits may reach beyond floating point
     TEACHER = 256  # any of these of a teacher's values
+    OWNER_OUT_OF_RANGE = 512
+    NO_OWNER = 1024  # no column of any rank has one
 
 
-OF_SIDES = [bit for bit in ValueFault if bit != ValueFault.TEACHER]
+OF_SIDES = [bit for bit in ValueFault if bit < ValueFault.TEACHER]
 
 NOT_FINITE = (
     ValueFault.LOG_SCALE_NOT_FINITE | ValueFault.BIAS_NOT_FINITE | ValueFault.X_NOT_FINITE | ValueFault.Y_NOT_FINITE
@@ -43,13 +46,19 @@ NOT_FINITE = (
 
 
 def argument_fault(
-    pairs: Sequence[Pair | DistillationPair], group_ids: Tensor | None, kind: str, logit_cache_bytes: int
+    pairs: Sequence[Pair | DistillationPair],
+    group_ids: Tensor | None,
+    kind: str,
+    logit_cache_bytes: int,
+    margin: float | None = None,
 ) -> str | None:
     """Return what is wrong with the arguments, judged without reading values; None if nothing is."""
     if kind not in ("softmax", "sigmoid"):
         return f"kind is {kind!r}; expected 'softmax' or 'sigmoid'"
     if not isinstance(logit_cache_bytes, int) or logit_cache_bytes < 0:
         return f"logit_cache_bytes is {logit_cache_bytes!r}; expected an integer number of bytes, 0 or more"
+    if margin is not None and not 0 <= margin < math.inf:
+        return f"margin is {margin!r}; expected a finite number, 0 or more, or None"
     if not 1 <= len(pairs) <= MAX_PAIRS:
         return f"got {len(pairs)} pairs; expected 1 to {MAX_PAIRS}"
     for k, pair in enumerate(pairs):
@@ -64,7 +73,10 @@ def argument_fault(
 
 def _pair_fault(pair: Pair | DistillationPair, group_ids: Tensor | None, kind: str) -> str | None:
     named = {"x": pair.x, "y": pair.y, "log_scale": pair.log_scale, "bias": pair.bias}
-    fault = _side_fault(named, kind) or _group_fault(group_ids, pair.x)
+    owner = pair.owner if isinstance(pair, Pair) else None
+    fault = _side_fault(named, kind, matched=owner is None) or _ids_fault("group_ids", group_ids, "x", pair.x)
+    if fault is None and isinstance(pair, Pair):
+        fault = _owner_fault(pair, group_ids)
     if fault or isinstance(pair, Pair):
         return fault
 
@@ -89,17 +101,31 @@ def _pair_fault(pair: Pair | DistillationPair, group_ids: Tensor | None, kind: s
     return None
 
 
-def _side_fault(named: Mapping[str, Tensor | None], kind: str) -> str | None:
-    """Return what is wrong with two sides, their log_scale and their bias, given in this order by name."""
+def _owner_fault(pair: Pair, group_ids: Tensor | None) -> str | None:
+    if pair.column_group_ids is not None and (pair.owner is None or group_ids is None):
+        missing = "an owner for each column" if pair.owner is None else "group_ids of the rows"
+        return f"column_group_ids are given without {missing}; give both, or neither"
+    return _ids_fault("owner", pair.owner, "y", pair.y) or _ids_fault(
+        "column_group_ids", pair.column_group_ids, "y", pair.y
+    )
+
+
+def _side_fault(named: Mapping[str, Tensor | None], kind: str, *, matched: bool = True) -> str | None:
+    """Return what is wrong with two sides, their log_scale and their bias, given in this order by name.
+
+    matched: whether the two have equally many rows.
+    """
     for name, value in named.items():
         if not isinstance(value, Tensor) and not (value is None and name == "bias"):
             return f"{name} is a {type(value).__name__}; expected a tensor"
     (first, x), (second, y), (_, log_scale), (_, bias) = named.items()
     assert x is not None
     assert y is not None
-    if x.dim() != 2 or x.shape != y.shape or x.shape[1] < 1:
-        shapes = f"{first} has shape {tuple(x.shape)} and {second} {tuple(y.shape)}"
+    shapes = f"{first} has shape {tuple(x.shape)} and {second} {tuple(y.shape)}"
+    if matched and (x.dim() != 2 or x.shape != y.shape or x.shape[1] < 1):
         return f"{shapes}; expected the same (batch, width) for both"
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or x.shape[1] < 1:
+        return f"{shapes}; expected (batch, width) and (columns, width), of one width"
     if x.dtype not in FEATURE_DTYPES or x.dtype != y.dtype:
         dtypes = f"{first} is {x.dtype} and {second} {y.dtype}"
         return f"{dtypes}; expected one of float32, bfloat16, float16, float64 for both"
@@ -117,16 +143,17 @@ def _side_fault(named: Mapping[str, Tensor | None], kind: str) -> str | None:
     return None
 
 
-def _group_fault(group_ids: Tensor | None, x: Tensor) -> str | None:
-    if group_ids is None:
+def _ids_fault(name: str, ids: Tensor | None, side: str, features: Tensor) -> str | None:
+    """Return what is wrong with one number for each row of a side."""
+    if ids is None:
         return None
-    if not isinstance(group_ids, Tensor):
-        return f"group_ids is a {type(group_ids).__name__}; expected a tensor"
-    if group_ids.dtype != torch.int64 or group_ids.shape != x.shape[:1]:
-        found = f"group_ids has shape {tuple(group_ids.shape)} and dtype {group_ids.dtype}"
-        return f"{found}; expected int64 of shape ({x.shape[0]},)"
-    if group_ids.device != x.device:
-        return f"x is on {x.device}, but group_ids on {group_ids.device}; expected one device"
+    if not isinstance(ids, Tensor):
+        return f"{name} is a {type(ids).__name__}; expected a tensor"
+    if ids.dtype != torch.int64 or ids.shape != features.shape[:1]:
+        found = f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}"
+        return f"{found}; expected int64 of shape ({features.shape[0]},)"
+    if ids.device != features.device:
+        return f"{side} is on {features.device}, but {name} on {ids.device}; expected one device"
     return None
 
 
@@ -199,6 +226,55 @@ def pair_faults(faults_N: Tensor, teacher_counts: Sequence[int]) -> Tensor:
     return faults_N[:num_pairs] + wrong_K.to(torch.int32) * int(ValueFault.TEACHER)
 
 
+def owner_facts(
+    owner: Sequence[Tensor | None], owners: Sequence[Owners], x: Sequence[Tensor], y: Sequence[Tensor]
+) -> Tensor:
+    """Return how many own rows, and columns, of each pair have a positive, and how many owners are out of range.
+
+    float64 (K, 3), on the device of the owners, without waiting for it.
+
+    Args:
+        owner: of the columns of each pair, as given.
+        owners: the same, in range.
+        x: features of the rows.
+        y: features of the columns.
+    """
+    facts = []
+    for given_m, of_pair, x_bD, y_mD in zip(owner, owners, x, y, strict=True):
+        counts_b = of_pair.counts()
+        if given_m is None or counts_b is None:
+            facts += [x_bD.new_full((), n, dtype=torch.float64) for n in (len(x_bD), len(y_mD), 0)]
+        else:
+            wrong_m = (given_m < -1) | (given_m >= len(x_bD))
+            facts += [part.sum(dtype=torch.float64) for part in (counts_b > 0, given_m >= 0, wrong_m)]
+    return torch.stack(facts).view(len(x), 3)
+
+
+def owner_faults(facts_WK3: Tensor) -> Tensor:
+    """Return the `ValueFault` bits of owners, int32 (K,), from the `owner_facts` of all ranks, without waiting."""
+    _, owned_K, wrong_K = facts_WK3.sum(0).unbind(1)
+    bits_K = (wrong_K > 0) * int(ValueFault.OWNER_OUT_OF_RANGE) + (owned_K == 0) * int(ValueFault.NO_OWNER)
+    return bits_K.to(torch.int32)
+
+
+def check_owners(facts_WK3: Tensor) -> None:
+    """Raise ValueError, on all ranks alike, if any pair has a fault of its owners. Waits for the device.
+
+    facts_WK3: the `owner_facts` of all ranks.
+    """
+    for rank, of_rank in enumerate(facts_WK3.tolist()):
+        for k, (_, _, wrong) in enumerate(of_rank):
+            if wrong:
+                where = f"rank {rank}: " if len(facts_WK3) > 1 else ""
+                raise ValueError(
+                    f"{where}pair {k}: {int(wrong)} owners are out of range; expected the numbers of local rows of x, "
+                    "from 0, or -1 for a column without owner"
+                )
+    for k, (_, owned, _) in enumerate(facts_WK3.sum(0).tolist()):
+        if not owned:
+            raise ValueError(f"pair {k}: no column has an owner; expected one positive at least on some rank")
+
+
 def describe_fault(fault: int) -> str:
     """Return what a `PairResult.fault` says, for a message; empty for 0.
 
@@ -213,6 +289,8 @@ def describe_fault(fault: int) -> str:
 
 
 _WORDS = {
+    ValueFault.OWNER_OUT_OF_RANGE: "an owner that is no local row of x",
+    ValueFault.NO_OWNER: "no column with an owner",
     ValueFault.TEACHER: "NaN, infinite or too large values of a teacher",
     ValueFault.X_NOT_FINITE: "NaN or infinite values in x",
     ValueFault.Y_NOT_FINITE: "NaN or infinite values in y",

@@ -44,7 +44,10 @@ class CpuTiles(LibraryTiles):
         dot_rc = self.dots(x_rD, y_cD, cache_rc)
         outputs = (rows.max_n, rows.sum_n, cols.max_n, cols.sum_n, self._partial(dot_rc))
         self._library.threetowers_sweep_stats(
-            *self._head(dot_rc, tile.logit_map.base2_2.tolist()[0]), *_excluded(tile), *map(_address, outputs)
+            *self._head(dot_rc, tile.logit_map.base2_2.tolist()[0]),
+            *_excluded(tile),
+            *_limits(tile),
+            *map(_address, outputs),
         )
 
     @override
@@ -61,7 +64,10 @@ class CpuTiles(LibraryTiles):
         grad_rc = dot_rc if cache_rc is None else self.scratch(x_rD, y_cD)  # the cache is read only
         vectors = (rows.shift_n, rows.factor_n, cols.shift_n, cols.factor_n, grad_rc)
         self._library.threetowers_sweep_softmax_grad(
-            *self._head(dot_rc, tile.logit_map.base2_2.tolist()[0]), *_excluded(tile), *map(_address, vectors)
+            *self._head(dot_rc, tile.logit_map.base2_2.tolist()[0]),
+            *_excluded(tile),
+            *_limits(tile),
+            *map(_address, vectors),
         )
         return grad_rc
 
@@ -75,7 +81,7 @@ class CpuTiles(LibraryTiles):
         vectors = (*results, weights_r, grad_rc, self._partial(dot_rc))
         scale, bias = tile.logit_map.natural_2.tolist()
         self._library.threetowers_sweep_sigmoid(
-            *self._head(dot_rc, scale), bias, *_excluded(tile), *map(_address, vectors)
+            *self._head(dot_rc, scale), bias, *_excluded(tile), *_limits(tile), *map(_address, vectors)
         )
         return grad_rc
 
@@ -180,6 +186,10 @@ def best_isa(library: ctypes.CDLL) -> int:
 
 def _excluded(tile: Tile) -> tuple[int, int | None, int | None]:
     return tile.diagonal, _address(tile.row_labels_r), _address(tile.col_labels_c)
+
+
+def _limits(tile: Tile) -> tuple[int | None, int | None]:
+    return _address(tile.row_limits_r), _address(tile.col_limits_c)
 
 
 def _all(tile: Tile, teachers: Sequence[TeacherTile]) -> list[Tile]:

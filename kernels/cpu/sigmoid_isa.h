@@ -8,7 +8,7 @@ static inline vf sigmoid_of(vf z, vf u) { return (z > vf{} ? splat(1.0f) : u) / 
 // Sums and maxima of one band of rows where loss is given (col_max: this band's own, padded), gradients where grad is.
 static void sigmoid_band(const Tile& tile, std::int64_t first, std::int64_t last, float* loss, float* prob,
                          float* row_max, float* col_max, const float* weights, float* grad) {
-  exclude_equal_labels(tile, first, last);
+  exclude(tile, first, last);
   if (loss)
     for (std::int64_t j = 0; j < tile.cols; j += SIMD_WIDTH) store(col_max + j, splat(-INFINITY));
   for (std::int64_t i = first; i < last; ++i) {

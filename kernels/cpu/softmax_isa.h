@@ -140,7 +140,7 @@ static void stats_band(const Tile& tile, std::int64_t first, std::int64_t last, 
                        float* col_max, float* col_sum) {
   float top[BAND], total[BAND];
   const std::int64_t rows = last - first;
-  exclude_equal_labels(tile, first, last);
+  exclude(tile, first, last);
   for (std::int64_t block = 0; block < tile.cols; block += BLOCK) {
     const std::int64_t end = block_end(tile, block);
     block_maxima(tile, first, rows, block, end, top, col_max);
@@ -253,7 +253,7 @@ ALWAYS_INLINE void block_softmax_grads(const Tile& tile, std::int64_t first, std
 
 static void softmax_grad_band(const Tile& tile, std::int64_t first, std::int64_t last, const Weights& weights,
                               float* grad) {
-  exclude_equal_labels(tile, first, last);
+  exclude(tile, first, last);
   for (std::int64_t block = 0; block < tile.cols; block += BLOCK)
     block_softmax_grads(tile, first, last, block, block_end(tile, block), weights, false, grad);
 }

@@ -41,6 +41,8 @@ struct Tile {
   float factor, offset;  // the logit is dot * factor + offset: t for softmax, z for sigmoid
   const std::int32_t* row_labels;
   const std::int32_t* col_labels;
+  const float* row_limits = nullptr;  // dots above either of the two are excluded; none in distillation
+  const float* col_limits = nullptr;
 };
 
 // Running results in base 2, each 2^max * sum; empty is (-inf, 0).
@@ -196,7 +198,7 @@ void over_bands(const Tile& tile, int threads, const Work& work) {
 extern "C" {
 
 // Increased with every change of this interface, so that a library of an older build is not used.
-int threetowers_sweep_version() { return 5; }
+int threetowers_sweep_version() { return 6; }
 
 int threetowers_sweep_isa() { return best_isa(); }
 
@@ -207,8 +209,9 @@ std::int64_t threetowers_sweep_scratch(std::int64_t rows, std::int64_t cols, std
 
 void threetowers_sweep_stats(int isa, int threads, float* dots, std::int64_t rows, std::int64_t cols, float factor,
                              std::int64_t diagonal, const std::int32_t* row_labels, const std::int32_t* col_labels,
-                             float* row_max, float* row_sum, float* col_max, float* col_sum, float* scratch) {
-  const Tile tile{dots, rows, cols, factor, 0.0f, row_labels, col_labels};
+                             const float* row_limits, const float* col_limits, float* row_max, float* row_sum,
+                             float* col_max, float* col_sum, float* scratch) {
+  const Tile tile{dots, rows, cols, factor, 0.0f, row_labels, col_labels, row_limits, col_limits};
   const Sweeps& sweep = sweeps(isa);
   const std::int64_t stride = padded(cols);
   exclude_diagonal(tile, diagonal);
@@ -222,9 +225,10 @@ void threetowers_sweep_stats(int isa, int threads, float* dots, std::int64_t row
 // grad may be dots.
 void threetowers_sweep_softmax_grad(int isa, int threads, float* dots, std::int64_t rows, std::int64_t cols,
                                     float factor, std::int64_t diagonal, const std::int32_t* row_labels,
-                                    const std::int32_t* col_labels, const float* row_shift, const float* row_factor,
-                                    const float* col_shift, const float* col_factor, float* grad) {
-  const Tile tile{dots, rows, cols, factor, 0.0f, row_labels, col_labels};
+                                    const std::int32_t* col_labels, const float* row_limits, const float* col_limits,
+                                    const float* row_shift, const float* row_factor, const float* col_shift,
+                                    const float* col_factor, float* grad) {
+  const Tile tile{dots, rows, cols, factor, 0.0f, row_labels, col_labels, row_limits, col_limits};
   const Weights weights{row_shift, row_factor, col_shift, col_factor};
   exclude_diagonal(tile, diagonal);
   over_bands(tile, threads, [&](std::int64_t, std::int64_t first, std::int64_t last) {
@@ -235,9 +239,10 @@ void threetowers_sweep_softmax_grad(int isa, int threads, float* dots, std::int6
 // loss, prob, row_max and col_max: all or none. weights and grad: both or none; grad may be dots.
 void threetowers_sweep_sigmoid(int isa, int threads, float* dots, std::int64_t rows, std::int64_t cols, float factor,
                                float offset, std::int64_t diagonal, const std::int32_t* row_labels,
-                               const std::int32_t* col_labels, float* loss, float* prob, float* row_max,
-                               float* col_max, const float* weights, float* grad, float* scratch) {
-  const Tile tile{dots, rows, cols, factor, offset, row_labels, col_labels};
+                               const std::int32_t* col_labels, const float* row_limits, const float* col_limits,
+                               float* loss, float* prob, float* row_max, float* col_max, const float* weights,
+                               float* grad, float* scratch) {
+  const Tile tile{dots, rows, cols, factor, offset, row_labels, col_labels, row_limits, col_limits};
   const Sweeps& sweep = sweeps(isa);
   const std::int64_t stride = padded(cols);
   exclude_diagonal(tile, diagonal);

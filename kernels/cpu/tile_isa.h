@@ -21,6 +21,24 @@ static void exclude_equal_labels(const Tile& tile, std::int64_t first, std::int6
   }
 }
 
+// Write -inf over the dots above the limit of their row or of their column.
+static void exclude_above_limits(const Tile& tile, std::int64_t first, std::int64_t last) {
+  if (!tile.row_limits) return;
+  for (std::int64_t i = first; i < last; ++i) {
+    const vf row_limit = splat(tile.row_limits[i]);
+    for (std::int64_t j = 0; j < tile.cols; j += SIMD_WIDTH) {
+      const std::int64_t n = tile.cols - j;
+      const vf limit = smaller(row_limit, load_some(tile.col_limits + j, n, INFINITY)), dot = dots_at(tile, i, j, n);
+      store_some(tile.dots + i * tile.cols + j, dot > limit ? splat(-INFINITY) : dot, n);
+    }
+  }
+}
+
+static void exclude(const Tile& tile, std::int64_t first, std::int64_t last) {
+  exclude_equal_labels(tile, first, last);
+  exclude_above_limits(tile, first, last);
+}
+
 static inline float finite_or_zero(float value) { return value == -INFINITY ? 0.0f : value; }
 
 static inline vf finite_or(vf value, vf replacement) { return value == splat(-INFINITY) ? replacement : value; }

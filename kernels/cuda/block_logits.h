@@ -81,8 +81,19 @@ DEVICE void exclude_equal_labels(BlockLogits& logits, const Tile& tile) {
   });
 }
 
+DEVICE void exclude_above_limits(BlockLogits& dots, const Tile& tile) {
+  BlockLogits::each_column([&](int a, int side) {
+    const float limit = tile.column_limit(first_column() + dots.column(a, side));
+    BlockLogits::each_row([&](int d, int half) {
+      float& dot = dots.value[d][a][half + side];
+      if (dot > fminf(tile.row_limit(first_row() + dots.row(d, half)), limit)) dot = -infinity();
+    });
+  });
+}
+
 // Dots to logits in base 2, -infinity where the pair is excluded or outside the tile.
 DEVICE void to_logits(BlockLogits& dots, const Tile& tile) {
+  if (tile.row_limits.given()) exclude_above_limits(dots, tile);
   const LogitMap logit = tile.logit_map();
   dots.each([&](float& value, int i, int j) { value = tile.holds(i, j) ? logit(value) : -infinity(); });
   if (tile.row_labels.given()) exclude_equal_labels(dots, tile);

@@ -9,8 +9,8 @@ from threetowers.kernels.tiles import SoftmaxWeights, Tile
 
 def tile_struct(tile: Tile, rows: int, cols: int) -> Argument:
     """Return `Tile`, of this size."""
-    tensors = In(tile.row_labels_r), In(tile.col_labels_c), In(tile.logit_map.base2_2)
-    return (*tensors, rows, cols, clipped_diagonal(tile.diagonal, rows, cols))
+    excluded = In(tile.row_labels_r), In(tile.col_labels_c), In(tile.row_limits_r), In(tile.col_limits_c)
+    return (*excluded, In(tile.logit_map.base2_2), rows, cols, clipped_diagonal(tile.diagonal, rows, cols))
 
 
 def weights_struct(weights: SoftmaxWeights) -> Argument:

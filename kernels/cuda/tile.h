@@ -12,6 +12,7 @@ struct LogitMap {
 
 struct Tile {
   In<int> row_labels, column_labels;  // or both absent: pairs of equal labels are excluded
+  In<float> row_limits, column_limits;  // or both absent: pairs whose dot is above either are excluded
   In<float> scale_and_bias;           // of the logit map
   int rows, columns;
   int diagonal;  // pairs (i, i + diagonal) are excluded: the samples' own
@@ -22,8 +23,13 @@ struct Tile {
   DEVICE bool same_label(int i, int j) const { return row_labels.given() && row_labels[i] == column_labels[j]; }
   DEVICE int row_label(int i) const { return i < rows ? row_labels[i] : 0; }
   DEVICE int column_label(int j) const { return j < columns ? column_labels[j] : 0; }
+  DEVICE float row_limit(int i) const { return i < rows ? row_limits[i] : infinity(); }
+  DEVICE float column_limit(int j) const { return j < columns ? column_limits[j] : infinity(); }
+  DEVICE bool above_limit(float dot, int i, int j) const {
+    return row_limits.given() && dot > fminf(row_limits[i], column_limits[j]);
+  }
   DEVICE float logit(float dot, int i, int j) const {
-    return holds(i, j) && !same_label(i, j) ? logit_map()(dot) : -infinity();
+    return holds(i, j) && !same_label(i, j) && !above_limit(dot, i, j) ? logit_map()(dot) : -infinity();
   }
 };
 

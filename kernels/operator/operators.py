@@ -6,14 +6,17 @@ says how many each pair has. Forward returns, in this order,
 - pair by pair, the fields of `SoftmaxOutputs` or `SigmoidOutputs`;
 - teacher by teacher, those of `TeacherOutputs` (softmax only);
 - the columns of all ranks, each pair's and behind them its teachers', where backward needs them;
-- what is common to all: the labels (int32), how many rows of each pair every rank holds (int64 (W, K), on the CPU),
-  the scale and bias of each pair, then of each teacher (float64 (N, 2)), and what is wrong with each pair's values
+- pair by pair, what is excluded of it alone, the fields of `Exclusions`;
+- what is common to all: the labels of groups (int32), how many rows, then how many columns of each pair every rank
+  holds (int64 (W, 2 K), on the CPU), how many of each pair's rows and columns have a positive (float64 (K, 2)), the
+  scale and bias of each pair, then of each teacher (float64 (N, 2)), and what is wrong with each pair's values
   (int32 (K,)).
 """
 
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import torch
@@ -24,14 +27,26 @@ from threetowers.kernels.distributed.agreement import agree_on_sizes
 from threetowers.kernels.distributed.columns import ColumnExchange, GatheredColumns
 from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
 from threetowers.kernels.distributed.ring import RingColumns
+from threetowers.kernels.operator.exclusions import Exclusions, group_labels, owner_labels
+from threetowers.kernels.operator.margin import with_limits
+from threetowers.kernels.operator.owners import Owners
 from threetowers.kernels.operator.pair_state import PairState, TeacherState
 from threetowers.kernels.operator.sigmoid import SigmoidOutputs, sigmoid_forward
 from threetowers.kernels.operator.softmax import SoftmaxOutputs, TeacherOutputs, softmax_backward, softmax_forward
 from threetowers.kernels.tiles import LogitMap
 from threetowers.kernels.tiling import CachedTiles
-from threetowers.kernels.validation import check_values, pair_faults, value_facts, value_faults
+from threetowers.kernels.validation import (
+    check_owners,
+    check_values,
+    owner_facts,
+    owner_faults,
+    pair_faults,
+    value_facts,
+    value_faults,
+)
 
-NUM_COMMON = 4  # outputs of forward that are common to all pairs
+NUM_EXCLUSIONS = len(fields(Exclusions))  # outputs of forward of each pair that say what is excluded
+NUM_COMMON = 5  # outputs that are common to all pairs
 
 
 def outputs_per_pair(kind: str) -> int:
@@ -56,7 +71,10 @@ def contrastive_forward(
     teacher_bias: list[Tensor],
     teacher_counts: list[int],
     teacher_weights: list[float],
+    owner: list[Tensor | None],
+    column_group_ids: list[Tensor | None],
     group_ids: Tensor | None,
+    margin: float | None,
     kind: str,
     logit_cache_bytes: int,
     ring: bool,
@@ -69,6 +87,7 @@ def contrastive_forward(
     """Return losses, accuracies and what backward needs.
 
     teacher_weights: of a pair they sum to at most 1; what is missing to 1 is the weight of the samples' own pairs.
+    owner: of the columns of each pair, as in `Pair`; pairs with owners are not swapped, and have no teachers.
     need_x, need_y, need_scale: which gradients are wanted. swapped: which pairs' sides the caller calls y and x.
     check: whether to raise where values do not fit.
     """
@@ -85,10 +104,11 @@ def contrastive_forward(
             )
         shapes = [(part.shape[1], str(part.dtype), part.device.type) for part in [*x, *v]]
         layout = (
-            f"{kind}, ring {ring}, check {check}, group_ids {group_ids is not None}, widths {shapes}, "
-            f"gradients {needs}, teachers {teacher_counts} of weights {teacher_weights}"
+            f"{kind}, ring {ring}, check {check}, group_ids {group_ids is not None}, margin {margin}, widths {shapes}, "
+            f"gradients {needs}, teachers {teacher_counts} of weights {teacher_weights}, "
+            f"owners {_given(owner)}, column_group_ids {_given(column_group_ids)}"
         )
-        sizes_WK = agree_on_sizes(ranks, fault, layout, [len(part) for part in x])
+        sizes_WN = agree_on_sizes(ranks, fault, layout, [len(part) for part in x], [len(part) for part in y])
 
         # What lies on the device is judged there.
         teacher_swapped = [swap for swap, count in zip(swapped, teacher_counts, strict=True) for _ in range(count)]
@@ -102,11 +122,30 @@ def contrastive_forward(
             check_values(faults_N, facts_WN42, teacher_counts)
         faults_K = pair_faults(faults_N, teacher_counts)
 
+        owners = [Owners.of(part, len(side)) for part, side in zip(owner, x, strict=True)]
+        if any(part is not None for part in owner):
+            facts_WK3 = ranks.gather(owner_facts(owner, owners, x, y))
+            if check:
+                check_owners(facts_WK3)
+            faults_K = faults_K + owner_faults(facts_WK3)
+            counts_K2 = facts_WK3[:, :, :2].sum(0)
+        else:
+            counts_K2 = sizes_WN.sum(0).double().view(2, -1).T.contiguous()  # on the CPU, as numbers
+
         # The pairs as this rank sees them, and their losses.
         scalars_N2 = torch.stack([facts_N42[:, 0, 0].exp(), facts_N42[:, 1, 0]], 1)
-        labels = _group_labels(ranks, group_ids, BatchLayout(sizes_WK[:, 0].tolist(), ranks.rank))
+        layouts = _batch_layouts(sizes_WN, ranks)
+        labels = group_labels(ranks, None if all(_given(owner)) else group_ids, layouts[0][0])
+        exclusions = _exclusions(ranks, owners, layouts, group_ids, column_group_ids)
         teachers = u, v, teacher_counts, teacher_weights
-        pairs = _pair_states(x, y, teachers, sizes_WK, scalars_N2, ranks, labels, needs)
+        pairs = _pair_states(x, y, owners, teachers, layouts, counts_K2, scalars_N2, exclusions, labels, needs)
+        if margin is not None:
+            pairs = with_limits(pairs, margin, ranks)
+            limits = [(pair.exclusions.row_limits_b, pair.exclusions.col_limits_B) for pair in pairs]
+            exclusions = [
+                replace(part, row_limits_b=of_rows, col_limits_B=of_columns)
+                for part, (of_rows, of_columns) in zip(exclusions, limits, strict=True)
+            ]
         exchange = _column_exchange(ranks, pairs, ring)
         outputs: Sequence[SoftmaxOutputs | SigmoidOutputs]
         teacher_outputs: Sequence[TeacherOutputs] = []
@@ -117,7 +156,8 @@ def contrastive_forward(
             outputs = sigmoid_forward(pairs, exchange, ranks)
             columns = [side_bD.new_empty(0) for pair in pairs for side_bD in pair.columns]
         flat = [tensor for output in [*outputs, *teacher_outputs] for tensor in output]
-        return [*flat, *columns, labels, sizes_WK, scalars_N2, faults_K]
+        excluded = [tensor for part in exclusions for tensor in part.tensors()]
+        return [*flat, *columns, *excluded, labels, sizes_WN, counts_K2, scalars_N2, faults_K]
 
 
 @contextlib.contextmanager
@@ -127,18 +167,35 @@ def _on_device_of(x_bD: Tensor) -> Iterator[None]:
         yield
 
 
-def _group_labels(ranks: RankGroup, group_ids: Tensor | None, layout: BatchLayout) -> Tensor:
-    """Return the global batch's ids renumbered to int32 (B,), which tiles compare twice as fast; empty without ids.
+def _given(parts: Sequence[Tensor | None]) -> list[bool]:
+    return [part is not None for part in parts]
 
-    Not by torch.unique: it would wait for a GPU to learn how many there are.
-    """
-    if group_ids is None:
-        return torch.empty(0, dtype=torch.int32)
-    ids_B = layout.join(ranks.gather(layout.padded(group_ids)))
-    sorted_B, order_B = ids_B.sort()
-    differs_B = torch.zeros_like(sorted_B, dtype=torch.int32)
-    differs_B[1:] = sorted_B[1:] != sorted_B[:-1]
-    return torch.empty_like(differs_B).scatter_(0, order_B, differs_B.cumsum(0, dtype=torch.int32))
+
+Layouts = list[tuple[BatchLayout, BatchLayout]]
+"""How the rows and the columns of each pair are divided among ranks."""
+
+
+def _batch_layouts(sizes_WN: Tensor, ranks: RankGroup) -> Layouts:
+    layouts = [BatchLayout(sizes_W.tolist(), ranks.rank) for sizes_W in sizes_WN.T]
+    num_pairs = len(layouts) // 2
+    return list(zip(layouts[:num_pairs], layouts[num_pairs:], strict=True))
+
+
+def _exclusions(
+    ranks: RankGroup,
+    owners: Sequence[Owners],
+    layouts: Layouts,
+    group_ids: Tensor | None,
+    column_group_ids: Sequence[Tensor | None],
+) -> list[Exclusions]:
+    """Return the labels of each pair whose columns have owners. Collective."""
+    exclusions = []
+    for of_pair, of_ranks, of_columns in zip(owners, layouts, column_group_ids, strict=True):
+        if of_pair.owner_m is None:
+            exclusions.append(Exclusions())
+        else:
+            exclusions.append(Exclusions(*owner_labels(ranks, of_pair, *of_ranks, group_ids, of_columns)))
+    return exclusions
 
 
 Teachers = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[int], Sequence[float]]
@@ -148,10 +205,12 @@ Teachers = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[int], Sequence[flo
 def _pair_states(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
+    owners: Sequence[Owners],
     teachers: Teachers,
-    sizes_WK: Tensor,
+    layouts: Layouts,
+    counts_K2: Tensor,
     scalars_N2: Tensor,
-    ranks: RankGroup,
+    exclusions: Sequence[Exclusions],
     labels: Tensor,
     needs: tuple[Sequence[bool], Sequence[bool], Sequence[bool]],
 ) -> list[PairState]:
@@ -165,7 +224,10 @@ def _pair_states(
         for u_bE, v_bE, weight, scalars_2 in itertools.islice(teacher_scalars, teachers[2][k]):
             logit_map = LogitMap.of(scalars_2, backend.dtype)
             states.append(TeacherState(u_bE, v_bE, scalars_2[0], scalars_2[1], logit_map, weight))
-        layout = BatchLayout(sizes_WK[:, k].tolist(), ranks.rank)
+        excluded = exclusions[k]
+        if owners[k].owner_m is None and len(labels):
+            excluded = replace(excluded, row_labels_B=labels, col_labels_B=labels)
+        row_layout, column_layout = layouts[k]
         scale, bias = scalars_N2[k].unbind()
         state = PairState(
             x_bD=x[k],
@@ -175,9 +237,12 @@ def _pair_states(
             need_x=need_x[k],
             need_y=need_y[k],
             need_scale=need_scale[k],
-            row_layout=layout,
-            column_layout=layout,
-            labels_B=labels if len(labels) else None,
+            row_layout=row_layout,
+            column_layout=column_layout,
+            owners=owners[k],
+            num_anchors=counts_K2[k, 0],
+            num_owned=counts_K2[k, 1],
+            exclusions=excluded,
             backend=backend,
             logit_map=LogitMap.of(scalars_N2[k], backend.dtype),
             teachers=tuple(states),
@@ -201,6 +266,7 @@ def contrastive_backward(
     y: list[Tensor],
     u: list[Tensor],
     v: list[Tensor],
+    owner: list[Tensor | None],
     saved: list[Tensor],
     teacher_counts: list[int],
     teacher_weights: list[float],
@@ -218,11 +284,20 @@ def contrastive_backward(
         if kind == "sigmoid":
             return _scaled_sigmoid_gradients(grads, saved, need_x, need_y, need_scale)
         ranks = RankGroup()
-        labels, sizes_WK, scalars_N2, _ = saved[-NUM_COMMON:]
+        labels, sizes_WN, counts_K2, scalars_N2, _ = saved[-NUM_COMMON:]
+        sizes = [
+            outputs_per_pair(kind) * len(x),
+            outputs_per_teacher(kind) * len(u),
+            len(x) + len(u),
+            NUM_EXCLUSIONS * len(x),
+        ]
+        of_pairs, of_teachers, columns, excluded, _ = _split(saved, sizes)
+        owners = [Owners.of(part, len(side)) for part, side in zip(owner, x, strict=True)]
         teachers = u, v, teacher_counts, teacher_weights
-        pairs = _pair_states(x, y, teachers, sizes_WK, scalars_N2, ranks, labels, (need_x, need_y, need_scale))
-        sizes = [outputs_per_pair(kind) * len(x), outputs_per_teacher(kind) * len(u), len(x) + len(u)]
-        of_pairs, of_teachers, columns, _ = _split(saved, sizes)
+        layouts = _batch_layouts(sizes_WN, ranks)
+        exclusions = [Exclusions.of_tensors(part) for part in _groups(excluded, NUM_EXCLUSIONS)]
+        needs = need_x, need_y, need_scale
+        pairs = _pair_states(x, y, owners, teachers, layouts, counts_K2, scalars_N2, exclusions, labels, needs)
         exchange = _column_exchange(ranks, pairs, ring, columns)
         outputs = [SoftmaxOutputs(*part) for part in _groups(of_pairs, outputs_per_pair(kind))]
         teacher_outputs = [TeacherOutputs(*part) for part in _groups(of_teachers, outputs_per_teacher(kind))]
@@ -273,26 +348,27 @@ def _dynamic_size() -> Any:
 
 @contrastive_forward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, y, log_scale, bias, u, v, teacher_log_scale, teacher_bias, teacher_counts, teacher_weights, group_ids, kind,
-    logit_cache_bytes, ring, need_x, need_y, need_scale, swapped, check,
+    x, y, log_scale, bias, u, v, teacher_log_scale, teacher_bias, teacher_counts, teacher_weights, owner,
+    column_group_ids, group_ids, margin, kind, logit_cache_bytes, ring, need_x, need_y, need_scale, swapped, check,
 ):  # fmt: skip
     num_ranks = RankGroup().size
     alone = num_ranks == 1
     softmax = kind == "softmax"
-    totals = [part.shape[0] if alone or not softmax else _dynamic_size() for part in x]
+    totals = [part.shape[0] if alone or not softmax else _dynamic_size() for part in y]
     outputs = []
     for k, (x_bD, y_bD) in enumerate(zip(x, y, strict=True)):
-        batch = x_bD.shape[0]
+        batch, own_columns = x_bD.shape[0], y_bD.shape[0]
         dtype = torch.promote_types(x_bD.dtype, torch.float32)
         # loss, accuracies, sample losses
         outputs += [x_bD.new_empty(size, dtype=dtype) for size in ((), 2, batch)]
         if softmax:
-            outputs += [x_bD.new_empty(size, dtype=dtype) for size in (batch, batch, totals[k], totals[k], batch)]
+            outputs += [x_bD.new_empty(size, dtype=dtype) for size in (batch, batch, totals[k], totals[k], own_columns)]
             cached: Any = 0
             if logit_cache_bytes and (need_x[k] or need_y[k] or need_scale[k]):
-                if alone and isinstance(batch, int):  # not where torch.compile keeps the batch open
-                    layers = 1 + teacher_counts[k]
-                    cached = CachedTiles.size_within(logit_cache_bytes, backend_for(x_bD), batch, [batch], layers)
+                # not where torch.compile keeps the batch open
+                if alone and isinstance(batch, int) and isinstance(own_columns, int):
+                    blocks, layers = [own_columns], 1 + teacher_counts[k]
+                    cached = CachedTiles.size_within(logit_cache_bytes, backend_for(x_bD), batch, blocks, layers)
                     logit_cache_bytes -= cached * dtype.itemsize
                 else:
                     cached = _dynamic_size()
@@ -315,17 +391,31 @@ def _(  # type: ignore[no-untyped-def]
                 outputs += [y_bD.new_empty(size, dtype=dtype) for size in (batch, batch, total, total)]
         columns += [side.new_empty((totals[k], side.shape[1]) if gathered else 0) for side in [y_bD, *of_teachers]]
     labels = torch.empty(0, dtype=torch.int32)
-    if group_ids is not None:
+    if group_ids is not None and not all(_given(owner)):
         labels = group_ids.new_empty(group_ids.shape if alone else _dynamic_size(), dtype=torch.int32)
-    sizes_WK = torch.empty(num_ranks, len(x), dtype=torch.int64)
+    excluded = []
+    for k, (x_bD, y_bD) in enumerate(zip(x, y, strict=True)):
+        labelled, limited = owner[k] is not None, margin is not None
+        rows = columns_of_all = 0
+        if labelled:
+            rows = x_bD.shape[0] if alone else _dynamic_size()
+        if labelled or limited:
+            columns_of_all = y_bD.shape[0] if alone else _dynamic_size()
+        dtype = torch.promote_types(x_bD.dtype, torch.float32)
+        parts = [(labelled, rows, torch.int32), (labelled, columns_of_all, torch.int32)]
+        parts += [(limited, x_bD.shape[0], dtype), (limited, columns_of_all, dtype)]
+        excluded += [x_bD.new_empty(n, dtype=kept) if given else torch.empty(0) for given, n, kept in parts]
+    sizes_WN = torch.empty(num_ranks, 2 * len(x), dtype=torch.int64)
+    counts_on = x[0].device if any(_given(owner)) else "cpu"
+    counts_K2 = torch.empty(len(x), 2, dtype=torch.float64, device=counts_on)
     scalars_N2 = x[0].new_empty(len(x) + len(u), 2, dtype=torch.float64)
     faults_K = x[0].new_empty(len(x), dtype=torch.int32)
-    return [*outputs, *columns, labels, sizes_WK, scalars_N2, faults_K]
+    return [*outputs, *columns, *excluded, labels, sizes_WN, counts_K2, scalars_N2, faults_K]
 
 
 @contrastive_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grads, x, y, u, v, saved, teacher_counts, teacher_weights, kind, ring, need_x, need_y, need_scale
+    grads, x, y, u, v, owner, saved, teacher_counts, teacher_weights, kind, ring, need_x, need_y, need_scale
 ):  # fmt: skip
     scalar = {"size": (), "dtype": torch.float64}
     dx = [torch.empty_like(part) if need else part.new_empty(0) for part, need in zip(x, need_x, strict=True)]
@@ -338,20 +428,24 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, y, log_scale, bias, u, v, _, _, ctx.teacher_counts, ctx.teacher_weights, *options = inputs
-    _, ctx.kind, _, ctx.ring, ctx.need_x, ctx.need_y, ctx.need_scale, _, _ = options
+    x, y, log_scale, bias, u, v, _, _, ctx.teacher_counts, ctx.teacher_weights, owner, column_group_ids, *options = (
+        inputs
+    )
+    ctx.owner_grads = _no_gradients(owner), _no_gradients(column_group_ids)
+    _, _, ctx.kind, _, ctx.ring, ctx.need_x, ctx.need_y, ctx.need_scale, _, _ = options
     ctx.num_pairs = len(x)
     losses = {k * outputs_per_pair(ctx.kind) for k in range(len(x))}
     ctx.mark_non_differentiable(*(part for i, part in enumerate(output) if i not in losses))
     ctx.set_materialize_grads(False)  # else autograd fills zeros for every output, cached tiles included
-    ctx.save_for_backward(*x, *y, *log_scale, *bias, *u, *v, *output)
+    ctx.save_for_backward(*x, *y, *log_scale, *bias, *u, *v, *owner, *output)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     n = ctx.num_pairs
     num_bias = n if ctx.kind == "sigmoid" else 0
     num_teachers = len(ctx.teacher_weights)
-    x, y, log_scale, bias, u, v, outputs = _split(ctx.saved_tensors, [n, n, n, num_bias, num_teachers, num_teachers])
+    sizes = [n, n, n, num_bias, num_teachers, num_teachers, n]
+    x, y, log_scale, bias, u, v, owner, outputs = _split(ctx.saved_tensors, sizes)
 
     # A loss that nothing uses gets no gradient, and then its pair's inputs get none.
     per_pair = outputs_per_pair(ctx.kind)
@@ -368,7 +462,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     else:
         teachers = ctx.teacher_counts, ctx.teacher_weights
         needs = need_x, need_y, need_scale
-        flat = contrastive_backward(incoming, x, y, u, v, outputs, *teachers, ctx.kind, ctx.ring, *needs)
+        flat = contrastive_backward(incoming, x, y, u, v, owner, outputs, *teachers, ctx.kind, ctx.ring, *needs)
 
     # In the shapes of the inputs, and None where not wanted.
     dx, dy, d_scale, d_bias, _ = _split(flat, [n, n, n, n])
@@ -381,7 +475,13 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     bias_grads = [d_bias[k].to(bias[k].dtype).view(bias[k].shape) for k in range(num_bias)]
     teacher_grads = [[None] * len(part) for part in (u, v, u, v if num_bias else [])]
     no_weights: list[None] | None = None if num_teachers else []  # torch takes an empty list for one of tensors
-    return x_grads, y_grads, scale_grads, bias_grads, *teacher_grads, None, no_weights, *[None] * 9
+    rest = None, no_weights, *ctx.owner_grads, *[None] * 10
+    return x_grads, y_grads, scale_grads, bias_grads, *teacher_grads, *rest
+
+
+def _no_gradients(parts: Sequence[Tensor | None]) -> list[None] | None:
+    """Return the gradients of a list in which tensors may be left out: torch takes that for a single value."""
+    return [None] * len(parts) if all(_given(parts)) else None
 
 
 def _split(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:

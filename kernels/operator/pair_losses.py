@@ -19,19 +19,38 @@ def pair_losses(
     logit_cache_bytes: int,
     ring: bool,
     check: bool,
+    owner: Sequence[Tensor | None] = (),
+    column_group_ids: Sequence[Tensor | None] = (),
+    margin: float | None = None,
 ) -> list[PairResult]:
     """Return the results of pairs with any number of teachers, also none. The options are `contrastive_losses`'.
 
-    fault: what is wrong with the arguments of this rank, of which all ranks are told.
+    Args:
+        pairs: the pairs.
+        fault: what is wrong with the arguments of this rank, of which all ranks are told.
+        kind: of the loss.
+        group_ids: int64 (b,).
+        logit_cache_bytes: the budget of all pairs together.
+        ring: whether columns travel from rank to rank.
+        check: whether to raise where values do not fit.
+        owner: of the columns of each pair, as in `Pair`; such pairs have no teachers. (): all pairs are matched.
+        column_group_ids: of each pair, as in `Pair`.
+        margin: see `contrastive_losses`.
 
     Raises:
         ValueError: a rank has a fault, or ranks do not fit each other, or values do not fit.
     """
     if fault:
-        agree_on_sizes(RankGroup(), fault, "", [])  # raises, on all ranks
+        agree_on_sizes(RankGroup(), fault, "", [], [])  # raises, on all ranks
 
-    # Only the column side's gradient crosses ranks: a side without one is the better column side.
-    swapped = [_wants_gradient(pair.y) and not _wants_gradient(pair.x) for pair in pairs]
+    # Only the column side's gradient crosses ranks: a side without one is the better column side. With owners the sides
+    # differ, and stay as they are.
+    owner = list(owner) or [None] * len(pairs)
+    column_group_ids = list(column_group_ids) or [None] * len(pairs)
+    swapped = [
+        of_columns is None and _wants_gradient(pair.y) and not _wants_gradient(pair.x)
+        for pair, of_columns in zip(pairs, owner, strict=True)
+    ]
     x = [pair.y if swap else pair.x for pair, swap in zip(pairs, swapped, strict=True)]
     y = [pair.x if swap else pair.y for pair, swap in zip(pairs, swapped, strict=True)]
     log_scale = [pair.log_scale for pair in pairs]
@@ -59,7 +78,10 @@ def pair_losses(
         [part.detach() for part in _biases(teachers)] if kind == "sigmoid" else [],
         teacher_counts,
         shares,
+        owner,
+        column_group_ids,
         group_ids,
+        margin,
         kind,
         logit_cache_bytes,
         ring,

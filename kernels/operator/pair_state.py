@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
-from threetowers.kernels.tiles import LOG2E, LogitMap, TileBackend, spans
+from threetowers.kernels.operator.exclusions import Exclusions
+from threetowers.kernels.operator.owners import Owners
+from threetowers.kernels.tiles import LogitMap, TileBackend, spans
 
 ROWS = 4096  # rows at once in the O(b D) loops below: bounds their temporaries
 
@@ -41,7 +43,10 @@ class PairState:
     need_scale: bool
     row_layout: BatchLayout
     column_layout: BatchLayout
-    labels_B: Tensor | None  # int32, of the global batch
+    owners: Owners
+    num_anchors: Tensor  # 0-d, float64: rows, and columns, of the global batch that have a positive
+    num_owned: Tensor
+    exclusions: Exclusions
     backend: TileBackend
     logit_map: LogitMap
     teachers: tuple[TeacherState, ...] = ()
@@ -74,31 +79,41 @@ class PairState:
         return None
 
     def positives(self) -> tuple[Tensor, Tensor]:
-        """Return the positives' dots (b,), and by how much a base-2 logit must exceed another to count as above it.
+        """Return the dots of the own columns with their owners, (m,), and what rounding may add to each, (m,).
 
-        The margin covers the rounding of a dot product, so that a tie (a repeated caption) never counts as a win.
+        A dot must exceed another by that to count as above it, so that a tie (a repeated caption) never counts as a
+        win. Columns without an owner have any value.
         """
         dtype = self.backend.dtype
-        dot_b, norms_b = own_dots(self.x_bD, self.y_bD, dtype)
-        return dot_b, norms_b * (8 * torch.finfo(dtype).eps * self.scale * LOG2E)
+        dot_m = torch.empty(len(self.y_bD), dtype=dtype, device=self.x_bD.device)
+        slack_m = torch.empty_like(dot_m)
+        for j in spans(len(dot_m), ROWS):
+            dot_m[j], norms_c = own_dots(self.owners.of_columns(self.x_bD, j), self.y_bD[j], dtype)
+            slack_m[j] = norms_c * (8 * torch.finfo(dtype).eps)
+        return dot_m, slack_m
 
     def finish_gradients(
-        self, dx_bD: Tensor | None, dy_bD: Tensor | None, attraction_b: Tensor, factor: Tensor
+        self, dx_bD: Tensor | None, dy_bD: Tensor | None, attraction_m: Tensor, factor: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dx and dy (in the features' dtype) and d log_scale (0-d); empty where not wanted.
 
         Args:
             dx_bD: the tiles' sums for x, changed in place.
             dy_bD: the tiles' sums for y, changed in place.
-            attraction_b: minus the derivative of each sample's loss by its positive's logit.
+            attraction_m: minus the derivative of the loss by each column's logit with its owner; 0 without one.
             factor: 0-d, multiplies everything.
         """
         # The positives entered no tile: their part is added here.
         scaled = factor * self.scale
         if dy_bD is not None:
-            _add_positives(dy_bD, self.x_bD, attraction_b, scaled)
-        if dx_bD is not None:
-            _add_positives(dx_bD, self.y_bD, attraction_b, scaled)
+            for j in spans(len(dy_bD), ROWS):
+                _add_positives(dy_bD[j], self.owners.of_columns(self.x_bD, j), attraction_m[j], scaled)
+        if dx_bD is not None and self.owners.owner_m is not None:
+            attracted_bD = self.owners.weighted_sums(self.y_bD.to(dx_bD.dtype), attraction_m)
+            dx_bD.sub_(attracted_bD).mul_(scaled)
+        elif dx_bD is not None:
+            for i in spans(len(dx_bD), ROWS):
+                _add_positives(dx_bD[i], self.y_bD[i], attraction_m[i], scaled)
 
         # The scale's gradient is the inner product of either side with its gradient.
         d_scale = self.x_bD.new_empty(0)
@@ -116,9 +131,12 @@ class PairState:
         dy = self.y_bD.new_empty(0) if dy_bD is None else dy_bD.to(self.y_bD.dtype)
         return dx, dy, d_scale
 
-    def gradient_factor(self, grad: Tensor) -> Tensor:
-        """Return what one rank multiplies its gradients by, so that their mean over ranks is the joined batch's."""
-        return grad * (len(self.row_layout.sizes) / self.row_layout.total)
+    def gradient_factor(self, grad: Tensor, count: float | Tensor) -> Tensor:
+        """Return what one rank multiplies its gradients by, so that their mean over ranks is the joined batch's.
+
+        count: what the sum over the joined batch is divided by.
+        """
+        return grad * (len(self.row_layout.sizes) / count)
 
 
 def own_dots(x_bD: Tensor, y_bD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -143,10 +161,9 @@ def own_dots(x_bD: Tensor, y_bD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return dot_b, norms_b
 
 
-def _add_positives(grad_bD: Tensor, other_bD: Tensor, attraction_b: Tensor, scaled: Tensor) -> None:
+def _add_positives(grad_rD: Tensor, other_rD: Tensor, attraction_r: Tensor, scaled: Tensor) -> None:
     """In place: ``grad = scaled * (grad - attraction * other)``."""
-    for i in spans(len(grad_bD), ROWS):
-        grad_bD[i].addcmul_(other_bD[i].to(grad_bD.dtype), attraction_b[i, None], value=-1).mul_(scaled)
+    grad_rD.addcmul_(other_rD.to(grad_rD.dtype), attraction_r[:, None], value=-1).mul_(scaled)
 
 
 def _inner_product(x_bD: Tensor, dx_bD: Tensor) -> Tensor:
@@ -162,12 +179,17 @@ def sample_totals(loss_b: Tensor, won_xy_b: Tensor, won_yx_b: Tensor) -> Tensor:
     return torch.stack([part_b.sum(dtype=torch.float64) for part_b in (loss_b, won_xy_b, won_yx_b)])
 
 
-def mean_losses(pairs: Sequence[PairState], totals: Sequence[Tensor], ranks: RankGroup) -> list[tuple[Tensor, Tensor]]:
-    """Return each pair's mean loss (0-d) and its two accuracies (2,), from the `sample_totals` of every rank."""
+def mean_losses(
+    pairs: Sequence[PairState], totals: Sequence[Tensor], counts: Sequence[float | Tensor], ranks: RankGroup
+) -> list[tuple[Tensor, Tensor]]:
+    """Return each pair's mean loss (0-d) and its two accuracies (2,), from the `sample_totals` of every rank.
+
+    counts: what the sum of each pair's losses is divided by.
+    """
     totals_k3 = torch.stack(list(totals))
     ranks.sum_(totals_k3)
     results = []
-    for pair, total_3 in zip(pairs, totals_k3, strict=True):
-        mean_3 = (total_3 / pair.row_layout.total).to(pair.backend.dtype)
-        results.append((mean_3[0].clone(), mean_3[1:].clone()))
+    for pair, (loss, won_xy, won_yx), count in zip(pairs, totals_k3, counts, strict=True):
+        accuracy_2 = torch.stack([won_xy / pair.num_anchors, won_yx / pair.num_owned])
+        results.append(((loss / count).to(pair.backend.dtype), accuracy_2.to(pair.backend.dtype)))
     return results

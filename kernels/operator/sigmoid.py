@@ -3,7 +3,7 @@
 With teachers' logits t_k and a target ``τ_ij = λ [i = j] + Σ_k w_k σ(t_k,ij)`` (λ + Σ_k w_k = 1) a sample's loss is
 ``Σ_j softplus(z_ij) - τ_ij z_ij`` over its own pair and admissible negatives; without teachers
 ``softplus(-z_ii) + Σ_j≠i softplus(z_ij)``. Three passes and one of each teacher, all forward, since the gradient needs
-no statistics first.
+no statistics first. Where columns have owners, a sample has any number of own pairs, and its loss is the sum over them.
 """
 
 from collections.abc import Sequence
@@ -46,35 +46,41 @@ def sigmoid_forward(pairs: Sequence[PairState], exchange: ColumnExchange, ranks:
     _reduce_column_max(sums, ranks)
 
     # The positives, and the losses of the own samples, in O(b).
-    losses_b, attractions_b, totals = [], [], []
+    losses_b, attractions_m, totals = [], [], []
     for pair, part in zip(pairs, sums, strict=True):
-        dot_b, margin_b = pair.positives()
-        z_b = dot_b * pair.scale + pair.bias
-        t_b = z_b * LOG2E
-        own_max_b = part.col_max_c[pair.column_layout.own]
-        missed_b = _missed_by_teachers(pair)
-        loss_b = part.loss_r + soft_cross_entropy(-z_b, missed_b)  # of -z and 1 - τ it is the same
+        owners = pair.owners
+        dot_m, slack_m = pair.positives()
+        z_m = dot_m * pair.scale + pair.bias
+        t_m = owners.mark(z_m * LOG2E, -torch.inf)
+        slack_m = slack_m * (pair.scale * LOG2E)
+        missed_m = _missed_by_teachers(pair)
+        own_loss_m = owners.mark(soft_cross_entropy(-z_m, missed_m), 0)  # of -z and 1 - τ it is the same
+        loss_b = part.loss_r + owners.by_row(own_loss_m, "sum")
         losses_b.append(loss_b)
-        attractions_b.append(torch.sigmoid(-z_b) - missed_b)
-        totals.append(sample_totals(loss_b, t_b - part.row_max_r > margin_b, t_b - own_max_b > margin_b))
+        attractions_m.append(owners.mark(torch.sigmoid(-z_m) - missed_m, 0))
+        won_xy_b = owners.by_row(t_m, "max") - part.row_max_r > owners.by_row(slack_m, "max")
+        won_yx_m = t_m - part.col_max_c[pair.column_layout.own] > slack_m
+        totals.append(sample_totals(loss_b, won_xy_b, won_yx_m))
 
     outputs = []
-    for k, (loss, accuracy_2) in enumerate(mean_losses(pairs, totals, ranks)):
+    counts = [pair.row_layout.total for pair in pairs]
+    for k, (loss, accuracy_2) in enumerate(mean_losses(pairs, totals, counts, ranks)):
         pair = pairs[k]
-        factor = pair.gradient_factor(pair.vector(1, 1.0)[0])
-        grads = pair.finish_gradients(dx_bD[k], exchange.own_gradient(k), attractions_b[k], factor)
-        d_bias = (sums[k].prob_r - attractions_b[k]).sum(dtype=torch.float64) * factor
+        factor = pair.gradient_factor(pair.vector(1, 1.0)[0], counts[k])
+        grads = pair.finish_gradients(dx_bD[k], exchange.own_gradient(k), attractions_m[k], factor)
+        attraction_b = pair.owners.by_row(attractions_m[k], "sum")
+        d_bias = (sums[k].prob_r - attraction_b).sum(dtype=torch.float64) * factor
         outputs.append(SigmoidOutputs(loss, accuracy_2, losses_b[k], *grads, d_bias))
     return outputs
 
 
 def _missed_by_teachers(pair: PairState) -> Tensor:
-    """Return ``1 - τ`` of the samples' own pairs, (b,): what the teachers' targets lack there."""
-    missed_b = pair.vector(len(pair.x_bD))
+    """Return ``1 - τ`` of the samples' own pairs, (m,): what the teachers' targets lack there."""
+    missed_m = pair.vector(len(pair.y_bD))
     for teacher in pair.teachers:
-        t_b = teacher.positives(pair.backend.dtype) * teacher.scale + teacher.bias
-        missed_b += teacher.weight * torch.sigmoid(-t_b)
-    return missed_b
+        t_m = teacher.positives(pair.backend.dtype) * teacher.scale + teacher.bias
+        missed_m += teacher.weight * torch.sigmoid(-t_m)
+    return missed_m
 
 
 def _empty_sums(pair: PairState) -> SigmoidSums:

@@ -10,6 +10,11 @@ The own pair enters no tile, so a loss of 1e-20 and its gradient keep their rela
 would be zero. Log-sum-exps stay in two parts (maximum, sum), and what is O(B) is done in float64: large offsets common
 to all logits then cancel, and a row's probabilities sum to 1.
 
+Where columns have owners, a row has any number of positives, and the mean over them of its cross entropies is, with q
+their log-sum-exp, ``loss_i = softplus(r_i - q_i) + q_i - mean z_ij`` (L_out of supervised contrastive learning, Khosla
+et al. 2020); the last two cancel exactly where there is one. The loss is then half the mean over rows that own a
+column, and half the mean over columns that have an owner.
+
 Passes, K teachers: 1 + K forward and 3 + K backward, less those of tiles in the logit cache.
 """
 
@@ -44,7 +49,7 @@ class SoftmaxOutputs(NamedTuple):
     row_factor_b: Tensor  # ½ / Σ_j 2^(t_ij - shift_i), positive included
     col_shift_B: Tensor
     col_factor_B: Tensor
-    attraction_b: Tensor  # minus the derivative of a sample's loss by its own pair's logit
+    attraction_m: Tensor  # minus the derivative of the sum of the losses by a column's logit with its owner
     cache_n: Tensor
 
 
@@ -74,34 +79,41 @@ def softmax_forward(
         softmax_statistics(pairs[k], block, rows_b[k], cols_B[k], caches[k])
 
     # The own pairs' logits in base 2, the student's and the teachers', and every column's statistics over all ranks.
-    margins_b, positives_b = [], []
+    slacks_m, positives_m = [], []
     for pair in pairs:
-        dot_b, margin_b = pair.positives()
-        margins_b.append(margin_b)
+        dot_m, slack_m = pair.positives()
         # the factors as the tiles round them
-        base2_b = [dot_b.double() * pair.logit_map.base2_2[0].double()]
+        factor = pair.logit_map.base2_2[0].double()
+        slacks_m.append(slack_m * factor)
+        base2_m = [pair.owners.mark(dot_m.double() * factor, -torch.inf)]
         for teacher in pair.teachers:
-            base2_b.append(teacher.positives(pair.backend.dtype).double() * teacher.logit_map.base2_2[0].double())
-        positives_b.append(base2_b)
-    positives_B = _reduce_columns(pairs, cols_B, positives_b, ranks)
+            base2_m.append(teacher.positives(pair.backend.dtype).double() * teacher.logit_map.base2_2[0].double())
+        positives_m.append(base2_m)
+    positives_B = _reduce_columns(pairs, cols_B, positives_m, ranks)
 
     # Losses of the own samples, in O(b).
-    losses_b, attractions_b, totals = [], [], []
+    losses_b, attractions_m, rows_positives_b, totals = [], [], [], []
     for k, pair in enumerate(pairs):
         own_cols = cols_B[k].part(pair.column_layout.own)
-        row_losses_b, row_attractions_b = _sample_losses(pair, rows_b[k], positives_b[k])
-        col_losses_b, col_attractions_b = _sample_losses(pair, own_cols, positives_b[k])
-        losses_b.append((row_losses_b + col_losses_b) / 2)
-        attractions_b.append((row_attractions_b + col_attractions_b) / 2)
-        t_b, margin_b = positives_b[k][0], margins_b[k]
-        won = [t_b - side.student.max_n > margin_b for side in (rows_b[k], own_cols)]
-        totals.append(sample_totals(losses_b[k], *won))
+        rows_positives_b.append([_joint(pair, positives_m[k][0]), *positives_m[k][1:]])
+        row_losses_b, row_attractions_m = _row_losses(pair, rows_b[k], rows_positives_b[k], positives_m[k])
+        col_losses_m, col_attractions_m = _sample_losses(pair, own_cols, positives_m[k])
+        col_share = pair.num_anchors / pair.num_owned  # a column's part in the sum that is divided by the anchors
+        col_losses_m = pair.owners.mark(col_losses_m * col_share, 0)
+        col_attractions_m = pair.owners.mark(col_attractions_m * col_share, 0)
+        losses_b.append((row_losses_b + pair.owners.by_row(col_losses_m, "sum")) / 2)
+        attractions_m.append((row_attractions_m + col_attractions_m) / 2)
+        t_m, slack_m = positives_m[k][0], slacks_m[k]
+        best_b, row_slack_b = (pair.owners.by_row(part_m, "max") for part_m in (t_m, slack_m))
+        won_xy_b = best_b - rows_b[k].student.max_n > row_slack_b
+        totals.append(sample_totals(losses_b[k], won_xy_b, t_m - own_cols.student.max_n > slack_m))
 
     outputs, teachers = [], []
-    for k, (loss, accuracy_2) in enumerate(mean_losses(pairs, totals, ranks)):
+    counts = [pair.num_anchors for pair in pairs]
+    for k, (loss, accuracy_2) in enumerate(mean_losses(pairs, totals, counts, ranks)):
         dtype = pairs[k].backend.dtype
-        row_weights = _weights(pairs[k], rows_b[k], positives_b[k])
-        col_weights = _weights(pairs[k], cols_B[k], positives_B[k])
+        row_weights = _weights(pairs[k], rows_b[k], rows_positives_b[k], 1.0)
+        col_weights = _weights(pairs[k], cols_B[k], positives_B[k], pairs[k].num_anchors / pairs[k].num_owned)
         output = SoftmaxOutputs(
             loss=loss,
             accuracy_2=accuracy_2,
@@ -110,7 +122,7 @@ def softmax_forward(
             row_factor_b=row_weights.student.factor_n,
             col_shift_B=col_weights.student.shift_n,
             col_factor_B=col_weights.student.factor_n,
-            attraction_b=attractions_b[k].to(dtype),
+            attraction_m=attractions_m[k].to(dtype),
             cache_n=cache_n[k],
         )
         outputs.append(output)
@@ -135,12 +147,12 @@ def _allocate_caches(pairs: Sequence[PairState], exchange: ColumnExchange, budge
 def _reduce_columns(
     pairs: Sequence[PairState],
     cols_B: Sequence[SoftmaxStatistics],
-    positives_b: Sequence[Sequence[Tensor]],
+    positives_m: Sequence[Sequence[Tensor]],
     ranks: RankGroup,
 ) -> list[list[Tensor]]:
     """Merge column statistics over ranks in place; return all columns' own logits, (B,), by pair: student, teachers."""
     if ranks.size == 1:
-        return [list(of_pair) for of_pair in positives_b]
+        return [list(of_pair) for of_pair in positives_m]
 
     # First the maxima, to which every rank then brings its sums.
     stats: list[OnlineLogSumExp | OnlineExpectation] = []
@@ -157,10 +169,10 @@ def _reduce_columns(
 
     # The sums, and with them the own logits of all ranks.
     positives_B = []
-    for pair, of_pair in zip(pairs, positives_b, strict=True):
-        padded_B = [t_b.new_zeros(pair.column_layout.total) for t_b in of_pair]
-        for t_B, t_b in zip(padded_B, of_pair, strict=True):
-            t_B[pair.column_layout.own] = t_b
+    for pair, of_pair in zip(pairs, positives_m, strict=True):
+        padded_B = [t_m.new_zeros(pair.column_layout.total) for t_m in of_pair]
+        for t_B, t_m in zip(padded_B, of_pair, strict=True):
+            t_B[pair.column_layout.own] = t_m
         positives_B.append(padded_B)
     sums_B = [sum_B for part in stats for sum_B in _sums(part)]
     reduced = sums_B + [t_B for of_pair in positives_B for t_B in of_pair]
@@ -174,6 +186,39 @@ def _reduce_columns(
 def _sums(stats: OnlineLogSumExp | OnlineExpectation) -> list[Tensor]:
     """Return what is relative to the maxima."""
     return [stats.sum_n] if isinstance(stats, OnlineLogSumExp) else [stats.sum_n, stats.cross_n]
+
+
+def _joint(pair: PairState, t_m: Tensor) -> Tensor:
+    """Return the log-sum-exp of each row's positives t in base 2, (b,): of a single one itself, of none -inf."""
+    if pair.owners.owner_m is None:
+        return t_m
+    most_b = pair.owners.by_row(t_m, "max")
+    power_m = pair.owners.mark(torch.exp2(t_m - pair.owners.of_columns(most_b)), 0)
+    return most_b + pair.owners.by_row(power_m, "sum").log2()
+
+
+def _row_losses(
+    pair: PairState, stats: SoftmaxStatistics, joint_b: Sequence[Tensor], positives_m: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the losses along rows, (b,), and minus their derivatives by the logits of their positives, (m,); float64.
+
+    Args:
+        pair: the pair.
+        stats: of its rows.
+        joint_b: the log-sum-exps in base 2 of the rows' positives, the student's and each teacher's.
+        positives_m: these themselves.
+    """
+    losses_b, attractions_b = _sample_losses(pair, stats, joint_b)  # of all positives as if they were one
+    counts_b = pair.owners.counts()
+    if counts_b is None:
+        return losses_b, attractions_b
+    owners, q_b, t_m = pair.owners, joint_b[0], positives_m[0]
+    excess_b = q_b - owners.by_row(t_m, "sum") / counts_b
+    losses_b = torch.where(counts_b > 0, losses_b + excess_b / LOG2E, 0)
+    part_m = torch.exp2(t_m - owners.of_columns(q_b))  # of a positive in all of them
+    own_share_m = 1 / owners.of_columns(counts_b.double())
+    attractions_m = (own_share_m - part_m) + part_m * owners.of_columns(attractions_b)
+    return losses_b, owners.mark(attractions_m, 0)
 
 
 def _sample_losses(pair: PairState, stats: SoftmaxStatistics, positives_n: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -206,16 +251,29 @@ def _joined(negatives: OnlineLogSumExp | OnlineExpectation, t_n: Tensor) -> tupl
     return shift_n, scale_n, negatives.sum_n * scale_n + torch.exp2(t_n - shift_n)
 
 
-def _weights(pair: PairState, stats: SoftmaxStatistics, positives_n: Sequence[Tensor]) -> PairWeights:
-    """Return the softmaxes over the negatives and the own pair, halved: the student's, and each teacher's share."""
+def _weights(
+    pair: PairState, stats: SoftmaxStatistics, positives_n: Sequence[Tensor], share: float | Tensor
+) -> PairWeights:
+    """Return the softmaxes over the negatives and the own pair, halved: the student's, and each teacher's share.
+
+    share: what a softmax counts of what one along a row does.
+    """
     teachers = [
         _half_weights(part, own_n, teacher.weight)
         for teacher, part, own_n in zip(pair.teachers, stats.teachers, positives_n[1:], strict=True)
     ]
-    return PairWeights(_half_weights(stats.student, positives_n[0], 1.0), teachers)
+    student = _half_weights(stats.student, positives_n[0], share)
+    if pair.owners.owner_m is None:
+        return PairWeights(student, teachers)
+    # What has no positive has no loss, and perhaps no entry at all.
+    shift_n = torch.where(student.shift_n == -torch.inf, 0, student.shift_n)
+    factor_n = torch.where(positives_n[0] == -torch.inf, 0, student.factor_n)
+    return PairWeights(SoftmaxWeights(shift_n, factor_n), teachers)
 
 
-def _half_weights(negatives: OnlineLogSumExp | OnlineExpectation, t_n: Tensor, weight: float) -> SoftmaxWeights:
+def _half_weights(
+    negatives: OnlineLogSumExp | OnlineExpectation, t_n: Tensor, weight: float | Tensor
+) -> SoftmaxWeights:
     shift_n, _, total_n = _joined(negatives, t_n)
     return SoftmaxWeights(shift_n, (0.5 * weight / total_n).to(shift_n.dtype))
 
@@ -247,6 +305,6 @@ def softmax_backward(
     exchange.accumulate_gradients(add)
     results = []
     for k, pair in enumerate(pairs):
-        factor = pair.gradient_factor(grads[k])
-        results.append(pair.finish_gradients(dx_bD[k], exchange.own_gradient(k), outputs[k].attraction_b, factor))
+        factor = pair.gradient_factor(grads[k], pair.num_anchors)
+        results.append(pair.finish_gradients(dx_bD[k], exchange.own_gradient(k), outputs[k].attraction_m, factor))
     return results

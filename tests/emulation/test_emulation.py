@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def test_tiles_equal_float64_without_illegal_accesses(case: Case, element: torch
         check(
             answers(emulated(Emulator(builds, limits, RACES), element, tiles), case, element), reference, case, element
         )
+
+
+@pytest.mark.parametrize("tiles", [NARROW, WIDE, LIBRARY, "float32"])
+@pytest.mark.parametrize("case", [Case(70, 131, 96, 1000, limits=True), Case(9, 140, 24, 2, labels=True, limits=True)])
+def test_tiles_with_limits(case: Case, tiles: str, builds: Path) -> None:
+    """Dots above the limit of their row or of their column are as if they were not there."""
+    element = torch.float32 if tiles == "float32" else torch.bfloat16
+    emulator = Emulator(builds, HOPPER if tiles == WIDE else SMALL, RACES)
+    reference = reference_of(case, element)
+    without = reference_of(replace(case, limits=False), element)
+    assert (reference.rows.sum_n < without.rows.sum_n).any()
+    check(answers(emulated(emulator, element, tiles), case, element), reference, case, element)
 
 
 @pytest.mark.parametrize(("element", "tiles"), KINDS, ids=name_of)

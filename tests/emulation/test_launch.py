@@ -131,7 +131,7 @@ def test_a_diagonal_far_away_is_moved_just_outside(diagonal: int, clipped: int) 
 
 
 def test_arguments_are_laid_out_as_in_cpp() -> None:
-    """The struct Tile of tile.h: three pointers, three ints."""
+    """A struct like Tile of tile.h, of three pointers and three ints."""
     tensor = torch.zeros(3)
     packed = PackedArguments([(In(tensor), Out(None), In(tensor[1:]), 2, 3, -4), 7, In(tensor)])
 

@@ -18,6 +18,7 @@ from threetowers.kernels.cuda.block_shape import LIBRARY, NARROW, TILES, WIDE
 from threetowers.kernels.tiles import TorchTiles
 
 CASE = Case(140, 262, 104, diagonal=1, labels=True)  # several blocks and slices, the last ones ragged
+LIMITED = Case(70, 131, 40, diagonal=1, limits=True)
 LONELY = Case(5, 1, 8, diagonal=-2)  # row 2 has no pair left
 SCHEDULES = {
     "turns-late": Schedule(False, False, False, 1),
@@ -154,6 +155,15 @@ BUGS = {
             "tile.row_label(first_row() + logits.row(d, 0))",
         )
     ),
+    "limits ignored": Bug(
+        Mutation("block_logits.h", "  if (tile.row_limits.given()) exclude_above_limits(dots, tile);\n", ""),
+        case=LIMITED,
+    ),
+    "limits of columns past the end are read": Bug(
+        Mutation("tile.h", "return j < columns ? column_limits[j] : infinity();", "return column_limits[j];"),
+        "of a buffer of",
+        case=LIMITED,
+    ),
     "half of the lanes summed": Bug(Mutation("block_log_sums.h", "visit); }, 4, 32)", "visit); }, 4, 16)")),
     "empty set is NaN": Bug(Mutation("log_sum.h", "max == -infinity() ? 0.0f : max", "max"), case=LONELY),
     "running statistics forgotten": Bug(Mutation("merge.cu", "{max[i], sum[i]}", "{-infinity(), 0.0f}")),
@@ -235,7 +245,7 @@ def test_planted_bug_is_caught(name: str, tiles: str, builds: Path) -> None:
 
 
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("case", [CASE, LONELY])
+@pytest.mark.parametrize("case", [CASE, LIMITED, LONELY])
 def test_without_a_bug_nothing_is_reported(case: Case, tiles: str, builds: Path) -> None:
     clean = Bug(Mutation("", "", ""), case=case)
     for schedule in (RACES, *SCHEDULES.values()):

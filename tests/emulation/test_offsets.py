@@ -59,7 +59,7 @@ Job = tuple[Launch, Sequence[Argument], list[Tensor]]
 
 
 def tile(rows: int, cols: int) -> tuple[Scalar, ...]:
-    return (In(None), In(None), In(torch.tensor([1.5, -0.5])), rows, cols, cols)  # the diagonal is outside
+    return (*[In(None)] * 4, In(torch.tensor([1.5, -0.5])), rows, cols, cols)  # the diagonal is outside
 
 
 def weights(before: int, count: int) -> tuple[Scalar, ...]:

@@ -29,7 +29,8 @@ class MetaRanks(RankGroup):
     @override
     def gather_on_host(self, part_n: Tensor) -> Tensor:
         rows_Wn = part_n.expand(self.size, -1).clone()
-        rows_Wn[:, 2:] = torch.where(part_n[2:] > 0, torch.tensor(SIZES)[:, None], 0)
+        more_W = torch.tensor(SIZES) - SIZES[self.rank]
+        rows_Wn[:, 2:] = torch.where(part_n[2:] > 0, part_n[2:] + more_W[:, None], 0)
         return rows_Wn
 
     @override
@@ -59,7 +60,11 @@ def anywhere(x_bD: Tensor) -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("ranks", [RankGroup, MetaRanks])
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_no_number_is_read(kind: str, ranks: type[RankGroup], with_ids: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("owned", [False, True])
+def test_no_number_is_read(
+    kind: str, ranks: type[RankGroup], with_ids: bool, owned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With owners the first pair has five columns for its three rows, and false negatives are looked for."""
     monkeypatch.setattr(operators, "RankGroup", ranks)
     monkeypatch.setattr(operators, "_on_device_of", anywhere)
     with torch.device("meta"):
@@ -67,15 +72,20 @@ def test_no_number_is_read(kind: str, ranks: type[RankGroup], with_ids: bool, mo
         scales = [torch.empty(1), torch.empty(1)]
         bias = [torch.empty(1), torch.empty(1)] if kind == "sigmoid" else []
         ids = torch.empty(3, dtype=torch.int64) if with_ids else None
+        owner, column_ids = [None, None], [None, None]
+        if owned:
+            y[0], owner[0] = torch.empty(5, 8), torch.empty(5, dtype=torch.int64)
+            column_ids[0] = torch.empty(5, dtype=torch.int64) if with_ids else None
         u, v = ([torch.empty(3, 5)] for _ in range(2))
         teacher = u, v, [torch.empty(1)], [torch.empty(1)] if kind == "sigmoid" else []
     needs = [True, False], [True, True], [True, True]
-    options = kind, 100, False, *needs, [False, False]
+    options = 0.5 if owned else None, kind, 100, False, *needs, [False, False]
+    of_columns = owner, column_ids, ids
     teachers = *teacher, [0, 1], [0.5]
-    saved = operators.contrastive_forward._init_fn(x, y, scales, bias, *teachers, ids, *options, False)
+    saved = operators.contrastive_forward._init_fn(x, y, scales, bias, *teachers, *of_columns, *options, False)
     grads = [torch.empty((), device="meta")] * 2
-    flat = operators.contrastive_backward._init_fn(grads, x, y, u, v, saved, [0, 1], [0.5], kind, False, *needs)
-    assert [part.shape for part in flat[2:4]] == [(3, 8), (3, 6)]
+    flat = operators.contrastive_backward._init_fn(grads, x, y, u, v, owner, saved, [0, 1], [0.5], kind, False, *needs)
+    assert [part.shape for part in flat[2:4]] == [(5 if owned else 3, 8), (3, 6)]
     assert [part.shape for part in flat[:2]] == [(3, 8), (0,)]
     with pytest.raises(RuntimeError, match="meta"):  # which does read
-        operators.contrastive_forward._init_fn(x, y, scales, bias, *teachers, ids, *options, True)
+        operators.contrastive_forward._init_fn(x, y, scales, bias, *teachers, *of_columns, *options, True)

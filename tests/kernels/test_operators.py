@@ -56,7 +56,9 @@ def test_opcheck(kind: str, cache_bytes: int, num_teachers: int) -> None:
         [log_scale, other_scale],
         bias + other_bias,
         *teachers(20, num_teachers, kind),
+        *[[None, None]] * 2,
         torch.arange(20) // 2,
+        None,
         kind,
         cache_bytes,
         False,
@@ -74,11 +76,11 @@ def test_opcheck_of_backward(kind: str, num_teachers: int) -> None:
     x_BD, y_BD = (part.detach() for part in batch(20))
     scales = [part.detach() for part in scalars(kind)]
     needs = [True], [False], [True]
-    options = None, kind, 2000, False, *needs, [False], True
+    options = [None], [None], None, None, kind, 2000, False, *needs, [False], True
     u, v, *rest, shares = teachers(20, num_teachers, kind)
     rest[-1] = [num_teachers]
     saved = operators.contrastive_forward([x_BD], [y_BD], scales[:1], scales[1:], u, v, *rest, shares, *options)
-    args = [torch.ones_like(saved[0])], [x_BD], [y_BD], u, v, saved, rest[-1], shares, kind, False, *needs
+    args = [torch.ones_like(saved[0])], [x_BD], [y_BD], u, v, [None], saved, rest[-1], shares, kind, False, *needs
     torch.library.opcheck(operators.contrastive_backward, args, test_utils=["test_schema", "test_faketensor"])
 
 
@@ -115,7 +117,7 @@ def test_fake_tensors_have_the_size_of_the_logit_cache(cache_bytes: int) -> None
             x_BD, y_BD, z_BD = (torch.ones(1500, 4) for _ in range(3))
             sides, scales = ([x_BD, y_BD], [y_BD, z_BD]), [torch.zeros(1), torch.zeros(1)]
             needs = [True, False], [False, False], [False, True]
-            options = None, "softmax", cache_bytes, False, *needs, [False, False], True
+            options = [None] * 2, [None] * 2, None, None, "softmax", cache_bytes, False, *needs, [False, False], True
             taught = [x_BD], [y_BD], scales[:1], [], [0, 1], [1.0]
             flat = operators.contrastive_forward(*sides, scales, [], *taught, *options)
             return [part.shape for part in flat]

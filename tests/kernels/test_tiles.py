@@ -26,10 +26,13 @@ def _map(scale: float, bias: float = 0.0, dtype: torch.dtype = torch.float32) ->
     return LogitMap.of(torch.tensor([scale, bias], dtype=torch.float64), dtype)
 
 
-def _tile(rows: int, cols: int, diagonal: int, labelled: bool, bias: float = 0.0) -> Tile:
+def _tile(rows: int, cols: int, diagonal: int, excluded: str, bias: float = 0.0) -> Tile:
     g = torch.Generator().manual_seed(rows)
     labels = [torch.randint(0, 5, (n,), generator=g, dtype=torch.int32) for n in (rows, cols)]
-    return Tile(_map(2.0, bias), diagonal, *(labels if labelled else []))
+    limits = [torch.randn(n, generator=g) + 2 for n in (rows, cols)]
+    limits[0][::3] = torch.inf
+    parts = [*(labels if "labels" in excluded else [None] * 2), *(limits if "limits" in excluded else [])]
+    return Tile(_map(2.0, bias), diagonal, *parts)
 
 
 def _features(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,13 +40,13 @@ def _features(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, 6, generator=g), torch.randn(cols, 6, generator=g)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("excluded", ["", "labels", "limits", "labels and limits"])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_softmax_sweeps(sweep: CpuTiles, rows: int, cols: int, labelled: bool) -> None:
+def test_softmax_sweeps(sweep: CpuTiles, rows: int, cols: int, excluded: str) -> None:
     reference = TorchTiles(torch.float64)
     x_rD, y_cD = _features(rows, cols)
     for diagonal in (-rows - 3, -1, 0, 2, cols + 5):
-        tile = _tile(rows, cols, diagonal, labelled)
+        tile = _tile(rows, cols, diagonal, excluded)
         found = [OnlineLogSumExp.empty(n, x_rD, torch.float32) for n in (rows, cols)]
         truth = [OnlineLogSumExp.empty(n, x_rD, torch.float64) for n in (rows, cols)]
         cache_rc = torch.empty(rows, cols)
@@ -102,11 +105,11 @@ def test_powers_below_the_smallest_number_fade_to_zero(sweep: CpuTiles, apart: i
     assert (power_c[t_c <= -127] == 0).all()
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("excluded", ["", "labels", "limits", "labels and limits"])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_sigmoid_sweep(sweep: CpuTiles, rows: int, cols: int, labelled: bool) -> None:
+def test_sigmoid_sweep(sweep: CpuTiles, rows: int, cols: int, excluded: str) -> None:
     x_rD, y_cD = _features(rows, cols)
-    tile = _tile(rows, cols, 1, labelled, bias=-3.0)
+    tile = _tile(rows, cols, 1, excluded, bias=-3.0)
     results = []
     for backend, dtype in ((sweep, torch.float32), (TorchTiles(torch.float64), torch.float64)):
         sums = SigmoidSums(
