@@ -81,7 +81,7 @@ def retrieve(demo: Path, name: str, *flags: str) -> dict[str, float]:
 
 def test_three_towers_with_text(demo: Path) -> None:
     """What is deployed sees images and words: no cache is read."""
-    assert "text-fourth (g_k, k_g; softmax)" in train(demo, "3t-text")
+    assert "term text-fourth: 0.166667 x contrastive of (g_k, k_g)" in train(demo, "3t-text")
     retrieve(demo, "3t-text")
 
 
