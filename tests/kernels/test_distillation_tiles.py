@@ -115,7 +115,7 @@ def _assert_same(found: Statistics, truth: Statistics, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("teachers", [1, 2, 4])
+@pytest.mark.parametrize("teachers", [1, 2, 3, 4])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_softmax_sweeps(sweep: CpuTiles, rows: int, cols: int, teachers: int, labelled: bool) -> None:
     for diagonal in (-rows - 3, -1, 0, 2):
