@@ -69,14 +69,14 @@ def floor(x_BD: Tensor, y_BD: Tensor, logits_again: bool, fresh: bool = False) -
     return products
 
 
-def distillation_floor(x_BD: Tensor, y_BD: Tensor, teacher: Teacher) -> Step:
-    """The products alone: both sides' dots twice, as forward and backward take them, and two gradient products."""
+def distillation_floor(x_BD: Tensor, y_BD: Tensor, teacher: Teacher, logits_again: bool) -> Step:
+    """The products alone: both sides' dots once, or twice as where none are kept, and two gradient products."""
     x, y = x_BD.detach(), y_BD.detach()
     student_BB, teacher_BB = torch.empty(len(x), len(y)), torch.empty(len(x), len(y))
     dx_BD, dy_BD = torch.empty_like(x), torch.empty_like(y)
 
     def products() -> None:
-        for _ in range(2):
+        for _ in range(2 if logits_again else 1):
             torch.mm(x, y.T, out=student_BB)
             torch.mm(teacher.u, teacher.v.T, out=teacher_BB)
         torch.mm(student_BB, y, out=dx_BD)
@@ -126,13 +126,30 @@ def teacher_of(total: int, width: int) -> Teacher:
     return Teacher(u_BE, v_BE, torch.tensor([30.0]).log())
 
 
-def own_distillation(teacher: Teacher) -> Callable[..., Tensor]:
+def own_distillation(teacher: Teacher, logit_cache_bytes: int = 0) -> Callable[..., Tensor]:
     """The fused loss; half of the target is the pairs' own, as in the forms below."""
-    return lambda x, y, log_scale: distillation_loss(x, y, log_scale, [teacher], hard_weight=0.5)
+    return lambda x, y, log_scale: distillation_loss(
+        x, y, log_scale, [teacher], hard_weight=0.5, logit_cache_bytes=logit_cache_bytes
+    )
 
 
 def dense_distillation(teacher: Teacher) -> Callable[..., Tensor]:
-    """All logits at once, shared by both directions, as CLIP-KD and MobileCLIP compute it."""
+    """All logits at once, in as few operations as autograd allows: hard and soft targets share each log-softmax."""
+
+    def loss(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Tensor:
+        logits_BB = log_scale.exp() * (x_BD @ y_BD.T)
+        teacher_BB = teacher.log_scale.exp() * (teacher.u @ teacher.v.T)
+        total = x_BD.new_zeros(())
+        for student, taught in ((logits_BB, teacher_BB), (logits_BB.T, teacher_BB.T)):
+            log_p_BB = student.log_softmax(1)
+            total = total - (taught.softmax(1) * log_p_BB).sum(1).mean() - log_p_BB.diagonal().mean()
+        return total / 4
+
+    return loss
+
+
+def separate_distillation(teacher: Teacher) -> Callable[..., Tensor]:
+    """All logits at once, and a cross entropy for each direction and kind of target."""
 
     def loss(x_BD: Tensor, y_BD: Tensor, log_scale: Tensor) -> Tensor:
         logits_BB = log_scale.exp() * (x_BD @ y_BD.T)
@@ -217,23 +234,39 @@ def bench_softmax(total: int, width: int, rounds: int, clock: Clock) -> None:
 
 
 def bench_distillation(total: int, width: int, rounds: int, clock: Clock) -> None:
-    """Distillation from one teacher of the student's width between its floor and dense forms, in the same rounds."""
-    losses = {"distillation": own_distillation, "dense distillation": dense_distillation}
-    losses["open_clip DistillClipLoss"] = open_clip_distillation  # type: ignore[assignment]
-    x_BD, y_BD = features(512, width)
-    small = {name: loss(teacher_of(512, width)) for name, loss in losses.items()}
-    grads = {name: training_step(x_BD, y_BD, loss)() for name, loss in small.items() if loss is not None}
-    for name, (dx_BD, *_) in grads.items():
-        apart = float((dx_BD - grads["distillation"][0]).norm() / dx_BD.norm())
+    """Distillation from one teacher of the student's width between its floors and dense forms, in the same rounds."""
+    cached = "distillation, 1 GiB logit cache"
+    own: dict[str, Callable[[Teacher], Callable[..., Tensor] | None]] = {
+        "distillation": own_distillation,
+        cached: lambda teacher: own_distillation(teacher, GIB),
+    }
+    rivals: dict[str, Callable[[Teacher], Callable[..., Tensor] | None]] = {
+        "dense, shared log-softmax": dense_distillation,
+        "dense, separate cross entropies": separate_distillation,
+        "open_clip DistillClipLoss": open_clip_distillation,
+    }
+
+    def training_steps(batch: int) -> dict[str, Step]:
+        x_BD, y_BD = features(batch, width)
+        losses = {name: loss(teacher_of(batch, width)) for name, loss in (own | rivals).items()}
+        return {name: training_step(x_BD, y_BD, loss) for name, loss in losses.items() if loss is not None}
+
+    # Forms with other gradients would not compare.
+    gradients: Any = {name: step() for name, step in training_steps(512).items()}
+    for name, (dx_BD, *_) in gradients.items():
+        apart = float((dx_BD - gradients["distillation"][0]).norm() / dx_BD.norm())
         if apart > 1e-4:
-            raise RuntimeError(f"{name} has other gradients than distillation, by {apart:.1e}: they do not compare")
+            raise RuntimeError(f"the gradient of {name} differs by {apart:.1e} from distillation's; expected the same")
 
     x_BD, y_BD = features(total, width)
     teacher = teacher_of(total, width)
-    steps = {"floor of 6 passes": distillation_floor(x_BD, y_BD, teacher)}
-    steps |= {name: training_step(x_BD, y_BD, losses[name](teacher)) for name in grads}
-    pairs = [("distillation", "floor of 6 passes")]
-    pairs += [(name, "distillation") for name in grads if name != "distillation"]
+    steps = {
+        "floor of 6 passes": distillation_floor(x_BD, y_BD, teacher, True),
+        "floor of 4 passes": distillation_floor(x_BD, y_BD, teacher, False),
+        **training_steps(total),
+    }
+    pairs = [("distillation", "floor of 6 passes"), (cached, "floor of 4 passes")]
+    pairs += [(rival, name) for rival in rivals for name in own]
     report(f"Distillation from one teacher of width {width}, B = {total}, D = {width}", steps, pairs, rounds, clock)
 
 
