@@ -99,18 +99,20 @@ class Answers:
         return bits_of(*tensors)
 
 
-def statistics_of(
-    backend: TileBackend, case: DistillationCase, element: torch.dtype, cache_Krc: Tensor | None, times: int
-) -> tuple[Statistics, Statistics]:
-    """Return what `distill_stats` merges into empty statistics, called several times."""
+def statistics_call(
+    backend: TileBackend, case: DistillationCase, element: torch.dtype
+) -> tuple[Statistics, Statistics, Callable[[Tensor | None], None]]:
+    """Return empty statistics of rows and of columns, and `distill_stats` with all but its cache, merging into them."""
     student = case.student
     x_rD, y_cD = (backend.features(z_nD) for z_nD in student.features(element))
     teachers = case.teacher_tiles(backend, element, biased=False)
     rows, cols = (Statistics.empty(n, len(teachers), backend.dtype) for n in (student.rows, student.cols))
     own = x_rD, y_cD, student.tile(backend.dtype), rows.student, cols.student
-    for _ in range(times):
+
+    def add(cache_Krc: Tensor | None) -> None:
         backend.distill_stats(*own, teachers, rows.teachers, cols.teachers, cache_Krc)
-    return rows, cols
+
+    return rows, cols, add
 
 
 def gradient_call(
@@ -118,7 +120,8 @@ def gradient_call(
 ) -> Callable[[Tensor | None], Tensor]:
     """Return `distill_grad` with all but its cache, with weights of the true statistics."""
     student, dtype = case.student, backend.dtype
-    rows, cols = statistics_of(TorchTiles(torch.float64), case, element, None, 1)
+    rows, cols, add = statistics_call(TorchTiles(torch.float64), case, element)
+    add(None)
     sides, teacher_sides = zip(rows.weights(), cols.weights(), strict=True)
     x_rD, y_cD = (backend.features(z_nD) for z_nD in student.features(element))
     own = x_rD, y_cD, student.tile(dtype), *(rounded(weights, dtype) for weights in sides)
@@ -144,7 +147,9 @@ def answers(backend: TileBackend, case: DistillationCase, element: torch.dtype) 
     student, dtype, gain = case.student, backend.dtype, gain_of(backend, element)
     layers = 1 + len(case.widths)
     cached_Krc = torch.full((layers, student.rows, student.cols), math.nan, dtype=backend.cache_dtype)
-    rows, cols = statistics_of(backend, case, element, cached_Krc, times=2)  # sums double, maxima stay
+    rows, cols, add = statistics_call(backend, case, element)
+    for _ in range(2):  # merged twice: sums double, maxima stay
+        add(cached_Krc)
 
     gradient = gradient_call(backend, case, element)
     grad_from_cached_rc = gradient(cached_Krc).to(dtype) / gain

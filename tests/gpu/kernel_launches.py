@@ -1,7 +1,7 @@
 """Launches every kernel, and compares nothing: a program for compute-sanitizer and ncu to look at.
 
 python -m tests.gpu.kernel_launches            # odd tiles, all elements
-python -m tests.gpu.kernel_launches --large library   # one full tile of bfloat16, of this tile shape
+python -m tests.gpu.kernel_launches --large library   # full tiles of bfloat16, of this tile shape
 python -m tests.gpu.kernel_launches --overrun  # a kernel that writes past its output: the sanitizer must find it
 """
 
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from tests.gpu.steps.kernel_tiles import ELEMENTS, Case, answers
+from tests.gpu.steps.kernel_tiles import ELEMENTS, Case, DistillationCase, answers
 from tests.gpu.tile_shapes import TILE_SHAPES, tile_shape
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.tiles import OnlineLogSumExp
@@ -19,8 +19,10 @@ CASES = [
     Case(129, 127, 72, labels=True),
     Case(257, 9, 20),
     Case(300, 257, 512, labels=True),
+    DistillationCase(Case(129, 127, 72, labels=True), (40,)),
+    DistillationCase(Case(257, 9, 20), (8, 36)),
 ]
-LARGE = Case(4096, 4096, 768)
+LARGE = Case(4096, 4096, 768), DistillationCase(Case(4096, 4096, 768), (512,))
 
 
 def launch_all(device: torch.device) -> None:
@@ -31,12 +33,12 @@ def launch_all(device: torch.device) -> None:
                 launch(device, shape, element, case)
 
 
-def launch(device: torch.device, shape: str, element: torch.dtype, case: Case) -> None:
+def launch(device: torch.device, shape: str, element: torch.dtype, case: Case | DistillationCase) -> None:
     """Run every method of the back end that serves these features."""
     with torch.device(device), tile_shape(shape):
-        backend = backend_for(case.features(element)[0])
+        backend = backend_for(torch.empty(1, 8, dtype=element))
         answers(backend, case, element)
-    print(f"ran {type(backend).__name__} {shape} {element} {case.rows} x {case.cols} x {case.width}", flush=True)
+    print(f"ran {type(backend).__name__} {shape} {element} {case}", flush=True)
 
 
 def overrun(device: torch.device) -> None:
@@ -55,7 +57,8 @@ if __name__ == "__main__":
         case ["--overrun"]:
             overrun(gpu)
         case ["--large", shape]:
-            launch(gpu, shape, ELEMENTS[0], LARGE)
+            for large in LARGE:
+                launch(gpu, shape, ELEMENTS[0], large)
         case _:
             launch_all(gpu)
     torch.cuda.synchronize()

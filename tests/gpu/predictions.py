@@ -37,6 +37,9 @@ KERNEL_PREDICTIONS = {
     "host, a call of stats": Prediction(20, 90),
     "host, a call of softmax_grad": Prediction(15, 60),
     "host, a call of sigmoid": Prediction(40, 120),
+    "host, a call of distill_stats": Prediction(60, 200),
+    "host, a call of distill_grad": Prediction(30, 100),
+    "host, a call of distill_sigmoid": Prediction(60, 180),
     "host, a call of add_rows": Prediction(8, 30),
     "host, a call of add_cols": Prediction(8, 30),
     "stats 4096 x 4096 x 768, 128x128": Prediction(240, 290),  # mma.sync at 63 % of the peak, L2 at 3.2 to 3.5 TB/s
@@ -48,6 +51,9 @@ KERNEL_PREDICTIONS = {
     "sigmoid 4096 x 4096 x 768, 128x128": Prediction(215, 260),
     "sigmoid 4096 x 4096 x 768, 128x256": Prediction(310, 380),
     "sigmoid 4096 x 2048 x 768, library": Prediction(300, 365),
+    "distill_stats 4096 x 4096 x 768, 1 teachers": Prediction(230, 370),  # 70 to 90 us of products, 134 MB read again
+    "distill_grad 4096 x 4096 x 768, 1 teachers": Prediction(300, 420),
+    "distill_sigmoid 4096 x 4096 x 768, 1 teachers": Prediction(240, 370),
     "add_rows 4096 x 4096 x 768, 128x256": Prediction(480, 570),
     "add_cols 4096 x 4096 x 768, 128x256": Prediction(480, 570),
     "softmax 4096 x 4096 x 768, 128x128, 4 passes": Prediction(310, 360),

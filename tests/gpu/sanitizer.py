@@ -10,7 +10,7 @@ from tests.gpu.kernel_launches import launch_all
 from tests.gpu.setting import Setting
 from tests.gpu.tile_shapes import TILE_SHAPES
 
-KERNELS = "stats|merge|softmax_gradient|sigmoid|dense_"
+KERNELS = "stats|merge|softmax_gradient|sigmoid|dense_|distill_"
 FOUND = 9  # its exit code where it has found something
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an overrun ends in memory that torch keeps for later
 

@@ -8,11 +8,19 @@ from collections.abc import Callable
 import torch
 
 from tests.gpu.setting import Setting
-from tests.gpu.steps.kernel_tiles import Case, weights_of
+from tests.gpu.steps.kernel_tiles import (
+    Case,
+    DistillationCase,
+    empty_sums,
+    gradient_call,
+    sigmoid_call,
+    statistics_call,
+    weights_of,
+)
 from tests.gpu.tile_shapes import TILE_SHAPES, tile_shape
 from tests.gpu.timing import gpu_microseconds, host_microseconds
 from threetowers.kernels.backends import backend_for
-from threetowers.kernels.tiles import OnlineLogSumExp, SigmoidSums, TileBackend
+from threetowers.kernels.tiles import OnlineLogSumExp, TileBackend
 
 BIG = 10**9  # a diagonal outside of the tile
 TILES = [
@@ -22,12 +30,13 @@ TILES = [
     Case(4096, 4096, 512, diagonal=BIG, scale=50.0),
     Case(4096, 4096, 768, diagonal=BIG, scale=50.0, labels=True),
 ]
+DISTILLATION_TILES = [DistillationCase(TILES[0], (768,)), DistillationCase(TILES[0], (768, 1024))]
 SMALL = Case(256, 256, 64, diagonal=BIG)  # the GPU is done with it before the host has enqueued the next
 
 
 def run(setting: Setting) -> None:
     with torch.device(setting.device):
-        for name, call in calls(SMALL).items():
+        for name, call in (calls(SMALL) | distillation_calls(DistillationCase(SMALL, (48,)))).items():
             setting.record(
                 f"host, a call of {name}",
                 host_microseconds(call, setting.device, 20 if setting.rehearse else 200),
@@ -43,6 +52,8 @@ def run(setting: Setting) -> None:
                 for shape in TILE_SHAPES:
                     with tile_shape(shape):
                         time_tile(setting, case, shape, stream)
+            for distilled in DISTILLATION_TILES:  # by the same kernels, whatever the shape
+                time_distillation(setting, distilled, stream)
 
 
 def calls(case: Case, backend: TileBackend | None = None) -> dict[str, Callable[[], object]]:
@@ -53,8 +64,7 @@ def calls(case: Case, backend: TileBackend | None = None) -> dict[str, Callable[
     x_rD, y_cD = (backend.features(z_nD) for z_nD in case.features(element))
     rows, cols = (OnlineLogSumExp.empty(n, x_rD, backend.dtype) for n in (case.rows, case.cols))
     dx_rD, dy_cD = (torch.zeros(n, case.width, dtype=backend.dtype) for n in (case.rows, case.cols))
-    low_r, low_c = (torch.full((n,), -torch.inf, dtype=backend.dtype) for n in (case.rows, case.cols))
-    sums = SigmoidSums(torch.zeros(case.rows), torch.zeros(case.rows), low_r, low_c)
+    sums = empty_sums(case, backend.dtype)
     factors_r = torch.ones(case.rows, dtype=backend.dtype)
     row_weights, col_weights = (
         type(weights)(weights.shift_n.to(backend.dtype), weights.factor_n.to(backend.dtype))
@@ -69,6 +79,32 @@ def calls(case: Case, backend: TileBackend | None = None) -> dict[str, Callable[
         "add_rows": lambda: backend.add_rows(dx_rD, grad_rc, y_cD),
         "add_cols": lambda: backend.add_cols(dy_cD, grad_rc, x_rD),
     }
+
+
+def distillation_calls(case: DistillationCase) -> dict[str, Callable[[], object]]:
+    """Return the parts that distillation has in place of `stats`, `softmax_grad` and `sigmoid`."""
+    element = torch.bfloat16
+    backend = backend_for(case.student.features(element)[0])
+    _, _, add_statistics = statistics_call(backend, case, element)
+    gradient = gradient_call(backend, case, element)
+    sigmoid = sigmoid_call(backend, case, element, empty_sums(case.student, backend.dtype))
+    factors_r = torch.ones(case.student.rows, dtype=backend.dtype)
+    return {
+        "distill_stats": lambda: add_statistics(None),
+        "distill_grad": lambda: gradient(None),
+        "distill_sigmoid": lambda: sigmoid(factors_r),
+    }
+
+
+def time_distillation(setting: Setting, case: DistillationCase, stream: torch.cuda.Stream) -> None:
+    """Record the rate of each part, whose passes are the student's and each teacher's."""
+    student = case.student
+    name = f"{student.rows} x {student.cols} x {student.width}, {len(case.widths)} teachers"
+    passes = 2 * student.rows * student.cols * (student.width + sum(case.widths))
+    for part, call in distillation_calls(case).items():
+        microseconds = gpu_microseconds(call, stream)
+        print(f"    {microseconds:.1f} us")
+        setting.record(f"{part} {name}", passes / microseconds / 1e6, "TFLOP/s")
 
 
 def time_tile(setting: Setting, case: Case, shape: str, stream: torch.cuda.Stream) -> None:

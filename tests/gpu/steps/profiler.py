@@ -17,7 +17,7 @@ METRICS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps of what fits",
 }
-KERNELS = "regex:^(stats|softmax_gradient|sigmoid)$"
+KERNELS = "regex:^(stats|softmax_gradient|sigmoid|distill_.*)$"
 
 
 def run(setting: Setting) -> None:
@@ -31,8 +31,8 @@ def run(setting: Setting) -> None:
 
 
 def profile(setting: Setting, shape: str) -> None:
-    """Record the counters of each kernel on one full tile."""
-    command = ["ncu", "--csv", "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", "6"]
+    """Record the counters of each kernel on full tiles."""
+    command = ["ncu", "--csv", "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", "12"]
     command += ["--metrics", ",".join(METRICS), sys.executable, "-m", "tests.gpu.kernel_launches", "--large", shape]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
