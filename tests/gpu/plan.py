@@ -10,8 +10,8 @@ STEPS = [
     Step(
         "photographs", 120, "tars of photograph-sized images, a tokenizer, a small cache", background=True, timed=False
     ),
-    Step("kernel_tiles", 90, "every kernel on odd tiles against float64, twice for equal bits", True, timed=False),
-    Step("loss_errors", 50, "the loss and its gradients against float64", True, timed=False),
+    Step("kernel_tiles", 110, "every kernel on odd tiles against float64, twice for equal bits", True, timed=False),
+    Step("loss_errors", 60, "the loss and its gradients against float64", True, timed=False),
     Step("two_ranks", 60, "two NCCL ranks on the one card against float64", True, timed=False),
     Step("kernel_times", 45, "the GPU's time for each kernel, the host's time for each call"),
     Step("training_steps", 140, "a training step by precision and ZeRO stage, and where the host waits", True),

@@ -42,7 +42,7 @@ FULL = Case(4096, 4096, 768, scale=100.0)
 DISTILLATION_CASES = [
     DistillationCase(Case(5, 1, 40, diagonal=-4, labels=True), (8,)),
     DistillationCase(Case(65, 130, 72, diagonal=1, scale=100.0, labels=True), (36, 9)),
-    DistillationCase(Case(1000, 777, 640, diagonal=3, scale=50.0, labels=True), (264, 20, 512)),
+    DistillationCase(Case(1000, 777, 640, diagonal=3, scale=50.0, labels=True), (264, 512)),
 ]
 
 
