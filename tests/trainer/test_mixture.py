@@ -16,7 +16,7 @@ from threetowers.cache.webdataset.tar_index import TarIndex, index_tar
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import tar_headers
 from threetowers.trainer.data.batch import Batch
-from threetowers.trainer.data.loader import group_hash
+from threetowers.trainer.data.joins.tar_groups import group_hash
 from threetowers.trainer.data.mixture import batch_layout, samples_per_batch
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.tar_headers import index_datasets

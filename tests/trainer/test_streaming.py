@@ -20,7 +20,7 @@ from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.config import ConfigError, parse
 from threetowers.trainer.data import streaming
 from threetowers.trainer.data.batch import Batch
-from threetowers.trainer.data.loader import group_hash
+from threetowers.trainer.data.joins.tar_groups import group_hash
 from threetowers.trainer.data.sample_set import SampleSet
 from threetowers.trainer.data.streaming import (
     StreamSegment,

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,6 +27,7 @@ from threetowers.trainer.config import Augment, TrainConfig
 from threetowers.trainer.data.batch import Batch, join_parts
 from threetowers.trainer.data.joins.cache_join import CachedRow, MissingRow
 from threetowers.trainer.data.joins.sample_members import SampleMembers
+from threetowers.trainer.data.joins.tar_groups import group_hash
 from threetowers.trainer.data.joins.text_join import DrawnRow, TextJoin, no_caption, other_captions
 from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.row_batches import BatchOfRows, RowReader, RowSegment, is_rows_alone
@@ -170,11 +170,6 @@ class TrainingSampleReader:
                 raise other_captions(members.tar, members.ordinal, first, tower)
         if rng is not None and not is_read:
             visit.place(row.counts, rng)
-
-
-def group_hash(name: str) -> int:
-    """Return the 64-bit signed hash of a group's name."""
-    return int(np.uint64(xxhash.xxh3_64_intdigest(name.encode())).astype(np.int64))
 
 
 class TarDataset(Dataset[Any]):

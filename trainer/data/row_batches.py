@@ -15,6 +15,7 @@ import torch
 from threetowers.cache.read.stream import TarRows
 from threetowers.cache.read.tar_columns import OK
 from threetowers.cache.webdataset.defects import BadSample
+from threetowers.cache.webdataset.groups import BAD_GROUP
 from threetowers.trainer.data.batch import Batch
 from threetowers.trainer.data.joins.text_join import TextJoin, no_caption, other_captions
 from threetowers.trainer.data.joins.visit import Visit
@@ -26,11 +27,15 @@ Flags = npt.NDArray[np.bool_]
 
 
 def is_rows_alone(samples: SampleSet) -> bool:
-    """Return whether nothing but rows is read: no image, no word, no field, and nothing that a teacher would embed."""
+    """Return whether the steps read nothing but rows.
+
+    That is: no image, no word, no field that was not read ahead, and nothing that a teacher would embed.
+    """
+    grouped = [component.tars for component in samples.components if component.group_field is not None]
     return not (
         samples.reads_images
         or samples.reads_words
-        or any(component.group_field is not None for component in samples.components)
+        or any(number not in samples.groups for tars in grouped for number in tars)
         or any(join.on_missing_row == "live" for join in samples.caches.values())
     )
 
@@ -161,7 +166,10 @@ class BatchOfRows:
             name: np.zeros(size, bool) for name, join in samples.caches.items() if join.on_missing_row == "mask"
         }
         self._indices_b = np.zeros(size, np.int64)
-        self._bad_b = np.zeros(size, bool)
+        self._groups_b = np.zeros(size, np.int64)
+        self._notes: dict[int, tuple[str, ...]] = {}  # by position
+        self._bad_b = np.zeros(size, bool)  # for want of a caption
+        self._without_group: dict[int, str] = {}  # by position, the reason
 
     def put(self, positions: Indices, tar: DrawnTar, chosen: Indices) -> None:
         """Put some of the visits to a tar into the batch.
@@ -173,6 +181,7 @@ class BatchOfRows:
         """
         self._indices_b[positions] = tar.indices_m[chosen]
         self._bad_b[positions] = tar.bad_m[chosen]
+        self._put_groups(positions, tar, chosen)
         for tower, join in self._samples.caches.items():
             present = tar.present[tower][chosen]
             if tower in self._present:
@@ -185,28 +194,49 @@ class BatchOfRows:
             rows = join.rows(tar.tar_number, tar.ordinals_m[chosen[read]], tar.view, numbers, streamed)
             self._inputs[tower][positions[read]] = rows
 
+    def _put_groups(self, positions: Indices, tar: DrawnTar, chosen: Indices) -> None:
+        groups = self._samples.groups.get(tar.tar_number)
+        if groups is None:  # without a field every sample is a group of its own
+            self._groups_b[positions] = tar.indices_m[chosen]
+            return
+        ordinals = tar.ordinals_m[chosen]
+        self._groups_b[positions] = groups.hash_n[ordinals]
+        note_m = groups.note_n[ordinals]
+        for at in np.flatnonzero(note_m).tolist():
+            self._notes[int(positions[at])] = groups.notes[note_m[at]]
+        if groups.bad:
+            for position, ordinal in zip(positions.tolist(), ordinals.tolist(), strict=True):
+                if ordinal in groups.bad:
+                    self._without_group[position] = groups.bad[ordinal]
+
     def finish(self) -> Batch:
         """Return the batch without its bad samples, which are listed."""
-        errors = [self._error(int(index)) for index in self._indices_b[self._bad_b].tolist()]
+        bad_b = self._bad_b.copy()
+        bad_b[list(self._without_group)] = True
+        errors = [self._error(position) for position in np.flatnonzero(bad_b).tolist()]
         bad, reasons = tuple(map(str, errors)), tuple(error.reason for error in errors)
-        if len(errors) == len(self._bad_b):
+        if len(errors) == len(bad_b):
             return Batch({}, {}, torch.empty(0, dtype=torch.int64), bad, reasons=reasons)
-        good: slice | Flags = ~self._bad_b if errors else slice(None)
+        good: slice | Flags = ~bad_b if errors else slice(None)
+        notes = [note for position in sorted(self._notes) if not bad_b[position] for note in self._notes[position]]
 
         def kept(values: npt.NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(values[good])
 
-        # Without a field every sample is a group of its own
         return Batch(
             {name: kept(rows_bD) for name, rows_bD in self._inputs.items()},
             {name: kept(present_b) for name, present_b in self._present.items()},
-            kept(self._indices_b),
+            kept(self._groups_b),
             bad,
-            reasons=reasons,
+            tuple(notes),
+            reasons,
         )
 
-    def _error(self, index: int) -> BadSample:
-        tar_number, ordinal = self._samples.address(index)
+    def _error(self, position: int) -> BadSample:
+        """Return why a sample is bad, the caption first."""
+        if not self._bad_b[position]:
+            return BadSample(self._without_group[position], BAD_GROUP)
+        tar_number, ordinal = self._samples.address(int(self._indices_b[position]))
         captions = self._samples.component_of(tar_number).captions
         return no_caption(self._samples.tars[tar_number], ordinal, captions)
 

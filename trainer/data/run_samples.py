@@ -12,6 +12,7 @@ from threetowers.trainer.config.checks import streams_and_batch
 from threetowers.trainer.data.epoch_snapshot import EpochSnapshots, wait_until_built
 from threetowers.trainer.data.joins.cache_join import CacheJoin
 from threetowers.trainer.data.joins.image_join import ImageJoin
+from threetowers.trainer.data.joins.tar_groups import read_groups
 from threetowers.trainer.data.joins.text_join import TextJoin
 from threetowers.trainer.data.mixture import MixtureComponent, samples_per_batch
 from threetowers.trainer.data.sample_set import SampleSet
@@ -61,6 +62,12 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         captions = data.caption_format(dataset)
         components.append(MixtureComponent(name, tar_numbers[name], count, group_field, captions, snapshots))
 
+    # The groups, ahead of the steps where these need nothing else of the tars
+    reads_words = bool(config.towers_of("text"))
+    reads_members = reads_images or reads_words or any(join.on_missing_row == "live" for join in joins)
+    fields = [component.group_field for component in components for _ in component.tars]
+    groups = {} if reads_members else read_groups(tars, fields, data.index_dir)
+
     # The access
     sequential = data.access == "sequential" or (data.access == "auto" and any(is_url(tar.location) for tar in tars))
     num_streams = 1
@@ -78,11 +85,12 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         components,
         sequential,
         reads_images=reads_images,
-        reads_words=bool(config.towers_of("text")),
+        reads_words=reads_words,
         seed=config.seed,
         accepts_bad=data.on_bad != "error",
         tar_notes=notes,
         num_streams=num_streams,
+        groups=groups,
     )
     for number, component in enumerate(components):
         usable = len(samples.epoch_indices(0, number))

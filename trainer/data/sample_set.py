@@ -17,6 +17,7 @@ from threetowers.cache.webdataset.tar_index import TarIndex
 from threetowers.trainer.config import ConfigError
 from threetowers.trainer.data.joins.cache_join import CachedRow, CacheJoin
 from threetowers.trainer.data.joins.image_join import ImageJoin
+from threetowers.trainer.data.joins.tar_groups import TarGroups
 from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.mixture import MixtureComponent
 from threetowers.trainer.data.sampler import Indices
@@ -54,6 +55,7 @@ class SampleSet:
         components: The mixture of data sets that the tars make up.
         sequential: Whether the samples are read by sequential access.
         num_streams: Into how many streams sequential access cuts the tars; 1 under random access.
+        groups: By tar number, the groups of the samples, where they were read ahead.
         views: The views of the caches.
     """
 
@@ -70,6 +72,7 @@ class SampleSet:
         accepts_bad: bool = True,
         tar_notes: Sequence[str] = (),
         num_streams: int = 1,
+        groups: Mapping[int, TarGroups] | None = None,
     ) -> None:
         """Set up the samples.
 
@@ -84,6 +87,7 @@ class SampleSet:
             accepts_bad: Whether a sample that cannot be used is left out, or refused.
             tar_notes: Lines on tars that are not used, for the start-up page.
             num_streams: Streams of sequential access.
+            groups: By tar number, the groups of the samples, where they were read ahead.
 
         Raises:
             ConfigError: The caches hold different views.
@@ -93,6 +97,7 @@ class SampleSet:
         self.components = [MixtureComponent("", range(len(self.tars)))] if components is None else list(components)
         self.sequential = sequential
         self.num_streams = num_streams
+        self.groups = dict(groups or {})
         self.reads_images = reads_images
         self.reads_words = reads_words
         self.seed = seed
