@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
-from collections.abc import Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +18,8 @@ from threetowers.cache.read.caption_runs import CaptionRows, CaptionRuns
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.read.shard_rows import ShardRows
 from threetowers.cache.read.tar_columns import OK, TarColumns
+
+LOCKS = 64  # of the tars that may be read at the same time
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,22 +130,59 @@ class TarRows:
         return self.manifest.storage_dtype.decode(self.shard.take(rows), None if scale_n is None else scale_n[rows])
 
 
+class SharedRows:
+    """The rows of tars of one cache that several streams want at about the same time.
+
+    The first reads them, and the others take what it has read for as long as one of them keeps it.
+    """
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._rows: WeakValueDictionary[tuple[int, int], TarRows] = WeakValueDictionary()
+        self._locks = [threading.Lock() for _ in range(LOCKS)]
+
+    def get(self, tar_id: int, view: int, read: Callable[[], TarRows]) -> TarRows:
+        """Return the rows of one view of a tar, by `read` unless they are there."""
+        key = tar_id, view
+        with self._locks[hash(key) % LOCKS]:
+            rows = self._rows.get(key)
+            if rows is None:
+                rows = self._rows[key] = read()
+            return rows
+
+
 def stream_rows(
-    cache: EmbeddingCache, tar_ids: Sequence[int], view: int = 0, *, depth: int = 2
+    cache: EmbeddingCache,
+    tar_ids: Sequence[int],
+    view: int = 0,
+    *,
+    depth: int = 2,
+    shared: SharedRows | None = None,
 ) -> Generator[TarRows, None, None]:
     """Yield the rows of these tars, one tar at a time, in this order, while a thread reads the next `depth` tars.
 
     Memory: at most `depth` + 1 tars of rows. Closing the iterator stops the thread.
 
+    Args:
+        cache: the cache.
+        tar_ids: the tars.
+        view: of their images.
+        depth: how many tars are read ahead.
+        shared: the rows that other streams of this cache have in memory.
+
     Raises:
         ManifestError: a tar is incomplete or damaged; raised in its turn.
     """
     cache = copy.copy(cache)  # what it keeps open is not to be shared with the thread
+    held = shared or SharedRows()
 
-    def read() -> Iterator[TarRows]:
+    def read(tar_id: int) -> TarRows:
+        path = cache.tars[tar_id].path
+        return TarRows(tar_id, path, cache.manifest, cache.columns(tar_id), cache.shard_rows(tar_id, view))
+
+    def read_all() -> Iterator[TarRows]:
         for tar_id in tar_ids:
-            path = cache.tars[tar_id].path
-            yield TarRows(tar_id, path, cache.manifest, cache.columns(tar_id), cache.shard_rows(tar_id, view))
+            yield held.get(tar_id, view, partial(read, tar_id))
 
-    with contextlib.closing(prefetch(read(), depth)) as rows:
+    with contextlib.closing(prefetch(read_all(), depth)) as rows:
         yield from rows

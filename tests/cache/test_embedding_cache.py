@@ -15,7 +15,7 @@ from threetowers.cache.format.layout import STORE
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.format.views import Views
 from threetowers.cache.read.embedding_cache import EmbeddingCache
-from threetowers.cache.read.stream import TarRows, stream_rows
+from threetowers.cache.read.stream import SharedRows, TarRows, stream_rows
 from threetowers.cache.storage.local import LocalStorage
 from threetowers.cache.storage.storage import open_storage
 
@@ -273,6 +273,27 @@ def test_tars_are_streamed_in_order(cache: Path, remote: str) -> None:
         for ordinal in (1, -1, 9):
             with pytest.raises(ManifestError, match=r"tar 2\.tar \(2\), ordinal .* the row there is of another key"):
                 streamed[0].row(ordinal, "2/0")
+
+
+def test_streams_of_one_tar_read_it_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    real = EmbeddingCache.shard_rows
+
+    def counted(opened: EmbeddingCache, tar_id: int, view: int = 0) -> Any:
+        read.append(tar_id)
+        return real(opened, tar_id, view)
+
+    monkeypatch.setattr(EmbeddingCache, "shard_rows", counted)
+    opened, shared = EmbeddingCache.open(cache), SharedRows()
+    for times in (1, 2):  # what nobody keeps is read again
+        streams = [stream_rows(opened, [2, 0, 1], shared=shared) for _ in range(5)]
+        for expected, of_streams in zip((2, 0, 1), zip(*streams, strict=True), strict=True):
+            assert {id(rows) for rows in of_streams} == {id(of_streams[0])}
+            assert of_streams[0].tar_id == expected
+        assert sorted(read) == sorted([0, 1, 2] * times)
+        del of_streams, streams
+    assert [len(list(stream_rows(opened, [0], shared=shared))) for _ in range(2)] == [1, 1]
+    assert read.count(0) == 4
 
 
 def test_a_damaged_tar_is_refused_in_its_turn(tmp_path: Path) -> None:

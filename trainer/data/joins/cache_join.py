@@ -17,7 +17,7 @@ from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.format.manifest import Manifest, ManifestError, Side
 from threetowers.cache.read.embedding_cache import EmbeddingCache, Float64Array
-from threetowers.cache.read.stream import TarRows, stream_rows
+from threetowers.cache.read.stream import SharedRows, TarRows, stream_rows
 from threetowers.cache.read.tar_columns import OK, TarColumns
 from threetowers.cache.webdataset.tar_index import TarIndex, key_hash
 from threetowers.trainer.data.joins.sample_members import SampleMembers
@@ -88,6 +88,7 @@ class CacheJoin(ABC, Generic[Stored]):
         self.tars = list(tars)
         self._weights = weights
         self._teacher: FrozenEncoder | None = None
+        self._streamed = SharedRows()  # streams cut tars, so that several want one
         self._compared: set[int] = set()  # tars whose keys have been compared
         # The id of each tar in the cache; None where the cache holds no tar of a data set
         self.tar_ids: list[int | None] = []
@@ -106,8 +107,12 @@ class CacheJoin(ABC, Generic[Stored]):
             self.check_built()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the teacher, which every process loads itself."""
-        return self.__dict__ | {"_teacher": None}
+        """Pickle without what every process loads and reads itself."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_teacher", "_streamed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle with no teacher, and no rows in memory."""
+        self.__dict__.update(state, _teacher=None, _streamed=SharedRows())
 
     def _check_tars(self, path: str | Path) -> None:
         """Check whether the run reads what was embedded. Raises ManifestError where it does not."""
@@ -232,7 +237,8 @@ class CacheJoin(ABC, Generic[Stored]):
         """Yield the rows of tar after tar, read ahead as by `streamed_rows`; None for tars that the cache lacks."""
         tar_ids = [self.tar_ids[number] for number in tar_numbers]
         cached_ids = [tar_id for tar_id in tar_ids if tar_id is not None]
-        with contextlib.closing(stream_rows(self.cache, cached_ids, view % self.cache.n_views)) as rows_of_tars:
+        streamed = stream_rows(self.cache, cached_ids, view % self.cache.n_views, shared=self._streamed)
+        with contextlib.closing(streamed) as rows_of_tars:
             for tar_id in tar_ids:
                 yield None if tar_id is None else next(rows_of_tars)
 
