@@ -2,6 +2,11 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py            # under five minutes; needs `make demo` once
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --memory   # global batches of 1k to 32k; some ten minutes
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --text-tower --cpu-time   # 3t-text over 3t; two minutes
+
+The last one compares configs/emoji/3t-text.yaml with 3t.yaml on a batch of the demo's own data and caches. Call it at
+the root of the repository, after `make demo` and the build of the cache of captions that 3t-text.yaml names. --cpu-time
+is for a machine that does other things.
 
 Steps are complete, through DeepSpeed in one process: forward, losses, backward, optimizer. Variants are measured in
 turns, so that a busy machine slows all of them; a ratio is the median over rounds of the ratio within a round, and the
@@ -26,7 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.trainer.config import TrainConfig, load_config
+from threetowers.trainer.data.batch import Batch
+from threetowers.trainer.data.loader import training_loader
+from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
 from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
@@ -37,6 +46,7 @@ ROOT = Path(__file__).parents[2]
 VOCABULARY = 4096  # of the demo's tokenizer
 WIDTHS = {"image": 1280, "text": 384}  # of the demo's teacher, and of a small sentence encoder
 TEACHERS = (("tf_efficientnet_lite0", 160), ("vit_small_patch16_224", 224), ("vit_base_patch16_224", 224))
+DEMO = ("runs/emoji/cache", "runs/emoji/cache-text", "runs/emoji/tokenizer.model")
 Step = Callable[[], object]
 
 
@@ -67,8 +77,19 @@ def inputs(config: TrainConfig) -> dict[str, Tensor]:
     return {name: made[kind]() for name, kind in kinds.items()}
 
 
-def training_step(config: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
-    """Return a step of the run, always on the same batch, and that batch, which may be changed in place."""
+def demo_batch(config: TrainConfig) -> Batch:
+    """Return the first batch of a run on the demo's tars and caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = open_samples(config, Path(folder))
+        tokenizer = Tokenizer.load(str(config.data.tokenizer))
+        return next(iter(training_loader(config, samples, tokenizer, rank=0, world_size=1, start=0, stop=1)))
+
+
+def training_step(config: TrainConfig, of_demo: Batch | None = None) -> tuple[Step, dict[str, Tensor]]:
+    """Return a step of the run, always on the same batch, and that batch, which may be changed in place.
+
+    The batch is random, or one of the demo.
+    """
     world = join_process_group()
     torch.manual_seed(0)
     model = TowerModel(config, VOCABULARY, {name: WIDTHS[config.side_of(name)] for name in config.towers_of("cache")})
@@ -76,8 +97,9 @@ def training_step(config: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
     micro_batches = num_micro_batches(config, world.size)
     grad_cache = GradCache(engine, partial(total_loss, config), micro_batches, seed=0, rank=0, device=world.device)
     agreed_step = AgreedStep(engine, config.optim.grad_clip_norm, world.device)
-    batch = inputs(config)
-    groups_b = torch.arange(config.global_batch_size) % max(2, config.global_batch_size * 3 // 10)
+    batch = of_demo.inputs if of_demo else inputs(config)
+    random_b = torch.arange(config.global_batch_size) % max(2, config.global_batch_size * 3 // 10)
+    groups_b = of_demo.groups_b if of_demo else random_b
 
     def step() -> None:
         agreed_step(grad_cache(batch, 0, groups_b))
@@ -85,14 +107,16 @@ def training_step(config: TrainConfig) -> tuple[Step, dict[str, Tensor]]:
     return step, batch
 
 
-def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+def in_turns(
+    steps: dict[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Return the seconds of each step by round; a first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = clock()
             step()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -101,29 +125,27 @@ def ratio(seconds: dict[str, list[float]], over: str, under: str) -> str:
     return f"{median:.3f} (median over rounds), {min(seconds[over]) / min(seconds[under]):.3f} (best times)"
 
 
-def with_text_third() -> TrainConfig:
-    """3T with a fourth tower of cached text, which is aligned with both main towers."""
-    return demo(
-        "3t",
-        **{
-            "towers.fourth": "{kind: cache, of: text, path: none}",
-            "heads.f_t": "{of: f}",
-            "heads.g_t": "{of: g}",
-            "heads.t_f": "{of: fourth}",
-            "heads.t_g": "{of: fourth}",
-            "terms.image-text-third": "{x: f_t, y: t_f}",
-            "terms.text-text-third": "{x: g_t, y: t_g}",
-        },
-    )
-
-
-def cached_tower(rounds: int) -> None:
-    steps = {name: training_step(demo(name))[0] for name in ("clip", "3t")}
-    steps["3t-text"] = training_step(with_text_third())[0]
-    seconds = in_turns(steps, rounds)
+def print_seconds(seconds: dict[str, list[float]]) -> None:
     for name, values in seconds.items():
         print(f"{name:>7}: {min(values):.3f} s a step of 256 at best, {statistics.median(values):.3f} s in the median")
+
+
+def cached_tower(rounds: int, clock: Callable[[], float]) -> None:
+    seconds = in_turns({name: training_step(demo(name))[0] for name in ("clip", "3t")}, rounds, clock)
+    print_seconds(seconds)
     print(f"3T with a cache / CLIP on the same two towers: {ratio(seconds, '3t', 'clip')}; at most 1.05 is the aim")
+
+
+def cached_text_tower(rounds: int, clock: Callable[[], float]) -> None:
+    """Time the demo's 3T with a fourth tower of cached text beside 3T, on the same samples."""
+    configs = {name: demo(name, **{"data.workers": 0}) for name in ("3t", "3t-text")}
+    missing = [path for path in DEMO if not (ROOT / path).exists()]
+    if missing:
+        print(f"3T with a cached text tower, too / 3T: not measured: {', '.join(missing)} missing; see the docstring")
+        return
+    steps = {name: training_step(config, demo_batch(config))[0] for name, config in configs.items()}
+    seconds = in_turns(steps, rounds, clock)
+    print_seconds(seconds)
     print(f"3T with a cached text tower, too / 3T: {ratio(seconds, '3t-text', '3t')}; at most 1.03 is the aim")
 
 
@@ -199,7 +221,9 @@ def memory(batches: list[int], micro_batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="of 3T and CLIP")
+    parser.add_argument("--rounds", type=int, default=20, help="of 3T and CLIP, and of 3T with text and 3T")
+    parser.add_argument("--text-tower", action="store_true", help="3T with a cached text tower, and nothing else")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, instead of wall time")
     parser.add_argument("--teacher-rounds", type=int, default=2)
     parser.add_argument("--teacher-batch", type=int, default=32)
     parser.add_argument("--wait-steps", type=int, default=60)
@@ -210,8 +234,13 @@ def main() -> None:
     if options.memory:
         memory(options.batches, options.micro_batch)
         return
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    if options.text_tower:
+        cached_text_tower(options.rounds, clock)
+        return
     waiting(options.wait_steps)  # first: this process joins no group of ranks before
-    cached_tower(options.rounds)
+    cached_tower(options.rounds, clock)
+    cached_text_tower(options.rounds, clock)
     live_teachers(options.teacher_rounds, options.teacher_batch)
 
 
