@@ -34,6 +34,7 @@ def shrunk(config: TrainConfig) -> TrainConfig:
     for head in tree["heads"].values():
         if head["hidden"] is not None:
             head["hidden"] = WIDTH
+        head["embed_dim"] = None  # all rows are as wide as the embeddings
     for tower in tree["towers"].values():
         if tower["kind"] == "text":
             tower |= {"width": WIDTH, "depth": 6 if tower["share"] else 1, "heads": 2, "mlp_ratio": 4.0}

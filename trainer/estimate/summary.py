@@ -168,7 +168,7 @@ def _towers(
             traits.append(f"{cost.shared:,} of them shared with another tower")
         traits.append(f"{_counted(cost.flops)} forward a sample")
         if tower.init is not None:
-            traits.append(f"from {tower.init}")
+            traits.append(f"{'from' if tower.inherit is None else 'inherits from'} {tower.init}")
         if name in model.frozen:
             traits.append("frozen")
         lines.append(f"tower {name}: {kind}, {', '.join(traits)}")
