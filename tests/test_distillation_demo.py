@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tests.cache.text_encoders import PROCESS_ENV
 from tests.emoji_samples import demo_folder
@@ -26,10 +26,8 @@ THIRD = ["towers.third.encoder=timm:test_resnet", "towers.third.weights=teacher.
 TEACHERS = {"clip": [IMAGE, *TEXT], "lit": [*TEXT, *THIRD], "3t": [IMAGE, *TEXT, *THIRD]}
 STUDENTS = {
     "distill-lit": [IMAGE, *TEXT],
-    "clip-kd": [IMAGE, *TEXT],
     "mobileclip-dr": [IMAGE, *TEXT],
     "tinyclip": [HALF, *HALF_TEXT],
-    "3t-distill": [IMAGE, *TEXT, *THIRD],
 }
 CROPS = ["--views", "crops:2", "--view-scale", "0.6", "--view-augment", "randaugment:2:9"]
 SOURCES = ["--captions", "json.label", "json.captions"]
@@ -52,11 +50,13 @@ def train(folder: Path, name: str, overrides: list[str]) -> str:
     return page
 
 
-def embed(folder: Path, run: str, name: str, *flags: str) -> None:
-    """Build the caches of a run's two sides."""
-    outputs = [f"runs/emoji/{name}-image", f"runs/emoji/{name}-text"]
-    sides = ["--of", "image", "text", "--feature", "projected", "--encoder", f"run:runs/emoji/{run}"]
-    threetowers(folder, "cache", "build", "--tars", "data/emoji/train-*.tar", "--output-dir", *outputs, *sides, *flags)
+def embed(folder: Path, caches: dict[str, str], *flags: str) -> None:
+    """Build caches of both sides of runs, in one reading; `caches`: the run by the name of its caches."""
+    outputs = [f"runs/emoji/{name}-{side}" for name in caches for side in ("image", "text")]
+    encoders = [f"run:runs/emoji/{run}" for run in caches.values() for _ in range(2)]
+    sides = ["--of", *["image", "text"] * len(caches), "--feature", "projected"]
+    tars = ["--tars", "data/emoji/train-*.tar"]
+    threetowers(folder, "cache", "build", *tars, "--encoder", *encoders, *sides, "--output-dir", *outputs, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threetowers(folder, "tokenizer", "train", "--tars", "data/emoji/train-*.tar", *tokenizer)
     for name, overrides in TEACHERS.items():
         train(folder, name, overrides)
-    embed(folder, "clip", "clip")
-    embed(folder, "lit", "lit")  # whose image tower is the cached encoder, which runs here
-    for name in ("lit", "3t"):
-        embed(folder, name, f"dr-{name}", *CROPS, *SOURCES)
+    embed(folder, {"clip": "clip", "lit": "lit"})  # the image tower of lit is a cached encoder, which runs here
+    embed(folder, {"dr-lit": "lit", "dr-3t": "3t"}, *CROPS, *SOURCES)
     return folder
 
 
@@ -85,31 +83,18 @@ def test_a_student_of_the_demo(demo: Path, name: str) -> None:
     assert re.search(r"term image-text: .* distill of \(f, g\); taught by ", page), page
     if name == "mobileclip-dr":
         assert "views: crops:2, seed 0, scale 0.6, augment randaugment:2:9" in page
-        assert re.search(r"50% lit \(u_lit, v_lit\) at 0\.0635", page)
+        assert re.search(r"lit \(u_lit, v_lit\) at 0\.0635.* three \(u_three, v_three\) at 0\.0629;", page), page
     if name == "tinyclip":
         assert "towers.text.init: inherited blocks 0 of 2" in page
+    if name == "distill-lit":
+        retrieve(demo, name)
+
+
+def retrieve(demo: Path, name: str) -> None:
+    """Evaluate a student, for which no cache is read."""
     report = demo / "runs/report" / name
     held_out = ["--tars", "data/emoji/test-*.tar", "--group-field", "concept", "--output-dir", str(report)]
     threetowers(demo, "eval", "retrieval", f"runs/emoji/{name}", *held_out)
     (record,) = (json.loads(file.read_text()) for file in (report / "records").glob("*.json"))
     assert record["counts"]["images"] == HELD_OUT
     assert 0 < record["metrics"]["text_to_image/recall@10"] < 1
-
-
-def test_the_small_tower_began_with_weights_of_the_large_one(demo: Path) -> None:
-    """Three steps with a learning rate of 1e-9 move nothing that is seen here."""
-    page = threetowers(
-        demo,
-        "train",
-        "configs/emoji/tinyclip.yaml",
-        *SHORT,
-        *STUDENTS["tinyclip"],
-        "optim.lr=1e-9",
-        "output_dir=runs/emoji/begun",
-    )
-    assert "towers.image.init: inherited" in page
-    student, teacher = (load_file(demo / f"runs/emoji/{run}/model.safetensors") for run in ("begun", "clip"))
-    name = "towers.text.embed.weight"
-    torch.testing.assert_close(student[name], teacher[name][:, :16], atol=1e-6, rtol=0)
-    name = "towers.image.model.layer4.0.conv2.weight"
-    torch.testing.assert_close(student[name], teacher[name][:12, :12], atol=1e-6, rtol=0)
