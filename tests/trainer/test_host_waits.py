@@ -42,12 +42,24 @@ def test_one_host_wait_a_step(three: dict[str, Any], tmp_path: Path) -> None:
     three["towers"]["third"]["on_missing_row"] = "mask"
     three |= {"optim": {"grad_clip_norm": 0.1}}
     sigmoid = three | {"loss": {"kind": "sigmoid"}, "optim": {}}
+    teacher = {"x": "t", "y": "t", "temperature": 0.1}
+    taught = {
+        "x": "f",
+        "y": "g",
+        "kind": "distill",
+        "teachers": {"a": teacher, "b": teacher | {"temperature": "scale"}},
+    }
+    angle = {"x": "f_h", "y": "h_f", "kind": "cosine"}
+    distilled = three | {
+        "heads": three["heads"] | {"t": {"of": "third", "kind": "none"}},
+        "terms": three["terms"] | {"taught": taught | {"drop_teachers": 0.5}, "angle": angle},
+    }
     layouts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "plain": (three, {"zero_stage": 0}),
         "again": (sigmoid, {"zero_stage": 1, "micro_batch_size": 3, "activation_checkpointing": True}),
-        "sharded": (three, {"zero_stage": 2, "on_nonfinite": "skip"}),
+        "sharded": (distilled, {"zero_stage": 2, "on_nonfinite": "skip"}),
         "mixed": (three, {"zero_stage": 1, "precision": "mixed"}),
-        "half": (three, {"zero_stage": 2, "precision": "bfloat16", "micro_batch_size": 3}),
+        "half": (distilled, {"zero_stage": 2, "precision": "bfloat16", "micro_batch_size": 3}),
     }
     files = [write_config(tree, tmp_path, name, **engine)[0] for name, (tree, engine) in layouts.items()]
     output = run_command([*torchrun(2), WAITING_RUNS, *files]).stdout
