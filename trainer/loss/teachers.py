@@ -14,9 +14,9 @@ from threetowers.trainer.model.model import Outputs
 def kept_teachers(seed: int, step: int, term_name: str, term: Term) -> list[str]:
     """Return the names of a term's teachers that take part in a step.
 
-    Each is left out with the probability `drop_teachers`, but one drawn at random always stays (teacher dropping of
-    UNIC, Sariyildiz et al. 2024, arXiv 2408.05088, there by sample). A function of its arguments alone: the same on all
-    ranks, and in a resumed run.
+    Each is left out with the probability `drop_teachers`, but one drawn at random always stays: a plain form of the
+    teacher dropping of UNIC (Sariyildiz et al. 2024, arXiv 2408.05088), which drops by sample. A function of its
+    arguments alone: the same on all ranks, and in a resumed run.
     """
     names = list(term.teachers)
     if term.drop_teachers == 0:
