@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from threetowers.eval.left_out import NOTHING, evaluated_images, left_out_share, left_out_text
+from threetowers.eval.metrics.significance import group_by_recipe
 from threetowers.eval.record import EvalRecord
 from threetowers.eval.report.results import RunResult
 from threetowers.eval.report.tables import LEFT_OUT, NO_VALUE, Table, TableRow, by_gallery, comparison_table
@@ -102,10 +103,13 @@ def retrieval_text(result: SuiteResult) -> str:
                 f"{record.counts['image_duplicates']} images, {record.counts['caption_duplicates']} captions; "
                 f"ids {record.sample_ids[:12]}"
             )
+    seeds = [model.name for model in group_by_recipe(result.results) if len(model.members) > 1]
+    means = [f"means over seeds, with intervals, are in the report: {', '.join(seeds)}"] if seeds else []
     refused = [f"not done: {line}" for line in result.refused]
     notes = "\n".join(
         [
             EXPLANATION,
+            *means,
             *caches,
             *counts,
             *left_out_lines(result.records),

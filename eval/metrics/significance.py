@@ -69,7 +69,10 @@ def significance(results: Sequence[RunResult]) -> Significance:
 
 
 def group_by_recipe(results: Sequence[RunResult]) -> list[ComparedModel]:
-    """Return runs of one recipe with different seeds as one model, named by the common start of their names."""
+    """Return runs of one recipe with different seeds as one model, named by the common start of their names.
+
+    The share of an ensemble, which ends a name from its `+` on, stays.
+    """
     by_recipe: dict[str, list[int]] = {}
     for index, result in enumerate(results):
         recipes = {(record.recipe, record.seed) for record in result.records}
@@ -82,9 +85,11 @@ def group_by_recipe(results: Sequence[RunResult]) -> list[ComparedModel]:
         if len(names) == 1:
             name = names[0]
         else:
-            equal = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-            start = re.sub(r"[-_. ]*(seed)?[-_.= ]*$", "", "".join(letters[0] for letters in equal))
-            name = f"{start or ' / '.join(names)} ({len(names)} seeds)"
+            runs, _, ensembles = zip(*(name.partition("+") for name in names), strict=True)
+            equal = takewhile(lambda letters: len(set(letters)) == 1, zip(*runs, strict=False))
+            start = re.sub(r"([-_. ]+s|[-_. ]*seed)?[-_.= ]*$", "", "".join(letters[0] for letters in equal))
+            ensemble = f"+{ensembles[0]}" if ensembles[0] and len(set(ensembles)) == 1 else ""
+            name = f"{start + ensemble if start else ' / '.join(names)} ({len(names)} seeds)"
         models.append(ComparedModel(name, tuple(members)))
     return models
 

@@ -275,14 +275,16 @@ def test_retrained_run_replaces_its_old_result(clip: dict[str, Any], tars: list[
 
 
 def test_ensembles_are_models_and_seeds_are_grouped(three: dict[str, Any], tars: list[Path], tmp_path: Path) -> None:
-    seeds = [finished(three | {"output_dir": str(tmp_path / f"three-{seed}"), "seed": seed}) for seed in (1, 2)]
+    seeds = [finished(three | {"output_dir": str(tmp_path / f"three-s{seed}"), "seed": seed}) for seed in (1, 2)]
     ensembles = [EnsembleOptions("third", 0.25), EnsembleOptions("third", 0.75)]
     result = run_retrieval(seeds, tars, tmp_path / "report", ensembles=ensembles)
     assert [model.name for model in result.results] == [
-        f"three-{seed}{ensemble}" for seed in (1, 2) for ensemble in ("", "+third=0.25", "+third=0.75")
+        f"three-s{seed}{ensemble}" for seed in (1, 2) for ensemble in ("", "+third=0.25", "+third=0.75")
     ]
     assert [len(group.members) for group in group_by_recipe(result.results)] == [2, 2, 2]
     assert "three (2 seeds)" in result.report.markdown.read_text()
+    names = "three (2 seeds), three+third=0.25 (2 seeds), three+third=0.75 (2 seeds)"
+    assert f"means over seeds, with intervals, are in the report: {names}\n" in retrieval_text(result)
 
 
 def test_model_without_text_tower_is_refused_before_the_work(cache: Path, tars: list[Path], tmp_path: Path) -> None:
