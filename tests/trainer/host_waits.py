@@ -33,7 +33,7 @@ WAITING = {
 ON_THE_HOST = (
     ("torch/optim/", ""),  # counts of steps
     ("kernels/distributed/agreement.py", ""),  # what the hosts tell each other
-    ("kernels/operator/operators.py", "sizes_WK"),  # what they have told
+    ("kernels/operator/operators.py", "sizes_W"),  # what they have told
     ("kernels/cpu/", ""),  # chosen for tensors on the CPU alone
 )
 
