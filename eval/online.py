@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
 from threetowers.cache.processes.world import World
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.eval.datasets.dataset import open_dataset
@@ -66,7 +66,7 @@ class RetrievalEvaluator:
             left_out_text(len(part.rows), self.left_out),
         )
         self.gallery = Gallery.of(part, self.retrieval)
-        self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+        self.tokenizer = load_named_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         # No workers: the training's own run beside it, and a second set would have to be forked every time.
         self.options = LoadOptions(caches=settings.caches, workers=0, max_pixels=config.data.max_pixels)
         self.cached = self._cached_inputs()

@@ -132,7 +132,7 @@ def train_tokenizer(
         on_bad: A sample without a usable caption: error stops, skip leaves it out and counts it. skip_tars leaves out
             tars that cannot be read, too.
     """
-    from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+    from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
     from threetowers.cache.storage.atomic import write_atomic
     from threetowers.cache.webdataset.captions import CaptionFormat
     from threetowers.trainer.data.caption_corpus import read_corpus
@@ -149,4 +149,4 @@ def train_tokenizer(
         raise ValueError("\n".join([str(error), *lines])) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, model)
-    print("\n".join([f"{output}: {Tokenizer(model).vocab_size:,} pieces", *lines]))
+    print("\n".join([f"{output}: {SentencePieceTokenizer(model).vocab_size:,} pieces", *lines]))

@@ -1,7 +1,7 @@
 """The folder of a run: everything that resuming, evaluating and reading about it needs, in one place.
 
 config.yaml       the resolved config          deepspeed.json   generated from it
-tokenizer.model   a copy                       cache_manifests.json   the manifests of the caches, by tower
+tokenizer.model   a copy, or tokenizer/        cache_manifests.json   the manifests of the caches, by tower
 metrics.jsonl     one line per logged step     tensorboard/
 checkpoints/      to resume from               model.safetensors, summary.json   written at the end
 profile.json      a trace, if one was asked for
@@ -14,11 +14,14 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from threetowers.cache.encoders.tokenizers.names import load_kept_tokenizer, load_named_tokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.cache.format.manifest import Manifest, ManifestError, incompatibilities
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.atomic import write_atomic
@@ -39,6 +42,7 @@ CHANGEABLE = (
     "output_dir",
     "data.workers",
     "data.index_dir",
+    "data.caption_padding",
     "engine.zero_stage",
     "engine.micro_batch_size",
     "engine.activation_checkpointing",
@@ -85,9 +89,9 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def tokenizer(self) -> Path:
-        """A copy of the tokenizer."""
-        return self.path / "tokenizer.model"
+    def tokenizer_digest(self) -> Path:
+        """What the tokenizer is: name, digest, size of its vocabulary, special tokens."""
+        return self.path / "tokenizer_digest.json"
 
     @property
     def manifests(self) -> Path:
@@ -308,18 +312,68 @@ class RunFolder:
         trees = {name: asdict(manifest) for name, manifest in manifests.items()}
         write_atomic(self.manifests, json.dumps(trees, indent=2))
 
-    def create(self, config: TrainConfig, deepspeed: Mapping[str, Any], manifests: Mapping[str, Manifest]) -> None:
+    def load_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of this run.
+
+        Raises:
+            MissingTokenizer: The folder has none.
+            ValueError: It is damaged, or is no longer the one that the run began with.
+        """
+        tokenizer = load_kept_tokenizer(self.path)
+        self.check_tokenizer(tokenizer)
+        return tokenizer
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Check that the folder's run began with the same tokenizer.
+
+        Raises:
+            ConfigError: It began with another one. The message names both.
+        """
+        if not self.tokenizer_digest.exists():
+            return
+        began = json.loads(self.tokenizer_digest.read_text())
+        if began["digest"] != tokenizer.digest:
+            raise ConfigError(
+                f"{self.path}: found the tokenizer {tokenizer.name} (sha256 {tokenizer.digest[:12]}), expected "
+                f"{began['name']} (sha256 {began['digest'][:12]}), which this run began with; restore that tokenizer, "
+                "or choose another `output_dir`"
+            )
+
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write a copy of the tokenizer, and what it is."""
+        for name, content in tokenizer.files().items():
+            path = self.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+        facts = {
+            "name": tokenizer.name,
+            "digest": tokenizer.digest,
+            "vocab_size": tokenizer.vocab_size,
+            **asdict(tokenizer.special),
+            "versions": {package: version(package) for package in tokenizer.packages},
+        }
+        write_atomic(self.tokenizer_digest, json.dumps(facts, indent=2))
+
+    def create(
+        self,
+        config: TrainConfig,
+        deepspeed: Mapping[str, Any],
+        manifests: Mapping[str, Manifest],
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         """Write what is known before the first step; for a resumed run, write the same again.
 
         Args:
             config: The resolved config.
             deepspeed: The generated DeepSpeed config.
             manifests: The manifests of the caches, by tower.
+            tokenizer: The run's; by default the one that the config names, if any.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        tokenizer = config.data.tokenizer
-        if tokenizer is not None and Path(tokenizer).resolve() != self.tokenizer.resolve():
-            write_atomic(self.tokenizer, Path(tokenizer).read_bytes())
+        if tokenizer is None and config.data.tokenizer is not None:
+            tokenizer = load_named_tokenizer(config.data.tokenizer)
+        if tokenizer is not None:
+            self.write_tokenizer(tokenizer)
         write_atomic(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
         self.write_manifests(manifests)
         write_atomic(self.config, yaml.safe_dump(dump(config), sort_keys=False))  # last: it marks the folder as a run's

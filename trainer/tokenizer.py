@@ -7,7 +7,7 @@ from typing import Any
 
 import sentencepiece
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD, UNKNOWN
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END, PAD, UNKNOWN
 
 CHARACTER_COVERAGE = 0.9995  # SentencePiece's default
 SENTENCE_BYTES = 4192  # SentencePiece's default for the longest caption that is used
@@ -23,7 +23,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, character_coverage
         character_coverage: Share of the characters of the captions that have a piece, 0.98 to 1.
 
     Returns:
-        The bytes of the model, for `Tokenizer` or a `.model` file.
+        The bytes of the model, for `SentencePieceTokenizer` or a `.model` file.
 
     Raises:
         ValueError: There are no captions, or `vocab_size` is too small for their characters.

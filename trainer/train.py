@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.processes.stop_request import StopRequest
 from threetowers.cache.processes.worker_processes import worker_context
@@ -265,7 +266,10 @@ class Trainer:
         self.survey = survey_annotations(config, self.samples)
         self.manifests = {name: join.cache.manifest for name, join in self.samples.caches.items()}
         self.folder.check_manifests(self.manifests)
-        self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+        self.tokenizer = load_named_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        if self.tokenizer is not None:
+            self.folder.check_tokenizer(self.tokenizer)
+        self.end_id = self.tokenizer.special.end if self.tokenizer else END
         self.vocab_size = self.tokenizer.embedding_rows(config.data.vocab_size) if self.tokenizer else None
         # Each data set visits a sample once in an epoch, and epochs are of whole batches.
         components = self.samples.components
@@ -315,7 +319,7 @@ class Trainer:
 
     def _new_model(self) -> TowerModel:
         widths = {name: manifest.dim for name, manifest in self.manifests.items()}
-        return TowerModel(self.config, self.vocab_size, widths)
+        return TowerModel(self.config, self.vocab_size, widths, self.end_id)
 
     def _start_engine(self, model: TowerModel) -> None:
         """Create the run's folder and hand the model, with the newest checkpoint's weights, to DeepSpeed."""
@@ -324,7 +328,7 @@ class Trainer:
 
         def create_folder() -> None:
             self._log_summary()
-            self.folder.create(config, engine_config, self.manifests)
+            self.folder.create(config, engine_config, self.manifests, self.tokenizer)
             remove_partial_checkpoints(self.folder.checkpoints)
             if not self._finished:
                 self.folder.remove_results()
@@ -356,7 +360,7 @@ class Trainer:
             tars=len(samples.tars),
             left_out=samples.left_out,
             without_row=samples.without_row,
-            notes=[*samples.notes(), self.worker_plan.line(), *self.survey],
+            notes=[*samples.notes(), *self._caption_notes(), self.worker_plan.line(), *self.survey],
         )
         lines, self._flops_per_sample = summary_or_reason(
             self.config, self.world, self.vocab_size, self.manifests, stats, self.steps
@@ -365,6 +369,16 @@ class Trainer:
             logger.info("%s", line)
         for change in self._config_changes:
             logger.info("changed since this run began: %s", change)
+
+    def _caption_notes(self) -> list[str]:
+        """Return what the start-up page says of how captions become tokens."""
+        if self.tokenizer is None:
+            return []
+        length = self.config.data.context_length
+        padded = (
+            f"to {length}" if self.config.caption_padding == "context_length" else f"to the longest, {length} at most"
+        )
+        return [f"tokenizer: {self.tokenizer}", f"captions: padded {padded} tokens"]
 
     def _resume(self) -> None:
         """Take optimizer state and progress from the newest checkpoint, or start from step 0."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.onnx_runtime import OnnxNetwork, require_onnx_runtime
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 from threetowers.cache.encoders.weights_file import State, one_line
 from threetowers.cache.format.manifest import (
     EncoderPrecision,
@@ -47,13 +48,6 @@ class ImageModel(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_b3HW: Tensor, features: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the wanted features, (b, D) each, by one pass. Raises ValueError for one that it does not offer."""
-
-
-class Tokens(NamedTuple):
-    """A caption as a text model takes it: its token ids, special ones included, and whether it was cut to fit."""
-
-    ids: Sequence[int]
-    cut: bool
 
 
 class TextModel(nn.Module, ABC):

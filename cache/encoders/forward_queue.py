@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from threetowers.cache.encoders.encoder import ImageEncoder, TextEncoder, Tokens
+from threetowers.cache.encoders.encoder import ImageEncoder, TextEncoder
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 
 Float32Array = npt.NDArray[np.float32]
 

@@ -83,7 +83,7 @@ class RunEncoder(Encoder):
                 weights=digest,
                 parts=self._parts(),
                 image_size=trained.config.data.image_size,
-                tokenizer=trained.tokenizer.model if trained.tokenizer else None,
+                tokenizer=trained.tokenizer.digest if trained.tokenizer else None,
                 context_length=trained.config.data.context_length,
                 rows=rows,
                 scale=self.logit_scale,

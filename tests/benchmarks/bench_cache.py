@@ -38,7 +38,7 @@ from torch import Tensor
 from threetowers.cache.builder.build import build_cache, build_caches
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.names import load_frozen_encoder
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.format.done_record import done_record_name
 from threetowers.cache.format.image_row_buffer import ImageRowBuffer
 from threetowers.cache.format.layout import image_room, text_room
@@ -398,7 +398,7 @@ def bench_loader(folder: Path, rounds: int) -> None:
 
     def epoch(cached: bool) -> Callable[[], float]:
         run = run_of(folder, tars, cached)
-        samples, tokenizer = open_samples(run, folder), Tokenizer.load(run.data.tokenizer)
+        samples, tokenizer = open_samples(run, folder), SentencePieceTokenizer.load(run.data.tokenizer)
 
         def once() -> float:
             loader: Any = training_loader(run, samples, tokenizer, 0, 1, 0, steps + 1)
@@ -425,7 +425,7 @@ def bench_memory(folder: Path, epochs: int = 5) -> None:
     tars = draw(folder, 2, 10 * BATCH)
     run = run_of(folder, tars, True)
     samples, per_epoch = open_samples(run, folder), 20
-    tokenizer = Tokenizer.load(run.data.tokenizer)
+    tokenizer = SentencePieceTokenizer.load(run.data.tokenizer)
     loader: Any = training_loader(run, samples, tokenizer, 0, 1, 0, epochs * per_epoch)
     batches, found = iter(loader), []
     (worker,) = multiprocessing.active_children()

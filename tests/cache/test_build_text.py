@@ -19,9 +19,9 @@ from tests.cache.text_encoders import HUGE, MAX_LENGTH, NONFINITE, PROCESS_ENV, 
 from threetowers.cache.builder import tar_reader
 from threetowers.cache.builder.build import build_cache, build_caches
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
-from threetowers.cache.encoders.encoder import Tokens
 from threetowers.cache.encoders.forward_queue import CaptionQueue, RunningBatch
 from threetowers.cache.encoders.names import load_frozen_encoder
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 from threetowers.cache.format.done_record import DoneRecord, read_done_record
 from threetowers.cache.format.dtypes import storage_dtype
 from threetowers.cache.format.layout import RowStatus

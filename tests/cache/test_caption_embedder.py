@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from threetowers.cache.builder.embedding.caption_embedder import length_sorted_batches
-from threetowers.cache.encoders.encoder import Tokens
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 from threetowers.cache.webdataset.caption_density import MAX_SAMPLES, captions_per_tar
 from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample

@@ -14,7 +14,7 @@ import yaml
 
 from tests.conftest import picture, write_tar
 from tests.trainer.loading import load_batches
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS, CaptionFormat
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.sample import Annotation, read_annotation
@@ -265,13 +265,13 @@ def test_named_sources_reach_the_trainer(
     )
     clip["data"]["captions"] = {"txt": 1}
     encoded: list[str] = []
-    encode = Tokenizer.encode
+    encode = SentencePieceTokenizer.encode
 
-    def spied(self: Tokenizer, captions: list[str], length: int) -> Any:
+    def spied(self: SentencePieceTokenizer, captions: list[str], length: int, padding: Any) -> Any:
         encoded.extend(captions)
         return encode(self, captions, length)
 
-    monkeypatch.setattr(Tokenizer, "encode", spied)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode", spied)
     load_batches(clip, stop=4)
     counts = Counter(encoded)
     assert counts.keys() == {"new", "longer", "old"}

@@ -22,11 +22,11 @@ from threetowers.cache.encoders.encoder import (
     ImageModel,
     TextEncoder,
     TextModel,
-    Tokens,
     require_offered,
     state_digest,
 )
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 from threetowers.cache.format.manifest import Preprocessing, TextProcessing
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from tests.fuzz.random_tars import MAX_PIXELS, WHOLE, PackedSample, PackedTar, d
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.names import load_frozen_encoder
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.format.layout import RowStatus
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS
@@ -231,7 +231,9 @@ def test_a_run_uses_or_reports_every_sample(
     steps = len(visited) // 2
     for access in ("random", "sequential"):
         run = parse(tree(paths, folder, tokenizer, access))
-        batches = list(training_loader(run, open_samples(run, folder), Tokenizer.load(tokenizer), 0, 1, 0, steps))
+        batches = list(
+            training_loader(run, open_samples(run, folder), SentencePieceTokenizer.load(tokenizer), 0, 1, 0, steps)
+        )
         assert sum(len(batch) + len(batch.bad) for batch in batches) == 2 * steps
         assert all(len(batch.bad) == len(batch.reasons) for batch in batches)
         if len(visited) % 2 == 0:

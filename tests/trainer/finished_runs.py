@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import CacheTower, parse
@@ -28,7 +27,7 @@ def finished_run(tree: dict[str, Any], manifests: dict[str, Manifest] | None = N
     folder.create(config, {}, manifests)
     torch.manual_seed(3)
     has_words = config.data.tokenizer is not None
-    rows = Tokenizer.load(folder.tokenizer).embedding_rows(config.data.vocab_size) if has_words else None
+    rows = folder.load_tokenizer().embedding_rows(config.data.vocab_size) if has_words else None
     model = TowerModel(config, rows, {name: manifest.dim for name, manifest in manifests.items()})
     with torch.no_grad():
         for p in model.parameters():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.trainer.shipped_configs import REPRODUCED, ROOT, RUNS, variants
-from threetowers.cache.encoders.sentencepiece_tokenizer import END
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.trainer.config import Precision, TrainConfig, dump, load_config, parse
 from threetowers.trainer.engine import deepspeed_config, join_process_group, leave_process_group, start_engine
 from threetowers.trainer.loss import total_loss

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import END
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.trainer.config import parse
 from threetowers.trainer.model.model import TowerModel
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tests.trainer.cached_runs import both_cached, cached_text, pair_caches
 from tests.trainer.finished_runs import finished_run
 from threetowers.cache.encoders.names import EncoderOptions, load_frozen_encoder
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.trainer.export.export import export, probe_inputs
 from threetowers.trainer.export.trained_model import load_model
 
@@ -132,7 +132,7 @@ def test_open_clip_gives_the_same_embeddings(
     ours, theirs = load_model(folder), open_clip.create_model(f"local-dir:{tmp_path / 'export'}")
     assert theirs.logit_scale.item() == pytest.approx(ours.model.log_scales["scale"].item())
     assert (theirs.logit_bias is None) == (kind == "softmax")
-    tokenizer = Tokenizer.load(tmp_path / "export" / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer.load(tmp_path / "export" / "tokenizer.model")
     tokens = tokenizer.encode(["a red disc", "bar"], 8)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval().encode_text(tokens, normalize=True), ours.encode_tokens(tokens))

@@ -8,7 +8,7 @@ import torch
 
 from tests.trainer.small_models import inputs_of, model_of
 from tests.trainer.test_config import THREE, changed
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END, PAD
 from threetowers.trainer.config import TextTower
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import clamp_log_scale

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.trainer.finished_runs import finished_run
 from tests.trainer.small_models import SPECIALIZED, VIT, VOCAB_SIZE, WIDTHS, inputs_of, model_of
 from tests.trainer.test_config import THREE, changed
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END, PAD
 from threetowers.trainer.config import ConfigError, TextTower, parse
 from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, meta_model, state_memory, tower_costs
 from threetowers.trainer.estimate.summary import flop, size

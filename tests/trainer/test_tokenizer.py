@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_tar
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD, Tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END, PAD, SentencePieceTokenizer
 from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS
 from threetowers.cache.webdataset.sample import BadSample
 from threetowers.cache.webdataset.tar_headers import BadTar
@@ -20,11 +20,11 @@ CAPTIONS = ["a red apple", "A green apple", "the back of an envelope", "thumbs u
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_tokenizer(CAPTIONS, 60))
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_tokenizer(CAPTIONS, 60))
 
 
-def test_rows_have_one_end_token_and_are_padded(tokenizer: Tokenizer) -> None:
+def test_rows_have_one_end_token_and_are_padded(tokenizer: SentencePieceTokenizer) -> None:
     tokens = tokenizer.encode(["apple", "the back of an envelope and much more that does not fit", ""], 8)
     assert tokens.shape == (3, 8)
     for row in tokens.tolist():
@@ -35,13 +35,13 @@ def test_rows_have_one_end_token_and_are_padded(tokenizer: Tokenizer) -> None:
     assert tokens[2].tolist() == [END] + [PAD] * 7
 
 
-def test_case_is_ignored(tokenizer: Tokenizer) -> None:
+def test_case_is_ignored(tokenizer: SentencePieceTokenizer) -> None:
     a, b, c = tokenizer.encode(["a RED apple", "a red apple", "a green apple"], 16)
     assert a.equal(b)
     assert not a.equal(c)
 
 
-def test_training_is_deterministic_and_a_pickled_tokenizer_encodes_the_same(tokenizer: Tokenizer) -> None:
+def test_training_is_deterministic_and_a_pickled_tokenizer_encodes_the_same(tokenizer: SentencePieceTokenizer) -> None:
     assert train_tokenizer(iter(CAPTIONS), 60) == tokenizer.model
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode(CAPTIONS, 9).equal(tokenizer.encode(CAPTIONS, 9))
@@ -53,23 +53,23 @@ def test_missing_captions_and_broken_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--vocab-size: found 3, expected at least 4"):
         train_tokenizer(CAPTIONS, 3)
     with pytest.raises(ValueError, match="no such tokenizer"):
-        Tokenizer.load(tmp_path / "missing.model")
+        SentencePieceTokenizer.load(tmp_path / "missing.model")
     (tmp_path / "junk.model").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"junk\.model is not a SentencePiece model"):
-        Tokenizer.load(tmp_path / "junk.model")
+        SentencePieceTokenizer.load(tmp_path / "junk.model")
 
 
 def test_long_captions_and_reserved_characters_are_used() -> None:
     """SentencePiece drops captions of more than 4,192 bytes, and those that hold its sign for unknown ones."""
     long = " ".join(f"zyxgrob{number % 7}" for number in range(600))
     for caption in (long, "\u2585 zyxgrob zyxgrob"):
-        pieces = Tokenizer(train_tokenizer([*CAPTIONS, *[caption] * 9], 80))._processor
+        pieces = SentencePieceTokenizer(train_tokenizer([*CAPTIONS, *[caption] * 9], 80))._processor
         assert any(
             "zyxgrob".startswith(piece.strip("▁")[:4])
             for piece in map(pieces.id_to_piece, range(3, 70))
             if "z" in piece
         )
-    assert Tokenizer(train_tokenizer([long] * 4, 40)).vocab_size > 10
+    assert SentencePieceTokenizer(train_tokenizer([long] * 4, 40)).vocab_size > 10
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_captions_that_do_not_fit_are_refused_in_words_of_our_flags(
 def test_character_coverage_leaves_out_the_rarest() -> None:
     captions = ["common words only"] * 100 + ["ж"]
     for coverage, known in ((1.0, True), (0.999, False)):
-        encoder = Tokenizer(train_tokenizer(captions, 40, coverage))._processor
+        encoder = SentencePieceTokenizer(train_tokenizer(captions, 40, coverage))._processor
         assert (encoder.unk_id() not in encoder.encode("ж")) == known
 
 

@@ -114,6 +114,14 @@ def _data(config: TrainConfig) -> Iterator[str]:
     for kind, (key, value) in needed.items():
         if value is None and config.towers_of(kind):
             yield f"data.{key}: expected a value, as the towers {config.towers_of(kind)} need it, found null"
+    if data.caption_padding == "longest":
+        for name, tower in config.towers.items():
+            if isinstance(tower, TextTower) and tower.sees_padding:
+                yield (
+                    f"data.caption_padding: found longest, but towers.{name} sees the padding (pool: {tower.pool}, "
+                    f"causal: {str(tower.causal).lower()}, mask_padding: {str(tower.mask_padding).lower()}), so that "
+                    "embeddings would depend on the batch; set it to null or context_length"
+                )
     for key, sources in _caption_sources(config).items():
         try:
             CaptionFormat(sources)

@@ -123,8 +123,9 @@ class Data:
     """The training data and how it is read. Give either `tars` or `datasets`."""
 
     tokenizer: str | None = None
-    """SentencePiece model (.model), as written by `threetowers tokenizer train`; null in a run without a text tower of
-    its own."""
+    """A SentencePiece model (.model; `threetowers tokenizer train` writes one), `hf:FOLDER_OR_FILE` (a tokenizer.json
+    of transformers, extra `hf`), or `open_clip:NAME` (that of a model of open_clip, as `open_clip:ViT-B-32` for CLIP's;
+    extra `open_clip`). null in a run without a text tower of its own."""
     image_size: PositiveInt | None = None
     """Side of the square image that the image towers see, in pixels; null in a run without an image tower of its
     own."""
@@ -145,9 +146,13 @@ class Data:
     """Folder or URL that keeps the indexes of tars between launches; any number of runs may share it. null: index the
     tars at every start, for which a remote tar is streamed from end to end."""
     context_length: PositiveInt = 32
-    """Tokens per caption, including the end token; longer captions are cut."""
+    """Tokens per caption at most, including the end token; longer captions are cut."""
+    caption_padding: Literal["longest", "context_length"] | None = None
+    """To what length captions are padded: longest, that of the longest caption of a rank's batch, up to a multiple of 8
+    and `context_length`, or context_length. The embeddings are the same up to rounding, and short captions take less
+    time. null: longest, unless a text tower sees the padding (`pool: last`, or neither `causal` nor `mask_padding`)."""
     vocab_size: PositiveInt | None = None
-    """Rows of the token embedding; null: the number of pieces of the tokenizer."""
+    """Rows of the token embedding; null: one for each id of the tokenizer."""
     crop_scale: UnitFloat = 1.0
     """Smallest share of the image's area that a random crop covers; 1.0: no random crop."""
     augment: Augment = field(default_factory=Augment)
@@ -261,7 +266,7 @@ class Share:
 
 @dataclass(frozen=True, config=SECTION)
 class TextTower:
-    """A text tower: a transformer of timm blocks over SentencePiece tokens."""
+    """A text tower: a transformer of timm blocks over tokens."""
 
     kind: Literal["text"]
     """The kind of tower."""
@@ -298,6 +303,11 @@ class TextTower:
     (TinyCLIP, arXiv 2309.12314). null: the tower of the run must be as large."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether the feature of a caption depends on the padding behind it."""
+        return self.pool == "last" or not (self.mask_padding or self.causal)
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -610,6 +620,14 @@ class TrainConfig:
     """When checkpoints are written."""
     evaluation: OnlineEvaluation | None = None
     """Retrieval on held-out tars while training; null: none."""
+
+    @property
+    def caption_padding(self) -> Literal["longest", "context_length"]:
+        """To what length captions are padded."""
+        if self.data.caption_padding is not None:
+            return self.data.caption_padding
+        texts = [tower for tower in self.towers.values() if isinstance(tower, TextTower)]
+        return "context_length" if any(tower.sees_padding for tower in texts) else "longest"
 
     def towers_of(self, kind: str) -> list[str]:
         """Return the names of the towers of one kind, in the config's order."""

@@ -20,6 +20,7 @@ class Batch:
         bad: Why samples of this batch are left out: one reason for each bad sample.
         notes: What cannot be used of its samples' annotations, as short phrases, once for each sample.
         reasons: Why samples are left out, as phrases to count by: one for each of `bad`.
+        pad_id: The token that fills up rows of tokens.
     """
 
     inputs: dict[str, Tensor]
@@ -28,6 +29,7 @@ class Batch:
     bad: tuple[str, ...]
     notes: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
+    pad_id: int = 0
 
     def __len__(self) -> int:
         """Return the number of usable samples."""
@@ -43,7 +45,7 @@ class Batch:
 
 
 def join_parts(parts: Iterable[Batch], samples: int, pin_memory: bool = False) -> Batch:
-    """Return the parts of a batch as one batch, in their order.
+    """Return the parts of a batch as one batch, in their order; tokens are as long as those of the longest part.
 
     A part is copied when it arrives and not kept, so that the shared memory in which workers hand it over is free again
     before the next one is taken.
@@ -58,6 +60,7 @@ def join_parts(parts: Iterable[Batch], samples: int, pin_memory: bool = False) -
     bad: list[str] = []
     notes: list[str] = []
     reasons: list[str] = []
+    pad_id = 0
     for part in parts:
         columns = {("inputs", name): tensor for name, tensor in part.inputs.items()}
         columns |= {("present", name): tensor for name, tensor in part.present.items()}
@@ -65,8 +68,12 @@ def join_parts(parts: Iterable[Batch], samples: int, pin_memory: bool = False) -
         for column, tensor in columns.items():
             if column not in joined:
                 joined[column] = torch.empty((samples, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=pin_memory)
-            joined[column][filled : filled + len(part)] = tensor
+            if is_tokens(tensor) and tensor.shape[1] > joined[column].shape[1]:
+                wider = torch.empty((samples, tensor.shape[1]), dtype=tensor.dtype, pin_memory=pin_memory)
+                joined[column] = _fill(wider, 0, joined[column][:filled], pad_id)
+            _fill(joined[column], filled, tensor, part.pad_id)
         filled += len(part)
+        pad_id = part.pad_id
         bad += part.bad
         notes += part.notes
         reasons += part.reasons
@@ -74,7 +81,23 @@ def join_parts(parts: Iterable[Batch], samples: int, pin_memory: bool = False) -
     for (kind, name), tensor in joined.items():
         by_kind[kind][name] = tensor[:filled]
     groups_b = by_kind["groups"][""]
-    return Batch(by_kind["inputs"], by_kind["present"], groups_b, tuple(bad), tuple(notes), tuple(reasons))
+    return Batch(by_kind["inputs"], by_kind["present"], groups_b, tuple(bad), tuple(notes), tuple(reasons), pad_id)
+
+
+def is_tokens(tensor: Tensor) -> bool:
+    """Return whether an input is of tokens, (b, L) int64."""
+    return tensor.dtype == torch.int64 and tensor.ndim == 2
+
+
+def _fill(whole: Tensor, start: int, part: Tensor, pad_id: int) -> Tensor:
+    """Put a part into the rows from `start` on, and return the whole. Tokens may be shorter: padding follows them."""
+    rows = whole[start : start + len(part)]
+    if is_tokens(part):
+        rows[:, : part.shape[1]] = part
+        rows[:, part.shape[1] :] = pad_id
+    else:
+        rows.copy_(part)
+    return whole
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch, None, None]:

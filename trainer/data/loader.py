@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.processes.loader_workers import loading, worker_beginning
 from threetowers.cache.processes.mapped_pickle import MappedPickle
@@ -313,6 +313,7 @@ class Collator:
         self._config = config
         self._dims = {name: join.cache.dim for name, join in samples.caches.items()}
         self._tokenizer = tokenizer
+        self._pad_id = 0 if tokenizer is None else tokenizer.special.pad
 
     def __call__(self, loaded: Sequence[LoadedSample]) -> Batch | LoaderFailure:
         """Return the batch of some samples, or the first failure."""
@@ -333,7 +334,9 @@ class Collator:
             elif tower.kind == "text":
                 assert self._tokenizer is not None
                 captions = [sample.caption for sample in good if sample.caption is not None]
-                inputs[name] = self._tokenizer.encode(captions, self._config.data.context_length)
+                inputs[name] = self._tokenizer.encode(
+                    captions, self._config.data.context_length, self._config.caption_padding
+                )
             else:
                 rows = [sample.rows[name] for sample in good]
                 zeros_D = np.zeros(self._dims[name], np.float32)  # in place of a missing row
@@ -341,7 +344,7 @@ class Collator:
                 if tower.on_missing_row == "mask":
                     present[name] = torch.tensor([row is not None for row in rows])
         groups_b = torch.tensor([sample.group for sample in good])
-        return Batch(inputs, present, groups_b, bad, notes, reasons)
+        return Batch(inputs, present, groups_b, bad, notes, reasons, self._pad_id)
 
 
 class TrainingBatches:

@@ -1,11 +1,11 @@
 """A dry run: the model is built on the meta device, and the summary of the run is all that is made of it."""
 
 from collections import Counter
-from pathlib import Path
 
 import torch
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import MissingTokenizer
 from threetowers.cache.format.manifest import ManifestError
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.storage.storage import is_url
@@ -101,8 +101,12 @@ def teacher_cost(name: str, tower: CacheTower) -> TeacherCost:
 def _vocab_size(config: TrainConfig) -> int | None:
     if config.data.tokenizer is None:
         return None
-    if Path(config.data.tokenizer).exists():
-        return Tokenizer.load(config.data.tokenizer).embedding_rows(config.data.vocab_size)
-    if config.data.vocab_size is None:
-        raise ConfigError(f"data.vocab_size: unknown without {config.data.tokenizer}; give the number of its pieces")
-    return config.data.vocab_size
+    try:
+        tokenizer = load_named_tokenizer(config.data.tokenizer)
+    except MissingTokenizer as error:
+        if config.data.vocab_size is None:
+            raise ConfigError(
+                f"data.vocab_size: unknown without {config.data.tokenizer}; give the number of its pieces"
+            ) from error
+        return config.data.vocab_size
+    return tokenizer.embedding_rows(config.data.vocab_size)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import FILE, SentencePieceTokenizer
 from threetowers.cache.storage.atomic import partial_path
 from threetowers.trainer.config import dump
 from threetowers.trainer.estimate.summary import num_parameters
@@ -85,7 +85,7 @@ def _write_threetowers(deployed: TrainedModel, run: RunFolder, folder: Path) -> 
     """Write our own format and return the largest difference of embeddings."""
     exported = RunFolder(folder)
     if deployed.tokenizer is not None:
-        shutil.copyfile(run.tokenizer, exported.tokenizer)
+        exported.write_tokenizer(deployed.tokenizer)
     exported.write_manifests(deployed.manifests)
     exported.config.write_text(yaml.safe_dump(dump(deployed.config), sort_keys=False))
     state = deduplicated_state_dict(deployed.model)
@@ -103,7 +103,9 @@ def _write_threetowers(deployed: TrainedModel, run: RunFolder, folder: Path) -> 
 def _write_open_clip(deployed: TrainedModel, run: RunFolder, folder: Path) -> float:
     """Write open_clip's format and return the largest difference of embeddings."""
     write_open_clip(deployed, folder)
-    shutil.copyfile(run.tokenizer, folder / "tokenizer.model")
+    assert deployed.tokenizer is not None
+    if isinstance(deployed.tokenizer, SentencePieceTokenizer):
+        (folder / FILE).write_bytes(deployed.tokenizer.model)
     encode_image, encode_text = load_open_clip(folder, deployed)
     images, tokens_bL = probe_inputs(deployed)
     return max(
@@ -139,11 +141,13 @@ def probe_inputs(model: TrainedModel, samples: int = 5) -> tuple[Tensor, Tensor]
         images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     if model.reads_cached_text or model.tokenizer is None:
         return images, torch.randn(samples, model.model.widths[model.text_tower], generator=generator)
-    tokens_bL = torch.randint(END + 1, model.tokenizer.vocab_size, (samples, data.context_length), generator=generator)
+    special = model.tokenizer.special
+    tokens_bL = torch.randint(model.tokenizer.vocab_size, (samples, data.context_length), generator=generator)
+    tokens_bL[tokens_bL == special.end] = (special.end + 1) % model.tokenizer.vocab_size
     for row in range(samples):  # captions of all lengths
         end = data.context_length - 1 - row % data.context_length
-        tokens_bL[row, end] = END
-        tokens_bL[row, end + 1 :] = PAD
+        tokens_bL[row, end] = special.end
+        tokens_bL[row, end + 1 :] = special.pad
     return images, tokens_bL
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import yaml
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.info import input_text
 from threetowers.trainer.config import CacheTower, ImageTower, Term, dump, load_config
@@ -24,7 +24,7 @@ cosines = images @ texts.T  # both are of unit norm""",
     "open_clip": """import open_clip
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:this folder")
-# Text is tokenized by tokenizer.model (SentencePiece): pieces, then {end}, then {pad} up to {context} tokens.""",
+# {text}""",
     "timm": """import timm
 
 image_tower = timm.create_model("local-dir:this folder", pretrained=True)""",
@@ -93,7 +93,19 @@ def _loading(deployed: TrainedModel, form: ExportFormat) -> str:
         images = f"pixels)  # (n, 3, {data.side}, {data.side}) uint8"
     if deployed.reads_cached_text:
         texts = f"tokens(text_rows)  # of the cached teacher, (m, {widths[deployed.text_tower]})"
-    return LOADING[form].format(images=images, texts=texts, end=END, pad=PAD, context=data.context_length)
+    return LOADING[form].format(images=images, texts=texts, text=_tokenization(deployed))
+
+
+def _tokenization(deployed: TrainedModel) -> str:
+    """Return how text becomes tokens, for users of open_clip."""
+    tokenizer = deployed.tokenizer
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return 'Text is tokenized by open_clip.get_tokenizer("local-dir:this folder").'
+    special = tokenizer.special
+    return (
+        f"Text is tokenized by tokenizer.model (SentencePiece): pieces, then {special.end}, then {special.pad} up to "
+        f"{deployed.config.data.context_length} tokens."
+    )
 
 
 def _term(term: Term) -> str:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
 from threetowers.cache.encoders.timm_models import SOURCES, local_folder
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.trainer.config import ImageTower, TextTower
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.image import TimmTower
@@ -100,6 +101,8 @@ def _check_expressible(model: TrainedModel) -> None:
         reasons.append("its causal text tower does not pool at the end token behind a mask")
     elif not text.causal and text.mask_padding:
         reasons.append("its text tower is bidirectional and masks padding; open_clip does one of the two")
+    if model.tokenizer is not None and not _is_expressible(model.tokenizer):
+        reasons.append(f"its tokenizer is {model.tokenizer.name}; open_clip's folder would tokenize by CLIP's")
     for side, head in heads.items():
         if head.kind != "linear" or head.input_norm is not None or head.of not in config.towers:
             reasons.append(f"its {side} head is not one linear map on the tower")
@@ -155,8 +158,8 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
             "mlp_ratio": text.mlp_ratio,
             "no_causal_mask": not text.causal,
             "pool_type": text.pool,
-            "pad_id": PAD,
-            "eos_id": END,
+            "pad_id": _tokenizer(model).special.pad,
+            "eos_id": _tokenizer(model).special.end,
             "proj_bias": config.heads[config.deploy.text].bias,
             "norm_kwargs": {"eps": text.norm_eps or 1e-6},
         },
@@ -175,5 +178,18 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
 
 
 def _token_rows(model: TrainedModel) -> int:
+    return _tokenizer(model).embedding_rows(model.config.data.vocab_size)
+
+
+def _tokenizer(model: TrainedModel) -> Tokenizer:
     assert model.tokenizer is not None
-    return model.tokenizer.embedding_rows(model.config.data.vocab_size)
+    return model.tokenizer
+
+
+def _is_expressible(tokenizer: Tokenizer) -> bool:
+    """Whether open_clip itself, or a file beside its own, tokenizes as the run did."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return True
+    from threetowers.cache.encoders.tokenizers.open_clip_tokenizer import ClipTokenizer, clip_tokenizer
+
+    return isinstance(tokenizer, ClipTokenizer) and tokenizer.describe() == clip_tokenizer().describe()

@@ -19,13 +19,12 @@ from threetowers.cache.encoders.encoder import (
     ImageModel,
     TextEncoder,
     TextModel,
-    Tokens,
     require_offered,
     state_digest,
 )
 from threetowers.cache.encoders.live import LiveTeachers
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD, Tokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer, Tokens
 from threetowers.cache.format.manifest import Preprocessing, Side, TextProcessing
 from threetowers.trainer.config import CacheTower, TextTower
 from threetowers.trainer.data.transforms import center_crop
@@ -113,13 +112,12 @@ class RunTextModel(TextModel):
         self._length = trained.config.data.context_length
         config = trained.config.towers[heads.tower]
         assert isinstance(config, TextTower)
-        # Padding that no token sees, and that is not pooled, need not be there.
-        self._padded_in_full = config.pool == "last" or not (config.mask_padding or config.causal)
+        self._padded_in_full = config.sees_padding
         if max_length not in (None, self._length):
             raise ValueError(f"{name}: --max-length: found {max_length}, expected that of the run, {self._length}")
         self.features = heads.features
         self.processing = TextProcessing(
-            tokenizer_digest=hashlib.sha256(self._tokenizer.model).hexdigest(),
+            tokenizer_digest=self._tokenizer.digest,
             prompt=prompt,
             max_length=self._length,
             pooling=config.pool,
@@ -129,13 +127,12 @@ class RunTextModel(TextModel):
     def tokenize(self, captions: Sequence[str]) -> list[Tokens]:
         """Return the tokens of each caption up to its end token, as in training."""
         texts = [self.processing.prompt + caption for caption in captions]
-        room = self._length - 1
-        return [Tokens([*pieces[:room], END], len(pieces) > room) for pieces in self._tokenizer.pieces(texts)]
+        return self._tokenizer.tokenize(texts, self._length)
 
     def collate(self, tokens: Sequence[Tokens]) -> Mapping[str, Tensor]:
         """Return tokens (b, L) int64."""
         length = self._length if self._padded_in_full else max(len(caption.ids) for caption in tokens)
-        tokens_bL = torch.full((len(tokens), length), PAD)
+        tokens_bL = torch.full((len(tokens), length), self._tokenizer.special.pad)
         for row, caption in enumerate(tokens):
             tokens_bL[row, : len(caption.ids)] = torch.tensor(caption.ids)
         return {"tokens": tokens_bL}
@@ -206,7 +203,7 @@ def load_run_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncode
     trained.model.requires_grad_(False)
     below = _encoders_below(trained, name, str(options.device))
     digest = state_digest(load_file(folder.weights))
-    packages = ["torch", "timm", "pillow", "sentencepiece"]
+    packages = ["torch", "timm", "pillow", *(trained.tokenizer.packages if trained.tokenizer else ())]
     for encoder in below.values():
         digest = hashlib.sha256(f"{digest} {encoder.weights_digest}".encode()).hexdigest()
         packages += [package for package in encoder.packages if package not in packages]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.cache.format.manifest import Manifest
 from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TextTower, TrainConfig, load_config
 from threetowers.trainer.model.model import TowerModel
@@ -48,7 +48,7 @@ def load_model(
                 f"{folder.path} holds no finished run: {needed.name} is missing; finish it with `threetowers train`"
             )
     config = load_config(folder.config)
-    tokenizer = Tokenizer.load(folder.tokenizer) if config.data.tokenizer else None
+    tokenizer = folder.load_tokenizer() if config.data.tokenizer else None
     manifests = folder.read_manifests()
     model = _model(config, tokenizer, manifests)
     load_deduplicated(model, load_file(folder.weights))
@@ -130,8 +130,10 @@ class TrainedModel:
 
 def _model(config: TrainConfig, tokenizer: Tokenizer | None, manifests: Mapping[str, Manifest]) -> TowerModel:
     """Return the model of a run with random weights."""
-    vocab_size = tokenizer.embedding_rows(config.data.vocab_size) if tokenizer else None
-    return TowerModel(config, vocab_size, {name: manifest.dim for name, manifest in manifests.items()})
+    widths = {name: manifest.dim for name, manifest in manifests.items()}
+    if tokenizer is None:
+        return TowerModel(config, None, widths)
+    return TowerModel(config, tokenizer.embedding_rows(config.data.vocab_size), widths, tokenizer.special.end)
 
 
 def deployed_model(trained: TrainedModel) -> TrainedModel:

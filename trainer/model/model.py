@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TermTeacher, TextTower, TrainConfig
 from threetowers.trainer.model.cached import CachedTower
 from threetowers.trainer.model.head import build_head
@@ -35,13 +36,16 @@ class TowerModel(nn.Module):
     Every parameter has at least one dimension, scales included: DeepSpeed cannot hold 0-dimensional ones.
     """
 
-    def __init__(self, config: TrainConfig, vocab_size: int | None, cache_widths: Mapping[str, int]) -> None:
+    def __init__(
+        self, config: TrainConfig, vocab_size: int | None, cache_widths: Mapping[str, int], end_id: int = END
+    ) -> None:
         """Build the model with random weights.
 
         Args:
             config: The run.
             vocab_size: Rows of the token embedding; None in a run without a text tower of its own.
             cache_widths: Embedding width of each cached tower, by name.
+            end_id: The token that ends a caption; by default that of our own tokenizers.
 
         Raises:
             ValueError: If towers, heads or terms do not fit together.
@@ -51,7 +55,7 @@ class TowerModel(nn.Module):
         self.precision: Precision | Literal["float16"] = config.engine.precision or "float32"
         self.towers = nn.ModuleDict()
         for name in config.towers:
-            self.towers[name] = _build_tower(config, name, vocab_size, cache_widths)
+            self.towers[name] = _build_tower(config, name, vocab_size, cache_widths, end_id)
         self._share_parameters()
 
         self.widths = {name: int(tower.width) for name, tower in self.towers.items()}  # type: ignore[arg-type]
@@ -219,13 +223,15 @@ def _is_frozen(module: nn.Module) -> bool:
     return has_parameters
 
 
-def _build_tower(config: TrainConfig, name: str, vocab_size: int | None, cache_widths: Mapping[str, int]) -> nn.Module:
+def _build_tower(
+    config: TrainConfig, name: str, vocab_size: int | None, cache_widths: Mapping[str, int], end_id: int
+) -> nn.Module:
     match config.towers[name]:
         case ImageTower() as tower:
             return TimmTower(tower, config.data.side)
         case TextTower() as tower:
             assert vocab_size is not None
-            return TextTransformer(tower, vocab_size, config.data.context_length)
+            return TextTransformer(tower, vocab_size, config.data.context_length, end_id)
         case CacheTower() as tower:
             width = cache_widths[name]
             if tower.standardize == "phi-s" and not has_hadamard_matrix(width):

@@ -8,21 +8,32 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.trainer.config import TextTower
 
 
 class TextTransformer(nn.Module):
     """Tokens (b, L) int64 -> features (b, width)."""
 
-    def __init__(self, config: TextTower, vocab_size: int, context_length: int) -> None:
-        """Build the transformer with random weights. Raises ValueError for a width that the heads do not divide."""
+    def __init__(self, config: TextTower, vocab_size: int, context_length: int, end_id: int = END) -> None:
+        """Build the transformer with random weights.
+
+        Args:
+            config: The tower.
+            vocab_size: Rows of the token embedding.
+            context_length: Tokens that a caption has at most.
+            end_id: The token that ends a caption; what is behind the first one is padding, whatever its id.
+
+        Raises:
+            ValueError: The heads do not divide the width.
+        """
         super().__init__()
         if config.width % config.heads:
             raise ValueError(
                 f"text tower: width {config.width} is not divisible by heads {config.heads}; change one of them"
             )
         self.pool = config.pool
+        self.end_id = end_id
         self.causal = config.causal
         self.mask_padding = config.mask_padding
         self.grad_checkpointing = False
@@ -69,7 +80,7 @@ class TextTransformer(nn.Module):
 
     def _mask(self, tokens_bL: Tensor) -> Tensor | None:
         """Return the attention mask: true where a query (third dimension) attends to a key (last)."""
-        mask = (tokens_bL != PAD)[:, None, None, :] if self.mask_padding else None
+        mask = self._within_caption(tokens_bL)[:, None, None, :] if self.mask_padding else None
         if self.causal:
             length = tokens_bL.shape[1]
             causal_LL = torch.ones(length, length, dtype=torch.bool, device=tokens_bL.device).tril()
@@ -78,9 +89,20 @@ class TextTransformer(nn.Module):
 
     def _pool(self, x_bLw: Tensor, tokens_bL: Tensor) -> Tensor:
         if self.pool == "mean":
-            weight_bL1 = (tokens_bL != PAD)[..., None].to(x_bLw.dtype)
+            weight_bL1 = self._within_caption(tokens_bL)[..., None].to(x_bLw.dtype)
             return (x_bLw * weight_bL1).sum(1) / weight_bL1.sum(1)
         if self.pool == "last":
             return x_bLw[:, -1]
-        end_b = (tokens_bL == END).int().argmax(1)
-        return x_bLw[torch.arange(len(x_bLw), device=x_bLw.device), end_b]
+        return x_bLw[torch.arange(len(x_bLw), device=x_bLw.device), self._end(tokens_bL)]
+
+    def _end(self, tokens_bL: Tensor) -> Tensor:
+        """Return the position (b,) of the end token of each caption, the first one."""
+        return (tokens_bL == self.end_id).int().argmax(1)
+
+    def _within_caption(self, tokens_bL: Tensor) -> Tensor:
+        """Return where there is no padding, (b, L) bool.
+
+        Known by the end token, as the id of the padding may be that of a word (CLIP) or of the end itself (SigLIP).
+        """
+        position_L = torch.arange(tokens_bL.shape[1], device=tokens_bL.device)
+        return position_L <= self._end(tokens_bL)[:, None]

@@ -14,8 +14,9 @@ from typing import Self
 
 from threetowers.cache.builder.embedding.tar_captions import TarCaptions
 from threetowers.cache.builder.output_cache import OutputCache
-from threetowers.cache.encoders.encoder import TextEncoder, Tokens
+from threetowers.cache.encoders.encoder import TextEncoder
 from threetowers.cache.encoders.forward_queue import CaptionQueue, RunningBatch
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 from threetowers.cache.format.text_row_buffer import TextRowBuffer
 from threetowers.cache.processes.stage_timer import StageTimer
 

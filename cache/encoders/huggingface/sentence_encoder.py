@@ -11,7 +11,6 @@ from threetowers.cache.encoders.encoder import (
     FrozenEncoder,
     TextEncoder,
     TextModel,
-    Tokens,
     require_offered,
     state_digest,
 )
@@ -24,6 +23,7 @@ from threetowers.cache.encoders.huggingface.tokenizer import (
 )
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
 from threetowers.cache.encoders.packaged_weights import PACKAGE, packaged_sentence_encoder
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 from threetowers.cache.encoders.weights_file import require_finite
 from threetowers.cache.format.manifest import TextProcessing
 

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from threetowers.cache.encoders.encoder import TextModel, Tokens, require_offered
+from threetowers.cache.encoders.encoder import TextModel, require_offered
 from threetowers.cache.encoders.huggingface.outputs import TowerHook, joint_embedding, own_pooler
 from threetowers.cache.encoders.huggingface.tokenizer import CaptionTokenizer, tokenizer_digest
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 from threetowers.cache.format.manifest import TextProcessing
 
 CAUSAL_TOLERANCE = 1e-5  # relative; experts may round a token differently beside other tokens

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from threetowers.cache.encoders.encoder import Tokens
 from threetowers.cache.encoders.huggingface.loading import ModelFiles, quiet
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 
 DEFAULT_LENGTH = 512  # where neither tokenizer nor model has a limit
 UNBOUNDED = 10**6  # what tokenizers without a limit name is larger
@@ -39,32 +39,41 @@ class CaptionTokenizer:
         texts = [self.prompt + caption for caption in captions]
         if not texts:
             return []
-        with quiet():  # it warns of long captions, which are cut below
-            ids = self._ids(texts)
-            long = [i for i, tokens in enumerate(ids) if len(tokens) > self.max_length]
-            cut = self._ids([texts[i] for i in long], truncation=True, max_length=self.max_length) if long else []
-        for i, tokens in zip(long, cut, strict=True):
-            ids[i] = tokens
-        largest = max(max(tokens, default=0) for tokens in ids)
+        rows = tokens_of(self.tokenizer, texts, self.max_length)
+        largest = max(max(row.ids, default=0) for row in rows)
         if largest >= self.rows:
             raise ValueError(
                 f"the tokenizer gives the id {largest}, but the model has {self.rows} token embeddings: the tokenizer "
                 "is another model's"
             )
-        were_cut = set(long)
-        return [Tokens(tokens or [self.pad_id], i in were_cut) for i, tokens in enumerate(ids)]
-
-    def _ids(self, texts: list[str], **arguments: Any) -> list[list[int]]:
-        found: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=True, return_attention_mask=False, **arguments
-        ).input_ids
-        return found
+        return [Tokens(row.ids or [self.pad_id], row.cut) for row in rows]
 
     @property
     def pad_id(self) -> int:
         """An id for padding, which the model is told to ignore."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(i for i in candidates if i is not None and i < self.rows)
+
+
+def tokens_of(tokenizer: Any, texts: list[str], max_length: int) -> list[Tokens]:
+    """Return the ids that a tokenizer of transformers gives for texts, cut to `max_length` as it does it."""
+    if not texts:
+        return []
+
+    def ids_of(some: list[str], **arguments: Any) -> list[list[int]]:
+        found: list[list[int]] = tokenizer(
+            some, add_special_tokens=True, padding=False, return_attention_mask=False, **arguments
+        ).input_ids
+        return found
+
+    with quiet():  # it warns of long captions, which are cut below
+        ids = ids_of(texts)
+        long = [i for i, tokens in enumerate(ids) if len(tokens) > max_length]
+        cut = ids_of([texts[i] for i in long], truncation=True, max_length=max_length) if long else []
+    for i, tokens in zip(long, cut, strict=True):
+        ids[i] = tokens
+    were_cut = set(long)
+    return [Tokens(tokens, i in were_cut) for i, tokens in enumerate(ids)]
 
 
 def load_tokenizer(files: ModelFiles) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from threetowers.cache.encoders.openclip.tokenizers import (
+from threetowers.cache.encoders.tokenizers.open_clip_tokenizer import (
+    ExportedTokenizer,
     OpenClipTokenizer,
-    SentencePieceTokenizer,
     open_clip_tokenizer,
 )
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.encoders.weights_file import (
     load_strictly,
     model_part,
@@ -249,7 +249,8 @@ def _without_notice_of_random_weights() -> Iterator[None]:
 def _tokenizer(known: str, folder: Path | None, model: Any, spec: str) -> OpenClipTokenizer:
     """Return open_clip's tokenizer of the model; our own where the folder is one of our exports, which contain it."""
     if folder is not None and (folder / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(Tokenizer.load(folder / "tokenizer.model"), model.context_length)
+        tokenizer = SentencePieceTokenizer.load(folder / "tokenizer.model")
+        return ExportedTokenizer(tokenizer, model.context_length)
     import open_clip
 
     try:

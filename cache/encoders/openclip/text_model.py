@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from threetowers.cache.encoders.encoder import TextModel, Tokens, require_offered
+from threetowers.cache.encoders.encoder import TextModel, require_offered
 from threetowers.cache.encoders.openclip.projection import Projection
-from threetowers.cache.encoders.openclip.tokenizers import OpenClipTokenizer
+from threetowers.cache.encoders.tokenizers.open_clip_tokenizer import OpenClipTokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokens
 from threetowers.cache.format.manifest import TextProcessing
 
 SHORTEST = 3  # a start token, an end token, and one between

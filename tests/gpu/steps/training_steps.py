@@ -24,7 +24,7 @@ from tests.gpu.predictions import MOST_WAITS
 from tests.gpu.setting import Setting
 from tests.gpu.steps.photographs import Photographs
 from tests.gpu.timing import wait
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.processes.stop_request import StopRequest
 from threetowers.cache.processes.world import World
 from threetowers.trainer.config import TrainConfig, parse
@@ -191,7 +191,7 @@ class KernelShare:
 def measure(setting: Setting, variant: Variant, world: World) -> None:
     """Train a few steps, and record their time, memory, and what is looked into."""
     config, device = config_of(setting, variant), setting.device
-    vocabulary = Tokenizer.load(config.data.tokenizer).vocab_size
+    vocabulary = SentencePieceTokenizer.load(config.data.tokenizer).vocab_size
     cuda = device.type == "cuda"
     inputs = inputs_of(config, vocabulary, THIRD_WIDTH)
     batch = Batch(inputs, {}, torch.arange(config.global_batch_size), ())
@@ -235,7 +235,7 @@ def loader_replaced(batches: Callable[[], Iterator[Batch]]) -> Iterator[None]:
 def measure_plain_loop(setting: Setting, variant: Variant) -> None:
     """Record the time of a step that uses nothing of the trainer but the towers."""
     config, device = config_of(setting, variant), setting.device
-    vocabulary = Tokenizer.load(config.data.tokenizer).vocab_size
+    vocabulary = SentencePieceTokenizer.load(config.data.tokenizer).vocab_size
     model = TowerModel(config, vocabulary, {}).to(device)
     inputs = {name: part.to(device) for name, part in inputs_of(config, vocabulary, THIRD_WIDTH).items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")

@@ -2,33 +2,35 @@
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from threetowers.cache.encoders.encoder import Tokens
-from threetowers.cache.encoders.huggingface.tokenizer import tokenizer_digest
-from threetowers.cache.encoders.sentencepiece_tokenizer import END, PAD, Tokenizer
+from threetowers.cache.encoders.huggingface.loading import require
+from threetowers.cache.encoders.huggingface.tokenizer import tokenizer_digest, tokens_of
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import SpecialTokens, Tokenizer, Tokens
+from threetowers.cache.encoders.weights_file import one_line
+
+KIND = "open_clip"
+FILE = "tokenizer/open_clip.json"  # of a run folder
+CLIP_NAME = "ViT-B-32"  # a model with CLIP's own tokenizer
 
 
-class OpenClipTokenizer(ABC):
+class OpenClipTokenizer(Tokenizer):
     """A tokenizer as open_clip uses it, without its padding.
 
     Attributes:
         context_length: Tokens that a model takes, special ones included.
         pad_id: The token that fills up a row.
         pads_left: Whether it is put before a caption.
-        packages: Names of the packages whose versions decide what it gives.
     """
 
+    name = f"{KIND}:{CLIP_NAME}"
     context_length: int
     pad_id: int = 0
     pads_left: bool = False
-    packages: tuple[str, ...] = ()
-
-    @abstractmethod
-    def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
-        """Return the tokens of each text, cut to `max_length`."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -39,6 +41,10 @@ class OpenClipTokenizer(ABC):
         """The sha256 of all that decides the tokens."""
         state = self.describe() | {"context": self.context_length, "pad": self.pad_id, "left": self.pads_left}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return its name and digest: open_clip holds the tokenizer itself."""
+        return {FILE: json.dumps({"name": self.name, "digest": self.digest}, indent=2).encode()}
 
 
 class ClipTokenizer(OpenClipTokenizer):
@@ -53,6 +59,16 @@ class ClipTokenizer(OpenClipTokenizer):
             )
         self._tokenizer = tokenizer
         self.context_length = tokenizer.context_length
+
+    @property
+    def special(self) -> SpecialTokens:
+        """CLIP's start and end; it pads with the id of a word, and has bytes for all that is unknown."""
+        return SpecialTokens(self._tokenizer.eot_token_id, self.pad_id, self._tokenizer.sot_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return int(self._tokenizer.vocab_size)
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
         """Return the tokens of each text, cut before its end token."""
@@ -87,28 +103,27 @@ class TransformersTokenizer(OpenClipTokenizer):
             self.pad_id = 0
         self.pads_left = self._tokenizer.padding_side == "left"
 
+    @property
+    def special(self) -> SpecialTokens:
+        """The special tokens. Raises ValueError where captions do not end in one."""
+        last = {tuple(row.ids)[-1] for row in self.tokenize(["", "a b"], self.context_length) if row.ids}
+        if len(last) != 1:
+            raise ValueError(f"{self.name}: found no token at the end of all captions, expected one: choose another")
+        start = self._tokenizer.bos_token_id
+        return SpecialTokens(last.pop(), self.pad_id, start, self._tokenizer.unk_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id of a token, plus one."""
+        return 1 + int(max(self._tokenizer.get_vocab().values()))
+
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
         """Return the tokens of each text, cut as the tokenizer does it."""
-        if not texts:
-            return []
-        cleaned = [self._clean(text) for text in texts]
-        rows = self._ids(cleaned, verbose=False)
-        long = [i for i, ids in enumerate(rows) if len(ids) > max_length]
-        if long:
-            cut = self._ids([cleaned[i] for i in long], truncation=True, max_length=max_length)
-            for i, ids in zip(long, cut, strict=True):
-                rows[i] = ids
-        were_cut = set(long)
-        return [Tokens(ids, i in were_cut) for i, ids in enumerate(rows)]
-
-    def _ids(self, texts: list[str], **arguments: Any) -> list[list[int]]:
-        rows: list[list[int]] = self._tokenizer(
-            texts, padding=False, return_attention_mask=False, **arguments
-        ).input_ids
+        rows = tokens_of(self._tokenizer, [self._clean(text) for text in texts], max_length)
         if not self._strip:
             return rows
         separator = self._tokenizer.sep_token_id
-        return [[0 if token == separator else token for token in ids] for ids in rows]
+        return [Tokens([0 if i == separator else i for i in row.ids], row.cut) for row in rows]
 
     def describe(self) -> dict[str, Any]:
         """Return the tokenizer's digest, and what open_clip does before and after it."""
@@ -124,6 +139,19 @@ class ClipsTokenizer(OpenClipTokenizer):
         """Use a tokenizer of open_clip."""
         self._clips = tokenizer
         self.context_length = tokenizer.context_length
+
+    @property
+    def special(self) -> SpecialTokens:
+        """Raises ValueError, as a row ends in its padding and a class token."""
+        raise ValueError(
+            f"{self.name}: found a class token behind the padding of captions (CLIPS), expected captions that end "
+            "before it: choose the tokenizer of another model"
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id of a token, plus one."""
+        return 1 + int(max(self._clips.tokenizer.get_vocab().values()))
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
         """Return the row of each text, padding included, as no token is at its end."""
@@ -143,25 +171,91 @@ class ClipsTokenizer(OpenClipTokenizer):
         }
 
 
-class SentencePieceTokenizer(OpenClipTokenizer):
-    """The tokenizer of a model that this package exported."""
+class ExportedTokenizer(OpenClipTokenizer):
+    """The SentencePiece tokenizer of a model that this package exported."""
 
-    pad_id = PAD
     packages = ("sentencepiece",)
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
+    def __init__(self, tokenizer: SentencePieceTokenizer, context_length: int) -> None:
         """Use a tokenizer of this package."""
         self._tokenizer = tokenizer
         self.context_length = context_length
+        self.pad_id = tokenizer.special.pad
+
+    @property
+    def special(self) -> SpecialTokens:
+        """Those of the model."""
+        return self._tokenizer.special
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return self._tokenizer.vocab_size
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
         """Return the tokens of each text, cut before its end token."""
-        room = max_length - 1
-        return [Tokens([*ids[:room], END], len(ids) > room) for ids in self._tokenizer.pieces(texts)]
+        return self._tokenizer.tokenize(texts, max_length)
 
     def describe(self) -> dict[str, Any]:
         """Return the digest of the SentencePiece model."""
-        return {"sentencepiece": hashlib.sha256(self._tokenizer.model).hexdigest()}
+        return {"sentencepiece": self._tokenizer.digest}
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return the model."""
+        return self._tokenizer.files()
+
+
+def load_open_clip_tokenizer(name: str) -> OpenClipTokenizer:
+    """Load the tokenizer of a model of open_clip, by the model's name.
+
+    Raises:
+        ValueError: There is no such model, or its tokenizer cannot be loaded, or open_clip is not installed.
+    """
+    require("open_clip", KIND, KIND)
+    import open_clip
+
+    folder = Path(name.removeprefix("local-dir:"))
+    if (folder / "tokenizer.model").is_file():
+        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+        tokenizer = SentencePieceTokenizer.load(folder / "tokenizer.model")
+        found: OpenClipTokenizer = ExportedTokenizer(tokenizer, int(config["context_length"]))
+    else:
+        known = name if ":" in name else f"local-dir:{name}" if folder.is_dir() else name
+        if ":" not in known and known not in open_clip.list_models():  # open_clip would give CLIP's
+            raise ValueError(
+                f"{KIND}:{name}: found no such model in open_clip, expected one of open_clip.list_models(), as "
+                f"{KIND}:{CLIP_NAME}, hf-hub:ORG/NAME or a folder"
+            )
+        try:
+            found = open_clip_tokenizer(open_clip.get_tokenizer(known))
+        except Exception as error:  # hub, network and transformers each raise their own kinds
+            raise ValueError(
+                f"{KIND}:{name}: its tokenizer cannot be loaded: {one_line(error)}; without a connection, download its "
+                "files and name their folder instead"
+            ) from error
+    found.name = f"{KIND}:{name}"
+    return found
+
+
+def clip_tokenizer() -> ClipTokenizer:
+    """Return CLIP's own tokenizer, which open_clip uses where a model names no other one."""
+    require("open_clip", KIND, KIND)
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return ClipTokenizer(SimpleTokenizer())
+
+
+def load_kept_name(path: Path) -> OpenClipTokenizer:
+    """Load the tokenizer that a run folder names. Raises ValueError where open_clip now has another one of the name."""
+    kept = json.loads(path.read_text())
+    found = load_open_clip_tokenizer(str(kept["name"]).removeprefix(f"{KIND}:"))
+    if found.digest != kept["digest"]:
+        raise ValueError(
+            f"{path}: {kept['name']} had the sha256 {kept['digest'][:12]} in training, and has "
+            f"{found.digest[:12]} now: install the version of open_clip that the run was trained with, "
+            "or restore the model's files"
+        )
+    return found
 
 
 def open_clip_tokenizer(tokenizer: Any) -> OpenClipTokenizer:

@@ -1,0 +1,1 @@
+"""Tokenizers: captions to the ids of their tokens, by one protocol, one file a kind."""
