@@ -41,6 +41,7 @@ from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.data.worker_plan import plan_workers
 from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, rank_store, start_engine
+from threetowers.trainer.estimate.cost import TrainingFlops
 from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
@@ -157,6 +158,8 @@ class Trainer:
         self.config = config = self.folder.resolve(config)
         self.world = world
         self.stop = StopRequest.of_process()
+        self._flops: TrainingFlops | None = None
+        self._step_flops: list[int] = []  # a sample, of the steps since the last log line
         self._leased = ExitStack()
         with self._interruptible():
             self._lease_folder()
@@ -206,6 +209,7 @@ class Trainer:
                         self._count_update(done, report)
                         if report.nonfinite and restore_moments is not None:
                             restore_moments()
+                    self._count_flops(batch)
                     self.timer.count_step(config.global_batch_size)
                     profile.after(done, last)
 
@@ -362,7 +366,7 @@ class Trainer:
             without_row=samples.without_row,
             notes=[*samples.notes(), *self._caption_notes(), self.worker_plan.line(), *self.survey],
         )
-        lines, self._flops_per_sample = summary_or_reason(
+        lines, self._flops = summary_or_reason(
             self.config, self.world, self.vocab_size, self.manifests, stats, self.steps
         )
         for line in [*lines, *self._init_notes]:
@@ -492,10 +496,20 @@ class Trainer:
         minutes = self.config.checkpoint.every_minutes
         return minutes is not None and self.world.first and time.monotonic() - self._saved_at >= 60 * minutes
 
+    def _count_flops(self, batch: Batch) -> None:
+        """Count the FLOPs a sample of a step, of towers and heads; on the first rank, whose batch stands for all."""
+        if not self.world.first or self._flops is None:
+            return
+        lengths = [batch.inputs[name].shape[1] for name in self.config.towers_of("text") if name in batch.inputs]
+        flops = self._flops.of(max(lengths, default=self.config.data.context_length))
+        if flops is not None:
+            self._step_flops.append(flops)
+
     def _log_step(self, log: MetricsLog, done: int, report: StepReport, rate: float) -> None:
         """Write the metrics of step `done`, counted from 1."""
         interval = self.timer.interval()
-        flops = self._flops_per_sample  # of towers and heads
+        flops = sum(self._step_flops) / len(self._step_flops) if self._step_flops else None
+        self._step_flops.clear()
         metrics: Metrics = {
             "step": done,
             "epoch": done / self.steps_per_epoch,

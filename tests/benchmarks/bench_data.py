@@ -19,7 +19,7 @@ from bench_cache import BATCH, alternate, draw, run_of, timed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
 from threetowers.cache.webdataset.images import decode_rgb
 from threetowers.trainer.config import TrainConfig
 from threetowers.trainer.data.loader import training_loader
@@ -32,7 +32,7 @@ STEPS = 18
 def loader_timing(folder: Path, config: TrainConfig, start: int, steps: int, skipped: int = 1) -> Callable[[], float]:
     """Return a function that takes the seconds of `steps` steps, after `skipped` untimed ones from step `start`."""
     samples = open_samples(config, folder)
-    tokenizer = SentencePieceTokenizer.load(config.data.tokenizer)
+    tokenizer = load_named_tokenizer(config.data.tokenizer)
 
     def measure() -> float:
         batches = iter(training_loader(config, samples, tokenizer, 0, 1, start, start + skipped + steps))
@@ -48,7 +48,7 @@ def webdataset_timing(config: TrainConfig) -> Callable[[], float]:
 
     It reads the same tars through a shuffle buffer, with the same decoding and tokens.
     """
-    tokenizer = SentencePieceTokenizer.load(config.data.tokenizer)
+    tokenizer = load_named_tokenizer(config.data.tokenizer)
     size = config.data.image_size
 
     def prepare(sample: dict[str, Any]) -> tuple[Tensor, Tensor]:

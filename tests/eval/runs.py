@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import CacheTower, parse
 from threetowers.trainer.model.model import TowerModel
@@ -19,7 +19,7 @@ def finished(tree: dict[str, Any], constant: bool = False) -> Path:
     run = parse(tree)
     caches = {n: EmbeddingCache.open(t.path) for n, t in run.towers.items() if isinstance(t, CacheTower)}
     torch.manual_seed(2)
-    tokenizer = SentencePieceTokenizer.load(run.data.tokenizer) if run.data.tokenizer else None
+    tokenizer = load_named_tokenizer(run.data.tokenizer) if run.data.tokenizer else None
     vocab = tokenizer.embedding_rows(run.data.vocab_size) if tokenizer else None
     model = TowerModel(run, vocab, {name: cache.dim for name, cache in caches.items()})
     if constant:

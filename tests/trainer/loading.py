@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
 from threetowers.trainer.config import parse
 from threetowers.trainer.data.batch import Batch
 from threetowers.trainer.data.loader import TrainingBatches, training_loader
@@ -30,7 +30,7 @@ def loader_of(
 ) -> TrainingBatches:
     """Return the batches of the steps start .. stop-1, before any is loaded."""
     config = parse(tree)
-    tokenizer = SentencePieceTokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+    tokenizer = load_named_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     return training_loader(config, samples, tokenizer, rank, world_size, start, stop, plan)
 
 

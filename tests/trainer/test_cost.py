@@ -16,7 +16,14 @@ from threetowers.cache.processes.world import World
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import parse
 from threetowers.trainer.estimate import summary
-from threetowers.trainer.estimate.cost import FusedAttention, TeacherCost, activation_bytes, meta_model, tower_costs
+from threetowers.trainer.estimate.cost import (
+    FusedAttention,
+    TeacherCost,
+    TrainingFlops,
+    activation_bytes,
+    meta_model,
+    tower_costs,
+)
 from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.model.image import TimmTower
 
@@ -96,7 +103,7 @@ def test_what_cannot_be_counted_is_said_and_stops_nothing(
 ) -> None:
     manifest = EmbeddingCache.open(cache).manifest
 
-    def page(manifest: Manifest = manifest) -> tuple[str, int | None]:
+    def page(manifest: Manifest = manifest) -> tuple[str, TrainingFlops | None]:
         world = World(rank=0, size=1, local_rank=0, local_size=1)
         lines, flops = summary_or_reason(parse(THREE), world, 30, {"third": manifest}, STATS, 5)
         return "\n".join(lines), flops

@@ -7,7 +7,7 @@ autograd would keep for backward, each storage once, with attention as the fused
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Self
 
@@ -129,6 +129,27 @@ def tower_costs(model: TowerModel) -> dict[str, TowerCost]:
         costs[name] = TowerCost(sum(sizes.values()), shared, flops)
     model.train(training)
     return costs
+
+
+class TrainingFlops:
+    """FLOPs of one sample's training step, the loss aside, by the length of its batch's captions."""
+
+    def __init__(self, model: TowerModel, costs: Mapping[str, TowerCost]) -> None:
+        """Count those of a model from `meta_model`, with the costs of its towers."""
+        self._model = model
+        self._costs = costs
+        self._by_length = {model.config.data.context_length: training_flops(model, costs)}
+
+    def of(self, length: int) -> int | None:
+        """Return the FLOPs with captions padded to so many tokens; None where a tower's are not counted."""
+        if length not in self._by_length:
+            costs = dict(self._costs)
+            for name in self._model.config.towers_of("text"):
+                tokens_1L = torch.empty(1, length, dtype=torch.int64, device="meta")
+                count = partial(_flops, self._model.towers[name], tokens_1L)
+                costs[name] = replace(costs[name], flops=_count_or_none(f"FLOPs of tower {name}", count))
+            self._by_length[length] = training_flops(self._model, costs)
+        return self._by_length[length]
 
 
 def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int | None:

@@ -13,6 +13,7 @@ from threetowers.trainer.config import Augment, CacheTower, ImageTower, Precisio
 from threetowers.trainer.estimate.cost import (
     TeacherCost,
     TowerCost,
+    TrainingFlops,
     activation_bytes,
     meta_model,
     state_memory,
@@ -84,7 +85,7 @@ def summary_or_reason(
     manifests: Mapping[str, Manifest],
     stats: DatasetStats,
     steps: int,
-) -> tuple[list[str], int | None]:
+) -> tuple[list[str], TrainingFlops | None]:
     """Return the summary of a run that is about to begin, and its FLOPs a sample, None where they are not counted.
 
     It is arithmetic for the reader: whatever goes wrong in it costs lines of the summary, with a warning, but no run.
@@ -101,7 +102,8 @@ def summary_or_reason(
         teachers = {name: TeacherCost.from_manifest(manifest) for name, manifest in manifests.items()}
         model = meta_model(config, vocab_size, teachers)
         lines = run_summary(world.size, world.device, model, teachers, stats, steps)
-        return lines, training_flops(model, tower_costs(model))
+        flops = TrainingFlops(model, tower_costs(model))
+        return lines, flops if flops.of(config.data.context_length) is not None else None
     except Exception as error:  # a model's own code may raise anything where it is run without numbers
         logger.warning("costs of the run: not counted (%s: %s)", type(error).__name__, error)
         return [f"run {config.output_dir}", *_data(config, world.size, world.device, stats, steps)], None
