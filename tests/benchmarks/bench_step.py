@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py            # under five minutes; needs `make demo` once
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --memory   # global batches of 1k to 32k; some ten minutes
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --captions          # padded or not; some two minutes
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --text-tower --cpu-time   # 3t-text over 3t; two minutes
 
-The last one compares configs/emoji/3t-text.yaml with 3t.yaml on a batch of the demo's own data and caches. Call it at
+--text-tower compares configs/emoji/3t-text.yaml with 3t.yaml on a batch of the demo's own data and caches. Call it at
 the root of the repository, after `make demo` and the build of the cache of captions that 3t-text.yaml names. --cpu-time
 is for a machine that does other things.
 
@@ -17,6 +18,8 @@ for each batch: its peak during a step above its size before (Linux).
 import argparse
 import json
 import multiprocessing
+import random
+import re
 import statistics
 import subprocess
 import sys
@@ -31,9 +34,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
+from threetowers.cache.webdataset.captions import DEFAULT_CAPTIONS
 from threetowers.trainer.config import TrainConfig, load_config
 from threetowers.trainer.data.batch import Batch
+from threetowers.trainer.data.caption_corpus import read_corpus
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
@@ -81,18 +88,22 @@ def demo_batch(config: TrainConfig) -> Batch:
     """Return the first batch of a run on the demo's tars and caches."""
     with tempfile.TemporaryDirectory() as folder:
         samples = open_samples(config, Path(folder))
-        tokenizer = Tokenizer.load(str(config.data.tokenizer))
+        tokenizer = load_named_tokenizer(str(config.data.tokenizer))
         return next(iter(training_loader(config, samples, tokenizer, rank=0, world_size=1, start=0, stop=1)))
 
 
-def training_step(config: TrainConfig, of_demo: Batch | None = None) -> tuple[Step, dict[str, Tensor]]:
+def training_step(
+    config: TrainConfig, of_demo: Batch | None = None, tokenizer: Tokenizer | None = None
+) -> tuple[Step, dict[str, Tensor]]:
     """Return a step of the run, always on the same batch, and that batch, which may be changed in place.
 
     The batch is random, or one of the demo.
     """
     world = join_process_group()
     torch.manual_seed(0)
-    model = TowerModel(config, VOCABULARY, {name: WIDTHS[config.side_of(name)] for name in config.towers_of("cache")})
+    rows, end_id = (VOCABULARY, END) if tokenizer is None else (tokenizer.vocab_size, tokenizer.special.end)
+    widths = {name: WIDTHS[config.side_of(name)] for name in config.towers_of("cache")}
+    model = TowerModel(config, rows, widths, end_id)
     engine = start_engine(model, config, deepspeed_config(config, world.size))
     micro_batches = num_micro_batches(config, world.size)
     grad_cache = GradCache(engine, partial(total_loss, config), micro_batches, seed=0, rank=0, device=world.device)
@@ -169,6 +180,35 @@ def live_teachers(rounds: int, batch: int) -> None:
         print(f"live / cached, batch {batch}, {name} ({count:.0f} M, {size} px): {ratio(seconds, 'live', 'cached')}")
 
 
+def padded_captions(rounds: int, batch: int) -> None:
+    """Time a step whose text tower dominates, on captions of 4 to 20 words: as they are, and padded to 77 tokens."""
+    tokenizer = load_named_tokenizer("open_clip:ViT-B-32")
+    tars = [str(path) for path in sorted((ROOT / "data" / "emoji").glob("*.tar"))]
+    words = re.findall(r"[a-z]+", " ".join(read_corpus(tars, DEFAULT_CAPTIONS, limit=10_000).captions))
+    draw = random.Random(0)
+    captions = [" ".join(draw.choices(words, k=draw.randint(4, 20))) for _ in range(batch)]
+    steps, lengths = {}, []
+    for padding in ("context_length", "longest"):
+        config = demo(
+            "clip",
+            global_batch_size=batch,
+            **{
+                "data.context_length": 77,
+                "data.caption_padding": padding,
+                "towers.text": "{kind: text, width: 256, depth: 6, heads: 4, causal: true}",
+            },
+        )
+        steps[padding], given = training_step(config, tokenizer=tokenizer)
+        given["text"] = tokenizer.encode(captions, 77, config.caption_padding)
+        lengths.append(given["text"].shape[1])
+    seconds = in_turns(steps, rounds)
+    means = statistics.mean(len(row.ids) for row in tokenizer.tokenize(captions, 77))
+    print(
+        f"captions of 4 to 20 words ({means:.0f} tokens on average), batch {batch}: padded to {lengths[0]} over padded "
+        f"to the longest, {lengths[1]}: {ratio(seconds, 'context_length', 'longest')}; at least 1.5 is the aim"
+    )
+
+
 def waiting(steps: int) -> None:
     """Time a real run on the demo's data, by the command line, with two workers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +270,13 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="memory against the batch, and nothing else")
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--micro-batch", type=int, default=256)
+    parser.add_argument("--captions", action="store_true", help="the padding of captions, and nothing else")
+    parser.add_argument("--caption-rounds", type=int, default=5)
+    parser.add_argument("--caption-batch", type=int, default=256)
     options = parser.parse_args()
+    if options.captions:
+        padded_captions(options.caption_rounds, options.caption_batch)
+        return
     if options.memory:
         memory(options.batches, options.micro_batch)
         return
