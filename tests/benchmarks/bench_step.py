@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py            # under five minutes; needs `make demo` once
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --memory   # global batches of 1k to 32k; some ten minutes
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --captions          # padded or not; some two minutes
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --captions # captions padded or not; two minutes
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --text-tower --cpu-time   # 3t-text over 3t; two minutes
 
 --text-tower compares configs/emoji/3t-text.yaml with 3t.yaml on a batch of the demo's own data and caches. Call it at
