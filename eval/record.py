@@ -191,6 +191,7 @@ class EvalRecord:
         seconds: Wall time.
         recipe: Of the model: runs of one recipe differ in nothing but their seed.
         seed: Of the model.
+        tokenizer: Of a run, by name and sha256.
         items: Names of the arrays in the .npz file.
         examples: Queries with the model's answers.
         left_out: Number of images that were left out, by reason (see `eval.left_out`).
@@ -207,6 +208,7 @@ class EvalRecord:
     seconds: float
     recipe: str | None = None
     seed: int | None = None
+    tokenizer: str | None = None
     items: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -283,6 +285,7 @@ def load_or_compute(
         texts=texts,
         seconds=time.perf_counter() - started,
         recipe=model.recipe,
+        tokenizer=model.tokenizer,
         seed=model.seed,
         items=tuple(result.items),
         examples=tuple(result.examples),

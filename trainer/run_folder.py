@@ -313,7 +313,7 @@ class RunFolder:
         write_atomic(self.manifests, json.dumps(trees, indent=2))
 
     def load_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of this run.
+        """Return the tokenizer of this run, by the name that its config has for it.
 
         Raises:
             MissingTokenizer: The folder has none.
@@ -321,6 +321,8 @@ class RunFolder:
         """
         tokenizer = load_kept_tokenizer(self.path)
         self.check_tokenizer(tokenizer)
+        if self.tokenizer_digest.exists():
+            tokenizer.name = str(json.loads(self.tokenizer_digest.read_text())["name"])
         return tokenizer
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:

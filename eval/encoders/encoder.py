@@ -37,6 +37,7 @@ class ModelInfo:
         cache_manifest: Digests of the manifests of the caches whose rows it reads.
         recipe: Digest of a run's config without its seed and folder; runs of one recipe are compared over their seeds.
         seed: Seed of a run.
+        tokenizer: Of a run's text tower, by name and sha256.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelInfo:
     cache_manifest: str | None = None
     recipe: str | None = None
     seed: int | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.live import LiveTeachers
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.eval.datasets.image_set import EvalImage, ImageSet
 from threetowers.eval.encoders.arithmetic import PrecisionName, arithmetic
 from threetowers.eval.encoders.cached_input import CachedInput, teachers_of
@@ -92,6 +93,7 @@ class RunEncoder(Encoder):
             cache_manifest=joined_digests(*(digest for digest, _ in rows.values())),
             recipe=recipe_digest(trained.config),
             seed=trained.config.seed,
+            tokenizer=_stated(trained.tokenizer),
         )
 
     @property
@@ -150,6 +152,10 @@ class RunEncoder(Encoder):
             return 1.0
         log_scale = self.trained.model.log_scales[scales[0]].detach().float()
         return float(clamp_log_scale(log_scale, run.loss.scale_max).exp())
+
+
+def _stated(tokenizer: Tokenizer | None) -> str | None:
+    return None if tokenizer is None else f"{tokenizer.name} (sha256 {tokenizer.digest})"
 
 
 def recipe_digest(run: TrainConfig) -> str:

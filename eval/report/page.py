@@ -229,6 +229,7 @@ def _provenance(records: Sequence[EvalRecord]) -> list[tuple[str, str]]:
             "precision": [spec.precision],
             "preprocessing": [spec.preprocessing],
             "cache manifest": [spec.cache_manifest or "none"],
+            "tokenizer": [record.tokenizer or ""],
             "settings": [", ".join(f"{key} = {value}" for key, value in spec.settings.items())],
             "evaluated": [record.date],
             "versions": [", ".join(f"{name} {number}" for name, number in record.versions.items())],

@@ -1,5 +1,6 @@
 """Every kind of model as the tasks see it: embeddings, norms, ensembles, and errors."""
 
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def test_run_encoder_equals_its_model(clip: dict[str, Any], data: ImageSet, work
     assert encoder.dim == 16
     assert encoder.logit_scale == pytest.approx(14.3)
     assert (encoder.info.name, encoder.info.step, encoder.info.cache_manifest) == ("clip", 3, None)
+    digest = hashlib.sha256(Path(clip["data"]["tokenizer"]).read_bytes()).hexdigest()
+    assert encoder.info.tokenizer == f"{clip['data']['tokenizer']} (sha256 {digest})"
 
 
 def test_lower_precision_is_close(clip: dict[str, Any], data: ImageSet) -> None:
