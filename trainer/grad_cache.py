@@ -7,6 +7,7 @@ sends these gradients through it. This is exact, for the learned temperature too
 micro-batch.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,22 @@ from threetowers.trainer.loss import TermResult
 from threetowers.trainer.model.model import Outputs, TowerModel
 from threetowers.trainer.model.running_moments import running_moments_kept
 
-LossFunction = Callable[[Outputs, Tensor | None, Mapping[str, Tensor], int], tuple[Tensor, dict[str, TermResult]]]
+LossFunction = Callable[
+    [Outputs, Tensor | None, Mapping[str, Tensor], int, Tensor | None], tuple[Tensor, dict[str, TermResult]]
+]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some samples of a local batch.
+
+    Attributes:
+        inputs: One tensor a tower.
+        rows: By tower, where they lie in the inputs of the local batch.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: dict[str, slice]
 
 
 @dataclass(frozen=True)
@@ -84,8 +100,9 @@ class GradCache:
 
         Args:
             engine: DeepSpeed's engine of a `TowerModel`.
-            loss_fn: Maps embeddings of the local batch, group ids (b,) or None, which samples have which tower, and
-                the step to the loss over the global batch, scaled for averaging over ranks, and its terms.
+            loss_fn: Maps embeddings of the local batch, group ids (b,) or None, which samples have which tower, the
+                step, and the sample of each caption (m,) or None, to the loss over the global batch, scaled for
+                averaging over ranks, and its terms.
             num_micro_batches: Into how many parts the local batch is split; the same on all ranks. 1: one pass.
             seed: The run's seed: dropout is a function of (seed, step, rank, micro-batch), also in a resumed run.
             rank: Of this process.
@@ -104,6 +121,7 @@ class GradCache:
         step: int,
         groups_b: Tensor | None = None,
         present: Mapping[str, Tensor] | None = None,
+        owner_m: Tensor | None = None,
     ) -> StepResult:
         """Leave the gradients of the step in the engine and return its loss, without a host wait. Collective.
 
@@ -113,24 +131,28 @@ class GradCache:
             step: Number of the step; seeds dropout of features and of teachers.
             groups_b: Group of each sample (b,) int64; samples of one group are no negatives of each other.
             present: For each tower that some samples may lack, which ones have it, (b,) bool on the CPU.
+            owner_m: Where samples may have several captions, the sample of each, as in `Batch`. Towers of text then
+                have m inputs, and a micro-batch has all captions of its samples.
 
         Raises:
             ValueError: For fewer samples than micro-batches.
         """
-        micro_batches = split(inputs, self.num_micro_batches)
+        config = self.engine.module.config
+        owners = {} if owner_m is None else {name: owner_m for name in inputs if config.side_of(name) == "text"}
+        micro_batches = split(inputs, self.num_micro_batches, owners)
         groups_b = None if groups_b is None else groups_b.to(self.device, non_blocking=True)
 
         # Forward: with a graph in one pass, without one where the micro-batches run again in backward.
         if len(micro_batches) == 1:
-            outputs = self._forward(micro_batches[0], step, 0)
+            outputs = self._forward(micro_batches[0].inputs, step, 0)
         else:
             with torch.no_grad(), running_moments_kept(self.engine.module):
-                parts = [self._forward(part, step, number) for number, part in enumerate(micro_batches)]
+                parts = [self._forward(part.inputs, step, number) for number, part in enumerate(micro_batches)]
             outputs = join(parts, learning_heads(self.engine.module))
             del parts
 
         # The loss over the global batch.
-        loss, terms = self.loss_fn(outputs, groups_b, present or {}, step)
+        loss, terms = self.loss_fn(outputs, groups_b, present or {}, step, owner_m)
         embeddings = {name: embedding_bD.detach() for name, embedding_bD in outputs.embeddings.items()}
         result = StepResult(loss.detach(), terms, embeddings)
 
@@ -142,19 +164,15 @@ class GradCache:
         # Not backward(): parameters take no part in this, and ZeRO must not count it as a pass over them.
         grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         del outputs, loss, leaves  # frees the loss's graph before the first micro-batch is embedded again
-        first = 0
         for number, micro_batch in enumerate(micro_batches):
-            outputs = self._forward(micro_batch, step, number)
-            size = len(next(iter(micro_batch.values())))
-            self._backward(_surrogate_loss(outputs, grads, slice(first, first + size), shared=number == 0))
-            first += size
+            outputs = self._forward(micro_batch.inputs, step, number)
+            rows = {name: micro_batch.rows[config.root_of(name)] for name in outputs.embeddings}
+            self._backward(_surrogate_loss(outputs, grads, rows, shared=number == 0))
         return result
 
-    def _forward(self, micro_batch: Mapping[str, Tensor], step: int, number: int) -> Outputs:
+    def _forward(self, inputs: Mapping[str, Tensor], step: int, number: int) -> Outputs:
         seed_dropout(self.seed, step, self.rank, number)
-        outputs: Outputs = self.engine(
-            {name: part.to(self.device, non_blocking=True) for name, part in micro_batch.items()}
-        )
+        outputs: Outputs = self.engine({name: part.to(self.device, non_blocking=True) for name, part in inputs.items()})
         return outputs
 
     def _backward(self, loss: Tensor) -> None:
@@ -170,20 +188,32 @@ def seed_dropout(seed: int, step: int, rank: int, micro_batch: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1, np.uint64)[0]))
 
 
-def split(inputs: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+def split(inputs: Mapping[str, Tensor], parts: int, owners: Mapping[str, Tensor] | None = None) -> list[MicroBatch]:
     """Return the batch in `parts` micro-batches of sizes that differ by one at most.
+
+    Args:
+        inputs: One tensor a tower.
+        parts: Into how many micro-batches it is split.
+        owners: For towers with several inputs a sample, the sample of each of them, (m,) int64, ascending, on the CPU.
 
     Raises:
         ValueError: For fewer samples than parts.
     """
-    size = len(next(iter(inputs.values())))
+    sample_of = {name: owner_m.numpy() for name, owner_m in (owners or {}).items()}
+    size = next((int(sample_m[-1]) + 1 for sample_m in sample_of.values()), len(next(iter(inputs.values()))))
     if size < parts:
         raise ValueError(
             f"{size} samples cannot be split into {parts} micro-batches; raise engine.micro_batch_size or "
             "global_batch_size"
         )
-    pieces = {name: tensor.tensor_split(parts) for name, tensor in inputs.items()}
-    return [{name: tensors[number] for name, tensors in pieces.items()} for number in range(parts)]
+    bounds = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(size), parts))])
+    micro_batches = []
+    for first, last in itertools.pairwise(bounds.tolist()):
+        rows = {name: slice(first, last) for name in inputs}
+        for name, sample_m in sample_of.items():
+            rows[name] = slice(*np.searchsorted(sample_m, [first, last]).tolist())
+        micro_batches.append(MicroBatch({name: tensor[rows[name]] for name, tensor in inputs.items()}, rows))
+    return micro_batches
 
 
 def join(parts: Sequence[Outputs], learning: set[str]) -> Outputs:
@@ -218,16 +248,22 @@ def _named_tensors(outputs: Outputs) -> Iterator[tuple[tuple[str, str], Tensor]]
             yield (kind, name), tensor
 
 
-def _surrogate_loss(outputs: Outputs, grads: Mapping[tuple[str, str], Tensor], rows: slice, shared: bool) -> Tensor:
+def _surrogate_loss(
+    outputs: Outputs, grads: Mapping[tuple[str, str], Tensor], rows: Mapping[str, slice], shared: bool
+) -> Tensor:
     """Return a scalar whose gradient in a micro-batch is that of the loss.
 
-    Scales and biases, which all micro-batches share, count in one of them: the one with `shared`.
+    Args:
+        outputs: Of the micro-batch.
+        grads: Of the loss, for the local batch.
+        rows: By head, which of the local batch's embeddings are the micro-batch's.
+        shared: Whether scales and biases, which all micro-batches share, count in this one.
     """
     total = torch.zeros((), device=next(iter(outputs.embeddings.values())).device)
     for (kind, name), tensor in _named_tensors(outputs):
         if (kind, name) not in grads:
             continue
         grad = grads[kind, name]
-        grad = grad[rows] if kind == "embeddings" else grad * float(shared)
+        grad = grad[rows[name]] if kind == "embeddings" else grad * float(shared)
         total = total + (tensor * grad).sum()
     return total

@@ -198,7 +198,9 @@ class Trainer:
                         rate = self._set_learning_rate(step)
                         restore_moments = remember_running_moments(self.engine.module) if self._may_skip else None
                         with self._explained(step, batch):
-                            result = self.grad_cache(batch.inputs, step, self._groups(batch), batch.present)
+                            result = self.grad_cache(
+                                batch.inputs, step, self._groups(batch), batch.present, batch.owner_m
+                            )
                         report = self.agreed_step(result, self._requests(), metrics=log_due)
                         stop, by_keyboard, overdue, lost = report.flags
                         if step == self.start:

@@ -178,6 +178,23 @@ class CaptionFormat:
             source = sources[int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))]
         return source, int(rng.integers(counts[source]))
 
+    def draw_places(self, counts: Mapping[str, int], most: int, rng: np.random.Generator) -> list[tuple[str, int]]:
+        """Draw different captions of a sample, one after the other as `draw_place` does from those that are left.
+
+        Args:
+            counts: How many captions each source has; at least one has some.
+            most: How many are drawn of a sample that has as many; one with fewer gives all.
+            rng: Random numbers.
+        """
+        left = {source: list(range(count)) for source, count in counts.items()}
+        places: list[tuple[str, int]] = []
+        while left and len(places) < most:
+            source, at = self.draw_place({name: len(positions) for name, positions in left.items()}, rng)
+            places.append((source, left[source].pop(at)))
+            if not left[source]:
+                del left[source]
+        return places
+
 
 DEFAULT_CAPTIONS = CaptionFormat()
 

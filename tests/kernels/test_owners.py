@@ -1,5 +1,6 @@
 """Columns with owners: several positives a row, columns that are negatives alone, and the margin of false negatives."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,7 @@ def _worker(rank: int, folder: str) -> None:
                 check_ranks(kind, False, ring=ring)
                 check_ranks(kind, True, ring=ring, margin=0.2)
                 check_ranks(kind, False, ring=ring, logit_cache_bytes=9000)
+        gc.collect()  # errors that were caught hold the group, whose threads are to end before the process does
         dist.destroy_process_group()
 
 

@@ -380,7 +380,7 @@ def test_sequential_and_random_access_give_equal_samples(
             assert isinstance(sample.image, torch.Tensor)
             assert isinstance(expected.image, torch.Tensor)
             assert sample.image.equal(expected.image)
-            assert (sample.caption, sample.group) == (expected.caption, expected.group)
+            assert (sample.captions, sample.group) == (expected.captions, expected.group)
             for row, other in zip(sample.rows.values(), expected.rows.values(), strict=True):
                 assert (row is None) == (other is None)
                 assert row is None or (row == other).all()

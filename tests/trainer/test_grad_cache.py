@@ -150,7 +150,7 @@ def test_dropout_is_the_same_in_both_passes(one_process_group: None) -> None:
     outputs = []
     for number, part in enumerate(split(inputs_of(10), 3)):
         seed_dropout(0, 0, 0, number)
-        outputs.append(model(part))
+        outputs.append(model(part.inputs))
     embeddings = {name: torch.cat([part.embeddings[name] for part in outputs]) for name in outputs[0].embeddings}
     loss, _ = total_loss(model.config, type(outputs[0])(embeddings, outputs[0].log_scales, outputs[0].biases))
     loss.backward()
@@ -172,7 +172,7 @@ def test_running_moments_take_each_sample_once(one_process_group: None, parts: i
     found = gradients(accumulated, parts)
     assert len(running_moments(accumulated)) > 6
     for part in split(inputs_of(10), parts):
-        reference(part)
+        reference(part.inputs)
     for name, b in reference.named_buffers():
         assert b.equal(accumulated.get_buffer(name)), name
     reference = model_of(config | {"engine": {}})

@@ -38,7 +38,10 @@ def test_a_wait_of_each_kind_is_found() -> None:
 
 @pytest.mark.distributed
 def test_one_host_wait_a_step(three: dict[str, Any], tmp_path: Path) -> None:
-    """With clipping, skipping, groups, log lines and samples that lack a tower; DeepSpeed's own waits count as well."""
+    """With clipping, skipping, groups, log lines, several captions and samples that lack a tower.
+
+    DeepSpeed's own waits count as well.
+    """
     three["towers"]["third"]["on_missing_row"] = "mask"
     three |= {"optim": {"grad_clip_norm": 0.1}}
     sigmoid = three | {"loss": {"kind": "sigmoid"}, "optim": {}}
@@ -54,11 +57,12 @@ def test_one_host_wait_a_step(three: dict[str, Any], tmp_path: Path) -> None:
         "heads": three["heads"] | {"t": {"of": "third", "kind": "none"}},
         "terms": three["terms"] | {"taught": taught | {"drop_teachers": 0.5}, "angle": angle},
     }
+    captioned = three | {"data": three["data"] | {"captions_per_sample": 2}}
     layouts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "plain": (three, {"zero_stage": 0}),
         "again": (sigmoid, {"zero_stage": 1, "micro_batch_size": 3, "activation_checkpointing": True}),
         "sharded": (distilled, {"zero_stage": 2, "on_nonfinite": "skip"}),
-        "mixed": (three, {"zero_stage": 1, "precision": "mixed"}),
+        "mixed": (captioned, {"zero_stage": 1, "precision": "mixed"}),
         "half": (distilled, {"zero_stage": 2, "precision": "bfloat16", "micro_batch_size": 3}),
     }
     files = [write_config(tree, tmp_path, name, **engine)[0] for name, (tree, engine) in layouts.items()]

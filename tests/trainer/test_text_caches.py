@@ -101,7 +101,8 @@ def embedded(caption: str) -> np.ndarray:
 
 
 def assert_is_row(row: Any, caption: str) -> None:
-    np.testing.assert_allclose(row, embedded(caption).astype(np.float32), rtol=2e-3, atol=1e-4)
+    """Check the rows of a sample with one caption."""
+    np.testing.assert_allclose(row, embedded(caption).astype(np.float32)[None], rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("words", [True, False])
@@ -126,8 +127,8 @@ def test_rows_are_those_of_the_caption_that_a_run_without_them_draws(
             sample = reader.read(epoch, index)
             caption = drawn(0, epoch, index, WEIGHTS)
             seen.add(caption)
-            assert plain.read(epoch, index).caption == caption
-            assert sample.caption == (caption if words else None)
+            assert plain.read(epoch, index).captions == (caption,)
+            assert sample.captions == ((caption,) if words else None)
             for tower in ("text_a", "text_b"):
                 assert_is_row(sample.rows[tower], caption)
     assert len(seen) > 70  # of 90
@@ -162,7 +163,7 @@ def test_sequential_and_random_access_give_the_same_rows(
     for found in streamed:
         sample = reader.prepare(found.visit, found.members.__getitem__, found.rows.__getitem__)
         expected = reader.read(2, found.visit.index)
-        assert (sample.caption, sample.group) == (expected.caption, expected.group)
+        assert (sample.captions, sample.group) == (expected.captions, expected.group)
         for tower, row in sample.rows.items():
             assert np.array_equal(row, expected.rows[tower]), tower  # type: ignore[arg-type]
 
@@ -281,12 +282,12 @@ def test_samples_without_a_row(run: dict[str, Any], gap: Path, policy: str) -> N
     assert samples.epoch_indices(0).tolist() == kept
     for index in kept:
         sample = reader.read(0, index)
-        assert sample.caption is not None
+        assert sample.captions is not None
         row = sample.rows["text_third"]
         if policy == "mask" and index in missing:
             assert row is None
         else:
-            assert_is_row(row, sample.caption)
+            assert_is_row(row, *sample.captions)
     counted = sum(samples.left_out.values()), sum(samples.without_row.values())
     assert counted == ((4, 0) if policy == "skip" else (0, 4))
 
@@ -314,8 +315,8 @@ def test_live_rows_do_not_change_crops_and_are_of_the_caption_of_other_caches(
         assert other.image is not None
         assert one.image.equal(other.image)
         for tower in ("text", "text_b"):
-            assert one.caption is not None
-            assert_is_row(other.rows[tower], one.caption)
+            assert one.captions is not None
+            assert_is_row(other.rows[tower], *one.captions)
     now = write_tar(tmp_path / "a.tar", changed(captioned(0, 25), 5, "changed"))
     tree["data"]["tars"] = [str(now)]
     tree["towers"]["text"]["path"] = str(build_text(tmp_path, [now], left_out=(5,)))
@@ -365,10 +366,10 @@ def test_cached_and_live_text_give_the_same_loss(run: dict[str, Any], text: Path
     samples = open_run(three_text(run, text))
     reader = TrainingSampleReader(config, samples)
     found = [reader.read(0, index) for index in range(12)]
-    cached = torch.from_numpy(np.stack([sample.rows["text_third"] for sample in found]))  # type: ignore[arg-type]
+    cached = torch.from_numpy(np.concatenate([sample.rows["text_third"] for sample in found]))  # type: ignore[arg-type]
     join = samples.caches["text_third"]
     assert isinstance(join, TextJoin)
-    captions = [sample.caption for sample in found if sample.caption is not None]
+    captions = [caption for sample in found for caption in sample.captions or ()]
     live = torch.from_numpy(embed_captions(join.load_teacher().side("text"), captions, "pooled"))
     assert torch.cosine_similarity(live, cached).min() >= 0.9999
     torch.manual_seed(0)

@@ -221,6 +221,11 @@ def _keys_of_terms(config: TrainConfig) -> Iterator[str]:
 
 def _teachers(config: TrainConfig) -> Iterator[str]:
     for name, term in config.terms.items():
+        if term.kind == "distill" and config.pairing(term) != "samples":
+            yield (
+                f"terms.{name}.positives: found all with data.captions_per_sample: {config.data.captions_per_sample}, "
+                "but teachers compare one caption of each sample; set positives: one"
+            )
         if term.kind == "distill" and not term.teachers:
             yield f"terms.{name}.teachers: expected one teacher or more, found none; name one, or set kind: contrastive"
         for teacher_name, teacher in term.teachers.items():

@@ -36,6 +36,9 @@ Weight = Annotated[float, BeforeValidator(_divided)]
 
 Precision = Literal["float32", "mixed", "bfloat16"]
 HeadNorm = Literal["batch", "layer"]
+Pairing = Literal["samples", "captions", "texts"]
+"""What a term compares: a row of each sample on both sides; samples on one and all their captions on the other; all
+captions on both."""
 Inheritance = Literal["even"]
 Standardization = Literal["moments", "phi-s", "none"]
 
@@ -165,6 +168,9 @@ class Data:
     `json.FIELD`; `syn.json.FIELD` is a field of the member `syn.json`. In each epoch one of those that a sample has is
     drawn. {}: the `txt` member where it has a caption, otherwise the `json` member's `captions`, otherwise its
     `caption`."""
+    captions_per_sample: PositiveInt = 1
+    """How many captions of a sample each epoch draws: as many different ones, or all where it has fewer. Each is a
+    positive of the sample's image, see `terms.T.positives`."""
     caption_per_line: bool = False
     """Read each line of a text member as a caption of its own. Otherwise a text member is a single caption."""
     image_member: str | None = None
@@ -425,6 +431,9 @@ class Term:
     """
     beta: PositiveFloat = 1.0
     """smooth_l1: the difference at which the loss turns from a square into a line."""
+    positives: Literal["one", "all"] = "all"
+    """With `data.captions_per_sample` above 1, in a term with a head of text: all captions that are drawn of a sample,
+    or the first one alone."""
 
     @property
     def has_scale(self) -> bool:
@@ -639,6 +648,17 @@ class TrainConfig:
         if isinstance(config, CacheTower):
             return config.of
         return "text" if isinstance(config, TextTower) else "image"
+
+    def captions_of(self, tower: str) -> int:
+        """Return how many rows a sample has at most in the inputs of a tower: those of its captions, or one."""
+        return self.data.captions_per_sample if self.side_of(tower) == "text" else 1
+
+    def pairing(self, term: Term) -> Pairing:
+        """Return what a row of each side of a term is of."""
+        sides = [self.side_of(self.root_of(head)) for head in (term.x, term.y)]
+        if self.data.captions_per_sample == 1 or term.positives == "one" or "text" not in sides:
+            return "samples"
+        return "captions" if "image" in sides else "texts"
 
     def root_of(self, head: str) -> str:
         """Return the name of the tower below a head or a chain of heads."""

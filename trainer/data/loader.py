@@ -24,11 +24,11 @@ from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import read_member
 from threetowers.trainer.config import Augment, TrainConfig
-from threetowers.trainer.data.batch import Batch, join_parts
+from threetowers.trainer.data.batch import Batch, join_parts, owners
 from threetowers.trainer.data.joins.cache_join import CachedRow, MissingRow
 from threetowers.trainer.data.joins.sample_members import SampleMembers
 from threetowers.trainer.data.joins.tar_groups import group_hash
-from threetowers.trainer.data.joins.text_join import DrawnRow, TextJoin, no_caption, other_captions
+from threetowers.trainer.data.joins.text_join import DrawnRows, TextJoin, no_caption, other_captions
 from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.row_batches import BatchOfRows, RowReader, RowSegment, is_rows_alone
 from threetowers.trainer.data.sample_set import SampleSet
@@ -50,15 +50,17 @@ class TrainingSample(NamedTuple):
 
     Attributes:
         image: (3, S, S) uint8; None in a run without an image tower, such as LiT, which decodes no image.
-        caption: One of its captions; None in a run that reads no words.
-        rows: By cached tower, its embedding (D,); None where it has none.
+        captions: Those that are drawn of its captions; None in a run that reads no words.
+        rows: By cached tower, its embedding (D,), of text those of its captions (k, D); None where it has none.
+        num_captions: How many captions are drawn, k, whether as words or as rows; 1 where no row tells.
         group: Hash of the name of its group.
         notes: What was tolerated in its image and its annotation, as short phrases.
     """
 
     image: Tensor | None
-    caption: str | None
+    captions: tuple[str, ...] | None
     rows: dict[str, CachedRow | None]
+    num_captions: int
     group: int
     notes: tuple[str, ...] = ()
 
@@ -117,11 +119,10 @@ class TrainingSampleReader:
         members = SampleMembers(tar, ordinal, read, visit.captions, data.max_pixels)
         rng = visit.rng() if samples.reads_images and (self._crops or self._augments) else None
 
-        # The caption, which is drawn before anything else
-        caption = members.caption(visit, rng) if samples.reads_words else None
+        # The captions, which are drawn before anything else
+        captions = tuple(members.captions(visit, rng)) if samples.reads_words else None
         stored = {tower: stored_row(tower) for tower in samples.caches}
-        if not samples.reads_words:
-            self._draw_cached(visit, stored, members, rng)
+        num_captions = self._draw_cached(visit, stored, members, rng) if captions is None else len(captions)
 
         image = None
         if samples.reads_images:
@@ -140,36 +141,39 @@ class TrainingSampleReader:
                 raise BadSample(f"{tar.location}: sample {tar.samples[ordinal].key!r}: {error}") from error
 
         group = members.group(samples.component_of(tar_number).group_field)
-        return TrainingSample(image, caption, rows, group_hash(group), tuple(members.notes))
+        return TrainingSample(image, captions, rows, num_captions, group_hash(group), tuple(members.notes))
 
     def _draw_cached(
         self, visit: Visit, stored: Mapping[str, Any], members: SampleMembers, rng: np.random.Generator | None
-    ) -> None:
-        """Check that all caches of text hold the drawn caption, and take it from the random numbers.
+    ) -> int:
+        """Check that all caches of text hold the drawn captions, and take these from the random numbers.
 
         Words are read only where one of the caches lacks the sample, and its teacher has to embed them.
+
+        Returns:
+            How many captions are drawn; 1 where nothing tells, as no cache holds the sample.
 
         Raises:
             BadSample: There is no caption that the run draws from.
             ManifestError: The caches hold different captions.
         """
-        drawn = {tower: row for tower, row in stored.items() if isinstance(row, DrawnRow)}
+        drawn = {tower: rows for tower, rows in stored.items() if isinstance(rows, DrawnRows)}
         is_read = any(
             stored[tower] is None and isinstance(join, TextJoin) and join.on_missing_row == "live"
             for tower, join in self._samples.caches.items()
         )
-        if is_read:
-            members.caption(visit, rng)
+        num_captions = len(members.captions(visit, rng)) if is_read else 1
         if not drawn:
-            return
-        first, row = next(iter(drawn.items()))
-        if row.caption_hash is None:
+            return num_captions
+        first, rows = next(iter(drawn.items()))
+        if not rows.numbers:
             raise no_caption(members.tar, members.ordinal, visit.captions)
         for tower, other in drawn.items():
-            if other.caption_hash != row.caption_hash:
+            if other.caption_hashes != rows.caption_hashes:
                 raise other_captions(members.tar, members.ordinal, first, tower)
         if rng is not None and not is_read:
-            visit.place(row.counts, rng)
+            visit.places(rows.counts, rng)
+        return len(rows.numbers)
 
 
 class TarDataset(Dataset[Any]):
@@ -327,35 +331,63 @@ class Collator:
         inputs: dict[str, Tensor] = {}
         present: dict[str, Tensor] = {}
         if not good:
-            return Batch(inputs, present, torch.empty(0, dtype=torch.int64), bad, reasons=reasons)
+            return Batch(inputs, present, torch.empty(0, dtype=torch.int64), bad, reasons=reasons, pad_id=self._pad_id)
         for name, tower in self._config.towers.items():
             if tower.kind == "timm":
                 inputs[name] = torch.stack([sample.image for sample in good if sample.image is not None])
             elif tower.kind == "text":
                 assert self._tokenizer is not None
-                captions = [sample.caption for sample in good if sample.caption is not None]
+                captions = [caption for sample in good for caption in sample.captions or ()]
                 inputs[name] = self._tokenizer.encode(
                     captions, self._config.data.context_length, self._config.caption_padding
                 )
             else:
-                rows = [sample.rows[name] for sample in good]
-                zeros_D = np.zeros(self._dims[name], np.float32)  # in place of a missing row
-                inputs[name] = torch.from_numpy(np.stack([zeros_D if row is None else row for row in rows]))
+                inputs[name] = torch.from_numpy(self._cached_rows(name, good))
                 if tower.on_missing_row == "mask":
-                    present[name] = torch.tensor([row is not None for row in rows])
+                    present[name] = torch.tensor([sample.rows[name] is not None for sample in good])
         groups_b = torch.tensor([sample.group for sample in good])
-        return Batch(inputs, present, groups_b, bad, notes, reasons, self._pad_id)
+        owner_m = None
+        if self._config.data.captions_per_sample > 1:
+            owner_m = owners([sample.num_captions for sample in good])
+        return Batch(inputs, present, groups_b, bad, notes, reasons, self._pad_id, owner_m)
+
+    def _cached_rows(self, tower: str, samples: Sequence[TrainingSample]) -> CachedRow:
+        """Return the rows of a cached tower for some samples, zeros in place of missing ones."""
+        of_text = self._config.side_of(tower) == "text"
+        rows = []
+        for sample in samples:
+            found = sample.rows[tower]
+            if found is None:
+                found = np.zeros((sample.num_captions if of_text else 1, self._dims[tower]), np.float32)
+            rows.append(found if of_text else found.reshape(1, -1))
+        return np.concatenate(rows)
 
 
 class TrainingBatches:
     """The batches of one rank for some steps, made by worker processes. Each iteration begins at the first."""
 
-    def __init__(self, loader: "DataLoader[LoadedSample]", parts: int, steps: int, samples: int) -> None:
-        """Set up the batches of so many steps, each of so many samples, which the loader gives in `parts` parts."""
+    def __init__(
+        self,
+        loader: "DataLoader[LoadedSample]",
+        parts: int,
+        steps: int,
+        samples: int,
+        most_captions: Mapping[str, int] | None = None,
+    ) -> None:
+        """Set up the batches.
+
+        Args:
+            loader: Gives their parts.
+            parts: Into how many parts each is cut.
+            steps: How many batches there are.
+            samples: The samples of each.
+            most_captions: The most rows that a sample has in the inputs of a tower, where that is not one.
+        """
         self._loader = loader
         self._parts = parts
         self._steps = steps
         self._samples = samples
+        self._most_captions = dict(most_captions or {})
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -380,7 +412,7 @@ class TrainingBatches:
             if self._parts == 1 and not pin_memory:
                 yield next(parts)  # as it is, in shared memory
             else:
-                yield join_parts(parts, self._samples, pin_memory)
+                yield join_parts(parts, self._samples, pin_memory, self._most_captions)
 
 
 def _checked(part: Batch | LoaderFailure) -> Batch:
@@ -442,7 +474,8 @@ def training_loader(
         multiprocessing_context=worker_context() if plan.workers else None,
         worker_init_fn=functools.partial(_begin_worker, worker_beginning()),
     )
-    return TrainingBatches(loader, plan.parts, stop - start, config.global_batch_size // world_size)
+    most_captions = {name: config.captions_of(name) for name in config.towers}
+    return TrainingBatches(loader, plan.parts, stop - start, config.global_batch_size // world_size, most_captions)
 
 
 def _as_it_is(batch: Batch | LoaderFailure) -> Batch | LoaderFailure:

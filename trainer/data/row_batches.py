@@ -16,7 +16,7 @@ from threetowers.cache.read.stream import TarRows
 from threetowers.cache.read.tar_columns import OK
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.groups import BAD_GROUP
-from threetowers.trainer.data.batch import Batch
+from threetowers.trainer.data.batch import Batch, owners
 from threetowers.trainer.data.joins.text_join import TextJoin, no_caption, other_captions
 from threetowers.trainer.data.joins.visit import Visit
 from threetowers.trainer.data.sample_set import SampleSet
@@ -50,7 +50,7 @@ class DrawnTar:
         indices_m: The samples.
         ordinals_m: Their positions in the tar.
         present: By cached tower, which of them have a row, (m,).
-        numbers: By cached tower of text, the numbers of their captions, (m,); -1 where the run draws from none.
+        numbers: By cached tower of text, the numbers of their captions, (m, k): of k at most, then -1.
         bad_m: Which of them have captions, but none that the run draws from.
         streamed: By cached tower, the rows of the tar, where they are in memory.
     """
@@ -106,7 +106,7 @@ class RowReader:
         view = samples.view(epoch)
 
         def visit_of(at: int) -> Visit:
-            return Visit(samples.seed, epoch, int(indices_m[at]), view, captions)
+            return Visit(samples.seed, epoch, int(indices_m[at]), view, captions, samples.captions_per_sample)
 
         present: dict[str, Flags] = {}
         numbers: dict[str, Indices] = {}
@@ -122,11 +122,12 @@ class RowReader:
                 first = int(np.argmin(present[tower]))
                 join.stored_row(tar_number, int(ordinals_m[first]), visit_of(first))
             if isinstance(join, TextJoin) and columns.runs is not None:
-                numbers[tower] = join.draw_numbers(columns.runs, ordinals_m, captions, visit_of)
-                rows_m = columns.runs.bound_N[ordinals_m] + numbers[tower]
-                hashes[tower] = np.zeros(len(indices_m), np.uint64)
-                has_one = numbers[tower] >= 0
-                hashes[tower][has_one] = columns.runs.hash_r[rows_m[has_one]]
+                most = samples.captions_per_sample
+                numbers[tower] = join.draw_numbers(columns.runs, ordinals_m, captions, most, visit_of)
+                rows_mk = columns.runs.bound_N[ordinals_m, None] + numbers[tower]
+                hashes[tower] = np.zeros(rows_mk.shape, np.uint64)
+                is_drawn = numbers[tower] >= 0
+                hashes[tower][is_drawn] = columns.runs.hash_r[rows_mk[is_drawn]]
         bad_m = self._bad(tar_number, ordinals_m, present, hashes)
         return DrawnTar(tar_number, view, indices_m, ordinals_m, present, numbers, bad_m, streamed)
 
@@ -142,16 +143,16 @@ class RowReader:
         none_m = np.zeros(len(ordinals_m), bool)
         if not first:
             return none_m
-        hash_m = np.where(present[first], hashes[first], 0)
+        hash_mk = np.where(present[first][:, None], hashes[first], 0)
         known_m = present[first].copy()
-        for tower, other_m in hashes.items():
-            differs = known_m & present[tower] & (hash_m != other_m)
+        for tower, other_mk in hashes.items():
+            differs = known_m & present[tower] & (hash_mk != other_mk).any(1)
             if differs.any():
                 ordinal = int(ordinals_m[int(np.argmax(differs))])
                 raise other_captions(self._samples.tars[tar_number], ordinal, first, tower)
-            hash_m = np.where(known_m, hash_m, other_m)
+            hash_mk = np.where(known_m[:, None], hash_mk, other_mk)
             known_m |= present[tower]
-        bad_m: Flags = known_m & (hash_m == 0)
+        bad_m: Flags = known_m & (hash_mk[:, 0] == 0)
         return bad_m
 
 
@@ -161,7 +162,11 @@ class BatchOfRows:
     def __init__(self, samples: SampleSet, size: int) -> None:
         """Set up an empty batch of so many samples."""
         self._samples = samples
-        self._inputs = {name: np.zeros((size, join.cache.dim), np.float32) for name, join in samples.caches.items()}
+        self._inputs: dict[str, npt.NDArray[np.float32]] = {}  # (size, k, D), k the most rows of a sample
+        for name, join in samples.caches.items():
+            most = samples.captions_per_sample if join.side == "text" else 1
+            self._inputs[name] = np.zeros((size, most, join.cache.dim), np.float32)
+        self._num_captions_b = np.ones(size, np.int64)
         self._present = {
             name: np.zeros(size, bool) for name, join in samples.caches.items() if join.on_missing_row == "mask"
         }
@@ -186,13 +191,19 @@ class BatchOfRows:
             present = tar.present[tower][chosen]
             if tower in self._present:
                 self._present[tower][positions] = present
-            read = present & ~tar.bad_m[chosen]
-            if not read.any():
+            read = np.flatnonzero(present & ~tar.bad_m[chosen])
+            if not len(read):
                 continue
-            numbers = tar.numbers[tower][chosen[read]] if tower in tar.numbers else None
+            numbers, at = None, np.zeros_like(read)
+            if tower in tar.numbers:
+                numbers_mk = tar.numbers[tower][chosen[read]]
+                is_drawn = numbers_mk >= 0
+                self._num_captions_b[positions[read]] = is_drawn.sum(1)
+                numbers = numbers_mk[is_drawn]
+                read, at = read[np.nonzero(is_drawn)[0]], np.nonzero(is_drawn)[1]  # a row for each caption
             streamed = tar.streamed.get(tower)
             rows = join.rows(tar.tar_number, tar.ordinals_m[chosen[read]], tar.view, numbers, streamed)
-            self._inputs[tower][positions[read]] = rows
+            self._inputs[tower][positions[read], at] = rows
 
     def _put_groups(self, positions: Indices, tar: DrawnTar, chosen: Indices) -> None:
         groups = self._samples.groups.get(tar.tar_number)
@@ -223,13 +234,23 @@ class BatchOfRows:
         def kept(values: npt.NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(values[good])
 
+        # A sample without a row in one cache has as many zeros there as it has captions in another
+        num_captions_b = self._num_captions_b[good]
+        inputs = {}
+        for name, rows_bkD in self._inputs.items():
+            if rows_bkD.shape[1] == 1:
+                inputs[name] = kept(rows_bkD[:, 0])
+            else:
+                has_caption_bk = np.arange(rows_bkD.shape[1]) < num_captions_b[:, None]
+                inputs[name] = torch.from_numpy(rows_bkD[good][has_caption_bk])
         return Batch(
-            {name: kept(rows_bD) for name, rows_bD in self._inputs.items()},
+            inputs,
             {name: kept(present_b) for name, present_b in self._present.items()},
             kept(self._groups_b),
             bad,
             tuple(notes),
             reasons,
+            owner_m=owners(num_captions_b.tolist()) if self._samples.captions_per_sample > 1 else None,
         )
 
     def _error(self, position: int) -> BadSample:

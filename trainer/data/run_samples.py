@@ -87,6 +87,7 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         reads_images=reads_images,
         reads_words=reads_words,
         seed=config.seed,
+        captions_per_sample=data.captions_per_sample,
         accepts_bad=data.on_bad != "error",
         tar_notes=notes,
         num_streams=num_streams,

@@ -53,6 +53,7 @@ class SampleSet:
         reads_words: Whether it reads the captions of every sample; otherwise caches of text say which there are.
         seed: Seed of the run.
         components: The mixture of data sets that the tars make up.
+        captions_per_sample: How many captions a visit shows of a sample that has as many.
         sequential: Whether the samples are read by sequential access.
         num_streams: Into how many streams sequential access cuts the tars; 1 under random access.
         groups: By tar number, the groups of the samples, where they were read ahead.
@@ -69,6 +70,7 @@ class SampleSet:
         reads_images: bool = False,
         reads_words: bool = True,
         seed: int = 0,
+        captions_per_sample: int = 1,
         accepts_bad: bool = True,
         tar_notes: Sequence[str] = (),
         num_streams: int = 1,
@@ -84,6 +86,7 @@ class SampleSet:
             reads_images: Whether the run reads the image of every sample: those without a usable one are left out.
             reads_words: Whether it reads the captions of every sample.
             seed: Seed of the run.
+            captions_per_sample: How many captions a visit shows of a sample that has as many.
             accepts_bad: Whether a sample that cannot be used is left out, or refused.
             tar_notes: Lines on tars that are not used, for the start-up page.
             num_streams: Streams of sequential access.
@@ -101,6 +104,7 @@ class SampleSet:
         self.reads_images = reads_images
         self.reads_words = reads_words
         self.seed = seed
+        self.captions_per_sample = captions_per_sample
         self._accepts_bad = accepts_bad
         self._tar_notes = list(tar_notes)
         self._image_joins = {name: join for name, join in self.caches.items() if isinstance(join, ImageJoin)}
@@ -153,6 +157,8 @@ class SampleSet:
                     f"data set {component.name}: {component.samples_per_batch:,} of each batch of {batch_size:,}, from "
                     f"{self.component_length(number):,} usable samples in {len(component.tars)} tars"
                 )
+        if self.captions_per_sample > 1:
+            lines.append(f"captions: an epoch shows {self.captions_per_sample} of a sample, or all where it has fewer")
         if self.views.count > 1:
             lines.append(f"views: {self.views}; an epoch shows one of the {self.views.count}")
         unread = {"no image is decoded": self.reads_images, "no word is read": self.reads_words}
@@ -206,7 +212,7 @@ class SampleSet:
     def visit(self, epoch: int, index: int) -> Visit:
         """Return the visit of an epoch to a sample."""
         captions = self.component_of(int(self.tar_numbers(index))).captions
-        return Visit(self.seed, epoch, index, self.view(epoch), captions)
+        return Visit(self.seed, epoch, index, self.view(epoch), captions, self.captions_per_sample)
 
     def extensions_read(self, tar_number: int) -> frozenset[str]:
         """Return the extensions of the text members of a tar that are read of every sample."""

@@ -161,7 +161,11 @@ def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int | N
     engine = model.config.engine
     head_passes = 3 + int(engine.micro_batch_size is not None)
     tower_passes = head_passes + int(engine.activation_checkpointing)
-    heads = 2 * sum(p.numel() for p in model.heads.parameters() if p.ndim > 1)
+    config = model.config
+    heads = 0
+    for name, head in model.heads.items():
+        matrices = sum(p.numel() for p in head.parameters() if p.ndim > 1)
+        heads += 2 * matrices * config.captions_of(config.root_of(name))
     towers = 0
     for name, cost in costs.items():
         if cost.flops is None:
@@ -198,7 +202,7 @@ def activation_bytes(model: TowerModel) -> int | None:
 
 
 def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
-    """Return inputs of a forward pass on the meta device, by tower."""
+    """Return inputs of a forward pass on the meta device, by tower; as many captions of each sample as there may be."""
     data = model.config.data
     inputs = {}
     for name, tower in model.config.towers.items():
@@ -209,7 +213,8 @@ def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
                 shape, dtype = [data.context_length], torch.int64
             case CacheTower():
                 shape, dtype = [model.widths[name]], torch.float32
-        inputs[name] = torch.empty([samples, *shape], dtype=dtype, device="meta")
+        rows = samples * model.config.captions_of(name)
+        inputs[name] = torch.empty([rows, *shape], dtype=dtype, device="meta")
     return inputs
 
 

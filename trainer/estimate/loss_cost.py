@@ -15,7 +15,8 @@ class TermCost:
 
     Attributes:
         passes: Products of 2 · B · B · D operations, forward and backward, with D the width of the term's heads; those
-            of a teacher of width E count E / D. 0 for a term without negatives.
+            of a teacher of width E count E / D, those of K captions a sample K, or K² where both sides are text. 0 for
+            a term without negatives.
         flops: Of one sample.
         feature_bytes: Of the columns of all ranks, or under `loss.ring` of those on their way, and of the gradients of
             rows and columns, on one rank.
@@ -38,7 +39,10 @@ def _term_cost(model: TowerModel, term: Term, learning: set[str], world_size: in
     if not term.has_scale:
         return TermCost(0, 0, 0, 0)
     config = model.config
-    batch = config.global_batch_size
+    pairing, captions = config.pairing(term), config.data.captions_per_sample
+    rows, columns_a_sample = {"samples": (1, 1), "captions": (1, captions), "texts": (captions, captions)}[pairing]
+    batch = config.global_batch_size * columns_a_sample
+    local_rows = config.global_batch_size // world_size * rows
     local = batch // world_size
     width = model.widths[term.x]
     teacher_widths = [model.widths[teacher.x] for teacher in term.teachers.values()]
@@ -50,7 +54,7 @@ def _term_cost(model: TowerModel, term: Term, learning: set[str], world_size: in
     tile_bytes = 0
     passes = logits + max(1, sides)
     if config.loss.kind == "softmax":
-        all_tiles = (1 + len(teacher_widths)) * local * batch * FLOAT32
+        all_tiles = (1 + len(teacher_widths)) * local_rows * batch * FLOAT32
         tile_bytes = min(config.loss.logit_cache_mib * 2**20, all_tiles)
         passes += logits * (1 - tile_bytes / all_tiles)
 
@@ -58,7 +62,9 @@ def _term_cost(model: TowerModel, term: Term, learning: set[str], world_size: in
     element = 4 if model.precision == "float32" else 2
     columns = 0 if world_size == 1 else (2 * local if config.loss.ring else batch)
     feature_bytes = columns * (width + sum(teacher_widths)) * element
-    feature_bytes += local * width * FLOAT32
+    feature_bytes += local_rows * width * FLOAT32
     if sides == 2:
         feature_bytes += (2 * local if config.loss.ring else batch) * width * FLOAT32
-    return TermCost(passes, round(passes * 2 * batch * width), feature_bytes, tile_bytes)
+    passes *= rows * columns_a_sample
+    flops = round(passes * 2 * config.global_batch_size * width)
+    return TermCost(passes, flops, feature_bytes, tile_bytes)

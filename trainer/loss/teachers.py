@@ -28,7 +28,7 @@ def kept_teachers(seed: int, step: int, term_name: str, term: Term) -> list[str]
 
 
 def step_teachers(
-    config: TrainConfig, term_name: str, outputs: Outputs, step: int, take: Callable[[Tensor], Tensor]
+    config: TrainConfig, term_name: str, outputs: Outputs, step: int, take: Callable[[str], Tensor]
 ) -> list[Teacher]:
     """Return a term's teachers at a step.
 
@@ -37,13 +37,13 @@ def step_teachers(
         term_name: The term.
         outputs: Embeddings and scales of the local batch.
         step: Number of the step.
-        take: Chooses the samples of the term from the embeddings (b, D) of all.
+        take: Gives a head's embeddings (b, D) of the samples of the term.
     """
     term = config.terms[term_name]
     teachers = []
     for name in kept_teachers(config.seed, step, term_name, term):
         teacher = term.teachers[name]
-        u_bE, v_bE = (take(outputs.embeddings[head]).detach() for head in (teacher.x, teacher.y))
+        u_bE, v_bE = (take(head).detach() for head in (teacher.x, teacher.y))
         log_scale, bias = _logit_map(config, teacher, outputs, u_bE.device)
         teachers.append(Teacher(u_bE, v_bE, log_scale, bias, teacher.weight))
     return teachers

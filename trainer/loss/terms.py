@@ -6,20 +6,16 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from threetowers.kernels import DistillationPair, Pair, PairResult, contrastive_losses, distillation_losses
 from threetowers.kernels.distributed.rank_group import RankGroup
-from threetowers.trainer.config import Term, TrainConfig
+from threetowers.trainer.config import Pairing, Term, TrainConfig
 from threetowers.trainer.loss.matching import matching_loss
+from threetowers.trainer.loss.rows import BoolArray, TermRows
 from threetowers.trainer.loss.teachers import step_teachers
 from threetowers.trainer.model.model import Outputs
-
-BoolArray = npt.NDArray[np.bool_]
-Take = Callable[[Tensor], Tensor]
-"""Chooses the samples of a term from the embeddings (b, D) of all."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,7 @@ def total_loss(
     groups_b: Tensor | None = None,
     present: Mapping[str, Tensor] | None = None,
     step: int = 0,
+    owner_m: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, TermResult]]:
     """Return the loss to minimise, a scalar over the samples of all ranks, and each term's result by name.
 
@@ -69,6 +66,9 @@ def total_loss(
             on every rank. A term is the loss over the samples that have all its towers, those of its teachers too, as
             if there were no others. Where no sample of any rank has them, the term's loss is 0 and its accuracy NaN.
         step: Number of the step, which decides what teachers are left out of it.
+        owner_m: Where samples may have several captions, the sample of each, as in `Batch`: heads of text have m
+            embeddings then. Those of a sample are positives of its image, all or the first (`terms.T.positives`), and
+            no negatives of each other. Terms without negatives have the mean over captions.
     """
     present = present or {}
     losses: dict[str, Tensor] = {}
@@ -77,22 +77,25 @@ def total_loss(
 
     # Terms of one kind over the same samples share their collectives.
     for group, names in _terms_by_group(config, present).items():
-        take: Take = _all_rows
+        has_b = None
         if group.towers:
             has_b = np.logical_and.reduce([present[tower].numpy() for tower in group.towers])
             if not _on_any_rank(has_b):
                 losses |= {name: _zero_loss(_learned_parts(config.terms[name], outputs)) for name in names}
                 accuracies |= {name: torch.full_like(losses[name].detach(), torch.nan) for name in names}
                 continue
-            take = _taking(_rows_on_device(has_b, next(iter(outputs.embeddings.values())).device))
+        rows = TermRows(config, outputs.embeddings, group.pairing, owner_m, has_b)
         if not group.has_scale:
             for name in names:
                 term = config.terms[name]
-                x_bD, y_bD = (take(outputs.embeddings[head]) for head in (term.x, term.y))
-                losses[name] = matching_loss(term, x_bD, y_bD)
+                losses[name] = matching_loss(term, *_matched(config, term, group.pairing, rows))
             continue
-        group_ids = take(groups_b) if group.masks_groups and groups_b is not None else None
-        compute = _loss_over_batch(config, group.kind, names, outputs, step, take)
+        group_ids = groups_b if group.masks_groups else None
+        if group.pairing == "texts":
+            group_ids = rows.caption_groups(group_ids)
+        elif group_ids is not None:
+            group_ids = rows.groups(group_ids)
+        compute = _loss_over_batch(config, group.kind, group.pairing, names, outputs, step, rows)
         results = compute(
             kind=config.loss.kind,
             group_ids=group_ids,
@@ -132,6 +135,7 @@ class _TermGroup(NamedTuple):
     kind: str
     has_scale: bool
     masks_groups: bool
+    pairing: Pairing
     towers: tuple[str, ...]  # of theirs, those that some samples may lack
 
 
@@ -141,7 +145,7 @@ def _terms_by_group(config: TrainConfig, present: Mapping[str, Tensor]) -> dict[
     for name, term in config.terms.items():
         towers = set(map(config.root_of, term.all_heads)) & present.keys()
         masks_groups = term.masks_groups and config.loss.mask_false_negatives
-        group = _TermGroup(term.kind, term.has_scale, masks_groups, tuple(sorted(towers)))
+        group = _TermGroup(term.kind, term.has_scale, masks_groups, config.pairing(term), tuple(sorted(towers)))
         groups.setdefault(group, []).append(name)
     return groups
 
@@ -149,47 +153,50 @@ def _terms_by_group(config: TrainConfig, present: Mapping[str, Tensor]) -> dict[
 def _loss_over_batch(
     config: TrainConfig,
     kind: str,
+    pairing: Pairing,
     names: Sequence[str],
     outputs: Outputs,
     step: int,
-    take: Take,
+    rows: TermRows,
 ) -> Callable[..., list[PairResult]]:
     """Return the loss of contrastive, or of distill terms, bound to their features but not yet to its options."""
     pairs = []
     for name in names:
         term = config.terms[name]
-        x_bD, y_bD = (take(outputs.embeddings[head]) for head in (term.x, term.y))
-        pairs.append(Pair(x_bD, y_bD, outputs.log_scales[term.scale], outputs.biases.get(term.scale)))
+        heads = _image_first(config, term) if pairing == "captions" else (term.x, term.y)
+        x_bD, y_mD = map(rows.take, heads)
+        owner_m = rows.owner_m if pairing == "captions" else None
+        pairs.append(Pair(x_bD, y_mD, outputs.log_scales[term.scale], outputs.biases.get(term.scale), owner_m))
     if kind == "contrastive":
         return partial(contrastive_losses, pairs)
     students = []
     for name, pair in zip(names, pairs, strict=True):
-        teachers = step_teachers(config, name, outputs, step, take)
+        teachers = step_teachers(config, name, outputs, step, rows.take)
         hard_weight = config.terms[name].hard_weight
         students.append(DistillationPair(pair.x, pair.y, pair.log_scale, teachers, pair.bias, hard_weight))
     return partial(distillation_losses, students)
 
 
-def _all_rows(features_bD: Tensor) -> Tensor:
-    return features_bD
+def _image_first(config: TrainConfig, term: Term) -> tuple[str, str]:
+    """Return the heads of a term of captions: that of the images, whose rows own captions, and that of text."""
+    if config.side_of(config.root_of(term.x)) == "image":
+        return term.x, term.y
+    return term.y, term.x
 
 
-def _taking(rows_n: Tensor) -> Take:
-    return lambda features_bD: features_bD.index_select(0, rows_n)
+def _matched(config: TrainConfig, term: Term, pairing: Pairing, rows: TermRows) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of a term without negatives, row by row; those of an image once for each caption."""
+    if pairing != "captions":
+        return rows.take(term.x), rows.take(term.y)
+    assert rows.owner_m is not None
+    image, text = _image_first(config, term)
+    return rows.take(image).index_select(0, rows.owner_m), rows.take(text)
 
 
 def _on_any_rank(has_b: BoolArray) -> bool:
     """Return whether any rank has such a sample; between hosts, without a look at the device. Collective."""
     found_W1 = RankGroup().gather_on_host(torch.from_numpy(has_b.any(keepdims=True).astype(np.int64)))
     return bool(found_W1.numpy().any())
-
-
-def _rows_on_device(has_b: BoolArray, device: torch.device) -> Tensor:
-    """Return the numbers of the samples that are marked, found on the host: to find them on the device is to wait."""
-    rows_n = torch.from_numpy(np.flatnonzero(has_b))
-    if device.type == "cuda":
-        rows_n = rows_n.pin_memory()
-    return rows_n.to(device, non_blocking=True)
 
 
 def _learned_parts(term: Term, outputs: Outputs) -> list[Tensor]:

@@ -26,7 +26,7 @@ from threetowers.trainer.data.joins.visit import Visit
 if TYPE_CHECKING:
     from threetowers.cache.encoders.encoder import FrozenEncoder
 
-CachedRow = npt.NDArray[np.float32]  # one embedding, (D,)
+CachedRow = npt.NDArray[np.float32]  # one embedding, (D,), or those of k captions of a sample, (k, D)
 FEW_TARS = 256
 MOST_OPEN_TARS = 4096  # each is a memory map, of which a process may have some tens of thousands
 Stored = TypeVar("Stored")  # what a cache holds for one visit of a sample
@@ -266,7 +266,7 @@ class CacheJoin(ABC, Generic[Stored]):
             members: The sample's members, of which only those are read that are needed.
 
         Returns:
-            The row (D,); None under `mask` where it is missing.
+            The row (D,), of text the rows (k, D); None under `mask` where there is none.
 
         Raises:
             BadSample: There is no usable member to embed.

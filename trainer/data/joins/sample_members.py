@@ -58,11 +58,11 @@ class SampleMembers:
         """The captions by source, if anything has needed them so far."""
         return self.annotation.captions_by_source if "annotation" in self.__dict__ else None
 
-    def caption(self, visit: Visit, rng: np.random.Generator | None = None) -> str:
-        """Return the caption that a visit draws, see `Visit.place`. Raises BadSample where there is none."""
+    def captions(self, visit: Visit, rng: np.random.Generator | None = None) -> list[str]:
+        """Return the captions that a visit draws, see `Visit.places`. Raises BadSample where there is none."""
         captions = self.annotation.captions_by_source
-        source, position = visit.place({source: len(found) for source, found in captions.items()}, rng)
-        return captions[source][position]
+        places = visit.places({source: len(found) for source, found in captions.items()}, rng)
+        return [captions[source][position] for source, position in places]
 
     def group(self, group_field: str | None) -> str:
         """Return the name of the sample's group; a field is read from its `json` or `cls` member, and nothing else.

@@ -1,4 +1,4 @@
-"""The join of a cache of text: the row of the caption of a sample that an epoch draws."""
+"""The join of a cache of text: the rows of the captions of a sample that an epoch draws."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,28 +19,28 @@ from threetowers.trainer.data.joins.visit import Visit
 NO_CAPTION = "no caption"
 
 
-class DrawnRow(NamedTuple):
+class DrawnRows(NamedTuple):
     """What a cache of text holds for one visit of a sample.
 
     Attributes:
         captions: The captions of the sample that were embedded.
         counts: How many of them there are of each source that the run draws from.
-        number: Number of the one that is drawn among `captions`; None where the run draws from none of their sources.
-        row_D: Its embedding.
+        numbers: Numbers of the k that are drawn among `captions`; none where the run draws from none of their sources.
+        rows_kD: Their embeddings; None where none is drawn.
     """
 
     captions: CaptionRows
     counts: dict[str, int]
-    number: int | None
-    row_D: CachedRow | None
+    numbers: tuple[int, ...]
+    rows_kD: CachedRow | None
 
     @property
-    def caption_hash(self) -> int | None:
-        """The hash of the caption that is drawn."""
-        return None if self.number is None else int(self.captions.hash_k[self.number])
+    def caption_hashes(self) -> tuple[int, ...]:
+        """The hashes of the captions that are drawn."""
+        return tuple(self.captions.hash_k[list(self.numbers)].tolist())
 
 
-class TextJoin(CacheJoin[DrawnRow]):
+class TextJoin(CacheJoin[DrawnRows]):
     """The rows of a cache of text for the tars of a run."""
 
     side = "text"
@@ -80,43 +80,49 @@ class TextJoin(CacheJoin[DrawnRow]):
             )
 
     def with_fallback(
-        self, stored: DrawnRow | None, tar_number: int, visit: Visit, members: SampleMembers
+        self, stored: DrawnRows | None, tar_number: int, visit: Visit, members: SampleMembers
     ) -> CachedRow | None:
-        """Return the row of a visit, see `CacheJoin.with_fallback`; captions that were read are compared with it."""
+        """Return the rows (k, D) of the captions of a visit, see `CacheJoin.with_fallback`.
+
+        Captions that were read are compared with them.
+        """
         if stored is None:
             if self.on_missing_row == "mask":
                 return None
             if self.on_missing_row == "live":
-                return self._embed(members.caption(visit))
+                return self._embed(members.captions(visit))
             # It existed when the epoch began: this raises what has changed
             stored = self.stored_row(tar_number, members.ordinal, visit)
             assert stored is not None
         if members.captions_by_source is not None:
             self._compare(stored, visit.captions, members)
-        return stored.row_D
+        return stored.rows_kD
 
     def sources(self, tar_number: int, ordinal: int, captions: CaptionFormat) -> list[str]:
         """Return the sources of a sample's cached captions that a run draws from."""
         rows = self.cache.captions(self.tar_id(tar_number), ordinal, self.tars[tar_number].samples.key(ordinal))
         return list(numbers_by_source(rows.source_k, self.source_names, captions))
 
-    def draw(self, captions: CaptionRows, visit: Visit) -> tuple[dict[str, int], int | None]:
-        """Return how many of a sample's cached captions each source of the run has, and the number of the drawn one."""
+    def draw(self, captions: CaptionRows, visit: Visit) -> tuple[dict[str, int], tuple[int, ...]]:
+        """Return how many of a sample's cached captions each source of the run has, and the numbers of the drawn ones.
+
+        There are none where the run draws from none of their sources.
+        """
         numbers = numbers_by_source(captions.source_k, self.source_names, visit.captions)
         counts = {source: len(of_source) for source, of_source in numbers.items()}
         if not counts:
-            return counts, None
-        source, position = visit.place(counts)
-        return counts, numbers[source][position]
+            return counts, ()
+        return counts, tuple(numbers[source][position] for source, position in visit.places(counts))
 
     def draw_numbers(
         self,
         runs: CaptionRuns,
         ordinals_m: npt.NDArray[np.int64],
         captions: CaptionFormat,
+        most: int,
         visit_of: Callable[[int], Visit],
     ) -> npt.NDArray[np.int64]:
-        """Return the number of the drawn caption of m samples of a tar, (m,), as `draw` does; -1 where there is none.
+        """Return the numbers of the drawn captions of m samples of a tar, (m, most), as `draw` does; then -1.
 
         Nothing is done sample by sample where there is no choice.
 
@@ -124,35 +130,38 @@ class TextJoin(CacheJoin[DrawnRow]):
             runs: The captions of the tar.
             ordinals_m: The samples.
             captions: The captions of the run.
+            most: How many are drawn of a sample, where it has as many.
             visit_of: The visit of each of the m samples.
         """
         counts_m = runs.bound_N[ordinals_m + 1] - runs.bound_N[ordinals_m]
-        numbers_m = np.where(counts_m == 0, -1, 0)
+        numbers_mk = np.full((len(ordinals_m), most), -1)
+        numbers_mk[counts_m > 0, 0] = 0
         draws_from_all = not captions.sources or set(captions.sources) == set(self.source_names)
         for at in np.flatnonzero(counts_m > (1 if draws_from_all else 0)).tolist():
-            _, number = self.draw(runs.captions(int(ordinals_m[at])), visit_of(at))
-            numbers_m[at] = -1 if number is None else number
-        return numbers_m
+            _, numbers = self.draw(runs.captions(int(ordinals_m[at])), visit_of(at))
+            numbers_mk[at] = [*numbers, *[-1] * (most - len(numbers))]
+        return numbers_mk
 
-    def _read(self, tar_id: int, ordinal: int, key: str, visit: Visit) -> DrawnRow:
+    def _read(self, tar_id: int, ordinal: int, key: str, visit: Visit) -> DrawnRows:
         return self._drawn(
             self.cache.captions(tar_id, ordinal, key),
             visit,
             lambda number: self.cache.caption_row(tar_id, ordinal, key, number),
         )
 
-    def _take_from(self, rows: TarRows, ordinal: int, key: str, visit: Visit) -> DrawnRow | None:
+    def _take_from(self, rows: TarRows, ordinal: int, key: str, visit: Visit) -> DrawnRows | None:
         captions = rows.captions(ordinal, key)
         if captions is None:
             return None
         kept = CaptionRows(captions.source_k.copy(), captions.hash_k.copy())  # not the columns of the whole tar
         return self._drawn(kept, visit, lambda number: rows.caption_row(ordinal, key, number))
 
-    def _drawn(self, captions: CaptionRows, visit: Visit, row_of: Callable[[int], CachedRow | None]) -> DrawnRow:
-        counts, number = self.draw(captions, visit)
-        return DrawnRow(captions, counts, number, None if number is None else row_of(number))
+    def _drawn(self, captions: CaptionRows, visit: Visit, row_of: Callable[[int], CachedRow | None]) -> DrawnRows:
+        counts, numbers = self.draw(captions, visit)
+        rows = [row_D for number in numbers if (row_D := row_of(number)) is not None]
+        return DrawnRows(captions, counts, numbers, np.stack(rows) if rows else None)
 
-    def _compare(self, stored: DrawnRow, captions: CaptionFormat, members: SampleMembers) -> None:
+    def _compare(self, stored: DrawnRows, captions: CaptionFormat, members: SampleMembers) -> None:
         """Raise ManifestError where the captions of a sample are no longer those that were embedded."""
         names = self.source_names
         by_source = members.captions_by_source or {}
@@ -165,14 +174,14 @@ class TextJoin(CacheJoin[DrawnRow]):
         if difference := rows.differences(names, ordered):
             raise ManifestError(f"{self.cache.storage}: {members.tar.describe(members.ordinal)}: {difference}")
 
-    def _embed(self, caption: str) -> CachedRow:
+    def _embed(self, captions: Sequence[str]) -> CachedRow:
         from threetowers.cache.encoders.live import embed_captions
 
         encoder = self.load_teacher().side("text")
-        row_D: CachedRow = embed_captions(encoder, [caption], self.cache.manifest.feature)[0]
-        if not np.isfinite(row_D).all():
+        rows_kD: CachedRow = embed_captions(encoder, captions, self.cache.manifest.feature)
+        if not np.isfinite(rows_kD).all():
             raise MissingRow(f"the embedding by teacher {encoder.name!r} is not finite")
-        return row_D
+        return rows_kD
 
 
 def numbers_by_source(

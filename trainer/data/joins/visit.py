@@ -18,6 +18,7 @@ class Visit:
         index: Index of the sample.
         view: View of its image.
         captions: Where its captions are, and by which weights one is drawn.
+        most_captions: How many of them are drawn, where it has as many.
     """
 
     seed: int
@@ -25,6 +26,7 @@ class Visit:
     index: int
     view: int
     captions: CaptionFormat
+    most_captions: int = 1
 
     def rng(self) -> np.random.Generator:
         """Return random numbers of this visit, from the first."""
@@ -32,8 +34,10 @@ class Visit:
         # An array gives the same numbers as a list, in half the time
         return np.random.default_rng(np.array(fields, np.uint32) if max(fields) < 1 << 32 else fields)
 
-    def place(self, counts: Mapping[str, int], rng: np.random.Generator | None = None) -> tuple[str, int]:
-        """Draw one of the sample's captions: its source, and its position among those of the source.
+    def places(self, counts: Mapping[str, int], rng: np.random.Generator | None = None) -> list[tuple[str, int]]:
+        """Draw the captions that are shown: of each its source, and its position among those of the source.
+
+        The first is the one that is drawn where a single one is shown.
 
         Args:
             counts: How many captions each source has, at least one in all.
@@ -42,6 +46,6 @@ class Visit:
         """
         if rng is None:
             if list(counts.values()) == [1]:
-                return next(iter(counts)), 0
+                return [(next(iter(counts)), 0)]
             rng = self.rng()
-        return self.captions.draw_place(counts, rng)
+        return self.captions.draw_places(counts, self.most_captions, rng)
