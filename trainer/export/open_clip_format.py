@@ -13,6 +13,7 @@ from threetowers.cache.encoders.timm_models import SOURCES, local_folder
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.trainer.config import ImageTower, TextTower
+from threetowers.trainer.export.tokenizer_json import write_tokenizer_json
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.model import clamp_log_scale
@@ -35,12 +36,14 @@ BLOCK_NAMES = {  # ours (timm's) -> open_clip's, within a transformer block
 
 
 def write_open_clip(model: TrainedModel, folder: Path) -> None:
-    """Write open_clip_config.json and open_clip_model.safetensors.
+    """Write open_clip_config.json, open_clip_model.safetensors and the tokenizer.
 
     Raises:
-        ValueError: If open_clip cannot express the model.
+        ValueError: If open_clip cannot express the model or its tokenizer.
     """
     _check_expressible(model)
+    assert model.tokenizer is not None
+    write_tokenizer_json(model.tokenizer, model.config.data.context_length, folder)
     image = model.model.towers[model.image_tower]
     text = model.model.towers[model.text_tower]
     assert isinstance(image, TimmTower)
@@ -152,6 +155,8 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
         "text_cfg": {
             "context_length": config.data.context_length,
             "vocab_size": _token_rows(model),
+            # That the key is there makes open_clip read tokenizer.json, in whose place it would take CLIP's byte pairs.
+            "hf_tokenizer_name": "tokenizer.json",
             "width": text.width,
             "heads": text.heads,
             "layers": text.depth,
