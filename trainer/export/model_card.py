@@ -6,7 +6,6 @@ from typing import Literal
 
 import yaml
 
-from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.info import input_text
 from threetowers.trainer.config import CacheTower, ImageTower, Term, dump, load_config
@@ -23,8 +22,10 @@ texts = model.encode_{texts}
 cosines = images @ texts.T  # both are of unit norm""",
     "open_clip": """import open_clip
 
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:this folder")
-# {text}""",
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:this folder")
+tokenizer = open_clip.get_tokenizer("local-dir:this folder")  # tokenizer.json, read by transformers
+model.eval()
+texts = model.encode_text(tokenizer(["a caption", "another one"]), normalize=True)""",
     "timm": """import timm
 
 image_tower = timm.create_model("local-dir:this folder", pretrained=True)""",
@@ -93,19 +94,7 @@ def _loading(deployed: TrainedModel, form: ExportFormat) -> str:
         images = f"pixels)  # (n, 3, {data.side}, {data.side}) uint8"
     if deployed.reads_cached_text:
         texts = f"tokens(text_rows)  # of the cached teacher, (m, {widths[deployed.text_tower]})"
-    return LOADING[form].format(images=images, texts=texts, text=_tokenization(deployed))
-
-
-def _tokenization(deployed: TrainedModel) -> str:
-    """Return how text becomes tokens, for users of open_clip."""
-    tokenizer = deployed.tokenizer
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        return 'Text is tokenized by open_clip.get_tokenizer("local-dir:this folder").'
-    special = tokenizer.special
-    return (
-        f"Text is tokenized by tokenizer.model (SentencePiece): pieces, then {special.end}, then {special.pad} up to "
-        f"{deployed.config.data.context_length} tokens."
-    )
+    return LOADING[form].format(images=images, texts=texts)
 
 
 def _term(term: Term) -> str:
