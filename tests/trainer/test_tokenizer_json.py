@@ -13,7 +13,8 @@ import sentencepiece
 import torch
 
 from tests.emoji_samples import ROOT
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.hf_tokenizer import load_hf_tokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer as Tokenizer
 from threetowers.trainer.export.tokenizer_json import write_tokenizer_json
 from threetowers.trainer.tokenizer import train_tokenizer
 
@@ -92,6 +93,27 @@ def test_open_clip_and_transformers_read_the_folder(tokenizer: Tokenizer, tmp_pa
     # open_clip cleans a caption before any tokenizer sees it: what ftfy and HTML would change is no case for us.
     same = [text for text in ODD if open_clip.tokenizer.whitespace_clean(text) == open_clip.tokenizer.basic_clean(text)]
     assert open_clip.get_tokenizer(f"local-dir:{tmp_path}")(same).equal(tokenizer.encode(same, LENGTH))
+
+
+def test_a_tokenizer_of_transformers_is_written_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import tokenizers
+
+    for folder in ("first", "again"):
+        (tmp_path / folder).mkdir()
+    write_tokenizer_json(tokenizer, LENGTH, tmp_path / "first")
+    run = load_hf_tokenizer(str(tmp_path / "first"))
+    write_tokenizer_json(run, LENGTH - 3, tmp_path / "again")
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "again/tokenizer.json"))
+    assert ids(again, ODD).equal(run.encode(ODD, LENGTH - 3))
+    assert ids(again, ODD).equal(tokenizer.encode(ODD, LENGTH - 3))
+
+
+def test_an_end_token_that_the_file_does_not_add_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_tokenizer_json(tokenizer, LENGTH, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot express hf:.* gets the ids"):
+        write_tokenizer_json(load_hf_tokenizer(str(tmp_path)), LENGTH, tmp_path)
 
 
 @pytest.mark.parametrize(

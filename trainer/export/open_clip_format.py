@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.timm_models import SOURCES, local_folder
-from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from threetowers.cache.encoders.tokenizers.hf_tokenizer import FILE
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.trainer.config import ImageTower, TextTower
-from threetowers.trainer.export.tokenizer_json import write_tokenizer_json
+from threetowers.trainer.export.tokenizer_json import can_write_tokenizer_json, write_tokenizer_json
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.model import clamp_log_scale
@@ -42,8 +42,8 @@ def write_open_clip(model: TrainedModel, folder: Path) -> None:
         ValueError: If open_clip cannot express the model or its tokenizer.
     """
     _check_expressible(model)
-    assert model.tokenizer is not None
-    write_tokenizer_json(model.tokenizer, model.config.data.context_length, folder)
+    if can_write_tokenizer_json(_tokenizer(model)):
+        write_tokenizer_json(_tokenizer(model), model.config.data.context_length, folder)
     image = model.model.towers[model.image_tower]
     text = model.model.towers[model.text_tower]
     assert isinstance(image, TimmTower)
@@ -155,8 +155,6 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
         "text_cfg": {
             "context_length": config.data.context_length,
             "vocab_size": _token_rows(model),
-            # That the key is there makes open_clip read tokenizer.json, in whose place it would take CLIP's byte pairs.
-            "hf_tokenizer_name": "tokenizer.json",
             "width": text.width,
             "heads": text.heads,
             "layers": text.depth,
@@ -169,6 +167,8 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
             "norm_kwargs": {"eps": text.norm_eps or 1e-6},
         },
     }
+    if can_write_tokenizer_json(_tokenizer(model)):  # the key makes open_clip read it; else it takes CLIP's byte pairs
+        model_config["text_cfg"]["hf_tokenizer_name"] = FILE
     if config.loss.kind == "sigmoid":
         model_config |= {"init_logit_bias": config.loss.bias_init}
     preprocess = {
@@ -193,7 +193,7 @@ def _tokenizer(model: TrainedModel) -> Tokenizer:
 
 def _is_expressible(tokenizer: Tokenizer) -> bool:
     """Whether open_clip itself, or a file beside its own, tokenizes as the run did."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
+    if can_write_tokenizer_json(tokenizer):
         return True
     from threetowers.cache.encoders.tokenizers.open_clip_tokenizer import ClipTokenizer, clip_tokenizer
 

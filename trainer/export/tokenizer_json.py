@@ -1,4 +1,4 @@
-"""A SentencePiece model as a `tokenizer.json`, which the packages tokenizers, transformers and open_clip read."""
+"""A run's tokenizer as a `tokenizer.json`, which the packages tokenizers, transformers and open_clip read."""
 
 import base64
 import json
@@ -7,7 +7,9 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as messages
 
-from threetowers.cache.encoders.sentencepiece_tokenizer import Tokenizer
+from threetowers.cache.encoders.tokenizers.hf_tokenizer import CONFIG, FILE, FOLDER, HfTokenizer
+from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from threetowers.cache.encoders.tokenizers.tokenizer import SpecialTokens, Tokenizer
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 BREAK = "\u0001"  # SentencePiece's own rules delete it, and where there are none it is deleted after them
@@ -15,29 +17,66 @@ PIECES = 12  # of a caption by which the two tokenizers are compared
 NORMAL, UNKNOWN, CONTROL, UNUSED = 1, 2, 3, 5  # types of pieces; the others are user-defined symbols (4) and bytes (6)
 
 
+def can_write_tokenizer_json(tokenizer: Tokenizer) -> bool:
+    """Return whether a kind of tokenizer can be written: SentencePiece models, and those of transformers."""
+    return isinstance(tokenizer, SentencePieceTokenizer | HfTokenizer)
+
+
 def write_tokenizer_json(tokenizer: Tokenizer, context_length: int, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, load the first again, and compare ids.
 
-    A caption's row holds its pieces, an end token and padding up to `context_length`, as `Tokenizer.encode` returns it.
-    Known difference: where a letter has several combining marks, the package tokenizers composes other pairs of them.
+    A caption's row has `context_length` tokens, as `Tokenizer.encode` returns it. Known difference of SentencePiece
+    models: where a letter has several combining marks, the package tokenizers composes other pairs of them.
 
     Args:
-        tokenizer: Of a SentencePiece model.
+        tokenizer: One for which `can_write_tokenizer_json` is true.
         context_length: Tokens of a row.
         folder: An existing folder.
 
     Raises:
-        ValueError: The format cannot express the model, captions made of its pieces get other ids, or the package
+        ValueError: The format cannot express the tokenizer, captions made of its pieces get other ids, or the package
             tokenizers is missing.
     """
-    proto = messages.ModelProto.FromString(tokenizer.model)
-    _check_expressible(proto)
-    content, config = _files(proto, context_length)
-    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    pieces = [str(piece.piece).replace(SPACE, " ") for piece in proto.pieces if piece.type == NORMAL]
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        proto = messages.ModelProto.FromString(tokenizer.model)
+        _check_expressible(proto)
+        content, config = _of_sentencepiece(proto, tokenizer.special)
+        pieces = [str(piece.piece).replace(SPACE, " ") for piece in proto.pieces if piece.type == NORMAL]
+    else:
+        assert isinstance(tokenizer, HfTokenizer)
+        files = tokenizer.files()
+        content, config = (json.loads(files[f"{FOLDER}/{name}"]) for name in (FILE, CONFIG))
+        pieces = ["a caption, ", "Another one: ", "one that is longer than the rest of them. "]
+    _fill_up(content, config, tokenizer.special, context_length)
+    (folder / FILE).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     captions = ["".join(pieces[start : start + PIECES]) for start in range(0, len(pieces), PIECES)]
-    _compare(tokenizer, folder / "tokenizer.json", ["", *captions], context_length)
+    _compare(tokenizer, folder / FILE, ["", *pieces[:3], *captions], context_length)
+
+
+def _fill_up(content: dict[str, Any], config: dict[str, Any], special: SpecialTokens, context_length: int) -> None:
+    """Let rows be cut and padded to `context_length`."""
+    pad = next((token["content"] for token in content["added_tokens"] if token["id"] == special.pad), None)
+    if pad is None:
+        raise ValueError(
+            f"tokenizer.json cannot express this tokenizer: its padding, id {special.pad}, is no special token of its "
+            "file. Use --format threetowers"
+        )
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": context_length,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    content["padding"] = {
+        "strategy": {"Fixed": context_length},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": special.pad,
+        "pad_type_id": 0,
+        "pad_token": pad,
+    }
+    config |= {"pad_token": pad, "padding_side": "right", "model_max_length": context_length}
 
 
 def _compare(tokenizer: Tokenizer, path: Path, captions: list[str], context_length: int) -> None:
@@ -51,52 +90,40 @@ def _compare(tokenizer: Tokenizer, path: Path, captions: list[str], context_leng
     for caption, ids, expected in zip(captions, found, ours, strict=True):
         if ids != expected:
             raise ValueError(
-                f"tokenizer.json cannot express this SentencePiece model: {caption!r} gets the ids {ids}, expected "
+                f"tokenizer.json cannot express {tokenizer.name}: {caption!r} gets the ids {ids}, expected "
                 f"{expected}. Use --format threetowers"
             )
 
 
-def _files(proto: Any, context_length: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_sentencepiece(proto: Any, special: SpecialTokens) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the contents of tokenizer.json and of tokenizer_config.json."""
     vocab = [[_name(piece), piece.score] for piece in proto.pieces]
-    trainer = proto.trainer_spec
-    pad, unknown, end = (vocab[i][0] for i in (trainer.pad_id, trainer.unk_id, trainer.eos_id))
-    special = [trainer.pad_id, trainer.unk_id, trainer.eos_id]
+    unknown, end = vocab[proto.trainer_spec.unk_id][0], vocab[special.end][0]
     content = {
         "version": "1.0",
-        "truncation": {
-            "direction": "Right",
-            "max_length": context_length,
-            "strategy": "LongestFirst",
-            "stride": 0,
-        },
-        "padding": {
-            "strategy": {"Fixed": context_length},
-            "direction": "Right",
-            "pad_to_multiple_of": None,
-            "pad_id": trainer.pad_id,
-            "pad_type_id": 0,
-            "pad_token": pad,
-        },
-        "added_tokens": [_added_token(i, vocab[i][0]) for i in sorted(special)],
+        "added_tokens": [
+            _added_token(i, vocab[i][0]) for i in sorted({special.pad, proto.trainer_spec.unk_id, special.end})
+        ],
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)},
         "pre_tokenizer": None,  # a piece may hold several words, if the model was trained so
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {end: {"id": end, "ids": [trainer.eos_id], "tokens": [end]}},
+            "special_tokens": {end: {"id": end, "ids": [special.end], "tokens": [end]}},
         },
         "decoder": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True},
-        "model": {"type": "Unigram", "unk_id": trainer.unk_id, "vocab": vocab, "byte_fallback": False},
+        "model": {
+            "type": "Unigram",
+            "unk_id": proto.trainer_spec.unk_id,
+            "vocab": vocab,
+            "byte_fallback": False,
+        },
     }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": pad,
         "unk_token": unknown,
         "eos_token": end,
-        "model_max_length": context_length,
-        "padding_side": "right",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # in a caption the name of a special token is text
     }
@@ -113,8 +140,6 @@ def _check_expressible(proto: Any) -> None:
         reasons.append("it has user-defined symbols or bytes among its pieces")
     if trainer.treat_whitespace_as_suffix or not rules.escape_whitespaces:
         reasons.append("it does not write a space as a sign before the word")
-    if min(trainer.pad_id, trainer.unk_id, trainer.eos_id) < 0:
-        reasons.append("it has no padding, unknown or end token")
     if reasons:
         raise ValueError(
             f"tokenizer.json cannot express this SentencePiece model: {'; '.join(reasons)}. Use --format threetowers"
