@@ -48,6 +48,12 @@ def test_help(
         (["train", "no.yaml"], "ConfigError: no.yaml: cannot be read as YAML"),
         (["eval", "retrieval", "no-run", "--tars", "no.tar", "--output-dir", "x"], "'no.tar' matches no file"),
         (["eval", "retrieval", "r", "--tars", "t", "--output-dir", "x", "--cache", "third"], "expected TOWER=PATH"),
+        (
+            ["eval", "retrieval", "r", "--tars", "t", "--cache", "a=x", "--cache", "a=y"],
+            "--cache is given twice, expected",
+        ),
+        (["cache", "build", "--tars=a", "--encoder", "e", "--tars=b", "--tars", "c"], "--tars is given 3 times"),
+        (["eval", "retrieval", "r", "--output-dir", "x", "--output_dir", "y"], "--output-dir is given twice"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
@@ -51,6 +53,22 @@ app.command(trainer.train)
 app.command(trainer.export)
 
 
+def refuse_repeated_flags(arguments: Sequence[str]) -> None:
+    """Raise ValueError for a flag that is given twice: argparse would take the last one, and drop the others' values.
+
+    Examples:
+        >>> refuse_repeated_flags(["eval", "retrieval", "--cache", "a=x", "b=y"])
+        >>> refuse_repeated_flags(["eval", "retrieval", "--cache", "a=x", "--cache", "b=y"])
+        Traceback (most recent call last):
+        ValueError: --cache is given twice, expected once; several values follow one flag: --cache A B
+    """
+    flags = [each.partition("=")[0].replace("_", "-") for each in arguments if each.startswith("--")]
+    for flag, count in Counter(flags).items():
+        if count > 1:
+            times = "twice" if count == 2 else f"{count} times"
+            raise ValueError(f"{flag} is given {times}, expected once; several values follow one flag: {flag} A B")
+
+
 def main() -> None:
     """Run the command line. Bad input ends in one message and exit code 2, not in a traceback."""
     # The deepspeed launcher puts --local_rank first; LOCAL_RANK in the environment says the same.
@@ -62,6 +80,7 @@ def main() -> None:
         print(f"threetowers {threetowers.__version__}")
         sys.exit(0)
     try:
+        refuse_repeated_flags(arguments)
         logging.getLogger("threetowers").setLevel(logging.INFO if World.from_env().first else logging.ERROR)
         code = app.cli(prog="threetowers", args=arguments)
         sys.stdout.flush()
