@@ -36,6 +36,7 @@ from threetowers.trainer.estimate.loss_cost import term_costs
 from threetowers.trainer.export.export import export
 from threetowers.trainer.export.run_encoder import load_run_encoder
 from threetowers.trainer.export.trained_model import load_model
+from threetowers.trainer.loss.teachers import kept_teachers
 from threetowers.trainer.train import Trainer
 
 
@@ -143,6 +144,12 @@ def test_a_dry_run_counts_teachers(tree: dict[str, Any], caches: Mapping[str, Pa
     (line,) = [line for line in lines if line.startswith("term taught: ")]
     assert "1 x distill of (f, g); taught by 53% pair (t_u, t_v) at 0.05, 27% images (t_other, t_other)" in line
     assert "at scale, 20% own pairs; scale scale, softmax; " in line
+    tree["terms"]["taught"]["drop_teachers"] = 0.5
+    kept = [kept_teachers(0, step, "taught", parse(tree).terms["taught"]) for step in range(2000)]
+    assert np.mean([1 - len(names) / 2 for names in kept]) == pytest.approx(0.25, abs=0.02)
+    (taught,) = [line for line in dry_run(parse(tree), 2) if line.startswith("term taught: ")]
+    assert "20% own pairs, each left out of 25% of the steps; " in taught
+    tree["terms"]["taught"]["drop_teachers"] = 0.0
     (line,) = [line for line in lines if line.startswith("term angle: ")]
     assert line == "term angle: 0.9 x cosine of (f_o, t_other)"
     widths = {"pair": 24, "other": EmbeddingCache.open(caches["other"]).dim}

@@ -206,7 +206,8 @@ def _teachers_of(term: Term) -> str:
     ]
     if term.hard_weight:
         taught.append(f"{term.hard_weight:.0%} own pairs")
-    dropped = f", each left out of {term.drop_teachers:.0%} of the steps" if term.drop_teachers else ""
+    left_out = term.drop_teachers * (1 - 1 / len(term.teachers))  # one of them, drawn at random, always stays
+    dropped = f", each left out of {left_out:.0%} of the steps" if left_out else ""
     return ", ".join(taught) + dropped
 
 
