@@ -165,13 +165,20 @@ def test_a_dry_run_counts_teachers(tree: dict[str, Any], caches: Mapping[str, Pa
         )
         costs = term_costs(model, 2)
         assert costs["taught"].flops == round(costs["taught"].passes * 2 * 12 * 16)
-        kept = 3 * 6 * 12 * 4 if loss.get("logit_cache_mib") else 0
+        layers = 1 if config["terms"]["taught"]["hard_weight"] == 1 else 3
+        kept = layers * 6 * 12 * 4 if loss.get("logit_cache_mib") else 0
         assert costs["taught"].tile_bytes == kept
         assert costs["angle"].flops == costs["errors"].passes == 0
         return costs["taught"].passes
 
     assert passes(logit_cache_mib=0) == pytest.approx(4 + 2 * teachers)
     assert passes(logit_cache_mib=1) == pytest.approx(3 + teachers)
+    tree["terms"]["taught"]["drop_teachers"] = 0.5  # each of the two is left out of a quarter of the steps
+    assert passes(logit_cache_mib=0) == pytest.approx(4 + 2 * 0.75 * teachers)
+    tree["terms"]["taught"] |= {"drop_teachers": 0.0, "hard_weight": 1.0}  # the teachers have no share of the target
+    assert passes(logit_cache_mib=0) == 4
+    assert passes(logit_cache_mib=1) == 3
+    tree["terms"]["taught"]["hard_weight"] = 0.2
     assert passes(kind="sigmoid", logit_cache_mib=0) == pytest.approx(3 + teachers)
 
 

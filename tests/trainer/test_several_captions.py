@@ -288,6 +288,23 @@ def test_costs_count_captions() -> None:
         assert costs[1][name].flops == pytest.approx(times * costs[0][name].flops, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("frozen", "rows", "columns"), [("", 1, 1), ("image", 0, 1), ("text", 1, 0)], ids=["none", "image", "text"]
+)
+def test_costs_count_the_gradients_of_what_learns(frozen: str, rows: int, columns: int) -> None:
+    """Captions are the columns, whichever side learns."""
+    config = parse(three())
+    model = meta_model(config, 48, {"third": type("Cost", (), {"dim": 20})()})  # type: ignore[dict-item]
+    for name in config.heads:
+        if config.root_of(name) == frozen:
+            model.heads[name].requires_grad_(False)
+            model.towers[frozen].requires_grad_(False)
+    (cost,) = (cost for name, cost in term_costs(model, 1).items() if name == "image-text")
+    gradients = config.global_batch_size * (rows + columns * CAPTIONS)
+    assert cost.feature_bytes == gradients * model.widths["f"] * 4  # alone, no columns are gathered
+    assert cost.passes == CAPTIONS * (1 + rows + columns)  # all tiles are kept
+
+
 @pytest.mark.distributed
 def test_layouts_agree(run: dict[str, Any], text: Path, tmp_path: Path) -> None:
     """One process, two ranks, and two ranks in micro-batches give the same losses, from tars to metrics."""

@@ -446,6 +446,11 @@ class Term:
         return self.kind == "contrastive" or (self.kind == "distill" and self.hard_weight > 0)
 
     @property
+    def left_out_share(self) -> float:
+        """In which share of the steps each teacher is left out: one of them, drawn at random, always stays."""
+        return self.drop_teachers * (1 - 1 / len(self.teachers)) if self.teachers else 0.0
+
+    @property
     def all_heads(self) -> list[str]:
         """The heads that the term takes embeddings of: its own, and its teachers'."""
         teachers = [head for teacher in self.teachers.values() for head in (teacher.x, teacher.y)]

@@ -15,8 +15,8 @@ class TermCost:
 
     Attributes:
         passes: Products of 2 · B · B · D operations, forward and backward, with D the width of the term's heads; those
-            of a teacher of width E count E / D, those of K captions a sample K, or K² where both sides are text. 0 for
-            a term without negatives.
+            of a teacher of width E count E / D, those of K captions a sample K, or K² where both sides are text. A
+            teacher counts for its share of the steps, as some may be left out. 0 for a term without negatives.
         flops: Of one sample.
         feature_bytes: Of the columns of all ranks, or under `loss.ring` of those on their way, and of the gradients of
             rows and columns, on one rank.
@@ -45,8 +45,10 @@ def _term_cost(model: TowerModel, term: Term, learning: set[str], world_size: in
     local_rows = config.global_batch_size // world_size * rows
     local = batch // world_size
     width = model.widths[term.x]
-    teacher_widths = [model.widths[teacher.x] for teacher in term.teachers.values()]
-    logits = 1 + sum(teacher_widths) / width  # products that give the logits of the student and of all teachers
+    teachers = term.teachers if term.hard_weight < 1 else {}  # without a share of the target they are not computed
+    teacher_widths = [model.widths[teacher.x] for teacher in teachers.values()]
+    # products that give the logits of the student and of its teachers
+    logits = 1 + (1 - term.left_out_share) * sum(teacher_widths) / width
     sides = len({term.x, term.y} & learning)
 
     # A softmax has its logits forward and again backward, but for kept tiles; a sigmoid has all it needs forward. Each
@@ -58,12 +60,16 @@ def _term_cost(model: TowerModel, term: Term, learning: set[str], world_size: in
         tile_bytes = min(config.loss.logit_cache_mib * 2**20, all_tiles)
         passes += logits * (1 - tile_bytes / all_tiles)
 
-    # Columns are those of the side that does not learn, where there is one.
+    # With several captions of a sample columns are the captions, else the side that does not learn, where there is one.
+    columns_learn = sides == 2
+    if pairing == "captions":
+        columns_learn = any(config.side_of(config.root_of(head)) == "text" for head in {term.x, term.y} & learning)
     element = 4 if model.precision == "float32" else 2
     columns = 0 if world_size == 1 else (2 * local if config.loss.ring else batch)
     feature_bytes = columns * (width + sum(teacher_widths)) * element
-    feature_bytes += local_rows * width * FLOAT32
-    if sides == 2:
+    if sides == 2 or not columns_learn:  # the scale's gradient needs one of a side in any case
+        feature_bytes += local_rows * width * FLOAT32
+    if columns_learn:
         feature_bytes += (2 * local if config.loss.ring else batch) * width * FLOAT32
     passes *= rows * columns_a_sample
     flops = round(passes * 2 * config.global_batch_size * width)

@@ -206,8 +206,7 @@ def _teachers_of(term: Term) -> str:
     ]
     if term.hard_weight:
         taught.append(f"{term.hard_weight:.0%} own pairs")
-    left_out = term.drop_teachers * (1 - 1 / len(term.teachers))  # one of them, drawn at random, always stays
-    dropped = f", each left out of {left_out:.0%} of the steps" if left_out else ""
+    dropped = f", each left out of {term.left_out_share:.0%} of the steps" if term.left_out_share else ""
     return ", ".join(taught) + dropped
 
 
