@@ -46,6 +46,7 @@ from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.compilation import compile_model, log_graph_breaks
+from threetowers.trainer.model.initial.vocabularies import other_vocabularies
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.phi_s import phi_s
 from threetowers.trainer.model.running_moments import (
@@ -289,7 +290,7 @@ class Trainer:
         """Return the model with its initial weights, the same on every rank."""
         torch.manual_seed(self.config.seed)
         model = self._new_model()
-        self._init_notes = model.load_initial_weights()
+        self._init_notes = [*model.load_initial_weights(), *other_vocabularies(self.config, self.tokenizer)]
         self._standardize(model)
         freeze(model, self.config.optim)
         if self.config.engine.activation_checkpointing:

@@ -1,6 +1,7 @@
 """Runs on other tokenizers than ours, and on captions that are padded to the longest of a batch."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tests.cache.tiny_transformers import word_tokenizer
 from tests.trainer.finished_runs import finished_run
-from tests.trainer.launches import TRAIN, losses, run_command, write_config
+from tests.trainer.launches import ENVIRONMENT, TRAIN, losses, run_command, write_config
 from tests.trainer.loading import load_batches, loader_of, open_run
 from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
@@ -20,6 +21,7 @@ from threetowers.trainer.data.worker_plan import WorkerPlan
 from threetowers.trainer.export.export import export
 from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.loss import total_loss
+from threetowers.trainer.model.initial.vocabularies import other_vocabularies
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.run_folder import RunFolder
 
@@ -155,6 +157,14 @@ def test_a_run_keeps_its_tokenizer_and_refuses_another(
         load_model(folder.path)
 
 
+def test_a_tower_of_a_run_on_another_tokenizer_is_noted(clip: dict[str, Any], named: dict[str, str]) -> None:
+    run = finished_run(clip)
+    clip["towers"]["text"]["init"] = f"run:{run}"
+    assert not list(other_vocabularies(parse(clip), load_named_tokenizer(named["sentencepiece"])))
+    (line,) = other_vocabularies(parse(clip), load_named_tokenizer(named["hf"]))
+    assert line.startswith(f"warning: towers.text.init: {run} was trained on another tokenizer than hf:")
+
+
 def test_what_open_clip_cannot_tokenize_is_not_exported(
     clip: dict[str, Any], named: dict[str, str], tmp_path: Path
 ) -> None:
@@ -174,7 +184,7 @@ def test_what_open_clip_cannot_tokenize_is_not_exported(
 
 
 @pytest.mark.distributed
-def test_training_on_clips_tokenizer(clip: dict[str, Any], named: dict[str, str], tmp_path: Path) -> None:
+def test_training_with_a_tokenizer_of_transformers(clip: dict[str, Any], named: dict[str, str], tmp_path: Path) -> None:
     """Padded or not the losses are the same; the folder is complete; a changed tokenizer ends the next launch."""
     clip["data"] |= {"tokenizer": named["hf"], "context_length": 24, "caption_padding": "longest"}
     file, out = write_config(clip, tmp_path, "run")
@@ -186,3 +196,11 @@ def test_training_on_clips_tokenizer(clip: dict[str, Any], named: dict[str, str]
     run_command([*TRAIN, file, "data.caption_padding=context_length", f"output_dir={tmp_path / 'full'}"])
     torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(losses(tmp_path / "full")), rtol=1e-5, atol=1e-5)
     assert load_model(out).encode_texts(["a red disc"]).shape == (1, 16)
+
+    tokenizer = tmp_path / "hf" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"disc"', '"disk"'))
+    again = subprocess.run([*TRAIN, file], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert again.returncode == 2
+    last = again.stderr.strip().splitlines()[-1]
+    assert f"{out}: found the tokenizer {named['hf']} (sha256 " in last
+    assert last.endswith("which this run began with; restore that tokenizer, or choose another `output_dir`")

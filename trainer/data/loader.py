@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -489,5 +490,6 @@ def _begin_worker(beginning: Callable[[int], None], worker: int) -> None:
     They end with the loader, or when their parent is gone.
     """
     beginning(worker)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a thread a core in every worker would be too many
     ignore_sigterm()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,28 @@
+"""Text towers that begin with the weights of a run: whether the ids of its tokens mean the same words."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
+from threetowers.cache.encoders.weights_file import split_part
+from threetowers.trainer.config import ConfigError, TextTower, TrainConfig
+from threetowers.trainer.model.initial.initial_weights import RUN
+from threetowers.trainer.run_folder import RunFolder
+
+
+def other_vocabularies(config: TrainConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Yield a warning for each text tower that begins with the weights of a run on another tokenizer than this run's.
+
+    Vocabularies of one size fit as tensors, though the rows of the token embedding are of other words.
+    """
+    for name, tower in config.towers.items():
+        if tokenizer is None or not isinstance(tower, TextTower) or not (tower.init or "").startswith(RUN):
+            continue
+        source = RunFolder(Path(split_part(str(tower.init).removeprefix(RUN))[0]))
+        try:
+            source.check_tokenizer(tokenizer)
+        except ConfigError:
+            yield (
+                f"warning: towers.{name}.init: {source.path} was trained on another tokenizer than {tokenizer.name}: "
+                "the ids of its token embedding mean other words"
+            )
