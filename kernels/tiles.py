@@ -2,7 +2,7 @@
 
 A tile is the block of logits between r rows of x and c columns of y. Every back end computes
 ``dot = x_rD @ y_cD.T`` with at least float32 accumulation and works on ``t = (scale * dot + bias) * log2(e)``: logits
-in base 2. Two kinds of entries are *excluded* from a tile, as if they were not there: the samples' own pairs (the
+in base 2. Three kinds of entries are *excluded* from a tile, as if they were not there: the samples' own pairs (the
 positives, which are treated apart in O(B)), found at ``(i, i + tile.diagonal)``; where labels are given, all entries
 of equal labels; and where limits are given, all whose dot is above the limit of their row or of their column. Where
 columns have owners, the diagonal misses the tile, and labels exclude the own pairs.

@@ -140,19 +140,23 @@ class ImportConfig:
             self._refuse_flags_of_datacompdr()
         elif self.key_column is not None:
             raise ValueError("--key-column: samples of --datacompdr are found by --match, leave it out")
+        elif self.of == "text" and (given := self._given_view_flags()):
+            raise ValueError(f"{', '.join(given)} --of text: only crops of images are views, leave them out")
         self.column_range()
         self.build_config(1)
 
     def _refuse_flags_of_datacompdr(self) -> None:
         if self.of == "text" and self.match == "name":
             raise ValueError("--match name --of text: captions are found by their words, leave --match out")
-        of_datacompdr = {
-            "--columns": self.columns is not None,
-            "--view-size": self.view_size != "image",
-            "--match uid": self.match == "uid",
-        }
-        if given := [flag for flag, is_given in of_datacompdr.items() if is_given]:
+        of_datacompdr = {"--columns": self.columns is not None, "--match uid": self.match == "uid"}
+        given = [flag for flag, is_given in of_datacompdr.items() if is_given]
+        if given := [*given, *self._given_view_flags()]:
             raise ValueError(f"{', '.join(given)}: expected --datacompdr TARS, whose flags these are")
+
+    def _given_view_flags(self) -> list[str]:
+        """Return the flags of crops that are not at their defaults."""
+        names = ("view_size", "view_scale", "view_augment")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(ImportConfig, name)]
 
     def column_range(self) -> tuple[int, int] | None:
         """Return the first of --columns, and the one behind the last. Raises ValueError for what is no such range."""

@@ -522,8 +522,13 @@ def test_flags_that_do_not_go_together(tmp_path: Path) -> None:
     options: dict[str, Any] = {"tars": ["a.tar"], "output_dir": tmp_path, "encoder": TEACHERS[0]}
     with pytest.raises(ValueError, match=r"expected --clip-retrieval FOLDER, .* found --rows, --keys, --datacompdr"):
         ImportConfig(**options, datacompdr=["b.tar"], rows=[Path("a")], keys=[Path("b")])
-    with pytest.raises(ValueError, match="--columns, --view-size, --match uid: expected --datacompdr"):
+    with pytest.raises(ValueError, match="--columns, --match uid, --view-size: expected --datacompdr"):
         ImportConfig(**options, clip_retrieval=tmp_path, columns="0:3", view_size="original", match="uid")
+    views = {"view_scale": 0.5, "view_augment": "none"}
+    with pytest.raises(ValueError, match=r"^--view-scale, --view-augment: expected --datacompdr"):
+        ImportConfig(**options, clip_retrieval=tmp_path, **views)
+    with pytest.raises(ValueError, match=r"^--view-scale, --view-augment --of text: only crops of images are views"):
+        ImportConfig(**options, datacompdr=["b.tar"], of="text", **views)
     for columns in ("3", "3:3", "a:b", ":4", "-1:4"):
         with pytest.raises(ValueError, match="expected START:END with START before END"):
             ImportConfig(**options, datacompdr=["b.tar"], columns=columns)
