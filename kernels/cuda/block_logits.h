@@ -81,6 +81,7 @@ DEVICE void exclude_equal_labels(BlockLogits& logits, const Tile& tile) {
   });
 }
 
+#ifdef DOT_LIMITS  // compiled apart: the wide blocks have no register left for it
 DEVICE void exclude_above_limits(BlockLogits& dots, const Tile& tile) {
   BlockLogits::each_column([&](int a, int side) {
     const float limit = tile.column_limit(first_column() + dots.column(a, side));
@@ -90,10 +91,13 @@ DEVICE void exclude_above_limits(BlockLogits& dots, const Tile& tile) {
     });
   });
 }
+#endif
 
 // Dots to logits in base 2, -infinity where the pair is excluded or outside the tile.
 DEVICE void to_logits(BlockLogits& dots, const Tile& tile) {
-  if (tile.row_limits.given()) exclude_above_limits(dots, tile);
+#ifdef DOT_LIMITS
+  exclude_above_limits(dots, tile);
+#endif
   const LogitMap logit = tile.logit_map();
   dots.each([&](float& value, int i, int j) { value = tile.holds(i, j) ? logit(value) : -infinity(); });
   if (tile.row_labels.given()) exclude_equal_labels(dots, tile);

@@ -97,12 +97,21 @@ def tiles_from_environment() -> str | None:
 
 @functools.lru_cache(KEPT_LAUNCHES)
 def block_launch(
-    kernel: str, element: torch.dtype, rows: int, columns: int, shape: BlockShape, limits: Limits
+    kernel: str,
+    element: torch.dtype,
+    rows: int,
+    columns: int,
+    shape: BlockShape,
+    limits: Limits,
+    dot_limits: bool = False,
 ) -> Launch:
-    """Return the launch of a tensor-core kernel over a tile: one block a piece."""
+    """Return the launch of a tensor-core kernel over a tile: one block a piece.
+
+    dot_limits: whether the tile has limits on dots, for which the kernel is compiled apart.
+    """
     if limits.capability < (8, 0):
         raise UnsupportedError(f"{kernel} needs compute capability 8.0 or later; got {limits.capability}")
     if element not in ELEMENT_DEFINES:
         raise UnsupportedError(f"{kernel} multiplies bfloat16 or float16 features; got {element}")
-    defines = (*ELEMENT_DEFINES[element], *shape.defines)
+    defines = (*ELEMENT_DEFINES[element], *shape.defines, *(["DOT_LIMITS"] if dot_limits else []))
     return checked(Launch(kernel, defines, (shape.across(columns), shape.down(rows)), shape.shared_bytes), limits)

@@ -185,7 +185,8 @@ class TensorCoreTiles(DistillingTiles):
 
     def _run(self, kernel: str, dots: Dots, sizes: tuple[int, int], tile: Tile, *arguments: Argument) -> None:
         shape, operands = dots
-        launch = block_launch(kernel, self._element, *sizes, shape, self._launcher.limits)
+        dot_limits = tile.row_limits_r is not None
+        launch = block_launch(kernel, self._element, *sizes, shape, self._launcher.limits, dot_limits)
         self._launcher.run(launch, (operands, tile_struct(tile, *sizes), *arguments))
 
     def _parts(self, sizes: tuple[int, int], numbers: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,19 @@ def test_compiles_without_warnings_or_spills(program: KernelProgram) -> None:
     ]
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", BLOCK_KERNELS)
+def test_limits_on_dots_spill_next_to_nothing(kernel: str, arch: str) -> None:
+    """Two registers in the widest blocks, once a block; none in the others."""
+    for shape, most in (("COLUMNS=128", 0), ("COLUMNS=256", 8)):
+        log = compiled(KernelProgram(kernel, arch, (shape, "STAGES=4", "DOT_LIMITS"))).log
+        assert "warning" not in log.lower(), log
+        ((_, stored, _),) = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+        )
+        assert int(stored) <= most, (shape, stored)
+
+
 @pytest.mark.parametrize("program", [*block_programs()])
 def test_uses_tensor_cores_and_asynchronous_copies(program: KernelProgram, tmp_path: Path) -> None:
     listing = disassembled(compiled(program), tmp_path)

@@ -156,7 +156,7 @@ BUGS = {
         )
     ),
     "limits ignored": Bug(
-        Mutation("block_logits.h", "  if (tile.row_limits.given()) exclude_above_limits(dots, tile);\n", ""),
+        Mutation("block_logits.h", "  exclude_above_limits(dots, tile);\n", ""),
         case=LIMITED,
     ),
     "limits of columns past the end are read": Bug(
