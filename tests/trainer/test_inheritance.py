@@ -14,6 +14,7 @@ from tests.trainer.finished_runs import finished_run
 from tests.trainer.small_models import SPECIALIZED, VIT, inputs_of, model_of
 from tests.trainer.test_config import changed
 from threetowers.trainer.config import ConfigError, parse
+from threetowers.trainer.export.export import export
 from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.model.initial.inheritance import inherited_weights
 from threetowers.trainer.model.initial.initial_weights import load_initial
@@ -200,6 +201,17 @@ def test_towers_of_a_run(clip: dict[str, Any], tmp_path: Path) -> None:
     own: Any = model.towers
     assert own["text"].blocks[1].mlp.fc1.weight.equal(source["text"].blocks[2].mlp.fc1.weight[:64, :16])
     assert own["image"].model.blocks[1].norm1.weight.equal(source["image"].model.blocks[2].norm1.weight[:32])
+
+
+def test_an_export_needs_no_larger_tower(clip: dict[str, Any], tmp_path: Path) -> None:
+    """What a run inherited lies in its weights: an export is loaded, and compared, without the larger run."""
+    from_run = {"init": f"run:{tmp_path / 'gone'}", "inherit": "even"}
+    for tower in ("image", "text"):
+        clip["towers"][tower] |= from_run
+    exported = load_model(export(finished_run(clip), tmp_path / "exported").folder)
+    for tower in ("image", "text"):
+        found: Any = exported.config.towers[tower]
+        assert (found.init, found.inherit) == (None, None)
 
 
 def test_a_tower_inherits_from_a_model_of_timm(tmp_path: Path) -> None:

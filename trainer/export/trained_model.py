@@ -167,7 +167,7 @@ def _deployed_config(config: TrainConfig) -> TrainConfig:
         if name not in roots:
             continue
         if isinstance(tower, ImageTower | TextTower):
-            tower = replace(tower, init=None, frozen=False)  # the weights are in the folder
+            tower = replace(tower, init=None, inherit=None, frozen=False)  # the weights are in the folder
         if isinstance(tower, TextTower) and tower.share is not None and tower.share.tower not in roots:
             tower = replace(tower, share=None)
         towers[name] = tower
