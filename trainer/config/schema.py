@@ -469,7 +469,7 @@ class Deploy:
 
 @dataclass(frozen=True, config=SECTION)
 class Loss:
-    """The contrastive loss, over the global batch."""
+    """The loss of contrastive and distill terms, over the global batch."""
 
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: InfoNCE, as in CLIP. sigmoid: as in SigLIP."""
@@ -623,7 +623,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights, the order of samples and the augmentation."""
     loss: Loss = field(default_factory=Loss)
-    """The contrastive loss."""
+    """The loss of contrastive and distill terms."""
     optim: Optim = field(default_factory=Optim)
     """The optimizer and its learning-rate schedule."""
     engine: Engine = field(default_factory=Engine)
