@@ -79,7 +79,7 @@ def train(
 def export(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     output_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT_DIR")],
-    format: Literal["threetowers", "open_clip", "timm"] = "threetowers",
+    format: Literal["threetowers", "open_clip", "timm", "onnx"] = "threetowers",
     records: tuple[Path, ...] = (),
 ) -> None:
     """Write the deployed model of a finished run, and check it by loading it again.
@@ -88,7 +88,7 @@ def export(
         run: Folder of a finished run.
         output_dir: Folder to write.
         format: threetowers: read like a run. open_clip: read as `local-dir:OUTPUT_DIR`. timm: the image tower, read as
-            `local-dir:OUTPUT_DIR`.
+            `local-dir:OUTPUT_DIR`. onnx: a graph of each side, for ONNX Runtime.
         records: Results of evaluations (JSON) that the model card shows.
     """
     from threetowers.eval.record import read_record

@@ -1,4 +1,4 @@
-"""Export of a run's deployed model: in our own format, open_clip's or timm's, verified by loading it again."""
+"""Export of a run's deployed model: in our own format, open_clip's, timm's or ONNX, verified by loading it again."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,14 +16,15 @@ from threetowers.cache.storage.atomic import partial_path
 from threetowers.trainer.config import dump
 from threetowers.trainer.estimate.summary import num_parameters
 from threetowers.trainer.export.model_card import ExportFormat, model_card
+from threetowers.trainer.export.onnx_format import load_onnx, write_onnx
 from threetowers.trainer.export.open_clip_format import load_open_clip, write_open_clip
 from threetowers.trainer.export.timm_format import load_timm, write_timm
 from threetowers.trainer.export.trained_model import TrainedModel, deployed_model, load_model
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
 from threetowers.trainer.run_folder import RunFolder
 
-# Largest difference of two unit-norm embeddings, per element; open_clip computes attention with other kernels.
-TOLERANCE = {"threetowers": 0.0, "open_clip": 1e-5, "timm": 0.0}
+# Largest difference of two unit-norm embeddings, per element; other packages compute attention with other kernels.
+TOLERANCE = {"threetowers": 0.0, "open_clip": 1e-5, "timm": 0.0, "onnx": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def export(
         run: Folder of the run.
         out: Folder to write.
         form: `threetowers`: for `load_model`. `open_clip`: for open_clip's `local-dir:FOLDER`. `timm`: the image tower
-            without its head, for timm's `local-dir:FOLDER`.
+            without its head, for timm's `local-dir:FOLDER`. `onnx`: a graph of each side, for ONNX Runtime.
         results: Metrics by evaluation, for the model card.
 
     Raises:
@@ -67,9 +68,10 @@ def export(
     try:
         difference = WRITERS[form](deployed, source, partial)
         if not difference <= TOLERANCE[form]:
+            remedy = ". Set norm_eps of the text tower: without it the tower has two, open_clip one"
             raise ValueError(
                 f"{form}: loaded again, the model gives embeddings that differ by {difference:.1e}, more than "
-                f"{TOLERANCE[form]:.0e}. Set norm_eps of the text tower: without it the tower has two, open_clip one"
+                f"{TOLERANCE[form]:.0e}{remedy if form == 'open_clip' else ''}"
             )
         (partial / "README.md").write_text(model_card(deployed, source, form, results or {}))
         if out.exists():
@@ -123,10 +125,25 @@ def _write_timm(deployed: TrainedModel, run: RunFolder, folder: Path) -> float:
         return _max_difference(features_bw, load_timm(folder, deployed)(images))
 
 
+def _write_onnx(deployed: TrainedModel, run: RunFolder, folder: Path) -> float:
+    """Write graphs for ONNX Runtime and return the largest difference of embeddings, in batches of other sizes too."""
+    images, tokens_bL = probe_inputs(deployed)
+    write_onnx(deployed, {"image": images[:2], "text": tokens_bL[:2]}, folder)
+    encode_image, encode_text = load_onnx(folder)
+    return max(
+        max(
+            _max_difference(deployed.encode_images(images[:size]), encode_image(images[:size])),
+            _max_difference(deployed.encode_tokens(tokens_bL[:size]), encode_text(tokens_bL[:size])),
+        )
+        for size in (1, len(images))
+    )
+
+
 WRITERS: dict[ExportFormat, Callable[[TrainedModel, RunFolder, Path], float]] = {
     "threetowers": _write_threetowers,
     "open_clip": _write_open_clip,
     "timm": _write_timm,
+    "onnx": _write_onnx,
 }
 
 

@@ -12,7 +12,7 @@ from threetowers.trainer.config import CacheTower, ImageTower, Term, dump, load_
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.run_folder import RunFolder
 
-ExportFormat = Literal["threetowers", "open_clip", "timm"]
+ExportFormat = Literal["threetowers", "open_clip", "timm", "onnx"]
 LOADING: dict[ExportFormat, str] = {
     "threetowers": """from threetowers.trainer.export.trained_model import load_model
 
@@ -29,6 +29,11 @@ texts = model.encode_text(tokenizer(["a caption", "another one"]), normalize=Tru
     "timm": """import timm
 
 image_tower = timm.create_model("local-dir:this folder", pretrained=True)""",
+    "onnx": """import onnxruntime
+
+# What the graphs take is in onnx_config.json; embeddings are of unit norm.
+image_side = onnxruntime.InferenceSession("this folder/image.onnx")
+text_side = onnxruntime.InferenceSession("this folder/text.onnx")""",
 }
 # How a model with a cached tower sees what is in no cache.
 COMPOSED = """The {sides} side takes rows of {encoders}, whose weights are not in this folder. Where they are at

@@ -29,7 +29,6 @@ from threetowers.cache.format.manifest import Preprocessing, Side, TextProcessin
 from threetowers.trainer.config import CacheTower, TextTower
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
-from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.run_folder import RunFolder
 
 KIND = "run"
@@ -213,7 +212,7 @@ def load_run_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncode
         digest,
         _image_side(trained, below.get("image"), name, options),
         _text_side(trained, below.get("text"), full_name, options),
-        _logit_scale(trained),
+        trained.logit_scale,
         tuple(packages),
     )
 
@@ -297,14 +296,3 @@ def _encoders_below(trained: TrainedModel, name: EncoderName, device: str) -> di
                 "config"
             ) from error
     return found
-
-
-def _logit_scale(trained: TrainedModel) -> float | None:
-    """Return the inverse temperature of the deployed heads; None if no term with a scale trained them together."""
-    config = trained.config
-    deployed = {config.deploy.image, config.deploy.text}
-    for term in config.terms.values():
-        if {term.x, term.y} == deployed and term.has_scale:
-            log_scale = trained.model.log_scales[term.scale].detach().float()
-            return float(clamp_log_scale(log_scale, config.loss.scale_max).exp())
-    return None

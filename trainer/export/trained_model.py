@@ -12,7 +12,7 @@ from torch import Tensor
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.cache.format.manifest import Manifest
 from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TextTower, TrainConfig, load_config
-from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.model.model import TowerModel, clamp_log_scale
 from threetowers.trainer.model.state_dict import load_deduplicated
 from threetowers.trainer.run_folder import RunFolder
 
@@ -89,6 +89,17 @@ class TrainedModel:
     def device(self) -> torch.device:
         """The device on which the model computes."""
         return next(self.model.parameters()).device
+
+    @property
+    def logit_scale(self) -> float | None:
+        """The inverse temperature of the deployed heads; None if no term with a scale trained them together."""
+        config = self.config
+        deployed = {config.deploy.image, config.deploy.text}
+        for term in config.terms.values():
+            if {term.x, term.y} == deployed and term.has_scale:
+                log_scale = self.model.log_scales[term.scale].detach().float()
+                return float(clamp_log_scale(log_scale, config.loss.scale_max).exp())
+        return None
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> Tensor:

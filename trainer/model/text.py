@@ -93,7 +93,7 @@ class TextTransformer(nn.Module):
             return (x_bLw * weight_bL1).sum(1) / weight_bL1.sum(1)
         if self.pool == "last":
             return x_bLw[:, -1]
-        return x_bLw[torch.arange(len(x_bLw), device=x_bLw.device), self._end(tokens_bL)]
+        return x_bLw[torch.arange(x_bLw.shape[0], device=x_bLw.device), self._end(tokens_bL)]
 
     def _end(self, tokens_bL: Tensor) -> Tensor:
         """Return the position (b,) of the end token of each caption, the first one."""
