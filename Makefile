@@ -14,12 +14,13 @@ RANKS ?= $(if $(filter 0,$(GPUS)),2,$(shell ranks=256; while [ $$ranks -gt $(GPU
 LAUNCH := $(BIN)/deepspeed --quiet $(if $(filter-out $(GPUS),$(RANKS)),--num_accelerators $(RANKS)) --module threetowers
 DEMO := runs/emoji
 
-.PHONY: help demo demo-clean reproduce reproduce-quick test test-isa test-slow fuzz lint types docs bench \
+.PHONY: help demo demo-clean reproduce reproduce-quick reproduce-distillation \
+    reproduce-distillation-quick test test-isa test-slow fuzz lint types docs bench \
     gpu gpu-rehearse gpu-wheels
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 30
 
 .venv/installed: pyproject.toml constraints.txt setup.py kernels/cpu/sweep.cpp $(wildcard kernels/cpu/*.h)
 	$(PYTHON) -m venv .venv
@@ -63,6 +64,12 @@ reproduce: .venv/reproduce  ## do the papers' claims hold? 2.5 hours on two core
 
 reproduce-quick: ARGS = --quick
 reproduce-quick: reproduce  ## the same, shortened to 12 minutes
+
+reproduce-distillation: .venv/reproduce  ## what do a teacher's similarities add to Three Towers? resumable
+	$(BIN)/python -m reproduce --plan distillation $(ARGS)
+
+reproduce-distillation-quick: ARGS = --quick
+reproduce-distillation-quick: reproduce-distillation  ## the same, shortened to some minutes
 
 test: .venv/installed  ## the tests, the distributed ones with real processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m 'not slow'

@@ -1,9 +1,10 @@
-"""A test of the papers' claims at the scale of a laptop: run with `make reproduce`, results in docs/RESULTS.md.
+"""Tests of claims at the scale of a laptop: the papers' (`make reproduce`), and ours on distillation.
 
 plan            the experiments, from configs/reproduce
 folder          paths inside the folder of a reproduction
 materials       tars by style, tokenizer, configs of the evaluation sets
 teachers        teachers and their caches; from packages, squeezenet, saliency_vit, pretraining
+run_teachers    finished runs that teach others: caches of their images and captions
 pool            tasks side by side, one core each
 experiment      one run: trained, evaluated, recorded
 budget          estimate of the time of a plan, from short measured runs

@@ -17,6 +17,7 @@ from reproduce.packages import NotAvailable
 from reproduce.plan import Experiment, Plan, load_plan
 from reproduce.pool import Task, run_tasks
 from reproduce.report.page import write_report
+from reproduce.run_teachers import cache_run, is_run_cached, learned_temperatures
 from reproduce.scores import choose_rates
 from reproduce.teachers import cache_teacher, cache_view, fetch, is_built
 
@@ -24,39 +25,40 @@ logger = logging.getLogger(__name__)
 
 
 def reproduce(
+    plan: str = "experiments",
     quick: bool = False,
     out: Path | None = None,
     configs: Path = Path("configs/reproduce"),
     workers: int = 2,
     only: Literal["all", "budget", "report"] = "all",
 ) -> None:
-    """Train and evaluate the experiments of configs/reproduce/experiments.yaml, and test the papers' claims.
+    """Train and evaluate the experiments of a plan, and test its claims.
 
     Each step whose result is in the folder is skipped: run it again after an interruption, or when the plan has grown.
 
     Args:
+        plan: Name of the plan, a file of `configs`: experiments, or distillation.
         quick: Run a short version, by the plan's `quick`; its report is written into its folder.
-        out: Folder of all files; by default runs/reproduce, or runs/reproduce-quick.
-        configs: Folder of the plan, the claims, the base configs and the configs of the evaluation sets.
+        out: Folder of all files; by default the plan's, as runs/reproduce or runs/reproduce-quick.
+        configs: Folder of the plans, the claims, the base configs and the configs of the evaluation sets.
         workers: Number of runs side by side, one core each; with 0 they run one after the other in this process.
         only: all; budget to print the estimate and stop; report to write the report of the finished experiments.
     """
-    plan = load_plan(configs / "experiments.yaml")
-    claims = load_claims(configs / "claims.yaml")
+    planned = load_plan(configs / f"{plan}.yaml")
+    claims = load_claims(configs / planned.claims)
     if quick:
-        plan = plan.made_quick()
-    folder = Folder(out or Path("runs/reproduce-quick" if quick else "runs/reproduce"))
+        planned = planned.made_quick()
+    folder = Folder(out or Path(planned.folder))
     report = folder.path if quick or out is not None else Path("docs")
-    command = "make reproduce-quick" if quick else "make reproduce"
     if only != "report":
-        plan, missing = carry_out(plan, folder, configs, workers, estimate_only=only == "budget")
+        planned, missing = carry_out(planned, folder, configs, workers, estimate_only=only == "budget")
         if only == "budget":
             return
     else:
         missing = read_json(folder["missing.json"])
-        plan = plan.without(list(missing))
-    write_report(plan, claims, folder, report, command, missing)
-    print(f"report: {report / 'RESULTS.md'}, {report / 'results.html'}")
+        planned = planned.without(list(missing))
+    files = write_report(planned, claims, folder, report, missing)
+    print(f"report: {', '.join(map(str, files))}")
 
 
 def carry_out(
@@ -91,17 +93,24 @@ def carry_out(
     new = [name for name in plan.views if not is_built(folder[f"caches/{name}"])]
     run_tasks([Task(name, cache_view, (name, plan, folder)) for name in new], workers, "view")
 
-    # Runs, with the learning rates that the trials choose.
-    def run_all(experiments: Sequence[Experiment], rates: dict[str, float], what: str) -> None:
+    # Runs, with the learning rates that the trials choose; those that finished runs teach come after these.
+    def run_all(experiments: Sequence[Experiment], taught: bool, rates: Mapping[str, float], what: str) -> None:
+        temperatures = learned_temperatures(plan, folder)
         tasks = []
         for experiment in experiments:
-            changes = all_changes(plan, experiment, rates)
+            if plan.is_taught(experiment) != taught:
+                continue
+            changes = all_changes(plan, experiment, rates, temperatures)
             if not is_finished(folder, experiment, changes):
                 tasks.append(Task(experiment.name, run_experiment, (plan, folder, configs, experiment, changes)))
         run_tasks(tasks, workers, what)
 
-    run_all(plan.trials(), {}, "trial")
-    run_all(plan.experiments(), choose_rates(plan, folder), "run")
+    for taught in (False, True):
+        if taught:
+            new = [name for name in plan.teacher_runs if not is_run_cached(name, folder)]
+            run_tasks([Task(name, cache_run, (name, plan, folder)) for name in new], workers, "cache of a run")
+        run_all(plan.trials(), taught, {}, "trial")
+        run_all(plan.experiments(), taught, choose_rates(plan, folder), "run")
     return plan, missing
 
 

@@ -11,10 +11,12 @@ from reproduce.folder import Folder, read_json, write_json
 from reproduce.plan import Experiment, Plan
 from reproduce.pool import Task, run_tasks
 from reproduce.pretraining import pretrain
+from reproduce.run_teachers import SIDES, embed_run
 from reproduce.teachers import cache_seconds, cache_teacher, encoder_name, tars_of
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig, EmbeddingConfig
 from threetowers.cache.estimate.estimate import estimate
+from threetowers.trainer.monitoring.train_summary import TrainSummary
 from threetowers.trainer.train import train
 
 STEPS = 12
@@ -61,34 +63,51 @@ def measure_work(plan: Plan, folder: Folder, configs: Path, workers: int) -> Non
     """
     pretrained = []
     others = []
+    teaching = [Task(name, measure_teacher_run, (name, plan, folder, configs)) for name in plan.teacher_runs]
+    taught: list[Task] = []
     for name, teacher in plan.teachers.items():
         if teacher.pretrain:
             pretrained.append(Task(name, measure_pretrained_teacher, (name, plan, folder)))
         else:
             others.append(Task(name, measure_packaged_teacher, (name, plan, folder)))
-    for kind in _kinds(plan):
-        others.append(Task(kind, measure_run, (kind, plan, folder, configs)))
-    for tasks in (pretrained, others):  # in this order: the measured runs read the caches of pretrained teachers
+    for kind, experiment in _kinds(plan).items():
+        runs = taught if plan.is_taught(experiment) else others
+        runs.append(Task(kind, measure_run, (kind, plan, folder, configs)))
+    # Without a pretrained teacher, whose measured cache stands in, or where methods name its cache, it is built now.
+    named = " ".join(change for method in plan.methods.values() for change in method.set)
+    if any(not _path(folder, task.name).exists() for task in (*others, *teaching, *taught)):
+        read = [name for name in plan.teachers if not pretrained or f"$caches/{name}" in named]
+        new = [name for name in read if not folder[f"fits/{name}.json"].exists()]
+        run_tasks([Task(name, cache_teacher, (name, plan, folder)) for name in new], workers, "teacher")
+    for tasks in (pretrained, others, teaching, taught):  # in this order: each reads caches of those before it
         run_tasks([task for task in tasks if not _path(folder, task.name).exists()], workers, "measurement")
 
 
 def kind_of(plan: Plan, experiment: Experiment) -> str:
-    """Return the kind of run that is timed for an experiment: METHOD, or METHOD-VARIANT for one with its own teacher.
+    """Return the kind of run that is timed for an experiment.
 
-    Other ablations are taken to be as fast as their method.
+    It is METHOD, or METHOD-VARIANT for one with its own teacher or that teaches. Other ablations are taken to be as
+    fast as their method.
     """
-    if experiment.variant is not None and plan.ablations.variants[experiment.variant].teacher:
-        return f"{experiment.method}-{experiment.variant}"
-    return experiment.method
+    if experiment.variant is None:
+        return experiment.method
+    own_teacher = plan.ablations.variants[experiment.variant].teacher is not None
+    teaches = experiment.variant in {run.variant for run in plan.teacher_runs.values()}
+    return f"{experiment.method}-{experiment.variant}" if own_teacher or teaches else experiment.method
 
 
-def _kinds(plan: Plan) -> list[str]:
-    return list(dict.fromkeys(kind_of(plan, experiment) for experiment in plan.experiments()))
+def _kinds(plan: Plan) -> dict[str, Experiment]:
+    """Return the kinds of run, each with the first of its experiments."""
+    kinds: dict[str, Experiment] = {}
+    for experiment in plan.experiments():
+        kinds.setdefault(kind_of(plan, experiment), experiment)
+    return kinds
 
 
 def estimate_budget(plan: Plan, folder: Folder, configs: Path) -> list[BudgetLine]:
     """Return the work of a plan with the measured seconds of its folder."""
-    teachers = {name: TeacherSeconds(**read_json(_path(folder, name))) for name in plan.teachers}
+    names = (*plan.teachers, *plan.teacher_runs)
+    teachers = {name: TeacherSeconds(**read_json(_path(folder, name))) for name in names}
     runs = {kind: RunSeconds(**read_json(_path(folder, kind))) for kind in _kinds(plan)}
     return list(budget_lines(plan, folder, configs, teachers, runs))
 
@@ -103,6 +122,8 @@ def budget_lines(
         yield BudgetLine(f"cache of {name}", 1, teachers[name].cache)
     for name, view in plan.views.items():
         yield BudgetLine(f"cache of {name}", 1, teachers[view.teacher].cache)
+    for name in plan.teacher_runs:
+        yield BudgetLine(f"caches of {name}", 1, teachers[name].cache)
     for what, experiments in (("trials", plan.trials()), ("runs", plan.experiments())):
         epochs: dict[str, list[float]] = {}
         for experiment in experiments:
@@ -151,23 +172,39 @@ def measure_packaged_teacher(name: str, plan: Plan, folder: Folder) -> None:
 
 def measure_run(kind: str, plan: Plan, folder: Folder, configs: Path) -> None:
     """Time a few steps of a kind of run, and its evaluation, by the cache of a measured teacher if there is one."""
-    experiment = next(experiment for experiment in plan.experiments() if kind_of(plan, experiment) == kind)
+    experiment = _kinds(plan)[kind]
     pretrained = [name for name, source in plan.teachers.items() if source.pretrain]
     teacher = experiment.teacher
-    if teacher is not None and pretrained:
+    if plan.is_taught(experiment):
+        teacher = f"{MEASURED}{teacher}"
+    elif teacher is not None and pretrained:
         teacher = MEASURED + (teacher if teacher in pretrained else pretrained[0])
-    elif teacher is not None:
-        cache_teacher(teacher, plan, folder)
-    experiment = replace(experiment, teacher=teacher, seed=SEED)
-    changes = [*plan.changes(experiment), f"duration={{steps: {STEPS}}}"]
-    config = train_config(plan, folder, configs, experiment, changes)
-    run = Path(config.output_dir)
-    summary = train(config)
+    summary, run, experiment = _short_run(plan, folder, configs, replace(experiment, teacher=teacher))
     started = time.perf_counter()
     evaluate_experiment(plan, folder, experiment, run, run)
     evaluation = time.perf_counter() - started
     shutil.rmtree(run)
     write_json(_path(folder, kind), asdict(RunSeconds(summary.samples / summary.images_per_s, evaluation)))
+
+
+def measure_teacher_run(name: str, plan: Plan, folder: Folder, configs: Path) -> None:
+    """Train a run that teaches for a few steps, and time its caches, which the measured runs that it teaches read."""
+    _, run, experiment = _short_run(plan, folder, configs, plan.teaching_experiment(name))
+    measured = MEASURED + name
+    embed_run(measured, run, experiment.teacher, folder)
+    shutil.rmtree(run)
+    seconds = sum(cache_seconds(folder[f"caches/{measured}-{side}"]) for side in SIDES)
+    write_json(_path(folder, name), asdict(TeacherSeconds(seconds)))
+
+
+def _short_run(
+    plan: Plan, folder: Folder, configs: Path, experiment: Experiment
+) -> tuple[TrainSummary, Path, Experiment]:
+    """Train an experiment for a few steps; return its costs, its folder, and itself with a seed of its own."""
+    experiment = replace(experiment, seed=SEED)
+    changes = [*plan.changes(experiment), f"duration={{steps: {STEPS}}}"]
+    config = train_config(plan, folder, configs, experiment, changes)
+    return train(config), Path(config.output_dir), experiment
 
 
 def _path(folder: Folder, name: str) -> Path:

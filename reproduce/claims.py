@@ -66,13 +66,32 @@ class ByFit:
 
 @pydantic_dataclass(frozen=True, config=STRICT)
 class Claims:
-    """The content of claims.yaml; `margin` is the loss, in percent of the second score, that is still "not worse"."""
+    """What is asked of the results, and the words of their report.
 
+    Attributes:
+        page: Name of the report's files.
+        title: Its title.
+        setting_title: Title of its first section.
+        setting: Paragraphs of that section, in which $samples, $seeds, $ablation_seeds, $epochs, $contrastive and
+            $teacher stand for numbers of the plan and names of its styles.
+        margin: The loss, in percent of the second score, that is still "not worse".
+        metrics: By the names that claims know them by.
+        claims: Statements with a verdict.
+        trends: Differences under several conditions.
+        by_fit: Differences against the fit of the teacher.
+        plotted: Methods that are plotted beside the baseline, against the fit and against seconds.
+    """
+
+    page: str
+    title: str
+    setting_title: str
+    setting: list[str]
     margin: Positive
     metrics: dict[str, Metric]
     claims: list[Claim]
     trends: list[Trend] = field(default_factory=list)
     by_fit: list[ByFit] = field(default_factory=list)
+    plotted: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 import functools
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reproduce.folder import Folder, read_json, write_json
-from reproduce.plan import BadPlan, Experiment, Plan
+from reproduce.plan import TERM_TEACHER, THIRD_TOWER, BadPlan, Experiment, Plan
 from threetowers.eval.datasets.image_set import ImageReader
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions
 from threetowers.eval.encoders.ensemble import EnsembleOptions
@@ -25,12 +25,24 @@ VALIDATION, RETRIEVAL, SUBGROUPS, GROUPS = "validation", "retrieval", "subgroups
 VALIDATION_METRICS = ("image_to_text/mean_reciprocal_rank", "text_to_image/mean_reciprocal_rank")
 
 
-def all_changes(plan: Plan, experiment: Experiment, rates: dict[str, float]) -> list[str]:
-    """Return the changes of an experiment to its base config, its learning rate included; `rates` are by method."""
+def all_changes(
+    plan: Plan, experiment: Experiment, rates: Mapping[str, float], temperatures: Mapping[str, float]
+) -> list[str]:
+    """Return the changes of an experiment to its base config, with what was found out by other experiments.
+
+    Args:
+        plan: The plan.
+        experiment: One of its experiments.
+        rates: Chosen learning rates by method.
+        temperatures: Learned temperatures of the runs that teach, by their names.
+    """
     rate = experiment.rate if experiment.rate is not None else rates.get(experiment.method)
     changes = plan.changes(experiment)
     if rate is not None:
         changes.append(f"optim.lr={rate:g}")
+    temperature = temperatures.get(experiment.teacher or "") if plan.is_taught(experiment) else None
+    if temperature is not None:
+        changes.append(f"{TERM_TEACHER}.temperature={temperature:.4g}")
     return changes
 
 
@@ -112,13 +124,14 @@ def evaluate_experiment(
 
     with tempfile.TemporaryDirectory() as embeddings:
         # Caches of crops have the training images only, a teacher's own cache all images.
-        caches = {plan.mixing.tower: folder["caches"] / experiment.teacher} if experiment.teacher else {}
+        has_third = experiment.teacher is not None and not plan.is_taught(experiment)
+        caches = {THIRD_TOWER: folder[f"caches/{experiment.teacher}"]} if has_third else {}
         options = LoadOptions(caches, workers=0, embeddings=Path(embeddings))
         files = {"0": evaluate(load_encoder(run, options), sets)}
         in_grid = experiment.variant is None and experiment.rate is None
-        if in_grid and experiment.method == plan.mixing.method:
+        if in_grid and plan.mixing is not None and experiment.method == plan.mixing.method:
             for share in plan.mixing.shares:
-                encoder = load_encoder(run, options, EnsembleOptions(plan.mixing.tower, share, "logit"))
+                encoder = load_encoder(run, options, EnsembleOptions(THIRD_TOWER, share, "logit"))
                 files[f"{share:g}"] = evaluate(encoder, [VALIDATION, RETRIEVAL])
     return files
 

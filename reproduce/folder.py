@@ -3,8 +3,8 @@
 data/        train.tar (contrastive), teacher.tar, splits.json, tokenizer.model
 sets/        configs of the evaluation sets
 packages/    downloaded packages
-teachers/    models that timm saved, or files of weights
-caches/      a cache a teacher or view
+teachers/    models that timm saved, or files of weights; a file a run that teaches, with the temperature it learned
+caches/      a cache a teacher or view; NAME-image and NAME-text of a run that teaches
 fits/        how well each teacher fits the data
 budget/      measured seconds of each kind of work
 runs/        run folders of the trainer

@@ -1,4 +1,4 @@
-"""The plan of a reproduction, configs/reproduce/experiments.yaml: checked, and expanded into single experiments."""
+"""The plan of a reproduction, a file of configs/reproduce: checked, and expanded into single experiments."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,8 @@ Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 STRICT = ConfigDict(extra="forbid")
+THIRD_TOWER = "third"  # its name in the configs of the methods with a third tower
+TERM_TEACHER = "terms.image-text.teachers.run"  # the teacher in the configs of the methods that a run teaches
 
 
 class BadPlan(ValueError):
@@ -56,6 +58,19 @@ class TeacherSource:
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
+class TeacherRun:
+    """A finished run of the plan whose embeddings of images and captions teach the methods that are `taught`.
+
+    It is the run of a method, with a teacher if that has a third tower, or of a `variant` of it.
+    """
+
+    method: str
+    teacher: str | None = None
+    variant: str | None = None
+    seed: int = 0
+
+
+@pydantic_dataclass(frozen=True, config=STRICT)
 class Pretraining:
     """How the teachers of the equal arm are trained."""
 
@@ -80,16 +95,21 @@ class CropsView:
 
 @pydantic_dataclass(frozen=True, config=STRICT)
 class Method:
-    """A base config with changes; a method with `third` reads the cache of a teacher."""
+    """A base config with changes.
+
+    A method with `third` reads the cache of each of `teachers`; one that is `taught`, the caches of images and captions
+    of each of `teacher_runs`.
+    """
 
     config: str
     third: bool = False
+    taught: bool = False
     set: list[str] = field(default_factory=list)
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
 class GridCell:
-    """Methods crossed with teachers, none for methods without a third tower; `seeds` replace those of the plan."""
+    """Methods crossed with teachers, or with runs that teach; `seeds` replace those of the plan."""
 
     methods: list[str]
     teachers: list[str] = field(default_factory=list)
@@ -101,7 +121,6 @@ class ThirdTowerMixing:
     """Shares of the third tower that are mixed into the main tower of a method when it is evaluated."""
 
     method: str
-    tower: str
     shares: list[Share]
 
 
@@ -116,11 +135,12 @@ class Variant:
 
 @pydantic_dataclass(frozen=True, config=STRICT)
 class Ablations:
-    """Variants of methods, with the seeds and the teacher that they share."""
+    """Variants of methods, with the seeds and the teacher that they share; `note` is printed beside their results."""
 
     seeds: list[int]
     teacher: str
     variants: dict[str, Variant]
+    note: str = ""
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
@@ -131,16 +151,23 @@ class QuickPlan:
     seeds: list[int]
     sweep: bool
     budget_minutes: Positive
-    pretraining_steps: PositiveInt
     teachers: list[str]
     methods: list[str]
     variants: list[str]
+    pretraining_steps: PositiveInt | None = None
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
 class Plan:
-    """Methods, teachers, seeds and ablations of a reproduction."""
+    """Methods, teachers, seeds and ablations of a reproduction.
 
+    `command` carries it out in `folder`, and `claims`, a file beside it, says what is asked of its results; the short
+    version has `-quick` at the end of both names.
+    """
+
+    command: str
+    folder: str
+    claims: str
     emoji: str
     styles: Styles
     vocabulary: PositiveInt
@@ -149,13 +176,14 @@ class Plan:
     budget_minutes: Positive
     sweep: Sweep
     teachers: dict[str, TeacherSource]
-    pretraining: Pretraining
     methods: dict[str, Method]
     grid: list[GridCell]
     ablations: Ablations
-    mixing: ThirdTowerMixing
     quick: QuickPlan
+    pretraining: Pretraining | None = None
+    mixing: ThirdTowerMixing | None = None
     views: dict[str, CropsView] = field(default_factory=dict)
+    teacher_runs: dict[str, TeacherRun] = field(default_factory=dict)
 
     def made_quick(self) -> "Plan":
         """Return the same plan, shortened by its `quick`."""
@@ -168,14 +196,20 @@ class Plan:
                 grid.append(GridCell(methods, teachers))
         variants = {name: self.ablations.variants[name] for name in quick.variants}
         needed = " ".join(change for variant in variants.values() for change in variant.set)
+        pretraining = self.pretraining
+        if pretraining is not None and quick.pretraining_steps is not None:
+            pretraining = replace(pretraining, steps=quick.pretraining_steps)
         return replace(
             self,
+            command=f"{self.command}-quick",
+            folder=f"{self.folder}-quick",
             epochs=quick.epochs,
             seeds=quick.seeds,
             budget_minutes=quick.budget_minutes,
             sweep=self.sweep if quick.sweep else replace(self.sweep, rates=[]),
-            teachers={name: self.teachers[name] for name in quick.teachers},
-            pretraining=replace(self.pretraining, steps=quick.pretraining_steps),
+            teachers={name: teacher for name, teacher in self.teachers.items() if name in quick.teachers},
+            teacher_runs={name: run for name, run in self.teacher_runs.items() if name in quick.teachers},
+            pretraining=pretraining,
             methods={name: self.methods[name] for name in quick.methods},
             grid=grid,
             ablations=replace(self.ablations, seeds=quick.seeds, variants=variants),
@@ -183,31 +217,42 @@ class Plan:
         )
 
     def without(self, teachers: Sequence[str]) -> "Plan":
-        """Return the same plan without some teachers and what needs them."""
-        grid = []
-        for cell in self.grid:
-            left = [name for name in cell.teachers if name not in teachers]
-            if left or not self._needs_teacher(cell):
-                grid.append(replace(cell, teachers=left))
+        """Return the same plan without some teachers and what needs them: methods, variants, and runs that teach."""
+
+        def is_left(changes: Sequence[str]) -> bool:
+            return not any(f"/{teacher}" in change for change in changes for teacher in teachers)
+
+        methods = [name for name, method in self.methods.items() if is_left(method.set)]
         variants = {}
         for name, variant in self.ablations.variants.items():
-            changes = " ".join(variant.set)
-            if self.teacher_of(name) not in teachers and not any(f"/{teacher}" in changes for teacher in teachers):
+            if variant.method in methods and self.teacher_of(name) not in teachers and is_left(variant.set):
                 variants[name] = variant
+        runs = {}
+        for name, run in self.teacher_runs.items():
+            if run.method in methods and run.teacher not in teachers and (not run.variant or run.variant in variants):
+                runs[name] = run
+        left = {name: teacher for name, teacher in self.teachers.items() if name not in teachers}
+        grid = []
+        for cell in self.grid:
+            kept = [name for name in cell.methods if name in methods]
+            among = [name for name in cell.teachers if name in left or name in runs]
+            if kept and (among or not self._needs_teacher(cell)):
+                grid.append(replace(cell, methods=kept, teachers=among))
         return replace(
             self,
-            teachers={name: teacher for name, teacher in self.teachers.items() if name not in teachers},
+            teachers=left,
+            teacher_runs=runs,
             grid=grid,
             ablations=replace(self.ablations, variants=variants),
             views={name: view for name, view in self.views.items() if view.teacher not in teachers},
         )
 
     def experiments(self) -> "list[Experiment]":
-        """Return every experiment, those of the grid first."""
-        experiments: dict[Experiment, None] = {}
+        """Return every experiment: the runs that teach, those of the grid, then the ablations."""
+        experiments: dict[Experiment, None] = dict.fromkeys(map(self.teaching_experiment, self.teacher_runs))
         for cell in self.grid:
             for method in cell.methods:
-                teachers: list[str | None] = [*cell.teachers] if self.methods[method].third else [None]
+                teachers: list[str | None] = [*cell.teachers] or [None]
                 for teacher in teachers:
                     for seed in cell.seeds or self.seeds:
                         experiments[Experiment(method, teacher, None, seed)] = None
@@ -216,13 +261,24 @@ class Plan:
                 experiments[Experiment(variant.method, self.teacher_of(name), name, seed)] = None
         return list(experiments)
 
+    def teaching_experiment(self, name: str) -> "Experiment":
+        """Return the experiment of a run that teaches."""
+        run = self.teacher_runs[name]
+        return Experiment(run.method, run.teacher, run.variant, run.seed)
+
+    def is_taught(self, experiment: "Experiment") -> bool:
+        """Return whether a finished run teaches an experiment, which therefore comes after it."""
+        return self.methods[experiment.method].taught
+
     def teacher_of(self, name: str) -> str | None:
-        """Return the teacher of a variant, None for a method without a third tower."""
+        """Return the teacher of a variant, None for a method without a third tower or run that teaches."""
         variant = self.ablations.variants[name]
-        return (variant.teacher or self.ablations.teacher) if self.methods[variant.method].third else None
+        method = self.methods[variant.method]
+        return (variant.teacher or self.ablations.teacher) if method.third or method.taught else None
 
     def pretraining_of(self, name: str) -> Pretraining:
         """Return how a teacher is pretrained here."""
+        assert self.pretraining is not None  # checked with the plan
         teacher = self.teachers[name]
         model = teacher.model or self.pretraining.model
         return replace(self.pretraining, model=model, image_size=teacher.image_size or self.pretraining.image_size)
@@ -239,15 +295,17 @@ class Plan:
         """Return the changes of an experiment to its base config, as on the command line, with folders as $names."""
         epochs = self.sweep.epochs if experiment.rate else self.epochs
         changes = [f"seed={experiment.seed}", f"duration={{epochs: {epochs}}}"]
-        if experiment.teacher is not None:
-            changes.append(f"towers.third.path=$caches/{experiment.teacher}")
+        if self.is_taught(experiment):
+            changes += [f"towers.taught_{side}.path=$caches/{experiment.teacher}-{side}" for side in ("image", "text")]
+        elif experiment.teacher is not None:
+            changes.append(f"towers.{THIRD_TOWER}.path=$caches/{experiment.teacher}")
         changes += self.methods[experiment.method].set
         if experiment.variant is not None:
             changes += self.ablations.variants[experiment.variant].set
         return changes
 
     def _needs_teacher(self, cell: GridCell) -> bool:
-        return any(self.methods[method].third for method in cell.methods)
+        return any(self.methods[method].third or self.methods[method].taught for method in cell.methods)
 
 
 @dataclass(frozen=True)
@@ -304,14 +362,25 @@ def _check(plan: Plan, source: str) -> None:
         if unknown := [name for name in names if name not in among]:
             raise BadPlan(f"{source}: {key}: {unknown} are unknown, expected some of {sorted(among)}")
 
+    for name, method in plan.methods.items():
+        if method.third and method.taught:
+            raise BadPlan(f"{source}: methods.{name}: third and taught: expected one of them, the other's path in set")
     for number, cell in enumerate(plan.grid):
         known(f"grid.{number}.methods", cell.methods, plan.methods)
-        known(f"grid.{number}.teachers", cell.teachers, plan.teachers)
-        if any(plan.methods[method].third for method in cell.methods) != bool(cell.teachers):
-            raise BadPlan(f"{source}: grid.{number}: methods with a third tower need teachers, others take none")
+        kinds = {(plan.methods[method].third, plan.methods[method].taught) for method in cell.methods}
+        if len(kinds) > 1 or (kinds == {(False, False)}) == bool(cell.teachers):
+            raise BadPlan(
+                f"{source}: grid.{number}: methods with a third tower need teachers, those that are taught need "
+                "teacher_runs, others take none; a cell has methods of one kind"
+            )
+        known(f"grid.{number}.teachers", cell.teachers, plan.teacher_runs if (False, True) in kinds else plan.teachers)
+    for name, run in plan.teacher_runs.items():
+        _check_teacher_run(plan, name, run, f"{source}: teacher_runs.{name}")
     for name, teacher in plan.teachers.items():
         if (teacher.pretrain is None) == (teacher.package is None) or (teacher.package and not teacher.backbone):
             raise BadPlan(f"{source}: teachers.{name}: give either pretrain, or a package with its backbone")
+        if teacher.pretrain and plan.pretraining is None:
+            raise BadPlan(f"{source}: teachers.{name}.pretrain: give the section pretraining, which says how")
         if teacher.model and teacher.package:
             raise BadPlan(
                 f"{source}: teachers.{name}.model: a package comes with its backbone; give pretrain, or drop it"
@@ -320,10 +389,11 @@ def _check(plan: Plan, source: str) -> None:
         known(f"views.{name}.teacher", [view.teacher], plan.teachers)
     for name, variant in plan.ablations.variants.items():
         known(f"ablations.variants.{name}.method", [variant.method], plan.methods)
-        known(f"ablations.variants.{name}.teacher", [variant.teacher] if variant.teacher else [], plan.teachers)
+        teacher_names = plan.teacher_runs if plan.methods[variant.method].taught else plan.teachers
+        known(f"ablations.variants.{name}.teacher", [variant.teacher] if variant.teacher else [], teacher_names)
     known("ablations.teacher", [plan.ablations.teacher], plan.teachers)
-    known("mixing.method", [plan.mixing.method], plan.methods)
-    known("quick.teachers", plan.quick.teachers, plan.teachers)
+    known("mixing.method", [plan.mixing.method] if plan.mixing else [], plan.methods)
+    known("quick.teachers", plan.quick.teachers, {**plan.teachers, **plan.teacher_runs})
     known("quick.methods", plan.quick.methods, plan.methods)
     known("quick.variants", plan.quick.variants, plan.ablations.variants)
     needed = [name for name in map(plan.teacher_of, plan.quick.variants) if name is not None]
@@ -331,3 +401,22 @@ def _check(plan: Plan, source: str) -> None:
     styles = [*plan.styles.contrastive, *plan.styles.teacher, *plan.styles.shift]
     if len(set(styles)) < len(styles):
         raise BadPlan(f"{source}: styles: {styles} has a style twice, expected different styles for each use")
+
+
+def _check_teacher_run(plan: Plan, name: str, run: TeacherRun, where: str) -> None:
+    """Check that a run which teaches is one that the plan can carry out first."""
+    method = plan.methods.get(run.method)
+    if method is None or method.taught:
+        expected = sorted(known for known, other in plan.methods.items() if not other.taught)
+        raise BadPlan(f"{where}.method: found {run.method!r}, expected one of {expected}, which no run teaches")
+    if name in plan.teachers or name in plan.methods:
+        raise BadPlan(f"{where}: {name!r} names a teacher or a method, too: expected another name")
+    if method.third != (run.teacher is not None) or (run.teacher is not None and run.teacher not in plan.teachers):
+        expected = sorted(plan.teachers) if method.third else ["null: the method has no third tower"]
+        raise BadPlan(f"{where}.teacher: found {run.teacher!r}, expected one of {expected}")
+    if run.variant is None:
+        return
+    variant = plan.ablations.variants.get(run.variant)
+    if variant is None or variant.method != run.method:
+        expected = sorted(known for known, other in plan.ablations.variants.items() if other.method == run.method)
+        raise BadPlan(f"{where}.variant: found {run.variant!r}, expected one of {expected}, the method's ablations")

@@ -64,7 +64,7 @@ class Scores:
     def find(self, name: str, teacher: str | None, metric: Metric) -> dict[int, list[Stratum]]:
         """Return the items, by seed, of METHOD, METHOD/VARIANT, METHOD+mixed or METHOD+third; empty for no results.
 
-        A method without a third tower has no teacher, and a variant may have its own: both match any `teacher`.
+        A method without a choice of teachers has none, and a variant may have its own: both match any `teacher`.
         """
         base, _, mix = name.partition("+")
         method, _, variant = base.partition("/")
@@ -94,7 +94,9 @@ def read_scores(plan: Plan, folder: Folder) -> Scores:
         if folder.finished(experiment.name).exists():
             recipe = Recipe(experiment.method, experiment.teacher, experiment.variant)
             results.setdefault(recipe, []).append(_read_result(folder, experiment))
-    shares = {}
+    shares: dict[str, str] = {}
+    if plan.mixing is None:
+        return Scores(results, shares)
     for teacher in plan.teachers:
         share = _best_share(results.get(Recipe(plan.mixing.method, teacher, None), []))
         if share is not None:
@@ -103,9 +105,11 @@ def read_scores(plan: Plan, folder: Folder) -> Scores:
 
 
 def choose_rates(plan: Plan, folder: Folder) -> dict[str, float]:
-    """Choose the learning rate of each method by its trials and write them; none for a plan without trials."""
+    """Choose the learning rate of each method by its finished trials and write them; none for one without trials."""
     tried: dict[str, dict[str, float]] = {}
     for experiment in plan.trials():
+        if not folder.finished(experiment.name).exists():
+            continue  # its teacher is not finished either
         file = read_json(folder.finished(experiment.name))["records"]["0"][VALIDATION]
         score = validation_score(read_record(folder["records"] / file))
         tried.setdefault(experiment.method, {})[f"{experiment.rate:g}"] = score

@@ -9,12 +9,14 @@ from reproduce.folder import read_json
 from reproduce.report.cells import NOT_AVAILABLE, percent_text, points_text
 from reproduce.report.document import Element, Figure, Heading, Paragraph, TextTable
 from reproduce.report.plots import Point, fit_panel, slope_panel
-from reproduce.report.report_data import BASELINE, PLOTTED, ReportData
+from reproduce.report.report_data import BASELINE, ReportData
 from reproduce.scores import Metric
 
 
 def fit_section(data: ReportData) -> Iterator[Element]:
     """Yield the teachers, the regressions of differences on the fit, and plots of scores against it."""
+    if not data.claims.plotted:
+        return
     yield Heading("By the teacher's fit")
     yield Paragraph(
         "Fit: subgroups of the validation concepts told by the teacher's own features, from their ten nearest "
@@ -89,7 +91,7 @@ def _difference_points(data: ReportData, by_fit: ByFit, metric: Metric) -> list[
 def _scores_by_fit(data: ReportData, key: str, metric: Metric) -> Iterator[Figure]:
     """Yield a plot of one metric, if it was measured with any teacher."""
     series: dict[str, list[Point]] = {}
-    for method in PLOTTED:
+    for method in data.claims.plotted:
         for teacher, fit in data.fits.items():
             score = data.scores.interval(method, teacher, metric)
             if score is not None:

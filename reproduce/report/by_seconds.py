@@ -6,7 +6,7 @@ import numpy as np
 
 from reproduce.report.document import Element, Figure, Heading, Paragraph
 from reproduce.report.plots import Point, seconds_panel
-from reproduce.report.report_data import BASELINE, PLOTTED, ReportData
+from reproduce.report.report_data import BASELINE, ReportData
 from reproduce.scores import Metric
 
 LIVE = "live"  # the ablation in which the third tower is not cached
@@ -14,6 +14,8 @@ LIVE = "live"  # the ablation in which the third tower is not cached
 
 def seconds_section(data: ReportData) -> Iterator[Element]:
     """Yield a plot of the first metric against seconds."""
+    if not data.claims.plotted:
+        return
     yield Heading("By seconds")
     yield Paragraph(
         "Seconds are of one core, with another run beside it: the training, and the rows of the teacher's cache, "
@@ -23,7 +25,8 @@ def seconds_section(data: ReportData) -> Iterator[Element]:
     )
     key, metric = next(iter(data.metrics.items()))
     series = {}
-    for name in (BASELINE, *PLOTTED, f"{data.plan.mixing.method}/{LIVE}"):
+    live = [f"{data.plan.mixing.method}/{LIVE}"] if data.plan.mixing is not None else []
+    for name in (BASELINE, *data.claims.plotted, *live):
         points = _points(data, name, metric)
         if points:
             series[name] = points

@@ -31,7 +31,8 @@ def _rates(data: ReportData) -> Iterator[Element]:
         return
     yield Paragraph(
         f"By the mean reciprocal rank of both directions after {data.plan.sweep.epochs:g} epochs, "
-        "one seed; a method's rate holds for all its teachers and ablations. The third tower's share, too."
+        "one seed; a method's rate holds for all its teachers and ablations."
+        + (" The third tower's share, too." if data.plan.mixing is not None else "")
     )
     rates: dict[str, None] = {}
     for scores in tried.values():

@@ -12,7 +12,6 @@ from reproduce.teachers import cache_seconds
 from threetowers.cache.format.manifest import ManifestError
 
 BASELINE = "clip"
-PLOTTED = ("lit", "3t")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,18 @@ def test_a_variant_with_its_own_teacher_is_timed_separately() -> None:
     assert kinds == {*plan.methods, "3t-64px-3t", "lit-64px-lit", "3t-resnet18-3t", "lit-resnet18-lit"}
 
 
+def test_runs_that_teach_are_timed_with_their_caches(tmp_path: Path) -> None:
+    plan = load_plan(CONFIGS / "distillation.yaml")
+    seconds = {"lite0": TeacherSeconds(100), "lit-lite0": TeacherSeconds(20), "wide-3t": TeacherSeconds(30)}
+    runs = {kind_of(plan, experiment): RunSeconds(1.0, 5.0) for experiment in plan.experiments()}
+    lines = {line.what: line for line in budget_lines(plan, Folder(tmp_path), CONFIGS, seconds, runs)}
+    assert lines["caches of lit-lite0"].total == 20
+    assert lines["runs of 3t-wide"].total == 24 + 5
+    assert lines["runs of distill"] == BudgetLine("runs of distill", 2 * 4, 12 + 5)
+    assert lines["trials of 3t-distill"] == BudgetLine("trials of 3t-distill", 3, 6 + 5)
+    assert "trials of 3t-wide" not in lines
+
+
 def test_a_plan_above_the_budget_is_reported() -> None:
     lines = [BudgetLine("runs", 10, 60.0)]
     assert "10 core minutes, 5 min on 2 cores; the budget is 6 min" in budget_table(lines, 2, 6)

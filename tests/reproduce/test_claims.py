@@ -27,6 +27,7 @@ from tests.reproduce.factories import finish
 from threetowers.eval.metrics.bootstrap import PairedDifference
 
 CONFIGS = Path(__file__).parents[2] / "configs/reproduce"
+WORDS = {"page": "RESULTS", "title": "Title", "setting_title": "Setting", "setting": []}
 METRICS: dict[str, Any] = {
     "retrieval": {
         "title": "R@1",
@@ -83,6 +84,7 @@ def test_verdicts_on_claims_from_records(tmp_path: Path) -> None:
         "not there": ("better", "3t/no-heads", "3t"),
     }
     tree = {
+        **WORDS,
         "margin": 1.5,
         "metrics": METRICS,
         "claims": [
@@ -116,7 +118,10 @@ def test_sides_are_compared_over_their_common_seeds(tmp_path: Path) -> None:
         finish(folder, Experiment("clip", None, None, seed), start)
         finish(folder, Experiment("3t", "in-domain", "no-heads", seed), start + 0.1)
     finish(folder, Experiment("3t", "in-domain", None, 1), 0.6)
-    scores, metric = read_scores(plan, folder), parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics
+    scores, metric = (
+        read_scores(plan, folder),
+        parse_claims(WORDS | {"margin": 1, "metrics": METRICS, "claims": []}).metrics,
+    )
     paired = measured(scores, ("3t/no-heads", "clip"), metric["retrieval"])
     assert paired.seeds == 2  # of ablations, the plan has no third
     assert paired.difference.mean == pytest.approx(0.1, abs=0.04)
@@ -136,7 +141,7 @@ def test_an_ablation_with_a_teacher_of_its_own_is_found_by_its_name(tmp_path: Pa
     plan, folder = load_plan(CONFIGS / "experiments.yaml"), Folder(tmp_path)
     finish(folder, Experiment("3t", "in-domain-64px", "64px-3t", 0), 0.9)
     finish(folder, Experiment("lit", "in-domain-64px", "64px-lit", 0), 0.6)
-    metric = parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
+    metric = parse_claims(WORDS | {"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
     found = measured(read_scores(plan, folder), ("3t/64px-3t", "lit/64px-lit"), metric)
     assert (found.means, found.seeds) == (pytest.approx((0.9, 0.6), abs=0.05), 1)
 
@@ -150,7 +155,7 @@ def test_regression_on_the_fit_is_least_squares(tmp_path: Path) -> None:
             finish(folder, Experiment("lit", teacher, None, seed), fit)
             if teacher != "lite2":
                 finish(folder, Experiment("3t", teacher, None, seed), 0.5 * fit + 0.2)
-    metric = parse_claims({"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
+    metric = parse_claims(WORDS | {"margin": 1, "metrics": METRICS, "claims": []}).metrics["retrieval"]
     scores, sides = read_scores(plan, folder), ("3t", "lit")
     line = fit_regression(scores, sides, fits, metric)
     assert line is not None
@@ -174,7 +179,7 @@ def test_regression_on_the_fit_is_least_squares(tmp_path: Path) -> None:
 def test_an_undefined_metric_is_refused() -> None:
     claim = {"title": "t", "source": "s", "asks": "better", "first": "a", "second": "b", "metrics": ["speed"]}
     with pytest.raises(BadPlan, match=r"'t': \['speed'\] are no metrics"):
-        parse_claims({"margin": 1, "metrics": METRICS, "claims": [claim]})
+        parse_claims(WORDS | {"margin": 1, "metrics": METRICS, "claims": [claim]})
 
 
 def test_the_shipped_claims_are_readable() -> None:

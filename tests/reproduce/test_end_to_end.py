@@ -1,5 +1,7 @@
 """A complete reproduction in miniature, twice: from nothing to the report, then again without any new work."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from reproduce.experiment import is_finished
 from reproduce.folder import Folder, read_json
 from reproduce.plan import BadPlan, Experiment, Plan, parse_plan
 from reproduce.report.page import write_report
+from reproduce.run_teachers import learned_temperatures
 from tests.conftest import write_tar
+from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.cache.webdataset.tar_index import index_tar, read_member
 
 ROOT = Path(__file__).parents[2]
@@ -40,17 +44,38 @@ def tiny(emoji: Path) -> dict[str, Any]:
     }
 
 
+def tiny_distillation(emoji: Path) -> dict[str, Any]:
+    """The shipped plan of distillation with a random classifier, one seed and a few steps."""
+    tree: dict[str, Any] = yaml.safe_load((CONFIGS / "distillation.yaml").read_text())
+    random = {"lite0": {"arm": "equal", "pretrain": "nothing"}}
+    pretraining = {"model": "test_resnet", "image_size": 32, "steps": 1, "batch": 8, "lr": 1e-3}
+    variants = {"wide": {"method": "3t", "set": ["towers.text.width=32", "duration={epochs: 2}"]}}
+    return tree | {
+        "emoji": str(emoji),
+        "vocabulary": 300,
+        "epochs": 1,
+        "seeds": [0],
+        "sweep": {"rates": [2e-3], "epochs": 1, "seed": 0},
+        "teachers": random,
+        "pretraining": pretraining,
+        "ablations": tree["ablations"] | {"variants": variants},
+    }
+
+
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
     """The shipped configs with small batches, images and towers, and fewer shots."""
     copy = shutil.copytree(CONFIGS, tmp_path / "configs")
-    config, groups = copy / "3t.yaml", copy / "sets/groups.yaml"
-    tree = yaml.safe_load(config.read_text())
-    tree |= {"global_batch_size": 96, "embed_dim": 16}
-    tree["data"] = {"image_size": 32}
-    tree["towers"]["image"]["model"] = "test_resnet"
-    tree["towers"]["text"] |= {"width": 16, "depth": 1}
-    config.write_text(yaml.safe_dump(tree, sort_keys=False))
+    for name in ("clip", "lit", "3t", "distill", "3t-distill"):
+        config = copy / f"{name}.yaml"
+        tree = yaml.safe_load(config.read_text())
+        tree |= {"global_batch_size": 96, "embed_dim": 16}
+        tree["data"] = {"image_size": 32}
+        if "image" in tree["towers"]:
+            tree["towers"]["image"]["model"] = "test_resnet"
+        tree["towers"]["text"] |= {"width": 16, "depth": 1}
+        config.write_text(yaml.safe_dump(tree, sort_keys=False))
+    groups = copy / "sets/groups.yaml"
     groups.write_text(groups.read_text().replace("fewshot: {}", "fewshot: {shots: [10]}"))
     return copy
 
@@ -97,7 +122,46 @@ def test_reproduction_from_nothing_to_the_report(tmp_path: Path, emoji: Path, co
     carry_out(plan, folder, configs, workers=2)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
-    write_report(plan, load_claims(configs / "claims.yaml"), folder, tmp_path / "docs", "make reproduce", missing)
+    write_report(plan, load_claims(configs / "claims.yaml"), folder, tmp_path / "docs", missing)
     assert "2 of 2 runs are finished" in (tmp_path / "docs/RESULTS.md").read_text()
     with pytest.raises(BadPlan, match="run with other settings"):
         is_finished(folder, experiment, ["seed=5"])
+
+
+def test_students_learn_from_finished_runs(tmp_path: Path, emoji: Path, configs: Path) -> None:
+    plan = parse_plan(tiny_distillation(emoji))
+    folder = Folder(tmp_path / "out")
+    done, missing = carry_out(plan, folder, configs, workers=0)
+    assert (done, missing) == (plan, {})
+
+    samples = len(index_tar(folder["data/train.tar"]).samples)
+    temperatures = {}
+    for name in ("lit-lite0", "wide-3t"):
+        image = EmbeddingCache.open(folder[f"caches/{name}-image"])
+        run = folder["runs"] / plan.teaching_experiment(name).name
+        assert image.manifest.encoder == f"run:{run}"
+        assert sum(image.record(entry.id).n_ok for entry in image.tars) == samples
+        facts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        temperatures[name] = 1 / facts[-1]["terms/image-text/scale"]
+    assert learned_temperatures(plan, folder) == pytest.approx(temperatures, rel=1e-4)
+
+    # A student reads the rows of its teacher, at the temperature that this one learned.
+    student = Experiment("3t-distill", "wide-3t", None, 0)
+    changes = read_json(folder.finished(student.name))["changes"]
+    assert {f"towers.taught_{side}.path=$caches/wide-3t-{side}" for side in ("image", "text")} <= set(changes)
+    assert changes[-1] == f"terms.image-text.teachers.run.temperature={temperatures['wide-3t']:.4g}"
+    assert "optim.lr=0.002" in changes
+
+    before = {path: path.stat().st_mtime_ns for path in folder["finished"].iterdir()}
+    carry_out(plan, folder, configs, workers=0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    files = write_report(plan, load_claims(configs / plan.claims), folder, tmp_path / "docs", missing)
+    page = files[0].read_text()
+    assert files[0].name == "distillation-results.md"
+    assert "8 of 8 runs are finished" in page
+    for name, run in (("lit-lite0", "lit | lite0"), ("wide-3t", "3t/wide | -")):
+        assert f"| {name} | {run} | {temperatures[name]:.4g} |" in page
+    measured = page.partition("### Line by line")[2].partition("##")[0]
+    assert len(re.findall(r"^\| \d+ \|", measured, re.MULTILINE)) == 3 + 4 * 3 * 2 + 4 * 2 * 2
+    assert "Not measured" not in page

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> Folder:
 def texts(plan: Plan, folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     claims, missing = load_claims(CONFIGS / "claims.yaml"), {"lite0": "no such package"}
     docs = tmp_path_factory.mktemp("docs")
-    write_report(plan.without(list(missing)), claims, folder, docs, "make reproduce", missing)
+    write_report(plan.without(list(missing)), claims, folder, docs, missing)
     for name in re.findall(r"\]\((results/.*?)\)", (docs / "RESULTS.md").read_text()):
         assert ElementTree.parse(docs / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     return (docs / "RESULTS.md").read_text(), (docs / "results.html").read_text()
