@@ -1,6 +1,6 @@
 """A complete reproduction in miniature, twice: from nothing to the report, then again without any new work."""
 
-import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from reproduce.__main__ import carry_out
 from reproduce.claims import load_claims
@@ -141,9 +142,8 @@ def test_students_learn_from_finished_runs(tmp_path: Path, emoji: Path, configs:
         run = folder["runs"] / plan.teaching_experiment(name).name
         assert image.manifest.encoder == f"run:{run}"
         assert sum(image.record(entry.id).n_ok for entry in image.tars) == samples
-        facts = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        temperatures[name] = 1 / facts[-1]["terms/image-text/scale"]
-    assert learned_temperatures(plan, folder) == pytest.approx(temperatures, rel=1e-4)
+        temperatures[name] = math.exp(-load_file(run / "model.safetensors")["log_scales.scale"].item())
+    assert learned_temperatures(plan, folder) == pytest.approx(temperatures, rel=1e-6)
 
     # A student reads the rows of its teacher, at the temperature that this one learned.
     student = Experiment("3t-distill", "wide-3t", None, 0)
