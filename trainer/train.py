@@ -2,14 +2,12 @@
 
 import json
 import logging
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,18 +17,14 @@ from torch import Tensor, distributed
 
 from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
-from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.processes.stop_request import StopRequest
 from threetowers.cache.processes.worker_processes import worker_context
 from threetowers.cache.processes.world import World
 from threetowers.cache.storage.atomic import write_atomic
-from threetowers.cache.storage.lease import Lease
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.trainer.checkpoint.checkpoint import (
     CheckpointReader,
     Progress,
-    newest_checkpoint,
-    remove_partial_checkpoints,
     save_checkpoint,
     save_weights,
 )
@@ -40,7 +34,7 @@ from threetowers.trainer.data.batch import Batch, prefetch_to_device
 from threetowers.trainer.data.loader import training_loader
 from threetowers.trainer.data.run_samples import open_samples
 from threetowers.trainer.data.worker_plan import plan_workers
-from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, rank_store, start_engine
+from threetowers.trainer.engine import deepspeed_config, join_process_group, num_micro_batches, start_engine
 from threetowers.trainer.estimate.cost import TrainingFlops
 from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
 from threetowers.trainer.grad_cache import GradCache
@@ -61,7 +55,9 @@ from threetowers.trainer.monitoring.train_summary import TrainSummary, peak_memo
 from threetowers.trainer.optimizer.agreed_step import AgreedStep, StepReport
 from threetowers.trainer.optimizer.optimizer import freeze
 from threetowers.trainer.optimizer.schedule import Schedule
-from threetowers.trainer.run_folder import RunFolder, RunInUse
+from threetowers.trainer.run.launch import Launch
+from threetowers.trainer.run.run_lease import RunInUse, taken_over
+from threetowers.trainer.run.run_store import run_store
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -153,17 +149,18 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World, evaluators: Sequence[Evaluator] = ()) -> None:
         """Set the run up, as far as its newest checkpoint. Raises what `train` raises before the first step.
 
-        The run's folder is leased to this process from here to the end of `train`.
+        The run is leased to this process from here to the end of `train`.
         """
-        self.folder = RunFolder(Path(config.output_dir))
-        self.config = config = self.folder.resolve(config)
+        self.run = run_store(config.output_dir, config.checkpoint.staging_dir)
+        self.folder = self.run.folder
         self.world = world
-        self.stop = StopRequest.of_process()
         self._flops: TrainingFlops | None = None
         self._step_flops: list[int] = []  # a sample, of the steps since the last log line
-        self._leased = ExitStack()
-        with self._interruptible():
-            self._lease_folder()
+        self.launch = Launch(self.run, world)
+        with self.launch.interruptible():
+            self.launch.hold_run()
+            self._newest_step = self._find_checkpoint()
+            self.config = config = self.folder.resolve(config)
             self._open_data()
             samples = len(self.samples)
             self.evaluators = [(e.every(samples, config.global_batch_size, self.steps), e) for e in evaluators]
@@ -179,11 +176,11 @@ class Trainer:
     def train(self) -> TrainSummary:
         """Run the remaining steps, write the weights and return the summary."""
         config = self.config
-        with self._leased, self._interruptible():
+        with self.launch.held, self.launch.interruptible():
             log = MetricsLog(self.folder.path, self.start, config.log.tensorboard) if self.world.first else None
             profile = StepProfile(config.log.profile if self.world.first else None, self.folder.profile)
             self._saved_at = time.monotonic()
-            self.stop.begin_first_step()
+            self.launch.stop.begin_first_step()
             with closing(self._batches()) as batches:
                 for step in range(self.start, self.steps):
                     done = step + 1
@@ -205,10 +202,10 @@ class Trainer:
                         report = self.agreed_step(result, self._requests(), metrics=log_due)
                         stop, by_keyboard, overdue, lost = report.flags
                         if step == self.start:
-                            self.stop.first_step_done()
+                            self.launch.stop.first_step_done()
                             log_graph_breaks(config.engine.compile)
                         if lost:
-                            raise RunInUse(self.folder.taken_over())
+                            raise RunInUse(taken_over(str(self.folder)))
                         self._count_update(done, report)
                         if report.nonfinite and restore_moments is not None:
                             restore_moments()
@@ -218,49 +215,15 @@ class Trainer:
 
                     if log is not None and log_due:
                         self._log_step(log, done, report, rate)
+                        self.run.publish_progress()
                     self._evaluate(log, done)
                     if last or stop or overdue or done % (config.checkpoint.every_steps or self.steps) == 0:
                         self._save_checkpoint(done)
                     if stop and not last:
-                        raise self._interruption(done, by_keyboard)
+                        raise self.launch.interruption(done, self.steps, by_keyboard)
             if log is not None:
                 log.close()
             return self._finish()
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Let a request to stop end all ranks alike inside the context; give the folder free on any error."""
-        with self.stop.listening(), self.stop.together(rank_store(), self.world.size):
-            try:
-                yield
-            except BaseException:
-                self._leased.close()
-                raise
-
-    def _lease_folder(self) -> None:
-        """Lease the run's folder to the first rank. Raises RunInUse, on all ranks, where another process has it."""
-        self._lease: Lease | None = None
-
-        def lease() -> None:
-            self._lease = self._leased.enter_context(self.folder.lease())
-
-        self._do_on_first_rank(lease)
-
-    def _do_on_first_rank(self, action: Callable[[], None]) -> None:
-        """Do something on the first rank, while the others wait. An error there is raised on all. Collective."""
-        error: list[Exception | None] = [None]
-        if self.world.first:
-            try:
-                action()
-            except (OSError, ValueError) as problem:
-                error = [problem]
-        distributed.broadcast_object_list(error)
-        if error[0] is not None:
-            raise error[0]
-
-    def _lease_lost(self) -> bool:
-        """Whether this is the first rank and the run's folder is no longer leased to it."""
-        return self._lease is not None and not self._lease.still_held()
 
     def _open_data(self) -> None:
         """Open the samples, caches and tokenizer, check them against the run's folder, and fix the number of steps."""
@@ -283,7 +246,7 @@ class Trainer:
         self._has_groups = len(components) > 1 or components[0].group_field is not None
         self.steps = config.duration.in_steps(len(self.samples), config.global_batch_size)
         self.schedule = Schedule.of(config.optim, self.steps, len(self.samples), config.global_batch_size)
-        self.folder.check_schedule(config, len(self.samples))
+        self.folder.check_schedule(config, len(self.samples), self._newest_step)
         self._finished = self.folder.finished_steps() == self.steps
 
     def _build_model(self) -> TowerModel:
@@ -311,7 +274,7 @@ class Trainer:
                 if isinstance(tower, CacheTower) and tower.standardize != "none":
                     statistics[0][name] = [torch.from_numpy(array) for array in self._statistics(name, tower)]
 
-        self._do_on_first_rank(compute)
+        self.launch.on_first_rank(compute)
         distributed.broadcast_object_list(statistics)
         for name, tensors in statistics[0].items():
             model.towers[name].set_statistics(*tensors)  # type: ignore[operator]
@@ -336,15 +299,15 @@ class Trainer:
         def create_folder() -> None:
             self._log_summary()
             self.folder.create(config, engine_config, self.manifests, self.tokenizer)
-            remove_partial_checkpoints(self.folder.checkpoints)
+            self.run.checkpoints.remove_partial()
             if not self._finished:
-                self.folder.remove_results()
+                self.run.remove_results()
+            self.run.publish()
 
-        self._do_on_first_rank(create_folder)
+        self.launch.on_first_rank(create_folder)
 
         # Weights go into the model before the engine cuts it into the ranks' shares.
-        path = newest_checkpoint(self.folder.checkpoints)
-        self._checkpoint = None if path is None else CheckpointReader(path)
+        self._checkpoint = self._open_checkpoint()
         if self._checkpoint is not None:
             self._checkpoint.load_model(model)
         self.engine = start_engine(model, config, engine_config)
@@ -357,6 +320,25 @@ class Trainer:
             device=self.world.device,
         )
         self.agreed_step = AgreedStep(self.engine, config.optim.grad_clip_norm, self.world.device)
+
+    def _find_checkpoint(self) -> int | None:
+        """Return the step of the newest checkpoint, the same on every rank; None where there is none. Collective."""
+        newest: list[int | None] = [None]
+
+        def find() -> None:
+            newest[0] = self.run.checkpoints.newest()
+
+        self.launch.on_first_rank(find)
+        distributed.broadcast_object_list(newest)
+        return newest[0]
+
+    def _open_checkpoint(self) -> CheckpointReader | None:
+        """Return the newest checkpoint, where there is one. Collective."""
+        checkpoints, step = self.run.checkpoints, self._newest_step
+        if step is None:
+            return None
+        self.launch.on_each_machine(lambda: checkpoints.fetch(step))
+        return CheckpointReader(checkpoints.local_folder(step), checkpoints.address(step))
 
     def _log_summary(self) -> None:
         """Log what will be trained, on what, for how long and at which cost; the first rank alone."""
@@ -394,6 +376,7 @@ class Trainer:
             self._checkpoint.load_optimizer(self.engine)
             progress = self._checkpoint.progress
             self._checkpoint = None  # closes its files
+        self.launch.on_each_machine(self.run.checkpoints.forget)
         self.start = self.steps if self._finished else progress.step
         self.updates = progress.updates
         self.counts: Counter[str] = Counter(progress.counts)
@@ -444,13 +427,6 @@ class Trainer:
                 f"{self.config.global_batch_size} on {self.world.size} ranks) or engine.micro_batch_size"
             ) from error
 
-    def _interruption(self, done: int, by_keyboard: bool) -> Interrupted:
-        """Return what ends a run that was asked to stop, after `done` steps and a checkpoint."""
-        cause, code = ("Ctrl-C", 128 + signal.SIGINT) if by_keyboard else ("SIGTERM", PREEMPTED_EXIT_CODE)
-        return Interrupted(
-            f"stopped by {cause} after step {done} of {self.steps}; run the same command again to resume", code
-        )
-
     def _set_learning_rate(self, step: int) -> float:
         """Set and return the learning rate of step `step`, counted from 0."""
         rate = self.schedule.rate(step)
@@ -491,8 +467,9 @@ class Trainer:
         )
 
     def _requests(self) -> list[bool]:
-        """Return what this rank wants all to follow: to stop, by the keyboard, to save, to give the folder up."""
-        return [self.stop.received, self.stop.by_keyboard, self._checkpoint_overdue(), self._lease_lost()]
+        """Return what this rank wants all to follow: to stop, by the keyboard, to save, to give the run up."""
+        stop = self.launch.stop
+        return [stop.received, stop.by_keyboard, self._checkpoint_overdue(), self.launch.lease_lost()]
 
     def _checkpoint_overdue(self) -> bool:
         """Whether the first rank's clock asks for a checkpoint."""
@@ -574,8 +551,9 @@ class Trainer:
     def _save_checkpoint(self, done: int) -> None:
         """Write a checkpoint after step `done`."""
         with self.timer.phase("checkpoint"):
+            self.launch.on_first_rank(self.run.publish)
             progress = Progress(done, self.updates, dict(self.counts), self.timer.state())
-            save_checkpoint(self.engine, self.folder.checkpoints, progress, self.config.checkpoint.keep, self.world)
+            save_checkpoint(self.engine, self.run.checkpoints, progress, self.config.checkpoint.keep, self.world)
         self._saved_at = time.monotonic()
 
     def _finish(self) -> TrainSummary:
@@ -598,4 +576,5 @@ class Trainer:
             for reason, count in summary.skipped_by_reason.items():
                 logger.info("skipped: %s, %d samples on this rank", reason, count)
             logger.info("%s", summary.bottleneck)
+        self.launch.on_first_rank(self.run.publish)
         return summary

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from threetowers.cache.storage.atomic import finish_partial, partial_path
 from threetowers.cache.storage.storage import Storage, StorageError, WriteError
 
 HINT = "Check the address, the credentials and the endpoint (environment or fsspec's configuration)"
@@ -126,6 +127,29 @@ class RemoteStorage(Storage):
             fs, path = self._path(name)
             self._make_folder(fs, path)
             fs.pipe_file(path, data)
+
+    def upload(self, name: str, path: Path) -> None:
+        """Write or replace an object by the content of a local file, in parts where it is large.
+
+        Stores apply the last part atomically. File systems without such parts (sftp, ...) show a file that grows, so
+        what reads it should wait for another object that is written afterwards.
+        """
+        with self._errors("write", name, WriteError):
+            fs, remote = self._path(name)
+            self._make_folder(fs, remote)
+            fs.put_file(str(path), remote)
+
+    def download(self, name: str, path: Path) -> None:
+        """Write an object to a local file, which is complete or absent. Raises FileNotFoundError for an absent one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_path(path)
+        try:
+            with self._errors("read", name):
+                fs, remote = self._path(name)
+                fs.get_file(remote, str(partial))
+            finish_partial(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def create_exclusive(self, name: str, data: bytes, owner: str) -> bool:
         """Write an object unless it exists, by a conditional PUT where the store has one."""

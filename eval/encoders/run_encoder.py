@@ -22,7 +22,7 @@ from threetowers.eval.encoders.text_source import TextInput, TextSource
 from threetowers.trainer.config import TrainConfig, dump
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
 from threetowers.trainer.model.model import clamp_log_scale
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 
 class RunEncoder(Encoder):

@@ -13,7 +13,7 @@ from threetowers.eval.record import BadRecord
 from threetowers.eval.report.cache_costs import CacheCost, cache_costs
 from threetowers.eval.report.training_curves import TrainingMetrics, read_metrics, thinned
 from threetowers.trainer.config import CacheTower, load_config
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

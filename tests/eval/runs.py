@@ -11,7 +11,7 @@ from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import CacheTower, parse
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 
 def finished(tree: dict[str, Any], constant: bool = False) -> Path:

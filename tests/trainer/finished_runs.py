@@ -11,7 +11,7 @@ from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import CacheTower, parse
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 
 def finished_run(tree: dict[str, Any], manifests: dict[str, Manifest] | None = None) -> Path:

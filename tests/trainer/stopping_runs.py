@@ -26,7 +26,7 @@ from threetowers.trainer.config import load_config
 from threetowers.trainer.engine import join_process_group, leave_process_group
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import running_moments
-from threetowers.trainer.run_folder import RunInUse
+from threetowers.trainer.run.run_lease import RunInUse
 from threetowers.trainer.train import Trainer
 
 
@@ -90,8 +90,8 @@ def take_over(trainer: Trainer) -> None:
     if trainer.world.first:
         other = LeaseOwner(host="elsewhere")
         LocalStorage(trainer.folder.path / ".lease").put("owner.json", other.content, owner="t")
-        assert trainer._lease is not None
-        trainer._lease._confirmed_at -= trainer._lease.timeout
+        assert trainer.launch.lease is not None
+        trainer.launch.lease._confirmed_at -= trainer.launch.lease.timeout
 
 
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from tests.trainer.shipped_configs import ROOT, RUNS
 from threetowers.trainer.config import ConfigError, Duration, TrainConfig, dump, load_config, parse
 from threetowers.trainer.config.documentation import config_reference
-from threetowers.trainer.run_folder import config_changes
+from threetowers.trainer.run.run_folder import config_changes
 
 THREE: dict[str, Any] = {
     "output_dir": "runs/x",

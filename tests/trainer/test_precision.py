@@ -18,7 +18,7 @@ from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, met
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.precision import float32_parameters
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 TEACHERS = {"third": TeacherCost("b", 20, 40, None)}
 

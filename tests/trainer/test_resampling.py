@@ -19,7 +19,7 @@ from threetowers.trainer.export.export import export
 from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 SWIN = {
     "kind": "timm",

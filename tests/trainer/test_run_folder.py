@@ -15,9 +15,10 @@ import pytest
 from threetowers.cache.processes.liveness import process_start
 from threetowers.cache.storage.lease import LeaseOwner
 from threetowers.cache.storage.local import LocalStorage
-from threetowers.trainer import run_folder
 from threetowers.trainer.config import ConfigError, parse
-from threetowers.trainer.run_folder import RunFolder, RunInUse
+from threetowers.trainer.run import run_lease
+from threetowers.trainer.run.run_folder import RunFolder
+from threetowers.trainer.run.run_lease import RunInUse, local_run_lease
 
 SAMPLES = 24  # of an epoch: two steps
 
@@ -29,17 +30,17 @@ def leave_lease(folder: RunFolder, owner: LeaseOwner) -> None:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(run_folder, "SETTLE_SECONDS", 0.02)
+    monkeypatch.setattr(run_lease, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(run_lease, "SETTLE_SECONDS", 0.02)
 
 
 def test_a_folder_is_leased_until_the_end_and_nothing_is_left(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    with folder.lease() as lease:
+    with local_run_lease(folder.path) as lease:
         assert lease.still_held()
         assert json.loads((folder.path / ".lease" / "owner.json").read_text())["pid"] == os.getpid()
     assert not folder.path.exists()
-    with folder.lease():
+    with local_run_lease(folder.path):
         folder.summary.touch()
     assert list(folder.path.iterdir()) == [folder.summary]
 
@@ -50,7 +51,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     other = LeaseOwner(pid=parent, start=process_start(parent) or "")
     leave_lease(folder, other)
     expected = f"{folder.path}: process {parent} on {other.host} has been training this run since {other.since}. Wait"
-    with pytest.raises(RunInUse, match=re.escape(expected)), folder.lease():
+    with pytest.raises(RunInUse, match=re.escape(expected)), local_run_lease(folder.path):
         pass
     assert list(folder.path.rglob("*.json")) == [folder.path / ".lease" / "owner.json"]
 
@@ -62,14 +63,14 @@ def test_the_folder_of_a_process_that_has_ended_is_free_at_once(how: str, tmp_pa
     ended = int(subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True).stdout)
     pid = ended if how == "ended" else os.getppid()
     leave_lease(folder, LeaseOwner(pid=pid, start=f"{start.rpartition('/')[0]}/1"))
-    with folder.lease() as lease:
+    with local_run_lease(folder.path) as lease:
         assert lease.still_held()
 
 
 def test_a_silent_process_of_another_machine_is_waited_for(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     leave_lease(folder, LeaseOwner(host="elsewhere"))
-    with folder.lease(timeout=0.2) as lease:
+    with local_run_lease(folder.path, timeout=0.2) as lease:
         assert lease.still_held()
 
 
@@ -79,7 +80,10 @@ def test_a_living_process_of_another_machine_is_not_replaced(tmp_path: Path) -> 
     leave_lease(folder, other)
     beat = threading.Timer(0.1, leave_lease, (folder, other))
     beat.start()
-    with pytest.raises(RunInUse, match="on elsewhere has been training this run"), folder.lease(timeout=60):
+    with (
+        pytest.raises(RunInUse, match="on elsewhere has been training this run"),
+        local_run_lease(folder.path, timeout=60),
+    ):
         pass
     beat.join()
 
@@ -87,7 +91,7 @@ def test_a_living_process_of_another_machine_is_not_replaced(tmp_path: Path) -> 
 def test_a_lost_lease_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
     """Also where the heartbeat had no time: the process was frozen as a whole."""
     folder = RunFolder(tmp_path / "run")
-    with folder.lease(timeout=60) as lease:
+    with local_run_lease(folder.path, timeout=60) as lease:
         leave_lease(folder, LeaseOwner(host="elsewhere"))
         assert lease.still_held()  # by local state: the last look was a moment ago
         lease._confirmed_at -= 31
@@ -96,13 +100,10 @@ def test_a_lost_lease_is_noticed_before_anything_is_written(tmp_path: Path) -> N
     assert b"elsewhere" in (folder.path / ".lease" / "owner.json").read_bytes()
 
 
-def run_of(clip: dict[str, Any], taken: int, **changes: Any) -> RunFolder:
-    """The folder of a run that has taken so many steps."""
+def run_of(clip: dict[str, Any], **changes: Any) -> RunFolder:
+    """The folder of a run that has begun."""
     folder = RunFolder(Path(clip["output_dir"]))
-    config = parse(clip | changes)
-    folder.create(config, {}, {})
-    if taken:
-        (folder.checkpoints / f"step-{taken:08d}").mkdir(parents=True)
+    folder.create(parse(clip | changes), {}, {})
     return folder
 
 
@@ -131,10 +132,10 @@ NINE = {"duration": {"steps": 9}}
 def test_a_run_may_go_on_where_its_steps_keep_their_learning_rates(
     before: dict[str, Any], taken: int, after: dict[str, Any], clip: dict[str, Any]
 ) -> None:
-    folder = run_of(clip, taken, **before)
+    folder = run_of(clip, **before)
     config = parse(clip | before | after)
     assert {change.key.partition(".")[0] for change in folder.check(config)} <= {"duration", "optim"}
-    folder.check_schedule(config, SAMPLES)
+    folder.check_schedule(config, SAMPLES, taken or None)
 
 
 @pytest.mark.parametrize(
@@ -156,26 +157,26 @@ def test_a_run_may_go_on_where_its_steps_keep_their_learning_rates(
 def test_other_changes_of_the_schedule_are_refused(
     before: dict[str, Any], taken: int, after: dict[str, Any], message: str, clip: dict[str, Any]
 ) -> None:
-    folder = run_of(clip, taken, **before)
+    folder = run_of(clip, **before)
     config = parse(clip | before | after)
 
     def check() -> None:
         folder.check(config)
-        folder.check_schedule(config, SAMPLES)
+        folder.check_schedule(config, SAMPLES, taken or None)
 
     with pytest.raises(ConfigError, match="(?s)holds a run with another .*" + message):
         check()
 
 
 def test_a_finished_run_without_checkpoints_does_not_begin_again(clip: dict[str, Any]) -> None:
-    folder = run_of(clip, 0, **CONSTANT)
+    folder = run_of(clip, **CONSTANT)
     assert folder.finished_steps() is None
     folder.weights.touch()
     folder.summary.write_text('{"steps": 6}')
     assert folder.finished_steps() == 6
-    folder.check_schedule(parse(clip | CONSTANT), SAMPLES)
+    folder.check_schedule(parse(clip | CONSTANT), SAMPLES, None)
     with pytest.raises(ConfigError, match="finished and has no checkpoint to go on from"):
-        folder.check_schedule(parse(clip | CONSTANT | NINE), SAMPLES)
+        folder.check_schedule(parse(clip | CONSTANT | NINE), SAMPLES, None)
     left = folder.path / ".model.safetensors.host.1.2.partial"
     left.touch()
     folder.remove_results()

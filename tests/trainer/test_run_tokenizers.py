@@ -23,7 +23,7 @@ from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.initial.vocabularies import other_vocabularies
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 CAPTIONS = ["a red disc", "a", "", "photo of a dog on a bench! and much more than there is room for"]
 TOWERS = [

@@ -37,7 +37,7 @@ from threetowers.trainer.data.joins.image_join import ImageJoin
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import NAMES
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 from threetowers.trainer.train import ONE_VALUE
 
 

@@ -3,12 +3,11 @@
 checkpoints/step-00000120/state-00000-of-00002.safetensors   what a rank held: param|NAME|START, exp_avg|NAME|START, ...
 checkpoints/step-00000120/checkpoint.json                    step, updates, layout, the run's counts and timer
 
-Every rank writes its own fragments, nothing is gathered. A checkpoint exists once its folder has this name: it is
-written under another one and renamed when every rank's file is on the disk.
+Every rank writes its own fragments, nothing is gathered. A checkpoint is complete or absent at any moment, see
+`CheckpointStore`.
 """
 
 import json
-import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from threetowers.cache.processes.world import World
-from threetowers.cache.storage.atomic import finish_partial, partial_path, sync_folder, write_atomic
+from threetowers.cache.storage.atomic import finish_partial, partial_path
 from threetowers.trainer.checkpoint.partition import fragments, inner_optimizer, is_replicated
+from threetowers.trainer.checkpoint.store import INDEX_FILE, CheckpointStore, step_name
 from threetowers.trainer.model.running_moments import average_running_moments
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
-
-INDEX_FILE = "checkpoint.json"
-STEP_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -39,40 +36,22 @@ class Progress:
     timer: dict[str, float] = field(default_factory=dict)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint in a run's checkpoint folder, None where there is none."""
-    return max(folder.glob("step-" + "[0-9]" * STEP_DIGITS), default=None)
-
-
-def checkpoint_step(path: Path) -> int:
-    """Return the number of steps that a run had made when it wrote a checkpoint."""
-    return int(path.name.removeprefix("step-"))
-
-
-def remove_partial_checkpoints(folder: Path) -> None:
-    """Remove what a run left that died while writing or removing one. For one rank alone, before any other writes."""
-    for partial in folder.glob(".step-*.partial"):
-        shutil.rmtree(partial)
-
-
-def save_checkpoint(engine: Any, folder: Path, progress: Progress, keep: int, world: World) -> None:
+def save_checkpoint(engine: Any, store: CheckpointStore, progress: Progress, keep: int, world: World) -> None:
     """Write a checkpoint of all ranks and remove all but the newest `keep`. Collective.
 
     Raises:
         OSError: On all ranks, when one of them cannot write; earlier checkpoints stay.
     """
-    final = folder / f"step-{progress.step:0{STEP_DIGITS}d}"
-    partial = folder / f".{final.name}.partial"
     average_running_moments(engine.module)
     tensors = _local_tensors(engine, world)
 
     # Every rank writes its file.
     error: str | None = None
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        file = partial / f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
+        file = store.begin(progress.step) / f"state-{world.rank:05d}-of-{world.size:05d}.safetensors"
         save_file(tensors, f"{file}.partial")
         finish_partial(Path(f"{file}.partial"), file)
+        store.add(progress.step, file)
     except (OSError, SafetensorError) as problem:
         error = str(problem)
 
@@ -81,25 +60,33 @@ def save_checkpoint(engine: Any, folder: Path, progress: Progress, keep: int, wo
     distributed.all_gather_object(errors, error)
     if problems := [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]:
         if world.first:
-            shutil.rmtree(partial, ignore_errors=True)
-        before = newest_checkpoint(folder)
-        raise OSError(
-            f"{final} cannot be written: {'; '.join(problems)}. Make room or change output_dir, then run the same "
-            f"command again: it resumes from {before.name if before else 'the start'}"
-        )
+            store.discard(progress.step)
+        raise OSError(_cannot_write(store, progress.step, "; ".join(problems)))
 
-    # The first rank makes it a checkpoint by its name.
+    # The first rank makes it a checkpoint.
+    completed: list[str | None] = [None]
     if world.first:
         index = asdict(progress) | {"world_size": world.size, "zero_stage": int(engine.zero_optimization_stage())}
-        write_atomic(partial / INDEX_FILE, json.dumps(index, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
-        sync_folder(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            obsolete = folder / f".{old.name}.partial"  # never half a checkpoint under the name of a complete one
-            old.replace(obsolete)
-            shutil.rmtree(obsolete)
-    distributed.barrier()
+        try:
+            store.complete(progress.step, json.dumps(index, indent=2), keep)
+        except OSError as problem:
+            completed = [str(problem)]
+    distributed.broadcast_object_list(completed)
+    if completed[0] is not None:
+        raise OSError(_cannot_write(store, progress.step, completed[0]))
+
+
+def _cannot_write(store: CheckpointStore, step: int, problem: str) -> str:
+    """Return the message for a checkpoint that cannot be written."""
+    try:
+        before = store.newest()
+        resumed = "the start" if before is None else step_name(before)
+    except OSError:  # a store that cannot be reached
+        resumed = "the newest one before it"
+    return (
+        f"{store.address(step)} cannot be written: {problem}. Make room or change output_dir, then run the same "
+        f"command again: it resumes from {resumed}"
+    )
 
 
 @dataclass(frozen=True)
@@ -119,13 +106,17 @@ class _StoredFragment:
 class CheckpointReader:
     """A checkpoint on the disk, read fragment by fragment."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, address: str | None = None) -> None:
         """Open the files of all ranks.
+
+        Args:
+            path: The checkpoint's folder.
+            address: Where it is kept, for messages; None: in this folder.
 
         Raises:
             ValueError: If a file is missing or damaged.
         """
-        self.path = path
+        self.address = address or str(path)
         try:
             index = json.loads((path / INDEX_FILE).read_text())
             self.world_size = int(index.pop("world_size"))
@@ -135,7 +126,7 @@ class CheckpointReader:
             files: list[Any] = [safe_open(path / name, framework="pt") for name in names]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(
-                f"{path}: this checkpoint is damaged ({error}); remove it to resume from the one before it"
+                f"{self.address}: this checkpoint is damaged ({error}); remove it to resume from the one before it"
             ) from error
         self._fragments: dict[tuple[str, str], list[_StoredFragment]] = defaultdict(list)
         for file in files:
@@ -196,7 +187,7 @@ class CheckpointReader:
                 found.append(fragment.read().view(-1)[low - fragment.start : high - fragment.start])
         if sum(len(values) for values in found) != numel:
             raise ValueError(
-                f"{self.path}: {kind} of {name!r} has {self._numel(kind, name)} values, this model needs {start}.."
+                f"{self.address}: {kind} of {name!r} has {self._numel(kind, name)} values, this model needs {start}.."
                 f"{stop}; it is a checkpoint of another model: go back to its config, or change output_dir"
             )
         return torch.cat(found) if len(found) > 1 else found[0]

@@ -579,6 +579,8 @@ class Checkpoint:
     """Minutes between two checkpoints; null: not by time."""
     keep: PositiveInt = 2
     """Number of checkpoints kept, the newest ones."""
+    staging_dir: str | None = None
+    """Where `output_dir` is a URL, the local folder in which files are staged; null: the one for temporary files."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -603,7 +605,7 @@ class TrainConfig:
     """A run: its data, towers, heads, pair terms and settings."""
 
     output_dir: str
-    """The run folder. A run that was interrupted resumes from it."""
+    """The run folder, a path or a URL (s3://, gs://, ...). A run that was interrupted resumes from it."""
     global_batch_size: PositiveInt
     """Samples of a step, over all ranks; a multiple of the world size."""
     duration: Duration

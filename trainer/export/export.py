@@ -21,7 +21,7 @@ from threetowers.trainer.export.open_clip_format import load_open_clip, write_op
 from threetowers.trainer.export.timm_format import load_timm, write_timm
 from threetowers.trainer.export.trained_model import TrainedModel, deployed_model, load_model
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 # Largest difference of two unit-norm embeddings, per element; other packages compute attention with other kernels.
 TOLERANCE = {"threetowers": 0.0, "open_clip": 1e-5, "timm": 0.0, "onnx": 1e-4}

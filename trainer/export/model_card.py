@@ -10,7 +10,7 @@ from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.info import input_text
 from threetowers.trainer.config import CacheTower, ImageTower, Term, dump, load_config
 from threetowers.trainer.export.trained_model import TrainedModel
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 ExportFormat = Literal["threetowers", "open_clip", "timm", "onnx"]
 LOADING: dict[ExportFormat, str] = {

@@ -29,7 +29,7 @@ from threetowers.cache.format.manifest import Preprocessing, Side, TextProcessin
 from threetowers.trainer.config import CacheTower, TextTower
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 KIND = "run"
 HEAD = "head:"  # begins the name of a feature that is the output of a head

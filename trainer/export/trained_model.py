@@ -14,7 +14,7 @@ from threetowers.cache.format.manifest import Manifest
 from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TextTower, TrainConfig, load_config
 from threetowers.trainer.model.model import TowerModel, clamp_log_scale
 from threetowers.trainer.model.state_dict import load_deduplicated
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.run.run_folder import RunFolder
 
 
 def load_model(

@@ -8,11 +8,9 @@ profile.json      a trace, if one was asked for
 .lease/           who trains the run, while it is trained
 """
 
-import contextlib
 import json
 import logging
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,17 +23,11 @@ from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.cache.format.manifest import Manifest, ManifestError, incompatibilities
 from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.atomic import write_atomic
-from threetowers.cache.storage.lease import Lease, LeaseOwner, LocalLease
-from threetowers.trainer.checkpoint.checkpoint import checkpoint_step, newest_checkpoint
 from threetowers.trainer.config import ConfigError, TrainConfig, dump, load_config
 from threetowers.trainer.model.precision import new_run_precision, resolve_precision
 from threetowers.trainer.optimizer.schedule import Schedule
 
 logger = logging.getLogger(__name__)
-
-LEASE_SECONDS = 120.0  # of silence after which the lease of a process that cannot be looked at is expired
-POLL_SECONDS = 1.0
-SETTLE_SECONDS = 0.5  # after an expired lease was taken over: others may be doing the same
 
 # The keys that a resumed run may change: none of them changes what is computed, beyond rounding.
 CHANGEABLE = (
@@ -61,10 +53,6 @@ OTHER_MODEL = ("data.image_size", "data.context_length", "towers.")
 SCHEDULE = ("duration", "optim.schedule", "optim.warmup", "optim.cooldown", "optim.lr_end")
 
 
-class RunInUse(ValueError):
-    """A run folder in which another process trains. The message names the process."""
-
-
 @dataclass(frozen=True)
 class ConfigChange:
     """A key in which two configs differ, and its values."""
@@ -79,9 +67,19 @@ class ConfigChange:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths inside the folder of a run, and its files of settings."""
+    """The paths inside the folder of a run, and its files of settings.
+
+    Attributes:
+        path: The folder.
+        address: Where the run is kept, if that is not this folder: messages name it.
+    """
 
     path: Path
+    address: str | None = None
+
+    def __str__(self) -> str:
+        """Return where the run is kept."""
+        return self.address or str(self.path)
 
     @property
     def config(self) -> Path:
@@ -123,55 +121,6 @@ class RunFolder:
         """The profiler's trace."""
         return self.path / "profile.json"
 
-    @contextlib.contextmanager
-    def lease(self, timeout: float = LEASE_SECONDS) -> Iterator[Lease]:
-        """Hold the lease on the folder inside the context, so that no second process trains this run meanwhile.
-
-        That of a process that has ended is taken over: at once if it ran on this machine, else after `timeout` seconds
-        without a sign of life.
-
-        Raises:
-            RunInUse: Another process holds it and lives.
-        """
-        local = LocalLease(self.path, "owner.json", timeout)
-        self._acquire(local.lease)
-        try:
-            with local.kept() as lease:
-                yield lease
-        finally:
-            with contextlib.suppress(OSError):  # not empty: of a run that has begun
-                self.path.rmdir()
-
-    def _acquire(self, lease: Lease) -> None:
-        seen: tuple[LeaseOwner, float] | None = None
-        while True:
-            holder = lease.holder()
-            if lease.acquire():
-                if holder is not None:
-                    logger.info("%s: %s, which trained this run, has ended", self.path, holder)
-                    time.sleep(SETTLE_SECONDS)
-                if holder is None or lease.confirm():
-                    return
-            holder = lease.holder()
-            modified = lease.modified()
-            if holder is not None and modified is not None:
-                if seen not in (None, (holder, modified)) or lease.owner.sees(holder):
-                    raise RunInUse(
-                        f"{self.path}: {holder} has been training this run since {holder.since}. Wait until it has "
-                        "ended, stop it, or choose another `output_dir`"
-                    )
-                if seen is None:
-                    logger.info("%s: waiting up to %.0f s for a sign of life of %s", self.path, lease.timeout, holder)
-                seen = (holder, modified)
-            time.sleep(POLL_SECONDS)
-
-    def taken_over(self) -> str:
-        """Return the message for a process that has lost the folder's lease."""
-        return (
-            f"{self.path}: taken over by another process, or removed, while this one gave no sign of life for "
-            f"{LEASE_SECONDS:.0f} s. Nothing was written since; the other one goes on"
-        )
-
     def finished_steps(self) -> int | None:
         """Return the steps of the finished run in the folder; None where there is none."""
         if not self.summary.exists() or not self.weights.exists():
@@ -182,11 +131,11 @@ class RunFolder:
     def remove_results(self) -> None:
         """Remove what only a finished run has, because this one goes on; and what writers left that were killed."""
         if self.summary.exists():
-            logger.info("%s: goes on; its weights and summary are removed until it is finished again", self.path)
+            logger.info("%s: goes on; its weights and summary are removed until it is finished again", self)
         for path in (self.summary, self.weights, *self.path.glob(".*.partial")):
             path.unlink(missing_ok=True)
 
-    def check_schedule(self, config: TrainConfig, samples: int) -> None:
+    def check_schedule(self, config: TrainConfig, samples: int, checkpoint: int | None) -> None:
         """Check that the steps which the folder's run has taken keep their learning rates under this config.
 
         A run can be extended where that is so: it then is the run that would have been of the new duration from the
@@ -195,6 +144,7 @@ class RunFolder:
         Args:
             config: Of this launch.
             samples: Of one epoch.
+            checkpoint: The steps that the run had taken at its newest checkpoint; None where there is none.
 
         Raises:
             ConfigError: They do not, or there are more of them than the run shall have. The message names the way on.
@@ -206,9 +156,8 @@ class RunFolder:
         if not changes:
             return
         before, after = (_schedule(each, samples) for each in (old, config))
-        checkpoint = newest_checkpoint(self.checkpoints)
-        taken = 0 if checkpoint is None else checkpoint_step(checkpoint)
-        headline = f"{self.path} holds a run with another schedule:\n" + "\n".join(f"  {change}" for change in changes)
+        taken = checkpoint or 0
+        headline = f"{self} holds a run with another schedule:\n" + "\n".join(f"  {change}" for change in changes)
         if checkpoint is None and self.finished_steps() is not None:
             raise ConfigError(
                 f"{headline}\nthe run is finished and has no checkpoint to go on from; choose another `output_dir`"
@@ -234,12 +183,12 @@ class RunFolder:
             return (
                 "a cosine is laid out over the duration with which the run began, constant and rsqrt are not: train a "
                 "new run in another `output_dir`, whose towers may start from the weights of this one, by "
-                f"towers.NAME.init={self.weights}#towers.NAME"
+                f"towers.NAME.init={self}/{self.weights.name}#towers.NAME"
             )
         if before.cooldown and step >= before.total - before.cooldown:
             return (
                 f"the cooldown began after step {before.total - before.cooldown}: to go on from before it, remove the "
-                f"later checkpoints in {self.checkpoints}, if there is an earlier one"
+                f"later checkpoints in {self}/{self.checkpoints.name}, if there is an earlier one"
             )
         return f"let a cooldown begin after step {taken}, and keep the rest of the schedule"
 
@@ -249,7 +198,7 @@ class RunFolder:
         if config.engine.precision is None and began not in (None, new_run_precision()):
             logger.info(
                 "%s: goes on in %s, as it began; a new run would take %s on this machine",
-                self.path,
+                self,
                 began,
                 new_run_precision(),
             )
@@ -273,10 +222,10 @@ class RunFolder:
             if any(change.key.startswith(OTHER_MODEL) for change in refused):
                 weights = (
                     f"; to go on from its weights, choose another `output_dir` and set `init` of its towers, as in "
-                    f"towers.NAME.init={self.weights}#towers.NAME"
+                    f"towers.NAME.init={self}/{self.weights.name}#towers.NAME"
                 )
             raise ConfigError(
-                f"{self.path} holds a run with another config:\n{lines}\n"
+                f"{self} holds a run with another config:\n{lines}\n"
                 f"choose another `output_dir`, restore that config to resume the run, or remove the folder{weights}"
             )
         return changes
@@ -292,7 +241,7 @@ class RunFolder:
         for name, manifest in self.read_manifests().items():
             if name in manifests and (lines := incompatibilities(manifest, manifests[name])):
                 raise ManifestError(
-                    f"{self.path}: tower {name!r} reads another cache than the one this run began with: "
+                    f"{self}: tower {name!r} reads another cache than the one this run began with: "
                     f"{'; '.join(lines)}; restore that cache, or choose another `output_dir`"
                 )
 
@@ -302,7 +251,7 @@ class RunFolder:
         Raises:
             ManifestError: The file is damaged, or of another version.
         """
-        headline = f"{self.manifests} is damaged, or of another version"
+        headline = f"{self}/{self.manifests.name} is damaged, or of another version"
         return parse_as(
             dict[str, Manifest], self.manifests.read_bytes(), ManifestError, headline, "train the run again"
         )
@@ -336,7 +285,7 @@ class RunFolder:
         began = json.loads(self.tokenizer_digest.read_text())
         if began["digest"] != tokenizer.digest:
             raise ConfigError(
-                f"{self.path}: found the tokenizer {tokenizer.name} (sha256 {tokenizer.digest[:12]}), expected "
+                f"{self}: found the tokenizer {tokenizer.name} (sha256 {tokenizer.digest[:12]}), expected "
                 f"{began['name']} (sha256 {began['digest'][:12]}), which this run began with; restore that tokenizer, "
                 "or choose another `output_dir`"
             )

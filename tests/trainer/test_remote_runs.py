@@ -1,0 +1,239 @@
+"""Runs that are kept in an object store: resumed on a fresh machine, killed between any two requests, leased."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from tests.trainer.launches import same_weights
+from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
+from threetowers.cache.storage.lease import LeaseOwner
+from threetowers.cache.storage.remote import RemoteStorage
+from threetowers.cache.storage.storage import StorageError, WriteError
+from threetowers.trainer.config import ConfigError, parse
+from threetowers.trainer.monitoring.train_summary import TrainSummary
+from threetowers.trainer.run import run_lease, run_store
+from threetowers.trainer.run.run_lease import RunInUse
+from threetowers.trainer.train import Trainer, train
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+@pytest.fixture
+def remote(clip: dict[str, Any], tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A run in memory, three steps with a checkpoint after each, whose machine has a staging folder."""
+    url = f"memory://{tmp_path.name}/run"
+    yield clip | {
+        "output_dir": url,
+        "duration": {"steps": 3},
+        "checkpoint": {"every_steps": 1, "keep": 1, "staging_dir": str(tmp_path / "staging")},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+    RemoteStorage(url)._root[0].rm(tmp_path.name, recursive=True)
+
+
+@pytest.fixture
+def finished(clip: dict[str, Any], tmp_path: Path) -> Path:
+    """The same run in a local folder, never interrupted."""
+    out = tmp_path / "local"
+    tree = {"output_dir": str(out), "duration": {"steps": 3}, "log": {"every_steps": 1, "tensorboard": False}}
+    train(parse(clip | tree))
+    return out
+
+
+def download(tree: dict[str, Any], out: Path) -> Path:
+    """Copy a run out of the store."""
+    storage = RemoteStorage(tree["output_dir"])
+    shutil.rmtree(out, ignore_errors=True)
+    for name in storage.walk():
+        storage.download(name, out / name)
+    return out
+
+
+def staged(tmp_path: Path) -> list[Path]:
+    """What is left in the staging folder."""
+    return list((tmp_path / "staging").glob("*"))
+
+
+def metric_steps(out: Path) -> list[int]:
+    """The steps of the lines of a run's metrics."""
+    from tests.trainer.launches import metric
+
+    return metric(out, "step")
+
+
+def test_a_remote_run_is_a_local_one_elsewhere(remote: dict[str, Any], finished: Path, tmp_path: Path) -> None:
+    summary = train(parse(remote))
+    out = download(remote, tmp_path / "copy")
+    assert same_weights(out, finished)
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    local = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert names == local
+    assert "checkpoints/step-00000003/checkpoint.json" in names
+    assert staged(tmp_path) == []
+    again = train(parse(remote))  # finished: nothing is trained
+    assert again == summary
+    assert staged(tmp_path) == []
+    longer = remote | {"duration": {"steps": 4}}
+    with pytest.raises(ConfigError, match=f"^{remote['output_dir']} holds a run with another schedule"):
+        train(parse(longer))
+
+
+def requests(monkeypatch: pytest.MonkeyPatch, before: Callable[[str, str], None]) -> None:
+    """Call `before(method, name)` before each request that changes the store."""
+    for method in ("put", "upload", "delete", "create_exclusive"):
+        real = getattr(RemoteStorage, method)
+
+        def call(self: RemoteStorage, name: str, *args: Any, method: str = method, real: Any = real) -> Any:
+            before(method, name)
+            return real(self, name, *args)
+
+        monkeypatch.setattr(RemoteStorage, method, call)
+
+
+def test_a_run_goes_on_wherever_it_is_killed(
+    remote: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each launch is killed some requests after it took the lease; the last one ends. No half checkpoint is resumed."""
+    monkeypatch.setattr(run_lease, "SETTLE_SECONDS", 0.0)
+    left = [0]
+
+    def kill(method: str, name: str) -> None:
+        if ".lease" in name:
+            return
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    requests(monkeypatch, kill)
+    starts, launches = [], 0
+    summary: TrainSummary | None = None
+    while summary is None:
+        left[0] = 3 + 2 * launches  # requests that this launch may make
+        launches += 1
+        assert launches < 40
+        try:
+            trainer = Trainer(parse(remote), _world())
+            starts.append(trainer.start)
+            summary = trainer.train()
+        except Killed:
+            continue
+    assert starts == sorted(starts)
+    assert len(set(starts)) > 2
+    out = download(remote, tmp_path / "copy")
+    assert same_weights(out, finished)
+    assert metric_steps(out) == [1, 2, 3]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003"]
+    assert len(list((out / "checkpoints/step-00000003").iterdir())) == 2
+    assert staged(tmp_path) == []
+
+
+def _world() -> Any:
+    from threetowers.trainer.engine import join_process_group
+
+    return join_process_group()
+
+
+def test_sigterm_leaves_a_checkpoint_that_a_fresh_machine_resumes(
+    remote: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it arrives while a checkpoint is uploaded."""
+
+    def stop(method: str, name: str) -> None:
+        if method == "upload" and "step-00000001" in name:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        requests(patch, stop)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM after step 2 of 3") as stopped:
+            train(parse(remote))
+    assert stopped.value.exit_code == PREEMPTED_EXIT_CODE
+    assert staged(tmp_path) == []
+    fresh = remote | {"checkpoint": remote["checkpoint"] | {"staging_dir": str(tmp_path / "another machine")}}
+    trainer = Trainer(parse(fresh), _world())
+    assert trainer.start == 2
+    trainer.train()
+    out = download(remote, tmp_path / "copy")
+    assert same_weights(out, finished)
+    assert metric_steps(out) == [1, 2, 3]
+
+
+def test_a_second_launch_is_refused_and_changes_nothing(
+    remote: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lease, "POLL_SECONDS", 0.02)
+    storage = RemoteStorage(remote["output_dir"])
+    with run_lease.remote_run_lease(storage) as lease:
+        monkeypatch.setattr(LeaseOwner, "is_dead", lambda self, other: False)
+        with pytest.raises(RunInUse, match=f"^{remote['output_dir']}: process {os.getpid()} on .* has been training"):
+            train(parse(remote))
+        assert lease.confirm()
+        assert storage.walk() == [".lease/owner.json"]
+    assert storage.walk() == []
+
+
+def test_a_store_that_refuses_a_checkpoint_is_one_message(
+    remote: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(method: str, name: str) -> None:
+        if method == "upload" and "step-00000002" in name:
+            raise WriteError("cannot write: quota")
+
+    requests(monkeypatch, refuse)
+    url = remote["output_dir"]
+    with pytest.raises(
+        OSError, match=rf"^{url}/checkpoints/step-00000002 cannot be written: rank 0: .*quota.* step-00000001$"
+    ):
+        train(parse(remote))
+    assert staged(tmp_path) == []
+    names = RemoteStorage(url).walk()
+    assert [name for name in names if "step-00000002" in name or ".lease" in name] == []
+
+
+def test_metrics_are_uploaded_between_checkpoints_and_a_refusal_is_a_warning(
+    remote: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run_store, "PROGRESS_SECONDS", 0.0)
+    uploads = 0
+
+    def refuse_once(method: str, name: str) -> None:
+        nonlocal uploads
+        if name == "metrics.jsonl":
+            uploads += 1
+            if uploads == 1:
+                raise StorageError("cannot write: busy")
+
+    requests(monkeypatch, refuse_once)
+    train(parse(remote | {"checkpoint": remote["checkpoint"] | {"every_steps": None}}))
+    assert uploads == 4  # one was refused
+    assert "cannot write: busy; tried again at the next checkpoint" in caplog.text
+
+
+@pytest.mark.distributed
+def test_two_ranks_and_s3(clip: dict[str, Any], bucket: str, tmp_path: Path) -> None:
+    """The command line, from one layout to another."""
+    import yaml
+
+    from tests.trainer.launches import ENVIRONMENT, TRAIN, run_command, torchrun
+
+    url = f"{bucket}/{tmp_path.name}"
+    ENVIRONMENT.update({name: value for name, value in os.environ.items() if name.startswith("AWS_")})
+    tree = clip | {"output_dir": url, "duration": {"steps": 2}, "optim": {"schedule": "constant", "warmup": 0.0}}
+    tree["checkpoint"] = {"staging_dir": str(tmp_path / "staging")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    run_command([*torchrun(2), "-m", "threetowers", "train", str(file)])
+    assert fsspec.filesystem("s3").exists(f"{url}/model.safetensors")
+    run_command([*TRAIN, str(file), "duration.steps=3"])
+    out = download(tree, tmp_path / "copy")
+    assert metric_steps(out) == [1, 2, 3]
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000002", "step-00000003"}
+    assert len(list((out / "tensorboard").iterdir())) == 2
+    assert staged(tmp_path) == []

@@ -1,0 +1,1 @@
+"""Where a run is kept, who trains it, and how its ranks stop together."""
