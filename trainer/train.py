@@ -48,9 +48,10 @@ from threetowers.trainer.model.running_moments import (
     remember_running_moments,
     running_moments_kept,
 )
-from threetowers.trainer.monitoring.metrics import Metrics, MetricsLog, step_line
+from threetowers.trainer.monitoring.metrics import MetricsLog, step_line
 from threetowers.trainer.monitoring.profile import StepProfile
 from threetowers.trainer.monitoring.timer import Timer
+from threetowers.trainer.monitoring.tracker import Metrics
 from threetowers.trainer.monitoring.train_summary import TrainSummary, peak_memory
 from threetowers.trainer.optimizer.agreed_step import AgreedStep, StepReport
 from threetowers.trainer.optimizer.optimizer import freeze
@@ -177,7 +178,7 @@ class Trainer:
         """Run the remaining steps, write the weights and return the summary."""
         config = self.config
         with self.launch.held, self.launch.interruptible():
-            log = MetricsLog(self.folder.path, self.start, config.log.tensorboard) if self.world.first else None
+            log = self._open_log()
             profile = StepProfile(config.log.profile if self.world.first else None, self.folder.profile)
             self._saved_at = time.monotonic()
             self.launch.stop.begin_first_step()
@@ -218,12 +219,38 @@ class Trainer:
                         self.run.publish_progress()
                     self._evaluate(log, done)
                     if last or stop or overdue or done % (config.checkpoint.every_steps or self.steps) == 0:
-                        self._save_checkpoint(done)
+                        self._save_checkpoint(done, log)
                     if stop and not last:
+                        if log is not None:
+                            log.close()
+                        self.launch.on_first_rank(self.run.publish)
                         raise self.launch.interruption(done, self.steps, by_keyboard)
             if log is not None:
                 log.close()
             return self._finish()
+
+    def _open_log(self) -> MetricsLog | None:
+        """Return the log of metrics on the first rank, None on others. Raises ConfigError on all of them alike."""
+        found: list[MetricsLog] = []
+
+        def begin() -> None:
+            log = MetricsLog(self.folder, self.config, self.start)
+            self.launch.held.callback(log.close)
+            found.append(log)
+            self.run.publish()  # by what trackers know the run
+
+        self.launch.on_first_rank(begin)
+        return found[0] if found else None
+
+    def _publish(self, log: MetricsLog | None) -> None:
+        """Bring the run's files, without weights and checkpoints, to where it is kept. Collective."""
+
+        def publish() -> None:
+            if log is not None:
+                log.flush()
+            self.run.publish()
+
+        self.launch.on_first_rank(publish)
 
     def _open_data(self) -> None:
         """Open the samples, caches and tokenizer, check them against the run's folder, and fix the number of steps."""
@@ -548,10 +575,10 @@ class Trainer:
             finally:
                 module.train()
 
-    def _save_checkpoint(self, done: int) -> None:
+    def _save_checkpoint(self, done: int, log: MetricsLog | None) -> None:
         """Write a checkpoint after step `done`."""
         with self.timer.phase("checkpoint"):
-            self.launch.on_first_rank(self.run.publish)
+            self._publish(log)
             progress = Progress(done, self.updates, dict(self.counts), self.timer.state())
             save_checkpoint(self.engine, self.run.checkpoints, progress, self.config.checkpoint.keep, self.world)
         self._saved_at = time.monotonic()

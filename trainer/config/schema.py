@@ -565,6 +565,10 @@ class Log:
     """Steps between two lines of metrics."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    wandb: str | None = None
+    """The Weights & Biases project that is told the metrics, too; null: none. Needs the extra `wandb`."""
+    trackio: str | None = None
+    """The Trackio project that is told the metrics, too; null: none. Needs the extra `trackio`."""
     profile: tuple[PositiveInt, PositiveInt] | None = None
     """First and last step, counted from 1, of a torch.profiler trace in the run folder; null: no trace."""
 

@@ -1,48 +1,55 @@
-"""Metrics of a run: a readable line, a JSON line and tensorboard scalars per logged step."""
+"""Metrics of a run: a readable line and a JSON line per logged step, which trackers are told, too."""
 
 import json
 import logging
 import math
-from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from threetowers.cache.storage.atomic import write_atomic
+from threetowers.trainer.config import TrainConfig, dump
+from threetowers.trainer.monitoring.tensorboard_log import TensorboardLog
+from threetowers.trainer.monitoring.tracker import Metrics, TrackedRun, Tracker
+from threetowers.trainer.monitoring.trackio_log import TrackioLog
+from threetowers.trainer.monitoring.wandb_log import WandbLog
+from threetowers.trainer.run.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-Metrics = dict[str, float | int | None]
-
 
 class MetricsLog:
-    """Writes `metrics.jsonl` and, if asked, tensorboard events. For the first rank only."""
+    """Writes `metrics.jsonl` and tells the trackers that the config names. For the first rank only."""
 
-    def __init__(self, folder: Path, resumed_at: int, tensorboard: bool) -> None:
-        """Append to the log of a run's folder, without the steps after `resumed_at`, which are about to be repeated."""
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, folder: RunFolder, config: TrainConfig, resumed_at: int) -> None:
+        """Append to the log of a run's folder, without the steps after `resumed_at`, which are about to be repeated.
+
+        Raises:
+            ConfigError: A tracker is not installed, or refuses to begin.
+        """
+        self._path = folder.metrics
+        self._trackers = start_trackers(folder, config, resumed_at)
         self._drop_after(resumed_at)
         self._file = self._path.open("a")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 
     def write(self, metrics: Metrics) -> None:
         """Append one step's metrics; `metrics["step"]` is its number, from 1."""
         self._file.write(json.dumps({name: _json(value) for name, value in metrics.items()}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, metrics["step"])
+        for tracker in self._trackers:
+            tracker.write(metrics)
+
+    def flush(self) -> None:
+        """Bring the files in the run's folder up to date."""
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file, and end what the trackers have of this launch. Once more does nothing."""
+        if self._file.closed:
+            return
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _drop_after(self, step: int) -> None:
         """Remove the lines of later steps, and a last line that was cut short."""
@@ -52,6 +59,25 @@ class MetricsLog:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
             write_atomic(self._path, "".join(kept))
+
+
+def start_trackers(folder: RunFolder, config: TrainConfig, resumed_at: int) -> list[Tracker]:
+    """Begin or resume a run with each tracker that its config names.
+
+    Raises:
+        ConfigError: One is not installed, or refuses to begin.
+    """
+    log = config.log
+    trackers: list[Tracker] = []
+    if log.tensorboard:
+        trackers.append(TensorboardLog(folder.path, resumed_at))
+    if log.wandb is not None or log.trackio is not None:
+        run = TrackedRun.of(folder.path, str(folder).rstrip("/").rpartition("/")[2])
+        if log.wandb is not None:
+            trackers.append(WandbLog(log.wandb, run, dump(config), folder.path))
+        if log.trackio is not None:
+            trackers.append(TrackioLog(log.trackio, run, dump(config)))
+    return trackers
 
 
 def step_line(metrics: Metrics, total: int) -> str:
