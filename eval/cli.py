@@ -27,7 +27,7 @@ class EvalFlags:
     """The flags of every command that evaluates models.
 
     Attributes:
-        models: A run or export folder, a frozen encoder KIND:NAME[@SIZE][:WEIGHTS], as open_clip:ViT-B-32:openai, or
+        models: A run or export folder or its URL, a frozen encoder KIND:NAME[@SIZE][:WEIGHTS], as open_clip:ViT-B-32:openai, or
             cache:PATH.
         output_dir: Folder for report.html, report.md, records/ and embeddings/; what is recorded there is not computed
             again.

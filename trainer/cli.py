@@ -77,7 +77,7 @@ def train(
 
 
 def export(
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     output_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT_DIR")],
     format: Literal["threetowers", "open_clip", "timm", "onnx"] = "threetowers",
     records: tuple[Path, ...] = (),
@@ -85,7 +85,7 @@ def export(
     """Write the deployed model of a finished run, and check it by loading it again.
 
     Args:
-        run: Folder of a finished run.
+        run: Folder of a finished run, or its URL.
         output_dir: Folder to write.
         format: threetowers: read like a run. open_clip: read as `local-dir:OUTPUT_DIR`. timm: the image tower, read as
             `local-dir:OUTPUT_DIR`. onnx: a graph of each side, for ONNX Runtime.

@@ -15,6 +15,7 @@ import torch
 from threetowers.cache.encoders.timm_models import LOCAL, SOURCES
 from threetowers.cache.encoders.weights_file import one_line
 from threetowers.cache.format.manifest import DecodeMode, EncoderPrecision, EncoderRuntime
+from threetowers.cache.storage.storage import URL
 
 if TYPE_CHECKING:  # a run that reads rows of a cache knows encoders by name alone
     from threetowers.cache.encoders.encoder import FrozenEncoder
@@ -44,7 +45,7 @@ class EncoderName:
         """Take a name apart.
 
         Args:
-            text: `KIND:NAME[@SIZE][:WEIGHTS]`. NAME may be a folder, or begin with `hf-hub:`, `local-dir:` or
+            text: `KIND:NAME[@SIZE][:WEIGHTS]`. NAME may be a folder or URL, or begin with `hf-hub:`, `local-dir:` or
                 `package:`; an @ in it that no number follows is part of it, as a revision on the hub is. Of a folder
                 that exists, colons and @ are part too.
 
@@ -58,7 +59,8 @@ class EncoderName:
             'hf-hub:timm/ViT-B-16-SigLIP'
         """
         kind, _, rest = text.partition(":")
-        prefix = next((prefix for prefix in PREFIXES if rest.startswith(prefix)), "")
+        scheme = URL.match(rest)
+        prefix = scheme[0] if scheme else next((prefix for prefix in PREFIXES if rest.startswith(prefix)), "")
         body = rest.removeprefix(prefix)
         folder = _folder_before(body)
         name, _, weights = body.removeprefix(folder).partition(":")

@@ -7,6 +7,7 @@ from threetowers.cache.encoders.names import EncoderName, encoder_kinds
 from threetowers.eval.encoders.embedding_store import EmbeddingStore
 from threetowers.eval.encoders.encoder import Encoder, LoadOptions
 from threetowers.eval.encoders.ensemble import EnsembleEncoder, EnsembleOptions
+from threetowers.trainer.run.finished_run import finished_run_folder
 
 CACHE, RUN = "cache", "run"
 
@@ -48,7 +49,7 @@ def load_encoder(
         if ensemble is not None:
             raise ValueError(f"{model}: an ensemble needs a run with a third tower")
         return _with_options(_load_frozen(str(model), options), options)
-    path = Path(rest if colon and kind == RUN else model)
+    path = finished_run_folder(rest if colon and kind == RUN else model).path
     if not path.is_dir():
         kinds = sorted({CACHE, *encoder_kinds()} - {RUN})
         raise ValueError(f"{model!r} is not a folder of a run or an export; other models: {', '.join(kinds)}:NAME")

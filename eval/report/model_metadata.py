@@ -13,7 +13,7 @@ from threetowers.eval.record import BadRecord
 from threetowers.eval.report.cache_costs import CacheCost, cache_costs
 from threetowers.eval.report.training_curves import TrainingMetrics, read_metrics, thinned
 from threetowers.trainer.config import CacheTower, load_config
-from threetowers.trainer.run.run_folder import RunFolder
+from threetowers.trainer.run.finished_run import finished_run_folder
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ModelMetadata:
 
 def model_metadata(model: str | Path, encoder: Encoder) -> ModelMetadata:
     """Return the metadata of a model that was loaded by the name `model`; there is more of a run than of others."""
-    folder = RunFolder(Path(model))
+    folder = finished_run_folder(model)
     info = encoder.info
     if not folder.config.exists():
         return ModelMetadata(info.name, info.digest, str(model).partition(":")[0])

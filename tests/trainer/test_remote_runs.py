@@ -9,15 +9,25 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
+import yaml
 
-from tests.trainer.launches import same_weights
+from tests.trainer.finished_runs import finished_run
+from tests.trainer.launches import ENVIRONMENT, TRAIN, metric, run_command, same_weights, torchrun
+from threetowers.cache.encoders.names import EncoderName, EncoderOptions, load_frozen_encoder
 from threetowers.cache.processes.preemption import PREEMPTED_EXIT_CODE, Interrupted
 from threetowers.cache.storage.lease import LeaseOwner
 from threetowers.cache.storage.remote import RemoteStorage
 from threetowers.cache.storage.storage import StorageError, WriteError
+from threetowers.eval.encoders.load import load_encoder
 from threetowers.trainer.config import ConfigError, parse
+from threetowers.trainer.engine import join_process_group
+from threetowers.trainer.export.export import export
+from threetowers.trainer.export.trained_model import load_model
+from threetowers.trainer.model.initial.initial_weights import load_initial
 from threetowers.trainer.monitoring.train_summary import TrainSummary
 from threetowers.trainer.run import run_lease, run_store
+from threetowers.trainer.run.finished_run import finished_run_folder
 from threetowers.trainer.run.run_lease import RunInUse
 from threetowers.trainer.train import Trainer, train
 
@@ -60,13 +70,6 @@ def download(tree: dict[str, Any], out: Path) -> Path:
 def staged(tmp_path: Path) -> list[Path]:
     """What is left in the staging folder."""
     return list((tmp_path / "staging").glob("*"))
-
-
-def metric_steps(out: Path) -> list[int]:
-    """The steps of the lines of a run's metrics."""
-    from tests.trainer.launches import metric
-
-    return metric(out, "step")
 
 
 def test_a_remote_run_is_a_local_one_elsewhere(remote: dict[str, Any], finished: Path, tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_a_run_goes_on_wherever_it_is_killed(
         launches += 1
         assert launches < 40
         try:
-            trainer = Trainer(parse(remote), _world())
+            trainer = Trainer(parse(remote), join_process_group())
             starts.append(trainer.start)
             summary = trainer.train()
         except Killed:
@@ -134,16 +137,10 @@ def test_a_run_goes_on_wherever_it_is_killed(
     assert len(set(starts)) > 2
     out = download(remote, tmp_path / "copy")
     assert same_weights(out, finished)
-    assert metric_steps(out) == [1, 2, 3]
+    assert metric(out, "step") == [1, 2, 3]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003"]
     assert len(list((out / "checkpoints/step-00000003").iterdir())) == 2
     assert staged(tmp_path) == []
-
-
-def _world() -> Any:
-    from threetowers.trainer.engine import join_process_group
-
-    return join_process_group()
 
 
 def test_sigterm_leaves_a_checkpoint_that_a_fresh_machine_resumes(
@@ -162,12 +159,12 @@ def test_sigterm_leaves_a_checkpoint_that_a_fresh_machine_resumes(
     assert stopped.value.exit_code == PREEMPTED_EXIT_CODE
     assert staged(tmp_path) == []
     fresh = remote | {"checkpoint": remote["checkpoint"] | {"staging_dir": str(tmp_path / "another machine")}}
-    trainer = Trainer(parse(fresh), _world())
+    trainer = Trainer(parse(fresh), join_process_group())
     assert trainer.start == 2
     trainer.train()
     out = download(remote, tmp_path / "copy")
     assert same_weights(out, finished)
-    assert metric_steps(out) == [1, 2, 3]
+    assert metric(out, "step") == [1, 2, 3]
 
 
 def test_a_second_launch_is_refused_and_changes_nothing(
@@ -224,10 +221,6 @@ def test_metrics_are_uploaded_between_checkpoints_and_a_refusal_is_a_warning(
 @pytest.mark.distributed
 def test_two_ranks_and_s3(clip: dict[str, Any], bucket: str, tmp_path: Path) -> None:
     """The command line, from one layout to another."""
-    import yaml
-
-    from tests.trainer.launches import ENVIRONMENT, TRAIN, run_command, torchrun
-
     url = f"{bucket}/{tmp_path.name}"
     ENVIRONMENT.update({name: value for name, value in os.environ.items() if name.startswith("AWS_")})
     tree = clip | {"output_dir": url, "duration": {"steps": 2}, "optim": {"schedule": "constant", "warmup": 0.0}}
@@ -238,7 +231,37 @@ def test_two_ranks_and_s3(clip: dict[str, Any], bucket: str, tmp_path: Path) -> 
     assert fsspec.filesystem("s3").exists(f"{url}/model.safetensors")
     run_command([*TRAIN, str(file), "duration.steps=3"])
     out = download(tree, tmp_path / "copy")
-    assert metric_steps(out) == [1, 2, 3]
+    assert metric(out, "step") == [1, 2, 3]
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000002", "step-00000003"}
     assert len(list((out / "tensorboard").iterdir())) == 2
     assert staged(tmp_path) == []
+
+
+def test_a_run_at_a_url_is_read_like_a_folder(clip: dict[str, Any], tmp_path: Path) -> None:
+    """By `load_model`, evaluation, export, `init` and as a frozen encoder; a copy is made once."""
+    folder = finished_run(clip)
+    url = f"memory://{tmp_path.name}/finished/clip"
+    storage = RemoteStorage(url)
+    for path in folder.iterdir():
+        storage.upload(path.name, path)
+    captions = ["a red disc", "cross, blue"]
+    here, there = load_model(folder), load_model(url)
+    assert there.encode_texts(captions).equal(here.encode_texts(captions))
+    assert finished_run_folder(url).path == finished_run_folder(f"{url}/").path
+    assert load_encoder(url).info == load_encoder(folder).info
+    assert load_encoder(f"run:{url}").info.name == "clip"
+    export(url, tmp_path / "export")
+    assert load_model(tmp_path / "export").encode_texts(captions).equal(here.encode_texts(captions))
+    assert EncoderName.parse(f"run:{url}") == EncoderName("run", url)
+    encoder = load_frozen_encoder(f"run:{url}", EncoderOptions("cpu"))
+    assert encoder.weights_digest == load_frozen_encoder(f"run:{folder}", EncoderOptions("cpu")).weights_digest
+    tower = load_model(folder).model.towers["text"]
+    with torch.no_grad():
+        for p in tower.parameters():
+            p.zero_()
+    config = parse(clip | {"towers": clip["towers"] | {"text": clip["towers"]["text"] | {"init": f"run:{url}"}}})
+    load_initial(tower, config.towers["text"], "towers.text.init")
+    assert all(p.equal(q) for p, q in zip(tower.parameters(), here.model.towers["text"].parameters(), strict=True))
+    with pytest.raises(ValueError, match=f"^{url}-none holds no finished run: config.yaml is missing"):
+        load_model(f"{url}-none")
+    storage._root[0].rm(tmp_path.name, recursive=True)

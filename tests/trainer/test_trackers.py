@@ -19,11 +19,11 @@ from threetowers.trainer.train import train
 
 
 def tracked(clip: dict[str, Any], **log: Any) -> dict[str, Any]:
-    return clip | {"duration": {"steps": 3}, "log": {"every_steps": 1, "tensorboard": False} | log}
+    return clip | {"duration": {"steps": 4}, "log": {"every_steps": 1, "tensorboard": False} | log}
 
 
 class StopAfterTwo:
-    """An evaluator that sends SIGTERM after the second step."""
+    """An evaluator that sends SIGTERM after the second step, which all ranks hear of in the third."""
 
     name = "stop"
 
@@ -46,9 +46,9 @@ def test_a_resumed_run_continues_its_curves(clip: dict[str, Any], name: str, mon
     first, second = tracker.runs
     assert first.ended
     assert second.ended
-    assert [line["step"] for line in first.lines] == [1, 1, 2, 2]  # metrics and evaluation
-    assert [line["stop/value"] for line in first.lines[1::2]] == [1.0, 2.0]
-    assert [line["step"] for line in second.lines] == [3]
+    assert [line["step"] for line in first.lines] == [1, 1, 2, 2, 3, 3]  # metrics and evaluation
+    assert [line["stop/value"] for line in first.lines[1::2]] == [1.0, 2.0, 3.0]
+    assert [line["step"] for line in second.lines] == [4]
     assert second.lines[0]["loss"] > 0
     assert first.settings == second.settings
     settings = first.settings

@@ -21,6 +21,7 @@ from threetowers.trainer.export.open_clip_format import load_open_clip, write_op
 from threetowers.trainer.export.timm_format import load_timm, write_timm
 from threetowers.trainer.export.trained_model import TrainedModel, deployed_model, load_model
 from threetowers.trainer.model.state_dict import deduplicated_state_dict
+from threetowers.trainer.run.finished_run import finished_run_folder
 from threetowers.trainer.run.run_folder import RunFolder
 
 # Largest difference of two unit-norm embeddings, per element; other packages compute attention with other kernels.
@@ -46,7 +47,7 @@ def export(
     """Write the deployed model of a finished run to a new folder, load it from there and compare embeddings.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or its URL.
         out: Folder to write.
         form: `threetowers`: for `load_model`. `open_clip`: for open_clip's `local-dir:FOLDER`. `timm`: the image tower
             without its head, for timm's `local-dir:FOLDER`. `onnx`: a graph of each side, for ONNX Runtime.
@@ -60,7 +61,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another one, or remove it")
     trained = load_model(run, precision="float32")  # in which differences are those of the formats
-    source = RunFolder(Path(run))
+    source = finished_run_folder(run)
     deployed = deployed_model(trained)
     partial = partial_path(out)
     shutil.rmtree(partial, ignore_errors=True)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from threetowers.cache.format.manifest import Preprocessing, Side, TextProcessin
 from threetowers.trainer.config import CacheTower, TextTower
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
-from threetowers.trainer.run.run_folder import RunFolder
+from threetowers.trainer.run.finished_run import finished_run_folder
 
 KIND = "run"
 HEAD = "head:"  # begins the name of a feature that is the output of a head
@@ -196,9 +195,9 @@ def load_run_encoder(name: EncoderName, options: EncoderOptions) -> FrozenEncode
         ValueError: The folder holds no finished run, the frozen encoder below it cannot be loaded, or a size, prompt or
             length is not that of the run.
     """
-    folder = RunFolder(Path(name.name))
+    folder = finished_run_folder(name.name)
     full_name = f"{KIND}:{name.name}"
-    trained = load_model(folder.path, options.device, precision="float32")
+    trained = load_model(name.name, options.device, precision="float32")
     trained.model.requires_grad_(False)
     below = _encoders_below(trained, name, str(options.device))
     digest = state_digest(load_file(folder.weights))

@@ -14,7 +14,7 @@ from threetowers.cache.format.manifest import Manifest
 from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TextTower, TrainConfig, load_config
 from threetowers.trainer.model.model import TowerModel, clamp_log_scale
 from threetowers.trainer.model.state_dict import load_deduplicated
-from threetowers.trainer.run.run_folder import RunFolder
+from threetowers.trainer.run.finished_run import finished_run_folder
 
 
 def load_model(
@@ -23,7 +23,7 @@ def load_model(
     """Load the model of a finished run, or of an export in our own format.
 
     Args:
-        path: Folder of the run or export.
+        path: Folder of the run or export, or its URL.
         device: Where the model computes.
         precision: In which it computes; None: that in which it was trained.
 
@@ -41,11 +41,11 @@ def load_model(
         Traceback (most recent call last):
         ValueError: runs/no-such-run holds no finished run: config.yaml is missing; finish it with `threetowers train`
     """
-    folder = RunFolder(Path(path))
+    folder = finished_run_folder(path)
     for needed in (folder.config, folder.weights, folder.manifests):
         if not needed.exists():
             raise ValueError(
-                f"{folder.path} holds no finished run: {needed.name} is missing; finish it with `threetowers train`"
+                f"{folder} holds no finished run: {needed.name} is missing; finish it with `threetowers train`"
             )
     config = load_config(folder.config)
     tokenizer = folder.load_tokenizer() if config.data.tokenizer else None

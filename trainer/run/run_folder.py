@@ -5,6 +5,7 @@ tokenizer.model   a copy, or tokenizer/        cache_manifests.json   the manife
 metrics.jsonl     one line per logged step     tensorboard/
 checkpoints/      to resume from               model.safetensors, summary.json   written at the end
 profile.json      a trace, if one was asked for
+tracked_run.json  what trackers know the run by, and wandb/, where they are used
 .lease/           who trains the run, while it is trained
 """
 

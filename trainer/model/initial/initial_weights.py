@@ -1,6 +1,7 @@
 """The weights of a tower before its first step: from timm, a package, another run, or a file."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.encoders.timm_models import head_tensors
 from threetowers.cache.encoders.weights_file import model_part, read_state, require_finite, split_part
+from threetowers.cache.storage.storage import is_url
 from threetowers.trainer.config import ImageTower, TextTower
 from threetowers.trainer.model.initial.inheritance import inherited_weights
 from threetowers.trainer.model.initial.resampling import fit_to_tower
@@ -120,7 +122,7 @@ def _run_tower(config: ImageTower | TextTower, init: str) -> nn.Module:
     """Return the tower of a run that `run:FOLDER[#towers.NAME]` names: the one of the same kind, if it is alone."""
     from threetowers.trainer.export.trained_model import load_model  # which builds towers, and so imports this
 
-    folder, part = split_part(init.removeprefix(RUN))
+    folder, part = _run_and_part(init.removeprefix(RUN))
     trained = load_model(folder, precision="float32")
     fitting = trained.config.towers_of(config.kind)
     if part:
@@ -129,6 +131,14 @@ def _run_tower(config: ImageTower | TextTower, init: str) -> nn.Module:
         known = ", ".join(f"{RUN}{folder}#{TOWERS}{name}" for name in trained.config.towers_of(config.kind))
         raise ValueError(f"{init!r}: expected one tower of the kind {config.kind!r}, found {known or 'none'}")
     return trained.model.towers[fitting[0]]
+
+
+def _run_and_part(source: str) -> tuple[str | Path, str]:
+    """Return folder or URL, and part, of `FOLDER[#PART]`."""
+    if not is_url(source):
+        return split_part(source)
+    url, _, part = source.partition("#")
+    return url, part
 
 
 def _from_file(module: Any, init: str) -> dict[str, Tensor]:
