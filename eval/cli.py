@@ -27,8 +27,8 @@ class EvalFlags:
     """The flags of every command that evaluates models.
 
     Attributes:
-        models: A run or export folder or its URL, a frozen encoder KIND:NAME[@SIZE][:WEIGHTS], as open_clip:ViT-B-32:openai, or
-            cache:PATH.
+        models: A run or export folder or its URL, a frozen encoder KIND:NAME[@SIZE][:WEIGHTS], as
+            open_clip:ViT-B-32:openai, or cache:PATH.
         output_dir: Folder for report.html, report.md, records/ and embeddings/; what is recorded there is not computed
             again.
         ensemble: TOWER=WEIGHT[,WEIGHT...]: evaluate each run also with its third tower's image embedding mixed in by
