@@ -243,12 +243,20 @@ def test_a_run_at_a_url_is_read_like_a_folder(clip: dict[str, Any], tmp_path: Pa
     folder = finished_run(clip)
     url = f"memory://{tmp_path.name}/finished/clip"
     storage = RemoteStorage(url)
-    for path in folder.iterdir():
-        storage.upload(path.name, path)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/merges.txt").write_text("a b")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            storage.upload(path.relative_to(folder).as_posix(), path)
+    storage.put("checkpoints/step-00000001/checkpoint.json", b"{}", "")
     captions = ["a red disc", "cross, blue"]
     here, there = load_model(folder), load_model(url)
     assert there.encode_texts(captions).equal(here.encode_texts(captions))
     assert finished_run_folder(url).path == finished_run_folder(f"{url}/").path
+    copied = {
+        str(path.relative_to(finished_run_folder(url).path)) for path in finished_run_folder(url).path.rglob("*.*")
+    }
+    assert copied == {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
     assert load_encoder(url).info == load_encoder(folder).info
     assert load_encoder(f"run:{url}").info.name == "clip"
     export(url, tmp_path / "export")

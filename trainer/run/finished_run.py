@@ -9,6 +9,7 @@ from pathlib import Path
 from threetowers.cache.storage.remote import RemoteStorage
 from threetowers.cache.storage.storage import is_url
 from threetowers.trainer.run.run_folder import RunFolder
+from threetowers.trainer.run.run_store import own_files
 
 
 def finished_run_folder(address: str | Path) -> RunFolder:
@@ -28,8 +29,7 @@ def finished_run_folder(address: str | Path) -> RunFolder:
         return RunFolder(Path(str(address).removeprefix("file://")))
     url = str(address).rstrip("/")
     storage = RemoteStorage(url)
-    names = [name for name in storage.listdir() if not name.startswith(".") and not name.endswith("/")]
-    return _copy(url, tuple((name, storage.modified(name)) for name in names))
+    return _copy(url, tuple((name, storage.modified(name)) for name in own_files(storage)))
 
 
 @functools.cache

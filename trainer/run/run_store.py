@@ -13,7 +13,7 @@ from pathlib import Path
 
 from threetowers.cache.storage.lease import Lease
 from threetowers.cache.storage.remote import RemoteStorage
-from threetowers.cache.storage.storage import is_url
+from threetowers.cache.storage.storage import Storage, is_url
 from threetowers.trainer.checkpoint.remote_store import FOLDER, RemoteCheckpoints
 from threetowers.trainer.checkpoint.store import CheckpointStore, LocalCheckpoints
 from threetowers.trainer.run.run_folder import RunFolder
@@ -21,6 +21,7 @@ from threetowers.trainer.run.run_lease import LEASE_SECONDS, local_run_lease, re
 
 logger = logging.getLogger(__name__)
 
+OWN_FOLDERS = ("tokenizer/",)
 PROGRESS_SECONDS = 60.0  # between two uploads of the metrics, besides those before each checkpoint
 
 
@@ -108,14 +109,14 @@ class RemoteRun(RunStore):
         return remote_run_lease(self._storage, timeout)
 
     def fetch(self) -> None:
-        """Download the files at the top of the run; what an earlier launch left in the local folder is removed.
+        """Download the run's own files; what an earlier launch left in the local folder is removed.
 
         A summary without weights is left out: that run is not finished.
         """
         shutil.rmtree(self.folder.path, ignore_errors=True)
         self.folder.path.mkdir(parents=True)
         weights, summary = self.folder.weights.name, self.folder.summary.name
-        names = [name for name in self._storage.listdir() if not name.startswith(".") and not name.endswith("/")]
+        names = own_files(self._storage)
         for name in names:
             if name != weights and (name != summary or weights in names):
                 self._storage.download(name, self.folder.path / name)
@@ -168,6 +169,16 @@ class RemoteRun(RunStore):
             if name.parts[0] != FOLDER and not hidden and path.is_file() and not path.is_symlink():
                 found.append(name.as_posix())
         return found
+
+
+def own_files(storage: Storage) -> list[str]:
+    """Return the files of a kept run without its checkpoints and what trackers have in it, relative to it."""
+    entries = storage.listdir()
+    names = [entry for entry in entries if not entry.endswith("/") and not entry.startswith(".")]
+    for folder in OWN_FOLDERS:
+        if folder in entries:
+            names += [f"{folder}{file}" for file in storage.walk(folder)]
+    return names
 
 
 def run_store(output_dir: str | Path, staging_dir: str | None = None) -> RunStore:
