@@ -56,7 +56,7 @@ from threetowers.trainer.monitoring.train_summary import TrainSummary, peak_memo
 from threetowers.trainer.optimizer.agreed_step import AgreedStep, StepReport
 from threetowers.trainer.optimizer.optimizer import freeze
 from threetowers.trainer.optimizer.schedule import Schedule
-from threetowers.trainer.run.launch import Launch
+from threetowers.trainer.run.run_launch import RunLaunch
 from threetowers.trainer.run.run_lease import RunInUse, taken_over
 from threetowers.trainer.run.run_store import run_store
 
@@ -157,7 +157,7 @@ class Trainer:
         self.world = world
         self._flops: TrainingFlops | None = None
         self._step_flops: list[int] = []  # a sample, of the steps since the last log line
-        self.launch = Launch(self.run, world)
+        self.launch = RunLaunch(self.run, world)
         with self.launch.interruptible():
             self.launch.hold_run()
             self._newest_step = self._find_checkpoint()

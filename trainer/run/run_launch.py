@@ -17,7 +17,7 @@ from threetowers.trainer.run.run_store import RunStore
 logger = logging.getLogger(__name__)
 
 
-class Launch:
+class RunLaunch:
     """The processes that train a run together, as seen by one of them.
 
     Attributes:
