@@ -122,7 +122,7 @@ def _run_tower(config: ImageTower | TextTower, init: str) -> nn.Module:
     """Return the tower of a run that `run:FOLDER[#towers.NAME]` names: the one of the same kind, if it is alone."""
     from threetowers.trainer.export.trained_model import load_model  # which builds towers, and so imports this
 
-    folder, part = _run_and_part(init.removeprefix(RUN))
+    folder, part = run_and_part(init.removeprefix(RUN))
     trained = load_model(folder, precision="float32")
     fitting = trained.config.towers_of(config.kind)
     if part:
@@ -133,7 +133,7 @@ def _run_tower(config: ImageTower | TextTower, init: str) -> nn.Module:
     return trained.model.towers[fitting[0]]
 
 
-def _run_and_part(source: str) -> tuple[str | Path, str]:
+def run_and_part(source: str) -> tuple[str | Path, str]:
     """Return folder or URL, and part, of `FOLDER[#PART]`."""
     if not is_url(source):
         return split_part(source)

@@ -1,13 +1,11 @@
 """Text towers that begin with the weights of a run: whether the ids of its tokens mean the same words."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
-from threetowers.cache.encoders.weights_file import split_part
 from threetowers.trainer.config import ConfigError, TextTower, TrainConfig
-from threetowers.trainer.model.initial.initial_weights import RUN
-from threetowers.trainer.run_folder import RunFolder
+from threetowers.trainer.model.initial.initial_weights import RUN, run_and_part
+from threetowers.trainer.run.finished_run import finished_run_folder
 
 
 def other_vocabularies(config: TrainConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -18,11 +16,11 @@ def other_vocabularies(config: TrainConfig, tokenizer: Tokenizer | None) -> Iter
     for name, tower in config.towers.items():
         if tokenizer is None or not isinstance(tower, TextTower) or not (tower.init or "").startswith(RUN):
             continue
-        source = RunFolder(Path(split_part(str(tower.init).removeprefix(RUN))[0]))
+        source = finished_run_folder(run_and_part(str(tower.init).removeprefix(RUN))[0])
         try:
             source.check_tokenizer(tokenizer)
         except ConfigError:
             yield (
-                f"warning: towers.{name}.init: {source.path} was trained on another tokenizer than {tokenizer.name}: "
+                f"warning: towers.{name}.init: {source} was trained on another tokenizer than {tokenizer.name}: "
                 "the ids of its token embedding mean other words"
             )
