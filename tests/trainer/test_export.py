@@ -12,11 +12,13 @@ import torch
 import yaml
 from torch.nn import functional as F
 
+from tests.emoji_samples import ROOT
 from tests.trainer.cached_runs import both_cached, cached_text, pair_caches
 from tests.trainer.finished_runs import finished_run
 from threetowers.cache.encoders.names import EncoderOptions, load_frozen_encoder
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.trainer.export.export import export, probe_inputs
+from threetowers.trainer.export.expressible import formats_table
 from threetowers.trainer.export.trained_model import load_model
 
 CAPTIONS = ["a caption", "another one"]  # of model cards
@@ -136,6 +138,17 @@ def test_open_clip_gives_the_same_embeddings(
     tokens = tokenizer.encode(["a red disc", "bar"], 8)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval().encode_text(tokens, normalize=True), ours.encode_tokens(tokens))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_open_clip_has_the_image_head_of_timms_mlp(clip: dict[str, Any], tmp_path: Path, dropout: float) -> None:
+    clip["towers"] |= {"image": {"kind": "timm", "model": "test_resnet"}, "text": CAUSAL}
+    clip["heads"]["f"] |= {"kind": "mlp", "hidden": 32, "dropout": dropout}
+    assert export(finished_run(clip), tmp_path / "export", "open_clip").difference <= 1e-5
+
+
+def test_the_docs_say_what_can_leave_to_which_format() -> None:
+    assert formats_table() in (ROOT / "docs/exports.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from threetowers.cache.encoders.timm_models import SOURCES, local_folder
 from threetowers.cache.encoders.tokenizers.hf_tokenizer import FILE
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
-from threetowers.trainer.config import ImageTower, TextTower
+from threetowers.trainer.config import Head, ImageTower, TextTower, TrainConfig
 from threetowers.trainer.export.tokenizer_json import can_write_tokenizer_json, write_tokenizer_json
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.image import TimmTower
@@ -51,7 +51,12 @@ def write_open_clip(model: TrainedModel, folder: Path) -> None:
     image_head = model.model.heads[model.config.deploy.image]
     text_head = model.model.heads[model.config.deploy.text]
     state = {f"visual.trunk.{name}": tensor for name, tensor in image.model.state_dict().items()}
-    state |= {f"visual.head.proj.{name}": tensor for name, tensor in image_head.state_dict().items()}
+    if isinstance(image_head, nn.Linear):
+        state |= {f"visual.head.proj.{name}": tensor for name, tensor in image_head.state_dict().items()}
+    else:
+        layers = [layer for layer in image_head.children() if isinstance(layer, nn.Linear)]
+        for layer_name, layer in zip(("fc1", "fc2"), layers, strict=True):
+            state |= {f"visual.head.mlp.{layer_name}.{name}": p for name, p in layer.state_dict().items()}
     state |= _text_state(text, text_head)
     for scale in model.config.scales():
         log_scale = clamp_log_scale(model.model.log_scales[scale].detach(), model.config.loss.scale_max)
@@ -83,10 +88,19 @@ def load_open_clip(folder: Path, model: TrainedModel) -> tuple[Callable[[Tensor]
 
 def _check_expressible(model: TrainedModel) -> None:
     """Raise ValueError with the reasons why open_clip cannot express the model."""
-    config = model.config
-    image = config.towers[model.image_tower]
-    text = config.towers[model.text_tower]
-    heads = {"image": config.heads[config.deploy.image], "text": config.heads[config.deploy.text]}
+    reasons = open_clip_reasons(model.config)
+    if model.tokenizer is not None and not _is_expressible(model.tokenizer):
+        reasons.append(f"its tokenizer is {model.tokenizer.name}; open_clip's folder would tokenize by CLIP's")
+    if reasons:
+        raise ValueError(
+            f"open_clip cannot express this model: {'; '.join(reasons)}. Use --format onnx, or threetowers"
+        )
+
+
+def open_clip_reasons(config: TrainConfig) -> list[str]:
+    """Return why open_clip cannot express the deployed towers and heads of a config; none: it can."""
+    image = config.towers[config.root_of(config.deploy.image)]
+    text = config.towers[config.root_of(config.deploy.text)]
     reasons = []
     if not isinstance(image, ImageTower):
         reasons.append("its image tower is a cached teacher, whose weights are not in the run")
@@ -104,13 +118,28 @@ def _check_expressible(model: TrainedModel) -> None:
         reasons.append("its causal text tower does not pool at the end token behind a mask")
     elif not text.causal and text.mask_padding:
         reasons.append("its text tower is bidirectional and masks padding; open_clip does one of the two")
-    if model.tokenizer is not None and not _is_expressible(model.tokenizer):
-        reasons.append(f"its tokenizer is {model.tokenizer.name}; open_clip's folder would tokenize by CLIP's")
-    for side, head in heads.items():
-        if head.kind != "linear" or head.input_norm is not None or head.of not in config.towers:
-            reasons.append(f"its {side} head is not one linear map on the tower")
-    if reasons:
-        raise ValueError(f"open_clip cannot express this model: {'; '.join(reasons)}. Use --format threetowers")
+    image_head, text_head = (config.heads.get(name) for name in (config.deploy.image, config.deploy.text))
+    if not _is_linear(config, image_head) and not _is_timm_mlp(config, image_head):
+        reasons.append(
+            "its image head is not one linear map on the tower, nor an mlp with biases, one hidden layer of twice the "
+            "embedding's width, GELU, and nothing else"
+        )
+    if not _is_linear(config, text_head):
+        reasons.append("its text head is not one linear map on the tower")
+    return reasons
+
+
+def _is_linear(config: TrainConfig, head: Head | None) -> bool:
+    return head is not None and head.kind == "linear" and head.input_norm is None and head.of in config.towers
+
+
+def _is_timm_mlp(config: TrainConfig, head: Head | None) -> bool:
+    """Whether an image head is the one mlp that open_clip has (`timm_proj: mlp`)."""
+    if head is None or head.kind != "mlp" or head.of not in config.towers:
+        return False
+    plain = head.input_norm is None and head.norm is None and not head.gated
+    hidden = 2 * (head.embed_dim or config.embed_dim)
+    return plain and head.bias and head.depth == 1 and head.activation == "gelu" and head.hidden == hidden
 
 
 def _text_state(text: TextTransformer, head: nn.Module) -> dict[str, Tensor]:
@@ -148,7 +177,7 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
             "timm_model_name": tower.model,
             "timm_model_pretrained": False,
             "timm_pool": "",
-            "timm_proj": "linear",
+            "timm_proj": config.heads[config.deploy.image].kind,
             "timm_proj_bias": config.heads[config.deploy.image].bias,
             "image_size": config.data.side,
         },

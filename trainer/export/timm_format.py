@@ -8,7 +8,7 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor
 
-from threetowers.trainer.config import ImageTower
+from threetowers.trainer.config import ImageTower, TrainConfig
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.image import TimmTower
 
@@ -19,22 +19,27 @@ def write_timm(model: TrainedModel, folder: Path) -> None:
     Raises:
         ValueError: If the tower is not one of timm's.
     """
+    reasons = timm_reasons(model.config)
+    if reasons:
+        raise ValueError(
+            f"timm cannot express this image tower: {'; '.join(reasons)}. Use --format onnx, or threetowers"
+        )
     config = model.config.towers[model.image_tower]
-    if not isinstance(config, ImageTower):
-        raise ValueError(
-            "timm cannot express this image tower: it is a cached teacher, whose weights are not in the run. Use "
-            "--format threetowers"
-        )
-    if config.specialize is not None:
-        raise ValueError(
-            "timm cannot express this image tower: it is specialised (MS-CLIP-S). Use --format threetowers"
-        )
+    assert isinstance(config, ImageTower)
     tower = model.model.towers[model.image_tower]
     assert isinstance(tower, TimmTower)
     size = model.config.data.side
     data = {"input_size": (3, size, size), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
     arguments = {**config.args, "num_classes": 0}
     save_for_hf(tower.model, str(folder), model_args=arguments, data_config=data, safe_serialization=True)
+
+
+def timm_reasons(config: TrainConfig) -> list[str]:
+    """Return why timm cannot express the deployed image tower of a config; none: it can."""
+    image = config.towers[config.root_of(config.deploy.image)]
+    if not isinstance(image, ImageTower):
+        return ["it is a cached teacher, whose weights are not in the run"]
+    return ["it is specialised (MS-CLIP-S)"] if image.specialize is not None else []
 
 
 def load_timm(folder: Path, model: TrainedModel) -> Callable[[Tensor], Tensor]:
