@@ -23,7 +23,7 @@ cosines = images @ texts.T  # both are of unit norm""",
     "open_clip": """import open_clip
 
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:this folder")
-tokenizer = open_clip.get_tokenizer("local-dir:this folder")  # tokenizer.json, read by transformers
+tokenizer = open_clip.get_tokenizer("local-dir:this folder")
 model.eval()
 texts = model.encode_text(tokenizer(["a caption", "another one"]), normalize=True)""",
     "timm": """import timm
