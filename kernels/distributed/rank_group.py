@@ -16,11 +16,15 @@ class RankGroup:
     def __init__(self) -> None:
         self.rank = 0
         self.size = 1
-        self._group: Any = None
-        if dist.is_available() and dist.is_initialized():
-            self._group = dist.group.WORLD
+        self._joined = dist.is_available() and dist.is_initialized()
+        if self._joined:
             self.rank = dist.get_rank()
             self.size = dist.get_world_size()
+
+    @property
+    def _group(self) -> Any:
+        """The default group. Not kept: an error's frames would hold it beyond its end, and gloo's threads with it."""
+        return dist.group.WORLD if self._joined else None
 
     def serves(self, device: torch.device) -> bool:
         """Return whether the group has a backend for tensors of this device."""

@@ -225,7 +225,9 @@ def test_a_run_uses_or_reports_every_sample(
             continue
         usable.append(index)
         assert found.image is not None
-        assert is_own(found.caption, sample, damages[index])
+        assert found.captions is not None
+        (caption,) = found.captions
+        assert is_own(caption, sample, damages[index])
 
     # The batches of an epoch hold the same samples, by either access.
     steps = len(visited) // 2

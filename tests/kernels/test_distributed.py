@@ -1,5 +1,6 @@
 """Real gloo processes: on 1, 2, 3 and 4 ranks, values and averaged gradients are those of one process."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,7 @@ def _worker(rank: int, folder: str) -> None:
         if size > 1:
             check_refusals()
             check_host_group()
+        gc.collect()  # errors that were caught may hold the group, whose threads are to end before the process does
         dist.destroy_process_group()
 
 

@@ -139,7 +139,7 @@ def test_one_group_is_enough_where_no_negatives_are_needed(
 
 def test_a_batch_of_one_is_refused_for_softmax_terms_only(clip: dict[str, Any]) -> None:
     clip["global_batch_size"] = 1
-    with pytest.raises(ConfigError, match=r"global_batch_size: found 1, but the contrastive terms \['image-text'\]"):
+    with pytest.raises(ConfigError, match=r"global_batch_size: found 1, but the terms \['image-text'\]"):
         parse(clip)
     assert parse(clip | {"loss": {"kind": "sigmoid"}}).global_batch_size == 1
     assert parse(clip | {"terms": {"image-text": {"x": "f", "y": "g", "kind": "l2"}}}).global_batch_size == 1

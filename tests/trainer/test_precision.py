@@ -100,7 +100,7 @@ def test_autocast_and_checkpointed_blocks_give_the_gradients_of_one_pass() -> No
 
 
 def test_a_run_that_names_no_precision_takes_the_machines_and_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = parse(tree() | {"output_dir": str(tmp_path)})
     folder = RunFolder(tmp_path)
@@ -108,8 +108,7 @@ def test_a_run_that_names_no_precision_takes_the_machines_and_keeps_it(
     assert began.engine.precision == "float32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert folder.resolve(config).engine.precision == "mixed"
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    config = replace(config, data=replace(config.data, tokenizer=str(tmp_path / "tokenizer.model")))
+    config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
     folder.create(folder.resolve(config), {}, {})
     monkeypatch.undo()
     with caplog.at_level(logging.INFO):

@@ -20,6 +20,7 @@ MODULES = {  # of distributions that are not imported by their own name
     "faiss-gpu": "faiss",
     "google-crc32c": "google_crc32c",
     "pillow": "PIL",
+    "protobuf": "google.protobuf",
     "pyyaml": "yaml",
     "typing-extensions": "typing_extensions",
 }
@@ -59,7 +60,7 @@ def _check_packages() -> None:
     for requirement in project["dependencies"]:
         name = re.split(r"[<>=\[ ]", requirement)[0]
         module = MODULES.get(name, name)
-        if importlib.util.find_spec(module) is None:
+        if not _is_installed(module):
             missing.append(name)
             continue
         versions = {importlib.metadata.version(found) for found in _distributions().get(module, [])}
@@ -70,6 +71,13 @@ def _check_packages() -> None:
             f"missing: {', '.join(missing)}; install threetowers, or carry a folder made by tests/gpu/wheels.sh "
             "and name it with --wheels"
         )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
 
 
 @functools.cache
