@@ -120,7 +120,9 @@ def test_loss_gradients_and_accuracies(
     bound = 1e-12 if dtype == torch.float64 else 1e-4 if name == "confident" else 1e-5
     assert float((result.loss - truth).detach().abs()) <= bound * float(truth.detach())
     for found, want in zip(grads, wanted, strict=True):
-        assert float((found.double() - want).norm()) <= bound * float(want.norm())
+        # The gradients of scale and bias are sums that cancel: what they round by is not relative to what is left.
+        cancels = dtype != torch.float64 and name != "confident" and want.numel() == 1
+        assert float((found.double() - want).norm()) <= bound * float(want.norm()) + (1e-7 if cancels else 0)
     found_accuracies = float(result.accuracy_xy), float(result.accuracy_yx)
     assert found_accuracies == pytest.approx([float(share) for share in accuracies], abs=1e-6)
     counted = len(case.owner_M[case.owner_M >= 0].unique()) if kind == "softmax" else case.rows
