@@ -1,6 +1,7 @@
 """What every test of the trainer leaves as it found it."""
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 
@@ -14,7 +15,10 @@ def no_process_group_left() -> Iterator[None]:
 
     Else the next test that starts one finds it started, and DeepSpeed takes the groups of the one before.
     """
+    before = set(os.environ)
     yield
+    for name in set(os.environ) - before:  # where the run met its ranks: a port that this process still holds
+        del os.environ[name]
     if torch.distributed.is_initialized():
         gc.collect()  # what still holds the group would keep its threads
         torch.distributed.destroy_process_group()
