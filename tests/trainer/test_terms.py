@@ -74,6 +74,7 @@ def edited(path: str, value: Any) -> dict[str, Any]:
         ("terms.angle.beta", 0.5, r"terms\.angle\.beta: found 0\.5 with kind: cosine, .* set kind: smooth_l1"),
         ("terms.features.beta", 0.0, r"terms\.features\.beta: .*greater than 0"),
         ("terms.taught.drop_teachers", 1.0, r"terms\.taught\.drop_teachers: .*less than 1"),
+        ("terms.both.drop_teachers", 0.5, r"terms\.both\.drop_teachers: found 0\.5 with one teacher, clip"),
         ("terms.taught.hard_weight", 1.5, r"terms\.taught\.hard_weight: .*less than or equal to 1"),
         (
             "terms.taught.teachers.clip.x",

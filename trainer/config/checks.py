@@ -228,6 +228,11 @@ def _teachers(config: TrainConfig) -> Iterator[str]:
             )
         if term.kind == "distill" and not term.teachers:
             yield f"terms.{name}.teachers: expected one teacher or more, found none; name one, or set kind: contrastive"
+        if term.drop_teachers > 0 and len(term.teachers) == 1:
+            yield (
+                f"terms.{name}.drop_teachers: found {term.drop_teachers} with one teacher, {', '.join(term.teachers)}, "
+                "but one always stays; name another teacher, or leave drop_teachers out"
+            )
         for teacher_name, teacher in term.teachers.items():
             key = f"terms.{name}.teachers.{teacher_name}"
             yield from _trained_parts(config, f"{key}.x", teacher.x)
