@@ -2,7 +2,6 @@
 
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -32,7 +31,8 @@ def join_process_group() -> World:
     """Join the process group of `deepspeed` or `torchrun`, or start one of a single process, and return its world.
 
     NCCL and one GPU a process where there are GPUs, with float32 products in TF32; else gloo and an even share of the
-    cores.
+    cores. A single process takes no port and leaves nothing of ranks in its environment, so that those that it starts
+    may train as well.
 
     Raises:
         ConfigError: Another rank has this rank's GPU.
@@ -43,25 +43,29 @@ def join_process_group() -> World:
         # DeepSpeed compiles a small CPU op at its first use, by the `ninja` it finds on PATH. It must find the one
         # installed beside this Python: there may be no other, and another version would compile it all over again.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    if not os.environ.get("LOCAL_WORLD_SIZE"):  # DeepSpeed's launcher sets LOCAL_SIZE
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-    world = World.from_env()
+    world = World(rank=0, size=1, local_rank=0, local_size=1)
+    if "RANK" in os.environ:
+        if not os.environ.get("LOCAL_WORLD_SIZE"):  # DeepSpeed's launcher sets LOCAL_SIZE
+            os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        world = World.from_env()
     if cuda:
         torch.cuda.set_device(world.device)
         os.environ["LOCAL_RANK"] = str(world.device.index)  # DeepSpeed takes it for the number of the GPU
         allow_tf32(True)  # as open_clip does, and the next line too
         torch.backends.cudnn.benchmark = True  # batches are of one shape: cuDNN tries its algorithms once
-        if world.size > 1 and not distributed.is_initialized():
-            _start_nccl(world)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(world.cores())
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, on CPUs too
+    backend = "nccl" if cuda else "gloo"
+    if not distributed.is_initialized():
+        if world.size == 1:
+            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        elif cuda:
+            _start_nccl(world)
 
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return World.from_process_group()
 
 
@@ -244,9 +248,3 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         both_trees = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both_trees else value
     return merged
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

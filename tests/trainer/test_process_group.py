@@ -1,4 +1,4 @@
-"""The GPUs of a process group: one for each rank, as NCCL needs it, and as many ranks of the demo as there are."""
+"""The process group: that of a lone process, a GPU for each rank, as NCCL needs it, and the ranks of the demo."""
 
 import os
 import subprocess
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from torch import distributed
 
+from threetowers.cache.processes.world import World
 from threetowers.trainer.config import ConfigError
-from threetowers.trainer.engine import refuse_shared_gpu
+from threetowers.trainer.engine import join_process_group, refuse_shared_gpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +25,19 @@ def test_ranks_that_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         refuse_shared_gpu(store, 2, "a")
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")  # NCCL then allows it
     refuse_shared_gpu(store, 2, "a")
+
+
+def test_a_lone_process_takes_no_port_and_makes_no_ranks_of_those_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook that has trained in itself may then start others that train."""
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in launched:
+        monkeypatch.delenv(name, raising=False)
+    assert join_process_group() == World(rank=0, size=1, local_rank=0, local_size=1)
+    assert distributed.is_initialized()
+    inherited = {name: os.environ[name] for name in launched if name in os.environ}
+    assert inherited == {"LOCAL_RANK": "0"}
+    assert World.from_env(inherited) == World(rank=0, size=1, local_rank=0, local_size=1)
+    assert join_process_group().size == 1  # it has joined already, as at a second run in one process
 
 
 @pytest.mark.parametrize(
