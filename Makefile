@@ -91,7 +91,7 @@ lint: .venv/installed  ## style
 types: .venv/installed  ## strict static types
 	$(BIN)/mypy
 
-docs/config.md: trainer/config/schema.py trainer/config/documentation.py .venv/installed
+docs/config.md: trainer/config/schema.py trainer/config/towers.py trainer/config/documentation.py .venv/installed
 	$(BIN)/python -m threetowers.trainer.config.documentation > $@
 
 docs: .venv/installed  ## the documentation as a site in build/site; broken links and references are errors

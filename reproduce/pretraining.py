@@ -22,7 +22,7 @@ from reproduce.plan import Pretraining
 from threetowers.cache.webdataset.sample import read_annotation, read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.trainer.data.transforms import augment, center_crop, random_crop
-from threetowers.trainer.model.pointwise import subsample_before_pointwise
+from threetowers.trainer.model.towers.pointwise import subsample_before_pointwise
 
 logger = logging.getLogger(__name__)
 FASHION = "./usr/share/datasets/fashion-mnist/train-{}-ubyte.gz"

@@ -42,12 +42,12 @@ from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.compilation import compile_model, log_graph_breaks
 from threetowers.trainer.model.initial.vocabularies import other_vocabularies
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.model.phi_s import phi_s
 from threetowers.trainer.model.running_moments import (
     average_running_moments,
     remember_running_moments,
     running_moments_kept,
 )
+from threetowers.trainer.model.towers.phi_s import phi_s
 from threetowers.trainer.monitoring.metrics import MetricsLog, step_line
 from threetowers.trainer.monitoring.profile import StepProfile
 from threetowers.trainer.monitoring.timer import Timer
@@ -507,7 +507,7 @@ class Trainer:
         """Count the FLOPs a sample of a step, of towers and heads; on the first rank, whose batch stands for all."""
         if not self.world.first or self._flops is None:
             return
-        lengths = [batch.inputs[name].shape[1] for name in self.config.towers_of("text") if name in batch.inputs]
+        lengths = [batch.inputs[name].shape[1] for name in self.config.towers_reading("tokens") if name in batch.inputs]
         flops = self._flops.of(max(lengths, default=self.config.data.context_length))
         if flops is not None:
             self._step_flops.append(flops)

@@ -184,9 +184,9 @@ def third_tower_heads(main: RunEncoder, tower: str) -> RunEncoder:
     """
     path = main.path
     run = main.trained.config
-    known = [name for name in run.towers_of("cache") if run.side_of(name) == "image"]
+    known = [name for name in run.towers_reading("rows") if run.side_of(name) == "image"]
     if tower not in known:
-        found = "is of text" if tower in run.towers_of("cache") else "is none"
+        found = "is of text" if tower in run.towers_reading("rows") else "is none"
         raise ValueError(
             f"{path}: an ensemble needs a cached tower of images, whose embedding is mixed into that of the main image "
             f"tower; {tower!r} {found}; found {known or 'none'}"

@@ -457,8 +457,8 @@ def draw_curves(points: dict[tuple[int, str], list[dict[str, float]]], widths: l
 def bench_share(totals: list[int], rounds: int) -> None:
     """The loss's part of a real training step: a small timm tower at 64 pixels and a text transformer, AdamW."""
     from threetowers.trainer.config import ImageTower, TextTower
-    from threetowers.trainer.model.image import TimmTower
-    from threetowers.trainer.model.text import TextTransformer
+    from threetowers.trainer.model.towers.text_transformer import TextTransformer
+    from threetowers.trainer.model.towers.timm_tower import TimmTower
 
     torch.manual_seed(0)
     image = TimmTower(ImageTower(kind="timm", model="resnet10t"), 64)

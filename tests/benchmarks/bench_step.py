@@ -102,7 +102,7 @@ def training_step(
     world = join_process_group()
     torch.manual_seed(0)
     rows, end_id = (VOCABULARY, END) if tokenizer is None else (tokenizer.vocab_size, tokenizer.special.end)
-    widths = {name: WIDTHS[config.side_of(name)] for name in config.towers_of("cache")}
+    widths = {name: WIDTHS[config.side_of(name)] for name in config.towers_reading("rows")}
     model = TowerModel(config, rows, widths, end_id)
     engine = start_engine(model, config, deepspeed_config(config, world.size))
     micro_batches = num_micro_batches(config, world.size)

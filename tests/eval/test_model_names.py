@@ -16,8 +16,8 @@ from threetowers.cache.format.manifest import Manifest
 from threetowers.eval.encoders.encoder import LoadOptions
 from threetowers.eval.encoders.load import load_encoder
 from threetowers.trainer.config import ImageTower
-from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.initial.initial_weights import load_initial
+from threetowers.trainer.model.towers.timm_tower import TimmTower
 
 MakeRepo = Callable[[str], Path]
 

@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import nn
 
-from threetowers.trainer.model.pointwise import subsample_before_pointwise
+from threetowers.trainer.model.towers.pointwise import subsample_before_pointwise
 
 STEPS = 40
 

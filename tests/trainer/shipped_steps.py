@@ -53,9 +53,9 @@ def inputs_of(config: TrainConfig, step: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
     inputs = {}
     for name, tower in config.towers.items():
-        if tower.kind == "timm":
+        if tower.reads == "images":
             inputs[name] = torch.randint(0, 256, (BATCH, 3, PIXELS, PIXELS), generator=generator, dtype=torch.uint8)
-        elif tower.kind == "text":
+        elif tower.reads == "tokens":
             inputs[name] = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
             inputs[name][:, -1] = END
         else:

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from tests.trainer.shipped_configs import ROOT, RUNS
 from threetowers.trainer.config import ConfigError, Duration, TrainConfig, dump, load_config, parse
 from threetowers.trainer.config.documentation import config_reference
+from threetowers.trainer.config.towers import TOWER_KINDS
 from threetowers.trainer.run.run_folder import config_changes
 
 THREE: dict[str, Any] = {
@@ -87,6 +88,22 @@ def test_round_trip() -> None:
 def test_refused(path: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(changed(path, value))
+
+
+def test_what_towers_read() -> None:
+    """Whatever a tower is built of, the trainer asks these of it."""
+    tree = changed("towers.captions", {"kind": "cache", "path": "d", "of": "text"})
+    tree["heads"]["h_g"] = {"of": "captions"}
+    tree["terms"]["third-captions"] = {"x": "h_f", "y": "h_g"}
+    config = parse(tree)
+    assert {name: (tower.of, tower.reads, tower.trained) for name, tower in config.towers.items()} == {
+        "image": ("image", "images", True),
+        "text": ("text", "tokens", True),
+        "third": ("image", "rows", False),
+        "captions": ("text", "rows", False),
+    }
+    assert config.towers_reading("rows") == ["third", "captions"]
+    assert {"timm", "text", "cache"} <= TOWER_KINDS
 
 
 def test_numbers_that_yaml_reads_as_text() -> None:

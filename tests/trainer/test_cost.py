@@ -25,7 +25,7 @@ from threetowers.trainer.estimate.cost import (
     tower_costs,
 )
 from threetowers.trainer.estimate.summary import DatasetStats, summary_or_reason
-from threetowers.trainer.model.image import TimmTower
+from threetowers.trainer.model.towers.timm_tower import TimmTower
 
 TEACHERS = {"third": TeacherCost("b", 20, 40, None)}
 STATS = DatasetStats(usable=20, total=20, tars=1, left_out={})

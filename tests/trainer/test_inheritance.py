@@ -19,7 +19,7 @@ from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.model.initial.inheritance import inherited_weights
 from threetowers.trainer.model.initial.initial_weights import load_initial
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.model.text import TextTransformer
+from threetowers.trainer.model.towers.text_transformer import TextTransformer
 
 TEXT = {"kind": "text", "width": 40, "depth": 7, "heads": 5, "mlp_ratio": 3}
 SMALL_TEXT = TEXT | {"width": 24, "depth": 3, "heads": 3, "mlp_ratio": 2}

@@ -56,7 +56,7 @@ def test_dry_run_of_every_config(name: str, tmp_path: Path, monkeypatch: pytest.
     assert f"= {config.global_batch_size:,}\n" in page
     model = build(config)
     assert f"model: {count(model):,} parameters, each counted once" in page
-    for tower in config.towers_of("cache"):
+    for tower in config.towers_reading("rows"):
         settings = config.towers[tower]
         assert isinstance(settings, CacheTower)
         saved = "$"

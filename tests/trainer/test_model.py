@@ -12,7 +12,7 @@ from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END, P
 from threetowers.trainer.config import TextTower
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.model import clamp_log_scale
-from threetowers.trainer.model.text import TextTransformer
+from threetowers.trainer.model.towers.text_transformer import TextTransformer
 
 
 def test_embeddings_are_unit_and_scales_have_a_dimension() -> None:

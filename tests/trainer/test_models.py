@@ -21,7 +21,7 @@ from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.initial.initial_weights import load_initial
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.state_dict import deduplicated_state_dict, load_deduplicated
-from threetowers.trainer.model.text import TextTransformer
+from threetowers.trainer.model.towers.text_transformer import TextTransformer
 from threetowers.trainer.optimizer.optimizer import freeze
 
 TEXT = {"kind": "text", "width": 32, "depth": 3, "heads": 2, "causal": True}

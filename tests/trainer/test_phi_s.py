@@ -13,9 +13,9 @@ from tests.trainer.test_config import changed
 from threetowers.cache.read.embedding_cache import EmbeddingCache
 from threetowers.trainer.config import parse
 from threetowers.trainer.engine import join_process_group
-from threetowers.trainer.model.cached import CachedTower
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.model.phi_s import hadamard_matrix, has_hadamard_matrix, phi_s
+from threetowers.trainer.model.towers.cached_tower import CachedTower
+from threetowers.trainer.model.towers.phi_s import hadamard_matrix, has_hadamard_matrix, phi_s
 from threetowers.trainer.train import Trainer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.trainer.small_models import SPECIALIZED, inputs_of, model_of
 from tests.trainer.test_config import THREE
 from threetowers.kernels.cpu import sweep_library
-from threetowers.trainer.model.pointwise import subsample_before_pointwise
+from threetowers.trainer.model.towers.pointwise import subsample_before_pointwise
 
 SCRIPT = str(Path(__file__).with_name("pointwise_steps.py"))
 # glibc looks at the neighbours of a block when it is freed, and overwrites it, so that what was used after shows.
@@ -88,7 +88,7 @@ def test_the_heap_is_not_corrupted() -> None:
 
 
 def test_the_workaround_is_still_needed() -> None:
-    """Fails once torch brings a oneDNN without the fault: then trainer/model/pointwise.py can go, and this file."""
+    """Fails once torch brings a oneDNN without the fault: then towers/pointwise.py can go, and this file."""
     library = sweep_library()
     if library is None or not library.threetowers_sweep_isa():
         pytest.skip("the fault is in implementations for AVX2 and AVX-512")

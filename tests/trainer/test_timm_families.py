@@ -12,8 +12,8 @@ from threetowers.cache.encoders.encoder import state_digest
 from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.trainer.config import ImageTower, parse
 from threetowers.trainer.estimate.cost import TeacherCost, activation_bytes, meta_model, tower_costs
-from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.initial.initial_weights import load_initial
+from threetowers.trainer.model.towers.timm_tower import TimmTower
 
 # The smallest of each family, and of each kind of classifier within it: several in models that were distilled.
 MODELS = """

@@ -1,6 +1,8 @@
 """The config of a run: its keys, how it is loaded, and what is refused.
 
 schema.py           the keys, their types, defaults and descriptions
+towers.py           the keys of each kind of tower, and what the trainer asks of a tower of any kind
+values.py           the values that keys hold
 parsing.py          YAML to config: base, variant and overrides
 checks.py           what the types cannot express: references between keys, and combinations that cannot be run
 deepspeed_extra.py  the DeepSpeed settings that a config may hold
@@ -11,14 +13,12 @@ from threetowers.trainer.config.checks import ConfigError
 from threetowers.trainer.config.parsing import dump, load_config, parse
 from threetowers.trainer.config.schema import (
     Augment,
-    CacheTower,
     Checkpoint,
     Data,
     Deploy,
     Duration,
     Engine,
     Head,
-    ImageTower,
     Log,
     Loss,
     OnlineEvaluation,
@@ -26,15 +26,20 @@ from threetowers.trainer.config.schema import (
     Pairing,
     ParameterGroup,
     Precision,
+    Term,
+    TermTeacher,
+    TrainConfig,
+    TrainDataset,
+)
+from threetowers.trainer.config.towers import (
+    CacheTower,
+    ImageTower,
+    Inputs,
     Share,
     Specialize,
     Standardization,
-    Term,
-    TermTeacher,
     TextTower,
     Tower,
-    TrainConfig,
-    TrainDataset,
 )
 
 __all__ = [
@@ -48,6 +53,7 @@ __all__ = [
     "Engine",
     "Head",
     "ImageTower",
+    "Inputs",
     "Log",
     "Loss",
     "OnlineEvaluation",

@@ -7,16 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from threetowers.cache.webdataset.captions import CaptionFormat
-from threetowers.trainer.config.schema import (
-    CacheTower,
-    Duration,
-    Head,
-    ImageTower,
-    Term,
-    TermTeacher,
-    TextTower,
-    TrainConfig,
-)
+from threetowers.trainer.config.schema import Duration, Head, Term, TermTeacher, TrainConfig
+from threetowers.trainer.config.towers import CacheTower, ImageTower, Inputs, TextTower, Tower
 
 # Arguments of `timm.create_model` that are the trainer's own.
 OWNED_TIMM_ARGUMENTS = {
@@ -110,17 +102,20 @@ def _data(config: TrainConfig) -> Iterator[str]:
         if not dataset.tars:
             key = f"data.datasets.{name}.tars" if name else "data.tars"
             yield f"{key}: expected at least one tar or pattern, found none"
-    needed = {"timm": ("image_size", data.image_size), "text": ("tokenizer", data.tokenizer)}
-    for kind, (key, value) in needed.items():
-        if value is None and config.towers_of(kind):
-            yield f"data.{key}: expected a value, as the towers {config.towers_of(kind)} need it, found null"
+    needed: dict[Inputs, tuple[str, int | str | None]] = {
+        "images": ("image_size", data.image_size),
+        "tokens": ("tokenizer", data.tokenizer),
+    }
+    for inputs, (key, value) in needed.items():
+        towers = config.towers_reading(inputs)
+        if value is None and towers:
+            yield f"data.{key}: expected a value, as the towers {towers} need it, found null"
     if data.caption_padding == "longest":
         for name, tower in config.towers.items():
-            if isinstance(tower, TextTower) and tower.sees_padding:
+            if tower.sees_padding:
                 yield (
-                    f"data.caption_padding: found longest, but towers.{name} sees the padding (pool: {tower.pool}, "
-                    f"causal: {str(tower.causal).lower()}, mask_padding: {str(tower.mask_padding).lower()}), so that "
-                    "embeddings would depend on the batch; set it to null or context_length"
+                    f"data.caption_padding: found longest, but towers.{name} sees the padding{_why_padding(tower)}, "
+                    "so that embeddings would depend on the batch; set it to null or context_length"
                 )
     for key, sources in _caption_sources(config).items():
         try:
@@ -129,6 +124,14 @@ def _data(config: TrainConfig) -> Iterator[str]:
             yield f"{key}: {error}"
     if data.access == "sequential" and data.num_streams and config.global_batch_size % data.num_streams:
         yield streams_and_batch(data.num_streams, config.global_batch_size)
+
+
+def _why_padding(tower: Tower) -> str:
+    """Return the keys by which a tower sees the padding, in brackets; nothing for a tower without such keys."""
+    if not isinstance(tower, TextTower):
+        return ""
+    causal, masked = str(tower.causal).lower(), str(tower.mask_padding).lower()
+    return f" (pool: {tower.pool}, causal: {causal}, mask_padding: {masked})"
 
 
 def streams_and_batch(num_streams: int, batch_size: int) -> str:
@@ -145,7 +148,7 @@ def _caption_sources(config: TrainConfig) -> dict[str, Mapping[str, float]]:
 
 def _random_views(config: TrainConfig) -> Iterator[str]:
     data = config.data
-    cached = [name for name in config.towers_of("cache") if config.side_of(name) == "image"]
+    cached = [name for name in config.towers_reading("rows") if config.side_of(name) == "image"]
     if data.crop_scale < 1 and cached:
         yield (
             f"data.crop_scale: found {data.crop_scale}, but the cached towers {cached} hold the embedding of the "
@@ -253,7 +256,7 @@ def _trained_parts(config: TrainConfig, key: str, head: str) -> Iterator[str]:
             return
         below = config.heads[below].of
     tower = config.towers[below]
-    if not isinstance(tower, CacheTower) and not tower.frozen:
+    if tower.trained:
         yield (
             f"{key}: {head!r} is on the trained tower {below!r}, but a teacher stays as it is; name a head on a cache, "
             f"or set towers.{below}.frozen: true"
@@ -307,7 +310,7 @@ def _deployed_heads(config: TrainConfig) -> Iterator[str]:
                 f"cache, of {side}"
             )
     deployed = {config.root_of(head) for head in (config.deploy.image, config.deploy.text)}
-    known = sorted(deployed & set(config.towers_of("cache")))
+    known = sorted(deployed & set(config.towers_reading("rows")))
     for tower in config.evaluation.caches if config.evaluation else ():
         if tower not in known:
             yield (

@@ -1,4 +1,4 @@
-"""The reference of all keys, from the types, defaults and descriptions in schema.py.
+"""The reference of all keys, from the types, defaults and descriptions in schema.py and towers.py.
 
 `python -m threetowers.trainer.config.documentation` prints docs/config.md; `make docs/config.md` writes it.
 """
@@ -17,7 +17,7 @@ INTRODUCTION = """\
 # Config
 
 All keys of a config of `threetowers train`, by section; `threetowers train --help-config SECTION` prints a section.
-This page is generated from `trainer/config/schema.py` by `make docs/config.md`.
+This page is generated from the dataclasses in `trainer/config` by `make docs/config.md`.
 
 Two further keys concern the file itself:
 

@@ -10,9 +10,9 @@ from pydantic import TypeAdapter
 from threetowers.cache.schema import parse_as
 from threetowers.trainer.config.checks import ConfigError, check_config
 from threetowers.trainer.config.schema import TrainConfig
+from threetowers.trainer.config.towers import TOWER_KINDS
 
 DURATION_UNITS = {"epochs", "samples", "steps", "percent"}
-TOWER_KINDS = {"timm", "text", "cache"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> TrainConfig:

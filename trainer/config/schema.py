@@ -1,48 +1,27 @@
 """The keys of a run's config: frozen dataclasses, checked strictly, in which the string below a key describes it.
 
 A run is a set of named towers, of heads on them, and of pair terms between heads. CLIP, LiT, 3T and MS-CLIP differ in
-this data alone. `docs/config.md` and `threetowers train --help-config` are generated from this file.
+this data alone. `docs/config.md` and `threetowers train --help-config` are generated from this file and towers.py.
 """
 
-import fractions
 from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
 from threetowers.cache.format.manifest import Side
 from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.cache.webdataset.images import MAX_PIXELS
 from threetowers.cache.webdataset.tar_list import OnBad
-
-
-def _divided(value: object) -> object:
-    """Return the float nearest to a fraction such as "1/3", and everything else as it is."""
-    if not isinstance(value, str) or "/" not in value:
-        return value
-    try:
-        return float(fractions.Fraction(value))
-    except (ValueError, ZeroDivisionError):
-        message = "Input should be a valid number or a fraction of two integers, as in 1/3"
-        raise PydanticCustomError("fraction", message) from None
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-UnitFloat = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, BeforeValidator(_divided)]
+from threetowers.trainer.config.towers import Inputs, Tower
+from threetowers.trainer.config.values import SECTION, PositiveFloat, PositiveInt, UnitFloat, Weight
 
 Precision = Literal["float32", "mixed", "bfloat16"]
 HeadNorm = Literal["batch", "layer"]
 Pairing = Literal["samples", "captions", "texts"]
 """What a term compares: a row of each sample on both sides; samples on one and all their captions on the other; all
 captions on both."""
-Inheritance = Literal["even"]
-Standardization = Literal["moments", "phi-s", "none"]
-
-SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -218,136 +197,6 @@ class Data:
     def patterns(self) -> list[str]:
         """The paths and patterns of the tars of all data sets."""
         return [pattern for dataset in self.named_datasets.values() for pattern in dataset.tars]
-
-
-@dataclass(frozen=True, config=SECTION)
-class Specialize:
-    """The image-specific layers that MS-CLIP-S adds to a vision transformer (arXiv 2207.12661)."""
-
-    stem: bool = True
-    """Early specialization: convolutions in place of the patch embedding and of the first block."""
-    branch: bool = True
-    """A parallel convolutional branch, whose features adapters add to the tokens at five depths."""
-
-
-@dataclass(frozen=True, config=SECTION)
-class ImageTower:
-    """An image tower: any timm model, used up to the features before its classifier."""
-
-    kind: Literal["timm"]
-    """The kind of tower."""
-    model: str
-    """Name of the model in timm, `hf-hub:ORG/NAME`, or a folder that timm saved it to."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model`. With them the model must still give one vector an image."""
-    specialize: Specialize | None = None
-    """MS-CLIP-S's image-specific layers, for timm's plain vision transformers only; null: none."""
-    init: str | None = None
-    """Initial weights. null: random. `pretrained`: timm's own. `package:NAME`: those in an installed Python package.
-    `timm:NAME[:WEIGHTS]`: those of another model of timm that fits. `run:FOLDER`: those of the image tower of a
-    finished run; `run:FOLDER#towers.NAME` where it has several. FILE (safetensors, or a checkpoint of torch), in which
-    the model is found by its names; FILE#PREFIX for the part whose names begin with PREFIX, as in
-    `runs/a/model.safetensors#towers.image`."""
-    inherit: Inheritance | None = None
-    """Take the weights of `init`, which is then `pretrained`, `package:`, `timm:` or `run:`, from a deeper or wider
-    model of the same family (vision transformer, ResNet, EfficientNet): even, block floor(i m / n) of each series of m
-    blocks for block i of n, the first channels, and the first heads, which must be as wide (TinyCLIP, arXiv
-    2309.12314). null: the model must be the tower's own. With `pretrained` and `package:`, `model` is the larger one,
-    and `args` make the tower smaller."""
-    frozen: bool = False
-    """Never update the tower; it stays in evaluation mode. Needs `init`."""
-
-
-@dataclass(frozen=True, config=SECTION)
-class Share:
-    """Parameters that a text tower has in common with an image tower, block by block counted from the last."""
-
-    tower: str
-    """Name of the image tower, a timm vision transformer of the same width."""
-    modules: tuple[Literal["attn", "mlp", "norm1", "norm2"], ...] = ("attn", "mlp")
-    """The modules of a block that are shared."""
-    blocks: PositiveInt | None = None
-    """Number of blocks, counted from the last; null: as many as the shallower tower has."""
-
-
-@dataclass(frozen=True, config=SECTION)
-class TextTower:
-    """A text tower: a transformer of timm blocks over tokens."""
-
-    kind: Literal["text"]
-    """The kind of tower."""
-    width: PositiveInt
-    """Width of the token embeddings and of the blocks."""
-    depth: PositiveInt
-    """Number of blocks."""
-    heads: PositiveInt
-    """Attention heads of a block; they divide `width`."""
-    mlp_ratio: float = 4.0
-    """Width of a block's hidden layer relative to `width`."""
-    dropout: UnitFloat = 0.0
-    """Dropout probability."""
-    pool: Literal["eos", "mean", "last"] = "eos"
-    """The feature of a caption: eos, the end token; mean, the mean of all tokens but padding; last, the last
-    position."""
-    causal: bool = False
-    """Let a token attend only to itself and to tokens before it."""
-    mask_padding: bool = True
-    """Exclude padding from attention."""
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
-    """Activation function of the blocks; quick_gelu is that of OpenAI's CLIP."""
-    norm_eps: PositiveFloat | None = None
-    """Epsilon of the layer norms; null: 1e-6 in the blocks, 1e-5 in the final norm."""
-    share: Share | None = None
-    """Parameters in common with an image tower, as in MS-CLIP; null: none."""
-    init: str | None = None
-    """Initial weights. null: random. `run:FOLDER`: those of the text tower of a finished run; `run:FOLDER#towers.NAME`
-    where it has several. FILE (safetensors, or a checkpoint of torch), in which the tower is found by its names;
-    FILE#PREFIX for the part whose names begin with PREFIX."""
-    inherit: Inheritance | None = None
-    """Take the weights of `init: run:FOLDER` from a deeper or wider text tower with the same vocabulary: even, block
-    floor(i m / n) of its m blocks for block i of n, the first channels, and the first heads, which must be as wide
-    (TinyCLIP, arXiv 2309.12314). null: the tower of the run must be as large."""
-    frozen: bool = False
-    """Never update the tower; it stays in evaluation mode. Needs `init`."""
-
-    @property
-    def sees_padding(self) -> bool:
-        """Whether the feature of a caption depends on the padding behind it."""
-        return self.pool == "last" or not (self.mask_padding or self.causal)
-
-
-@dataclass(frozen=True, config=SECTION)
-class CacheTower:
-    """A frozen pretrained encoder, as the rows of an embedding cache: no parameters and no forward pass."""
-
-    kind: Literal["cache"]
-    """The kind of tower."""
-    path: str
-    """Folder or URL of the cache."""
-    of: Side = "image"
-    """image: the cache holds embeddings of the images. text: of the captions, of which each sample has those of the
-    one that is drawn for it."""
-    encoder: str | None = None
-    """The encoder whose embeddings the cache must hold, as `timm:resnet50`, or `timm:resnet50@160` at this side of its
-    input only; null: any. A dry run without the cache needs it, or `dim`."""
-    dim: PositiveInt | None = None
-    """Width of the rows that the cache must hold; null: any. A dry run without the cache needs it, unless timm knows
-    the encoder."""
-    # A linear head with bias can express the same map; starting from there, it need not first learn away a large
-    # common offset.
-    standardize: Standardization = "moments"
-    """Standardization of the rows by their statistics over the cache. moments: each feature by its mean and standard
-    deviation. phi-s: less their mean, by a rotation and one common scale that give all features a variance of 1
-    (PHI-S, arXiv 2410.01680); for widths with a Hadamard matrix, as all multiples of 64 up to 2048. none: the rows as
-    they are, as similarities between images and text need them."""
-    on_missing_row: Literal["error", "skip", "mask", "live"] = "error"
-    """A sample without an embedding in the cache: error refuses to train, skip leaves the sample out, mask keeps it
-    for the terms without this tower, live computes its embedding with the teacher (in the loader, on the CPU)."""
-    weights: str | None = None
-    """Weights of the teacher for `on_missing_row: live`; null: those that the cache was built with."""
-
-
-Tower = Annotated[ImageTower | TextTower | CacheTower, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -646,19 +495,15 @@ class TrainConfig:
         """To what length captions are padded."""
         if self.data.caption_padding is not None:
             return self.data.caption_padding
-        texts = [tower for tower in self.towers.values() if isinstance(tower, TextTower)]
-        return "context_length" if any(tower.sees_padding for tower in texts) else "longest"
+        return "context_length" if any(tower.sees_padding for tower in self.towers.values()) else "longest"
 
-    def towers_of(self, kind: str) -> list[str]:
-        """Return the names of the towers of one kind, in the config's order."""
-        return [name for name, tower in self.towers.items() if tower.kind == kind]
+    def towers_reading(self, inputs: Inputs) -> list[str]:
+        """Return the names of the towers that read this of a sample, in the config's order."""
+        return [name for name, tower in self.towers.items() if tower.reads == inputs]
 
     def side_of(self, tower: str) -> Side:
         """Return what a tower sees: images or text."""
-        config = self.towers[tower]
-        if isinstance(config, CacheTower):
-            return config.of
-        return "text" if isinstance(config, TextTower) else "image"
+        return self.towers[tower].of
 
     def captions_of(self, tower: str) -> int:
         """Return how many rows a sample has at most in the inputs of a tower: those of its captions, or one."""

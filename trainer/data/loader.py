@@ -24,7 +24,7 @@ from threetowers.cache.processes.world import World
 from threetowers.cache.webdataset.defects import BadSample
 from threetowers.cache.webdataset.tar_headers import BadTar
 from threetowers.cache.webdataset.tar_index import read_member
-from threetowers.trainer.config import Augment, TrainConfig
+from threetowers.trainer.config import Augment, CacheTower, TrainConfig
 from threetowers.trainer.data.batch import Batch, join_parts, owners
 from threetowers.trainer.data.joins.cache_join import CachedRow, MissingRow
 from threetowers.trainer.data.joins.sample_members import SampleMembers
@@ -334,18 +334,18 @@ class Collator:
         if not good:
             return Batch(inputs, present, torch.empty(0, dtype=torch.int64), bad, reasons=reasons, pad_id=self._pad_id)
         for name, tower in self._config.towers.items():
-            if tower.kind == "timm":
+            if isinstance(tower, CacheTower):
+                inputs[name] = torch.from_numpy(self._cached_rows(name, good))
+                if tower.on_missing_row == "mask":
+                    present[name] = torch.tensor([sample.rows[name] is not None for sample in good])
+            elif tower.reads == "images":
                 inputs[name] = torch.stack([sample.image for sample in good if sample.image is not None])
-            elif tower.kind == "text":
+            else:
                 assert self._tokenizer is not None
                 captions = [caption for sample in good for caption in sample.captions or ()]
                 inputs[name] = self._tokenizer.encode(
                     captions, self._config.data.context_length, self._config.caption_padding
                 )
-            else:
-                inputs[name] = torch.from_numpy(self._cached_rows(name, good))
-                if tower.on_missing_row == "mask":
-                    present[name] = torch.tensor([sample.rows[name] is not None for sample in good])
         groups_b = torch.tensor([sample.group for sample in good])
         owner_m = None
         if self._config.data.captions_per_sample > 1:

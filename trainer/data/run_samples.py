@@ -37,7 +37,7 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
     patterns = {name: dataset.tars for name, dataset in data.named_datasets.items()}
     members = {name: data.image_member_of(dataset) for name, dataset in data.named_datasets.items()}
     tars, tar_numbers, notes = index_datasets(patterns, data.index_dir, image_members=members, on_bad=data.on_bad)
-    reads_images = bool(config.towers_of("timm"))
+    reads_images = bool(config.towers_reading("images"))
     if reads_images and data.on_bad == "error":
         refuse_defects(tars)
     caches = {
@@ -63,7 +63,7 @@ def open_samples(config: TrainConfig, folder: Path) -> SampleSet:
         components.append(MixtureComponent(name, tar_numbers[name], count, group_field, captions, snapshots))
 
     # The groups, ahead of the steps where these need nothing else of the tars
-    reads_words = bool(config.towers_of("text"))
+    reads_words = bool(config.towers_reading("tokens"))
     reads_members = reads_images or reads_words or any(join.on_missing_row == "live" for join in joins)
     fields = [component.group_field for component in components for _ in component.tars]
     groups = {} if reads_members else read_groups(tars, fields, data.index_dir)

@@ -114,10 +114,15 @@ def plan_workers(config: TrainConfig, samples: SampleSet, world: World) -> Worke
 def sample_bytes(config: TrainConfig, samples: SampleSet) -> int:
     """Return the bytes of one sample in a batch."""
     data = config.data
-    of_kind = {"timm": 3 * (data.image_size or 0) ** 2, "text": TOKEN_BYTES * data.context_length}
     total = GROUP_BYTES
     for name, tower in config.towers.items():
-        total += ROW_BYTES * samples.caches[name].cache.dim + 1 if tower.kind == "cache" else of_kind[tower.kind]
+        match tower.reads:
+            case "images":
+                total += 3 * data.side**2
+            case "tokens":
+                total += TOKEN_BYTES * data.context_length
+            case "rows":
+                total += ROW_BYTES * samples.caches[name].cache.dim + 1
     return total
 
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.format.dtypes import Float16Dtype
 from threetowers.cache.format.manifest import Manifest
-from threetowers.trainer.config import CacheTower, ConfigError, ImageTower, TextTower, TrainConfig
+from threetowers.trainer.config import ConfigError, TrainConfig
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.optimizer.optimizer import freeze
 
@@ -120,7 +120,7 @@ def tower_costs(model: TowerModel) -> dict[str, TowerCost]:
     training = model.training
     model.eval()
     for name, tower in model.towers.items():
-        if model.config.towers[name].kind == "cache":
+        if model.config.towers[name].reads == "rows":
             continue
         sizes = {id(p): p.numel() for p in tower.parameters()}
         shared = sum(size for key, size in sizes.items() if key in counted)
@@ -144,7 +144,7 @@ class TrainingFlops:
         """Return the FLOPs with captions padded to so many tokens; None where a tower's are not counted."""
         if length not in self._by_length:
             costs = dict(self._costs)
-            for name in self._model.config.towers_of("text"):
+            for name in self._model.config.towers_reading("tokens"):
                 tokens_1L = torch.empty(1, length, dtype=torch.int64, device="meta")
                 count = partial(_flops, self._model.towers[name], tokens_1L)
                 costs[name] = replace(costs[name], flops=_count_or_none(f"FLOPs of tower {name}", count))
@@ -206,12 +206,12 @@ def meta_inputs(model: TowerModel, samples: int) -> dict[str, Tensor]:
     data = model.config.data
     inputs = {}
     for name, tower in model.config.towers.items():
-        match tower:
-            case ImageTower():
+        match tower.reads:
+            case "images":
                 shape, dtype = [3, data.side, data.side], torch.uint8
-            case TextTower():
+            case "tokens":
                 shape, dtype = [data.context_length], torch.int64
-            case CacheTower():
+            case "rows":
                 shape, dtype = [model.widths[name]], torch.float32
         rows = samples * model.config.captions_of(name)
         inputs[name] = torch.empty([rows, *shape], dtype=dtype, device="meta")

@@ -63,7 +63,7 @@ def _dataset_stats(config: TrainConfig) -> DatasetStats | None:
         found += [try_index(path, data.image_member_of(dataset)) for path in of_dataset]
     listed = require_samples(select_tars(found, data.on_bad))
     left_out: Counter[str] = Counter()
-    if config.towers_of("timm"):
+    if config.towers_reading("images"):
         if data.on_bad == "error":
             refuse_defects(listed.tars)
         left_out = image_defects(listed.tars)

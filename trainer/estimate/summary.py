@@ -142,7 +142,7 @@ def _augmentation(config: TrainConfig) -> list[str]:
             changes.append(f"{option.name} {value:g}")
     if not changes:
         return []
-    cached = [name for name in config.towers_of("cache") if config.side_of(name) == "image"]
+    cached = [name for name in config.towers_reading("rows") if config.side_of(name) == "image"]
     without = f"; the rows of {', '.join(cached)} are of images without it" if cached else ""
     return [f"augmentation: {', '.join(changes)}{without}"]
 

@@ -15,9 +15,9 @@ from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.trainer.config import Head, ImageTower, TextTower, TrainConfig
 from threetowers.trainer.export.tokenizer_json import can_write_tokenizer_json, write_tokenizer_json
 from threetowers.trainer.export.trained_model import TrainedModel
-from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.model import clamp_log_scale
-from threetowers.trainer.model.text import TextTransformer
+from threetowers.trainer.model.towers.text_transformer import TextTransformer
+from threetowers.trainer.model.towers.timm_tower import TimmTower
 
 BLOCK_NAMES = {  # ours (timm's) -> open_clip's, within a transformer block
     "norm1.weight": "ln_1.weight",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from threetowers.trainer.config import ImageTower, TrainConfig
 from threetowers.trainer.export.trained_model import TrainedModel
-from threetowers.trainer.model.image import TimmTower
+from threetowers.trainer.model.towers.timm_tower import TimmTower
 
 
 def write_timm(model: TrainedModel, folder: Path) -> None:

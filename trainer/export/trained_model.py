@@ -11,7 +11,7 @@ from torch import Tensor
 
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.cache.format.manifest import Manifest
-from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TextTower, TrainConfig, load_config
+from threetowers.trainer.config import CacheTower, Precision, Term, TextTower, TrainConfig, load_config
 from threetowers.trainer.model.model import TowerModel, clamp_log_scale
 from threetowers.trainer.model.state_dict import load_deduplicated
 from threetowers.trainer.run.finished_run import finished_run_folder
@@ -78,12 +78,12 @@ class TrainedModel:
     @property
     def sees_cached_rows(self) -> bool:
         """Whether the image side takes rows of a cache (LiT) instead of images."""
-        return isinstance(self.config.towers[self.image_tower], CacheTower)
+        return self.config.towers[self.image_tower].reads == "rows"
 
     @property
     def reads_cached_text(self) -> bool:
         """Whether the text side takes rows of a cache of text instead of tokens."""
-        return isinstance(self.config.towers[self.text_tower], CacheTower)
+        return self.config.towers[self.text_tower].reads == "rows"
 
     @property
     def device(self) -> torch.device:
@@ -177,7 +177,7 @@ def _deployed_config(config: TrainConfig) -> TrainConfig:
     for name, tower in config.towers.items():
         if name not in roots:
             continue
-        if isinstance(tower, ImageTower | TextTower):
+        if not isinstance(tower, CacheTower):
             tower = replace(tower, init=None, inherit=None, frozen=False)  # the weights are in the folder
         if isinstance(tower, TextTower) and tower.share is not None and tower.share.tower not in roots:
             tower = replace(tower, share=None)
@@ -193,7 +193,7 @@ def _deployed_config(config: TrainConfig) -> TrainConfig:
         term = Term(image, text, scale=config.scales()[0])
     else:
         term = Term(image, text, kind="l2")
-    has_words = any(isinstance(tower, TextTower) for tower in towers.values())
+    has_words = any(tower.reads == "tokens" for tower in towers.values())
     return replace(
         config,
         data=config.data if has_words else replace(config.data, tokenizer=None),

@@ -10,10 +10,10 @@ from typing import Literal
 
 from torch import nn
 
-from threetowers.trainer.model.cached import CachedTower
-from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.model import TowerModel
-from threetowers.trainer.model.text import TextTransformer
+from threetowers.trainer.model.towers.cached_tower import CachedTower
+from threetowers.trainer.model.towers.text_transformer import TextTransformer
+from threetowers.trainer.model.towers.timm_tower import TimmTower
 
 logger = logging.getLogger(__name__)
 

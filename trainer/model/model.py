@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TermTeacher, TextTower, TrainConfig
-from threetowers.trainer.model.cached import CachedTower
 from threetowers.trainer.model.head import build_head
-from threetowers.trainer.model.image import TimmTower
 from threetowers.trainer.model.initial.initial_weights import load_initial
-from threetowers.trainer.model.phi_s import has_hadamard_matrix
 from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
-from threetowers.trainer.model.shared import share_blocks
-from threetowers.trainer.model.text import TextTransformer
+from threetowers.trainer.model.towers.cached_tower import CachedTower
+from threetowers.trainer.model.towers.phi_s import has_hadamard_matrix
+from threetowers.trainer.model.towers.shared_blocks import share_blocks
+from threetowers.trainer.model.towers.text_transformer import TextTransformer
+from threetowers.trainer.model.towers.timm_tower import TimmTower
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from threetowers.trainer.model.text import TextTransformer
+from threetowers.trainer.model.towers.text_transformer import TextTransformer
 
 FAMILIES = (TextTransformer, timm.models.VisionTransformer, timm.models.ResNet, timm.models.EfficientNet)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d

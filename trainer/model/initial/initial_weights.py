@@ -124,11 +124,10 @@ def _run_tower(config: ImageTower | TextTower, init: str) -> nn.Module:
 
     folder, part = run_and_part(init.removeprefix(RUN))
     trained = load_model(folder, precision="float32")
-    fitting = trained.config.towers_of(config.kind)
-    if part:
-        fitting = [name for name in fitting if part == TOWERS + name]
+    of_kind = [name for name, tower in trained.config.towers.items() if tower.kind == config.kind]
+    fitting = [name for name in of_kind if not part or part == TOWERS + name]
     if len(fitting) != 1:
-        known = ", ".join(f"{RUN}{folder}#{TOWERS}{name}" for name in trained.config.towers_of(config.kind))
+        known = ", ".join(f"{RUN}{folder}#{TOWERS}{name}" for name in of_kind)
         raise ValueError(f"{init!r}: expected one tower of the kind {config.kind!r}, found {known or 'none'}")
     return trained.model.towers[fitting[0]]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
-from threetowers.trainer.config import ConfigError, TextTower, TrainConfig
+from threetowers.trainer.config import CacheTower, ConfigError, TrainConfig
 from threetowers.trainer.model.initial.initial_weights import RUN, run_and_part
 from threetowers.trainer.run.finished_run import finished_run_folder
 
@@ -14,7 +14,9 @@ def other_vocabularies(config: TrainConfig, tokenizer: Tokenizer | None) -> Iter
     Vocabularies of one size fit as tensors, though the rows of the token embedding are of other words.
     """
     for name, tower in config.towers.items():
-        if tokenizer is None or not isinstance(tower, TextTower) or not (tower.init or "").startswith(RUN):
+        if tokenizer is None or isinstance(tower, CacheTower) or tower.reads != "tokens":
+            continue
+        if not (tower.init or "").startswith(RUN):
             continue
         source = finished_run_folder(run_and_part(str(tower.init).removeprefix(RUN))[0])
         try:

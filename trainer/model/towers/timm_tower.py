@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from threetowers.cache.encoders.timm_models import create_timm_model
 from threetowers.cache.encoders.weights_file import one_line
 from threetowers.trainer.config import ImageTower
-from threetowers.trainer.model.pointwise import subsample_before_pointwise
-from threetowers.trainer.model.specialized import SpecializedViT
+from threetowers.trainer.model.towers.pointwise import subsample_before_pointwise
+from threetowers.trainer.model.towers.specialized_vit import SpecializedViT
 
 
 class TimmTower(nn.Module):
