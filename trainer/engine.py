@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
@@ -59,7 +60,7 @@ def join_process_group() -> World:
     backend = "nccl" if cuda else "gloo"
     if not distributed.is_initialized():
         if world.size == 1:
-            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+            distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         elif cuda:
             _start_nccl(world)
 
