@@ -339,8 +339,28 @@ def _timm_arguments(config: TrainConfig) -> Iterator[str]:
 
 def _frozen(config: TrainConfig) -> Iterator[str]:
     for name, tower in config.towers.items():
-        if not isinstance(tower, CacheTower) and tower.frozen and tower.init is None:
+        if isinstance(tower, CacheTower):
+            continue
+        if tower.frozen and tower.init is None:
             yield f"towers.{name}.frozen: a tower that is never updated needs weights; name them by towers.{name}.init"
+        if tower.trainable_blocks is not None and tower.init is None:
+            yield (
+                f"towers.{name}.trainable_blocks: blocks that are never updated need weights; name them by "
+                f"towers.{name}.init"
+            )
+        for key, value in _keys_of_blocks(tower).items():
+            if tower.frozen:
+                yield f"towers.{name}.{key}: found {value}, but frozen: true updates no block; leave one of them out"
+
+
+def _keys_of_blocks(tower: ImageTower | TextTower) -> dict[str, float]:
+    """Return the keys of a tower that tell its blocks apart, where they do."""
+    keys: dict[str, float] = {}
+    if tower.trainable_blocks is not None:
+        keys["trainable_blocks"] = tower.trainable_blocks
+    if tower.layer_decay != 1:
+        keys["layer_decay"] = tower.layer_decay
+    return keys
 
 
 def _inheritance(config: TrainConfig) -> Iterator[str]:
@@ -366,6 +386,13 @@ def _shared_parameters(config: TrainConfig) -> Iterator[str]:
             yield f"towers.{name}.share.tower: found {tower.share.tower!r}, expected an image tower of kind timm"
         elif image_tower.frozen != tower.frozen:
             yield f"towers.{name}.share: one of the two towers that share parameters is frozen; freeze both or neither"
+        else:
+            for side, one in ((name, tower), (tower.share.tower, image_tower)):
+                for key, value in _keys_of_blocks(one).items():
+                    yield (
+                        f"towers.{side}.{key}: found {value}, but the parameters that towers.{name}.share names are in "
+                        "blocks of two towers at once; leave it out, and name them in optim.param_groups"
+                    )
 
 
 def _masked_rows(config: TrainConfig) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from threetowers.cache.format.manifest import Side
-from threetowers.trainer.config.values import SECTION, PositiveFloat, PositiveInt, UnitFloat
+from threetowers.trainer.config.values import SECTION, LayerDecay, PositiveFloat, PositiveInt, UnitFloat
 
 Inheritance = Literal["even"]
 Standardization = Literal["moments", "phi-s", "none"]
@@ -56,6 +56,14 @@ class ImageTower:
     and `args` make the tower smaller."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
+    trainable_blocks: PositiveInt | None = None
+    """Update only the last so many blocks and what follows them (final norm, pooling); all below is frozen, as in a
+    `frozen` tower. Blocks are timm's: of a transformer its own, of a convolutional network those of its stages. Needs
+    `init`. null: all is updated."""
+    layer_decay: LayerDecay = 1.0
+    """Factor of the learning rate from one block to the one below: of n blocks, block i counted from 0 has
+    layer_decay^(n - i), what is before the first one layer_decay^(n + 1), and heads 1 (BEiT, arXiv 2106.08254). Times
+    `optim.param_groups`. 1.0: one rate for all."""
 
     @property
     def of(self) -> Side:
@@ -129,6 +137,12 @@ class TextTower:
     (TinyCLIP, arXiv 2309.12314). null: the tower of the run must be as large."""
     frozen: bool = False
     """Never update the tower; it stays in evaluation mode. Needs `init`."""
+    trainable_blocks: PositiveInt | None = None
+    """Update only the last so many blocks and the final norm; all below is frozen, as in a `frozen` tower. Needs
+    `init`. null: all is updated."""
+    layer_decay: LayerDecay = 1.0
+    """Factor of the learning rate from one block to the one below, as of an image tower; token and position embeddings
+    have the lowest. 1.0: one rate for all."""
 
     @property
     def of(self) -> Side:

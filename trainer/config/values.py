@@ -23,4 +23,5 @@ def _divided(value: object) -> object:
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitFloat = Annotated[float, Field(ge=0, le=1)]
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, BeforeValidator(_divided)]

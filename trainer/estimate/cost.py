@@ -82,11 +82,12 @@ class TeacherCost:
 
 @dataclass(frozen=True)
 class TowerCost:
-    """A tower with weights: its parameters, and FLOPs of its forward pass on one sample."""
+    """A tower with weights: its parameters, and FLOPs of its passes over one sample, None where not counted."""
 
     parameters: int
     shared: int  # those that belong to an earlier tower too
-    flops: int | None  # None where they cannot be counted
+    flops: int | None  # of the forward pass
+    backward_flops: int | None
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,7 @@ def tower_costs(model: TowerModel) -> dict[str, TowerCost]:
         sizes = {id(p): p.numel() for p in tower.parameters()}
         shared = sum(size for key, size in sizes.items() if key in counted)
         counted |= sizes.keys()
-        flops = _count_or_none(f"FLOPs of tower {name}", partial(_flops, tower, inputs[name]))
-        costs[name] = TowerCost(sum(sizes.values()), shared, flops)
+        costs[name] = TowerCost(sum(sizes.values()), shared, *_tower_flops(name, tower, inputs[name]))
     model.train(training)
     return costs
 
@@ -146,8 +146,8 @@ class TrainingFlops:
             costs = dict(self._costs)
             for name in self._model.config.towers_reading("tokens"):
                 tokens_1L = torch.empty(1, length, dtype=torch.int64, device="meta")
-                count = partial(_flops, self._model.towers[name], tokens_1L)
-                costs[name] = replace(costs[name], flops=_count_or_none(f"FLOPs of tower {name}", count))
+                flops, backward_flops = _tower_flops(name, self._model.towers[name], tokens_1L)
+                costs[name] = replace(costs[name], flops=flops, backward_flops=backward_flops)
             self._by_length[length] = training_flops(self._model, costs)
         return self._by_length[length]
 
@@ -155,12 +155,12 @@ class TrainingFlops:
 def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int | None:
     """Return FLOPs of one sample's training step, the loss aside: a backward pass costs two forward passes.
 
-    A frozen tower has no backward pass; recomputing activations and micro-batches cost one more forward pass each.
-    None where a tower's FLOPs are not counted.
+    A frozen tower has no backward pass, and one with frozen blocks none below them; recomputing activations and
+    micro-batches cost one more forward pass each. None where a tower's FLOPs are not counted.
     """
     engine = model.config.engine
     head_passes = 3 + int(engine.micro_batch_size is not None)
-    tower_passes = head_passes + int(engine.activation_checkpointing)
+    forward_passes = head_passes - 2 + int(engine.activation_checkpointing)
     config = model.config
     heads = 0
     for name, head in model.heads.items():
@@ -168,9 +168,9 @@ def training_flops(model: TowerModel, costs: Mapping[str, TowerCost]) -> int | N
         heads += 2 * matrices * config.captions_of(config.root_of(name))
     towers = 0
     for name, cost in costs.items():
-        if cost.flops is None:
+        if cost.flops is None or cost.backward_flops is None:
             return None
-        towers += cost.flops * (1 if name in model.frozen else tower_passes)
+        towers += cost.flops * (1 if name in model.frozen else forward_passes) + cost.backward_flops
     return towers + heads * head_passes
 
 
@@ -305,6 +305,25 @@ def _flops(module: nn.Module, value: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         module(value)
     return int(counter.get_total_flops())
+
+
+def _tower_flops(name: str, tower: nn.Module, value: Tensor) -> tuple[int | None, int | None]:
+    """Return the FLOPs of a tower's forward pass, and of its backward pass."""
+    what = f"FLOPs of tower {name}"
+    flops = _count_or_none(what, partial(_flops, tower, value))
+    trained = [p.requires_grad for p in tower.parameters()]
+    if flops is None or all(trained):
+        return flops, None if flops is None else 2 * flops
+    return flops, _count_or_none(what, partial(_backward_flops, tower, value)) if any(trained) else 0
+
+
+def _backward_flops(module: nn.Module, value: Tensor) -> int:
+    """Return the FLOPs of a backward pass through a module of which some parameters are frozen."""
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        features = module(value)
+        forward = int(counter.get_total_flops())
+        torch.autograd.grad(features.sum(), [p for p in module.parameters() if p.requires_grad], allow_unused=True)
+        return int(counter.get_total_flops()) - forward
 
 
 def _side(name: EncoderName) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -22,9 +23,12 @@ from threetowers.trainer.estimate.cost import (
 )
 from threetowers.trainer.estimate.loss_cost import TermCost, term_costs
 from threetowers.trainer.model.model import TowerModel
+from threetowers.trainer.optimizer.optimizer import rate_factors
 from threetowers.trainer.optimizer.schedule import Schedule
 
 logger = logging.getLogger(__name__)
+
+SHOWN_RATES = 7  # of the lowest and of the highest blocks of a deep tower
 
 ARITHMETIC: dict[Precision, str] = {
     "float32": "weights and products in float32",
@@ -174,12 +178,36 @@ def _towers(
         if name in model.frozen:
             traits.append("frozen")
         lines.append(f"tower {name}: {kind}, {', '.join(traits)}")
+        lines += _rates_by_layer(config, model, name)
     return [
         *lines,
         f"heads: {num_parameters(model.heads):,} parameters",
         f"model: {num_parameters(model):,} parameters, each counted once; "
         f"{num_parameters(model, trained=True):,} trained",
     ]
+
+
+def _rates_by_layer(config: TrainConfig, model: TowerModel, name: str) -> list[str]:
+    """Return the factors of the learning rate in the layers of a tower, where these differ."""
+    tower = config.towers[name]
+    if isinstance(tower, CacheTower) or (tower.trainable_blocks is None and tower.layer_decay == 1):
+        return []
+    factors = rate_factors(model, config.optim)
+    layers = model.layers_of(name, "layer_decay")
+    of_layer: dict[int, set[float]] = {}
+    for parameter, number in layers.numbers.items():
+        of_layer.setdefault(number, set()).add(factors[f"towers.{name}.{parameter}"])
+    rates = ["/".join(f"{factor:.3g}" for factor in sorted(of_layer[number])) for number in sorted(of_layer)]
+    blocks = [
+        rate if count == 1 else f"{count} x {rate}"
+        for rate, count in ((rate, len(list(equal))) for rate, equal in groupby(rates[1 : layers.above]))
+    ]
+    if len(blocks) > 2 * SHOWN_RATES:
+        blocks = [*blocks[:SHOWN_RATES], "...", *blocks[-SHOWN_RATES:]]
+    parts = [f"before its blocks {rates[0]}", f"{', '.join(blocks)} in {layers.blocks} blocks"]
+    if layers.above in of_layer:
+        parts.append(f"behind them {rates[layers.above]}")
+    return [f"learning rates of {name}, as factors: {'; '.join(parts)}"]
 
 
 def _terms(config: TrainConfig, costs: Mapping[str, TermCost]) -> list[str]:

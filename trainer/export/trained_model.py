@@ -178,7 +178,8 @@ def _deployed_config(config: TrainConfig) -> TrainConfig:
         if name not in roots:
             continue
         if not isinstance(tower, CacheTower):
-            tower = replace(tower, init=None, inherit=None, frozen=False)  # the weights are in the folder
+            # The weights are in the folder, and nothing is trained.
+            tower = replace(tower, init=None, inherit=None, frozen=False, trainable_blocks=None, layer_decay=1.0)
         if isinstance(tower, TextTower) and tower.share is not None and tower.share.tower not in roots:
             tower = replace(tower, share=None)
         towers[name] = tower

@@ -13,6 +13,7 @@ from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TermTeacher, TextTower, TrainConfig
 from threetowers.trainer.model.head import build_head
 from threetowers.trainer.model.initial.initial_weights import load_initial
+from threetowers.trainer.model.layers import Layers
 from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
 from threetowers.trainer.model.towers.cached_tower import CachedTower
 from threetowers.trainer.model.towers.phi_s import has_hadamard_matrix
@@ -75,8 +76,12 @@ class TowerModel(nn.Module):
                 self.biases[name] = nn.Parameter(torch.full((1,), config.loss.bias_init))
 
         for name, tower in config.towers.items():
-            if not isinstance(tower, CacheTower) and tower.frozen:
+            if isinstance(tower, CacheTower):
+                continue
+            if tower.frozen:
                 self.towers[name].requires_grad_(False)
+            elif tower.trainable_blocks is not None:
+                self._freeze_lower_blocks(name, tower.trainable_blocks)
         kept = float32_parameters(self).keys()
         # In a list, which no module looks into: to take a parameter from its module in here would, under ZeRO 3, gather
         # it as one that this module uses.
@@ -84,6 +89,18 @@ class TowerModel(nn.Module):
         self.train()
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError("no parameter is left to train: unfreeze a tower, or give one a linear head")
+
+    def _freeze_lower_blocks(self, name: str, trained: int) -> None:
+        """Freeze a tower below its last `trained` blocks. Raises ValueError where it has fewer blocks, or none."""
+        layers = self.layers_of(name, "trainable_blocks")
+        if trained > layers.blocks:
+            raise ValueError(
+                f"towers.{name}.trainable_blocks: found {trained}, but the tower has {layers.blocks} blocks; lower it, "
+                "or leave it out"
+            )
+        for parameter, number in layers.numbers.items():
+            if number < layers.above - trained:
+                self.towers[name].get_parameter(parameter).requires_grad_(False)
 
     def _check_widths(self, key: str, sides: Term | TermTeacher) -> None:
         x_width, y_width = self.widths[sides.x], self.widths[sides.y]
@@ -115,6 +132,29 @@ class TowerModel(nn.Module):
         """Compute in this precision from now on, with weights of its type."""
         self.precision = precision
         cast_parameters(self, torch.float32 if precision == "mixed" else getattr(torch, precision))
+
+    def layers_of(self, name: str, key: str) -> Layers:
+        """Return the layers of a tower. Raises ValueError for a tower without blocks; `key`: what asks for them."""
+        try:
+            layers: Layers = self.towers[name].layers()  # type: ignore[operator]
+        except ValueError as error:
+            raise ValueError(f"towers.{name}.{key}: {error}; leave it out, or choose another model") from error
+        return layers
+
+    def layer_factors(self) -> dict[str, float]:
+        """Return the factors of the learning rate in towers with `layer_decay`, by parameter.
+
+        Raises:
+            ValueError: Such a tower has no blocks.
+        """
+        factors = {}
+        for name, tower in self.config.towers.items():
+            if isinstance(tower, CacheTower) or tower.layer_decay == 1:
+                continue
+            layers = self.layers_of(name, "layer_decay")
+            for parameter, number in layers.numbers.items():
+                factors[f"towers.{name}.{parameter}"] = tower.layer_decay ** (layers.above - number)
+        return factors
 
     def load_initial_weights(self) -> list[str]:
         """Load the weights that the towers' `init` names.

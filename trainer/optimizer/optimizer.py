@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from threetowers.trainer.config import ConfigError, Optim, ParameterGroup
+from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.optimizer.adafactor import Adafactor
 
 
@@ -20,7 +21,7 @@ def freeze(model: nn.Module, optim: Optim) -> None:
     model.train(model.training)  # a frozen module goes into evaluation mode
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
+def build_optimizer(model: TowerModel, optim: Optim) -> Optimizer:
     """Return the optimizer of the trained parameters. Raises ConfigError like `parameter_groups`."""
     groups = parameter_groups(model, optim)
     if optim.name == "adafactor":
@@ -29,27 +30,44 @@ def build_optimizer(model: nn.Module, optim: Optim) -> Optimizer:
     return AdamW(groups, optim.lr, optim.betas, weight_decay=0.0)
 
 
-def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
-    """Return torch's parameter groups of the trained parameters: weight decay on matrices only, `lr_factor` by rule.
+def parameter_groups(model: TowerModel, optim: Optim) -> list[dict[str, Any]]:
+    """Return torch's parameter groups of the trained parameters, by learning rate and weight decay.
 
-    Parameters of different types are in different groups, as ZeRO makes one long vector of each.
+    Weight decay is on matrices only; rates go by rule and by layer. Parameters of different types are in different
+    groups, as ZeRO makes one long vector of each.
 
     Raises:
         ConfigError: Every parameter is frozen, or a pattern matches no parameter.
+        ValueError: A tower with `layer_decay` has no blocks.
     """
     groups: dict[tuple[float, float, torch.dtype], list[nn.Parameter]] = {}
-    for _, p, rule in rules_of(model, optim):
+    factors = rate_factors(model, optim)
+    for name, p, rule in rules_of(model, optim):
         if not p.requires_grad:
             continue
-        factor = 1.0 if rule is None else rule.lr
         decay = optim.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
-        groups.setdefault((factor, decay if p.ndim > 1 else 0.0, p.dtype), []).append(p)
+        groups.setdefault((factors[name], decay if p.ndim > 1 else 0.0, p.dtype), []).append(p)
     if not groups:
         raise ConfigError("optim.param_groups: every parameter is frozen; give one of the groups a learning rate")
     return [
         {"params": params, "weight_decay": decay, "lr_factor": factor, "lr": optim.lr * factor}
         for (factor, decay, _), params in sorted(groups.items(), key=_order)
     ]
+
+
+def rate_factors(model: TowerModel, optim: Optim) -> dict[str, float]:
+    """Return the factor of each parameter's learning rate by name, 0 for frozen ones: that of its rule and its layer.
+
+    Raises:
+        ConfigError: A pattern matches no parameter.
+        ValueError: A tower with `layer_decay` has no blocks.
+    """
+    of_layers = model.layer_factors()
+    factors = {}
+    for name, p, rule in rules_of(model, optim):
+        by_rule = 1.0 if rule is None else rule.lr
+        factors[name] = by_rule * of_layers.get(name, 1.0) if p.requires_grad else 0.0
+    return factors
 
 
 def _order(group: tuple[tuple[float, float, torch.dtype], list[nn.Parameter]]) -> tuple[bool, float, float]:

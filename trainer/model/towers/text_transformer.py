@@ -10,6 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.trainer.config import TextTower
+from threetowers.trainer.model.layers import WITH_PREVIOUS, Layers, number_layers
+
+LAYERS = {"stem": r"embed|position", "blocks": [(r"blocks\.(\d+)", None), (r"norm", WITH_PREVIOUS)]}
 
 
 class TextTransformer(nn.Module):
@@ -62,6 +65,10 @@ class TextTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def layers(self) -> Layers:
+        """Return the tower's layers: embeddings, the blocks, and nothing behind the final norm."""
+        return number_layers(self, LAYERS)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of the blocks for backward, and recompute the rest."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from threetowers.cache.encoders.timm_models import create_timm_model
 from threetowers.cache.encoders.weights_file import one_line
 from threetowers.trainer.config import ImageTower
+from threetowers.trainer.model.layers import Layers, number_layers
 from threetowers.trainer.model.towers.pointwise import subsample_before_pointwise
 from threetowers.trainer.model.towers.specialized_vit import SpecializedViT
 
@@ -46,6 +47,13 @@ class TimmTower(nn.Module):
         vit = self.model.vit if isinstance(self.model, SpecializedViT) else self.model
         blocks = getattr(vit, "blocks", None)
         return blocks if blocks and isinstance(blocks[0], Block) else None
+
+    def layers(self) -> Layers:
+        """Return the tower's layers, as timm numbers them. Raises ValueError for a model of which it knows none."""
+        matcher = getattr(self.model, "group_matcher", None)
+        if matcher is None:
+            raise ValueError(f"{type(self.model).__name__} has no blocks that timm has numbered")
+        return number_layers(self, matcher(coarse=False), "model.")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in backward. Raises ValueError for a model that cannot."""
