@@ -127,7 +127,7 @@ def test_no_graph_is_kept_below_the_first_trained_block(family: str) -> None:
 
 @pytest.mark.distributed
 def test_two_ranks_train_the_same_blocks_at_the_same_rates(tmp_path: Path) -> None:
-    """In micro-batches, on ZeRO 0 to 3, as one process in one pass, up to what Adam makes of rounding."""
+    """In micro-batches, on ZeRO 1 and 3, as one process in one pass, up to what Adam makes of rounding."""
     save_file(inputs_of(24) | {"groups": torch.arange(24)}, tmp_path / "batch.safetensors")
     tree = changed("towers.image", VIT | {"trainable_blocks": 2, "layer_decay": 0.5} | GIVEN)
     tree["towers"]["text"] |= {"layer_decay": 0.25}
@@ -153,7 +153,7 @@ def test_two_ranks_train_the_same_blocks_at_the_same_rates(tmp_path: Path) -> No
     assert 0 < len(learned) < len(list(start.parameters()))
     (whole,) = launch(1, {"zero_stage": 0})
     moved = sum(float((whole[name] - start.state_dict()[name]).norm()) ** 2 for name in learned) ** 0.5
-    for state in launch(2, *({"zero_stage": stage, "micro_batch_size": 2} for stage in range(4))):
+    for state in launch(2, *({"zero_stage": stage, "micro_batch_size": 2} for stage in (1, 3))):
         for name, p in start.named_parameters():
             assert state[name].equal(p) == (not p.requires_grad), name
         apart = sum(float((state[name] - whole[name]).norm()) ** 2 for name in learned) ** 0.5
