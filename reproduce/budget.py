@@ -59,7 +59,7 @@ def measure_work(plan: Plan, folder: Folder, configs: Path, workers: int) -> Non
     """Measure the seconds of each kind of work of a plan that has not been measured yet, and write them.
 
     The measurements run side by side, as the work will: cores share caches and memory, so that each is slower than
-    alone. They run in other processes: a trainer leaves the address of its process group in the environment.
+    alone. They run in other processes, since a process that has trained keeps its process group.
     """
     pretrained = []
     others = []

@@ -17,7 +17,7 @@ def no_process_group_left() -> Iterator[None]:
     """
     before = set(os.environ)
     yield
-    for name in set(os.environ) - before:  # where the run met its ranks: a port that this process still holds
+    for name in set(os.environ) - before:  # what a run says to DeepSpeed
         del os.environ[name]
     if torch.distributed.is_initialized():
         gc.collect()  # what still holds the group would keep its threads
