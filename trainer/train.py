@@ -48,6 +48,7 @@ from threetowers.trainer.model.running_moments import (
     running_moments_kept,
 )
 from threetowers.trainer.model.towers.phi_s import phi_s
+from threetowers.trainer.model.towers.tokenizer_fit import check_tokenizer
 from threetowers.trainer.monitoring.metrics import MetricsLog, step_line
 from threetowers.trainer.monitoring.profile import StepProfile
 from threetowers.trainer.monitoring.timer import Timer
@@ -266,6 +267,7 @@ class Trainer:
         self.tokenizer = load_named_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         if self.tokenizer is not None:
             self.folder.check_tokenizer(self.tokenizer)
+            check_tokenizer(config, self.tokenizer)
         self.end_id = self.tokenizer.special.end if self.tokenizer else END
         self.vocab_size = self.tokenizer.embedding_rows(config.data.vocab_size) if self.tokenizer else None
         # Each data set visits a sample once in an epoch, and epochs are of whole batches.

@@ -17,7 +17,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.cache.tiny_open_clip import COCA, TEXT, TIMM, TINY, save_open_clip
+from tests.cache.tiny_open_clip import (
+    COCA,
+    NORM_AFTER,
+    RESNET,
+    TEXT,
+    TIMM,
+    TIMM_VIT,
+    TINY,
+    hf_config,
+    save_open_clip,
+    save_words,
+)
 from threetowers.cache.builder.build import build_cache
 from threetowers.cache.builder.build_config import BuildConfig
 from threetowers.cache.encoders.encoder import FrozenEncoder
@@ -29,13 +40,6 @@ from threetowers.cache.verify.verify import verify
 
 Draw = Callable[..., Image.Image]
 Tree = dict[str, Any]
-VISION = TINY["vision_cfg"]
-RESNET: Tree = TINY | {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}}
-NORM_AFTER: Tree = TINY | {"vision_cfg": VISION | {"final_ln_after_pool": True, "pool_type": "avg"}}
-TIMM_VIT: Tree = TIMM | {  # as SigLIP: timm's trunk ends in its pooled vector
-    "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "none", "image_size": 160},
-    "embed_dim": 64,
-}
 TIMM_LINEAR: Tree = TIMM | {"vision_cfg": TIMM["vision_cfg"] | {"timm_proj": "linear"}}
 TIMM_ATTENTION: Tree = TIMM | {
     "vision_cfg": {"timm_model_name": "resnet10t", "timm_pool": "abs_attn", "timm_proj": "", "image_size": 224}
@@ -255,41 +259,6 @@ def test_text_towers_are_exact_under_padding(config: Tree, trimmed: bool, saved:
         torch.testing.assert_close(text.embed([caption])[0], expected[i], atol=1e-5, rtol=1e-4)
     for feature, x_bD in zip(text.features, text.forward(tokens, text.features), strict=True):
         assert text.width(feature) == x_bD.shape[1]
-
-
-def save_words(folder: Path, **arguments: Any) -> None:
-    """Save a tokenizer of transformers, of whole words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[BOS]",
-        "[EOS]",
-        *["a", "red", "disc", "photo", "of", "dog", "cat", "x", "y", "z"],
-    ]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"unk": "UNK", "pad": "PAD", "cls": "CLS", "sep": "SEP", "bos": "BOS", "eos": "EOS"}
-    tokens = {f"{name}_token": f"[{token}]" for name, token in names.items()}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens, **arguments).save_pretrained(folder)
-
-
-def hf_config(folder: Path, kind: str, pooler: str) -> Tree:
-    """A config with a text tower of transformers, whose own config lies in a folder."""
-    from transformers import BertConfig, RobertaConfig
-
-    sizes: Tree = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    make = {"bert": BertConfig, "roberta": RobertaConfig}[kind]
-    make(vocab_size=20, max_position_embeddings=32, pad_token_id=0, **sizes).save_pretrained(folder / "tower")
-    text = {"hf_model_name": str(folder / "tower"), "hf_pooler_type": pooler, "hf_proj_type": "mlp"}
-    return TINY | {"text_cfg": text | {"hf_tokenizer_name": "words", "context_length": 16}}
 
 
 @pytest.mark.parametrize(

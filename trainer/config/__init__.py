@@ -35,11 +35,13 @@ from threetowers.trainer.config.towers import (
     CacheTower,
     ImageTower,
     Inputs,
+    OpenClipTower,
     Share,
     Specialize,
     Standardization,
     TextTower,
     Tower,
+    WeightedTower,
 )
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "Log",
     "Loss",
     "OnlineEvaluation",
+    "OpenClipTower",
     "Optim",
     "Pairing",
     "ParameterGroup",
@@ -70,6 +73,7 @@ __all__ = [
     "Tower",
     "TrainConfig",
     "TrainDataset",
+    "WeightedTower",
     "dump",
     "load_config",
     "parse",

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.trainer.config.schema import Duration, Head, Term, TermTeacher, TrainConfig
-from threetowers.trainer.config.towers import CacheTower, ImageTower, Inputs, TextTower, Tower
+from threetowers.trainer.config.towers import CacheTower, ImageTower, Inputs, TextTower, Tower, WeightedTower
 
 # Arguments of `timm.create_model` that are the trainer's own.
 OWNED_TIMM_ARGUMENTS = {
@@ -353,7 +353,7 @@ def _frozen(config: TrainConfig) -> Iterator[str]:
                 yield f"towers.{name}.{key}: found {value}, but frozen: true updates no block; leave one of them out"
 
 
-def _keys_of_blocks(tower: ImageTower | TextTower) -> dict[str, float]:
+def _keys_of_blocks(tower: WeightedTower) -> dict[str, float]:
     """Return the keys of a tower that tell its blocks apart, where they do."""
     keys: dict[str, float] = {}
     if tower.trainable_blocks is not None:
@@ -365,7 +365,7 @@ def _keys_of_blocks(tower: ImageTower | TextTower) -> dict[str, float]:
 
 def _inheritance(config: TrainConfig) -> Iterator[str]:
     for name, tower in config.towers.items():
-        if isinstance(tower, CacheTower) or tower.inherit is None:
+        if not isinstance(tower, ImageTower | TextTower) or tower.inherit is None:
             continue
         sources = ["run:"] if isinstance(tower, TextTower) else ["pretrained", "package:", "timm:", "run:"]
         if tower.init is None or not tower.init.startswith(tuple(sources)):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from threetowers.cache.encoders.openclip.model_config import read_open_clip_config
 from threetowers.cache.format.manifest import Side
 from threetowers.trainer.config.values import SECTION, LayerDecay, PositiveFloat, PositiveInt, UnitFloat
 
@@ -18,6 +19,12 @@ Inheritance = Literal["even"]
 Standardization = Literal["moments", "phi-s", "none"]
 Inputs = Literal["images", "tokens", "rows"]
 """What a tower reads of a sample: pixels of its image, tokens of its captions, or rows of a cache of either."""
+
+
+def _origin(init: str | None, inherits: bool = False) -> str | None:
+    if init is None:
+        return None
+    return f"inherits from {init}" if inherits else f"from {init}"
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -64,6 +71,16 @@ class ImageTower:
     """Factor of the learning rate from one block to the one below: of n blocks, block i counted from 0 has
     layer_decay^(n - i), what is before the first one layer_decay^(n + 1), and heads 1 (BEiT, arXiv 2106.08254). Times
     `optim.param_groups`. 1.0: one rate for all."""
+
+    @property
+    def description(self) -> str:
+        """What it is, for the start-up page."""
+        return self.model
+
+    @property
+    def origin(self) -> str | None:
+        """What it begins with, for the start-up page; None: random weights."""
+        return _origin(self.init, inherits=self.inherit is not None)
 
     @property
     def of(self) -> Side:
@@ -145,6 +162,16 @@ class TextTower:
     have the lowest. 1.0: one rate for all."""
 
     @property
+    def description(self) -> str:
+        """What it is, for the start-up page."""
+        return f"text, {self.depth} blocks of width {self.width}"
+
+    @property
+    def origin(self) -> str | None:
+        """What it begins with, for the start-up page; None: random weights."""
+        return _origin(self.init, inherits=self.inherit is not None)
+
+    @property
     def of(self) -> Side:
         """It is a tower of text."""
         return "text"
@@ -211,6 +238,71 @@ class CacheTower:
         return False
 
 
-AnyTower = ImageTower | TextTower | CacheTower
+@dataclass(frozen=True, config=SECTION)
+class OpenClipTower:
+    """A tower of a model of open_clip, with the model's own projection to the space of images and text.
+
+    Heads on it may be of kind none. Needs the extra `open_clip`.
+    """
+
+    kind: Literal["open_clip"]
+    """The kind of tower."""
+    of: Side
+    """image: the model's image tower. text: its text tower, which takes tokens as open_clip does; so
+    `data.tokenizer` is that of the model, `open_clip:NAME`."""
+    model: str
+    """Name of the model in open_clip, `hf-hub:ORG/NAME`, a folder with an `open_clip_config.json`, or a JSON file with
+    the config of a model. Of it all is taken but the sizes of images and captions, which are `data.image_size` and
+    `data.context_length`; and the rows of the token embedding, where `data.vocab_size` is given."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Other values for keys of the model's config, such as `{vision_cfg: {patch_dropout: 0.5}}`."""
+    init: str | None = None
+    """Initial weights. null: random. `pretrained`: those of the folder or of the hub, or the only ones that open_clip
+    has for the model. `open_clip:NAME:WEIGHTS`: those of a model of open_clip that fits, where WEIGHTS is a pretrained
+    tag, a file, or TAG=FILE; of a folder or a model of the hub it is left out. `run:FOLDER`: those of such a tower of a
+    finished run; `run:FOLDER#towers.NAME` where it has several. FILE (safetensors, or a checkpoint of torch), in which
+    the tower is found by its names; FILE#PREFIX for the part whose names begin with PREFIX. Of another size of images
+    or captions, positions are resampled."""
+    frozen: bool = False
+    """Never update the tower; it stays in evaluation mode. Needs `init`."""
+    trainable_blocks: PositiveInt | None = None
+    """Update only the last so many blocks and what follows them (final norm, pooling, projection); all below is frozen,
+    as in a `frozen` tower. Needs `init`. null: all is updated."""
+    layer_decay: LayerDecay = 1.0
+    """Factor of the learning rate from one block to the one below, as of a timm tower; the projection has that of the
+    heads. 1.0: one rate for all."""
+
+    @property
+    def description(self) -> str:
+        """What it is, for the start-up page."""
+        return f"{self.of} tower of open_clip's {self.model}"
+
+    @property
+    def origin(self) -> str | None:
+        """What it begins with, for the start-up page; None: random weights."""
+        return _origin(self.init)
+
+    @property
+    def reads(self) -> Inputs:
+        """Its inputs are images, or the tokens of captions."""
+        return "images" if self.of == "image" else "tokens"
+
+    @property
+    def trained(self) -> bool:
+        """Whether steps may change its weights."""
+        return not self.frozen
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether the feature of a caption depends on the padding behind it.
+
+        Raises:
+            ValueError: There is no such model, or open_clip is needed to find it.
+        """
+        return self.of == "text" and read_open_clip_config(self.model, self.args).sees_padding
+
+
+WeightedTower = ImageTower | TextTower | OpenClipTower
+AnyTower = WeightedTower | CacheTower
 Tower = Annotated[AnyTower, Field(discriminator="kind")]
 TOWER_KINDS = frozenset(get_type_hints(tower)["kind"].__args__[0] for tower in get_args(AnyTower))

@@ -19,6 +19,7 @@ from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
 from threetowers.trainer.estimate.summary import DatasetStats, run_summary
 from threetowers.trainer.model.precision import resolve_precision
+from threetowers.trainer.model.towers.tokenizer_fit import check_tokenizer
 from threetowers.trainer.optimizer.optimizer import parameter_groups
 
 
@@ -109,4 +110,5 @@ def _vocab_size(config: TrainConfig) -> int | None:
                 f"data.vocab_size: unknown without {config.data.tokenizer}; give the number of its pieces"
             ) from error
         return config.data.vocab_size
+    check_tokenizer(config, tokenizer)
     return tokenizer.embedding_rows(config.data.vocab_size)

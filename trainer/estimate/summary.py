@@ -10,7 +10,7 @@ from torch import nn
 
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.processes.world import World
-from threetowers.trainer.config import Augment, CacheTower, ImageTower, Precision, Term, TrainConfig
+from threetowers.trainer.config import Augment, CacheTower, Precision, Term, TrainConfig
 from threetowers.trainer.estimate.cost import (
     TeacherCost,
     TowerCost,
@@ -168,16 +168,15 @@ def _towers(
             lines.append(f"tower {name}: {teacher.encoder}, {rows}, no forward passes{saved}")
             continue
         cost = costs[name]
-        kind = tower.model if isinstance(tower, ImageTower) else f"text, {tower.depth} blocks of width {tower.width}"
         traits = [f"{cost.parameters:,} parameters"]
         if cost.shared:
             traits.append(f"{cost.shared:,} of them shared with another tower")
         traits.append(f"{_counted(cost.flops)} forward a sample")
-        if tower.init is not None:
-            traits.append(f"{'from' if tower.inherit is None else 'inherits from'} {tower.init}")
+        if tower.origin is not None:
+            traits.append(tower.origin)
         if name in model.frozen:
             traits.append("frozen")
-        lines.append(f"tower {name}: {kind}, {', '.join(traits)}")
+        lines.append(f"tower {name}: {tower.description}, {', '.join(traits)}")
         lines += _rates_by_layer(config, model, name)
     return [
         *lines,

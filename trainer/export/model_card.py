@@ -8,7 +8,7 @@ import yaml
 
 from threetowers.cache.format.manifest import Manifest
 from threetowers.cache.info import input_text
-from threetowers.trainer.config import CacheTower, ImageTower, Term, dump, load_config
+from threetowers.trainer.config import CacheTower, ImageTower, Term, TextTower, dump, load_config
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.run.run_folder import RunFolder
 
@@ -118,15 +118,15 @@ def _image_tower(deployed: TrainedModel) -> str:
     tower = deployed.config.towers[deployed.image_tower]
     if isinstance(tower, CacheTower):
         return _cached(deployed.manifests[deployed.image_tower])
-    assert isinstance(tower, ImageTower)
-    return f"{tower.model} of timm, {deployed.config.data.side} pixels"
+    model = f"{tower.model} of timm" if isinstance(tower, ImageTower) else tower.description
+    return f"{model}, {deployed.config.data.side} pixels"
 
 
 def _text_tower(deployed: TrainedModel) -> str:
     tower = deployed.config.towers[deployed.text_tower]
     if isinstance(tower, CacheTower):
         return _cached(deployed.manifests[deployed.text_tower])
-    return f"{tower.kind} transformer"
+    return "text transformer" if isinstance(tower, TextTower) else tower.description
 
 
 def _cached(manifest: Manifest) -> str:

@@ -25,7 +25,7 @@ from threetowers.cache.encoders.live import LiveTeachers
 from threetowers.cache.encoders.names import EncoderName, EncoderOptions
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer, Tokens
 from threetowers.cache.format.manifest import Preprocessing, Side, TextProcessing
-from threetowers.trainer.config import CacheTower, TextTower
+from threetowers.trainer.config import CacheTower
 from threetowers.trainer.data.transforms import center_crop
 from threetowers.trainer.export.trained_model import TrainedModel, load_model
 from threetowers.trainer.run.finished_run import finished_run_folder
@@ -72,7 +72,7 @@ class RunImageModel(ImageModel):
         """Join a tower and its heads.
 
         Args:
-            tower: A `TimmTower`, or a `CachedTower` on the features of `below`.
+            tower: An image tower, or a `CachedTower` on the features of `below`.
             heads: On the tower.
             below: The model and the feature that make the rows of a cached tower; None for another tower.
             name: Of the encoder, for messages.
@@ -91,7 +91,7 @@ class RunImageModel(ImageModel):
             (rows_bw,) = self._below(x_b3HW, (self._feature,))
             tower_bw = self.tower(rows_bw)
         else:
-            tower_bw = self.tower.model(x_b3HW)  # the pixels are normalised by now
+            tower_bw = self.tower.forward_normalized(x_b3HW)  # the pixels are normalised by now
         outputs: tuple[Tensor, ...] = self.heads(tower_bw, features, self._name)
         return outputs
 
@@ -102,15 +102,13 @@ class RunTextModel(TextModel):
     def __init__(self, trained: TrainedModel, heads: RunHeads, prompt: str, max_length: int | None, name: str) -> None:
         """Join the text tower and its heads. Raises ValueError for a length that is not that of the run."""
         super().__init__()
-        self.tower = trained.model.towers[heads.tower]
+        self.tower: Any = trained.model.towers[heads.tower]
         self.heads = heads
         self._name = name
         assert trained.tokenizer is not None
         self._tokenizer: Tokenizer = trained.tokenizer
         self._length = trained.config.data.context_length
-        config = trained.config.towers[heads.tower]
-        assert isinstance(config, TextTower)
-        self._padded_in_full = config.sees_padding
+        self._padded_in_full = trained.config.towers[heads.tower].sees_padding
         if max_length not in (None, self._length):
             raise ValueError(f"{name}: --max-length: found {max_length}, expected that of the run, {self._length}")
         self.features = heads.features
@@ -118,7 +116,7 @@ class RunTextModel(TextModel):
             tokenizer_digest=self._tokenizer.digest,
             prompt=prompt,
             max_length=self._length,
-            pooling=config.pool,
+            pooling=str(self.tower.pool),
             normalize=False,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.cache.format.manifest import Manifest
-from threetowers.trainer.config import CacheTower, Precision, Term, TextTower, TrainConfig, load_config
+from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TextTower, TrainConfig, load_config
 from threetowers.trainer.model.model import TowerModel, clamp_log_scale
 from threetowers.trainer.model.state_dict import load_deduplicated
 from threetowers.trainer.run.finished_run import finished_run_folder
@@ -179,7 +179,9 @@ def _deployed_config(config: TrainConfig) -> TrainConfig:
             continue
         if not isinstance(tower, CacheTower):
             # The weights are in the folder, and nothing is trained.
-            tower = replace(tower, init=None, inherit=None, frozen=False, trainable_blocks=None, layer_decay=1.0)
+            tower = replace(tower, init=None, frozen=False, trainable_blocks=None, layer_decay=1.0)
+        if isinstance(tower, ImageTower | TextTower):
+            tower = replace(tower, inherit=None)
         if isinstance(tower, TextTower) and tower.share is not None and tower.share.tower not in roots:
             tower = replace(tower, share=None)
         towers[name] = tower

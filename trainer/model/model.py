@@ -10,12 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
-from threetowers.trainer.config import CacheTower, ImageTower, Precision, Term, TermTeacher, TextTower, TrainConfig
+from threetowers.trainer.config import (
+    CacheTower,
+    ImageTower,
+    OpenClipTower,
+    Precision,
+    Term,
+    TermTeacher,
+    TextTower,
+    TrainConfig,
+)
 from threetowers.trainer.model.head import build_head
 from threetowers.trainer.model.initial.initial_weights import load_initial
 from threetowers.trainer.model.layers import Layers
 from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
 from threetowers.trainer.model.towers.cached_tower import CachedTower
+from threetowers.trainer.model.towers.open_clip_tower import OpenClipImageTower, OpenClipTextTower
 from threetowers.trainer.model.towers.phi_s import has_hadamard_matrix
 from threetowers.trainer.model.towers.shared_blocks import share_blocks
 from threetowers.trainer.model.towers.text_transformer import TextTransformer
@@ -272,6 +282,11 @@ def _build_tower(
         case TextTower() as tower:
             assert vocab_size is not None
             return TextTransformer(tower, vocab_size, config.data.context_length, end_id)
+        case OpenClipTower(of="image") as tower:
+            return OpenClipImageTower(tower, config.data.side)
+        case OpenClipTower() as tower:
+            assert vocab_size is not None
+            return OpenClipTextTower(tower, vocab_size, config.data.context_length, config.data.vocab_size)
         case CacheTower() as tower:
             width = cache_widths[name]
             if tower.standardize == "phi-s" and not has_hadamard_matrix(width):

@@ -1,15 +1,25 @@
 """open_clip's models as open_clip loads them: architecture, weights, and the preprocessing and tokenizer of both."""
 
-import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from threetowers.cache.encoders.openclip.model_config import (
+    CONFIG,
+    HUB,
+    LOCAL,
+    SOURCES,
+    model_folder,
+    require_open_clip,
+    tag_preprocessing,
+    unknown_model,
+)
 from threetowers.cache.encoders.tokenizers.open_clip_tokenizer import (
     ExportedTokenizer,
     OpenClipTokenizer,
@@ -27,10 +37,6 @@ from threetowers.cache.encoders.weights_file import (
 
 logger = logging.getLogger(__name__)
 
-LOCAL = "local-dir:"
-HUB = "hf-hub:"
-SOURCES = (HUB, LOCAL)  # prefixes of names, before a colon that separates nothing
-CONFIG = "open_clip_config.json"
 WEIGHTS = (  # of a folder, in open_clip's order
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -43,7 +49,6 @@ WEIGHTS = (  # of a folder, in open_clip's order
 )
 DEFAULT = "default"  # instead of a tag: the preprocessing of models that are trained with open_clip as it is
 REMEDY = "; without a connection, download its files and name their folder or file instead"
-PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # as open_clip's tags state it
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,17 @@ class OpenClipModel:
             `file:FILE#PREFIX`, or `random`.
         model: open_clip's model, in evaluation mode.
         transform: Its evaluation transform, PIL image to (3, H, W).
-        tokenizer: Its tokenizer.
     """
 
     name: str
     weights: str
     model: Any
     transform: Any
-    tokenizer: OpenClipTokenizer
+
+    @cached_property
+    def tokenizer(self) -> OpenClipTokenizer:
+        """Its tokenizer. Raises ValueError if it cannot be loaded."""
+        return _tokenizer(self.name, model_folder(self.name), self.model, f"open_clip:{self.name}")
 
 
 def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
@@ -78,21 +86,16 @@ def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
         ValueError: open_clip is not installed, or has no such model or weights, or cannot load them; or the
             preprocessing of a file is not known.
     """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ValueError(f"open_clip:{name}: open_clip not found: pip install 'threetowers[open_clip]'") from error
+    require_open_clip(name)
+    import open_clip
+
     spec = f"open_clip:{name}"
-    folder = _folder(name)
+    folder = model_folder(name)
     known = LOCAL + str(folder) if folder else name if name.startswith(HUB) else name.replace("/", "-")
     if folder is not None and not (folder / CONFIG).is_file():
         raise ValueError(f"{spec}: expected a folder that open_clip saved a model to, found no {CONFIG} in it")
     if not known.startswith(SOURCES) and known not in open_clip.list_models():
-        close = difflib.get_close_matches(known, open_clip.list_models(), n=3)
-        raise ValueError(
-            f"{spec}: no folder, and unknown to open_clip {open_clip.__version__}; close: {close or 'none'}; a model "
-            "of the hub is open_clip:hf-hub:ORG/NAME"
-        )
+        raise unknown_model(known)
     tag, file = _tag_and_file(known, weights, spec)
     if folder is not None and file is None:
         file = str(folder)
@@ -114,7 +117,6 @@ def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
         _stated_weights(known, weights, file, part),
         model.eval().requires_grad_(False),
         transform,
-        _tokenizer(known, folder, model, spec),
     )
 
 
@@ -127,12 +129,6 @@ def _stated_weights(known: str, weights: str | None, file: str | None, part: str
     if file is None:
         return weights
     return f"file:{split_part(file)[0].name}" + (f"#{part}" if part else "")
-
-
-def _folder(name: str) -> Path | None:
-    if name.startswith(LOCAL):
-        return Path(name.removeprefix(LOCAL))
-    return Path(name) if Path(name).is_dir() else None
 
 
 def _what(known: str, tag: str | None) -> str:
@@ -176,8 +172,7 @@ def _preprocessing(known: str, tag: str | None, file: str, spec: str) -> dict[st
     variants: dict[str, list[str]] = {}
     found: dict[str, Any] = {}
     for name in tags:
-        config = open_clip.get_pretrained_cfg(known, name)
-        found = {key: config[key] for key in PREPROCESSING if config.get(key) is not None}
+        found = tag_preprocessing(known, name)
         variants.setdefault(", ".join(f"{key} {value}" for key, value in found.items()), []).append(name)
     if len(variants) > 1:
         choices = "; or ".join(f"{text} ({', '.join(names[:3])})" for text, names in variants.items())
@@ -254,7 +249,7 @@ def _tokenizer(known: str, folder: Path | None, model: Any, spec: str) -> OpenCl
     import open_clip
 
     try:
-        return open_clip_tokenizer(open_clip.get_tokenizer(known))
+        return open_clip_tokenizer(open_clip.get_tokenizer(LOCAL + str(folder) if folder else known))
     except Exception as error:  # hub, network and transformers each raise their own kinds
         install = ": run `pip install transformers`" if isinstance(error, ImportError) else REMEDY
         raise ValueError(f"{spec}: its tokenizer cannot be loaded: {one_line(error)}{install}") from error

@@ -10,7 +10,7 @@ from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.encoders.timm_models import head_tensors
 from threetowers.cache.encoders.weights_file import model_part, read_state, require_finite, split_part
 from threetowers.cache.storage.storage import is_url
-from threetowers.trainer.config import ImageTower, TextTower
+from threetowers.trainer.config import ImageTower, OpenClipTower, TextTower, WeightedTower
 from threetowers.trainer.model.initial.inheritance import inherited_weights
 from threetowers.trainer.model.initial.resampling import fit_to_tower
 
@@ -19,14 +19,14 @@ TIMM, RUN = "timm:", "run:"
 TOWERS = "towers."  # begins the part of a run that is a tower
 
 
-def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[str]:
+def load_initial(tower: Any, config: WeightedTower, key: str) -> list[str]:
     """Load the weights that `config.init` names into a tower, without the classifier.
 
     Weights of another image size or context length are resampled; those of a larger tower are cut down where
     `config.inherit` says so.
 
     Args:
-        tower: A `TimmTower` or `TextTransformer`.
+        tower: A tower with weights.
         config: The tower's.
         key: Of `init` in the config, for messages.
 
@@ -46,13 +46,17 @@ def load_initial(tower: Any, config: ImageTower | TextTower, key: str) -> list[s
     return [*(f"{key}: inherited {note}" for note in inherited), *(f"{key}: resampled {note}" for note in resampled)]
 
 
-def _weights(tower: Any, config: ImageTower | TextTower, init: str) -> tuple[Mapping[str, Tensor], list[str]]:
+def _weights(tower: Any, config: WeightedTower, init: str) -> tuple[Mapping[str, Tensor], list[str]]:
     """Return the weights of a tower under its own names, and what of a larger tower they are."""
-    _require_known(init)
-    if config.inherit is not None:
+    _require_known(config, init)
+    if not isinstance(config, OpenClipTower) and config.inherit is not None:
         return _from_larger(tower, config, init)
     if init.startswith(RUN):
         return _run_tower(config, init).state_dict(), []
+    if isinstance(config, OpenClipTower):
+        from threetowers.trainer.model.initial.open_clip_weights import open_clip_weights  # imports torchvision
+
+        return open_clip_weights(tower, config, init), []
     if isinstance(config, TextTower):
         _require_text(init)
         return _from_file(tower, init), []
@@ -81,13 +85,17 @@ def _from_larger(tower: Any, config: ImageTower | TextTower, init: str) -> tuple
     return {f"model.{name}": tensor for name, tensor in weights.items()}, notes
 
 
-def _require_known(init: str) -> None:
+def _require_known(config: WeightedTower, init: str) -> None:
     """Raise ValueError for a kind of encoder that a tower cannot begin with."""
     kind, colon, _ = init.partition(":")
-    if colon and kind not in ("timm", "run", "package") and not split_part(init)[0].exists():
+    if isinstance(config, OpenClipTower):
+        known = {"open_clip": "open_clip:NAME:WEIGHTS", "run": "run:FOLDER"}
+    else:
+        known = {"package": "package:NAME", "timm": "timm:NAME[:WEIGHTS]", "run": "run:FOLDER"}
+    if colon and kind not in known and not split_part(init)[0].exists():
         raise ValueError(
-            f"{init!r}: expected null, pretrained, package:NAME, timm:NAME[:WEIGHTS], run:FOLDER or a file, found "
-            f"the kind {kind!r}: towers are models of timm and our own transformers"
+            f"{init!r}: expected null, pretrained, {', '.join(known.values())} or a file for a tower of kind "
+            f"{config.kind}, found the kind {kind!r}"
         )
 
 
@@ -118,17 +126,19 @@ def _timm_model(config: ImageTower, init: str) -> nn.Module:
     return load_timm_model(name.name, name.weights or "pretrained")[0]
 
 
-def _run_tower(config: ImageTower | TextTower, init: str) -> nn.Module:
+def _run_tower(config: WeightedTower, init: str) -> nn.Module:
     """Return the tower of a run that `run:FOLDER[#towers.NAME]` names: the one of the same kind, if it is alone."""
     from threetowers.trainer.export.trained_model import load_model  # which builds towers, and so imports this
 
     folder, part = run_and_part(init.removeprefix(RUN))
     trained = load_model(folder, precision="float32")
-    of_kind = [name for name, tower in trained.config.towers.items() if tower.kind == config.kind]
+    towers = trained.config.towers.items()
+    of_kind = [name for name, tower in towers if (tower.kind, tower.of) == (config.kind, config.of)]
     fitting = [name for name in of_kind if not part or part == TOWERS + name]
     if len(fitting) != 1:
         known = ", ".join(f"{RUN}{folder}#{TOWERS}{name}" for name in of_kind)
-        raise ValueError(f"{init!r}: expected one tower of the kind {config.kind!r}, found {known or 'none'}")
+        wanted = f"{config.kind!r}" + (f" of {config.of}" if isinstance(config, OpenClipTower) else "")
+        raise ValueError(f"{init!r}: expected one tower of the kind {wanted}, found {known or 'none'}")
     return trained.model.towers[fitting[0]]
 
 
@@ -146,16 +156,20 @@ def _from_file(module: Any, init: str) -> dict[str, Tensor]:
     return model_part(read_state(path), module.state_dict(), init, part)[0]
 
 
-def _load(tower: Any, config: ImageTower | TextTower, state: Mapping[str, Tensor], init: str) -> list[str]:
+def _load(tower: Any, config: WeightedTower, state: Mapping[str, Tensor], init: str) -> list[str]:
     """Load weights under the tower's names; return which of them were resampled."""
+    own = tower.state_dict()
     # Old files lack the counters of the batches that running moments come from; nothing reads them.
     counters = {
         name: count
-        for name, count in tower.state_dict().items()
+        for name, count in own.items()
         if name.endswith(COUNTER) and name.removesuffix(COUNTER) + "running_mean" in state
     }
+    # A file of a model of open_clip does not say how its images are normalised: as the model's are.
+    pixels = {name: own[name] for name in ("mean", "std") if name in own}
+    scalars = {name: p.reshape(1) for name, p in state.items() if p.ndim == 0 and name in own and own[name].ndim == 1}
     try:
-        fitting, notes = fit_to_tower(tower, config, {**counters, **state})
+        fitting, notes = fit_to_tower(tower, config, {**counters, **pixels, **state, **scalars})
     except ValueError as error:
         raise ValueError(
             f"{init} does not fit the tower: {error}; change the tower to fit these weights, choose others, or name "

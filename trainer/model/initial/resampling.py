@@ -1,30 +1,31 @@
 """Weights of another input size: position embeddings are resampled, anything else that differs is refused.
 
 Image towers are resampled by timm's own code for their family (absolute and relative positions, patch kernels). The
-positions of a text tower are interpolated linearly, as in open_clip.
+positions of a text tower are interpolated linearly, as in open_clip, and open_clip's own image towers as there.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
-from threetowers.trainer.config import ImageTower, TextTower
+from threetowers.cache.encoders.openclip.model_config import read_open_clip_config
+from threetowers.trainer.config import ImageTower, OpenClipTower, TextTower, WeightedTower
 
 SHOWN = 3  # differences of a kind that a message lists
 
 
-def fit_to_tower(
-    tower: Any, config: ImageTower | TextTower, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def fit_to_tower(tower: Any, config: WeightedTower, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Resample the weights whose size follows from that of images or captions.
 
     Args:
-        tower: A `TimmTower` or `TextTransformer`.
+        tower: A tower with weights.
         config: The tower's.
         state: Weights under the tower's names.
 
@@ -44,6 +45,8 @@ def fit_to_tower(
     other = [name for name in expected if found[name] != expected[name]]
     if isinstance(config, TextTower):
         resampled = _text_positions(state, expected, other)
+    elif isinstance(config, OpenClipTower):
+        resampled = _open_clip_positions(tower, config, state, expected, other)
     elif config.specialize is not None:
         resampled = _specialized_positions(tower, state, expected, other)
     else:
@@ -68,6 +71,55 @@ def _text_positions(
         return {}
     resampled_1wL = F.interpolate(position_1Lw.float().transpose(1, 2), size=expected["position"][1], mode="linear")
     return {"position": resampled_1wL.transpose(1, 2).to(position_1Lw.dtype)}
+
+
+def _open_clip_positions(
+    tower: Any,
+    config: OpenClipTower,
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    other: list[str],
+) -> dict[str, Tensor]:
+    """Return the positions of a tower of open_clip for another size of images or captions.
+
+    The class token of CoCa's captions comes last, and keeps its position. timm's models take weights of the size of the
+    model's config alone.
+    """
+    if hasattr(tower.model, "trunk"):
+        return _open_clip_trunk(tower, config, state, other)
+    name = other[0]
+    if len(other) != 1 or not name.endswith("positional_embedding") or state[name].shape[1:] != expected[name][1:]:
+        return {}
+    position_Lw = state[name].float()
+    if config.of == "text":
+        suffix = 0 if tower.model.cls_emb is None else 1
+        length = len(position_Lw) - suffix
+        words_1wL = F.interpolate(position_Lw[:length].T[None], size=expected[name][0] - suffix, mode="linear")
+        resampled_Lw = torch.cat([words_1wL[0].T, position_Lw[length:]])
+    else:
+        old, new = (math.isqrt(count - 1) for count in (len(position_Lw), expected[name][0]))
+        if old * old + 1 != len(position_Lw) or new * new + 1 != expected[name][0]:
+            return {}
+        grid_1wgg = position_Lw[1:].T.reshape(1, -1, old, old)
+        resized_1wgg = F.interpolate(grid_1wgg, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+        resampled_Lw = torch.cat([position_Lw[:1], resized_1wgg.flatten(2)[0].T])
+    return {name: resampled_Lw.to(state[name].dtype)}
+
+
+def _open_clip_trunk(
+    tower: Any, config: OpenClipTower, state: Mapping[str, Tensor], other: list[str]
+) -> dict[str, Tensor]:
+    """Return what timm makes of weights of the size that the model's config has, as open_clip does it."""
+    own = read_open_clip_config(config.model, config.args).vision.get("image_size")
+    if not isinstance(own, int) or own == tower.image_size:
+        return {}
+    source: Any = type(tower)(config, own)
+    if any(source.state_dict()[name].shape != state[name].shape for name in other):
+        return {}
+    source.load_state_dict(state)
+    source.set_input_size(tower.image_size)
+    resized = source.state_dict()
+    return {name: resized[name] for name in other}
 
 
 def _specialized_positions(

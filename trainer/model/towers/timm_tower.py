@@ -85,9 +85,13 @@ class TimmTower(nn.Module):
             )
         return int(probe.shape[1])
 
+    def forward_normalized(self, x_b3HW: Tensor) -> Tensor:
+        """Return features (b, width) of images less `mean`, divided by `std`."""
+        features_bw: Tensor = self.model(x_b3HW)
+        return features_bw
+
     def forward(self, images_b3hw: Tensor) -> Tensor:
         """Return features (b, width), of the weights' type or, under autocast, of the last layer's."""
         dtype = self.model.get_parameter(self._matrix).dtype
         x_b3hw = (images_b3hw.to(torch.float32) / 255 - self.mean) / self.std
-        features_bw: Tensor = self.model(x_b3hw.to(dtype).contiguous(memory_format=torch.channels_last))
-        return features_bw
+        return self.forward_normalized(x_b3hw.to(dtype).contiguous(memory_format=torch.channels_last))
