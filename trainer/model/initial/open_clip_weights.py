@@ -35,13 +35,13 @@ def open_clip_weights(tower: Any, config: OpenClipTower, init: str) -> dict[str,
         ValueError: There are no such weights, or several.
     """
     if init == "pretrained":
-        return tower_weights(load_pretrained(config.model), config.of)
+        return tower_weights(pretrained_model(config.model), config.of)
     if init.startswith(OPEN_CLIP):
-        return tower_weights(load_named(init), config.of)
+        return tower_weights(named_model(init), config.of)
     return _of_file(tower, init)
 
 
-def load_pretrained(name: str) -> nn.Module:
+def pretrained_model(name: str) -> nn.Module:
     """Return a model of open_clip with its own weights. Raises ValueError where it has none, or several."""
     read_open_clip_config(name)  # refuses a name that stands for nothing
     import open_clip
@@ -60,14 +60,14 @@ def load_pretrained(name: str) -> nn.Module:
     return model
 
 
-def load_named(init: str) -> nn.Module:
+def named_model(init: str) -> nn.Module:
     """Return the model of open_clip that `open_clip:NAME[:WEIGHTS]` names. Raises ValueError for random weights."""
     name = EncoderName.parse(init)
     require_open_clip(name.name)
     if name.size is not None:
         raise ValueError(f"{init!r}: leave out @{name.size}: weights are resampled to data.image_size")
     if name.weights is None:
-        return load_pretrained(name.name)
+        return pretrained_model(name.name)
     model: nn.Module = load_open_clip_model(name.name, name.weights).model
     return model
 
