@@ -207,7 +207,7 @@ def test_timm_models_and_class_tokens_at_another_size(clip: Tree, tmp_path: Path
 @pytest.mark.parametrize(
     ("of", "init", "message"),
     [
-        ("image", "timm:test_vit", r"expected null, pretrained, open_clip:NAME:WEIGHTS, run:FOLDER or a file for a to"),
+        ("image", "timm:test_vit", r"for a tower of kind open_clip expected null, pretrained, open_clip:NAME"),
         (
             "image",
             "open_clip:ViT-B-32",

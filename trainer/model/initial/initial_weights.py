@@ -94,8 +94,8 @@ def _require_known(config: WeightedTower, init: str) -> None:
         known = {"package": "package:NAME", "timm": "timm:NAME[:WEIGHTS]", "run": "run:FOLDER"}
     if colon and kind not in known and not split_part(init)[0].exists():
         raise ValueError(
-            f"{init!r}: expected null, pretrained, {', '.join(known.values())} or a file for a tower of kind "
-            f"{config.kind}, found the kind {kind!r}"
+            f"{init!r}: for a tower of kind {config.kind} expected null, pretrained, {', '.join(known.values())} or a "
+            f"file, found the kind {kind!r}"
         )
 
 
