@@ -50,8 +50,10 @@ def train(
     from threetowers.cache.processes.preemption import Interrupted, ignore_sigterm
     from threetowers.cache.processes.world import World
     from threetowers.trainer.engine import finish_collectives, join_process_group, leave_process_group
+    from threetowers.trainer.model.initial.whole_model import resolve_start
     from threetowers.trainer.train import Trainer
 
+    config = resolve_start(config)
     evaluators = []
     if config.evaluation is not None:
         from threetowers.eval.online import RetrievalEvaluator

@@ -41,6 +41,7 @@ from threetowers.trainer.grad_cache import GradCache
 from threetowers.trainer.loss import total_loss
 from threetowers.trainer.model.compilation import compile_model, log_graph_breaks
 from threetowers.trainer.model.initial.vocabularies import other_vocabularies
+from threetowers.trainer.model.initial.whole_model import resolve_start
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.running_moments import (
     average_running_moments,
@@ -153,6 +154,7 @@ class Trainer:
 
         The run is leased to this process from here to the end of `train`.
         """
+        config = resolve_start(config)
         self.run = run_store(config.output_dir, config.checkpoint.staging_dir)
         self.folder = self.run.folder
         self.world = world
@@ -282,7 +284,10 @@ class Trainer:
         """Return the model with its initial weights, the same on every rank."""
         torch.manual_seed(self.config.seed)
         model = self._new_model()
-        self._init_notes = [*model.load_initial_weights(), *other_vocabularies(self.config, self.tokenizer)]
+        self._init_notes = [
+            *model.load_initial_weights(self.tokenizer),
+            *other_vocabularies(self.config, self.tokenizer),
+        ]
         self._standardize(model)
         freeze(model, self.config.optim)
         if self.config.engine.activation_checkpointing:

@@ -108,7 +108,7 @@ def _data(config: TrainConfig) -> Iterator[str]:
     }
     for inputs, (key, value) in needed.items():
         towers = config.towers_reading(inputs)
-        if value is None and towers:
+        if value is None and towers and config.init is None:  # else it is that of the model
             yield f"data.{key}: expected a value, as the towers {towers} need it, found null"
     if data.caption_padding == "longest":
         for name, tower in config.towers.items():
@@ -341,9 +341,10 @@ def _frozen(config: TrainConfig) -> Iterator[str]:
     for name, tower in config.towers.items():
         if isinstance(tower, CacheTower):
             continue
-        if tower.frozen and tower.init is None:
+        begins = tower.init is not None or config.init is not None
+        if tower.frozen and not begins:
             yield f"towers.{name}.frozen: a tower that is never updated needs weights; name them by towers.{name}.init"
-        if tower.trainable_blocks is not None and tower.init is None:
+        if tower.trainable_blocks is not None and not begins:
             yield (
                 f"towers.{name}.trainable_blocks: blocks that are never updated need weights; name them by "
                 f"towers.{name}.init"

@@ -475,6 +475,13 @@ class TrainConfig:
     """Pair terms by name; the loss is their weighted sum. A term that is null is left out."""
     deploy: Deploy
     """The two heads that make the model kept for inference."""
+    init: str | None = None
+    """A whole model to begin with: towers, heads, scale and bias, whose own `init` is then null.
+    `open_clip:NAME[:WEIGHTS]`: a model of open_clip, named as in `towers.T.init`. FOLDER: one that it was saved to, as
+    by `threetowers export --format open_clip`; the deployed towers may then also be of the kinds timm and text.
+    `run:FOLDER`: a finished run or an export, of which all parts of the same names are taken. `data.tokenizer` and
+    `data.image_size` may be null: they are the model's. Whatever does not fit is refused; what the model does not have
+    begins at random. null: towers begin by themselves."""
     seed: int = 0
     """Seed of the initial weights, the order of samples and the augmentation."""
     loss: Loss = field(default_factory=Loss)

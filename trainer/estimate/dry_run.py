@@ -18,6 +18,7 @@ from threetowers.trainer.data.joins.cache_join import require_side
 from threetowers.trainer.engine import deepspeed_config
 from threetowers.trainer.estimate.cost import TeacherCost, meta_model
 from threetowers.trainer.estimate.summary import DatasetStats, run_summary
+from threetowers.trainer.model.initial.whole_model import resolve_start
 from threetowers.trainer.model.precision import resolve_precision
 from threetowers.trainer.model.towers.tokenizer_fit import check_tokenizer
 from threetowers.trainer.optimizer.optimizer import parameter_groups
@@ -32,7 +33,7 @@ def dry_run(config: TrainConfig, world_size: int = 1) -> list[str]:
         ConfigError: The config does not state it.
         ValueError: Towers, heads, terms or layout do not fit, as in training.
     """
-    config = resolve_precision(config)
+    config = resolve_precision(resolve_start(config))
     stats = _dataset_stats(config)
     if stats is None and config.duration.epochs is not None:
         raise ConfigError(

@@ -15,24 +15,10 @@ from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.trainer.config import Head, ImageTower, TextTower, TrainConfig
 from threetowers.trainer.export.tokenizer_json import can_write_tokenizer_json, write_tokenizer_json
 from threetowers.trainer.export.trained_model import TrainedModel
+from threetowers.trainer.model.initial.open_clip_names import IMAGE_HEADS, their_projection, their_text
 from threetowers.trainer.model.model import clamp_log_scale
 from threetowers.trainer.model.towers.text_transformer import TextTransformer
 from threetowers.trainer.model.towers.timm_tower import TimmTower
-
-BLOCK_NAMES = {  # ours (timm's) -> open_clip's, within a transformer block
-    "norm1.weight": "ln_1.weight",
-    "norm1.bias": "ln_1.bias",
-    "attn.qkv.weight": "attn.in_proj_weight",
-    "attn.qkv.bias": "attn.in_proj_bias",
-    "attn.proj.weight": "attn.out_proj.weight",
-    "attn.proj.bias": "attn.out_proj.bias",
-    "norm2.weight": "ln_2.weight",
-    "norm2.bias": "ln_2.bias",
-    "mlp.fc1.weight": "mlp.c_fc.weight",
-    "mlp.fc1.bias": "mlp.c_fc.bias",
-    "mlp.fc2.weight": "mlp.c_proj.weight",
-    "mlp.fc2.bias": "mlp.c_proj.bias",
-}
 
 
 def write_open_clip(model: TrainedModel, folder: Path) -> None:
@@ -51,13 +37,11 @@ def write_open_clip(model: TrainedModel, folder: Path) -> None:
     image_head = model.model.heads[model.config.deploy.image]
     text_head = model.model.heads[model.config.deploy.text]
     state = {f"visual.trunk.{name}": tensor for name, tensor in image.model.state_dict().items()}
-    if isinstance(image_head, nn.Linear):
-        state |= {f"visual.head.proj.{name}": tensor for name, tensor in image_head.state_dict().items()}
-    else:
-        layers = [layer for layer in image_head.children() if isinstance(layer, nn.Linear)]
-        for layer_name, layer in zip(("fc1", "fc2"), layers, strict=True):
-            state |= {f"visual.head.mlp.{layer_name}.{name}": p for name, p in layer.state_dict().items()}
-    state |= _text_state(text, text_head)
+    layers = [layer for layer in image_head.modules() if isinstance(layer, nn.Linear)]
+    for layer_name, layer in zip(IMAGE_HEADS[len(layers)], layers, strict=True):
+        state |= {f"visual.{layer_name}.{name}": p for name, p in layer.state_dict().items()}
+    text_state = their_text(text.state_dict()) | their_projection(text_head.state_dict())
+    state |= {f"text.{name}": tensor for name, tensor in text_state.items()}
     for scale in model.config.scales():
         log_scale = clamp_log_scale(model.model.log_scales[scale].detach(), model.config.loss.scale_max)
         state["logit_scale"] = log_scale.reshape(())
@@ -99,8 +83,13 @@ def _check_expressible(model: TrainedModel) -> None:
 
 def open_clip_reasons(config: TrainConfig) -> list[str]:
     """Return why open_clip cannot express the deployed towers and heads of a config; none: it can."""
+    return [*image_reasons(config), *text_reasons(config)]
+
+
+def image_reasons(config: TrainConfig) -> list[str]:
+    """Return why open_clip cannot express the deployed image tower, if it is none of open_clip's, and its head."""
     image = config.towers[config.root_of(config.deploy.image)]
-    text = config.towers[config.root_of(config.deploy.text)]
+    head = config.heads.get(config.deploy.image)
     reasons = []
     if not isinstance(image, ImageTower):
         reasons.append("its image tower is a cached teacher, whose weights are not in the run")
@@ -110,6 +99,19 @@ def open_clip_reasons(config: TrainConfig) -> list[str]:
         reasons.append(f"its image tower is {image.model}, open_clip takes timm's own names")
     elif image.args:
         reasons.append(f"its image tower has args {image.args}, open_clip takes timm's models by name alone")
+    if not _is_linear(config, head) and not _is_timm_mlp(config, head):
+        reasons.append(
+            "its image head is not one linear map on the tower, nor an mlp with biases, one hidden layer of twice the "
+            "embedding's width, GELU, and nothing else"
+        )
+    return reasons
+
+
+def text_reasons(config: TrainConfig) -> list[str]:
+    """Return why open_clip cannot express the deployed text tower, if it is none of open_clip's, and its head."""
+    text = config.towers[config.root_of(config.deploy.text)]
+    head = config.heads.get(config.deploy.text)
+    reasons = []
     if not isinstance(text, TextTower):
         reasons.append("its text tower is a cached teacher, whose weights are not in the run")
     elif text.pool == "mean":
@@ -118,13 +120,7 @@ def open_clip_reasons(config: TrainConfig) -> list[str]:
         reasons.append("its causal text tower does not pool at the end token behind a mask")
     elif not text.causal and text.mask_padding:
         reasons.append("its text tower is bidirectional and masks padding; open_clip does one of the two")
-    image_head, text_head = (config.heads.get(name) for name in (config.deploy.image, config.deploy.text))
-    if not _is_linear(config, image_head) and not _is_timm_mlp(config, image_head):
-        reasons.append(
-            "its image head is not one linear map on the tower, nor an mlp with biases, one hidden layer of twice the "
-            "embedding's width, GELU, and nothing else"
-        )
-    if not _is_linear(config, text_head):
+    if not _is_linear(config, head):
         reasons.append("its text head is not one linear map on the tower")
     return reasons
 
@@ -140,26 +136,6 @@ def _is_timm_mlp(config: TrainConfig, head: Head | None) -> bool:
     plain = head.input_norm is None and head.norm is None and not head.gated
     hidden = 2 * (head.embed_dim or config.embed_dim)
     return plain and head.bias and head.depth == 1 and head.activation == "gelu" and head.hidden == hidden
-
-
-def _text_state(text: TextTransformer, head: nn.Module) -> dict[str, Tensor]:
-    """Return the text tower's tensors under open_clip's names."""
-    tensors = text.state_dict()
-    state = {
-        "token_embedding.weight": tensors["embed.weight"],
-        "positional_embedding": tensors["position"][0],
-        "ln_final.weight": tensors["norm.weight"],
-        "ln_final.bias": tensors["norm.bias"],
-    }
-    for number in range(len(text.blocks)):
-        for name, open_clip_name in BLOCK_NAMES.items():
-            state[f"transformer.resblocks.{number}.{open_clip_name}"] = tensors[f"blocks.{number}.{name}"]
-    projection = head.state_dict()
-    if "bias" in projection:
-        state |= {f"text_projection.{name}": tensor for name, tensor in projection.items()}
-    else:
-        state["text_projection"] = projection["weight"].T
-    return {f"text.{name}": tensor for name, tensor in state.items()}
 
 
 def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:

@@ -199,6 +199,7 @@ def _deployed_config(config: TrainConfig) -> TrainConfig:
     has_words = any(tower.reads == "tokens" for tower in towers.values())
     return replace(
         config,
+        init=None,
         data=config.data if has_words else replace(config.data, tokenizer=None),
         towers=towers,
         heads={name: head for name, head in config.heads.items() if name in heads},

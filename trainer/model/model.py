@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
+from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.trainer.config import (
     CacheTower,
     ImageTower,
@@ -22,6 +23,7 @@ from threetowers.trainer.config import (
 )
 from threetowers.trainer.model.head import build_head
 from threetowers.trainer.model.initial.initial_weights import load_initial
+from threetowers.trainer.model.initial.whole_model import load_whole_model
 from threetowers.trainer.model.layers import Layers
 from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
 from threetowers.trainer.model.towers.cached_tower import CachedTower
@@ -166,16 +168,20 @@ class TowerModel(nn.Module):
                 factors[f"towers.{name}.{parameter}"] = tower.layer_decay ** (layers.above - number)
         return factors
 
-    def load_initial_weights(self) -> list[str]:
-        """Load the weights that the towers' `init` names.
+    def load_initial_weights(self, tokenizer: Tokenizer | None = None) -> list[str]:
+        """Load the weights that `init` of the run, and those that `init` of its towers name.
+
+        Args:
+            tokenizer: The run's, which is compared with that of a whole model.
 
         Returns:
-            What was inherited of larger towers, and which weights were resampled from what to what size.
+            What begins from what, what was inherited of larger towers, and which weights were resampled from what to
+            what size.
 
         Raises:
             ValueError: If they do not fit.
         """
-        notes = []
+        notes = [] if self.config.init is None else load_whole_model(self, tokenizer)
         for name, tower in self.config.towers.items():
             if not isinstance(tower, CacheTower) and tower.init is not None:
                 notes += load_initial(self.towers[name], tower, f"towers.{name}.init")

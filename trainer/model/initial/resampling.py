@@ -41,7 +41,7 @@ def fit_to_tower(tower: Any, config: WeightedTower, state: Mapping[str, Tensor])
     if found == expected:
         return dict(state), []
     if found.keys() != expected.keys():
-        raise ValueError(_differences(found, expected))
+        raise ValueError(differences(found, expected))
     other = [name for name in expected if found[name] != expected[name]]
     if isinstance(config, TextTower):
         resampled = _text_positions(state, expected, other)
@@ -55,9 +55,9 @@ def fit_to_tower(tower: Any, config: WeightedTower, state: Mapping[str, Tensor])
         except RuntimeError:  # torch's list of all shapes that differ, of which ours is the short form
             resampled = {}
         except Exception as error:  # each family's code meets weights of another model with an error of its own
-            raise ValueError(f"{_differences(found, expected)}; timm: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{differences(found, expected)}; timm: {type(error).__name__}: {error}") from error
     if any(name not in resampled or tuple(resampled[name].shape) != expected[name] for name in other):
-        raise ValueError(_differences(found, expected))
+        raise ValueError(differences(found, expected))
     notes = [f"{name} from {_size(found[name])} to {_size(expected[name])}" for name in other]
     return {**state, **{name: resampled[name] for name in other}}, notes
 
@@ -149,7 +149,7 @@ def _by_timm(config: ImageTower, state: Mapping[str, Tensor], other: list[str]) 
     return {name: adapted[name.removeprefix("model.")] for name in other}
 
 
-def _differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+def differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
     """Return in words how two sets of weights differ: depths first, then names, then shapes."""
     parts = []
     depths_found, depths = _depths(found), _depths(expected)
