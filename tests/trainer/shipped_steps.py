@@ -40,6 +40,9 @@ def shrunk(config: TrainConfig) -> TrainConfig:
             tower |= {"width": WIDTH, "depth": 6 if tower["share"] else 1, "heads": 2, "mlp_ratio": 4.0}
             if tower["share"] and tower["share"]["blocks"]:
                 tower["share"]["blocks"] = 3
+        elif tower["kind"] == "hf":
+            sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 2}
+            tower["config"] = {"model_type": "bert", "vocab_size": VOCAB} | sizes
         elif tower["kind"] == "timm" and tower["model"].startswith("vit"):
             tower["args"] = VIT
         elif tower["kind"] == "timm":  # batch norms; without a head its width is that of the embeddings

@@ -33,6 +33,8 @@ from threetowers.trainer.config.schema import (
 )
 from threetowers.trainer.config.towers import (
     CacheTower,
+    HfPooling,
+    HfTower,
     ImageTower,
     Inputs,
     OpenClipTower,
@@ -54,6 +56,8 @@ __all__ = [
     "Duration",
     "Engine",
     "Head",
+    "HfPooling",
+    "HfTower",
     "ImageTower",
     "Inputs",
     "Log",

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from threetowers.cache.webdataset.captions import CaptionFormat
 from threetowers.trainer.config.schema import Duration, Head, Term, TermTeacher, TrainConfig
-from threetowers.trainer.config.towers import CacheTower, ImageTower, Inputs, TextTower, Tower, WeightedTower
+from threetowers.trainer.config.towers import CacheTower, HfTower, ImageTower, Inputs, TextTower, Tower, WeightedTower
 
 # Arguments of `timm.create_model` that are the trainer's own.
 OWNED_TIMM_ARGUMENTS = {
@@ -59,6 +59,7 @@ def check_config(config: TrainConfig, source: str) -> None:
         _deployed_heads,
         _unused,
         _timm_arguments,
+        _hf_towers,
         _frozen,
         _inheritance,
         _shared_parameters,
@@ -352,6 +353,18 @@ def _frozen(config: TrainConfig) -> Iterator[str]:
         for key, value in _keys_of_blocks(tower).items():
             if tower.frozen:
                 yield f"towers.{name}.{key}: found {value}, but frozen: true updates no block; leave one of them out"
+
+
+def _hf_towers(config: TrainConfig) -> Iterator[str]:
+    for name, tower in config.towers.items():
+        if not isinstance(tower, HfTower):
+            continue
+        if tower.model is None and "model_type" not in tower.config:
+            yield f"towers.{name}.model: expected a model, or a model_type in towers.{name}.config, found neither"
+        if tower.model is None and tower.init == "pretrained":
+            yield f"towers.{name}.init: found pretrained, but towers.{name}.model names no files; name them there"
+        if tower.of == "image" and tower.pool == "last":
+            yield f"towers.{name}.pool: found last, which is of text; set cls, mean, pooler or null"
 
 
 def _keys_of_blocks(tower: WeightedTower) -> dict[str, float]:

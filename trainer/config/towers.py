@@ -17,6 +17,7 @@ from threetowers.trainer.config.values import SECTION, LayerDecay, PositiveFloat
 
 Inheritance = Literal["even"]
 Standardization = Literal["moments", "phi-s", "none"]
+HfPooling = Literal["cls", "mean", "last", "pooler"]
 Inputs = Literal["images", "tokens", "rows"]
 """What a tower reads of a sample: pixels of its image, tokens of its captions, or rows of a cache of either."""
 
@@ -302,7 +303,69 @@ class OpenClipTower:
         return self.of == "text" and read_open_clip_config(self.model, self.args).sees_padding
 
 
-WeightedTower = ImageTower | TextTower | OpenClipTower
+@dataclass(frozen=True, config=SECTION)
+class HfTower:
+    """A tower of transformers: a model of images or of text, or that side of a model of both, without its heads.
+
+    Needs the extra `hf`. No code of a model hub is run.
+    """
+
+    kind: Literal["hf"]
+    """The kind of tower."""
+    of: Side
+    """image, or text: which side of a sample it is of."""
+    model: str | None = None
+    """A folder that `save_pretrained` wrote, a name on the hub, perhaps with @REVISION, or `package:NAME` for a model
+    inside a pip package (`package:all-minilm-l6-v2`, extra `text-demo`). null: `config` says all. The run keeps the
+    config, and needs the files no more."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Values for keys of the model's config of transformers, such as `{hidden_dropout_prob: 0.0}`. With a `model_type`
+    among them it is the config by itself, and no files are read for it: `{model_type: bert}` is BERT-base."""
+    init: str | None = None
+    """Initial weights. null: random. `pretrained`: those of `model`. `package:NAME`: those inside a pip package.
+    `run:FOLDER`: those of such a tower of a finished run; `run:FOLDER#towers.NAME` where it has several. FILE
+    (safetensors, or a checkpoint of torch), in which the model is found by its names; FILE#PREFIX for the part whose
+    names begin with PREFIX. Images are normalised as `pretrained` and `run:` say, else by 0.5 and 0.5."""
+    pool: HfPooling | None = None
+    """The feature. cls: the first token. mean: the mean of all tokens but padding, or of all patches. last: the last
+    token, of text. pooler: the model's own vector. null: as the files of a model of sentence-transformers say; else
+    the model's own vector where it was trained by it, last for decoders, mean for other text, cls for other images
+    with a class token."""
+    frozen: bool = False
+    """Never update the tower; it stays in evaluation mode. Needs `init`."""
+    trainable_blocks: PositiveInt | None = None
+    """Update only the last so many blocks and what follows them, as of a timm tower. Needs `init`. null: all is
+    updated."""
+    layer_decay: LayerDecay = 1.0
+    """Factor of the learning rate from one block to the one below, as of a timm tower. 1.0: one rate for all."""
+
+    @property
+    def description(self) -> str:
+        """What it is, for messages."""
+        return f"{self.model or self.config['model_type']} of transformers"
+
+    @property
+    def origin(self) -> str | None:
+        """What it begins with, for the start-up page; None: random weights."""
+        return _origin(self.init)
+
+    @property
+    def reads(self) -> Inputs:
+        """Its inputs are images, or the tokens of captions."""
+        return "images" if self.of == "image" else "tokens"
+
+    @property
+    def trained(self) -> bool:
+        """Whether steps may change its weights."""
+        return not self.frozen
+
+    @property
+    def sees_padding(self) -> bool:
+        """Padding is masked."""
+        return False
+
+
+WeightedTower = ImageTower | TextTower | OpenClipTower | HfTower
 AnyTower = WeightedTower | CacheTower
 Tower = Annotated[AnyTower, Field(discriminator="kind")]
 TOWER_KINDS = frozenset(get_type_hints(tower)["kind"].__args__[0] for tower in get_args(AnyTower))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from threetowers.cache.encoders.timm_models import SOURCES, local_folder
 from threetowers.cache.encoders.tokenizers.hf_tokenizer import FILE
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
-from threetowers.trainer.config import Head, ImageTower, TextTower, TrainConfig
+from threetowers.trainer.config import Head, HfTower, ImageTower, TextTower, TrainConfig
 from threetowers.trainer.export.tokenizer_json import can_write_tokenizer_json, write_tokenizer_json
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.initial.open_clip_names import IMAGE_HEADS, their_projection, their_text
@@ -91,7 +91,9 @@ def image_reasons(config: TrainConfig) -> list[str]:
     image = config.towers[config.root_of(config.deploy.image)]
     head = config.heads.get(config.deploy.image)
     reasons = []
-    if not isinstance(image, ImageTower):
+    if isinstance(image, HfTower):
+        reasons.append("its image tower is a model of transformers, open_clip takes timm's")
+    elif not isinstance(image, ImageTower):
         reasons.append("its image tower is a cached teacher, whose weights are not in the run")
     elif image.specialize is not None:
         reasons.append("its image tower is specialised (MS-CLIP-S), open_clip takes timm's models as they are")
@@ -112,7 +114,9 @@ def text_reasons(config: TrainConfig) -> list[str]:
     text = config.towers[config.root_of(config.deploy.text)]
     head = config.heads.get(config.deploy.text)
     reasons = []
-    if not isinstance(text, TextTower):
+    if isinstance(text, HfTower):
+        reasons.append("its text tower is a model of transformers, which open_clip pools and projects in its own way")
+    elif not isinstance(text, TextTower):
         reasons.append("its text tower is a cached teacher, whose weights are not in the run")
     elif text.pool == "mean":
         reasons.append("its text tower pools by the mean; open_clip by eos or last")

@@ -8,7 +8,7 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor
 
-from threetowers.trainer.config import ImageTower, TrainConfig
+from threetowers.trainer.config import HfTower, ImageTower, TrainConfig
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.towers.timm_tower import TimmTower
 
@@ -37,6 +37,8 @@ def write_timm(model: TrainedModel, folder: Path) -> None:
 def timm_reasons(config: TrainConfig) -> list[str]:
     """Return why timm cannot express the deployed image tower of a config; none: it can."""
     image = config.towers[config.root_of(config.deploy.image)]
+    if isinstance(image, HfTower):
+        return ["it is a model of transformers"]
     if not isinstance(image, ImageTower):
         return ["it is a cached teacher, whose weights are not in the run"]
     return ["it is specialised (MS-CLIP-S)"] if image.specialize is not None else []

@@ -13,6 +13,7 @@ from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.trainer.config import (
     CacheTower,
+    HfTower,
     ImageTower,
     OpenClipTower,
     Precision,
@@ -27,6 +28,7 @@ from threetowers.trainer.model.initial.whole_model import load_whole_model
 from threetowers.trainer.model.layers import Layers
 from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
 from threetowers.trainer.model.towers.cached_tower import CachedTower
+from threetowers.trainer.model.towers.hf_tower import HfImageTower, HfTextTower
 from threetowers.trainer.model.towers.open_clip_tower import OpenClipImageTower, OpenClipTextTower
 from threetowers.trainer.model.towers.phi_s import has_hadamard_matrix
 from threetowers.trainer.model.towers.shared_blocks import share_blocks
@@ -293,6 +295,11 @@ def _build_tower(
         case OpenClipTower() as tower:
             assert vocab_size is not None
             return OpenClipTextTower(tower, vocab_size, config.data.context_length, config.data.vocab_size)
+        case HfTower(of="image") as tower:
+            return HfImageTower(tower, config.data.side)
+        case HfTower() as tower:
+            assert vocab_size is not None
+            return HfTextTower(tower, vocab_size, config.data.context_length, end_id)
         case CacheTower() as tower:
             width = cache_widths[name]
             if tower.standardize == "phi-s" and not has_hadamard_matrix(width):

@@ -26,6 +26,7 @@ from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.atomic import write_atomic
 from threetowers.trainer.config import ConfigError, TrainConfig, dump, load_config
 from threetowers.trainer.model.precision import new_run_precision, resolve_precision
+from threetowers.trainer.model.towers.hf_tower import resolve_hf_towers
 from threetowers.trainer.optimizer.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,13 @@ class RunFolder:
         return f"let a cooldown begin after step {taken}, and keep the rest of the schedule"
 
     def resolve(self, config: TrainConfig) -> TrainConfig:
-        """Return the config with the precision that null stands for: that in which the folder's run began, if any."""
+        """Return the config with what it leaves to this machine: the precision, and what files of models say.
+
+        The precision that null stands for is that in which the folder's run began, if any.
+
+        Raises:
+            ValueError: The files of a tower of transformers cannot be read.
+        """
         began = load_config(self.config).engine.precision if self.config.exists() else None
         if config.engine.precision is None and began not in (None, new_run_precision()):
             logger.info(
@@ -203,7 +210,7 @@ class RunFolder:
                 began,
                 new_run_precision(),
             )
-        return resolve_precision(config, began)
+        return resolve_precision(resolve_hf_towers(config), began)
 
     def check(self, config: TrainConfig) -> list[ConfigChange]:
         """Return the changes between the folder's config and this one, all of which a resumed run may make.

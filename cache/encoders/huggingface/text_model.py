@@ -57,8 +57,7 @@ class HfTextModel(TextModel):
         with torch.inference_mode():
             found = self._outputs(self.collate(self._tokens.tokenize(["a"])))
             causal = self._is_causal()
-        by_tokens = "last" if causal else "mean"
-        pooling = "pooler" if found.pooler_bD is not None and own_pooler(self._tower) else by_tokens
+        pooling = own_pooling(self._tower, found.pooler_bD is not None, causal)
         self.features = (
             "pooled",
             *(["projected"] if found.projected_bD is not None else []),
@@ -100,7 +99,7 @@ class HfTextModel(TextModel):
         outputs = self._outputs(inputs)
         mask_bL = inputs["attention_mask"]
         pooled = self.processing.pooling
-        return tuple(_pool(outputs, mask_bL, pooled if feature == "pooled" else feature) for feature in features)
+        return tuple(pool_text(outputs, mask_bL, pooled if feature == "pooled" else feature) for feature in features)
 
     def _outputs(self, inputs: Mapping[str, Tensor]) -> TextOutputs:
         device = next(self.model.parameters()).device
@@ -128,7 +127,15 @@ def text_call(model: Any) -> tuple[Any, Any]:
     return getattr(model, "get_text_features", model), getattr(model, "text_model", model)
 
 
-def _pool(outputs: TextOutputs, mask_bL: Tensor, feature: str) -> Tensor:
+def own_pooling(tower: Any, has_pooler: bool, causal: bool) -> str:
+    """Return how the states of a model become a vector, where its files do not say: see `pooled` of `HfTextModel`."""
+    if has_pooler and own_pooler(tower):
+        return "pooler"
+    return "last" if causal else "mean"
+
+
+def pool_text(outputs: TextOutputs, mask_bL: Tensor, feature: str) -> Tensor:
+    """Return a feature (b, D) of captions by its name; `mask_bL`: 1 or true where there is no padding."""
     if feature == "projected":
         assert outputs.projected_bD is not None
         return outputs.projected_bD

@@ -8,6 +8,7 @@ from typing import Any
 from threetowers.cache.encoders.huggingface.loading import ModelFiles, require
 from threetowers.cache.encoders.huggingface.tokenizer import load_tokenizer, tokenizer_digest, tokens_of
 from threetowers.cache.encoders.names import EncoderName
+from threetowers.cache.encoders.packaged_weights import PACKAGE, packaged_sentence_encoder
 from threetowers.cache.encoders.tokenizers.tokenizer import MissingTokenizer, SpecialTokens, Tokenizer, Tokens
 from threetowers.cache.encoders.weights_file import one_line
 
@@ -94,14 +95,20 @@ def load_hf_tokenizer(source: str) -> HfTokenizer:
     """Load a tokenizer.
 
     Args:
-        source: A folder with a `tokenizer.json`, such a file, or a name on the hub.
+        source: A folder with a `tokenizer.json`, such a file, a name on the hub, or `package:NAME` for that of a model
+            inside a pip package.
 
     Raises:
-        MissingTokenizer: There is no such file or folder.
+        MissingTokenizer: There is no such file, folder or package.
         ValueError: transformers is not installed, or what is there cannot be loaded.
     """
     require("transformers", KIND, KIND)
     name = f"{KIND}:{source}"
+    if source.startswith(PACKAGE):
+        try:
+            source = str(packaged_sentence_encoder(source.removeprefix(PACKAGE)))
+        except ValueError as error:
+            raise MissingTokenizer(f"{name}: {error}") from error
     path = Path(source)
     if path.is_file() and not (path.name == FILE and (path.parent / CONFIG).is_file()):
         return HfTokenizer(_of_file(path, name), name)

@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from threetowers.cache.encoders.huggingface.architecture import pixel_statistics, pretrained_state
 from threetowers.cache.encoders.names import EncoderName
+from threetowers.cache.encoders.packaged_weights import PACKAGE
 from threetowers.cache.encoders.timm_models import head_tensors
 from threetowers.cache.encoders.weights_file import model_part, read_state, require_finite, split_part
 from threetowers.cache.storage.storage import is_url
-from threetowers.trainer.config import ImageTower, OpenClipTower, TextTower, WeightedTower
+from threetowers.trainer.config import HfTower, ImageTower, OpenClipTower, TextTower, WeightedTower
 from threetowers.trainer.model.initial.inheritance import inherited_weights
 from threetowers.trainer.model.initial.resampling import fit_to_tower
 
@@ -49,7 +52,7 @@ def load_initial(tower: Any, config: WeightedTower, key: str) -> list[str]:
 def _weights(tower: Any, config: WeightedTower, init: str) -> tuple[Mapping[str, Tensor], list[str]]:
     """Return the weights of a tower under its own names, and what of a larger tower they are."""
     _require_known(config, init)
-    if not isinstance(config, OpenClipTower) and config.inherit is not None:
+    if isinstance(config, ImageTower | TextTower) and config.inherit is not None:
         return _from_larger(tower, config, init)
     if init.startswith(RUN):
         return _run_tower(config, init).state_dict(), []
@@ -57,6 +60,8 @@ def _weights(tower: Any, config: WeightedTower, init: str) -> tuple[Mapping[str,
         from threetowers.trainer.model.initial.open_clip_weights import open_clip_weights  # imports torchvision
 
         return open_clip_weights(tower, config, init), []
+    if isinstance(config, HfTower):
+        return _hf_weights(tower, config, init), []
     if isinstance(config, TextTower):
         _require_text(init)
         return _from_file(tower, init), []
@@ -65,6 +70,22 @@ def _weights(tower: Any, config: WeightedTower, init: str) -> tuple[Mapping[str,
     if config.specialize is None and weights.keys() - tower.model.state_dict().keys():
         head = head_tensors(config.model, **config.args)
     return {f"model.{name}": tensor for name, tensor in weights.items() if name not in head}, []
+
+
+def _hf_weights(tower: Any, config: HfTower, init: str) -> dict[str, Tensor]:
+    """Return the weights for a model of transformers, without a pooler that the tower has left out."""
+    statistics: dict[str, Tensor] = {}
+    if init == "pretrained" or init.startswith(PACKAGE):
+        source = init if config.model is None or init.startswith(PACKAGE) else config.model
+        state = pretrained_state(source, tower.architecture)
+        if config.of == "image":
+            values = zip(("mean", "std"), pixel_statistics(source), strict=True)
+            statistics = {name: torch.tensor(three).view(1, 3, 1, 1) for name, three in values}
+    else:
+        state = _from_file(tower.model, init)
+    own = tower.model.state_dict()
+    kept = {name: tensor for name, tensor in state.items() if name in own or not name.startswith("pooler.")}
+    return {**{f"model.{name}": tensor for name, tensor in kept.items()}, **statistics}
 
 
 def _from_larger(tower: Any, config: ImageTower | TextTower, init: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -90,6 +111,8 @@ def _require_known(config: WeightedTower, init: str) -> None:
     kind, colon, _ = init.partition(":")
     if isinstance(config, OpenClipTower):
         known = {"open_clip": "open_clip:NAME:WEIGHTS", "run": "run:FOLDER"}
+    elif isinstance(config, HfTower):
+        known = {"package": "package:NAME", "run": "run:FOLDER"}
     else:
         known = {"package": "package:NAME", "timm": "timm:NAME[:WEIGHTS]", "run": "run:FOLDER"}
     if colon and kind not in known and not split_part(init)[0].exists():
@@ -165,7 +188,7 @@ def _load(tower: Any, config: WeightedTower, state: Mapping[str, Tensor], init: 
         for name, count in own.items()
         if name.endswith(COUNTER) and name.removesuffix(COUNTER) + "running_mean" in state
     }
-    # A file of a model of open_clip does not say how its images are normalised: as the model's are.
+    # A file of a model of open_clip or transformers does not say how its images are normalised: as the tower's are.
     pixels = {name: own[name] for name in ("mean", "std") if name in own}
     scalars = {name: p.reshape(1) for name, p in state.items() if p.ndim == 0 and name in own and own[name].ndim == 1}
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from threetowers.cache.encoders.openclip.model_config import read_open_clip_config
-from threetowers.trainer.config import ImageTower, OpenClipTower, TextTower, WeightedTower
+from threetowers.trainer.config import HfTower, ImageTower, OpenClipTower, TextTower, WeightedTower
 
 SHOWN = 3  # differences of a kind that a message lists
 
@@ -47,6 +47,8 @@ def fit_to_tower(tower: Any, config: WeightedTower, state: Mapping[str, Tensor])
         resampled = _text_positions(state, expected, other)
     elif isinstance(config, OpenClipTower):
         resampled = _open_clip_positions(tower, config, state, expected, other)
+    elif isinstance(config, HfTower):
+        resampled = {}  # its sizes are those of its config
     elif config.specialize is not None:
         resampled = _specialized_positions(tower, state, expected, other)
     else:
