@@ -18,7 +18,7 @@ from tests.trainer.finished_runs import finished_run
 from threetowers.cache.encoders.names import EncoderOptions, load_frozen_encoder
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.trainer.export.export import export, probe_inputs
-from threetowers.trainer.export.expressible import formats_table
+from threetowers.trainer.export.expressible import beginnings_table, formats_table
 from threetowers.trainer.export.trained_model import load_model
 
 CAPTIONS = ["a caption", "another one"]  # of model cards
@@ -147,8 +147,10 @@ def test_open_clip_has_the_image_head_of_timms_mlp(clip: dict[str, Any], tmp_pat
     assert export(finished_run(clip), tmp_path / "export", "open_clip").difference <= 1e-5
 
 
-def test_the_docs_say_what_can_leave_to_which_format() -> None:
-    assert formats_table() in (ROOT / "docs/exports.md").read_text(encoding="utf-8")
+def test_the_docs_say_what_can_begin_from_what_and_leave_to_what() -> None:
+    page = (ROOT / "docs/exports.md").read_text(encoding="utf-8")
+    assert formats_table() in page
+    assert beginnings_table() in page
 
 
 @pytest.mark.parametrize(

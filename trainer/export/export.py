@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import FILE, SentencePieceTokenizer
 from threetowers.cache.storage.atomic import partial_path
 from threetowers.trainer.config import dump
 from threetowers.trainer.estimate.summary import num_parameters
@@ -106,9 +105,6 @@ def _write_threetowers(deployed: TrainedModel, run: RunFolder, folder: Path) -> 
 def _write_open_clip(deployed: TrainedModel, run: RunFolder, folder: Path) -> float:
     """Write open_clip's format and return the largest difference of embeddings."""
     write_open_clip(deployed, folder)
-    assert deployed.tokenizer is not None
-    if isinstance(deployed.tokenizer, SentencePieceTokenizer):
-        (folder / FILE).write_bytes(deployed.tokenizer.model)
     encode_image, encode_text = load_open_clip(folder, deployed)
     images, tokens_bL = probe_inputs(deployed)
     return max(

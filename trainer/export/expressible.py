@@ -1,6 +1,7 @@
-"""What can leave to which format, as a table for the docs: `python -m threetowers.trainer.export.expressible`.
+"""What can leave to what, and begin from what; `python -m threetowers.trainer.export.expressible` prints the tables.
 
-Each row is a config with one property; each cell is the answer of the check by which an export of it is refused.
+Of the table of formats each row is a config with one property; each cell is the answer of the check by which an export
+of it is refused. The table of beginnings holds what `init` of a tower is checked by.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from threetowers.trainer.config import TrainConfig, parse
 from threetowers.trainer.export.model_card import ExportFormat
 from threetowers.trainer.export.open_clip_format import open_clip_reasons
 from threetowers.trainer.export.timm_format import timm_reasons
+from threetowers.trainer.model.initial.initial_weights import BEGINNINGS
 
 Tree = dict[str, Any]
 IMAGE: Tree = {"kind": "timm", "model": "vit_small_patch16_224"}
@@ -17,6 +19,10 @@ TEXT: Tree = {"kind": "text", "width": 512, "depth": 8, "heads": 8, "causal": Tr
 LINEAR: Tree = {}
 MLP: Tree = {"kind": "mlp", "hidden": 1024}
 CACHE: Tree = {"kind": "cache", "path": "cache"}
+CLIP_IMAGE: Tree = {"kind": "open_clip", "of": "image", "model": "ViT-B-32"}
+CLIP_TEXT: Tree = {"kind": "open_clip", "of": "text", "model": "ViT-B-32"}
+BERT: Tree = {"kind": "hf", "of": "text", "config": {"model_type": "bert"}}
+NO_HEAD: Tree = {"kind": "none"}
 # The property: image tower, text tower, image head, text head.
 CASES: dict[str, tuple[Tree, Tree, Tree, Tree]] = {
     "causal text pooled at the end token, linear heads": (IMAGE, TEXT, LINEAR, LINEAR),
@@ -35,6 +41,10 @@ CASES: dict[str, tuple[Tree, Tree, Tree, Tree]] = {
     "specialised image tower (MS-CLIP-S)": (IMAGE | {"specialize": {}}, TEXT, LINEAR, LINEAR),
     "cached image tower (LiT)": (CACHE, TEXT, LINEAR, LINEAR),
     "cached text tower": (IMAGE, CACHE | {"of": "text"}, LINEAR, LINEAR),
+    "both towers of open_clip, heads of kind none": (CLIP_IMAGE, CLIP_TEXT, NO_HEAD, NO_HEAD),
+    "both towers of open_clip, a linear head on one": (CLIP_IMAGE, CLIP_TEXT, LINEAR, NO_HEAD),
+    "image tower of open_clip, our text transformer": (CLIP_IMAGE, TEXT, NO_HEAD, LINEAR),
+    "text tower of transformers": (IMAGE, BERT, LINEAR, LINEAR),
 }
 REASONS: dict[ExportFormat, Callable[[TrainConfig], list[str]]] = {
     "threetowers": lambda config: [],  # the format holds the config itself
@@ -47,9 +57,9 @@ REASONS: dict[ExportFormat, Callable[[TrainConfig], list[str]]] = {
 def case_config(image: Tree, text: Tree, image_head: Tree, text_head: Tree) -> TrainConfig:
     """Return a config of these towers and heads."""
     data: Tree = {"tars": ["0.tar"]}
-    if image["kind"] == "timm":
+    if image["kind"] != "cache":
         data["image_size"] = 224
-    if text["kind"] == "text":
+    if text["kind"] != "cache":
         data["tokenizer"] = "tokenizer.model"
     return parse(
         {
@@ -76,9 +86,20 @@ def formats_table() -> str:
     return "\n".join(lines)
 
 
+def beginnings_table() -> str:
+    """Return the table in Markdown: what `init` of a tower may be, by its kind."""
+    sources = list(dict.fromkeys(source for known in BEGINNINGS.values() for source in known))
+    lines = [f"| `init` | {' | '.join(f'kind `{kind}`' for kind in BEGINNINGS)} |", f"|---|{'---|' * len(BEGINNINGS)}"]
+    for source in sources:
+        named = source if source == "a file" else f"`{source}`"
+        cells = ["yes" if source in known else "no" for known in BEGINNINGS.values()]
+        lines.append(f"| {named} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(reasons: list[str]) -> str:
     return f"no: {'; '.join(reasons)}" if reasons else "yes"
 
 
 if __name__ == "__main__":
-    print(formats_table())
+    print(f"{formats_table()}\n\n{beginnings_table()}")

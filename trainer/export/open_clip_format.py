@@ -1,4 +1,4 @@
-"""open_clip's folder format: a timm image tower and a text transformer under open_clip's names."""
+"""open_clip's folder format: a timm image tower and a text transformer under open_clip's names, or its own towers."""
 
 import json
 from collections.abc import Callable
@@ -10,10 +10,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.timm_models import SOURCES, local_folder
-from threetowers.cache.encoders.tokenizers.hf_tokenizer import FILE
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
+from threetowers.cache.encoders.weights_file import one_line
 from threetowers.trainer.config import Head, HfTower, ImageTower, TextTower, TrainConfig
-from threetowers.trainer.export.tokenizer_json import can_write_tokenizer_json, write_tokenizer_json
+from threetowers.trainer.export.open_clip_model import (
+    has_open_clip_towers,
+    joined_config,
+    joined_reasons,
+    joined_state,
+)
+from threetowers.trainer.export.open_clip_tokenizers import (
+    check_open_clip_tokenizer,
+    tokenizer_is_expressible,
+    write_open_clip_tokenizer,
+)
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.initial.open_clip_names import IMAGE_HEADS, their_projection, their_text
 from threetowers.trainer.model.model import clamp_log_scale
@@ -28,8 +38,26 @@ def write_open_clip(model: TrainedModel, folder: Path) -> None:
         ValueError: If open_clip cannot express the model or its tokenizer.
     """
     _check_expressible(model)
-    if can_write_tokenizer_json(_tokenizer(model)):
-        write_tokenizer_json(_tokenizer(model), model.config.data.context_length, folder)
+    joined = has_open_clip_towers(model.config)
+    config = joined_config(model) if joined else _config(model)
+    tokenizer, context_length = _tokenizer(model), model.config.data.context_length
+    config["text_cfg"] |= write_open_clip_tokenizer(tokenizer, context_length, folder)
+    state = joined_state(model) if joined else _state(model)
+    for scale in model.config.scales():
+        log_scale = clamp_log_scale(model.model.log_scales[scale].detach(), model.config.loss.scale_max)
+        state["logit_scale"] = log_scale.reshape(())
+    for bias in model.model.biases.values():
+        state["logit_bias"] = bias.detach().reshape(())
+    # Copies: towers that share parameters share storage, which safetensors refuses to write.
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    save_file(copies, folder / "open_clip_model.safetensors")
+    content = {"model_cfg": config, "preprocess_cfg": _preprocessing(model)}
+    (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2))
+    check_open_clip_tokenizer(tokenizer, context_length, folder)
+
+
+def _state(model: TrainedModel) -> dict[str, Tensor]:
+    """Return the weights of our own towers and heads under open_clip's names."""
     image = model.model.towers[model.image_tower]
     text = model.model.towers[model.text_tower]
     assert isinstance(image, TimmTower)
@@ -41,16 +69,7 @@ def write_open_clip(model: TrainedModel, folder: Path) -> None:
     for layer_name, layer in zip(IMAGE_HEADS[len(layers)], layers, strict=True):
         state |= {f"visual.{layer_name}.{name}": p for name, p in layer.state_dict().items()}
     text_state = their_text(text.state_dict()) | their_projection(text_head.state_dict())
-    state |= {f"text.{name}": tensor for name, tensor in text_state.items()}
-    for scale in model.config.scales():
-        log_scale = clamp_log_scale(model.model.log_scales[scale].detach(), model.config.loss.scale_max)
-        state["logit_scale"] = log_scale.reshape(())
-    for bias in model.model.biases.values():
-        state["logit_bias"] = bias.detach().reshape(())
-    # Copies: towers that share parameters share storage, which safetensors refuses to write.
-    copies = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    save_file(copies, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(_config(model, image), indent=2))
+    return state | {f"text.{name}": tensor for name, tensor in text_state.items()}
 
 
 def load_open_clip(folder: Path, model: TrainedModel) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -59,9 +78,11 @@ def load_open_clip(folder: Path, model: TrainedModel) -> tuple[Callable[[Tensor]
         import open_clip
     except ImportError as error:
         raise ValueError("open_clip is needed to verify the export: pip install open_clip_torch") from error
-    reloaded = open_clip.create_model(f"local-dir:{folder}").eval()
-    image = model.model.towers[model.image_tower]
-    assert isinstance(image, TimmTower)
+    try:
+        reloaded = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False).eval()
+    except Exception as error:  # open_clip, timm and torch each raise their own kinds
+        raise ValueError(f"open_clip cannot load the export: {one_line(error)}") from error
+    image: Any = model.model.towers[model.image_tower]
 
     def encode_image(images: Tensor) -> Tensor:
         embeddings: Tensor = reloaded.encode_image((images.float() / 255 - image.mean) / image.std)
@@ -73,7 +94,7 @@ def load_open_clip(folder: Path, model: TrainedModel) -> tuple[Callable[[Tensor]
 def _check_expressible(model: TrainedModel) -> None:
     """Raise ValueError with the reasons why open_clip cannot express the model."""
     reasons = open_clip_reasons(model.config)
-    if model.tokenizer is not None and not _is_expressible(model.tokenizer):
+    if model.tokenizer is not None and not tokenizer_is_expressible(model.tokenizer):
         reasons.append(f"its tokenizer is {model.tokenizer.name}; open_clip's folder would tokenize by CLIP's")
     if reasons:
         raise ValueError(
@@ -83,6 +104,8 @@ def _check_expressible(model: TrainedModel) -> None:
 
 def open_clip_reasons(config: TrainConfig) -> list[str]:
     """Return why open_clip cannot express the deployed towers and heads of a config; none: it can."""
+    if has_open_clip_towers(config):
+        return joined_reasons(config)
     return [*image_reasons(config), *text_reasons(config)]
 
 
@@ -142,8 +165,8 @@ def _is_timm_mlp(config: TrainConfig, head: Head | None) -> bool:
     return plain and head.bias and head.depth == 1 and head.activation == "gelu" and head.hidden == hidden
 
 
-def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
-    """Return the content of open_clip_config.json."""
+def _config(model: TrainedModel) -> dict[str, Any]:
+    """Return open_clip's `model_cfg` of our own towers and heads, but for the tokenizer."""
     config = model.config
     tower = config.towers[model.image_tower]
     text = config.towers[model.text_tower]
@@ -176,19 +199,22 @@ def _config(model: TrainedModel, image: TimmTower) -> dict[str, Any]:
             "norm_kwargs": {"eps": text.norm_eps or 1e-6},
         },
     }
-    if can_write_tokenizer_json(_tokenizer(model)):  # the key makes open_clip read it; else it takes CLIP's byte pairs
-        model_config["text_cfg"]["hf_tokenizer_name"] = FILE
     if config.loss.kind == "sigmoid":
         model_config |= {"init_logit_bias": config.loss.bias_init}
-    preprocess = {
-        "size": [config.data.side] * 2,
+    return model_config
+
+
+def _preprocessing(model: TrainedModel) -> dict[str, Any]:
+    """Return open_clip's `preprocess_cfg`: how the run takes images."""
+    image: Any = model.model.towers[model.image_tower]
+    return {
+        "size": [model.config.data.side] * 2,
         "mode": "RGB",
         "mean": image.mean.flatten().tolist(),
         "std": image.std.flatten().tolist(),
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    return {"model_cfg": model_config, "preprocess_cfg": preprocess}
 
 
 def _token_rows(model: TrainedModel) -> int:
@@ -198,12 +224,3 @@ def _token_rows(model: TrainedModel) -> int:
 def _tokenizer(model: TrainedModel) -> Tokenizer:
     assert model.tokenizer is not None
     return model.tokenizer
-
-
-def _is_expressible(tokenizer: Tokenizer) -> bool:
-    """Whether open_clip itself, or a file beside its own, tokenizes as the run did."""
-    if can_write_tokenizer_json(tokenizer):
-        return True
-    from threetowers.cache.encoders.tokenizers.open_clip_tokenizer import ClipTokenizer, clip_tokenizer
-
-    return isinstance(tokenizer, ClipTokenizer) and tokenizer.describe() == clip_tokenizer().describe()

@@ -8,7 +8,7 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor
 
-from threetowers.trainer.config import HfTower, ImageTower, TrainConfig
+from threetowers.trainer.config import HfTower, ImageTower, OpenClipTower, TrainConfig
 from threetowers.trainer.export.trained_model import TrainedModel
 from threetowers.trainer.model.towers.timm_tower import TimmTower
 
@@ -39,6 +39,8 @@ def timm_reasons(config: TrainConfig) -> list[str]:
     image = config.towers[config.root_of(config.deploy.image)]
     if isinstance(image, HfTower):
         return ["it is a model of transformers"]
+    if isinstance(image, OpenClipTower):
+        return ["it is a tower of open_clip, with its projection"]
     if not isinstance(image, ImageTower):
         return ["it is a cached teacher, whose weights are not in the run"]
     return ["it is specialised (MS-CLIP-S)"] if image.specialize is not None else []

@@ -125,6 +125,10 @@ class TransformersTokenizer(OpenClipTokenizer):
         separator = self._tokenizer.sep_token_id
         return [Tokens([0 if i == separator else i for i in row.ids], row.cut) for row in rows]
 
+    def save(self, folder: Path) -> None:
+        """Write the files of transformers, by which open_clip finds it beside a model."""
+        self._tokenizer.save_pretrained(folder)
+
     def describe(self) -> dict[str, Any]:
         """Return the tokenizer's digest, and what open_clip does before and after it."""
         return {"tokenizer": tokenizer_digest(self._tokenizer), "clean": _name(self._clean), "strip": self._strip}
@@ -178,31 +182,31 @@ class ExportedTokenizer(OpenClipTokenizer):
 
     def __init__(self, tokenizer: SentencePieceTokenizer, context_length: int) -> None:
         """Use a tokenizer of this package."""
-        self._tokenizer = tokenizer
+        self.inner = tokenizer
         self.context_length = context_length
         self.pad_id = tokenizer.special.pad
 
     @property
     def special(self) -> SpecialTokens:
         """Those of the model."""
-        return self._tokenizer.special
+        return self.inner.special
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces."""
-        return self._tokenizer.vocab_size
+        return self.inner.vocab_size
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
         """Return the tokens of each text, cut before its end token."""
-        return self._tokenizer.tokenize(texts, max_length)
+        return self.inner.tokenize(texts, max_length)
 
     def describe(self) -> dict[str, Any]:
         """Return the digest of the SentencePiece model."""
-        return {"sentencepiece": self._tokenizer.digest}
+        return {"sentencepiece": self.inner.digest}
 
     def files(self) -> Mapping[str, bytes]:
         """Return the model."""
-        return self._tokenizer.files()
+        return self.inner.files()
 
 
 def load_open_clip_tokenizer(name: str) -> OpenClipTokenizer:

@@ -18,6 +18,13 @@ from threetowers.trainer.model.initial.inheritance import inherited_weights
 from threetowers.trainer.model.initial.resampling import fit_to_tower
 
 COUNTER = "num_batches_tracked"
+# What `init` of a tower may be, by the tower's kind; null, for random weights, in any.
+BEGINNINGS = {
+    "timm": ("pretrained", "package:NAME", "timm:NAME[:WEIGHTS]", "run:FOLDER", "a file"),
+    "text": ("run:FOLDER", "a file"),
+    "open_clip": ("pretrained", "open_clip:NAME:WEIGHTS", "run:FOLDER", "a file"),
+    "hf": ("pretrained", "package:NAME", "run:FOLDER", "a file"),
+}
 TIMM, RUN = "timm:", "run:"
 TOWERS = "towers."  # begins the part of a run that is a tower
 
@@ -51,6 +58,8 @@ def load_initial(tower: Any, config: WeightedTower, key: str) -> list[str]:
 
 def _weights(tower: Any, config: WeightedTower, init: str) -> tuple[Mapping[str, Tensor], list[str]]:
     """Return the weights of a tower under its own names, and what of a larger tower they are."""
+    if isinstance(config, TextTower):
+        _require_text(init)
     _require_known(config, init)
     if isinstance(config, ImageTower | TextTower) and config.inherit is not None:
         return _from_larger(tower, config, init)
@@ -63,7 +72,6 @@ def _weights(tower: Any, config: WeightedTower, init: str) -> tuple[Mapping[str,
     if isinstance(config, HfTower):
         return _hf_weights(tower, config, init), []
     if isinstance(config, TextTower):
-        _require_text(init)
         return _from_file(tower, init), []
     weights = _image_weights(tower.model, config, init)
     head: set[str] = set()
@@ -109,16 +117,12 @@ def _from_larger(tower: Any, config: ImageTower | TextTower, init: str) -> tuple
 def _require_known(config: WeightedTower, init: str) -> None:
     """Raise ValueError for a kind of encoder that a tower cannot begin with."""
     kind, colon, _ = init.partition(":")
-    if isinstance(config, OpenClipTower):
-        known = {"open_clip": "open_clip:NAME:WEIGHTS", "run": "run:FOLDER"}
-    elif isinstance(config, HfTower):
-        known = {"package": "package:NAME", "run": "run:FOLDER"}
-    else:
-        known = {"package": "package:NAME", "timm": "timm:NAME[:WEIGHTS]", "run": "run:FOLDER"}
+    *others, last = ("null", *BEGINNINGS[config.kind])
+    known = {source.partition(":")[0] for source in others if ":" in source}
     if colon and kind not in known and not split_part(init)[0].exists():
         raise ValueError(
-            f"{init!r}: for a tower of kind {config.kind} expected null, pretrained, {', '.join(known.values())} or a "
-            f"file, found the kind {kind!r}"
+            f"{init!r}: for a tower of kind {config.kind} expected {', '.join(others)} or {last}, found the kind "
+            f"{kind!r}"
         )
 
 

@@ -4,6 +4,7 @@ Below `model.`, tensors have open_clip's names: those of `visual` in an image to
 also of CLIP itself, whose text tower open_clip keeps at the top.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class OpenClipImageTower(nn.Module):
             # Kept with the weights, which say in open_clip how their images are normalised.
             self.register_buffer(name, torch.tensor(preprocessing[name]).view(1, 3, 1, 1))
         subsample_before_pointwise(self.model)
-        give_scalars_a_dimension(self.model)
+        self._scalars = give_scalars_a_dimension(self.model)
         self._matrix = _first_matrix(self.model)
         self.width = self._feature_width(config, image_size)
 
@@ -139,6 +140,10 @@ class OpenClipImageTower(nn.Module):
             )
         return int(probe.shape[1])
 
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the tensors of open_clip's `visual`, in its shapes."""
+        return _own_state(self.model, self._scalars)
+
     def forward_normalized(self, x_b3HW: Tensor) -> Tensor:
         """Return features (b, width) of images less `mean`, divided by `std`."""
         features_bw: Tensor = self.model(x_b3HW)
@@ -189,7 +194,7 @@ class OpenClipTextTower(nn.Module):
                 f"text tower: {config.model!r} has {self.model.context_length} positions, found data.context_length: "
                 f"{context_length}; lower it"
             )
-        give_scalars_a_dimension(self.model)
+        self._scalars = give_scalars_a_dimension(self.model)
         if getattr(self.model, "attn_mask", None) is not None:
             self.model.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
         self.width = self._feature_width()
@@ -214,6 +219,10 @@ class OpenClipTextTower(nn.Module):
         else:
             self.model.transformer.activation_checkpointing_disable()
 
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the tensors of open_clip's `text`, in its shapes."""
+        return _own_state(self.model, self._scalars)
+
     def _feature_width(self) -> int:
         if self.blocks is not None and self.model.text_projection is None:
             return int(self.model.width)
@@ -225,12 +234,22 @@ class OpenClipTextTower(nn.Module):
         return features_bw
 
 
-def give_scalars_a_dimension(module: nn.Module) -> None:
-    """Make (1,) of each parameter without dimensions, which DeepSpeed cannot hold; products with it stay the same."""
-    for owner in module.modules():
-        for name, p in list(owner.named_parameters(recurse=False)):
-            if p.ndim == 0:
-                owner.register_parameter(name, nn.Parameter(p.detach().reshape(1), p.requires_grad))
+def give_scalars_a_dimension(module: nn.Module) -> list[str]:
+    """Make (1,) of each parameter without dimensions, which DeepSpeed cannot hold; products with it stay the same.
+
+    Returns:
+        Their names.
+    """
+    scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
+    for name in scalars:
+        path, _, leaf = name.rpartition(".")
+        p = module.get_parameter(name)
+        module.get_submodule(path).register_parameter(leaf, nn.Parameter(p.detach().reshape(1), p.requires_grad))
+    return scalars
+
+
+def _own_state(model: nn.Module, scalars: Collection[str]) -> dict[str, Tensor]:
+    return {name: p.reshape(()) if name in scalars else p for name, p in model.state_dict().items()}
 
 
 def _checked_config(config: OpenClipTower) -> OpenClipConfig:
