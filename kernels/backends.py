@@ -5,7 +5,8 @@ from torch import Tensor
 
 from threetowers.kernels.cpu import CpuTiles, sweep_library
 from threetowers.kernels.cuda import cuda_backend
-from threetowers.kernels.tiles import TileBackend, TorchTiles
+from threetowers.kernels.tiles.tile_backend import TileBackend
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 
 def backend_for(x_bD: Tensor) -> TileBackend:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from threetowers.kernels.tiles import (
-    LibraryTiles,
-    OnlineExpectation,
+from threetowers.kernels.tiles.statistics import (
     OnlineLogSumExp,
+    PairWeights,
     SigmoidSums,
+    SoftmaxStatistics,
     SoftmaxWeights,
-    TeacherTile,
-    Tile,
 )
+from threetowers.kernels.tiles.tile_backend import StudentTile, Tile
+from threetowers.kernels.tiles.torch_tiles import LibraryTiles
 
 # What ATEN_CPU_CAPABILITY can hold torch back to; the sweep keeps to it, so that both compute as on such a processor.
 ISA_OF_TORCH = {"DEFAULT": 0, "AVX2": 1}
@@ -87,75 +87,49 @@ class CpuTiles(LibraryTiles):
 
     @override
     def distill_stats(
-        self,
-        x_rD: Tensor,
-        y_cD: Tensor,
-        tile: Tile,
-        rows: OnlineLogSumExp,
-        cols: OnlineLogSumExp,
-        teachers: Sequence[TeacherTile],
-        teacher_rows: Sequence[OnlineExpectation],
-        teacher_cols: Sequence[OnlineExpectation],
-        cache_Krc: Tensor | None,
+        self, student: StudentTile, rows: SoftmaxStatistics, cols: SoftmaxStatistics, cache_Krc: Tensor | None
     ) -> None:
-        dots_Krc = self.all_dots(x_rD, y_cD, teachers, cache_Krc)
+        dots_Krc = self.all_dots(student, cache_Krc)
         self._library.threetowers_sweep_distill_stats(
-            *self._heads(dots_Krc, [each.logit_map.base2_2.tolist()[0] for each in _all(tile, teachers)]),
-            *_excluded(tile),
-            _statistics(rows, teacher_rows),
-            _statistics(cols, teacher_cols),
-            _address(self._partial(dots_Krc[0], len(teachers))),
+            *self._heads(dots_Krc, [each.logit_map.base2_2.tolist()[0] for each in _all(student)]),
+            *_excluded(student.tile),
+            _statistics(rows),
+            _statistics(cols),
+            _address(self._partial(dots_Krc[0], len(student.teachers))),
         )
 
     @override
     def distill_grad(
-        self,
-        x_rD: Tensor,
-        y_cD: Tensor,
-        tile: Tile,
-        rows: SoftmaxWeights,
-        cols: SoftmaxWeights,
-        teachers: Sequence[TeacherTile],
-        teacher_rows: Sequence[SoftmaxWeights],
-        teacher_cols: Sequence[SoftmaxWeights],
-        cache_Krc: Tensor | None,
+        self, student: StudentTile, rows: PairWeights, cols: PairWeights, cache_Krc: Tensor | None
     ) -> Tensor:
-        dots_Krc = self.all_dots(x_rD, y_cD, teachers) if cache_Krc is None else cache_Krc
-        grad_rc = dots_Krc[0] if cache_Krc is None else self.scratch(x_rD, y_cD)  # the cache is read only
+        dots_Krc = self.all_dots(student) if cache_Krc is None else cache_Krc
+        # the cache is read only
+        grad_rc = dots_Krc[0] if cache_Krc is None else self.scratch(student.x_rD, student.y_cD)
         weights = [
             vector
-            for row, col in zip([rows, *teacher_rows], [cols, *teacher_cols], strict=True)
+            for row, col in zip([rows.student, *rows.teachers], [cols.student, *cols.teachers], strict=True)
             for vector in (row.shift_n, row.factor_n, col.shift_n, col.factor_n)
         ]
         self._library.threetowers_sweep_distill_grad(
-            *self._heads(dots_Krc, [each.logit_map.base2_2.tolist()[0] for each in _all(tile, teachers)]),
-            *_excluded(tile),
+            *self._heads(dots_Krc, [each.logit_map.base2_2.tolist()[0] for each in _all(student)]),
+            *_excluded(student.tile),
             _addresses(weights),
             _address(grad_rc),
         )
         return grad_rc
 
     @override
-    def distill_sigmoid(
-        self,
-        x_rD: Tensor,
-        y_cD: Tensor,
-        tile: Tile,
-        sums: SigmoidSums,
-        weights_r: Tensor | None,
-        teachers: Sequence[TeacherTile],
-        teacher_weights: Sequence[float],
-    ) -> Tensor | None:
-        dots_Krc = self.all_dots(x_rD, y_cD, teachers)
+    def distill_sigmoid(self, student: StudentTile, sums: SigmoidSums, weights_r: Tensor | None) -> Tensor | None:
+        dots_Krc = self.all_dots(student)
         results = (sums.loss_r, sums.prob_r, sums.row_max_r, sums.col_max_c)
         grad_rc = None if weights_r is None else dots_Krc[0]
-        vectors = (*results, weights_r, grad_rc, self._partial(dots_Krc[0], len(teachers)))
-        scales, biases = zip(*(each.logit_map.natural_2.tolist() for each in _all(tile, teachers)), strict=True)
+        vectors = (*results, weights_r, grad_rc, self._partial(dots_Krc[0], len(student.teachers)))
+        scales, biases = zip(*(each.logit_map.natural_2.tolist() for each in _all(student)), strict=True)
         self._library.threetowers_sweep_distill_sigmoid(
             *self._heads(dots_Krc, scales),
             _floats(biases),
-            *_excluded(tile),
-            _floats(teacher_weights),
+            *_excluded(student.tile),
+            _floats([teacher.weight for teacher in student.teachers]),
             *map(_address, vectors),
         )
         return grad_rc
@@ -192,14 +166,14 @@ def _limits(tile: Tile) -> tuple[int | None, int | None]:
     return _address(tile.row_limits_r), _address(tile.col_limits_c)
 
 
-def _all(tile: Tile, teachers: Sequence[TeacherTile]) -> list[Tile]:
-    return [tile, *(teacher.tile for teacher in teachers)]
+def _all(student: StudentTile) -> list[Tile]:
+    return [student.tile, *(teacher.tile for teacher in student.teachers)]
 
 
-def _statistics(student: OnlineLogSumExp, teachers: Sequence[OnlineExpectation]) -> "ctypes.Array[ctypes.c_void_p]":
+def _statistics(side: SoftmaxStatistics) -> "ctypes.Array[ctypes.c_void_p]":
     """Return sweep.cpp's array of ``Statistics``: the student has no cross sums."""
-    vectors = [student.max_n, student.sum_n, None]
-    for teacher in teachers:
+    vectors = [side.student.max_n, side.student.sum_n, None]
+    for teacher in side.teachers:
         vectors += [teacher.max_n, teacher.sum_n, teacher.cross_n]
     return _addresses(vectors)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from threetowers.kernels.cuda.block_shape import tiles_from_environment
 
 if TYPE_CHECKING:
-    from threetowers.kernels.tiles import TileBackend
+    from threetowers.kernels.tiles.tile_backend import TileBackend
 
 logger = logging.getLogger(__name__)
 

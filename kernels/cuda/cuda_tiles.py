@@ -1,7 +1,5 @@
 """Tiles on CUDA devices: tensor cores for bf16 and fp16 features, library GEMMs for the rest."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -33,14 +31,9 @@ from threetowers.kernels.cuda.launch import (
 )
 from threetowers.kernels.cuda.merging import add_sigmoid_parts, merge_parts
 from threetowers.kernels.cuda.structs import dots_struct, gradient_struct, tile_struct, weights_struct
-from threetowers.kernels.tiles import (
-    LibraryTiles,
-    OnlineLogSumExp,
-    SigmoidSums,
-    SoftmaxWeights,
-    TeacherTile,
-    Tile,
-)
+from threetowers.kernels.tiles.statistics import OnlineLogSumExp, SigmoidSums, SoftmaxWeights
+from threetowers.kernels.tiles.tile_backend import StudentTile, Tile
+from threetowers.kernels.tiles.torch_tiles import LibraryTiles
 
 GAIN = {torch.bfloat16: 1.0, torch.float16: 2.0**14}  # gradient tiles hold this multiple: kGain in tensor_core.h
 
@@ -150,9 +143,8 @@ class TensorCoreTiles(DistillingTiles):
         torch.addmm(sum_nD, grad_nk, z_kD, alpha=alpha, out_dtype=torch.float32, out=sum_nD)
 
     @override
-    def all_dots(
-        self, x_rD: Tensor, y_cD: Tensor, teachers: Sequence[TeacherTile], out_Krc: Tensor | None = None
-    ) -> Tensor:
+    def all_dots(self, student: StudentTile, out_Krc: Tensor | None = None) -> Tensor:
+        x_rD, y_cD, teachers = student.x_rD, student.y_cD, student.teachers
         dots_Krc = self._product_tiles(1 + len(teachers), x_rD, y_cD) if out_Krc is None else out_Krc
         self._multiply(x_rD, y_cD, dots_Krc[0])
         for teacher, dots_rc in zip(teachers, dots_Krc[1:], strict=True):

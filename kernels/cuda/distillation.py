@@ -7,7 +7,6 @@ number of teachers is compiled in.
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,15 +26,8 @@ from threetowers.kernels.cuda.launch import (
 )
 from threetowers.kernels.cuda.merging import add_sigmoid_parts, merge_expectations, merge_parts
 from threetowers.kernels.cuda.structs import dots_struct, gradient_struct, tile_struct, weights_struct
-from threetowers.kernels.tiles import (
-    OnlineExpectation,
-    OnlineLogSumExp,
-    SigmoidSums,
-    SoftmaxWeights,
-    TeacherTile,
-    Tile,
-    TileBackend,
-)
+from threetowers.kernels.tiles.statistics import PairWeights, SigmoidSums, SoftmaxStatistics
+from threetowers.kernels.tiles.tile_backend import StudentTile, TeacherTile, TileBackend
 
 BLOCK = 64  # rows and columns of a block: a thread holds 16 logits of the student, and as many of a teacher
 SHARED_BYTES = (4 + 2) * BLOCK * 12  # the warps' parts of rows and of columns, of 12 bytes at most
@@ -59,80 +51,57 @@ class DistillationKernels:
         stats = sweep_launch("distill_stats", (), 1, 1, 1, limits)
         return [stats, *sweeps, columns_launch("merge_expectations", 1, 1, limits)]
 
-    def stats(
-        self,
-        dots_Krc: Tensor,
-        tile: Tile,
-        rows: OnlineLogSumExp,
-        cols: OnlineLogSumExp,
-        teachers: Sequence[TeacherTile],
-        teacher_rows: Sequence[OnlineExpectation],
-        teacher_cols: Sequence[OnlineExpectation],
-    ) -> None:
+    def stats(self, dots_Krc: Tensor, student: StudentTile, rows: SoftmaxStatistics, cols: SoftmaxStatistics) -> None:
         """Do what `TileBackend.distill_stats` does, of these dots."""
-        teacher_count, (r, c) = len(teachers), dots_Krc.shape[1:]
+        teacher_count, (r, c) = len(student.teachers), dots_Krc.shape[1:]
         across, down = blocks_over(c, BLOCK), blocks_over(r, BLOCK)
         row_parts, col_parts = dots_Krc.new_empty(across, r, 2), dots_Krc.new_empty(down, c, 2)
         teacher_row_parts = dots_Krc.new_empty(teacher_count, across, r, 3)
         teacher_col_parts = dots_Krc.new_empty(teacher_count, down, c, 3)
         structs: list[Scalar] = []
-        for k, teacher in enumerate(teachers):
+        for k, teacher in enumerate(student.teachers):
             structs += [*_logits(dots_Krc, k, teacher), Out(teacher_row_parts[k]), Out(teacher_col_parts[k])]
 
-        student = dots_struct(dots_Krc[0]), tile_struct(tile, r, c)
+        own = dots_struct(dots_Krc[0]), tile_struct(student.tile, r, c)
         launch = sweep_launch("distill_stats", (), r, c, teacher_count, self._launcher.limits)
-        self._launcher.run(launch, (*student, Out(row_parts), Out(col_parts), tuple(structs)))
-        merge_parts(self._launcher, row_parts, rows)
-        merge_parts(self._launcher, col_parts, cols)
+        self._launcher.run(launch, (*own, Out(row_parts), Out(col_parts), tuple(structs)))
+        merge_parts(self._launcher, row_parts, rows.student)
+        merge_parts(self._launcher, col_parts, cols.student)
         for k in range(teacher_count):
-            merge_expectations(self._launcher, teacher_row_parts[k], teacher_rows[k])
-            merge_expectations(self._launcher, teacher_col_parts[k], teacher_cols[k])
+            merge_expectations(self._launcher, teacher_row_parts[k], rows.teachers[k])
+            merge_expectations(self._launcher, teacher_col_parts[k], cols.teachers[k])
 
-    def gradient(
-        self,
-        dots_Krc: Tensor,
-        tile: Tile,
-        rows: SoftmaxWeights,
-        cols: SoftmaxWeights,
-        teachers: Sequence[TeacherTile],
-        teacher_rows: Sequence[SoftmaxWeights],
-        teacher_cols: Sequence[SoftmaxWeights],
-    ) -> Tensor:
+    def gradient(self, dots_Krc: Tensor, student: StudentTile, rows: PairWeights, cols: PairWeights) -> Tensor:
         """Do what `TileBackend.distill_grad` does, of these dots."""
         r, c = dots_Krc.shape[1:]
         structs: list[Scalar] = []
-        for k, (teacher, *sides) in enumerate(zip(teachers, teacher_rows, teacher_cols, strict=True)):
+        for k, (teacher, *sides) in enumerate(zip(student.teachers, rows.teachers, cols.teachers, strict=True)):
             structs += _logits(dots_Krc, k, teacher)
             structs += [In(part_n) for side in sides for part_n in (side.shift_n, side.factor_n)]
 
         gradient = self._gradient(dots_Krc)
-        student = dots_struct(dots_Krc[0]), tile_struct(tile, r, c), weights_struct(rows), weights_struct(cols)
-        launch = sweep_launch("distill_gradient", self._defines, r, c, len(teachers), self._launcher.limits)
-        self._launcher.run(launch, (*student, tuple(structs), gradient_struct(gradient)))
+        weights = weights_struct(rows.student), weights_struct(cols.student)
+        own = dots_struct(dots_Krc[0]), tile_struct(student.tile, r, c), *weights
+        launch = sweep_launch("distill_gradient", self._defines, r, c, len(student.teachers), self._launcher.limits)
+        self._launcher.run(launch, (*own, tuple(structs), gradient_struct(gradient)))
         return gradient[:, :c]
 
     def sigmoid(
-        self,
-        dots_Krc: Tensor,
-        tile: Tile,
-        sums: SigmoidSums,
-        weights_r: Tensor | None,
-        teachers: Sequence[TeacherTile],
-        teacher_weights: Sequence[float],
+        self, dots_Krc: Tensor, student: StudentTile, sums: SigmoidSums, weights_r: Tensor | None
     ) -> Tensor | None:
         """Do what `TileBackend.distill_sigmoid` does, of these dots."""
         r, c = dots_Krc.shape[1:]
         row_parts = dots_Krc.new_empty(blocks_over(c, BLOCK), r, 3)
         col_max = dots_Krc.new_empty(blocks_over(r, BLOCK), c)
         structs: list[Scalar] = []
-        for k, (teacher, weight) in enumerate(zip(teachers, teacher_weights, strict=True)):
-            structs += [*_logits(dots_Krc, k, teacher), float(weight)]
+        for k, teacher in enumerate(student.teachers):
+            structs += [*_logits(dots_Krc, k, teacher), float(teacher.weight)]
 
         gradient = None if weights_r is None else self._gradient(dots_Krc)
-        student = dots_struct(dots_Krc[0]), tile_struct(tile, r, c), In(weights_r)
+        own = dots_struct(dots_Krc[0]), tile_struct(student.tile, r, c), In(weights_r)
         outputs = gradient_struct(gradient), Out(row_parts), Out(col_max)
-        launch = sweep_launch("distill_sigmoid", self._defines, r, c, len(teachers), self._launcher.limits)
-        self._launcher.run(launch, (*student, tuple(structs), *outputs))
+        launch = sweep_launch("distill_sigmoid", self._defines, r, c, len(student.teachers), self._launcher.limits)
+        self._launcher.run(launch, (*own, tuple(structs), *outputs))
         add_sigmoid_parts(sums, row_parts, col_max)
         return None if gradient is None else gradient[:, :c]
 
@@ -166,53 +135,22 @@ class DistillingTiles(TileBackend):
     _distillation: DistillationKernels
 
     @abstractmethod
-    def all_dots(
-        self, x_rD: Tensor, y_cD: Tensor, teachers: Sequence[TeacherTile], out_Krc: Tensor | None = None
-    ) -> Tensor:
+    def all_dots(self, student: StudentTile, out_Krc: Tensor | None = None) -> Tensor:
         """Return the student's dots and each teacher's, (1 + K, r, c), in out_Krc, or else in a scratch buffer."""
 
     @override
     def distill_stats(
-        self,
-        x_rD: Tensor,
-        y_cD: Tensor,
-        tile: Tile,
-        rows: OnlineLogSumExp,
-        cols: OnlineLogSumExp,
-        teachers: Sequence[TeacherTile],
-        teacher_rows: Sequence[OnlineExpectation],
-        teacher_cols: Sequence[OnlineExpectation],
-        cache_Krc: Tensor | None,
+        self, student: StudentTile, rows: SoftmaxStatistics, cols: SoftmaxStatistics, cache_Krc: Tensor | None
     ) -> None:
-        dots_Krc = self.all_dots(x_rD, y_cD, teachers, cache_Krc)
-        self._distillation.stats(dots_Krc, tile, rows, cols, teachers, teacher_rows, teacher_cols)
+        self._distillation.stats(self.all_dots(student, cache_Krc), student, rows, cols)
 
     @override
     def distill_grad(
-        self,
-        x_rD: Tensor,
-        y_cD: Tensor,
-        tile: Tile,
-        rows: SoftmaxWeights,
-        cols: SoftmaxWeights,
-        teachers: Sequence[TeacherTile],
-        teacher_rows: Sequence[SoftmaxWeights],
-        teacher_cols: Sequence[SoftmaxWeights],
-        cache_Krc: Tensor | None,
+        self, student: StudentTile, rows: PairWeights, cols: PairWeights, cache_Krc: Tensor | None
     ) -> Tensor:
-        dots_Krc = self.all_dots(x_rD, y_cD, teachers) if cache_Krc is None else cache_Krc
-        return self._distillation.gradient(dots_Krc, tile, rows, cols, teachers, teacher_rows, teacher_cols)
+        dots_Krc = self.all_dots(student) if cache_Krc is None else cache_Krc
+        return self._distillation.gradient(dots_Krc, student, rows, cols)
 
     @override
-    def distill_sigmoid(
-        self,
-        x_rD: Tensor,
-        y_cD: Tensor,
-        tile: Tile,
-        sums: SigmoidSums,
-        weights_r: Tensor | None,
-        teachers: Sequence[TeacherTile],
-        teacher_weights: Sequence[float],
-    ) -> Tensor | None:
-        dots_Krc = self.all_dots(x_rD, y_cD, teachers)
-        return self._distillation.sigmoid(dots_Krc, tile, sums, weights_r, teachers, teacher_weights)
+    def distill_sigmoid(self, student: StudentTile, sums: SigmoidSums, weights_r: Tensor | None) -> Tensor | None:
+        return self._distillation.sigmoid(self.all_dots(student), student, sums, weights_r)

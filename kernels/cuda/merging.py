@@ -5,7 +5,7 @@ from torch import Tensor
 
 from threetowers.kernels.cuda.arguments import In, Out
 from threetowers.kernels.cuda.launch import StreamLauncher, columns_launch
-from threetowers.kernels.tiles import OnlineExpectation, OnlineLogSumExp, SigmoidSums
+from threetowers.kernels.tiles.statistics import OnlineExpectation, OnlineLogSumExp, SigmoidSums
 
 
 def merge_parts(launcher: StreamLauncher, parts_pn2: Tensor, running: OnlineLogSumExp) -> None:

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from threetowers.kernels.cuda.arguments import Argument, In, Out
 from threetowers.kernels.cuda.launch import clipped_diagonal
-from threetowers.kernels.tiles import SoftmaxWeights, Tile
+from threetowers.kernels.tiles.statistics import SoftmaxWeights
+from threetowers.kernels.tiles.tile_backend import Tile
 
 
 def tile_struct(tile: Tile, rows: int, cols: int) -> Argument:

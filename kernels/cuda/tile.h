@@ -1,4 +1,4 @@
-// A tile of pairs (row i of x, column j of y), as described in kernels/tiles.py, and the losses of one logit.
+// A tile of pairs (row i of x, column j of y), as described in kernels/tiles/tile_backend.py, and the losses of one logit.
 // An excluded pair has logit -infinity everywhere: it adds nothing to a sum, a loss or a gradient.
 #pragma once
 #include "log_sum.h"

@@ -33,8 +33,8 @@ from threetowers.kernels.operator.owners import Owners
 from threetowers.kernels.operator.pair_state import PairState, TeacherState
 from threetowers.kernels.operator.sigmoid import SigmoidOutputs, sigmoid_forward
 from threetowers.kernels.operator.softmax import SoftmaxOutputs, TeacherOutputs, softmax_backward, softmax_forward
-from threetowers.kernels.tiles import LogitMap
-from threetowers.kernels.tiling import CachedTiles
+from threetowers.kernels.tiles.tile_backend import LogitMap
+from threetowers.kernels.tiles.tiling import CachedTiles
 from threetowers.kernels.validation import (
     check_owners,
     check_values,

@@ -9,7 +9,7 @@ from torch import Tensor
 from threetowers.kernels.distributed.rank_group import BatchLayout, RankGroup
 from threetowers.kernels.operator.exclusions import Exclusions
 from threetowers.kernels.operator.owners import Owners
-from threetowers.kernels.tiles import LogitMap, TileBackend, spans
+from threetowers.kernels.tiles.tile_backend import LogitMap, TileBackend, spans
 
 ROWS = 4096  # rows at once in the O(b D) loops below: bounds their temporaries
 

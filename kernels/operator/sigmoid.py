@@ -15,8 +15,10 @@ from torch import Tensor
 from threetowers.kernels.distributed.columns import ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.operator.pair_state import PairState, mean_losses, sample_totals
-from threetowers.kernels.tiles import LOG2E, SigmoidSums, soft_cross_entropy
-from threetowers.kernels.tiling import sigmoid_sums_and_gradients
+from threetowers.kernels.tiles.softplus import soft_cross_entropy
+from threetowers.kernels.tiles.statistics import SigmoidSums
+from threetowers.kernels.tiles.tile_backend import LOG2E
+from threetowers.kernels.tiles.tiling import sigmoid_sums_and_gradients
 
 
 class SigmoidOutputs(NamedTuple):

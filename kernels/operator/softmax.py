@@ -29,14 +29,16 @@ from threetowers.kernels.buffer_pool import buffer_pool
 from threetowers.kernels.distributed.columns import ColumnBlock, ColumnExchange
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.operator.pair_state import PairState, mean_losses, sample_totals
-from threetowers.kernels.tiles import LOG2E, OnlineExpectation, OnlineLogSumExp, SoftmaxWeights, softplus
-from threetowers.kernels.tiling import (
-    CachedTiles,
+from threetowers.kernels.tiles.softplus import softplus
+from threetowers.kernels.tiles.statistics import (
+    OnlineExpectation,
+    OnlineLogSumExp,
     PairWeights,
     SoftmaxStatistics,
-    softmax_gradients,
-    softmax_statistics,
+    SoftmaxWeights,
 )
+from threetowers.kernels.tiles.tile_backend import LOG2E
+from threetowers.kernels.tiles.tiling import CachedTiles, softmax_gradients, softmax_statistics
 
 
 class SoftmaxOutputs(NamedTuple):
@@ -70,8 +72,8 @@ def softmax_forward(
     Collectives: the exchange of columns, two for the columns' statistics, one for totals.
     """
     # All tiles: log-sum-exps of the negatives, by row and by column.
-    rows_b = [SoftmaxStatistics.empty(pair, len(pair.x_bD)) for pair in pairs]
-    cols_B = [SoftmaxStatistics.empty(pair, pair.column_layout.total) for pair in pairs]
+    rows_b = [_empty_statistics(pair, len(pair.x_bD)) for pair in pairs]
+    cols_B = [_empty_statistics(pair, pair.column_layout.total) for pair in pairs]
     cache_n = _allocate_caches(pairs, exchange, logit_cache_bytes)
     caches = [CachedTiles(flat_n, 1 + len(pair.teachers)) for flat_n, pair in zip(cache_n, pairs, strict=True)]
     for block in exchange.blocks():
@@ -129,6 +131,11 @@ def softmax_forward(
         for of_rows, of_cols in zip(row_weights.teachers, col_weights.teachers, strict=True):
             teachers.append(TeacherOutputs(of_rows.shift_n, of_rows.factor_n, of_cols.shift_n, of_cols.factor_n))
     return outputs, teachers
+
+
+def _empty_statistics(pair: PairState, n: int) -> SoftmaxStatistics:
+    """Return those of n rows or columns of a pair that have met nothing yet."""
+    return SoftmaxStatistics.empty(n, len(pair.teachers), pair.x_bD, pair.backend.dtype)
 
 
 def _allocate_caches(pairs: Sequence[PairState], exchange: ColumnExchange, budget_bytes: int) -> list[Tensor]:

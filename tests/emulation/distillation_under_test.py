@@ -20,15 +20,9 @@ from tiles_under_test import (
 )
 from torch import Tensor
 
-from threetowers.kernels.tiles import (
-    OnlineExpectation,
-    OnlineLogSumExp,
-    SigmoidSums,
-    SoftmaxWeights,
-    TeacherTile,
-    TileBackend,
-    TorchTiles,
-)
+from threetowers.kernels.tiles.statistics import OnlineExpectation, PairWeights, SigmoidSums, SoftmaxStatistics
+from threetowers.kernels.tiles.tile_backend import StudentTile, TeacherTile, TileBackend
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 BIASES = (-3.0, -1.0, -5.0, 1.0)  # of the sigmoid: the student's, and its teachers'
 
@@ -48,41 +42,24 @@ class DistillationCase:
             replace(self.student, width=width, scale=scale) for width, scale in zip(self.widths, scales, strict=False)
         ]
 
-    def teacher_tiles(self, backend: TileBackend, element: torch.dtype, biased: bool) -> list[TeacherTile]:
-        """Return the teachers' tiles as the back end takes them."""
-        tiles = []
-        for case, bias in zip(self.teachers, BIASES[1:], strict=False):
+    def tile(self, backend: TileBackend, element: torch.dtype, biased: bool) -> StudentTile:
+        """Return the tile as the back end takes it; the teachers' weights are different, and 0.9 in all."""
+        parts = range(1, 1 + len(self.widths))
+        teachers = []
+        for case, bias, part in zip(self.teachers, BIASES[1:], parts, strict=False):
             u_rE, v_cE = (backend.features(z_nE) for z_nE in case.features(element))
-            tiles.append(TeacherTile(u_rE, v_cE, case.tile(backend.dtype, bias if biased else 0.0)))
-        return tiles
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What forward finds of the rows, or columns, of a tile."""
-
-    student: OnlineLogSumExp
-    teachers: list[OnlineExpectation]
-
-    @classmethod
-    def empty(cls, n: int, teachers: int, dtype: torch.dtype) -> "Statistics":
-        like = torch.empty(0)
-        expectations = [OnlineExpectation.empty(n, like, dtype) for _ in range(teachers)]
-        return cls(OnlineLogSumExp.empty(n, like, dtype), expectations)
-
-    def weights(self) -> tuple[SoftmaxWeights, list[SoftmaxWeights]]:
-        """Return softmax weights as the loss would compute them; the teachers share 0.9 of the target."""
-        share = 0.9 / len(self.teachers)
-        parts = [varied_weights(part.max_n, part.sum_n, share) for part in self.teachers]
-        return varied_weights(self.student.max_n, self.student.sum_n), parts
+            tile = case.tile(backend.dtype, bias if biased else 0.0)
+            teachers.append(TeacherTile(u_rE, v_cE, tile, 0.9 * part / sum(parts)))
+        x_rD, y_cD = (backend.features(z_nD) for z_nD in self.student.features(element))
+        return StudentTile(x_rD, y_cD, self.student.tile(backend.dtype, BIASES[0] if biased else 0.0), teachers)
 
 
 @dataclass(frozen=True)
 class Answers:
     """Everything that a back end computes of one tile."""
 
-    rows: Statistics
-    cols: Statistics
+    rows: SoftmaxStatistics
+    cols: SoftmaxStatistics
     cached_Krc: Tensor
     grad_rc: Tensor
     grad_from_cached_rc: Tensor
@@ -101,45 +78,38 @@ class Answers:
 
 def statistics_call(
     backend: TileBackend, case: DistillationCase, element: torch.dtype
-) -> tuple[Statistics, Statistics, Callable[[Tensor | None], None]]:
+) -> tuple[SoftmaxStatistics, SoftmaxStatistics, Callable[[Tensor | None], None]]:
     """Return empty statistics of rows and of columns, and `distill_stats` with all but its cache, merging into them."""
-    student = case.student
-    x_rD, y_cD = (backend.features(z_nD) for z_nD in student.features(element))
-    teachers = case.teacher_tiles(backend, element, biased=False)
-    rows, cols = (Statistics.empty(n, len(teachers), backend.dtype) for n in (student.rows, student.cols))
-    own = x_rD, y_cD, student.tile(backend.dtype), rows.student, cols.student
+    student = case.tile(backend, element, biased=False)
+    sides = (case.student.rows, case.student.cols)
+    rows, cols = (SoftmaxStatistics.empty(n, len(case.widths), torch.empty(0), backend.dtype) for n in sides)
+    return rows, cols, lambda cache_Krc: backend.distill_stats(student, rows, cols, cache_Krc)
 
-    def add(cache_Krc: Tensor | None) -> None:
-        backend.distill_stats(*own, teachers, rows.teachers, cols.teachers, cache_Krc)
 
-    return rows, cols, add
+def weights_of(side: SoftmaxStatistics, dtype: torch.dtype) -> PairWeights:
+    """Return softmax weights as the loss would compute them; the teachers share 0.9 of the target."""
+    share = 0.9 / len(side.teachers)
+    teachers = [rounded(varied_weights(part.max_n, part.sum_n, share), dtype) for part in side.teachers]
+    return PairWeights(rounded(varied_weights(side.student.max_n, side.student.sum_n), dtype), teachers)
 
 
 def gradient_call(
     backend: TileBackend, case: DistillationCase, element: torch.dtype
 ) -> Callable[[Tensor | None], Tensor]:
     """Return `distill_grad` with all but its cache, with weights of the true statistics."""
-    student, dtype = case.student, backend.dtype
     rows, cols, add = statistics_call(TorchTiles(torch.float64), case, element)
     add(None)
-    sides, teacher_sides = zip(rows.weights(), cols.weights(), strict=True)
-    x_rD, y_cD = (backend.features(z_nD) for z_nD in student.features(element))
-    own = x_rD, y_cD, student.tile(dtype), *(rounded(weights, dtype) for weights in sides)
-    theirs = [[rounded(weights, dtype) for weights in side] for side in teacher_sides]
-    teachers = case.teacher_tiles(backend, element, biased=False)
-    return lambda cache_Krc: backend.distill_grad(*own, teachers, *theirs, cache_Krc)
+    weights = [weights_of(side, backend.dtype) for side in (rows, cols)]
+    student = case.tile(backend, element, biased=False)
+    return lambda cache_Krc: backend.distill_grad(student, *weights, cache_Krc)
 
 
 def sigmoid_call(
     backend: TileBackend, case: DistillationCase, element: torch.dtype, sums: SigmoidSums
 ) -> Callable[[Tensor | None], Tensor | None]:
     """Return `distill_sigmoid` with all but the weights of rows."""
-    student = case.student
-    x_rD, y_cD = (backend.features(z_nD) for z_nD in student.features(element))
-    own = x_rD, y_cD, student.tile(backend.dtype, BIASES[0]), sums
-    teachers = case.teacher_tiles(backend, element, biased=True)
-    shares = [0.9 * share / sum(range(1, len(teachers) + 1)) for share in range(1, len(teachers) + 1)]
-    return lambda weights_r: backend.distill_sigmoid(*own, weights_r, teachers, shares)
+    student = case.tile(backend, element, biased=True)
+    return lambda weights_r: backend.distill_sigmoid(student, sums, weights_r)
 
 
 def answers(backend: TileBackend, case: DistillationCase, element: torch.dtype) -> Answers:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from threetowers.kernels import Teacher, distillation_loss, reference_distillation_loss
 from threetowers.kernels.cuda.block_shape import LIBRARY, NARROW, WIDE
-from threetowers.kernels.tiles import TorchTiles
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 ELEMENTS = [torch.bfloat16, torch.float16, torch.float32]
 RACES = Schedule(False, False, True, 0)

@@ -10,7 +10,7 @@ from distillation_under_test import Answers, DistillationCase, answers, check
 from emulator import EmulationError, Emulator, Mutation, Schedule
 from tiles_under_test import Case, emulated
 
-from threetowers.kernels.tiles import TorchTiles
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 CASE = DistillationCase(Case(70, 131, 24, diagonal=1, labels=True), (40, 9))  # several blocks, the last ones ragged
 RACES = Schedule(False, False, True, 1)

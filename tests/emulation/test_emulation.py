@@ -12,7 +12,7 @@ from tiles_under_test import Answers, Case, answers, check, emulated
 
 from threetowers.kernels import contrastive_loss, reference_contrastive_loss
 from threetowers.kernels.cuda.block_shape import LIBRARY, NARROW, WIDE
-from threetowers.kernels.tiles import TorchTiles
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 ELEMENTS = [torch.bfloat16, torch.float16, torch.float32]
 RACES = Schedule(False, False, True, 0)

@@ -15,7 +15,7 @@ from emulator import EmulationError, Emulator, Mutation, Schedule
 from tiles_under_test import Answers, Case, answers, check, emulated
 
 from threetowers.kernels.cuda.block_shape import LIBRARY, NARROW, TILES, WIDE
-from threetowers.kernels.tiles import TorchTiles
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 CASE = Case(140, 262, 104, diagonal=1, labels=True)  # several blocks and slices, the last ones ragged
 LIMITED = Case(70, 131, 40, diagonal=1, limits=True)

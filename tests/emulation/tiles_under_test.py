@@ -9,16 +9,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from threetowers.kernels.cuda.cuda_tiles import GAIN, DenseTiles, TensorCoreTiles, tensor_core_tiles
-from threetowers.kernels.tiles import (
-    LogitMap,
-    OnlineExpectation,
-    OnlineLogSumExp,
-    SigmoidSums,
-    SoftmaxWeights,
-    Tile,
-    TileBackend,
-    TorchTiles,
-)
+from threetowers.kernels.tiles.statistics import OnlineExpectation, OnlineLogSumExp, SigmoidSums, SoftmaxWeights
+from threetowers.kernels.tiles.tile_backend import LogitMap, Tile, TileBackend
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 LogSums = OnlineLogSumExp | OnlineExpectation
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}

@@ -12,7 +12,7 @@ import torch
 from tests.gpu.steps.kernel_tiles import ELEMENTS, Case, DistillationCase, answers
 from tests.gpu.tile_shapes import TILE_SHAPES, tile_shape
 from threetowers.kernels.backends import backend_for
-from threetowers.kernels.tiles import OnlineLogSumExp
+from threetowers.kernels.tiles.statistics import OnlineLogSumExp
 
 CASES = [
     Case(1, 1, 8),

@@ -8,7 +8,8 @@ import torch
 
 from threetowers.kernels.cpu import CpuTiles, sweep_library
 from threetowers.kernels.operator import operators
-from threetowers.kernels.tiles import TileBackend, TorchTiles
+from threetowers.kernels.tiles.tile_backend import TileBackend
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 BackendFor = Callable[[torch.Tensor], TileBackend]
 

@@ -28,7 +28,7 @@ from threetowers.kernels import (
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.operator import operators
-from threetowers.kernels.tiles import TileBackend
+from threetowers.kernels.tiles.tile_backend import TileBackend
 
 SIZES = {1: [9], 2: [70, 33], 3: [40, 0, 90], 4: [60, 13, 1, 5]}  # uneven, one of them empty
 WIDTH = 12

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from threetowers.kernels import Pair, contrastive_loss, contrastive_losses, reference_contrastive_loss
 from threetowers.kernels.operator import operators
-from threetowers.kernels.tiles import TorchTiles
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 KINDS = ["softmax", "sigmoid"]
 

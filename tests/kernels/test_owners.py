@@ -23,7 +23,7 @@ from threetowers.kernels import (
 )
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.operator import operators
-from threetowers.kernels.tiles import TileBackend
+from threetowers.kernels.tiles.tile_backend import TileBackend
 
 KINDS: list[LossKind] = ["softmax", "sigmoid"]
 WIDTH = 7

@@ -18,7 +18,7 @@ from tests.kernels.python_calls import ROOM, python_calls
 from threetowers.kernels import Pair, contrastive_losses
 from threetowers.kernels.distributed.rank_group import RankGroup
 from threetowers.kernels.operator import operators
-from threetowers.kernels.tiles import TorchTiles
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 KINDS = ["softmax", "sigmoid"]
 Log = list[str]

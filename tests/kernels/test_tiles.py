@@ -9,15 +9,9 @@ import torch
 from threetowers.kernels.backends import backend_for
 from threetowers.kernels.cpu import CpuTiles, library, sweep_library
 from threetowers.kernels.cpu.cpu_tiles import best_isa
-from threetowers.kernels.tiles import (
-    LOG2E,
-    LogitMap,
-    OnlineLogSumExp,
-    SigmoidSums,
-    SoftmaxWeights,
-    Tile,
-    TorchTiles,
-)
+from threetowers.kernels.tiles.statistics import OnlineLogSumExp, SigmoidSums, SoftmaxWeights
+from threetowers.kernels.tiles.tile_backend import LOG2E, LogitMap, Tile
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 SHAPES = [(1, 1), (3, 17), (33, 15), (70, 1029), (129, 64)]
 

@@ -9,7 +9,8 @@ import torch
 from tests.gpu.setting import Setting
 from tests.gpu.tile_shapes import TILE_SHAPES, tile_shape
 from threetowers.kernels.backends import backend_for
-from threetowers.kernels.tiles import TileBackend, TorchTiles
+from threetowers.kernels.tiles.tile_backend import TileBackend
+from threetowers.kernels.tiles.torch_tiles import TorchTiles
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "emulation"))
 

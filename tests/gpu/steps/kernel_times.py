@@ -20,7 +20,8 @@ from tests.gpu.steps.kernel_tiles import (
 from tests.gpu.tile_shapes import TILE_SHAPES, tile_shape
 from tests.gpu.timing import gpu_microseconds, host_microseconds
 from threetowers.kernels.backends import backend_for
-from threetowers.kernels.tiles import OnlineLogSumExp, TileBackend
+from threetowers.kernels.tiles.statistics import OnlineLogSumExp
+from threetowers.kernels.tiles.tile_backend import TileBackend
 
 BIG = 10**9  # a diagonal outside of the tile
 TILES = [

@@ -2,22 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 from torch import Tensor
 
 from threetowers.kernels.distributed.columns import ColumnBlock
 from threetowers.kernels.operator.pair_state import PairState
-from threetowers.kernels.tiles import (
-    OnlineExpectation,
-    OnlineLogSumExp,
-    SigmoidSums,
-    SoftmaxWeights,
-    TeacherTile,
-    Tile,
-    TileBackend,
-    spans,
-)
+from threetowers.kernels.tiles.statistics import PairWeights, SigmoidSums, SoftmaxStatistics
+from threetowers.kernels.tiles.tile_backend import StudentTile, TeacherTile, Tile, TileBackend, spans
 
 
 class CachedTiles:
@@ -74,14 +65,11 @@ class CachedTiles:
 
 @dataclass(frozen=True, slots=True)
 class PlacedTile:
-    """A tile with its rows (counted within x_bD), its columns (within the block), and the features of both."""
+    """A tile, its rows (counted within x_bD) and its columns (within the block)."""
 
     i: slice
     j: slice
-    x_rD: Tensor
-    y_cD: Tensor
-    tile: Tile
-    teachers: list[TeacherTile]
+    student: StudentTile
 
 
 def iter_tiles(
@@ -109,45 +97,14 @@ def iter_tiles(
                 col_limits_c=_part(pair.exclusions.col_limits_B, global_j),
             )
             teachers = [
-                TeacherTile(u_rE, features(v_sE[j]), replace(tile, logit_map=teacher.logit_map))
+                TeacherTile(u_rE, features(v_sE[j]), replace(tile, logit_map=teacher.logit_map), teacher.weight)
                 for teacher, u_rE, v_sE in zip(pair.teachers, u_KrE, block.teachers_sE, strict=True)
             ]
-            yield PlacedTile(i, j, x_rD, y_cD, tile, teachers)
+            yield PlacedTile(i, j, StudentTile(x_rD, y_cD, tile, teachers))
 
 
 def _part(vector_n: Tensor | None, positions: slice) -> Tensor | None:
     return None if vector_n is None else vector_n[positions]
-
-
-@dataclass(frozen=True, slots=True)
-class SoftmaxStatistics:
-    """The running statistics of one pair's rows, or columns: the student's negatives, and each teacher's."""
-
-    student: OnlineLogSumExp
-    teachers: list[OnlineExpectation]
-
-    @classmethod
-    def empty(cls, pair: PairState, n: int) -> Self:
-        """Return those of n rows or columns that have met nothing yet."""
-        like, dtype = pair.x_bD, pair.backend.dtype
-        teachers = [OnlineExpectation.empty(n, like, dtype) for _ in pair.teachers]
-        return cls(OnlineLogSumExp.empty(n, like, dtype), teachers)
-
-    def part(self, positions: slice) -> Self:
-        """Return a view of those at these positions."""
-        return type(self)(self.student.part(positions), [part.part(positions) for part in self.teachers])
-
-
-@dataclass(frozen=True, slots=True)
-class PairWeights:
-    """The softmaxes along one pair's rows, or columns: the student's, and each teacher's."""
-
-    student: SoftmaxWeights
-    teachers: list[SoftmaxWeights]
-
-    def part(self, positions: slice) -> Self:
-        """Return a view of those at these positions."""
-        return type(self)(self.student.part(positions), [part.part(positions) for part in self.teachers])
 
 
 def softmax_statistics(
@@ -163,7 +120,7 @@ def softmax_statistics(
     batch = len(pair.x_bD)
     cached = cache.rows_with_tiles(batch, len(block.y_sD), backend)
     for placed in iter_tiles(pair, block, slice(0, cached), backend.rows, backend.cols):
-        cache_Krc = cache.take(len(placed.x_rD), len(placed.y_cD))
+        cache_Krc = cache.take(len(placed.student.x_rD), len(placed.student.y_cD))
         _tile_statistics(backend, placed, rows_b, cols_s, cache_Krc)
     for placed in iter_tiles(pair, block, slice(cached, batch), *_most_for_statistics(pair)):
         _tile_statistics(backend, placed, rows_b, cols_s, None)
@@ -182,12 +139,12 @@ def _tile_statistics(
     cols_s: SoftmaxStatistics,
     cache_Krc: Tensor | None,
 ) -> None:
-    rows, cols = rows_b.part(placed.i), cols_s.part(placed.j)
-    student = placed.x_rD, placed.y_cD, placed.tile, rows.student, cols.student
-    if placed.teachers:
-        backend.distill_stats(*student, placed.teachers, rows.teachers, cols.teachers, cache_Krc)
+    student, rows, cols = placed.student, rows_b.part(placed.i), cols_s.part(placed.j)
+    if student.teachers:
+        backend.distill_stats(student, rows, cols, cache_Krc)
     else:
-        backend.stats(*student, None if cache_Krc is None else cache_Krc[0])
+        cache_rc = None if cache_Krc is None else cache_Krc[0]
+        backend.stats(student.x_rD, student.y_cD, student.tile, rows.student, cols.student, cache_rc)
 
 
 def softmax_gradients(
@@ -207,23 +164,28 @@ def softmax_gradients(
     cols_s = cols_B.part(block.positions)
     all_rows = slice(0, len(pair.x_bD))
     for placed in iter_tiles(pair, block, all_rows, backend.rows, backend.cols):
-        cache_Krc = cache.take(len(placed.x_rD), len(placed.y_cD))
-        rows, cols = rows_b.part(placed.i), cols_s.part(placed.j)
-        student = placed.x_rD, placed.y_cD, placed.tile, rows.student, cols.student
-        if placed.teachers:
-            grad_rc = backend.distill_grad(*student, placed.teachers, rows.teachers, cols.teachers, cache_Krc)
-        else:
-            grad_rc = backend.softmax_grad(*student, None if cache_Krc is None else cache_Krc[0])
+        cache_Krc = cache.take(len(placed.student.x_rD), len(placed.student.y_cD))
+        grad_rc = _tile_gradient(backend, placed, rows_b, cols_s, cache_Krc)
         _add_products(backend, placed, grad_rc, dx_bD, dy_sD)
+
+
+def _tile_gradient(
+    backend: TileBackend, placed: PlacedTile, rows_b: PairWeights, cols_s: PairWeights, cache_Krc: Tensor | None
+) -> Tensor:
+    student, rows, cols = placed.student, rows_b.part(placed.i), cols_s.part(placed.j)
+    if student.teachers:
+        return backend.distill_grad(student, rows, cols, cache_Krc)
+    cache_rc = None if cache_Krc is None else cache_Krc[0]
+    return backend.softmax_grad(student.x_rD, student.y_cD, student.tile, rows.student, cols.student, cache_rc)
 
 
 def _add_products(
     backend: TileBackend, placed: PlacedTile, grad_rc: Tensor, dx_bD: Tensor | None, dy_sD: Tensor | None
 ) -> None:
     if dx_bD is not None:
-        backend.add_rows(dx_bD[placed.i], grad_rc, placed.y_cD)
+        backend.add_rows(dx_bD[placed.i], grad_rc, placed.student.y_cD)
     if dy_sD is not None:
-        backend.add_cols(dy_sD[placed.j], grad_rc, placed.x_rD)
+        backend.add_cols(dy_sD[placed.j], grad_rc, placed.student.x_rD)
 
 
 def sigmoid_sums_and_gradients(
@@ -241,15 +203,14 @@ def sigmoid_sums_and_gradients(
     backend = pair.backend
     col_max_s = sums.col_max_c[block.positions]
     largest = _most_for_statistics(pair) if weights_b is None else (backend.rows, backend.cols)
-    teacher_weights = [teacher.weight for teacher in pair.teachers]
     for placed in iter_tiles(pair, block, slice(0, len(pair.x_bD)), *largest):
         i, j = placed.i, placed.j
         part = SigmoidSums(sums.loss_r[i], sums.prob_r[i], sums.row_max_r[i], col_max_s[j])
         weights_r = None if weights_b is None else weights_b[i]
-        student = placed.x_rD, placed.y_cD, placed.tile, part, weights_r
-        if placed.teachers:
-            grad_rc = backend.distill_sigmoid(*student, placed.teachers, teacher_weights)
+        student = placed.student
+        if student.teachers:
+            grad_rc = backend.distill_sigmoid(student, part, weights_r)
         else:
-            grad_rc = backend.sigmoid(*student)
+            grad_rc = backend.sigmoid(student.x_rD, student.y_cD, student.tile, part, weights_r)
         if grad_rc is not None:
             _add_products(backend, placed, grad_rc, dx_bD, dy_sD)
