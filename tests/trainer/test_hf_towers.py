@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.cache.tiny_transformers import word_tokenizer
 from tests.trainer.small_models import inputs_of, model_of
 from tests.trainer.test_config import THREE, changed
 from threetowers.cache.encoders.huggingface.architecture import (
@@ -24,6 +26,7 @@ from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import END
 from threetowers.trainer.config import dump, parse
 from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.loss import total_loss
+from threetowers.trainer.model.initial.vocabularies import other_vocabularies
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.towers.hf_tower import resolve_hf_towers
 from threetowers.trainer.optimizer.optimizer import build_optimizer, rate_factors
@@ -169,7 +172,9 @@ def test_the_layers_of_families() -> None:
         assert layers.numbers.keys() == dict(model.towers[of].named_parameters()).keys()
         assert set(layers.numbers.values()) >= set(range(blocks + 1))
     shared = {"model_type": "albert", "embedding_size": 8} | WORDS
-    with pytest.raises(ValueError, match=r"towers\.text\.layer_decay: AlbertModel has no series of .* leave it out"):
+    with pytest.raises(
+        ValueError, match=r"towers\.text\.layer_decay: AlbertModel has no series of blocks; leave it out"
+    ):
         rate_factors(
             (model := model_of(changed("towers.text", tower("text", "bert") | {"config": shared, "layer_decay": 0.5}))),
             model.config.optim,
@@ -307,3 +312,46 @@ def test_the_pooling_of_sentence_transformers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(ValueError, match="pools by pooling_mode_max_tokens; name another way by `pool`"):
         stated_pooling(ModelFiles(str(tmp_path)))
+
+
+@pytest.mark.parametrize(("family", "free"), [("bert", 0), ("roberta", 2), ("distilbert", 0)])
+def test_learned_positions_are_resampled(family: str, free: int, tmp_path: Path) -> None:
+    """To a config with more of them, linearly as in open_clip; rows that RoBERTa leaves free stay."""
+    saved(tmp_path / "text", "text", family)
+    keys = {"model": str(tmp_path / "text"), "init": "pretrained"}
+    changes = {"max_position_embeddings": TEXT[family].get("max_position_embeddings", 512) + 7}
+    model = model_of(changed("towers.text", {"kind": "hf", "of": "text", "config": changes, **keys}))
+    name = "model.embeddings.position_embeddings.weight"
+    before = load_file(tmp_path / "text" / "model.safetensors")[name.removeprefix("model.")]
+    (note,) = model.load_initial_weights()
+    assert re.search(rf"towers\.text\.init: resampled {name} from {len(before)} x 16 to {len(before) + 7} x 16", note)
+    after = model.towers["text"].get_parameter(name)
+    assert after[:free].equal(before[:free])
+    places = (torch.arange(len(after) - free).double() + 0.5) * (len(before) - free) / (len(after) - free) - 0.5
+    low = places.clamp(0, len(before) - free - 1).floor().long()
+    share = (places.clamp(0) - low)[:, None].float()
+    high = (low + 1).clamp(max=len(before) - free - 1)
+    torch.testing.assert_close(
+        after[free:].detach(), before[free:][low] * (1 - share) + before[free:][high] * share, rtol=0, atol=1e-5
+    )
+
+
+def test_weights_of_another_depth_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "text", "text", "bert")
+    keys = {"model": str(tmp_path / "text"), "init": "pretrained", "config": {"num_hidden_layers": 1}}
+    model = model_of(changed("towers.text", {"kind": "hf", "of": "text", **keys}))
+    with pytest.raises(ValueError, match=r"towers\.text\.init: .*encoder\.layer: 2 found, 1 expected"):
+        model.load_initial_weights()
+
+
+def test_weights_on_another_tokenizer_are_told(tmp_path: Path) -> None:
+    for name, words in (("one", "a b c"), ("two", "a b d")):
+        saved(tmp_path / name, "text", "bert")
+        tokenizer = word_tokenizer()
+        tokenizer.add_tokens(words.split())
+        tokenizer.save_pretrained(tmp_path / name)
+    tree = changed("towers.text", tower("text", "bert", init="pretrained", model=str(tmp_path / "one")))
+    own, other = (load_named_tokenizer(f"hf:{tmp_path / name}") for name in ("one", "two"))
+    assert list(other_vocabularies(parse(tree), own)) == []
+    (warning,) = other_vocabularies(parse(tree), other)
+    assert re.search(r"towers\.text\.init: .*one was trained on another tokenizer than hf:.*two: the ids", warning)

@@ -104,6 +104,13 @@ def test_cached_text_becomes_a_graph_of_its_rows(
     assert not (tmp_path / "export/tokenizer.json").exists()
 
 
+def test_a_decoder_of_transformers_becomes_a_graph(clip: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {"model_type": "llama", "vocab_size": 512, "num_key_value_heads": 1} | sizes
+    clip["towers"]["text"] = {"kind": "hf", "of": "text", "config": text}
+    compare(finished_run(clip), tmp_path / "export")
+
+
 def test_shared_and_specialised_towers(clip: dict[str, Any], tmp_path: Path) -> None:
     text = TEXT | {"width": 32, "depth": 3, "share": {"tower": "image"}}
     clip["towers"] = {"image": SPECIALIZED, "text": text}

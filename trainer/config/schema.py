@@ -106,8 +106,9 @@ class Data:
 
     tokenizer: str | None = None
     """A SentencePiece model (.model; `threetowers tokenizer train` writes one), `hf:FOLDER_OR_FILE` (a tokenizer.json
-    of transformers, extra `hf`), or `open_clip:NAME` (that of a model of open_clip, as `open_clip:ViT-B-32` for CLIP's;
-    extra `open_clip`). null in a run without a text tower of its own."""
+    of transformers, or `hf:package:NAME` for that in a pip package; extra `hf`), or `open_clip:NAME` (that of a model
+    of open_clip, as `open_clip:ViT-B-32` for CLIP's; extra `open_clip`). null in a run without a text tower of its
+    own."""
     image_size: PositiveInt | None = None
     """Side of the square image that the image towers see, in pixels; null in a run without an image tower of its
     own."""

@@ -114,8 +114,11 @@ def build_architecture(config: Any, of: Side) -> Any:
     return model
 
 
-def pretrained_state(model: str, config: Any) -> dict[str, Any]:
-    """Return the weights of a model's files, by name, for the side that a config is of. Raises ValueError."""
+def pretrained_state(model: str, of: Side) -> dict[str, Any]:
+    """Return the weights in a model's files, by name, of one side of it. Raises ValueError if they cannot be loaded."""
+    require("transformers", KIND, KIND)
+    config = _config_of_files(model, {}, of)
+    config.architectures = None
     return dict(load_pretrained(model_files(model), config).state_dict())
 
 

@@ -146,6 +146,6 @@ def pool_text(outputs: TextOutputs, mask_bL: Tensor, feature: str) -> Tensor:
     if feature == "cls":
         return states_bLD[:, 0]
     if feature == "last":
-        return states_bLD[torch.arange(len(states_bLD), device=states_bLD.device), mask_bL.sum(1) - 1]
+        return states_bLD[torch.arange(states_bLD.shape[0], device=states_bLD.device), mask_bL.sum(1) - 1]
     weights_bL1 = mask_bL[..., None].to(states_bLD.dtype)
     return (states_bLD * weights_bL1).sum(1) / weights_bL1.sum(1)

@@ -85,7 +85,7 @@ def _hf_weights(tower: Any, config: HfTower, init: str) -> dict[str, Tensor]:
     statistics: dict[str, Tensor] = {}
     if init == "pretrained" or init.startswith(PACKAGE):
         source = init if config.model is None or init.startswith(PACKAGE) else config.model
-        state = pretrained_state(source, tower.architecture)
+        state = pretrained_state(source, config.of)
         if config.of == "image":
             values = zip(("mean", "std"), pixel_statistics(source), strict=True)
             statistics = {name: torch.tensor(three).view(1, 3, 1, 1) for name, three in values}

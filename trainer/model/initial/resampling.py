@@ -15,6 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
+from threetowers.cache.encoders.huggingface.tokenizer import POSITION_TABLES
 from threetowers.cache.encoders.openclip.model_config import read_open_clip_config
 from threetowers.trainer.config import HfTower, ImageTower, OpenClipTower, TextTower, WeightedTower
 
@@ -48,7 +49,7 @@ def fit_to_tower(tower: Any, config: WeightedTower, state: Mapping[str, Tensor])
     elif isinstance(config, OpenClipTower):
         resampled = _open_clip_positions(tower, config, state, expected, other)
     elif isinstance(config, HfTower):
-        resampled = {}  # its sizes are those of its config
+        resampled = _hf_positions(tower, state, expected, other)
     elif config.specialize is not None:
         resampled = _specialized_positions(tower, state, expected, other)
     else:
@@ -122,6 +123,24 @@ def _open_clip_trunk(
     source.set_input_size(tower.image_size)
     resized = source.state_dict()
     return {name: resized[name] for name in other}
+
+
+def _hf_positions(
+    tower: Any, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], other: list[str]
+) -> dict[str, Tensor]:
+    """Return the learned positions of a text model of transformers whose config has another number of them.
+
+    RoBERTa and its like leave the first rows of the table free, which stay. Rotary positions have no table.
+    """
+    name = other[0]
+    path = name.removesuffix(".weight")
+    if len(other) != 1 or path.rpartition(".")[2] not in POSITION_TABLES or state[name].shape[1:] != expected[name][1:]:
+        return {}
+    free = tower.get_submodule(path).padding_idx
+    first = 0 if free is None else free + 1
+    table_Lw = state[name].float()
+    words_1wL = F.interpolate(table_Lw[first:].T[None], size=expected[name][0] - first, mode="linear")
+    return {name: torch.cat([table_Lw[:first], words_1wL[0].T]).to(state[name].dtype)}
 
 
 def _specialized_positions(

@@ -53,9 +53,7 @@ class HfModelTower(nn.Module):
         """Return the tower's layers, by the order of its parameters. Raises ValueError for a model without blocks."""
         blocks = self.blocks
         if not blocks:
-            raise ValueError(
-                f"{type(self.model).__name__} has no series of {TYPE} {self.architecture.model_type} blocks"
-            )
+            raise ValueError(f"{type(self.model).__name__} has no series of blocks")
         path = next(path for path, module in self.named_modules() if module is blocks)
         numbers: dict[str, int] = {}
         reached = 0
