@@ -226,6 +226,7 @@ def _nameless(folder: Path) -> str:
             _nameless,
             r"nameless\.json: found no end token, expected an eos_token or a sep_token: name it in tokenizer_c",
         ),
+        (lambda folder: f"open_clip:{folder}/nowhere", r"nowhere: no such folder; name one that a model was saved to"),
         (lambda folder: "open_clip:ViT-Z-99", "open_clip:ViT-Z-99: found no such model in open_clip, expected one of"),
     ],
 )

@@ -40,6 +40,11 @@ def shrunk(config: TrainConfig) -> TrainConfig:
             tower |= {"width": WIDTH, "depth": 6 if tower["share"] else 1, "heads": 2, "mlp_ratio": 4.0}
             if tower["share"] and tower["share"]["blocks"]:
                 tower["share"]["blocks"] = 3
+        elif tower["kind"] == "open_clip":
+            sizes = {"width": WIDTH, "layers": 1}
+            vision, text = {"patch_size": 8, "head_width": 16} | sizes, {"heads": 2} | sizes
+            changes = {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}
+            tower |= {"model": "ViT-B-32", "args": changes, "trainable_blocks": tower["trainable_blocks"] and 1}
         elif tower["kind"] == "hf":
             sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 2}
             tower["config"] = {"model_type": "bert", "vocab_size": VOCAB} | sizes

@@ -35,6 +35,8 @@ SMALL = ["duration={steps: 7}", "data.vocab_size=4096"]  # what the small ones r
 MILLIONS = {  # parameters: of OpenAI's released shapes, and of the authors' released MS-CLIP models
     ("papers/clip.yaml", None): 151.3,
     ("papers/clip.yaml", "B16"): 149.6,
+    ("papers/clip-finetune.yaml", None): 151.3,
+    ("papers/siglip-finetune.yaml", None): 203.2,
     ("papers/ms-clip.yaml", None): 126.3,
     ("papers/ms-clip.yaml", "attention-only"): 183.0,
     ("papers/ms-clip.yaml", "mlp-only"): 154.6,

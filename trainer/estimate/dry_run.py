@@ -48,7 +48,8 @@ def dry_run(config: TrainConfig, world_size: int = 1) -> list[str]:
     deepspeed_config(config, world_size)
     model = meta_model(config, vocab_size, teachers)
     parameter_groups(model, config.optim)
-    return run_summary(world_size, torch.device("meta"), model, teachers, stats, steps)
+    lines = run_summary(world_size, torch.device("meta"), model, teachers, stats, steps)
+    return lines if config.init is None else [*lines, f"init: {config.init}, not loaded"]
 
 
 def _dataset_stats(config: TrainConfig) -> DatasetStats | None:

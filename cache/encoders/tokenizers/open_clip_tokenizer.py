@@ -10,7 +10,7 @@ from typing import Any
 from threetowers.cache.encoders.huggingface.loading import require
 from threetowers.cache.encoders.huggingface.tokenizer import tokenizer_digest, tokens_of
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-from threetowers.cache.encoders.tokenizers.tokenizer import SpecialTokens, Tokenizer, Tokens
+from threetowers.cache.encoders.tokenizers.tokenizer import MissingTokenizer, SpecialTokens, Tokenizer, Tokens
 from threetowers.cache.encoders.weights_file import one_line
 
 KIND = "open_clip"
@@ -213,6 +213,7 @@ def load_open_clip_tokenizer(name: str) -> OpenClipTokenizer:
     """Load the tokenizer of a model of open_clip, by the model's name.
 
     Raises:
+        MissingTokenizer: There is no such folder.
         ValueError: There is no such model, or its tokenizer cannot be loaded, or open_clip is not installed.
     """
     require("open_clip", KIND, KIND)
@@ -224,6 +225,10 @@ def load_open_clip_tokenizer(name: str) -> OpenClipTokenizer:
         tokenizer = SentencePieceTokenizer.load(folder / "tokenizer.model")
         found: OpenClipTokenizer = ExportedTokenizer(tokenizer, int(config["context_length"]))
     else:
+        if "/" in name and ":" not in name and not folder.is_dir():
+            raise MissingTokenizer(
+                f"{KIND}:{name}: no such folder; name one that a model was saved to, or hf-hub:ORG/NAME"
+            )
         known = name if ":" in name else f"local-dir:{name}" if folder.is_dir() else name
         if ":" not in known and known not in open_clip.list_models():  # open_clip would give CLIP's
             raise ValueError(
