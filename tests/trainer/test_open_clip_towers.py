@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.cache.tiny_open_clip import COCA, RESNET, TEXT, TIMM, TIMM_VIT, TINY, hf_config, save_open_clip, save_words
 from tests.trainer.open_clip_runs import open_clip_model, open_clip_run, their_embeddings
+from threetowers.cache.encoders.names import load_frozen_encoder
 from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
 from threetowers.trainer.config import ConfigError, OpenClipTower, TrainConfig, parse
 from threetowers.trainer.export.trained_model import load_model
@@ -88,6 +89,10 @@ def test_a_run_of_a_model_of_open_clip(clip: Tree, name: str, tmp_path: Path) ->
     normalize = torch.nn.functional.normalize
     torch.testing.assert_close(trained.encode_images(images), normalize(expected_image), atol=1e-5, rtol=0)
     torch.testing.assert_close(trained.encode_texts(CAPTIONS), normalize(expected_text), atol=1e-5, rtol=0)
+    encoder = load_frozen_encoder(f"run:{config.output_dir}")
+    for side, inputs, expected in (("image", images, expected_image), ("text", CAPTIONS, expected_text)):
+        found = getattr(encoder, side).embed(inputs, "projected")
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def features(model: TowerModel, images: torch.Tensor, tokens_bL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

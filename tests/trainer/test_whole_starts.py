@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.cache.tiny_open_clip import TEXT, TIMM_VIT, TINY
 from tests.trainer.finished_runs import finished_run
@@ -69,10 +70,14 @@ def test_scale_and_bias(clip: Tree, tmp_path: Path) -> None:
     assert notes == [f"init: towers.image, towers.text, log_scales.scale, biases.scale from {tmp_path / 'model'}"]
     assert model.biases["scale"].item() == -9.5
     assert model.log_scales["scale"].item() == 2.0
+    state = load_file(tmp_path / "model" / "open_clip_model.safetensors")
     _, notes = begun(tree | {"loss": {"kind": "softmax"}})
     assert "init: the bias of the model is left out, as loss.kind is softmax" in notes
     with pytest.raises(ConfigError, match=r"loss\.scale_max: found 5, the model's scale is 7\.3891; raise it"):
         begun(tree | {"loss": {"kind": "sigmoid", "scale_max": 5.0}})
+    save_file(state | {"logit_bias": torch.tensor(float("nan"))}, tmp_path / "model" / "open_clip_model.safetensors")
+    with pytest.raises(ConfigError, match=r"biases\.scale: NaN or infinity in"):
+        begun(tree)
     tree = started(clip, tmp_path / "clip", TINY, loss={"kind": "sigmoid"})
     assert "init: the model has no bias; biases.scale begins with loss.bias_init" in begun(tree)[1]
 

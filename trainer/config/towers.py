@@ -254,7 +254,8 @@ class OpenClipTower:
     model: str
     """Name of the model in open_clip, `hf-hub:ORG/NAME`, a folder with an `open_clip_config.json`, or a JSON file with
     the config of a model. Of it all is taken but the sizes of images and captions, which are `data.image_size` and
-    `data.context_length`; and the rows of the token embedding, where `data.vocab_size` is given."""
+    `data.context_length`; and the rows of the token embedding, where `data.vocab_size` is given. The run keeps the
+    config, and needs the files no more."""
     args: dict[str, Any] = field(default_factory=dict)
     """Other values for keys of the model's config, such as `{vision_cfg: {patch_dropout: 0.5}}`."""
     init: str | None = None

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from threetowers.cache.encoders.openclip.model_config import LOCAL, read_open_clip_config
+from threetowers.cache.encoders.openclip.model_config import LOCAL
 from threetowers.cache.encoders.tokenizers import sentencepiece_tokenizer
 from threetowers.cache.encoders.tokenizers.hf_tokenizer import FILE
 from threetowers.cache.encoders.tokenizers.open_clip_tokenizer import (
-    KIND,
     ClipTokenizer,
     ExportedTokenizer,
     TransformersTokenizer,
@@ -40,8 +39,8 @@ def write_open_clip_tokenizer(tokenizer: Tokenizer, context_length: int, folder:
         return {}  # which it takes where there are no keys
     if isinstance(tokenizer, TransformersTokenizer):
         tokenizer.save(folder)
-        stated = read_open_clip_config(tokenizer.name.removeprefix(f"{KIND}:")).text
-        return {"hf_tokenizer_name": FILE} | {key: stated[key] for key in KEPT_KEYS if key in stated}
+        kept = {key: tokenizer.stated[key] for key in KEPT_KEYS if key in tokenizer.stated}
+        return {"hf_tokenizer_name": FILE} | kept
     inner = tokenizer.inner if isinstance(tokenizer, ExportedTokenizer) else tokenizer
     write_tokenizer_json(inner, context_length, folder)
     if isinstance(inner, SentencePieceTokenizer):

@@ -27,6 +27,7 @@ from threetowers.cache.storage.atomic import write_atomic
 from threetowers.trainer.config import ConfigError, TrainConfig, dump, load_config
 from threetowers.trainer.model.precision import new_run_precision, resolve_precision
 from threetowers.trainer.model.towers.hf_tower import resolve_hf_towers
+from threetowers.trainer.model.towers.open_clip_tower import resolve_open_clip_towers
 from threetowers.trainer.optimizer.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class RunFolder:
         The precision that null stands for is that in which the folder's run began, if any.
 
         Raises:
-            ValueError: The files of a tower of transformers cannot be read.
+            ValueError: The files of a tower of transformers, or of open_clip, cannot be read.
         """
         began = load_config(self.config).engine.precision if self.config.exists() else None
         if config.engine.precision is None and began not in (None, new_run_precision()):
@@ -210,7 +211,7 @@ class RunFolder:
                 began,
                 new_run_precision(),
             )
-        return resolve_precision(resolve_hf_towers(config), began)
+        return resolve_precision(resolve_open_clip_towers(resolve_hf_towers(config)), began)
 
     def check(self, config: TrainConfig) -> list[ConfigChange]:
         """Return the changes between the folder's config and this one, all of which a resumed run may make.

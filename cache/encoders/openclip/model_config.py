@@ -69,12 +69,15 @@ def read_open_clip_config(name: str, changes: Mapping[str, Any] | None = None) -
     Args:
         name: A model of open_clip, `hf-hub:ORG/NAME`, a folder that open_clip saved a model to (also as
             `local-dir:FOLDER`), or a JSON file: its `open_clip_config.json`, or a model config alone.
-        changes: Keys of `model_cfg` with other values; those of a section are merged into it.
+        changes: Keys of `model_cfg` with other values; those of a section are merged into it. Where they are a whole
+            config, nothing is read.
 
     Raises:
         ValueError: There is no such model, file or folder, or it holds no model config; or open_clip is needed to find
             it, and is not installed.
     """
+    if changes is not None and is_whole(changes):
+        return OpenClipConfig(dict(changes), {})
     tree = _read(name)
     model = tree.get("model_cfg", tree)
     missing = [key for key in SECTIONS if not isinstance(model, dict) or key not in model]
@@ -83,6 +86,16 @@ def read_open_clip_config(name: str, changes: Mapping[str, Any] | None = None) -
     stated = tree.get("preprocess_cfg", {}) if "model_cfg" in tree else {}
     preprocessing = {key: stated[key] for key in PREPROCESSING if stated.get(key) is not None}
     return OpenClipConfig(_merged(model, changes or {}), preprocessing)
+
+
+def is_whole(config: Mapping[str, Any]) -> bool:
+    """Return whether some keys of `model_cfg` are all that a model is built from."""
+    return all(key in config for key in SECTIONS)
+
+
+def is_in_package(name: str) -> bool:
+    """Return whether a name is one of open_clip's own models, whose config is in its package."""
+    return model_folder(name) is None and not name.endswith(".json") and not name.startswith(HUB)
 
 
 def model_folder(name: str) -> Path | None:

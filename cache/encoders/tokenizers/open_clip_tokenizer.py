@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from threetowers.cache.encoders.huggingface.loading import require
 from threetowers.cache.encoders.huggingface.tokenizer import tokenizer_digest, tokens_of
+from threetowers.cache.encoders.openclip.model_config import CONFIG, model_folder, read_open_clip_config
 from threetowers.cache.encoders.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from threetowers.cache.encoders.tokenizers.tokenizer import MissingTokenizer, SpecialTokens, Tokenizer, Tokens
 from threetowers.cache.encoders.weights_file import one_line
 
 KIND = "open_clip"
 FILE = "tokenizer/open_clip.json"  # of a run folder
+FOLDER = "tokenizer/open_clip"  # of a run folder: what is needed of the folder of a model
+KEYS = ("context_length", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")  # of its config
 CLIP_NAME = "ViT-B-32"  # a model with CLIP's own tokenizer
 
 
@@ -25,12 +30,14 @@ class OpenClipTokenizer(Tokenizer):
         context_length: Tokens that a model takes, special ones included.
         pad_id: The token that fills up a row.
         pads_left: Whether it is put before a caption.
+        stated: The keys of the model's config that it comes from.
     """
 
     name = f"{KIND}:{CLIP_NAME}"
     context_length: int
     pad_id: int = 0
     pads_left: bool = False
+    stated: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -42,9 +49,19 @@ class OpenClipTokenizer(Tokenizer):
         state = self.describe() | {"context": self.context_length, "pad": self.pad_id, "left": self.pads_left}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
+    def save(self, folder: Path) -> None:
+        """Write the files by which open_clip finds it beside a model; CLIP's own is in its package."""
+
     def files(self) -> Mapping[str, bytes]:
-        """Return its name and digest: open_clip holds the tokenizer itself."""
-        return {FILE: json.dumps({"name": self.name, "digest": self.digest}, indent=2).encode()}
+        """Return its name and digest, as open_clip holds the tokenizer itself; that of a folder, with its files."""
+        kept = {FILE: json.dumps({"name": self.name, "digest": self.digest}, indent=2).encode()}
+        if model_folder(self.name.removeprefix(f"{KIND}:")) is None:
+            return kept
+        kept[f"{FOLDER}/{CONFIG}"] = json.dumps({"model_cfg": {"text_cfg": self.stated}}, indent=2).encode()
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save(Path(temporary))
+            kept |= {f"{FOLDER}/{path.name}": path.read_bytes() for path in Path(temporary).iterdir()}
+        return kept
 
 
 class ClipTokenizer(OpenClipTokenizer):
@@ -221,9 +238,8 @@ def load_open_clip_tokenizer(name: str) -> OpenClipTokenizer:
 
     folder = Path(name.removeprefix("local-dir:"))
     if (folder / "tokenizer.model").is_file():
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
         tokenizer = SentencePieceTokenizer.load(folder / "tokenizer.model")
-        found: OpenClipTokenizer = ExportedTokenizer(tokenizer, int(config["context_length"]))
+        found: OpenClipTokenizer = ExportedTokenizer(tokenizer, int(_json_config(folder)["context_length"]))
     else:
         if "/" in name and ":" not in name and not folder.is_dir():
             raise MissingTokenizer(
@@ -243,7 +259,15 @@ def load_open_clip_tokenizer(name: str) -> OpenClipTokenizer:
                 "files and name their folder instead"
             ) from error
     found.name = f"{KIND}:{name}"
+    text = _json_config(folder) if folder.is_dir() else read_open_clip_config(name).text
+    found.stated = {key: text[key] for key in KEYS if key in text}
     return found
+
+
+def _json_config(folder: Path) -> Mapping[str, Any]:
+    """Return the section of the text tower in a folder's config, of which a kept one has no other section."""
+    text: Mapping[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    return text
 
 
 def clip_tokenizer() -> ClipTokenizer:
@@ -257,7 +281,9 @@ def clip_tokenizer() -> ClipTokenizer:
 def load_kept_name(path: Path) -> OpenClipTokenizer:
     """Load the tokenizer that a run folder names. Raises ValueError where open_clip now has another one of the name."""
     kept = json.loads(path.read_text())
-    found = load_open_clip_tokenizer(str(kept["name"]).removeprefix(f"{KIND}:"))
+    folder = path.parent / Path(FOLDER).name
+    found = load_open_clip_tokenizer(str(folder) if folder.is_dir() else kept["name"].removeprefix(f"{KIND}:"))
+    found.name = kept["name"]
     if found.digest != kept["digest"]:
         raise ValueError(
             f"{path}: {kept['name']} had the sha256 {kept['digest'][:12]} in training, and has "

@@ -100,6 +100,8 @@ def load_whole_model(model: Any, tokenizer: Tokenizer | None) -> list[str]:
             start.problems.append(f"{part}: {error}")
         else:
             start.notes += [f"init: resampled {part}.{note}" for note in resampled]
+            bad = [name for name, tensor in fitting[part].items() if not tensor.isfinite().all()]
+            start.problems += [f"{part}: NaN or infinity in {', '.join(bad)}"] if bad else []
         tower = config.towers.get(part.removeprefix("towers."))
         if tower is not None and not isinstance(tower, CacheTower) and tower.init is not None:
             start.problems.append(f"{part}.init: found {tower.init} beside init, of which it is a part; leave one out")

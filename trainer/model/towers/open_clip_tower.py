@@ -5,6 +5,7 @@ also of CLIP itself, whose text tower open_clip keeps at the top.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from threetowers.cache.encoders.openclip.model_config import (
     OpenClipConfig,
     default_preprocessing,
+    is_in_package,
+    is_whole,
     read_open_clip_config,
     require_open_clip,
 )
 from threetowers.cache.encoders.weights_file import one_line
-from threetowers.trainer.config import OpenClipTower
+from threetowers.trainer.config import OpenClipTower, TrainConfig
 from threetowers.trainer.model.layers import WITH_PREVIOUS, Layers, number_layers
 from threetowers.trainer.model.towers.pointwise import subsample_before_pointwise
 
@@ -256,11 +259,27 @@ def _checked_config(config: OpenClipTower) -> OpenClipConfig:
     """Return the config of a tower's model. Raises ValueError where `args` name what other keys decide."""
     require_open_clip(config.model)
     for section, keys in OWNED.items():
-        given = config.args.get(section, {})
+        given = {} if is_whole(config.args) else config.args.get(section, {})
         for key, reason in keys.items():
             if isinstance(given, dict) and key in given:
                 raise ValueError(f"args: found {section}: {{{key}: {given[key]!r}}}, but {reason}; leave it out")
     return read_open_clip_config(config.model, config.args)
+
+
+def resolve_open_clip_towers(config: TrainConfig) -> TrainConfig:
+    """Return a config whose towers of open_clip are built without the files of a model: their `args` are its config.
+
+    Raises:
+        ValueError: The files cannot be read.
+    """
+    towers = dict(config.towers)
+    for name, tower in towers.items():
+        if isinstance(tower, OpenClipTower) and not is_in_package(tower.model):
+            try:
+                towers[name] = replace(tower, args=_checked_config(tower).model)
+            except ValueError as error:
+                raise ValueError(f"towers.{name}: {error}") from error
+    return replace(config, towers=towers)
 
 
 def _build(config: OpenClipTower, found: OpenClipConfig, **sections: dict[str, Any]) -> Any:
