@@ -289,6 +289,8 @@ def test_images_are_pooled_as_asked_for_and_taken_in_other_sizes() -> None:
         torch.testing.assert_close(model.features({"image": images}, "image"), states_bLw[:, 1:].mean(1))
     with pytest.raises(ValueError, match="pool: cls: siglip_vision_model of transformers offers pooler, mean"):
         model_of(changed("towers.image", tower("image", "siglip_vision_model", pool="cls")))
+    with pytest.raises(ValueError, match="pool: pooler: vit of transformers offers cls, mean"):
+        model_of(changed("towers.image", tower("image", "vit", pool="pooler")))
     tree = changed("towers.image", tower("image", "vit"))
     tree["data"] |= {"image_size": 48}
     larger = model_of(tree)
@@ -355,3 +357,12 @@ def test_weights_on_another_tokenizer_are_told(tmp_path: Path) -> None:
     assert list(other_vocabularies(parse(tree), own)) == []
     (warning,) = other_vocabularies(parse(tree), other)
     assert re.search(r"towers\.text\.init: .*one was trained on another tokenizer than hf:.*two: the ids", warning)
+
+
+def test_building_a_tower_counts_no_batch() -> None:
+    sizes = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    model = model_of(changed("towers.image", {"kind": "hf", "of": "image", "config": sizes}))
+    counts = [int(b) for name, b in model.towers["image"].named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert set(counts) == {0}
+    assert model.towers["image"].training

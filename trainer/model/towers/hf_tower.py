@@ -41,6 +41,7 @@ class HfModelTower(nn.Module):
         super().__init__()
         self.architecture = read_architecture(config.model, config.config, config.of)
         self.model: Any = build_architecture(self.architecture, config.of)
+        self.model.eval()  # while it is asked what it gives; the run's model says when it is trained
 
     @property
     def blocks(self) -> nn.ModuleList | None:
@@ -81,10 +82,12 @@ class HfModelTower(nn.Module):
                 "false, or choose another model"
             ) from error
 
-    def _leave_out_dense_pooler(self) -> None:
-        """Leave out a pooler like BERT's, which was trained for another task."""
-        if not own_pooler(self.model):
-            self.model.pooler = None
+    def _leave_out_dense_pooler(self) -> bool:
+        """Leave out a pooler like BERT's, which was trained for another task, and return whether there was one."""
+        if own_pooler(self.model):
+            return False
+        self.model.pooler = None
+        return True
 
 
 class HfImageTower(HfModelTower):
@@ -101,7 +104,7 @@ class HfImageTower(HfModelTower):
                 not pool so.
         """
         super().__init__(config)
-        self._leave_out_dense_pooler()
+        dense = self._leave_out_dense_pooler()
         for parameter, p in self.model.named_parameters():
             if parameter.endswith("mask_token"):  # stands for patches that are hidden in pretraining, and for none here
                 p.requires_grad_(False)
@@ -118,8 +121,10 @@ class HfImageTower(HfModelTower):
                     "change data.image_size"
                 ) from error
             self._feature = IMAGE_FEATURES.get(config.pool, "")
-            if self._feature not in self._reader[0].features:
-                offered = [pool for pool, name in IMAGE_FEATURES.items() if pool and name in self._reader[0].features]
+            offered = [pool for pool, name in IMAGE_FEATURES.items() if pool and name in self._reader[0].features]
+            if dense:
+                offered.remove("pooler")
+            if config.pool is not None and config.pool not in offered:
                 raise ValueError(f"image tower: pool: {config.pool}: {config.description} offers {', '.join(offered)}")
             self.width = int(self.forward_normalized(torch.zeros(1, 3, image_size, image_size)).shape[1])
 
