@@ -175,6 +175,7 @@ def test_everything_that_does_not_fit_is_named_at_once(clip: Tree, tokenizer: Pa
         "  data.tokenizer: ",
         "  towers.text: ",
         "  towers.text.init: found pretrained beside init",
+        "  towers.text: text_cfg.pool_type is eos, in the model of the weights argmax",
     ):
         assert any(line.startswith(reason) for line in lines), reason
     assert before == parse(tree)

@@ -4,16 +4,24 @@ import difflib
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from threetowers.cache.format.manifest import Side
 
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
 SOURCES = (HUB, LOCAL)  # prefixes of names, before a colon that separates nothing
 CONFIG = "open_clip_config.json"
 SECTIONS = ("embed_dim", "vision_cfg", "text_cfg")  # what every model config has
+# Keys that say nothing of what a tower makes of its weights, or whose effect shows in their shapes.
+ASIDE = {
+    *("image_size", "context_length", "vocab_size", "output_tokens"),
+    *("patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained", "hf_model_pretrained"),
+    *("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
+}
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # as open_clip's tags and folders state it
 
 
@@ -114,6 +122,26 @@ def unknown_model(name: str) -> ValueError:
         f"open_clip:{name}: no folder, and unknown to open_clip {open_clip.__version__}; close: {close or 'none'}; a "
         "model of the hub is open_clip:hf-hub:ORG/NAME"
     )
+
+
+def other_architecture(ours: OpenClipConfig, theirs: OpenClipConfig, side: Side) -> list[str]:
+    """Return how the towers of one side of two models differ, but for their sizes of images, captions and vocabulary.
+
+    Not all of it shows in the shapes of weights: activation functions, heads, masks and pooling do not.
+    """
+    import open_clip
+
+    section, keys = ("vision_cfg", open_clip.CLIPVisionCfg) if side == "image" else ("text_cfg", open_clip.CLIPTextCfg)
+    mine, other = (asdict(keys(**config.model[section])) for config in (ours, theirs))
+    differ = [
+        f"{section}.{key} is {mine[key]}, in the model of the weights {other[key]}"
+        for key in mine
+        if key not in ASIDE and mine[key] != other[key]
+    ]
+    if bool(ours.model.get("quick_gelu")) != bool(theirs.model.get("quick_gelu")):
+        gelus = [bool(config.model.get("quick_gelu")) for config in (ours, theirs)]
+        differ.append(f"quick_gelu is {gelus[0]}, in the model of the weights {gelus[1]}")
+    return differ
 
 
 def tag_preprocessing(name: str, tag: str) -> dict[str, Any]:

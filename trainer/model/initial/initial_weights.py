@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from threetowers.cache.encoders.huggingface.architecture import pixel_statistics, pretrained_state
 from threetowers.cache.encoders.names import EncoderName
+from threetowers.cache.encoders.openclip.model_config import read_open_clip_config
 from threetowers.cache.encoders.packaged_weights import PACKAGE
 from threetowers.cache.encoders.timm_models import head_tensors
 from threetowers.cache.encoders.weights_file import model_part, read_state, require_finite, split_part
@@ -166,6 +167,11 @@ def _run_tower(config: WeightedTower, init: str) -> nn.Module:
         known = ", ".join(f"{RUN}{folder}#{TOWERS}{name}" for name in of_kind)
         wanted = f"{config.kind!r}" + (f" of {config.of}" if isinstance(config, OpenClipTower) else "")
         raise ValueError(f"{init!r}: expected one tower of the kind {wanted}, found {known or 'none'}")
+    source = trained.config.towers[fitting[0]]
+    if isinstance(config, OpenClipTower) and isinstance(source, OpenClipTower):
+        from threetowers.trainer.model.initial.open_clip_weights import require_same_architecture
+
+        require_same_architecture(config, read_open_clip_config(source.model, source.args))
     return trained.model.towers[fitting[0]]
 
 

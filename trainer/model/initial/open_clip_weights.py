@@ -1,6 +1,7 @@
 """The weights of one tower out of those of a whole model of open_clip: by its name, its folder, or in a file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from threetowers.cache.encoders.names import EncoderName
 from threetowers.cache.encoders.openclip.loading import WEIGHTS, load_open_clip_model
 from threetowers.cache.encoders.openclip.model_config import (
     HUB,
+    OpenClipConfig,
+    is_in_package,
     model_folder,
+    other_architecture,
     read_open_clip_config,
     require_open_clip,
 )
@@ -37,8 +41,35 @@ def open_clip_weights(tower: Any, config: OpenClipTower, init: str) -> dict[str,
     if init == "pretrained":
         return tower_weights(pretrained_model(config.model), config.of)
     if init.startswith(OPEN_CLIP):
+        require_same_architecture(config, source_config(init))
         return tower_weights(named_model(init), config.of)
     return _of_file(tower, init)
+
+
+def source_config(init: str) -> OpenClipConfig:
+    """Return the config of the model that `open_clip:NAME[:WEIGHTS]` names, as its weights were trained.
+
+    Some pretrained tags need another activation function than the model's config has (open_clip warns of it alone).
+    """
+    name = EncoderName.parse(init)
+    found = read_open_clip_config(name.name)
+    if name.weights is None or not is_in_package(name.name) or split_part(name.weights)[0].exists():
+        return found
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(name.name.replace("/", "-"), name.weights.partition("=")[0])
+    needs_quick_gelu = bool(found.model.get("quick_gelu") or (tag or {}).get("quick_gelu"))
+    return replace(found, model=found.model | {"quick_gelu": needs_quick_gelu})
+
+
+def require_same_architecture(config: OpenClipTower, source: OpenClipConfig) -> None:
+    """Raise ValueError where a tower would make something else of the weights of a model than the model does."""
+    differ = other_architecture(read_open_clip_config(config.model, config.args), source, config.of)
+    if differ:
+        raise ValueError(
+            f"{config.model} is not the model of these weights: {'; '.join(differ)}; name the one that is, as "
+            "ViT-B-32-quickgelu for ViT-B-32, or change these keys in args"
+        )
 
 
 def pretrained_model(name: str) -> nn.Module:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.names import EncoderName
-from threetowers.cache.encoders.openclip.model_config import OpenClipConfig, model_folder, read_open_clip_config
+from threetowers.cache.encoders.openclip.model_config import (
+    OpenClipConfig,
+    model_folder,
+    other_architecture,
+    read_open_clip_config,
+)
 from threetowers.cache.encoders.tokenizers.tokenizer import Tokenizer
 from threetowers.trainer.config import (
     CacheTower,
@@ -156,6 +161,9 @@ def _of_run(config: TrainConfig, tokenizer: Tokenizer | None) -> Start:
             start.problems.append(
                 f"towers.{name}: of kind {tower.kind}, of {tower.of}; in the run of kind {theirs.kind}, of {theirs.of}"
             )
+        elif isinstance(tower, OpenClipTower) and isinstance(theirs, OpenClipTower):
+            start.parts[f"towers.{name}"] = trained.model.towers[name].state_dict()
+            start.problems += _other_model(name, tower, read_open_clip_config(theirs.model, theirs.args))
         elif theirs is not None and not isinstance(tower, CacheTower):
             start.parts[f"towers.{name}"] = trained.model.towers[name].state_dict()
     for name in config.heads:
@@ -180,15 +188,16 @@ def _of_run(config: TrainConfig, tokenizer: Tokenizer | None) -> Start:
 
 def _of_open_clip(model: Any, tokenizer: Tokenizer | None) -> Start:
     """Return what a run begins with of a model of open_clip: the deployed towers and heads, their scale and bias."""
-    from threetowers.trainer.model.initial.open_clip_weights import named_model
+    from threetowers.trainer.model.initial.open_clip_weights import named_model, source_config
 
     config: TrainConfig = model.config
     assert config.init is not None
     name = _open_clip_name(config.init)
+    found = source_config(str(name))
     theirs: Any = named_model(str(name))
     start = Start()
-    _image_side(model, theirs, start)
-    _text_side(config, theirs, read_open_clip_config(name.name), tokenizer, start)
+    _image_side(model, theirs, found, start)
+    _text_side(config, theirs, found, tokenizer, start)
     term = deployed_term(config)
     if term is not None:
         start.parts[f"log_scales.{term.scale}"] = {"": theirs.logit_scale.detach()}
@@ -207,7 +216,13 @@ def _of_open_clip(model: Any, tokenizer: Tokenizer | None) -> Start:
     return start
 
 
-def _image_side(model: Any, theirs: Any, start: Start) -> None:
+def _other_model(name: str, tower: OpenClipTower, source: OpenClipConfig) -> list[str]:
+    """Return how a tower of open_clip differs from the one that its weights are of."""
+    ours = read_open_clip_config(tower.model, tower.args)
+    return [f"towers.{name}: {reason}" for reason in other_architecture(ours, source, tower.of)]
+
+
+def _image_side(model: Any, theirs: Any, found: OpenClipConfig, start: Start) -> None:
     """Add the image tower and its head."""
     from threetowers.trainer.export.open_clip_format import image_reasons
     from threetowers.trainer.model.initial.open_clip_weights import PIXELS, tower_weights
@@ -217,6 +232,7 @@ def _image_side(model: Any, theirs: Any, start: Start) -> None:
     tower = config.towers[name]
     if isinstance(tower, OpenClipTower):
         start.parts[f"towers.{name}"] = tower_weights(theirs, "image")
+        start.problems += _other_model(name, tower, found)
         start.problems += heads_with_weights(config, config.deploy.image)
         return
     if not isinstance(tower, ImageTower) or not hasattr(theirs.visual, "trunk"):
@@ -264,6 +280,7 @@ def _text_side(
     tower = config.towers[name]
     if isinstance(tower, OpenClipTower):
         start.parts[f"towers.{name}"] = tower_weights(theirs, "text")
+        start.problems += _other_model(name, tower, found)
         start.problems += heads_with_weights(config, config.deploy.text)
         return
     if not isinstance(tower, TextTower):
