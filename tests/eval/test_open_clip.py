@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.cache.tiny_open_clip import COCA, TIMM, TINY, save_open_clip
+from threetowers.cache.encoders.openclip.loading import load_open_clip_model
 from threetowers.cache.webdataset.sample import read_image
 from threetowers.cache.webdataset.tar_index import index_tar
 from threetowers.eval.datasets.image_set import read_images
@@ -66,6 +67,28 @@ def test_a_file_has_the_preprocessing_that_open_clip_gives_its_tag(
     assert f"mean {normalize.mean[0]:.4g}, " in encoder.info.preprocessing
     assert ("is taken to be" in caplog.text) == (source == "")
     assert "andomly" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "quick"), [("openai=", True), ("laion2b_s34b_b79k=", False), ("default=", False), ("", False)]
+)
+def test_weights_of_a_tag_have_the_activation_that_they_were_trained_with(
+    source: str, quick: bool, weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """open_clip itself only warns that OpenAI's weights need QuickGELU, and takes the GELU of the model's config."""
+    with caplog.at_level(logging.INFO):
+        model = load_open_clip_model("ViT-B-32", f"{source}{weights}").model
+    assert ("QuickGELU in place of the GELU of its config, as the weights 'openai' need it" in caplog.text) == quick
+    images_b3HW, tokens_bL = torch.randn(2, 3, 32, 32), open_clip.tokenize(["a red disc", "a dog"], 16)
+    for force in (quick, not quick):
+        theirs = open_clip.create_model("ViT-B-32", force_quick_gelu=force).eval()
+        theirs.load_state_dict(torch.load(weights))
+        with torch.no_grad():
+            for ours, other in (
+                (model.encode_image(images_b3HW), theirs.encode_image(images_b3HW)),
+                (model.encode_text(tokens_bL), theirs.encode_text(tokens_bL)),
+            ):
+                assert torch.allclose(ours, other, rtol=1e-5, atol=1e-6) == (force == quick)
 
 
 def test_architectures_whose_tags_disagree_want_a_tag(weights: Path) -> None:

@@ -16,6 +16,7 @@ from threetowers.cache.encoders.openclip.model_config import (
     LOCAL,
     SOURCES,
     model_folder,
+    needs_quick_gelu,
     require_open_clip,
     tag_preprocessing,
     unknown_model,
@@ -80,7 +81,8 @@ def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
     Args:
         name: A model of open_clip, `hf-hub:ORG/NAME`, or a folder that it saved, also as `local-dir:FOLDER`.
         weights: One of its pretrained tags; or FILE, or TAG=FILE where the preprocessing of TAG belongs to the file.
-            None: those of the hub or the folder; otherwise random ones.
+            None: those of the hub or the folder; otherwise random ones. The activation function is that which the
+            weights of a tag were trained with.
 
     Raises:
         ValueError: open_clip is not installed, or has no such model or weights, or cannot load them; or the
@@ -106,6 +108,9 @@ def load_open_clip_model(name: str, weights: str | None) -> OpenClipModel:
         arguments = {"load_weights": False, "pretrained_text": False, **preprocessing}
     elif tag is None and not known.startswith(HUB):
         logger.warning("%s has random weights; give a file or a pretrained tag as open_clip:NAME:WEIGHTS", spec)
+    if needs_quick_gelu(known, tag):
+        logger.info("%s: QuickGELU in place of the GELU of its config, as the weights %r need it", spec, tag)
+        arguments["force_quick_gelu"] = True
     try:
         with _without_notice_of_random_weights():
             model, _, transform = open_clip.create_model_and_transforms(known, **arguments)

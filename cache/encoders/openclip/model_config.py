@@ -144,6 +144,19 @@ def other_architecture(ours: OpenClipConfig, theirs: OpenClipConfig, side: Side)
     return differ
 
 
+def needs_quick_gelu(name: str, tag: str | None) -> bool:
+    """Return whether the weights of a pretrained tag need QuickGELU where the config of the model has GELU.
+
+    As `ViT-B-32:openai` does. open_clip itself only warns, and computes with GELU.
+    """
+    import open_clip
+
+    if tag is None or name.startswith(SOURCES):
+        return False
+    stated = open_clip.get_pretrained_cfg(name, tag) or {}
+    return bool(stated.get("quick_gelu")) and not (open_clip.get_model_config(name) or {}).get("quick_gelu")
+
+
 def tag_preprocessing(name: str, tag: str) -> dict[str, Any]:
     """Return how the images of a pretrained tag of a model are preprocessed, as far as open_clip states it."""
     import open_clip

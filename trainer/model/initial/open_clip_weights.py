@@ -14,6 +14,7 @@ from threetowers.cache.encoders.openclip.model_config import (
     OpenClipConfig,
     is_in_package,
     model_folder,
+    needs_quick_gelu,
     other_architecture,
     read_open_clip_config,
     require_open_clip,
@@ -49,17 +50,15 @@ def open_clip_weights(tower: Any, config: OpenClipTower, init: str) -> dict[str,
 def source_config(init: str) -> OpenClipConfig:
     """Return the config of the model that `open_clip:NAME[:WEIGHTS]` names, as its weights were trained.
 
-    Some pretrained tags need another activation function than the model's config has (open_clip warns of it alone).
+    Some pretrained tags need another activation function than the model's config has.
     """
     name = EncoderName.parse(init)
     found = read_open_clip_config(name.name)
     if name.weights is None or not is_in_package(name.name) or split_part(name.weights)[0].exists():
         return found
-    import open_clip
-
-    tag = open_clip.get_pretrained_cfg(name.name.replace("/", "-"), name.weights.partition("=")[0])
-    needs_quick_gelu = bool(found.model.get("quick_gelu") or (tag or {}).get("quick_gelu"))
-    return replace(found, model=found.model | {"quick_gelu": needs_quick_gelu})
+    if not needs_quick_gelu(name.name.replace("/", "-"), name.weights.partition("=")[0]):
+        return found
+    return replace(found, model=found.model | {"quick_gelu": True})
 
 
 def require_same_architecture(config: OpenClipTower, source: OpenClipConfig) -> None:
