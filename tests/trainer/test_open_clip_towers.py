@@ -17,6 +17,7 @@ from threetowers.cache.encoders.tokenizers.names import load_named_tokenizer
 from threetowers.trainer.config import ConfigError, OpenClipTower, TrainConfig, parse
 from threetowers.trainer.export.trained_model import load_model
 from threetowers.trainer.model.initial.initial_weights import load_initial
+from threetowers.trainer.model.initial.open_clip_weights import named_model, source_config
 from threetowers.trainer.model.model import TowerModel
 from threetowers.trainer.model.towers.tokenizer_fit import check_tokenizer
 from threetowers.trainer.train import train
@@ -252,6 +253,18 @@ def test_models_that_cannot_be_built(clip: Tree, change: Tree, message: str, tmp
     tree["towers"]["image"] |= change
     with pytest.raises(ValueError, match=message):
         TowerModel(parse(tree), 49408, {})
+
+
+def test_pretrained_models_are_named_by_their_tags() -> None:
+    with pytest.raises(
+        ValueError, match=r"has \d+ pretrained models of ViT-B-32 \(openai, .* as open_clip:ViT-B-32:TAG"
+    ):
+        named_model("open_clip:ViT-B-32")
+    with pytest.raises(ValueError, match=r"open_clip has 0 pretrained models of ViT-S-32 \(none\)"):
+        named_model("open_clip:ViT-S-32")
+    assert source_config("open_clip:ViT-B-32:openai").model["quick_gelu"]  # though the model's config does not say so
+    assert not source_config("open_clip:ViT-B-32:laion2b_s34b_b79k").model["quick_gelu"]
+    assert source_config("open_clip:roberta-ViT-B-32:laion2b_s12b_b32k").model["quick_gelu"]
 
 
 def test_a_config_alone_and_fewer_rows(clip: Tree, tmp_path: Path) -> None:
