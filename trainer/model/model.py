@@ -28,8 +28,6 @@ from threetowers.trainer.model.initial.whole_model import load_whole_model
 from threetowers.trainer.model.layers import Layers
 from threetowers.trainer.model.precision import autocast, cast_parameters, float32_parameters
 from threetowers.trainer.model.towers.cached_tower import CachedTower
-from threetowers.trainer.model.towers.hf_tower import HfImageTower, HfTextTower
-from threetowers.trainer.model.towers.open_clip_tower import OpenClipImageTower, OpenClipTextTower
 from threetowers.trainer.model.towers.phi_s import has_hadamard_matrix
 from threetowers.trainer.model.towers.shared_blocks import share_blocks
 from threetowers.trainer.model.towers.text_transformer import TextTransformer
@@ -290,16 +288,8 @@ def _build_tower(
         case TextTower() as tower:
             assert vocab_size is not None
             return TextTransformer(tower, vocab_size, config.data.context_length, end_id)
-        case OpenClipTower(of="image") as tower:
-            return OpenClipImageTower(tower, config.data.side)
-        case OpenClipTower() as tower:
-            assert vocab_size is not None
-            return OpenClipTextTower(tower, vocab_size, config.data.context_length, config.data.vocab_size)
-        case HfTower(of="image") as tower:
-            return HfImageTower(tower, config.data.side)
-        case HfTower() as tower:
-            assert vocab_size is not None
-            return HfTextTower(tower, vocab_size, config.data.context_length, end_id)
+        case OpenClipTower() | HfTower() as tower:
+            return _library_tower(config, tower, vocab_size, end_id)
         case CacheTower() as tower:
             width = cache_widths[name]
             if tower.standardize == "phi-s" and not has_hadamard_matrix(width):
@@ -308,3 +298,24 @@ def _build_tower(
                     "is known; set moments or none"
                 )
             return CachedTower(width, tower.standardize)
+
+
+def _library_tower(
+    config: TrainConfig, tower: OpenClipTower | HfTower, vocab_size: int | None, end_id: int
+) -> nn.Module:
+    """Return a tower of another library. A run without one imports nothing of it."""
+    data = config.data
+    if isinstance(tower, OpenClipTower):
+        from threetowers.trainer.model.towers.open_clip_tower import OpenClipImageTower, OpenClipTextTower
+
+        if tower.of == "image":
+            return OpenClipImageTower(tower, data.side)
+        assert vocab_size is not None
+        return OpenClipTextTower(tower, vocab_size, data.context_length, data.vocab_size)
+
+    from threetowers.trainer.model.towers.hf_tower import HfImageTower, HfTextTower
+
+    if tower.of == "image":
+        return HfImageTower(tower, data.side)
+    assert vocab_size is not None
+    return HfTextTower(tower, vocab_size, data.context_length, end_id)

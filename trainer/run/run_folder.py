@@ -26,8 +26,6 @@ from threetowers.cache.schema import parse_as
 from threetowers.cache.storage.atomic import write_atomic
 from threetowers.trainer.config import ConfigError, TrainConfig, dump, load_config
 from threetowers.trainer.model.precision import new_run_precision, resolve_precision
-from threetowers.trainer.model.towers.hf_tower import resolve_hf_towers
-from threetowers.trainer.model.towers.open_clip_tower import resolve_open_clip_towers
 from threetowers.trainer.optimizer.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -211,7 +209,7 @@ class RunFolder:
                 began,
                 new_run_precision(),
             )
-        return resolve_precision(resolve_open_clip_towers(resolve_hf_towers(config)), began)
+        return resolve_precision(_resolve_towers(config), began)
 
     def check(self, config: TrainConfig) -> list[ConfigChange]:
         """Return the changes between the folder's config and this one, all of which a resumed run may make.
@@ -337,6 +335,23 @@ class RunFolder:
         write_atomic(self.path / "deepspeed.json", json.dumps(deepspeed, indent=2))
         self.write_manifests(manifests)
         write_atomic(self.config, yaml.safe_dump(dump(config), sort_keys=False))  # last: it marks the folder as a run's
+
+
+def _resolve_towers(config: TrainConfig) -> TrainConfig:
+    """Return the config with what its towers of other libraries take from the files of their models.
+
+    A run without one imports nothing of it.
+    """
+    kinds = {tower.kind for tower in config.towers.values()}
+    if "hf" in kinds:
+        from threetowers.trainer.model.towers.hf_tower import resolve_hf_towers
+
+        config = resolve_hf_towers(config)
+    if "open_clip" in kinds:
+        from threetowers.trainer.model.towers.open_clip_tower import resolve_open_clip_towers
+
+        config = resolve_open_clip_towers(config)
+    return config
 
 
 def config_changes(old: TrainConfig, new: TrainConfig) -> list[ConfigChange]:
