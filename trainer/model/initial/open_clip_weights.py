@@ -56,9 +56,8 @@ def source_config(init: str) -> OpenClipConfig:
     found = read_open_clip_config(name.name)
     if name.weights is None or not is_in_package(name.name) or split_part(name.weights)[0].exists():
         return found
-    if not needs_quick_gelu(name.name.replace("/", "-"), name.weights.partition("=")[0]):
-        return found
-    return replace(found, model=found.model | {"quick_gelu": True})
+    needed = needs_quick_gelu(name.name.replace("/", "-"), name.weights.partition("=")[0])
+    return replace(found, model=found.model | {"quick_gelu": needed or bool(found.model.get("quick_gelu"))})
 
 
 def require_same_architecture(config: OpenClipTower, source: OpenClipConfig) -> None:
