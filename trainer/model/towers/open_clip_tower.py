@@ -23,6 +23,7 @@ from threetowers.cache.encoders.openclip.model_config import (
 from threetowers.cache.encoders.weights_file import one_line
 from threetowers.trainer.config import OpenClipTower, TrainConfig
 from threetowers.trainer.model.layers import WITH_PREVIOUS, Layers, number_layers
+from threetowers.trainer.model.towers.feature_width import feature_width
 from threetowers.trainer.model.towers.pointwise import subsample_before_pointwise
 
 # What a run's own keys, or its `init`, decide.
@@ -79,7 +80,7 @@ class OpenClipImageTower(nn.Module):
         subsample_before_pointwise(self.model)
         self._scalars = give_scalars_a_dimension(self.model)
         self._matrix = _first_matrix(self.model)
-        self.width = self._feature_width(config, image_size)
+        self.width = feature_width(self.model, config.model, config.args, image_size, remedy="choose another model")
 
     @property
     def blocks(self) -> nn.ModuleList | None:
@@ -122,26 +123,6 @@ class OpenClipImageTower(nn.Module):
                 f"engine.activation_checkpointing: this image tower of open_clip has none ({error}); set it to false, "
                 "or choose another model"
             ) from error
-
-    def _feature_width(self, config: OpenClipTower, image_size: int) -> int:
-        """Return the width of the features, found by a forward pass on one black image."""
-        was_training = self.model.training
-        with torch.no_grad():
-            try:
-                probe = self.model.eval()(torch.zeros(1, 3, image_size, image_size))
-            except Exception as error:  # each family of models raises its own kinds
-                raise ValueError(
-                    f"image tower: {config.model!r} does not take {image_size}-pixel images ({one_line(error)}); "
-                    "change data.image_size"
-                ) from error
-        self.model.train(was_training)
-        if not isinstance(probe, Tensor) or probe.ndim != 2:
-            found = tuple(probe.shape) if isinstance(probe, Tensor) else f"a {type(probe).__name__}"
-            raise ValueError(
-                f"image tower: {config.model!r} with args {config.args} gives {found} for an image, expected one "
-                "vector (1, width); change the tower's args, or choose another model"
-            )
-        return int(probe.shape[1])
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the tensors of open_clip's `visual`, in its shapes."""

@@ -7,9 +7,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from threetowers.cache.encoders.timm_models import create_timm_model
-from threetowers.cache.encoders.weights_file import one_line
 from threetowers.trainer.config import ImageTower
 from threetowers.trainer.model.layers import Layers, number_layers
+from threetowers.trainer.model.towers.feature_width import feature_width
 from threetowers.trainer.model.towers.pointwise import subsample_before_pointwise
 from threetowers.trainer.model.towers.specialized_vit import SpecializedViT
 
@@ -39,7 +39,8 @@ class TimmTower(nn.Module):
             self.model = SpecializedViT(self.model, config.specialize)
         subsample_before_pointwise(self.model)
         self._matrix = next(name for name, p in self.model.named_parameters() if p.ndim > 1)  # norms may stay float32
-        self.width = self._feature_width(config, image_size)
+        remedy = "choose a model with a global pool, or one that takes img_size in args"
+        self.width = feature_width(self.model, config.model, config.args, image_size, remedy)
 
     @property
     def blocks(self) -> nn.ModuleList | None:
@@ -64,26 +65,6 @@ class TimmTower(nn.Module):
                 f"engine.activation_checkpointing: this timm model has none ({error}); set it to false, or choose "
                 "another model"
             ) from error
-
-    def _feature_width(self, config: ImageTower, image_size: int) -> int:
-        """Return the width of the features, found by a forward pass on one black image."""
-        was_training = self.model.training
-        with torch.no_grad():
-            try:
-                probe = self.model.eval()(torch.zeros(1, 3, image_size, image_size))
-            except Exception as error:  # each family of models raises its own kinds
-                raise ValueError(
-                    f"image tower: {config.model!r} does not take {image_size}-pixel images ({one_line(error)}); "
-                    "change data.image_size or pass img_size in the tower's args"
-                ) from error
-        self.model.train(was_training)
-        if not isinstance(probe, Tensor) or probe.ndim != 2:
-            found = tuple(probe.shape) if isinstance(probe, Tensor) else f"a {type(probe).__name__}"
-            raise ValueError(
-                f"image tower: {config.model!r} with args {config.args} gives {found} for an image, expected one "
-                "vector (1, width); change the tower's args, or choose a model with a global pool"
-            )
-        return int(probe.shape[1])
 
     def forward_normalized(self, x_b3HW: Tensor) -> Tensor:
         """Return features (b, width) of images less `mean`, divided by `std`."""
